@@ -1,0 +1,36 @@
+# Each target sets up what it needs: the first call makes .venv from requirements.txt.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+export TF_CPP_MIN_LOG_LEVEL := 3
+
+.PHONY: demo controls test test-all lint bench clean
+
+demo: $(VENV)/.ready        ## make the playground, pretrain VATT on it, evaluate, report
+	$(BIN)/python run.py --config=configs/demo.py --workdir=runs/demo
+
+controls: $(VENV)/.ready    ## the runs that must fail to learn, and the second seed
+	$(BIN)/python run.py --config=configs/demo.py:shuffled --workdir=runs/demo_shuffled
+	$(BIN)/python run.py --config=configs/demo.py --config.seed=1 --workdir=runs/demo_seed1
+	$(BIN)/python run.py --mode=report --workdir=runs/demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: $(VENV)/.ready
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+
+bench: $(VENV)/.ready
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+$(VENV)/.ready: requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+clean:
+	rm -rf runs .jax_cache

@@ -1,0 +1,72 @@
+"""Config mistakes are one sentence that names field, value and remedy, before anything is built."""
+import pytest
+
+from configs import default
+from vatt_jax import config as configs
+from vatt_jax.config import ConfigError
+
+
+def changed(**overrides):
+    c = default.get_config()
+    configs.override(c, [(k.replace('__', '.'), v) for k, v in overrides.items()])
+    return c
+
+
+def test_overrides_keep_types():
+    c = changed(batch_size='64', optimizer__schedule__peak='1e-3', data__crop='(0.5, 1)', model__scan='true', name='hello')
+    assert c.batch_size == 64 and c.optimizer.schedule.peak == 1e-3 and c.data.crop == (0.5, 1)
+    assert c.model.scan is True and c.name == 'hello'
+
+
+@pytest.mark.parametrize('path, text, told', [
+    ('batchsize', '4', ['batchsize', "'batch_size'"]),
+    ('optimizer.schedule.peek', '1', ['optimizer.schedule', 'peek', "'peak'"]),
+    ('batch_size', '3.5', ['config.batch_size=3.5', 'int']),
+    ('batch_size', 'many', ["config.batch_size='many'", 'int']),
+    ('optimizer', 'adam', ['group', 'name']),
+    ('seed.x', '1', ['seed', 'value']),
+    ('model.scan', '1', ['config.model.scan=1', 'bool']),
+])
+def test_bad_overrides(path, text, told):
+    with pytest.raises(ConfigError) as error:
+        configs.override(default.get_config(), [(path, text)])
+    for word in told:
+        assert word in str(error.value)
+
+
+def test_misspelt_field_in_a_config_file():
+    c = default.get_config()
+    c.optimizer.sheduler = 3
+    with pytest.raises(ConfigError, match=r"config.optimizer.sheduler=3.*'schedule'"):
+        configs.check_fields(c, default.get_config())
+
+
+def test_wrong_type_in_a_config_file():
+    c = default.get_config()
+    with c.ignore_type():
+        c.steps = '100'
+    with pytest.raises(ConfigError, match="config.steps='100'"):
+        configs.check_fields(c, default.get_config())
+
+
+@pytest.mark.parametrize('fields, told', [
+    (dict(batch_size='100'), 'batch_size=100 does not divide over 8'),
+    (dict(mesh__replica='16'), 'needs 16 devices and this machine has 8'),
+    (dict(mesh__replica='-1', mesh__fsdp='3'), '3 does not divide the 8'),
+    (dict(accumulate='0'), 'config.accumulate=0'),
+])
+def test_batch_and_mesh(fields, told):
+    with pytest.raises(ConfigError, match=told):
+        configs.check_batch(changed(**fields), devices=8, processes=1)
+
+
+def test_json_round_trip():
+    c = default.get_config()
+    assert configs.same(c, configs.from_json(configs.to_json(c))) == []
+    d = changed(model__head__va='64')
+    assert configs.same(c, d) == ['model.head.va']
+
+
+def test_missing_config_file_lists_the_others():
+    with pytest.raises(ConfigError, match='configs/default.py'):
+        configs.load('configs/nothing.py')

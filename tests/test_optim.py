@@ -1,0 +1,84 @@
+"""Optimizers and schedules against their definitions in NumPy float64."""
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import default
+from vatt_jax import optim
+from vatt_jax.config import ConfigError
+
+
+def config(**fields):
+    c = default.get_config().optimizer
+    for k, v in fields.items():
+        c[k] = v
+    return c
+
+
+def params():
+    return {'model': {'video': {'kernel': jnp.ones((3, 2)), 'bias': jnp.zeros(2)}, 'word_table': jnp.ones((5, 2))},
+            'objective': {'head': {'kernel': jnp.full((2, 2), 2.0)}}}
+
+
+def test_vatt_schedule():
+    c = config().schedule
+    c.name = 'vatt'
+    rate = optim.schedule(c, 500_000)
+    assert rate(0) == 0 and math.isclose(rate(2500), 5e-5, rel_tol=1e-5) and math.isclose(rate(5000), 1e-4, rel_tol=1e-6)
+    for s in (100_000, 252_500, 499_999):
+        want = 5e-5 + 5e-5 * (1 + math.cos(math.pi * (s - 5000) / 495_000)) / 2
+        assert math.isclose(rate(s), want, rel_tol=1e-5)
+    assert math.isclose(rate(500_000), 5e-5, rel_tol=1e-6)  # where the official formula is 0/0
+
+
+def test_warmup_must_leave_steps():
+    with pytest.raises(ConfigError, match='warmup=5000 leaves nothing of config.steps=100'):
+        optim.schedule(config().schedule, 100)
+
+
+def test_keras_adam_is_its_definition():
+    rng = np.random.default_rng(0)
+    tx = optim.scale_by_keras_adam(0.9, 0.999, 1e-7)
+    state = tx.init({'w': jnp.zeros(4)})
+    m = v = np.zeros(4)
+    for t in range(1, 6):
+        g = rng.normal(size=4) * 10.0 ** -t
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        want = np.sqrt(1 - 0.999 ** t) / (1 - 0.9 ** t) * m / (np.sqrt(v) + 1e-7)
+        got, state = tx.update({'w': jnp.asarray(g, jnp.float32)}, state)
+        np.testing.assert_allclose(got['w'], want, rtol=2e-4)
+
+
+def test_frozen_rates_and_decay_by_path():
+    c = config(name='sgd', momentum=0.0, weight_decay=0.1, rates=(('^objective/', 10.0),), frozen=('word_table',))
+    c.schedule.name, c.schedule.warmup, c.schedule.peak = 'constant', 0, 0.5
+    p = params()
+    tx = optim.build(c, 10, p)
+    state = tx.init(p)
+    grads = jax.tree.map(jnp.ones_like, p)
+    updates, _ = tx.update(grads, state, p)
+    np.testing.assert_allclose(updates['model']['video']['kernel'], -0.5 * (1 + 0.1 * 1))
+    np.testing.assert_allclose(updates['model']['video']['bias'], -0.5)           # no decay on biases
+    np.testing.assert_allclose(updates['objective']['head']['kernel'], -5.0 * (1 + 0.1 * 2))
+    np.testing.assert_array_equal(updates['model']['word_table'], 0)
+    adam = optim.build(config(frozen=('word_table',)), 10_000, p).init(p)
+    shapes = [x.shape for x in jax.tree.leaves(adam)]
+    assert (5, 2) not in shapes  # a frozen table has no moments
+
+
+def test_unknown_rate_pattern():
+    with pytest.raises(ConfigError, match="'nothing' matches no parameter"):
+        optim.build(config(rates=(('nothing', 1.0),)), 10_000, params())
+
+
+def test_clip():
+    c = config(name='sgd', momentum=0.0, clip=1.0, frozen=())
+    c.schedule.name, c.schedule.warmup, c.schedule.peak = 'constant', 0, 1.0
+    p = params()
+    tx = optim.build(c, 10, p)
+    updates, _ = tx.update(jax.tree.map(lambda x: 3 * jnp.ones_like(x), p), tx.init(p), p)
+    norm = math.sqrt(sum(float(jnp.sum(u ** 2)) for u in jax.tree.leaves(updates)))
+    assert math.isclose(norm, 1.0, rel_tol=1e-5)

@@ -1,0 +1,190 @@
+"""Reading, overriding and checking configs; every mistake is one sentence, found before anything is built."""
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's that a sentence can explain. run.py prints it and exits with code 2."""
+
+
+# Dicts whose entries a config file names freely; whoever reads them checks their fields (with_defaults).
+OPEN = ('model.towers', 'model.encoder', 'model.head', 'objective', 'data.train', 'data.eval', 'data.make', 'data.views', 'evals')
+
+
+def load(spec: str) -> ConfigDict:
+    """Config of 'path/file.py' or 'path/file.py:arg' (the argument goes to its get_config)."""
+    path, _, arg = spec.partition(':')
+    file = pathlib.Path(path)
+    if not file.is_file():
+        near = sorted(str(p) for p in file.parent.glob('*.py') if p.stem != '__init__') if file.parent.is_dir() else []
+        hint = f'there are {", ".join(near)}' if near else f'folder {file.parent} does not exist'
+        raise ConfigError(f'--config={spec}: no file {path}; {hint}')
+    module_spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    try:
+        config = module.get_config(arg) if arg else module.get_config()
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f'--config={spec}: {error.args[0] if error.args else error}') from error
+    return config
+
+
+def override(config: ConfigDict, assignments: Iterable[tuple[str, str]]) -> None:
+    """Sets fields in place from ('optimizer.schedule.peak', '1e-3') pairs, keeping each field's type."""
+    for path, text in assignments:
+        *parents, last = path.split('.')
+        node = config
+        for depth, key in enumerate([*parents, last]):
+            if not isinstance(node, ConfigDict):
+                raise ConfigError(f'--config.{path}={text}: {".".join(path.split(".")[:depth])} is a value, not a group')
+            if key not in node:
+                where = '.'.join(['config', *path.split('.')[:depth]])
+                raise ConfigError(f'--config.{path}={text}: {where} has no field {key!r}; {_near(key, node)}')
+            if depth < len(parents):
+                node = node[key]
+        if isinstance(node[last], ConfigDict):
+            raise ConfigError(f'--config.{path}={text}: {path} is a group of fields ({", ".join(node[last])}); name one of them')
+        node[last] = parse(text, node[last], f'config.{path}')
+
+
+def parse(text: str, like: Any, where: str) -> Any:
+    """`text` as a value of the type of `like`. Raises ConfigError naming the field."""
+    if isinstance(like, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {'true': True, 'false': False}.get(text.lower(), text)
+    return _typed(value, like, where)
+
+
+def _typed(value: Any, like: Any, where: str) -> Any:
+    if isinstance(like, bool):
+        ok = isinstance(value, bool)
+    elif isinstance(like, float):
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+        value = float(value) if ok else value
+    elif isinstance(like, int):
+        ok = isinstance(value, int) and not isinstance(value, bool)
+    elif isinstance(like, (tuple, list)):
+        ok = isinstance(value, (tuple, list))
+        value = _tuples(value) if ok else value
+    else:
+        ok = like is None or isinstance(value, type(like))
+    if not ok:
+        raise ConfigError(f'{where}={value!r} is a {type(value).__name__}; a {type(like).__name__} is wanted, '
+                          f'such as {like!r}')
+    return value
+
+
+def check_fields(config: ConfigDict, schema: ConfigDict, where: str = 'config', path: str = '') -> None:
+    """Every field of `config` exists in `schema` (configs/default.py) and has its type."""
+    for key, value in config.items():
+        name = f'{path}.{key}' if path else key
+        if key not in schema:
+            raise ConfigError(f'{where}.{key}={value!r}: no such field; {_near(key, schema)}')
+        if name in OPEN:
+            continue
+        if isinstance(schema[key], ConfigDict) != isinstance(value, ConfigDict):
+            raise ConfigError(f'{where}.{key}={value!r}: a {"group" if isinstance(schema[key], ConfigDict) else "value"} is wanted')
+        if isinstance(value, ConfigDict):
+            check_fields(value, schema[key], f'{where}.{key}', name)
+        else:
+            config[key] = _typed(value, schema[key], f'{where}.{key}')
+    for key in schema:
+        if key not in config:
+            raise ConfigError(f'{where} lacks the field {key!r}; start from configs/default.py, which has them all')
+
+
+def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> ConfigDict:
+    """`defaults` overlaid with `config`. Raises ConfigError for a field that has no default, and for wrong types."""
+    out = ConfigDict(dict(defaults))
+    for key, value in config.items():
+        if key not in defaults:
+            raise ConfigError(f'{where}.{key}={value!r}: no such field; {_near(key, defaults)}')
+        out[key] = _typed(value, defaults[key], f'{where}.{key}') if not isinstance(value, ConfigDict) else value
+    return out
+
+
+def choose(value: str, options: Iterable[str], where: str) -> str:
+    """`value` if it is one of `options`; otherwise a ConfigError that lists them."""
+    options = list(options)
+    if value not in options:
+        raise ConfigError(f'{where}={value!r}: choose one of {", ".join(options)}')
+    return value
+
+
+def check_batch(config: ConfigDict, devices: int, processes: int) -> tuple[int, ...]:
+    """Mesh shape of this config on `devices`; the batch divides over microbatches, hosts and data-parallel devices."""
+    from vatt_jax import sharding
+    try:
+        shape = sharding.mesh_shape(config.mesh, devices)
+    except sharding.ShardingError as error:
+        raise ConfigError(str(error)) from error
+    rows = shape[0] * shape[1]
+    for field in ('batch_size', 'accumulate', 'steps', 'log_every'):
+        if config[field] < 1:
+            raise ConfigError(f'config.{field}={config[field]}: a positive number is wanted')
+    unit = rows * config.accumulate
+    if config.batch_size % unit:
+        low = max(1, config.batch_size // unit) * unit
+        raise ConfigError(
+            f'config.batch_size={config.batch_size} does not divide over {rows} data-parallel devices × '
+            f'config.accumulate={config.accumulate} microbatches; {low} or {low + unit} would')
+    if config.batch_size % processes:
+        raise ConfigError(f'config.batch_size={config.batch_size} does not divide over {processes} processes')
+    return shape
+
+
+def to_json(config: ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=1)
+
+
+def from_json(text: str) -> ConfigDict:
+    """The inverse of to_json; lists become tuples, as configs write them."""
+    return ConfigDict(_tuples(json.loads(text)))
+
+
+def same(a: ConfigDict, b: ConfigDict) -> list[str]:
+    """Dotted names of the fields in which two configs differ."""
+    flat_a, flat_b = dict(flatten(a)), dict(flatten(b))
+    return sorted(k for k in flat_a.keys() | flat_b.keys() if _tuples(flat_a.get(k)) != _tuples(flat_b.get(k)))
+
+
+def flatten(config: Mapping[str, Any], prefix: str = '') -> Iterable[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, (ConfigDict, dict)):
+            yield from flatten(value, f'{prefix}{key}.')
+        else:
+            yield prefix + key, value
+
+
+def _tuples(x: Any) -> Any:
+    if isinstance(x, (list, tuple)):
+        return tuple(_tuples(v) for v in x)
+    return {k: _tuples(v) for k, v in x.items()} if isinstance(x, dict) else x
+
+
+def _near(key: str, fields: Iterable[str]) -> str:
+    fields = list(fields)
+    close = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+    return f'did you mean {close[0]!r}?' if close else f'it has {", ".join(fields) or "no fields"}'
+
+
+def fail(message: str) -> None:
+    """Prints one sentence to standard error and leaves with code 2; never a traceback."""
+    print(f'error: {message}', file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Threads of data pipelines and checkpointers must not keep a failed run alive, and atexit hooks have nothing to save.
+    os._exit(2)

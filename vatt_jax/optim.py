@@ -1,0 +1,113 @@
+"""Optimizers and schedules from config, chosen per parameter path."""
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vatt_jax.config import ConfigError, choose
+
+OPTIMIZERS = ('adam', 'adamw', 'sgd', 'lamb', 'keras_adam')
+SCHEDULES = ('warmup_cosine', 'constant', 'vatt')
+
+
+def paths(tree: Any) -> Any:
+    """The tree with each leaf replaced by its path, 'model/video/encoder/layers/mlp/kernel'."""
+    return jax.tree.map_with_path(lambda p, _: '/'.join(str(getattr(k, 'key', getattr(k, 'name', k))) for k in p), tree)
+
+
+def matches(path: str, patterns) -> bool:
+    return any(re.search(p, path) for p in patterns)
+
+
+def schedule(config, steps: int) -> optax.Schedule:
+    """step -> learning rate (float32). config: `config.optimizer.schedule`; steps: of the whole run.
+
+    vatt: linear warm-up to the first level, then a half-period cosine from each level to the next (fact: official VATT
+    pre-training, 1e-4 at 5k to 5e-5 at 500k); from the last level on the rate is constant, where the official formula
+    divides zero by zero at the very last step and returns NaN.
+    """
+    choose(config.name, SCHEDULES, 'config.optimizer.schedule.name')
+    if config.name == 'constant':
+        return lambda step: jnp.where(step < config.warmup, config.peak * step / max(1, config.warmup), config.peak)
+    levels = config.levels if config.name == 'vatt' else ((config.warmup, config.peak), (steps, config.end))
+    if config.name == 'warmup_cosine' and config.warmup >= steps:
+        raise ConfigError(f'config.optimizer.schedule.warmup={config.warmup} leaves nothing of config.steps={steps}; '
+                          f'try {max(1, steps // 10)}')
+    if any(a[0] >= b[0] for a, b in zip(levels, levels[1:])):
+        raise ConfigError(f'config.optimizer.schedule.levels={levels}: the steps must increase')
+
+    def rate(step):
+        step = jnp.asarray(step, jnp.float32)
+        value = levels[0][1] * step / max(1, levels[0][0])
+        for (s0, v0), (s1, v1) in zip(levels, levels[1:]):
+            share = jnp.clip((step - s0) / (s1 - s0), 0.0, 1.0)
+            value = jnp.where(step >= s0, v1 + (v0 - v1) * 0.5 * (1 + jnp.cos(math.pi * share)), value)
+        return value.astype(jnp.float32) if len(levels) > 1 else jnp.minimum(value, levels[0][1])
+    return rate
+
+
+def build(config, steps: int, params: Any) -> optax.GradientTransformation:
+    """The optimizer of `config.optimizer` for parameters shaped like `params` (arrays or abstract).
+
+    Order: clip the global norm, the method's direction, decoupled weight decay, learning rate, factor by path. Frozen
+    parameters have no optimizer slots and zero updates. Raises ConfigError when a pattern of `rates` matches no parameter.
+    """
+    choose(config.name, OPTIMIZERS, 'config.optimizer.name')
+    names = paths(params)
+    flat = jax.tree.leaves(names)
+    for pattern, _ in config.rates:
+        if not any(re.search(pattern, n) for n in flat):
+            raise ConfigError(f'config.optimizer.rates: {pattern!r} matches no parameter; there are {", ".join(flat[:4])}, …')
+    frozen = jax.tree.map(lambda n: matches(n, config.frozen), names)
+    # The method below sees only trained leaves (optax.partition masks the rest), so trees it closes over are masked alike.
+    trained = lambda tree: jax.tree.map(lambda x, f: optax.MaskedNode() if f else x, tree, frozen)
+    decay = trained(jax.tree.map(lambda n: not matches(n, config.decay_skip), names))
+    factor = trained(jax.tree.map(lambda n: next((float(f) for p, f in config.rates if re.search(p, n)), 1.0), names))
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    weight_decay = optax.add_decayed_weights(config.weight_decay, decay) if config.weight_decay else optax.identity()
+    direction = {
+        'adam': optax.chain(adam, weight_decay),
+        'adamw': optax.chain(adam, weight_decay),
+        'keras_adam': optax.chain(scale_by_keras_adam(config.b1, config.b2, config.eps), weight_decay),
+        'sgd': optax.chain(optax.trace(config.momentum), weight_decay),
+        'lamb': optax.chain(adam, weight_decay, optax.scale_by_trust_ratio()),
+    }[config.name]
+    method = optax.chain(
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        direction,
+        optax.scale_by_learning_rate(schedule(config.schedule, steps)),
+        scale_by_path(factor) if config.rates else optax.identity())
+    return optax.partition({'train': method, 'frozen': optax.set_to_zero()},
+                           jax.tree.map(lambda f: 'frozen' if f else 'train', frozen))
+
+
+def scale_by_path(factors: Any) -> optax.GradientTransformation:
+    """Multiplies each update by its factor (a tree of floats shaped like the parameters)."""
+    return optax.stateless(lambda updates, params: jax.tree.map(lambda u, f: u * f, updates, factors))
+
+
+class KerasAdamState(NamedTuple):
+    count: jax.Array
+    mu: Any
+    nu: Any
+
+
+def scale_by_keras_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-7) -> optax.GradientTransformation:
+    """Adam as Keras writes it: direction = sqrt(1-b2^t)/(1-b1^t) · m / (sqrt(v) + eps), eps outside the bias correction
+    (so it weighs more in early steps than in Kingma & Ba's algorithm 1). The form official VATT weights were trained with."""
+    def init(params):
+        zeros = lambda: jax.tree.map(jnp.zeros_like, params)
+        return KerasAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
+
+    def update(grads, state, params=None):
+        t = state.count + 1
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+        correct = jnp.sqrt(1 - b2 ** t.astype(jnp.float32)) / (1 - b1 ** t.astype(jnp.float32))
+        return jax.tree.map(lambda m, v: correct * m / (jnp.sqrt(v) + eps), mu, nu), KerasAdamState(t, mu, nu)
+    return optax.GradientTransformation(init, update)
