@@ -51,7 +51,7 @@ def test_wrong_type_in_a_config_file():
 
 @pytest.mark.parametrize('fields, told', [
     (dict(batch_size='100'), 'batch_size=100 does not divide over 8'),
-    (dict(mesh__replica='16'), 'needs 16 devices and this machine has 8'),
+    (dict(mesh__replica='16'), 'needs 16 devices and there are 8'),
     (dict(mesh__replica='-1', mesh__fsdp='3'), '3 does not divide the 8'),
     (dict(accumulate='0'), 'config.accumulate=0'),
 ])

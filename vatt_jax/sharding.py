@@ -5,6 +5,7 @@ Model code names *logical* axes; only this file knows mesh axes. An unknown name
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,11 +82,11 @@ def mesh_spec(names: Sequence[str | None], sizes: Mapping[str, int], shape: Sequ
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over `devices` (default: all) with axes MESH_AXES. One size may be -1: whatever is left.
 
-    Raises ShardingError when the axes are unknown or do not multiply to the number of devices.
+    A mesh smaller than the machine takes its first devices. Raises ShardingError when axes are unknown or the mesh is too large.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(sizes, len(devices))
-    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return jax.make_mesh(shape, MESH_AXES, devices=devices[:math.prod(shape)], axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
@@ -104,9 +105,11 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
         if devices % fixed:
             raise ShardingError(f'config.mesh ({text}): {fixed} does not divide the {devices} devices of this machine')
         shape[shape.index(-1)] = devices // fixed
-    elif fixed != devices:
-        hint = 'use fewer, or set one axis to -1' if fixed > devices else 'set config.mesh.replica=-1 to use them all'
-        raise ShardingError(f'config.mesh ({text}) needs {fixed} devices and this machine has {devices}; {hint}')
+    elif fixed > devices:
+        raise ShardingError(f'config.mesh ({text}) needs {fixed} devices and there are {devices}; use fewer, or set one axis to -1')
+    elif fixed < devices and jax.process_count() > 1:
+        raise ShardingError(f'config.mesh ({text}) leaves {devices - fixed} of {devices} devices idle, and every process must '
+                            'own a part of the mesh; set config.mesh.replica=-1')
     return tuple(shape)
 
 

@@ -1,0 +1,108 @@
+"""Episodes to frames: anti-aliased signed distances, all frames of a scene at once."""
+from __future__ import annotations
+
+import colorsys
+import math
+
+import numpy as np
+
+from data_pipelines.datasets.playground.world import COLORS, FLOOR, LEFT, RIGHT, Config, Episode, Thing
+
+
+MARGIN = 0.32  # share of the frame; more than the largest radius
+
+
+def frames(config: Config, episodes: list[Episode], rng: np.random.Generator) -> np.ndarray:
+    """uint8 [T size size 3]."""
+    out = np.concatenate([scene(config.size, e) for e in episodes])
+    if config.camera_noise:
+        out += rng.standard_normal(out.shape, dtype=np.float32) * config.camera_noise
+    return np.clip(out, 0, 255).astype(np.uint8)
+
+
+def scene(size: int, episode: Episode) -> np.ndarray:
+    """float32 [T size size 3] in 0…255."""
+    # A margin as wide as the largest thing lets windows hang over the frame's edge without being clipped.
+    margin = math.ceil(MARGIN * size)
+    canvas = np.pad(backdrop(size, episode), ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+    for thing in [*episode.distractors, episode.subject]:
+        draw(canvas, thing, size, margin)
+    return canvas[:, margin:-margin, margin:-margin]
+
+
+def backdrop(size: int, episode: Episode) -> np.ndarray:
+    """A dim room whose pattern drifts, with a floor and two posts to run against, in every scene alike."""
+    light, hue, saturation, ky, kx, vy, vx, phase, twist = episode.background
+    t = (episode.times - episode.begin).astype(np.float32)[:, None, None]
+    y = np.linspace(0, 1, size, dtype=np.float32)[None, :, None]
+    x = np.linspace(0, 1, size, dtype=np.float32)[None, None, :]
+    wave = np.sin(ky * (y + 0.05 * vy * t) + kx * (x + 0.05 * vx * t) + phase) + 0.5 * np.sin(twist * 3 * (x - y) + 0.4 * vx * t)
+    value = np.clip(light + 0.07 * wave, 0.05, 0.7)
+    tint = np.array(colorsys.hsv_to_rgb(hue, saturation, 1.0), np.float32)
+    canvas = (value[..., None] * tint * 255).astype(np.float32)
+    canvas[:, math.ceil(FLOOR * size):] *= 0.55
+    canvas[:, :, :int(LEFT * size)] *= 0.55
+    canvas[:, :, math.ceil(RIGHT * size):] *= 0.55
+    return canvas
+
+
+def draw(canvas: np.ndarray, thing: Thing, size: int, margin: int) -> None:
+    """Paints a thing onto canvas [T size+2·margin size+2·margin 3] in place, through a window that follows it."""
+    frames_ = canvas.shape[0]
+    if frames_ == 0:
+        return
+    half = int(math.ceil(float(thing.radius.max()) * size)) + 2
+    corner = np.floor(thing.center * size).astype(int) - half
+    span = np.arange(2 * half + 1)
+    rows, columns = corner[:, :1] + span, corner[:, 1:] + span                    # [T S]
+    radius = (np.maximum(thing.radius, 1e-3) * size).astype(np.float32)[:, None, None]
+    v = (((rows + 0.5) - thing.center[:, :1] * size).astype(np.float32))[:, :, None] / radius
+    u = (((columns + 0.5) - thing.center[:, 1:] * size).astype(np.float32))[:, None, :] / radius
+    c, s = math.cos(thing.angle), math.sin(thing.angle)
+    u, v = c * u + s * v, c * v - s * u
+    alpha = np.clip(0.5 - distance(thing.kind, u, v) * radius, 0, 1) * (thing.radius > 0.01)[:, None, None]
+    color = np.array(COLORS[thing.color], np.float32) * pattern(thing.texture, u, v)[..., None]
+    at = (np.arange(frames_)[:, None, None], (rows + margin)[:, :, None], (columns + margin)[:, None, :])
+    below = canvas[at]
+    canvas[at] = below + alpha.astype(np.float32)[..., None] * (color - below)
+
+
+def distance(kind: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Signed distance (negative inside), in radii, to a shape of radius about 1; v points down."""
+    r = np.sqrt(u * u + v * v)
+    if kind == 'disc':
+        return r - 0.95
+    if kind == 'square':
+        return np.maximum(np.abs(u), np.abs(v)) - 0.8
+    if kind == 'triangle':
+        return np.maximum(np.abs(u) * 0.866 - (v + 0.15) * 0.5 - 0.42, v - 0.7)
+    if kind == 'star':
+        return (r - (0.66 + 0.34 * np.cos(5 * np.arctan2(u, -v)))) * 0.7
+    if kind == 'ring':
+        return np.abs(r - 0.72) - 0.24
+    if kind == 'cross':
+        return np.minimum(np.maximum(np.abs(u) - 0.3, np.abs(v) - 1), np.maximum(np.abs(u) - 1, np.abs(v) - 0.3))
+    raise ValueError(f'no object kind {kind!r}')
+
+
+def pattern(texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Brightness of the surface, 0.4…1."""
+    if texture == 'striped':
+        return np.where(np.sin(7.5 * v) > 0, 1.0, 0.4).astype(np.float32)
+    if texture == 'dotted':
+        return np.where(np.sin(8 * u) * np.sin(8 * v) > 0.35, 0.4, 1.0).astype(np.float32)
+    return np.ones_like(u)
+
+
+def boxes(config: Config, episodes: list[Episode]) -> list[list[list[float]]]:
+    """[frame][object] -> y0 x0 y1 x1 as shares of the frame, clipped to it; the subject first, [0 0 0 0] while it is not there."""
+    out = []
+    for e in episodes:
+        for i in range(len(e.times)):
+            row = []
+            for thing in [e.subject, *e.distractors]:
+                (y, x), r = thing.center[i], thing.radius[i]
+                shown = r > 0.01
+                row.append([round(float(np.clip(n, 0, 1)), 4) if shown else 0.0 for n in (y - r, x - r, y + r, x + r)])
+            out.append(row)
+    return out

@@ -1,0 +1,224 @@
+"""Media files <-> arrays, through PyAV: frames at a fixed rate, mono sound beside them on one clock, and small mp4 files.
+
+The clock starts at the first picture (or the first sound of a file without pictures). Everything is placed by time stamps: a
+variable frame rate, a late audio track or a hole in it do not move sound against pictures.
+"""
+from __future__ import annotations
+
+import dataclasses
+import fractions
+import io
+import os
+from collections.abc import Iterator
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from PIL import Image
+
+SUFFIXES = ('.mp4', '.webm', '.mkv', '.avi', '.mov', '.wav')
+_BAD_SHARE = 0.05      # undecodable packets that are put up with
+_HOLE = 0.05           # seconds between the end of one piece of sound and the next that count as a hole
+av.logging.set_level(av.logging.PANIC)  # decoders print every concealed error of a web video; what matters is raised
+
+
+class MediaError(ValueError):
+    """A file that cannot be used. `reason` is a short clause for lists: 'corrupt: …', 'too short: …'."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclasses.dataclass
+class Media:
+    """frames: iterator of uint8 [H W 3] RGB at the asked fps (None without a video track). audio: int16 [S] mono or None; with
+    frames it still has to be cut or filled to their length, which is known when they have been read (`fit`)."""
+    frames: Iterator[np.ndarray] | None
+    audio: np.ndarray | None
+
+
+def read(path: str | os.PathLike, fps: float, size: int, rate: int, longest: float = 4 * 3600.0) -> Media:
+    """Opens a media file. `size`: pixels of the short side; `rate`: samples per second.
+
+    Raises MediaError here for files that do not open, and while frames are read for pictures that do not decode.
+    """
+    try:
+        with av.open(os.fspath(path)) as container:
+            has_video = bool(container.streams.video)
+            has_audio = bool(container.streams.audio)
+            if not has_video and not has_audio:
+                raise MediaError('no video and no audio track')
+            zero = _first_time(container) if has_video else None
+        audio = _audio(path, rate, zero, longest) if has_audio else None
+    except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as e:
+        raise MediaError(f'corrupt: {_say(e)}') from None
+    if has_video:
+        return Media(_frames(path, fps, size, zero, longest), audio)
+    if audio is None:
+        raise MediaError('corrupt: no sound could be decoded')
+    return Media(None, audio)
+
+
+def fit(audio: np.ndarray | None, frames: int, fps: float, rate: int) -> np.ndarray | None:
+    """Sound cut, or filled with silence, to the length of `frames` pictures, so that both end together."""
+    if audio is None:
+        return None
+    samples = round(frames / fps * rate)
+    return np.pad(audio[:samples], (0, max(0, samples - len(audio))))
+
+
+def _say(error: BaseException) -> str:
+    return str(getattr(error, 'strerror', None) or error).split('\n')[0]
+
+
+def _first_time(container: av.container.InputContainer) -> float:
+    """Seconds of the first picture."""
+    stream = container.streams.video[0]
+    if stream.start_time is not None:
+        return float(stream.start_time * stream.time_base)
+    stream.codec_context.thread_count = 1
+    for frame in _decode(container, stream):
+        return float(frame.pts * frame.time_base) if frame.pts is not None else 0.0
+    raise MediaError('corrupt: no picture could be decoded')
+
+
+def _decode(container, stream) -> Iterator[av.frame.Frame]:
+    """Decoded frames of one stream. Raises MediaError when too many packets do not decode."""
+    good = bad = 0
+    try:
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError:
+                bad += 1
+                continue
+            good += 1
+            for frame in frames:
+                bad += bool(getattr(frame, 'is_corrupt', False))
+                yield frame
+    except av.error.FFmpegError as e:
+        raise MediaError(f'corrupt: {_say(e)}') from None
+    if bad > _BAD_SHARE * (good + bad):
+        raise MediaError(f'corrupt: {bad} of {good + bad} packets do not decode')
+
+
+def _frames(path, fps: float, size: int, zero: float, longest: float) -> Iterator[np.ndarray]:
+    """The picture shown at 0, 1/fps, 2/fps, … until the last one's end."""
+    try:
+        container = av.open(os.fspath(path))
+    except (av.error.FFmpegError, OSError) as e:
+        raise MediaError(f'corrupt: {_say(e)}') from None
+    with container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1  # files are decoded side by side; threads inside each would only compete
+        usual = 1.0 / float(stream.average_rate) if stream.average_rate else 1.0 / fps
+        declared = float(stream.duration * stream.time_base) if stream.duration else 0.0
+        square = float(stream.sample_aspect_ratio or 1)
+        convert = VideoReformatter()       # kept: it caches the tables of the scaler
+        sent, shown, seen = 0, None, -1.0  # pictures given out; the one on display; its time
+        end = 0.0
+        for frame in _decode(container, stream):
+            time = float(frame.pts * frame.time_base) - zero if frame.pts is not None else seen + usual
+            if time <= seen:   # clocks that stand still or run backwards: play on
+                time = seen + usual if seen >= 0 else 0.0
+            if time > longest or time - seen > max(60.0, declared):
+                raise MediaError(f'corrupt: time stamps jump to {time:.0f} s')
+            # Half a millisecond of grace: containers round time stamps to milliseconds or worse.
+            while shown is not None and sent / fps < time - 5e-4:
+                shown = shown if isinstance(shown, np.ndarray) else _rgb(shown, size, square, convert)
+                yield shown
+                sent += 1
+            shown, seen = frame, time
+            end = time + (float(frame.duration * frame.time_base) if frame.duration else usual)
+        if end < 0.8 * declared - 1.0:
+            raise MediaError(f'truncated: {end:.1f} of {declared:.1f} s can be decoded')
+        if shown is not None:
+            for _ in range(sent, max(1, round(end * fps))):
+                shown = shown if isinstance(shown, np.ndarray) else _rgb(shown, size, square, convert)
+                yield shown
+
+
+def _rgb(frame: av.VideoFrame, size: int, square: float, convert: VideoReformatter) -> np.ndarray:
+    """uint8 [H W 3], upright, short side `size`. square: width of a stored pixel / its height; the result has square ones."""
+    width = frame.width * square
+    scale = size / min(width, frame.height)
+    w, h = max(size, round(width * scale)), max(size, round(frame.height * scale))
+    # One thread: for small pictures, handing the rows to others takes several times as long as scaling them.
+    picture = convert.reformat(frame, w, h, 'rgb24', interpolation='AREA' if scale < 1 else 'BILINEAR', threads=1).to_ndarray()
+    turn = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(picture, turn)) if turn else picture
+
+
+def _audio(path, rate: int, zero: float | None, longest: float) -> np.ndarray | None:
+    """int16 [S] mono from second `zero` on (None: from its own first sound), holes filled with silence; None if there is none."""
+    pieces: list[tuple[float, list[np.ndarray]]] = []
+    with av.open(os.fspath(path)) as container:
+        stream = container.streams.audio[0]
+        stream.codec_context.thread_count = 1
+        resampler, due, layout = None, None, None
+        for frame in _decode(container, stream):
+            time = float(frame.pts * frame.time_base) if frame.pts is not None else due or 0.0
+            here = (frame.sample_rate, frame.layout.name, frame.format.name)
+            if resampler is None or here != layout or abs(time - due) > _HOLE:
+                if resampler is not None:
+                    pieces[-1][1].extend(x.to_ndarray()[0] for x in resampler.resample(None))
+                resampler, layout = av.AudioResampler(format='s16', layout='mono', rate=rate), here
+                pieces.append((time, []))
+                due = time
+            pieces[-1][1].extend(x.to_ndarray()[0] for x in resampler.resample(frame))
+            due = due + frame.samples / frame.sample_rate
+        if resampler is not None:
+            pieces[-1][1].extend(x.to_ndarray()[0] for x in resampler.resample(None))
+    joined = [(time, np.concatenate(some)) for time, some in pieces if some]
+    if not joined:
+        return None
+    zero = joined[0][0] if zero is None else zero
+    if len(joined) == 1 and joined[0][0] == zero:
+        return joined[0][1]
+    places = [(round((time - zero) * rate), pcm) for time, pcm in joined]
+    total = max(at + len(pcm) for at, pcm in places)
+    if total > longest * rate:
+        raise MediaError(f'corrupt: sound runs to {total / rate:.0f} s')
+    out = np.zeros(max(total, 0), np.int16)
+    for at, pcm in places:
+        pcm, at = pcm[max(0, -at):], max(0, at)
+        out[at:at + len(pcm)] = pcm
+    return out
+
+
+def jpeg(frame: np.ndarray, quality: int) -> bytes:
+    """uint8 [H W 3] -> JPEG bytes, chroma at half resolution."""
+    out = io.BytesIO()
+    Image.fromarray(frame).save(out, 'JPEG', quality=quality, subsampling=2)
+    return out.getvalue()
+
+
+def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float, audio: np.ndarray | None = None, rate: int = 48000,
+              crf: int = 18, preset: str = 'veryfast') -> None:
+    """uint8 [T H W 3] at fps (H, W even) and int16 [S] mono at `rate` -> H.264 + AAC. Equal input gives equal bytes.
+
+    crf: quality of x264 (lower is better). Raises ValueError for frames that are not even-sized uint8 RGB.
+    """
+    frames = np.asarray(frames)
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise ValueError(f'write_mp4 wants uint8 frames [T H W 3] with even H and W; got {frames.dtype} {frames.shape}')
+    with av.open(os.fspath(path), 'w', format='mp4', options={'fflags': '+bitexact', 'movflags': '+faststart'}) as container:
+        video = container.add_stream('libx264', rate=fractions.Fraction(fps).limit_denominator(1001))
+        video.height, video.width = frames.shape[1:3]
+        video.pix_fmt = 'yuv420p'
+        # One thread: with more, rate control depends on their timing. No B-frames: small files that decode fast.
+        video.codec_context.thread_count = 1
+        video.options = {'crf': str(crf), 'preset': preset, 'bf': '0', 'threads': '1', 'flags': '+bitexact'}
+        sound = None
+        if audio is not None:
+            sound = container.add_stream('aac', rate=rate, layout='mono', options={'flags': '+bitexact'})
+            sound.bit_rate = 64000 if rate < 32000 else 96000
+        for picture in frames:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format='rgb24')))
+        container.mux(video.encode())
+        if sound is not None:
+            whole = av.AudioFrame.from_ndarray(np.asarray(audio, np.int16)[None], format='s16', layout='mono')
+            whole.sample_rate, whole.pts = rate, 0
+            container.mux(sound.encode(whole))
+            container.mux(sound.encode())

@@ -1,0 +1,405 @@
+"""Prepared records -> host batches, on tf.data.
+
+The index says what every row needs before anything is read, so a batch is planned in NumPy (windows, crops, sentences, labels;
+every draw keyed by the row's position), its raw records are fetched in one call, and TensorFlow's threads parse them and decode
+just the frames that were chosen. Nothing in the graph is random and nothing is shuffled there.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import numpy as np
+import tensorflow as tf
+
+from data_pipelines import audio, order, text, video
+from data_pipelines import views as view_rules
+from data_pipelines.base import SPLITS, Data, Request, Rows, blank, tokenizer_of
+from data_pipelines.errors import DataError
+from data_pipelines.records import Prepared, Split
+from vatt_jax.tokenizer import Tokenizer
+
+with contextlib.suppress(RuntimeError):  # too late if TensorFlow is in use already
+    tf.config.set_visible_devices([], 'GPU')  # the accelerator belongs to JAX
+
+_PATIENCE = 100   # records read before the share of unreadable ones is judged
+_REPORTED = 1000  # unreadable records listed by problems()
+
+
+class Records(Data):
+    """config.data.train is the training mixture {name: {path, split, weight, share}}; config.data.eval {path} the dataset that
+    evaluation passes read (default: the first training source). `train` by records means the mixture, everything else the
+    evaluation dataset.
+
+    info['tokenizer'] is that of config.model.inputs.text if it holds a spec, else the first source's. Raises DataError.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        mixture = {name: dict(entry) for name, entry in config.data.train.items()}
+        evaluated = dict(config.data.eval)
+        if not mixture and not evaluated.get('path'):
+            raise DataError("config.data.source is 'records' and config.data.train is empty; set it to "
+                            "{'mine': {'path': FOLDER}} with a folder made by python -m data_pipelines.prepare")
+        opened: dict[str, Prepared] = {}
+        for name, entry in [*mixture.items(), ('', evaluated)]:
+            unknown = set(entry) - ({'path', 'split', 'weight', 'share'} if name else {'path'})
+            where = f'config.data.train.{name}' if name else 'config.data.eval'
+            if unknown:
+                raise DataError(f'{where} has no field {sorted(unknown)[0]!r}; fields are path, split, weight, share')
+            if name and not entry.get('path'):
+                raise DataError(f'{where} has no path; give the folder that python -m data_pipelines.prepare made')
+            if entry.get('path') and entry['path'] not in opened:
+                opened[entry['path']] = Prepared(entry['path'])
+                opened[entry['path']].check(self.inputs)
+        sizes = {p.meta['size'] for p in opened.values()}
+        if len({opened[e['path']].meta['size'] for e in mixture.values()}) > 1 and 'video' in self.inputs:
+            raise DataError(f'the sources of config.data.train store frames of different sizes {sorted(sizes)}; prepare them with '
+                            'the same --size')
+        self._mixture = [(name, entry, Split(opened[entry['path']], entry.get('split', 'train'), name))
+                         for name, entry in mixture.items()]
+        self._evaluated = opened[evaluated['path']] if evaluated.get('path') else self._mixture[0][2].prepared
+        self._splits = {s.split: s for _, _, s in self._mixture if s.prepared is self._evaluated and s.split in SPLITS}
+        first = self._mixture[0][2].prepared if self._mixture else self._evaluated
+        self.tokenizer: Tokenizer = tokenizer_of(self.inputs, first.tokenizer(), str(first.path))
+        # Class numbers must mean the same everywhere, so sources that share a label share its names.
+        labels: dict[str, list[str]] = {}
+        self._multi: dict[str, int | None] = {}
+        for prepared in opened.values():
+            for label, names in prepared.meta['labels'].items():
+                if labels.setdefault(label, names) != names:
+                    raise DataError(f'label {label!r} has other classes in {prepared.path} than in the datasets before it')
+                self._multi[label] = len(names) if label in prepared.meta['multi_hot'] or self._multi.get(label) else None
+        self.info = {'tokenizer': self.tokenizer.to_spec(), 'labels': labels,
+                     'sources': [name for name, _, _ in self._mixture] or [self._evaluated.meta['name']]}
+        self._lock = threading.Lock()
+        self._seen: set[tuple[str, str, int]] = set()
+        self._iterators: weakref.WeakSet[_Batches] = weakref.WeakSet()
+
+    # ---- what a split is made of
+    def _parts(self, split: str, by: str) -> list[Split]:
+        if split == 'train' and by == 'records' and self._mixture:
+            return [part for _, _, part in self._mixture]
+        if split not in self._evaluated.splits:
+            return []
+        if split not in self._splits:
+            self._splits[split] = Split(self._evaluated, split)
+        return [self._splits[split]]
+
+    def _sources(self, split, by):
+        parts = self._parts(split, by)
+        if split == 'train' and by == 'records' and self._mixture:
+            return [order.Source(len(part), float(entry.get('weight', 1.0)), float(entry.get('share', 0.0)), name=name)
+                    for name, entry, part in self._mixture]
+        return [order.Source(len(p) if by == 'records' else len(p.index.segment_record), name=p.name) for p in parts]
+
+    def texts(self, split, by='segments'):
+        out = []
+        for part in self._parts(split, by):
+            t = part.index
+            for i in range(len(t) if by == 'records' else len(t.segment_record)):
+                r = i if by == 'records' else int(t.segment_record[i])
+                own = range(t.segment_offset[r], t.segment_offset[r + 1]) if by == 'records' else [i]
+                start = 0.0 if by == 'records' else float(t.segment_start[i])
+                end = float(t.duration[r]) if by == 'records' else float(t.segment_end[i])
+                spoken = range(t.sentence_offset[r], t.sentence_offset[r + 1])
+                out.append({'id': t.id[r], 'start': start, 'end': end,
+                            'caption': ' '.join(filter(None, (t.segment_caption[j] for j in own))),
+                            'sentences': [t.sentence_text[j] for j in spoken
+                                          if t.sentence_end[j] >= start and t.sentence_start[j] <= end],
+                            'ground_truth': t.ground_truth[r]})
+        return out
+
+    def _batches(self, request: Request, rows: Callable[[int], Rows], number: int | None) -> Iterator[dict[str, Any]]:
+        parts = self._parts(request.split, 'segments' if request.segments else 'records')
+        if not parts:
+            raise DataError(f'{self._evaluated.path} has no split {request.split!r}; it has '
+                            f'{", ".join(self._evaluated.splits)} (config.data.eval names the dataset that evaluators read)')
+        iterator = _Batches(self, _Plan(self, request, parts), rows, number)
+        self._iterators.add(iterator)
+        return iterator
+
+    def close(self) -> None:
+        for iterator in list(self._iterators):
+            iterator.close()
+
+    def _count(self, name: str, split: str, numbers: np.ndarray, reasons: list[str], size: int) -> None:
+        """Adds reads to problems(); raises DataError when too many records cannot be read."""
+        with self._lock:
+            p = self._problems
+            p['read'] += len(numbers)
+            for number, reason in zip(numbers, reasons):
+                if reason:
+                    p['corrupt'] += 1
+                    if (name, split, int(number)) not in self._seen and len(self._seen) < _REPORTED:
+                        self._seen.add((name, split, int(number)))
+                        p['indices'].append((f'{name}/{split}', int(number), reason))
+            limit = self.config.data.max_corrupt
+            if p['read'] >= min(_PATIENCE, max(size, 1)) and p['corrupt'] > limit * p['read']:
+                name, number, reason = p['indices'][0]
+                raise DataError(f'{p["corrupt"]} of {p["read"]} records could not be read, more than config.data.max_corrupt='
+                                f'{limit:g} (first: record {number} of {name}: {reason}); prepare the data again with --overwrite')
+
+
+class _Plan:
+    """Rows -> everything about a batch but its pixels and samples, and what to fetch for those."""
+
+    def __init__(self, data: Records, request: Request, parts: list[Split]):
+        self.data, self.request, self.parts = data, request, parts
+        self.inputs, self.views = data.inputs, request.views
+        self.videos = [v for v in self.views if v.modality == 'video']
+        self.audios = [v for v in self.views if v.modality == 'audio']
+        shapes = {(int(h), int(w)) for p in parts for h, w in np.unique(
+            np.stack([p.index.height, p.index.width], 1)[p.index.frames > 0], axis=0)}
+        size = parts[0].prepared.meta['size']
+        # Frames of one shape travel whole and the device crops. Mixed shapes are cut to squares of their common short side here:
+        # anywhere along the long side in training, the middle in evaluation.
+        self.square = len(shapes) > 1
+        self.height, self.width = (size, size) if self.square or not shapes else next(iter(shapes))
+
+    def gather(self, rows: Rows, pick: Callable[[Any], np.ndarray], dtype) -> np.ndarray:
+        """Column of the index for each row, over the sources."""
+        out = np.zeros(len(rows.index), dtype)
+        for i, part in enumerate(self.parts):
+            mine = (rows.source == i) & rows.valid
+            out[mine] = pick(part)[rows.index[mine]]
+        return out
+
+    def __call__(self, rows: Rows) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """(batch without video and audio data, what `fetch` and the graph need)."""
+        request, b = self.request, len(rows.index)
+        segment = rows.index
+        if request.segments:
+            record = self.gather(rows, lambda p: p.index.segment_record, np.int64)
+            span = tuple(self.gather(rows, lambda p, n=n: getattr(p.index, f'segment_{n}'), np.float64) for n in ('start', 'end'))
+            rows = Rows(rows.position, rows.source, record, rows.valid)
+        duration = self.gather(rows, lambda p: p.index.duration, np.float64)
+        frames = self.gather(rows, lambda p: p.index.frames, np.int64)
+        samples = self.gather(rows, lambda p: p.index.samples, np.int64)
+        stored_fps = np.array([p.prepared.meta['fps'] for p in self.parts])[rows.source]
+        if not request.segments:
+            span = (np.zeros(b), duration)
+        starts = view_rules.starts(self.views, self.data.window, duration, self.data._draw(request, rows),
+                                   span if request.centred else None, 1.0 / stored_fps)
+
+        batch: dict[str, Any] = {'index': segment.astype(np.int32), 'source': rows.source.astype(np.int32),
+                                 'position': rows.position, 'valid': rows.valid.copy()}
+        for v in self.views:
+            stream: dict[str, Any] = {'start': starts[v.suffix].astype(np.float32)}
+            if v.modality == 'text':
+                stream['data'], stream['mask'] = self._sentences(rows, starts[v.suffix])
+                stream['valid'] = stream['mask'].any(-1)
+            else:
+                stream['valid'] = (frames if v.modality == 'video' else samples) > 0
+            if v.modality == 'video':
+                height, width = np.full(b, self.height), np.full(b, self.width)
+                stream['box'], stream['flip'] = self.data._crops(request, rows, v.stream, height, width)
+            batch[v.stream] = stream
+        if request.segments and 'text' in self.inputs:
+            captions = [[self.parts[s].index.segment_caption[g]] if ok else [] for s, g, ok in zip(rows.source, segment, rows.valid)]
+            data, mask = text.encode(self.data.tokenizer, captions, 1, self.inputs['text']['words'])
+            batch['text.caption'] = {'data': data, 'mask': mask, 'valid': mask.any(-1), 'start': span[0].astype(np.float32)}
+        middle = starts[''] + self.data.window / 2
+        batch['labels'] = self._labels(rows, segment if request.segments else self._segment_at(rows, middle))
+        return batch, self._wanted(rows, starts, frames, samples, stored_fps)
+
+    def _wanted(self, rows: Rows, starts, frames, samples, stored_fps) -> dict[str, np.ndarray]:
+        b, want = len(rows.index), {}
+        if self.videos:
+            v = self.inputs['video']
+            numbers = [video.frame_numbers(starts[x.suffix], frames, stored_fps, v['fps'], v['frames']) for x in self.videos]
+            numbers = [n[:, ::-1] if x.kind == 'reverse' else n for n, x in zip(numbers, self.videos)]
+            want['frames'] = np.where((frames > 0)[:, None, None], np.stack(numbers, 1), -1).astype(np.int32)
+            if self.square:
+                height = self.gather(rows, lambda p: p.index.height, np.int64)
+                width = self.gather(rows, lambda p: p.index.width, np.int64)
+                at = np.full(b, 0.5)
+                if self.request.augment:
+                    at = order.uniform(self.data.config.seed, rows.position, f'{self.request.site}/square', 1)[:, 0]
+                room = np.stack([height, width], 1) - self.height
+                want['corner'] = np.maximum(np.floor(room * at[:, None] + 0.5), 0).astype(np.int32)
+        if self.audios:
+            rate = self.inputs['audio']['rate']
+            firsts = [audio.first_samples(starts[x.suffix], samples, rate) for x in self.audios]
+            want['samples'] = np.where((samples > 0)[:, None], np.stack(firsts, 1), -1).astype(np.int64)
+        return want
+
+    def _sentences(self, rows: Rows, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        k, chosen = self.inputs['text']['candidates'], []
+        for source, record, start, ok in zip(rows.source, rows.index, starts, rows.valid):
+            t = self.parts[source].index
+            first, last = (t.sentence_offset[record:record + 2] if ok else (0, 0))
+            run = text.candidates(t.sentence_start[first:last], t.sentence_end[first:last], start, self.data.window, k)
+            chosen.append([t.sentence_text[first + i] for i in run])
+        return text.encode(self.data.tokenizer, chosen, k, self.inputs['text']['words'])
+
+    def _segment_at(self, rows: Rows, moment: np.ndarray) -> np.ndarray:
+        """The segment of each record that holds the moment [B] (the last one that does), -1 if none does."""
+        out = np.full(len(rows.index), -1, np.int64)
+        for i, (source, record, ok) in enumerate(zip(rows.source, rows.index, rows.valid)):
+            t = self.parts[source].index
+            first, last = t.segment_offset[record:record + 2] if ok else (0, 0)
+            if last == first + 1 and t.segment_start[first] == 0 and t.segment_end[first] >= t.duration[record] - 1e-3:
+                out[i] = first  # one segment for the whole record, also where the window is longer than both
+                continue
+            hit = np.flatnonzero((t.segment_start[first:last] <= moment[i]) & (moment[i] <= t.segment_end[first:last]))
+            if len(hit):
+                out[i] = first + hit[-1]
+        return out
+
+    def _labels(self, rows: Rows, segment: np.ndarray) -> dict[str, np.ndarray]:
+        labels = {}
+        for name, classes in self.data._multi.items():
+            value = np.full(len(segment), -1, np.int32) if classes is None else np.zeros((len(segment), classes), np.float32)
+            for i, part in enumerate(self.parts):
+                stored = part.index.labels.get(name)
+                mine = (rows.source == i) & rows.valid & (segment >= 0)
+                if stored is None or not mine.any():
+                    continue
+                stored = stored[segment[mine]]
+                if classes is not None and stored.ndim == 1:
+                    value[np.flatnonzero(mine)[stored >= 0], stored[stored >= 0]] = 1.0
+                else:
+                    value[mine] = stored
+            labels[name] = value
+        return labels
+
+
+class _Batches(Iterator):
+    """Iterator of host batches; close() stops its threads. After an error it is over."""
+
+    def __init__(self, data: Records, plan: _Plan, rows: Callable[[int], Rows], number: int | None):
+        self._data, self._plan, self._rows, self.closed = data, plan, rows, False
+        self._planned: dict[int, dict[str, Any]] = {}
+        self._error: BaseException | None = None
+        self._streams = {'video': plan.videos, 'audio': plan.audios}
+        dataset = self._dataset(number)
+        self._iterator = iter(dataset)
+
+    def _dataset(self, number: int | None) -> tf.data.Dataset:
+        d, plan = self._data.config.data, self._plan
+        keys = [k for k, on in (('frames', plan.videos), ('corner', plan.videos and plan.square), ('samples', plan.audios)) if on]
+        types = {'frames': tf.int32, 'corner': tf.int32, 'samples': tf.int64}
+        shapes = {'frames': [None, len(plan.videos), None], 'corner': [None, 2], 'samples': [None, len(plan.audios)]}
+
+        def fetch(step):
+            step, raw, *wanted = tf.numpy_function(self._fetch(keys), [step], [tf.int64, tf.string, *(types[k] for k in keys)])
+            out = {'step': tf.ensure_shape(step, [None]), 'raw': tf.ensure_shape(raw, [None])}
+            for key, value in zip(keys, wanted):
+                out[key] = tf.ensure_shape(value, shapes[key])
+            return out
+
+        options = tf.data.Options()
+        options.deterministic = True
+        options.autotune.enabled = False
+        options.threading.private_threadpool_size = max(2, d.threads + 1)
+        steps = tf.data.Dataset.range(number if number is not None else np.iinfo(np.int64).max)
+        # Rows are decoded side by side, across the border of batches too, so that a heavy row keeps nobody waiting.
+        return (steps.map(fetch).prefetch(1).unbatch()
+                .map(self._row, num_parallel_calls=max(1, d.threads), deterministic=True)
+                .batch(len(self._rows(0).index), drop_remainder=True).prefetch(max(1, d.prefetch)).with_options(options))
+
+    def _fetch(self, keys: list[str]):
+        def fetch(step: np.ndarray):
+            if self.closed:
+                raise RuntimeError('closed')
+            try:
+                rows = self._rows(int(step))
+                batch, wanted = self._plan(rows)
+                raw = self._read(rows, batch)
+                self._planned[int(step)] = batch
+                return [np.full(len(raw), step), np.array(raw, object), *(wanted[k] for k in keys)]
+            except Exception as e:
+                self._error = e
+                raise
+        return fetch
+
+    def _read(self, rows: Rows, batch: dict[str, Any]) -> list[bytes]:
+        """Raw records of the rows (b'' where padding or unreadable). Rows that cannot be read are emptied in `batch`."""
+        if self._plan.request.segments:
+            record = self._plan.gather(rows, lambda p: p.index.segment_record, np.int64)
+        else:
+            record = rows.index
+        raw, bad = [b''] * len(record), ~rows.valid
+        for i, part in enumerate(self._plan.parts):
+            mine = np.flatnonzero((rows.source == i) & rows.valid)
+            # A record wanted by several rows (segments of one video) is read once.
+            numbers, back = np.unique(record[mine], return_inverse=True)
+            got, reasons = part.read(numbers)
+            self._data._count(part.name, part.split, numbers, reasons, sum(len(p) for p in self._plan.parts))
+            for row, j in zip(mine, back):
+                raw[row], bad[row] = got[j], bool(reasons[j])
+        blank(batch, bad)
+        return raw
+
+    # ---- in the graph: one row
+    def _row(self, wanted: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        features = {'frames': tf.io.RaggedFeature(tf.string), 'audio': tf.io.FixedLenFeature([], tf.string, b'')}
+        parsed = tf.io.parse_single_example(wanted['raw'], features)
+        out = {'step': wanted['step']}
+        readable = tf.strings.length(wanted['raw']) > 0
+        if 'frames' in wanted:
+            shape = (len(self._plan.videos), self._plan.inputs['video']['frames'], self._plan.height, self._plan.width, 3)
+            pictures = lambda: self._pictures(parsed['frames'], wanted, shape)
+            out['video'] = tf.cond(readable & (wanted['frames'][0, 0] >= 0), pictures, lambda: tf.zeros(shape, tf.uint8))
+        if 'samples' in wanted:
+            count = self._plan.inputs['audio']['samples']
+            shape = (len(self._plan.audios), count)
+            sounds = lambda: tf.stack([self._sound(parsed['audio'], wanted['samples'][i], count) for i in range(shape[0])])
+            out['audio'] = tf.cond(readable & (wanted['samples'][0] >= 0), sounds, lambda: tf.zeros(shape, tf.int16))
+        return out
+
+    def _pictures(self, frames: tf.Tensor, wanted: dict[str, tf.Tensor], shape: tuple[int, ...]) -> tf.Tensor:
+        # Overlapping views ask for the same frames: each is decoded once.
+        numbers, back = tf.unique(tf.reshape(wanted['frames'], [-1]))
+        if self._plan.square:
+            window = tf.concat([wanted['corner'], [shape[2], shape[3]]], 0)
+            decode = lambda jpeg: tf.image.decode_and_crop_jpeg(jpeg, window, channels=3)
+        else:
+            decode = lambda jpeg: tf.image.decode_jpeg(jpeg, channels=3)
+        decoded = tf.map_fn(decode, tf.gather(frames, numbers), fn_output_signature=tf.TensorSpec([shape[2], shape[3], 3], tf.uint8),
+                            parallel_iterations=1)
+        return tf.reshape(tf.gather(decoded, back), shape)
+
+    def _sound(self, pcm: tf.Tensor, first: tf.Tensor, count: int) -> tf.Tensor:
+        total = tf.strings.length(pcm) // 2
+        first = tf.cast(first, tf.int32)
+        straight = lambda: tf.io.decode_raw(tf.strings.substr(pcm, 2 * first, 2 * count), tf.int16)
+        around = lambda: tf.gather(tf.io.decode_raw(pcm, tf.int16), (first + tf.range(count)) % total)
+        return tf.ensure_shape(tf.cond(first + count <= total, straight, around), [count])
+
+    # ---- iterator
+    def __next__(self) -> dict[str, Any]:
+        if self.closed:
+            raise StopIteration
+        try:
+            arrays = next(self._iterator)
+        except StopIteration:
+            self.close()
+            raise
+        except Exception as e:
+            error = self._error
+            self.close()
+            if isinstance(error, DataError):
+                raise error from None
+            raise DataError(f'a record cannot be decoded although its bytes are as written ({str(e).splitlines()[0][:200]}); '
+                            'prepare the data again with --overwrite') from e
+        batch = self._planned.pop(int(arrays['step'][0]))
+        for modality, views in self._streams.items():
+            for i, v in enumerate(views):
+                data = arrays[modality].numpy()[:, i]
+                if v.kind == 'reverse' and modality == 'audio':
+                    data = data[:, ::-1]
+                batch[v.stream]['data'] = np.ascontiguousarray(data)
+        return batch
+
+    def close(self) -> None:
+        self.closed = True
+        self._iterator = None
+        self._planned.clear()

@@ -1,0 +1,429 @@
+"""A folder of media files and their captions -> a tfds dataset in ArrayRecord, ready for training. Once, offline.
+
+    python -m data_pipelines.prepare --videos=my_videos --captions=captions.csv --out=data/mine
+
+It can be killed at any moment and started again: each decoded file is kept until the dataset is whole. A file that cannot be
+used is skipped with its reason and never stops the others. What goes in and what comes out: docs/data.md.
+"""
+from __future__ import annotations
+
+import argparse
+import concurrent.futures as futures
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import re
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from data_pipelines import index as indices
+from data_pipelines import notes, staging
+from data_pipelines.base import SPLITS
+from data_pipelines.errors import DataError
+
+_FOLDERS = {'train': 'train', 'validation': 'validation', 'val': 'validation', 'valid': 'validation', 'test': 'test'}
+_DONE = 'prepare.json'
+
+
+def prepare(videos: str, captions: str, out: str, *, annotations: str = '', fps: float = 10.0, size: int = 256,
+            rate: int = 48000, quality: int = 90, processes: int = 2, min_seconds: float = 1.0, name: str = '',
+            vocabulary: int = 65536, tokenizer: str = 'words', validation: float = 0.05, test: float = 0.05,
+            require_audio: bool = False, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Prepares the folder `videos` into the folder `out`; `captions` and `annotations` may be ''. The rest is in `--help`.
+
+    Returns {'splits': {split: {'records', 'segments', 'sentences', 'hours', 'without_audio', 'without_video'}}, 'skipped':
+    {file: reason}, 'labels', 'seconds', 'fresh': False if everything was there already}. Raises DataError with one sentence.
+    """
+    began = time.monotonic()
+    say = _Console(quiet)
+    folder, target = pathlib.Path(videos), pathlib.Path(out)
+    settings = staging.Settings(float(fps), int(size), int(rate), int(quality), float(min_seconds))
+    name = name or _dataset_name(target)
+    _check_arguments(settings, name, vocabulary, validation, test, processes)
+    files = _scan(folder)
+    names = notes.Names(f.id for f in files)
+    sentences, unknown = notes.assign(notes.read_captions(captions) if captions else {}, names)
+    if captions and not sentences:
+        raise DataError(f'no entry of {captions} names a file below {folder} (it says {unknown[0]!r}, a file is {files[0].id!r})'
+                        if unknown else f'the captions file {captions} is empty')
+    classes, videos_notes = notes.read_annotations(annotations) if annotations else ({}, {})
+    multi = notes.several(classes, videos_notes)
+    marks, unknown_marks = notes.assign(videos_notes, names)
+    if annotations and videos_notes and not marks:
+        raise DataError(f'no entry of {annotations} names a file below {folder} (it says {unknown_marks[0]!r}, a file is '
+                        f'{files[0].id!r})')
+
+    identity = {  # all that decides what comes out
+        'settings': [settings.fps, settings.size, settings.rate, settings.quality, settings.min_seconds], 'name': name,
+        'vocabulary': vocabulary, 'tokenizer': tokenizer, 'validation': validation, 'test': test, 'require_audio': require_audio,
+        'captions': _digest(captions), 'annotations': _digest(annotations),
+        'files': hashlib.sha256('\n'.join(sorted(f.key(settings) for f in files)).encode()).hexdigest()}
+    done = _finished(target, identity, overwrite)
+    if done:
+        shutil.rmtree(target / '.staging', ignore_errors=True)  # left if the last run was killed at its very end
+        say(f'{target} is already prepared from these files with these settings; nothing to do.')
+        return {**done['summary'], 'fresh': False}
+    stage_dir = target / '.staging'
+    stage_dir.mkdir(parents=True, exist_ok=True)
+
+    _stage_all(files, settings, stage_dir, processes, say)
+    records, skipped = [], {}
+    for file in files:
+        head = staging.header(staging.place(stage_dir, file, settings))
+        reason = head.get('skipped') or ('no audio' if require_audio and not head['samples'] else None)
+        if reason:
+            skipped[file.id] = reason
+        else:
+            records.append(_record(file, head, sentences.get(file.id), marks.get(file.id), multi))
+    if not records:
+        indices.write_json(target / 'skipped.json', skipped)
+        first = next(iter(skipped.items()))
+        raise DataError(f'all {len(skipped)} files below {folder} were skipped, for example {first[0]} ({first[1]}); see '
+                        f'{target / "skipped.json"}')
+    for record in records:
+        record['split'] = _split_of(record['id'], _folders(files), validation, test)
+    _tokenizer(records, tokenizer, vocabulary, stage_dir)
+
+    say(f'writing {len(records)} records …')
+    by_id = {f.id: f for f in files}
+    produced = _write(records, by_id, settings, stage_dir, name, multi)
+    summary = _publish(produced, stage_dir, target, name, settings, classes, multi, records, skipped)
+    summary['seconds'] = round(time.monotonic() - began, 1)
+    indices.write_json(target / _DONE, {'identity': identity, 'files': sorted(p.name for p in target.iterdir() if p.is_file()),
+                                        'summary': summary})
+    shutil.rmtree(stage_dir, ignore_errors=True)
+    say.summary(target, summary, [*unknown, *unknown_marks])
+    return {**summary, 'fresh': True}
+
+
+# ---- what there is
+
+def _check_arguments(s: staging.Settings, name: str, vocabulary: int, validation: float, test: float, processes: int) -> None:
+    for what, value, right in (
+            ('fps', s.fps, 0 < s.fps <= 120), ('size', s.size, 8 <= s.size <= 4096), ('rate', s.rate, 1000 <= s.rate <= 192000),
+            ('quality', s.quality, 1 <= s.quality <= 100), ('min_seconds', s.min_seconds, s.min_seconds >= 0),
+            ('vocabulary', vocabulary, vocabulary >= 3), ('processes', processes, processes >= 1),
+            ('validation', validation, validation >= 0 and validation + test < 1), ('test', test, test >= 0)):
+        if not right:
+            raise DataError(f'--{what}={value} makes no sense; see --help for what it means')
+    if not re.fullmatch(r'[a-z][a-z0-9_]*', name):
+        raise DataError(f'--name={name} must be lower-case letters, digits and underscores, beginning with a letter')
+
+
+def _dataset_name(out: pathlib.Path) -> str:
+    words = re.sub(r'[^a-z0-9]+', '_', out.resolve().name.lower()).strip('_')
+    return words if re.match('[a-z]', words) else f'set_{words}' if words else 'videos'
+
+
+def _scan(folder: pathlib.Path) -> list[staging.File]:
+    from data_pipelines.media import SUFFIXES
+    if not folder.is_dir():
+        raise DataError(f'the folder {folder} does not exist')
+    files = []
+    for root, folders, found in os.walk(folder, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith('.'))
+        for entry in sorted(found):
+            if entry.lower().endswith(SUFFIXES) and not entry.startswith('.'):
+                path = pathlib.Path(root, entry)
+                try:
+                    stat = path.stat()
+                except OSError:  # a dangling link
+                    continue
+                files.append(staging.File(path.relative_to(folder).as_posix(), str(path), stat.st_size, stat.st_mtime_ns))
+    if not files:
+        raise DataError(f'no media file below {folder} (looked for {", ".join(SUFFIXES)})')
+    return files
+
+
+def _digest(path: str) -> str:
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() if path else ''
+
+
+def _finished(target: pathlib.Path, identity: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """What stands in `target` if it is exactly what is asked for. Makes room for new data, or raises DataError."""
+    if target.exists() and not target.is_dir():
+        raise DataError(f'--out={target} is a file')
+    done = target / _DONE
+    if not done.is_file():
+        if target.is_dir() and not (target / '.staging').exists() and any(target.iterdir()):
+            raise DataError(f'--out={target} holds other files; choose a new or empty folder')
+        return None
+    old = json.loads(done.read_text(encoding='utf-8'))
+    if old['identity'] == json.loads(json.dumps(identity)):
+        return old
+    if not overwrite:
+        changed = [k for k in identity if old['identity'].get(k) != json.loads(json.dumps(identity[k]))]
+        raise DataError(f'{target} is already prepared with other {" and ".join(changed)}; choose another --out, or pass '
+                        '--overwrite to replace it')
+    done.unlink()  # first: without it the folder is unfinished, whatever happens next
+    (target / '.staging').mkdir(exist_ok=True)
+    for entry in old['files']:
+        (target / entry).unlink(missing_ok=True)
+    return None
+
+
+# ---- decoding
+
+def _stage_all(files: list[staging.File], settings: staging.Settings, stage_dir: pathlib.Path, processes: int,
+               say: _Console) -> None:
+    """Stages every file that is not staged yet."""
+    waiting = [f for f in files if not staging.place(stage_dir, f, settings).is_file()]
+    if len(waiting) < len(files):
+        say(f'continuing: {len(files) - len(waiting)} of {len(files)} files are already decoded.')
+    if not waiting:
+        return
+    with say.progress(len(files), len(files) - len(waiting)) as step:
+        if processes == 1:
+            for file in waiting:
+                staging.stage(file, settings, str(staging.place(stage_dir, file, settings)))
+                step()
+            return
+        while waiting:
+            waiting = _stage_some(waiting, settings, stage_dir, processes, step)
+
+
+def _stage_some(waiting: list[staging.File], settings: staging.Settings, stage_dir: pathlib.Path, processes: int,
+                step: Any) -> list[staging.File]:
+    """Stages files side by side until done, or until one kills its process; returns what is left."""
+    queue, running = list(reversed(waiting)), {}
+    place = lambda f: str(staging.place(stage_dir, f, settings))
+    pool = _pool(min(processes, len(waiting)))
+    try:
+        while queue or running:
+            while queue and len(running) < 4 * processes:
+                file = queue.pop()
+                running[pool.submit(staging.stage, file, settings, place(file))] = file
+            for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
+                future.result()
+                del running[future]
+                step()
+        return []
+    except BrokenProcessPool:
+        # One of these files crashed the decoder (or the machine ran out of memory): try each alone.
+        for file in running.values():
+            if pathlib.Path(place(file)).is_file():
+                step()
+                continue
+            alone = _pool(1)
+            try:
+                alone.submit(staging.stage, file, settings, place(file)).result()
+            except BrokenProcessPool:
+                staging.write(place(file), {'id': file.id, 'skipped': 'corrupt: it crashes the decoder'}, [])
+            finally:
+                alone.shutdown()
+            step()
+        return list(reversed(queue))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _pool(processes: int) -> futures.ProcessPoolExecutor:
+    # Spawned, not forked: the parent may hold threads of JAX or TensorFlow.
+    return futures.ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), staging.die_with_parent)
+
+
+# ---- what is known about a file
+
+def _record(file: staging.File, head: Mapping[str, Any], sentences: list[dict] | None, marks: Mapping[str, Any] | None,
+            multi: Mapping[str, int | None]) -> dict[str, Any]:
+    """Times cut to the record; entries that lie behind its end are dropped; without segments, one spans it."""
+    duration = head['duration']
+    inside = lambda rows: [{**r, 'end': min(r['end'], duration)} for r in rows if r['start'] < duration]
+    segments = inside((marks or {}).get('segments') or []) or [
+        {'start': 0.0, 'end': duration, 'caption': '', 'labels': {}}]
+    spoken = inside(sentences or []) or [{'text': s['caption'], 'start': s['start'], 'end': s['end']}
+                                         for s in segments if s['caption']]
+    spoken.sort(key=lambda s: (s['start'], s['end']))
+    segments = [{**s, 'labels': {n: _label(s['labels'].get(n, -1), k) for n, k in multi.items()}} for s in segments]
+    return {'id': file.id, 'frames': len(head['lengths']), 'samples': head['samples'], 'height': head['height'],
+            'width': head['width'], 'duration': duration, 'sentences': spoken, 'segments': segments,
+            'ground_truth': json.dumps((marks or {}).get('ground_truth', {}))}
+
+
+def _label(value: int | list[int], classes: int | None) -> int | list[int]:
+    if classes is None:
+        return value
+    chosen = value if isinstance(value, list) else [value]
+    return [int(i in chosen) for i in range(classes)]
+
+
+def _folders(files: list[staging.File]) -> bool:
+    return any('/' in f.id and f.id.split('/')[0].lower() in _FOLDERS for f in files)
+
+
+def _split_of(file: str, folders: bool, validation: float, test: float) -> str:
+    if folders:  # files beside the folders are for training
+        return _FOLDERS.get(file.split('/')[0].lower(), 'train') if '/' in file else 'train'
+    # Of the name alone: more files later leave these where they are.
+    u = int.from_bytes(hashlib.sha256(file.encode()).digest()[:8], 'big') / 2**64
+    return 'test' if u < test else 'validation' if u < test + validation else 'train'
+
+
+def _tokenizer(records: list[dict[str, Any]], kind: str, size: int, stage_dir: pathlib.Path) -> None:
+    from vatt_jax import tokenizer as tokenizers
+    texts = [s['text'] for r in records if r['split'] == 'train' for s in r['sentences']]
+    texts += [s['caption'] for r in records if r['split'] == 'train' for s in r['segments'] if s['caption']]
+    try:
+        made = tokenizers.train(kind, texts, size)
+    except (ValueError, ImportError, RuntimeError) as e:
+        raise DataError(f'--tokenizer={kind}: {e}') from None
+    indices.write_json(stage_dir / 'tokenizer.json', made.to_spec())
+
+
+# ---- writing
+
+def _write(records: list[dict[str, Any]], files: Mapping[str, staging.File], settings: staging.Settings,
+           stage_dir: pathlib.Path, name: str, multi: Mapping[str, int | None]) -> pathlib.Path:
+    """The tfds dataset, below the staging folder; returns its folder."""
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+    from data_pipelines.datasets import folder
+    shutil.rmtree(stage_dir / 'tfds', ignore_errors=True)
+
+    def examples(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for r in records:
+            if r['split'] == split:
+                frames, pcm = staging.content(staging.place(stage_dir, files[r['id']], settings))
+                yield r['id'], {
+                    'id': r['id'], 'fps': settings.fps, 'height': r['height'], 'width': r['width'], 'rate': settings.rate,
+                    'frames': frames, 'audio': pcm, **{f'caption_{k}': [s[k] for s in r['sentences']] for k in ('text', 'start', 'end')},
+                    **{f'segment_{k}': [s[k] for s in r['segments']] for k in ('start', 'end', 'caption')},
+                    'segment_labels': {n: [s['labels'][n] for s in r['segments']] for n in multi},
+                    'ground_truth': r['ground_truth']}
+
+    splits = {split: (lambda split=split: examples(split)) for split in SPLITS if any(r['split'] == split for r in records)}
+    labels = {n: (classes or 0, classes is not None) for n, classes in multi.items()}
+    return pathlib.Path(folder.write(str(stage_dir / 'tfds'), name, labels, splits))
+
+
+def _publish(produced: pathlib.Path, stage_dir: pathlib.Path, target: pathlib.Path, name: str, settings: staging.Settings,
+             classes: Mapping[str, list[str]], multi: Mapping[str, int | None], records: list[dict[str, Any]],
+             skipped: Mapping[str, str]) -> dict[str, Any]:
+    """Moves the dataset into place with its sidecars, reading every record back on the way. Returns the summary."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    from data_pipelines.records import raw_records, shards
+    known = {r['id']: r for r in records}
+    # Everything in this folder is from this run or a killed one: the check in _finished saw to that.
+    for old in target.iterdir():
+        if old.is_file():
+            old.unlink()
+    summary: dict[str, Any] = {'splits': {}, 'skipped': dict(skipped), 'labels': {k: list(v) for k, v in classes.items()}}
+    for split in SPLITS:
+        paths = shards(produced, split)
+        if not paths:
+            continue
+        source, rows, crc = raw_records(paths), [], []
+        for i in range(len(source)):
+            raw = source[i]
+            crc.append(zlib.crc32(raw))
+            rows.append(known[tf_example_pb2.Example.FromString(raw).features.feature['id'].bytes_list.value[0].decode()])
+        table = indices.Index.of(rows, crc, dict(multi))
+        table.save(stage_dir / f'index-{split}.npz')
+        os.replace(stage_dir / f'index-{split}.npz', target / f'index-{split}.npz')
+        summary['splits'][split] = {
+            'records': len(table), 'segments': len(table.segment_record), 'sentences': len(table.sentence_start),
+            'hours': round(float(table.duration.sum()) / 3600, 3), 'without_audio': int((table.samples == 0).sum()),
+            'without_video': int((table.frames == 0).sum())}
+    for file in produced.iterdir():
+        os.replace(file, target / file.name)
+    os.replace(stage_dir / 'tokenizer.json', target / 'tokenizer.json')
+    indices.write_json(target / 'skipped.json', dict(skipped))
+    indices.write_json(target / 'index.json', {
+        'version': indices.VERSION, 'name': name, 'fps': settings.fps, 'size': settings.size, 'rate': settings.rate,
+        'quality': settings.quality, 'labels': summary['labels'], 'multi_hot': [n for n, k in multi.items() if k is not None],
+        'splits': summary['splits']})
+    return summary
+
+
+# ---- what the user sees
+
+class _Console:
+    def __init__(self, quiet: bool):
+        from rich.console import Console
+        self.console = Console(quiet=quiet, highlight=False)
+
+    def __call__(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def progress(self, total: int, done: int) -> Any:
+        """Context: a function to call after each file."""
+        import contextlib
+
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        @contextlib.contextmanager
+        def bar():
+            with Progress(TextColumn('decoding'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn('left'),
+                          TimeRemainingColumn(), console=self.console) as progress:
+                task = progress.add_task('', total=total, completed=done)
+                yield lambda: progress.advance(task)
+        return bar()
+
+    def summary(self, target: pathlib.Path, summary: Mapping[str, Any], unknown: list[str]) -> None:
+        from rich.table import Table
+        columns = ('records', 'segments', 'sentences', 'hours', 'without_audio', 'without_video')
+        table = Table(title=f'{target}', title_justify='left')
+        table.add_column('split')
+        for column in columns:
+            table.add_column(column.replace('_', ' '), justify='right')
+        for split, row in summary['splits'].items():
+            table.add_row(split, *(str(row[c]) for c in columns))
+        self.console.print(table)
+        if summary['skipped']:
+            reasons: dict[str, list[str]] = {}
+            for file, reason in summary['skipped'].items():
+                reasons.setdefault(reason.split(':')[0], []).append(file)
+            table = Table(title=f'{len(summary["skipped"])} files skipped (skipped.json)', title_justify='left')
+            for column in ('reason', 'files', 'for example'):
+                table.add_column(column)
+            for reason, some in sorted(reasons.items(), key=lambda item: -len(item[1])):
+                table.add_row(reason, str(len(some)), f'{some[0]} ({summary["skipped"][some[0]]})')
+            self.console.print(table)
+        if unknown:
+            self(f'{len(unknown)} names in captions or annotations have no file here, for example {unknown[0]!r}.')
+        self(f'done in {summary["seconds"]} s. Train on it: --config.data.source=records and config.data.train = '
+             f"{{'mine': {{'path': {str(target)!r}}}}}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog='python -m data_pipelines.prepare', allow_abbrev=False,
+                                     description='Media files and captions -> a dataset for training (docs/data.md).')
+    add = parser.add_argument
+    add('--videos', required=True, help='folder of mp4, webm, mkv, avi, mov or wav files, searched through')
+    add('--captions', default='', help='CSV (video,start,end,text) or JSON; without it the captions of annotated segments serve')
+    add('--out', required=True, help='folder of the dataset, new or of an earlier run of this command')
+    add('--annotations', default='', help='JSON (labels, segments, ground truth) or CSV (video,label)')
+    add('--fps', type=float, default=10.0, help='stored frames per second')
+    add('--size', type=int, default=256, help='pixels of the short side of stored frames')
+    add('--rate', type=int, default=48000, help='stored sound samples per second, mono')
+    add('--quality', type=int, default=90, help='JPEG quality, 1 to 100')
+    add('--processes', type=int, default=2, help='files decoded side by side')
+    add('--min_seconds', type=float, default=1.0, help='shorter files are skipped')
+    add('--name', default='', help='name of the dataset; default: from --out')
+    add('--vocabulary', type=int, default=65536, help='size of the vocabulary, at most')
+    add('--tokenizer', default='words', choices=('words', 'wordpiece', 'sentencepiece'))
+    add('--validation', type=float, default=0.05, help='share of the files, unless folders train, validation, test say it')
+    add('--test', type=float, default=0.05, help='share of the files, as for --validation')
+    add('--require_audio', action='store_true', help='skip videos without sound')
+    add('--overwrite', action='store_true', help='replace a dataset that was prepared differently')
+    add('--quiet', action='store_true', help='print errors only')
+    try:
+        prepare(**vars(parser.parse_args(arguments)))
+    except DataError as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('stopped; the same command goes on from here', file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

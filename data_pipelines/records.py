@@ -1,0 +1,113 @@
+"""A prepared folder: random access to its raw records, each checked against the index written with it."""
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import threading
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_pipelines import index as indices
+from data_pipelines.errors import DataError
+from data_pipelines.index import Index
+
+
+def shards(folder: str | os.PathLike, split: str) -> list[str]:
+    """Paths of a split's ArrayRecord files, in record order."""
+    return sorted(str(p) for p in pathlib.Path(folder).glob(f'*-{split}.array_record-*-of-*'))
+
+
+def raw_records(paths: Sequence[str]) -> Any:
+    """Sequence of raw records (bytes), random access."""
+    from array_record.python import array_record_data_source
+    return array_record_data_source.ArrayRecordDataSource(list(paths))
+
+
+class Prepared:
+    """The folder that `prepare` made. meta: its index.json. Raises DataError if it is missing or incomplete."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        if not self.path.is_dir():
+            raise DataError(f'the prepared dataset {self.path} does not exist; make it with python -m data_pipelines.prepare '
+                            f'--out={self.path} (docs/data.md)')
+        if not (self.path / 'prepare.json').is_file() or not (self.path / 'index.json').is_file():
+            what = 'is not finished; run the same prepare command again' if (self.path / '.staging').exists() else (
+                'is not a folder made by python -m data_pipelines.prepare')
+            raise DataError(f'{self.path} {what}')
+        self.meta = self._json('index.json')
+        if self.meta.get('version') != indices.VERSION:
+            raise DataError(f'{self.path} was prepared by another version of this code (index version '
+                            f'{self.meta.get("version")}, wanted {indices.VERSION}); prepare it again with --overwrite')
+        self.splits = tuple(self.meta['splits'])
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            return json.loads((self.path / name).read_text(encoding='utf-8'))
+        except (OSError, ValueError) as e:
+            raise DataError(f'{self.path / name} cannot be read ({e}); prepare the data again with --overwrite') from None
+
+    def tokenizer(self) -> dict[str, Any]:
+        """The spec of the tokenizer trained on its training captions."""
+        return self._json('tokenizer.json')
+
+    def index(self, split: str) -> Index:
+        return Index.load(self.path / f'index-{split}.npz')
+
+    def check(self, inputs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Stored rates against config.model.inputs: frames may be thinned, never invented; sound is taken as it is."""
+        again = f'prepare {self.path} again with'
+        if 'video' in inputs:
+            fps, size = inputs['video']['fps'], inputs['video']['size']
+            if fps > self.meta['fps'] * (1 + 1e-6):
+                raise DataError(f'config.model.inputs.video.fps is {fps:g} and {self.path} stores {self.meta["fps"]:g} frames per '
+                                f'second; {again} --fps={fps:g} or more, or set the field to at most {self.meta["fps"]:g}')
+            if size > self.meta['size']:
+                raise DataError(f'config.model.inputs.video.size is {size} and {self.path} stores frames of {self.meta["size"]} '
+                                f'pixels; {again} --size={size} or more, or set the field to at most {self.meta["size"]}')
+        if 'audio' in inputs and inputs['audio']['rate'] != self.meta['rate']:
+            raise DataError(f'config.model.inputs.audio.rate is {inputs["audio"]["rate"]} and {self.path} stores '
+                            f'{self.meta["rate"]} samples per second; {again} --rate={inputs["audio"]["rate"]}, or set the field')
+
+
+class Split:
+    """One split of a prepared folder. `read` is safe from several threads."""
+
+    def __init__(self, prepared: Prepared, split: str, name: str = ''):
+        self.prepared, self.split, self.name = prepared, split, name or prepared.meta['name']
+        if split not in prepared.splits:
+            raise DataError(f'{prepared.path} has no split {split!r}; it has {", ".join(prepared.splits)}')
+        self.index = prepared.index(split)
+        paths = shards(prepared.path, split)
+        try:
+            self._source = raw_records(paths) if paths else ()
+        except Exception as e:  # the library raises many kinds
+            raise DataError(f'the shards of {prepared.path}, split {split}, cannot be opened ({e}); prepare it again with '
+                            '--overwrite') from None
+        if len(self._source) != len(self.index):
+            raise DataError(f'{prepared.path}: split {split!r} has {len(self._source)} records and its index '
+                            f'{len(self.index)}; some shards are missing, prepare it again with --overwrite')
+        self._lock = threading.Lock()
+        self._bad: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, numbers: np.ndarray) -> tuple[list[bytes], list[str]]:
+        """(raw records, reasons): an unreadable record is b'' with the reason, the others have reason ''."""
+        raw, reasons = [], []
+        for n in map(int, numbers):
+            # One by one: measured faster than the library's batched read, which hands each record to other threads.
+            try:
+                one, reason = self._source[n], ''
+                if zlib.crc32(one) != int(self.index.crc[n]):
+                    one, reason = b'', 'its bytes are not those that were written (crc32)'
+            except Exception as e:  # the library raises many kinds
+                one, reason = b'', f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else "unreadable"}'
+            raw.append(one)
+            reasons.append(reason)
+        return raw, reasons

@@ -1,0 +1,94 @@
+"""The streams of a batch and the windows they share: config.model.inputs and views -> stream names -> starts in seconds."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from data_pipelines import video
+from data_pipelines.errors import DataError
+
+KINDS = {'clip': {'kind'}, 'shift': {'kind', 'seconds'}, 'reverse': {'kind'}, 'window': {'kind', 'number', 'of'}}
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """One stream. suffix: '' for the main window; all streams of one suffix share one window. spec: the config's entry."""
+    stream: str
+    modality: str
+    suffix: str
+    spec: tuple[tuple[str, Any], ...] = (('kind', 'main'),)
+
+    def __getattr__(self, name: str) -> Any:
+        fields = dict(object.__getattribute__(self, 'spec'))
+        if name in fields:
+            return fields[name]
+        raise AttributeError(name)
+
+
+def streams(inputs: Mapping[str, Any], views: Mapping[str, Any] | None) -> tuple[View, ...]:
+    """The main stream of each modality of config.model.inputs, then the views. Raises DataError naming the wrong view.
+
+    Names may be written `video.second` or `video_second`: a ConfigDict refuses dots unless told otherwise.
+    """
+    out = [View(m, m, '') for m in ('video', 'audio', 'text') if m in inputs]
+    windows: dict[str, tuple] = {}
+    for name, given in (views or {}).items():
+        stream = name if '.' in name else name.replace('_', '.', 1)
+        modality, _, suffix = stream.partition('.')
+        spec = dict(given)
+        kind = spec.get('kind')
+        if modality not in inputs or not suffix:
+            raise DataError(f'config.data.views has {name!r}; a view is named modality.suffix with a modality of '
+                            f'config.model.inputs ({", ".join(inputs)})')
+        if kind not in KINDS or set(spec) != KINDS[kind]:
+            raise DataError(f'config.data.views[{name!r}] is {spec}; views are ' + '; '.join(
+                f'{k}: {", ".join(sorted(v))}' for k, v in KINDS.items()))
+        if kind == 'shift' and spec['seconds'] != 'random' and not isinstance(spec['seconds'], (int, float)):
+            raise DataError(f'config.data.views[{name!r}].seconds is {spec["seconds"]!r}; give a number or "random"')
+        if kind == 'window' and not 0 <= spec['number'] < spec['of']:
+            raise DataError(f'config.data.views[{name!r}]: number runs from 0 to of - 1; got {spec["number"]} of {spec["of"]}')
+        view = View(stream, modality, suffix, tuple(sorted(spec.items())))
+        if windows.setdefault(suffix, view.spec) != view.spec:
+            raise DataError(f'config.data.views: the streams with suffix {suffix!r} share one window, so their entries must '
+                            f'be equal; {stream!r} differs')
+        out.append(view)
+    return tuple(out)
+
+
+def window_seconds(inputs: Mapping[str, Any]) -> float:
+    """Length of a window: the longer of the video clip and the audio clip (0 for text alone)."""
+    lengths = [0.0]
+    if 'video' in inputs:
+        lengths.append(inputs['video']['frames'] / inputs['video']['fps'])
+    if 'audio' in inputs:
+        lengths.append(inputs['audio']['samples'] / inputs['audio']['rate'])
+    return max(lengths)
+
+
+def starts(views: tuple[View, ...], window: float, duration: np.ndarray, draw: Callable[[str], np.ndarray],
+           segments: tuple[np.ndarray, np.ndarray] | None, step: np.ndarray | float) -> dict[str, np.ndarray]:
+    """Window starts {suffix: float64 [B]}.
+
+    duration: seconds [B]. draw(site): uniform numbers [B]. segments: (begin, end) [B] in evaluation, None in training, where
+    the main window is uniform over the record. step: seconds between stored frames [B]; starts are multiples of it.
+    """
+    anywhere = lambda site: video.anywhere(duration, window, step, draw(site))
+    main = anywhere('window') if segments is None else video.centred(*segments, duration, window)
+    out = {'': video.snap(main, step)}
+    for v in views:
+        if v.suffix in out:
+            continue
+        if v.kind == 'clip' or v.kind == 'shift' and v.seconds == 'random':
+            start = anywhere(f'window.{v.suffix}')
+        elif v.kind == 'shift':
+            start = video.shifted(out[''], float(v.seconds), duration, window)
+        elif v.kind == 'window':
+            begin, end = segments if segments is not None else (np.zeros_like(duration), duration)
+            start = video.spaced(begin, end, duration, window, v.number, v.of)
+        else:
+            start = out['']
+        out[v.suffix] = video.snap(start, step)
+    return out

@@ -1,0 +1,234 @@
+#!/usr/bin/env python
+"""Trains, evaluates, embeds and reports: the one entry point of runs.
+
+    python run.py                                                    # the demo, into runs/demo
+    python run.py --config=configs/demo.py:agnostic --workdir=runs/agnostic --config.seed=1
+    python run.py --mode=eval   --workdir=runs/demo                  # the run's own config, newest checkpoint
+    python run.py --mode=embed  --workdir=runs/demo --split=test     # embeddings of a dataset split, as npz
+    python run.py --mode=report --workdir=runs/demo                  # report/index.html
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import time
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+MODES = ('train', 'eval', 'embed', 'report')
+
+
+def main(argv: list[str]) -> None:
+    from vatt_jax import config as configs
+    flags, overrides = parse(argv)
+    workdir = pathlib.Path(flags.workdir)
+    if flags.mode == 'report':
+        report(workdir)
+        return
+    from vatt_jax import distributed
+    config = read_config(flags, overrides, workdir)
+    if config.jax_platform:
+        import jax
+        jax.config.update('jax_platforms', config.jax_platform)
+    distributed.initialize()
+    configs.check_batch(config, *machine())
+    if flags.mode == 'train':
+        train(config, workdir, flags.quiet)
+    else:
+        {'eval': evaluate, 'embed': embed}[flags.mode](config, workdir, flags)
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """Flags, and ('field.path', 'text') of every --config.field.path=text."""
+    from vatt_jax.config import ConfigError
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise ConfigError(f'{message}; see python run.py --help')
+    parser = Parser(prog='run.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument('--config', default='', help='configs/FILE.py[:arg]; default: the run folder\'s own, else configs/demo.py')
+    parser.add_argument('--workdir', default='runs/demo', help='the run folder')
+    parser.add_argument('--mode', default='train', choices=MODES)
+    parser.add_argument('--quiet', action='store_true', help='plain log lines instead of the live one')
+    parser.add_argument('--split', default='test', help='embed: which split of config.data.eval')
+    overrides, rest = [], []
+    words = iter(argv)
+    for word in words:
+        if word.startswith('--config.'):
+            name, equals, value = word[len('--config.'):].partition('=')
+            value = value if equals else next(words, None)
+            if value is None:
+                raise ConfigError(f'--config.{name} lacks a value; write --config.{name}=VALUE')
+            overrides.append((name, value))
+        else:
+            rest.append(word)
+    return parser.parse_args(rest), overrides
+
+
+def read_config(flags, overrides, workdir: pathlib.Path):
+    """The config with overrides, checked against configs/default.py."""
+    from configs import default
+    from vatt_jax import config as configs
+    stored = workdir / 'config.json'
+    if flags.config:
+        config = configs.load(flags.config)
+    elif flags.mode != 'train' or stored.exists():
+        if not stored.exists():
+            raise configs.ConfigError(f'--workdir={workdir} holds no run (no config.json); train first, or name another folder')
+        config = configs.from_json(stored.read_text())
+    else:
+        config = configs.load('configs/demo.py')
+    configs.override(config, overrides)
+    configs.check_fields(config, default.get_config())
+    return config
+
+
+def machine() -> tuple[int, int]:
+    import jax
+    try:
+        return jax.device_count(), jax.process_count()
+    except RuntimeError as error:
+        from vatt_jax.config import ConfigError
+        raise ConfigError(f'no device could be used ({str(error).splitlines()[0]}); --config.jax_platform=cpu runs on the CPU') from error
+
+
+def open_data(config):
+    """The data object; makes the playground first where the config asks for it and it is not there yet."""
+    import data_pipelines
+    if config.data.source == 'records' and config.data.make:
+        from data_pipelines.datasets import playground
+        playground.make(**config.data.make)
+    return data_pipelines.open(config)
+
+
+def train(config, workdir: pathlib.Path, quiet: bool) -> None:
+    from vatt_jax import distributed
+    from vatt_jax import train as training
+    clock = Clock(workdir)
+    with clock('data'):
+        data = open_data(config)
+    training.check_run_folder(config, workdir)
+    with clock('training'):
+        training.train(config, data, workdir, quiet=quiet)
+    if config.report and (workdir / 'done.json').exists():
+        with clock('evaluation and report'):
+            compare(config, data, workdir)
+            if distributed.is_main():
+                report(workdir)
+
+
+def compare(config, data, workdir: pathlib.Path) -> None:
+    """Evaluates the newest checkpoint, and the same network at random initialisation beside it; keeps a gallery for the report."""
+    import jax
+
+    from vatt_jax import checkpoint, distributed, evals, train
+    from vatt_jax.config import ConfigError
+    train.resolve(config, data)
+    built = train.build(config, data)
+    step = train.newest(workdir)
+    if step is None:
+        raise ConfigError(f'--workdir={workdir} holds no checkpoint; train first')
+    with jax.set_mesh(built.mesh):
+        if not (workdir / 'evals' / f'step_{step:06d}' / 'gallery.npz').exists():
+            keeper = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint)
+            state, _, _ = keeper.restore(step, built.shape, built.shardings)
+            keeper.close()
+            train.evaluate(config, built, state, data, workdir, step, gallery=True)
+        if config.evals and not (workdir / 'evals' / 'random_init').exists():
+            train.evaluate(config, built, built.init(), data, workdir, 0, tag='random_init')
+    if distributed.is_main():
+        print(evals.summary(workdir / 'evals' / f'step_{step:06d}'), flush=True)
+
+
+def evaluate(config, workdir: pathlib.Path, flags) -> None:
+    import shutil
+
+    from vatt_jax import train
+    data = open_data(config)
+    step = train.newest(workdir)
+    for old in (f'step_{step or 0:06d}', 'random_init'):
+        shutil.rmtree(workdir / 'evals' / old, ignore_errors=True)
+    compare(config, data, workdir)
+
+
+def embed(config, workdir: pathlib.Path, flags) -> None:
+    """Writes <workdir>/embeddings/<split>.npz: pooled/<stream>, space/<space>/<stream>, index, labels/<name>, id, start."""
+    import jax
+    import numpy as np
+
+    from vatt_jax import checkpoint, distributed, encoder, sharding
+    data = open_data(config)
+    mesh = sharding.make_mesh(dict(config.mesh))
+    stored, variables, _ = checkpoint.load_model(workdir, mesh)
+    enc = encoder.Encoder(stored, variables, mesh)
+    batches = data.one_pass(flags.split, config.batch_size, process=(jax.process_index(), jax.process_count()), by='segments')
+    features = encoder.features_of(enc, batches)
+    texts = data.texts(flags.split, by='segments')
+    out = {f'pooled/{k}': v for k, v in features['pooled'].items()}
+    out |= {f'space/{space}/{k}': v for space, members in features['spaces'].items() for k, v in members.items()}
+    out |= {f'labels/{k}': v for k, v in features['labels'].items()} | {'index': features['index']}
+    out |= {f'valid/{k}': v for k, v in features['valid'].items()}
+    out |= {'id': np.array([texts[i]['id'] for i in features['index']]), 'start': np.array([texts[i]['start'] for i in features['index']])}
+    if distributed.is_main():
+        path = workdir / 'embeddings' / f'{flags.split}.npz'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f'{path.stem}.tmp.npz')
+        np.savez(temporary, **out)
+        os.replace(temporary, path)
+        print(f'{len(features["index"])} examples → {path}')
+
+
+def report(workdir: pathlib.Path) -> None:
+    from vatt_jax import report as reports
+    from vatt_jax.config import ConfigError
+    if not (workdir / 'config.json').exists():
+        raise ConfigError(f'--workdir={workdir} holds no run (no config.json); train first, or name another folder')
+    path = reports.build(workdir)
+    print(reports.table(workdir))
+    print(f'report: {path}')
+
+
+class Clock:
+    """Adds the seconds of each stage to <workdir>/timings.json, over restarts."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self.path = workdir / 'timings.json'
+
+    def __call__(self, stage: str):
+        import contextlib
+
+        @contextlib.contextmanager
+        def timed():
+            began = time.monotonic()
+            yield
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            seconds = json.loads(self.path.read_text()) if self.path.exists() else {}
+            seconds[stage] = round(seconds.get(stage, 0) + time.monotonic() - began, 1)
+            self.path.write_text(json.dumps(seconds, indent=1))
+        return timed()
+
+
+def entry() -> None:
+    """main(), with a user's mistakes told in one sentence (exit code 2) and a failed run in one too (exit code 1)."""
+    from vatt_jax.config import ConfigError, fail
+    try:
+        main(sys.argv[1:])
+    except ConfigError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print('interrupted; the same command continues from the last checkpoint', file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        told = {'DataError': 2, 'TrainingStopped': 1, 'ShardingError': 2}
+        code = told.get(type(error).__name__)
+        if code is None:
+            raise
+        print(f'error: {error}', file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(code)
+
+
+if __name__ == '__main__':
+    entry()

@@ -1,0 +1,280 @@
+import itertools
+import shutil
+
+import numpy as np
+import pytest
+from clocks import FPS, RATE, SIZE, audio_time, clock, video_time
+from test_data_synthetic import equal, rows
+
+import data_pipelines
+from data_pipelines import media
+from data_pipelines.errors import DataError
+from data_pipelines.prepare import prepare
+
+
+@pytest.fixture
+def data(config):
+    d = data_pipelines.open(config)
+    yield d
+    d.close()
+
+
+def check_clocks(got, view=''):
+    """Pictures and sounds of a stacked batch tell the time that `start` says."""
+    start = got[f'video{view}/start']
+    seen = got[f'video{view}/valid']
+    want = start[:, None] + np.arange(8) / FPS
+    inside = want < 2.0 - 0.05  # the shortest record is 2 s; behind its end nothing is read in these tests
+    shown = video_time(got[f'video{view}/data'])
+    np.testing.assert_allclose(shown[seen][inside[seen]], want[seen][inside[seen]], atol=0.06)
+    heard = got[f'audio{view}/valid'] & seen
+    told = audio_time(got[f'audio{view}/data'])[:, :18]
+    np.testing.assert_allclose(told[heard], (start[:, None] + (np.arange(18) + 0.5) * 0.04)[heard], atol=0.08)
+
+
+def test_contract_and_clocks(data):
+    b = next(it := data.train(0, 13))
+    it.close()
+    assert b['video']['data'].shape == (13, 8, SIZE, SIZE, 3) and b['video']['data'].dtype == np.uint8
+    assert b['audio']['data'].shape == (13, 6400) and b['audio']['data'].dtype == np.int16
+    assert b['text']['data'].shape == (13, 3, 6) and b['text']['data'].dtype == np.int32
+    assert b['position'].dtype == np.int64 and b['index'].dtype == np.int32 and b['source'].dtype == np.int32
+    got = rows(data.train(0, 13), 3)
+    assert sorted(got['index'][:13]) == list(range(13)) == sorted(got['index'][13:26])
+    check_clocks(got)
+    assert len(np.unique(got['video/start'])) > 5
+    # The silent video and the sound without pictures: zeros and valid False, the rest of the row as ever.
+    ids = [t['id'] for t in data.texts('train', 'records')]
+    silent, sound = got['index'] == ids.index('train/silent.mp4'), got['index'] == ids.index('train/sound.wav')
+    assert not got['audio/valid'][silent].any() and not got['audio/data'][silent].any() and got['video/valid'][silent].all()
+    assert not got['video/valid'][sound].any() and not got['video/data'][sound].any() and got['audio/data'][sound].any()
+    assert got['valid'].all() and not got['text/valid'][silent | sound].any()
+    assert got['text/mask'][~(silent | sound)].all()
+
+
+def test_sentences_are_those_of_the_window(data):
+    got = rows(data.train(0, 13), 2)
+    table = data.texts('train', 'records')
+    for i, start, numbers, mask in zip(got['index'], got['text/start'], got['text/data'], got['text/mask']):
+        if not mask.any():
+            continue
+        # Sentence k lies at 0.4 k … 0.4 k + 0.4; the window's middle is start + 0.4.
+        distance = np.abs(np.arange(6) * 0.4 + 0.2 - (start + 0.4))
+        first = np.argmin([distance[k:k + 3].sum() for k in range(4)])
+        sentences = table[i]['sentences']
+        want = [data.tokenizer.encode(sentences[k:k + 3], 6) for k in range(len(sentences) - 2)]
+        match = [k for k, w in enumerate(want) if (w == numbers).all()]
+        assert len(match) == 1 and abs(match[0] - first) <= 1  # contiguous, in order, nearest (to one sentence)
+
+
+def test_resume_anywhere_batch_size_and_hosts(data):
+    whole = rows(data.train(0, 8), 4)
+    equal(rows(data.train(16, 8), 2), {k: v[16:] for k, v in whole.items()})
+    equal(rows(data.train(20, 4), 3), {k: v[20:] for k, v in whole.items()})
+    for hosts in (2, 4):
+        parts = [rows(data.train(8, 8, process=(i, hosts)), 1) for i in range(hosts)]
+        equal({k: np.concatenate([p[k] for p in parts]) for k in whole}, {k: v[8:16] for k, v in whole.items()})
+
+
+def test_one_pass_exactly_once(data):
+    for by, split, size in (('records', 'train', 13), ('segments', 'test', 10), ('records', 'test', 5)):
+        assert data.size(split, by) == size
+        parts = [list(data.one_pass(split, 6, process=(i, 2), by=by)) for i in range(2)]
+        assert len(parts[0]) == len(parts[1]) == -(-size // 6)
+        seen = np.concatenate([b['index'][b['valid']] for b in itertools.chain(*parts)])
+        assert sorted(seen) == list(range(size))
+        pad = parts[1][-1]
+        assert not pad['video']['valid'][~pad['valid']].any() and not pad['video']['data'][~pad['valid']].any()
+    assert sum(b['valid'].sum() for b in data.one_pass('test', 4, limit=3)) == 3
+    equal(rows(data.one_pass('test', 10), 1), rows(data.one_pass('test', 10), 1))
+    with pytest.raises(DataError, match="no split 'validation'"):
+        data.one_pass('validation', 4)
+
+
+def test_segments_windows_labels_captions(data):
+    got = rows(data.one_pass('test', 10), 1)
+    table = data.texts('test', 'segments')
+    early = np.array([t['caption'].startswith('dark') for t in table])
+    np.testing.assert_array_equal(got['labels/class'], np.where(early, 0, 1))
+    np.testing.assert_array_equal(got['labels/tags'], np.where(early[:, None], [1.0, 0, 0], [0.0, 1, 1]))
+    assert got['labels/tags'].dtype == np.float32
+    centre = np.array([(t['start'] + t['end']) / 2 for t in table])
+    length = np.array([2.0 + 0.1 * int(t['id'][-6:-4]) for t in table])
+    np.testing.assert_allclose(got['video/start'], np.clip(centre - 0.4, 0, length - 0.8), atol=0.1 + 1e-6)
+    check_clocks(got)
+    np.testing.assert_array_equal(got['text.caption/data'][:, 0], data.tokenizer.encode([t['caption'] for t in table], 6))
+    np.testing.assert_array_equal(got['video/box'], np.tile([0, 0, 1, 1], (10, 1)))
+    assert not got['video/flip'].any() and table[0]['ground_truth'].startswith('{"i"')
+    # In passes over records the label is that of the segment on show.
+    records = rows(data.one_pass('test', 5, by='records', augment=True), 1)
+    middle = records['video/start'] + 0.4
+    np.testing.assert_array_equal(records['labels/class'][middle > 1.01], 1)
+    np.testing.assert_array_equal(records['labels/class'][middle < 0.99], 0)
+
+
+def test_views(config):
+    config.data.views = {'video_second': {'kind': 'clip'}, 'audio_second': {'kind': 'clip'},
+                         'audio_late': {'kind': 'shift', 'seconds': 0.5}, 'video_back': {'kind': 'reverse'},
+                         'audio_back': {'kind': 'reverse'}, 'text_second': {'kind': 'clip'},
+                         'audio_any': {'kind': 'shift', 'seconds': 'random'}}
+    data = data_pipelines.open(config)
+    got = rows(data.train(0, 13), 2)
+    check_clocks(got)
+    check_clocks(got, '.second')
+    np.testing.assert_array_equal(got['video.second/start'], got['text.second/start'])
+    assert (got['video.second/start'] != got['video/start']).mean() > 0.5
+    np.testing.assert_array_equal(got['video.back/data'], got['video/data'][:, ::-1])
+    np.testing.assert_array_equal(got['audio.back/data'], got['audio/data'][:, ::-1])
+    np.testing.assert_allclose(np.abs(got['audio.late/start'] - got['audio/start']), 0.5, atol=1e-5)
+    heard = got['audio.late/valid']
+    told = audio_time(got['audio.late/data'])[:, :18]
+    np.testing.assert_allclose(told[heard], (got['audio.late/start'][:, None] + (np.arange(18) + 0.5) * 0.04)[heard], atol=0.08)
+    assert (got['video.second/box'] != got['video/box']).any()
+    # Windows of a pass: the given views instead of the config's.
+    names = {f'video.w{i}': {'kind': 'window', 'number': i, 'of': 3} for i in range(3)}
+    got = rows(data.one_pass('test', 10, views=names), 1)
+    assert 'video.second/data' not in got
+    for i, t in enumerate(data.texts('test')):
+        last = max(t['end'] - 0.8, t['start'])
+        want = np.linspace(t['start'], last, 3)
+        np.testing.assert_allclose([got[f'video.w{j}/start'][i] for j in range(3)], want, atol=0.1 + 1e-6)
+    data.close()
+
+
+def test_fewer_frames_per_second_than_stored(config):
+    config.model.inputs.video.update(fps=4.0, frames=3)
+    data = data_pipelines.open(config)
+    got = rows(data.one_pass('test', 5, by='records'), 1)
+    wanted = got['video/start'][:, None] + np.arange(3) / 4
+    assert np.abs(video_time(got['video/data']) - wanted).max() < 0.05 + 0.04  # half a stored frame, and the codec
+
+
+def test_short_records_repeat(config):
+    config.model.inputs.video.update(frames=40)
+    config.model.inputs.audio.update(samples=4 * RATE)
+    data = data_pipelines.open(config)
+    got = rows(data.train(0, 13), 1)
+    table = data.texts('train', 'records')
+    for i, valid, frames, pcm in zip(got['index'], got['video/valid'] & got['audio/valid'], got['video/data'], got['audio/data']):
+        if valid:
+            length = table[i]['end']
+            np.testing.assert_allclose(video_time(frames), np.arange(40) / FPS % round(length, 6), atol=0.06)
+            n = round(length * RATE)
+            np.testing.assert_array_equal(pcm[n:2 * n][:4 * RATE - n], pcm[:4 * RATE - n][:n])
+
+
+@pytest.fixture
+def damaged(prepared, tmp_path):
+    """A copy with one flipped byte inside record 4 of the training split."""
+    from data_pipelines.records import Prepared, Split
+    out = tmp_path / 'damaged'
+    shutil.copytree(prepared[0], out)
+    name = Split(Prepared(out), 'train').index.id[4].encode()
+    shard = next(out.glob('*-train.array_record*'))
+    content = bytearray(shard.read_bytes())
+    content[content.index(name) + 1] ^= 0x10
+    shard.write_bytes(content)
+    return out
+
+
+def test_unreadable_record_keeps_its_row(config, damaged):
+    clean = rows(data_pipelines.open(config).train(0, 13), 2)
+    config.data.train = {'clocks': {'path': str(damaged)}}
+    config.data.max_corrupt = 0.5
+    data = data_pipelines.open(config)
+    got = rows(data.train(0, 13), 2)
+    bad = got['index'] == 4
+    assert bad.sum() == 2 and clean['valid'].all()
+    np.testing.assert_array_equal(got['valid'], ~bad)
+    equal({k: v[~bad] for k, v in got.items()}, {k: v[~bad] for k, v in clean.items()})
+    for k, v in got.items():
+        if k.endswith(('/valid', '/data', '/mask', '/box')):
+            assert not v[bad].any(), k
+    np.testing.assert_array_equal(got['position'], clean['position'])
+    np.testing.assert_array_equal(got['labels/class'][bad], -1)
+    problems = data.problems()
+    assert problems['corrupt'] >= 2 and problems['read'] >= 26
+    assert [(s, i) for s, i, _ in problems['indices']] == [('clocks/train', 4)]
+    data.close()
+
+
+def test_too_many_unreadable_records_stop_the_run(config, damaged):
+    config.data.train = {'clocks': {'path': str(damaged)}}
+    data = data_pipelines.open(config)
+    with pytest.raises(DataError, match='max_corrupt=0.01'):
+        for _ in range(20):
+            next(it := data.train(0, 13))
+    with pytest.raises(StopIteration):
+        next(it)
+    data.close()
+
+
+def test_mixture_of_sources(config, prepared):
+    path = str(prepared[0])
+    config.data.train = {'a': {'path': path, 'share': 0.25}, 'b': {'path': path, 'split': 'test'}, 'c': {'path': path, 'weight': 3.0}}
+    data = data_pipelines.open(config)
+    assert data.size('train') == 31 and data.info['sources'] == ['a', 'b', 'c']
+    got = rows(data.train(0, 16), 6)
+    counts = np.stack([np.bincount(s, minlength=3) for s in got['source'].reshape(6, 16)])
+    assert (counts[:, 0] == 4).all()
+    total = np.bincount(got['source'], minlength=3)
+    assert 0.5 < total[2] / total[1] / 3 < 2
+    for s, n in ((0, 13), (1, 5), (2, 13)):
+        assert sorted(got['index'][got['source'] == s][:n]) == list(range(n))
+    check_clocks(got)
+    got = rows(data.one_pass('train', 31, by='records'), 1)
+    assert sorted(zip(got['source'], got['index'])) == [(s, i) for s, n in ((0, 13), (1, 5), (2, 13)) for i in range(n)]
+    np.testing.assert_array_equal(data.offsets('train')[got['source']] + got['index'], got['position'])
+    data.close()
+
+
+def test_frames_of_different_shapes_are_cut_to_squares(config, tmp_path):
+    (tmp_path / 'videos').mkdir()
+    ramp = np.linspace(0, 255, 128).astype(np.uint8)
+    wide = np.broadcast_to(ramp[None, None, :, None], (12, SIZE, 128, 3))
+    media.write_mp4(tmp_path / 'videos' / 'wide.mp4', wide, FPS)
+    media.write_mp4(tmp_path / 'videos' / 'high.mp4', wide.transpose(0, 2, 1, 3), FPS)
+    media.write_mp4(tmp_path / 'videos' / 'even.mp4', clock(1.2)[0], FPS)
+    prepare(str(tmp_path / 'videos'), '', str(tmp_path / 'out'), fps=FPS, size=SIZE, rate=RATE, quiet=True, processes=1,
+            validation=0.0, test=0.0)
+    config.data.train = {'shapes': {'path': str(tmp_path / 'out')}}
+    data = data_pipelines.open(config)
+    got = rows(data.one_pass('train', 3, by='records'), 1)
+    assert got['video/data'].shape == (3, 8, SIZE, SIZE, 3)
+    ids = [t['id'] for t in data.texts('train', 'records')]
+    middle = ramp[32:96].astype(float)
+    for name, axis in (('wide.mp4', 0), ('high.mp4', 1)):
+        seen = got['video/data'][ids.index(name), 0].astype(float).mean(-1).mean(axis)
+        np.testing.assert_allclose(seen, middle, atol=6)
+    left = [rows(data.train(3 * k, 3), 1)['video/data'].astype(float).mean((1, 2, 3, 4)) for k in range(4)]
+    assert np.std(np.concatenate(left)) > 5  # training moves the square along the long side
+    data.close()
+
+
+@pytest.mark.parametrize('change, say', [
+    ({'model.inputs.video.fps': 25.0}, 'model.inputs.video.fps is 25.*--fps=25'),
+    ({'model.inputs.video.size': 224}, 'model.inputs.video.size is 224.*--size=224'),
+    ({'model.inputs.audio.rate': 48000}, 'model.inputs.audio.rate is 48000.*--rate=48000'),
+    ({'model.inputs.text.tokenizer': 'wordpiece'}, "tokenizer is 'wordpiece'.*--tokenizer=wordpiece"),
+    ({'data.train': {}}, 'data.train is empty'), ({'data.train': {'a': {'path': 'nowhere'}}}, 'nowhere does not exist'),
+    ({'data.train': {'a': {'path': 'tests'}}}, 'not a folder made by'), ({'data.train': {'a': {}}}, 'has no path')])
+def test_what_does_not_fit_is_named(config, change, say):
+    for path, value in change.items():
+        node, _, field = path.rpartition('.')
+        where = config
+        for part in node.split('.'):
+            where = where[part]
+        where[field] = value
+    with pytest.raises(DataError, match=say):
+        data_pipelines.open(config)
+
+
+def test_a_trained_models_tokenizer_is_kept(config):
+    from vatt_jax import tokenizer
+    spec = tokenizer.train('words', ['video yes'], 10).to_spec()
+    with config.unlocked(), config.ignore_type():
+        config.model.inputs.text.tokenizer = spec
+    data = data_pipelines.open(config)
+    assert data.info['tokenizer'] == spec
+    assert rows(data.train(0, 13), 1)['text/data'].max() == 3
+    data.close()

@@ -1,0 +1,293 @@
+"""The loop end to end on the synthetic source: resume, meshes, guard, accumulation, refresh, start order."""
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import data_pipelines
+from tests import tiny
+from vatt_jax import checkpoint, objectives, train
+from vatt_jax.config import ConfigError
+
+
+def run(workdir, config):
+    data = data_pipelines.open(config)
+    train.train(config, data, workdir, quiet=True)
+    file = pathlib.Path(workdir) / 'done.json'
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()]
+    return {line['step']: line['loss'] for line in lines if 'loss' in line}
+
+
+def state_of(workdir, config):
+    data = data_pipelines.open(config)
+    train.resolve(config, data)
+    built = train.build(config, data)
+    keeper = checkpoint.Checkpoints(pathlib.Path(workdir) / 'checkpoints', config.checkpoint)
+    state, meta, columns = keeper.restore(keeper.latest(), built.shape, built.shardings)
+    keeper.close()
+    return state, meta, columns
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """An uninterrupted run, the reference of several tests."""
+    folder = tmp_path_factory.mktemp('whole')
+    return folder, run(folder, tiny.config())
+
+
+def test_learns_and_logs(whole):
+    folder, done = whole
+    curve = losses(folder)
+    assert sorted(curve) == [1, 2, 3, 4, 5, 6] and all(np.isfinite(list(curve.values())))
+    assert done['step'] == 6 and done['consumed'] == 96 and done['skipped_steps'] == 0
+    assert (folder / 'config.json').exists() and list((folder / 'tensorboard').glob('events*'))
+
+
+def test_resume_is_exact(whole, tmp_path):
+    """Stopped after four steps and continued: same losses, same digests of parameters, moments and records seen."""
+    folder, want = whole
+    first = tiny.config()
+    with stop_at(3):
+        run(tmp_path, first)
+    assert not (tmp_path / 'done.json').exists()
+    got = run(tmp_path, tiny.config())
+    assert got['digests'] == want['digests'] and got['order'] == want['order']
+    assert losses(tmp_path) == losses(folder)
+
+
+class stop_at:
+    """SIGTERM's effect before a step, without a signal."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def __enter__(self):
+        self.original = train.distributed.Stop.now
+        train.distributed.Stop.now = lambda stop, step: step >= self.step
+
+    def __exit__(self, *_):
+        train.distributed.Stop.now = self.original
+
+
+@pytest.mark.parametrize('mesh', [{'replica': 8}, {'replica': 2, 'fsdp': 2, 'model': 2}])
+def test_same_numbers_on_any_mesh(whole, tmp_path, mesh):
+    folder, want = whole
+    config = tiny.config()
+    config.mesh.update(mesh)
+    got = run(tmp_path, config)
+    assert got['order'] == want['order']
+    a, b = losses(folder), losses(tmp_path)
+    np.testing.assert_allclose([b[s] for s in a], [a[s] for s in a], rtol=2e-4)
+
+
+def test_restore_on_another_mesh_and_batch_size(whole, tmp_path):
+    """Six steps of 16 on one device, then on with 24 rows a step over fsdp=4 × replica=2: the order continues where it was."""
+    folder, _ = whole
+    import shutil
+    shutil.copytree(folder, tmp_path / 'run')
+    config = tiny.config(steps=8, batch_size=24)
+    config.mesh.update({'replica': 2, 'fsdp': 4})
+    data = data_pipelines.open(config)
+    seen = []
+    original = data.train
+    data.train = lambda consumed, *a, **k: seen.append(consumed) or original(consumed, *a, **k)
+    train.train(config, data, tmp_path / 'run', quiet=True)
+    done = json.loads((tmp_path / 'run' / 'done.json').read_text())
+    assert seen == [96] and done['step'] == 8 and done['consumed'] == 96 + 48
+    state, _, _ = state_of(tmp_path / 'run', config)
+    kernel = max(jax.tree.leaves(state.params), key=lambda x: x.size)
+    assert len(kernel.sharding.device_set) == 8 and any(kernel.sharding.spec)
+
+
+def test_accumulation_averages_microbatches(tmp_path):
+    """Two microbatches of 8 give the mean of their gradients: with plain SGD, no batch norm and no dropout, the update equals the
+    mean of two updates of batch 8 from the same start."""
+    from vatt_jax import encoder, preprocess, train_step
+    from vatt_jax.rng import Rng
+    config = tiny.config(accumulate=2)
+    data = data_pipelines.open(config)
+    train.resolve(config, data)
+    built = train.build(config, data)
+    with jax.set_mesh(built.mesh):
+        state = built.init()
+        batch = encoder.place(next(data.train(0, 16)), built.mesh)
+        new, metrics = jax.jit(train_step.make(config, built.model, built.objective, built.tx))(state, batch)
+        values = []
+        for part in range(2):
+            rows = jax.tree.map(lambda x: x[part::2], batch)
+            rng = Rng.create(config.seed, 0, rows['position'])
+            rows = preprocess.device_stage(rows, config.model.inputs, config.augment, rng.at('augment'), augment=True, dtype='float32')
+            loss = jax.jit(lambda state, rows, rng: built.objective.loss(
+                built.model, {'params': state.params['model'], 'batch_stats': state.batch_stats}, {}, {}, rows, rng).value)
+            values.append(float(loss(state, rows, rng)))
+    np.testing.assert_allclose(float(metrics['loss']), np.mean(values), rtol=1e-5)
+    assert int(new.step) == 1
+
+
+def poisoned(data, steps):
+    """The data object with NaN-making batches at the given batches: the crop box becomes NaN."""
+    original = data.train
+
+    def batches(consumed, batch_size, **kwargs):
+        for batch in original(consumed, batch_size, **kwargs):
+            if int(batch['position'][0]) // batch_size in steps:
+                batch['video']['box'] = np.full_like(batch['video']['box'], np.nan)
+            yield batch
+    data.train = batches
+    return data
+
+
+def test_non_finite_step_is_skipped_counted_and_named(tmp_path):
+    config = tiny.config()
+    train.train(config, poisoned(data_pipelines.open(config), {2}), tmp_path, quiet=True)
+    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    events = [line for line in lines if line.get('event') == 'non-finite step']
+    assert len(events) == 1 and events[0]['step'] == 3 and len(events[0]['records']) == 16
+    done = json.loads((tmp_path / 'done.json').read_text())
+    assert done['skipped_steps'] == 1
+    state, _, _ = state_of(tmp_path, config)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.params)))
+
+
+def test_several_non_finite_steps_stop_the_run(tmp_path):
+    config = tiny.config(max_bad_steps=2)
+    with pytest.raises(train.TrainingStopped, match='2 non-finite steps in a row up to step 5; the last good checkpoint is step'):
+        train.train(config, poisoned(data_pipelines.open(config), {3, 4}), tmp_path, quiet=True)
+
+
+def test_parameter_averaging(tmp_path):
+    config = tiny.config(optimizer__ema=0.5, steps=3)
+    run(tmp_path, config)
+    state, _, _ = state_of(tmp_path, config)
+    # After k steps the average is sum of 0.5^i-weighted parameters: it differs from both ends and is what load_model returns.
+    from vatt_jax import sharding
+    _, variables, _ = checkpoint.load_model(tmp_path, sharding.make_mesh({'replica': -1}))
+    for a, b in zip(jax.tree.leaves(variables['params']), jax.tree.leaves(state.ema), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in
+               zip(jax.tree.leaves(state.ema), jax.tree.leaves(state.params['model']), strict=True))
+
+
+def kmeans_config(**overrides):
+    config = tiny.config(data__views=(('video.second', {'kind': 'clip'}),), **overrides)
+    config.objective = type(config)({'name': 'kmeans_labels', 'views': ('video', 'video.second', 'audio'), 'clusters': 4, 'every': 3,
+                                     'iterations': 3})
+    return config
+
+
+def test_another_objective_through_the_same_loop(tmp_path):
+    """Own parameters, state, refresh with fresh slots, columns and two views; killed between refreshes it continues exactly."""
+    want = run(tmp_path / 'whole', kmeans_config())
+    with stop_at(4):
+        run(tmp_path / 'cut', kmeans_config())
+    got = run(tmp_path / 'cut', kmeans_config())
+    assert got['digests'] == want['digests'] and got['order'] == want['order']
+    state, meta, columns = state_of(tmp_path / 'whole', kmeans_config())
+    assert columns['cluster'].shape == (64,) and set(np.unique(columns['cluster'])) <= set(range(4))
+    assert set(state.params['objective']) == {'video', 'video.second', 'audio'}
+    np.testing.assert_allclose(float(state.objective['frequency'].sum()), 1, rtol=1e-5)
+
+
+def test_refresh_gives_fresh_optimizer_slots(tmp_path):
+    """Right after a refresh (step 3 saved, then refresh, one step) the classifier's first moment is 0.1 × one gradient: its second
+    moment then equals 0.001/0.01 of its square, element by element, which no older slot would satisfy."""
+    config = kmeans_config(steps=4)
+    config.optimizer.name, config.optimizer.b1, config.optimizer.b2 = 'adam', 0.9, 0.999
+    run(tmp_path, config)
+    state, _, _ = state_of(tmp_path, config)
+    paths = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+    pairs = [(k, k.replace('.mu', '.nu')) for k in paths if '.mu' in k and "['objective']" in k]
+    assert pairs
+    for mu, nu in pairs:
+        np.testing.assert_allclose(paths[nu], 0.001 * (np.asarray(paths[mu]) / 0.1) ** 2, rtol=1e-3, atol=1e-12)
+
+
+def test_training_files_name_no_objective():
+    root = pathlib.Path(train.__file__).parent
+    names = [*objectives.OBJECTIVES, 'nce', 'kmeans', 'contrast', 'cluster', 'sinkhorn']
+    for file in ('train.py', 'train_step.py', 'train_state.py', 'checkpoint.py', 'encoder.py', 'optim.py'):
+        text = (root / file).read_text().lower()
+        found = [n for n in names if re.search(rf'\b{n}', text)]
+        assert not found, f'{file} names {found}'
+
+
+def test_init_from_takes_leaves_and_renames(whole, tmp_path):
+    folder, _ = whole
+    config = tiny.config(init_from=str(folder), init_skip=('^head/',), steps=3)
+    data = data_pipelines.open(config)
+    train.resolve(config, data)
+    built = train.build(config, data)
+    state = built.init()
+    params, _, left = checkpoint.init_from(config.init_from, state.params['model'], state.batch_stats, (), config.init_skip)
+    source = checkpoint.read_model(checkpoint.find(folder))['params']
+    names = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for name, mine, theirs, fresh in zip(names, jax.tree.leaves(params), jax.tree.leaves(source),
+                                         jax.tree.leaves(state.params['model']), strict=True):
+        np.testing.assert_array_equal(mine, fresh if "['head']" in name else theirs)
+    assert left and all('head/' in n for n in left)
+    run(tmp_path, config)
+
+
+def test_init_from_mistakes_are_sentences(whole, tmp_path):
+    folder, _ = whole
+    wide = tiny.config(init_from=str(folder))
+    wide.model.head.va = 24
+    with pytest.raises(ConfigError, match=r'config.init_from=.*has shape \(.*this model wants .*init_skip'):
+        run(tmp_path, wide)
+    with pytest.raises(ConfigError, match='holds no checkpoint'):
+        run(tmp_path, tiny.config(init_from=str(tmp_path / 'nowhere')))
+    assert not (tmp_path / 'config.json').exists()  # nothing was written
+
+
+def test_run_folder_of_another_model_is_refused(whole):
+    folder, _ = whole
+    before = sorted(p.name for p in folder.iterdir())
+    config = tiny.config()
+    config.model.towers.video.layers = 3
+    with pytest.raises(ConfigError, match='config.model.towers.video.layers=2 and this config has 3'):
+        run(folder, config)
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_unreadable_checkpoint_is_a_sentence(whole, tmp_path):
+    import shutil
+    folder, _ = whole
+    shutil.copytree(folder, tmp_path / 'run')
+    for file in (tmp_path / 'run' / 'checkpoints').rglob('*'):
+        if file.is_file() and file.parent.name == 'd':
+            file.write_bytes(b'')
+    with pytest.raises(ConfigError, match='cannot be read'):
+        run(tmp_path / 'run', tiny.config(steps=8))
+
+
+def test_missing_modalities_train(tmp_path):
+    """Batches in which some or all clips lack audio or text: finite, and towers that saw nothing do not move."""
+    config = tiny.config(steps=3, optimizer__name='sgd')
+    data = data_pipelines.open(config)
+    original = data.train
+
+    def batches(*args, **kwargs):
+        for batch in original(*args, **kwargs):
+            for stream in ('audio', 'text'):
+                gone = np.ones(16, bool) if stream == 'audio' else np.arange(16) % 3 == 0
+                for part, x in batch[stream].items():
+                    batch[stream][part] = np.where(gone.reshape(-1, *[1] * (x.ndim - 1)), np.zeros((), x.dtype), x)
+            yield batch
+    data.train = batches
+    train.train(config, data, tmp_path, quiet=True)
+    assert all(np.isfinite(v) for v in losses(tmp_path).values())
+    state, _, _ = state_of(tmp_path, config)
+    built = train.build(config, data_pipelines.open(config))
+    start = built.init()
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), jax.device_get(state.params['model']), jax.device_get(start.params['model']))
+    flat = {jax.tree_util.keystr(p): v for p, v in jax.tree_util.tree_leaves_with_path(moved)}
+    assert not any(v for k, v in flat.items() if 'audio' in k)
+    assert any(v for k, v in flat.items() if 'video' in k) and any(v for k, v in flat.items() if 'text' in k)

@@ -1,0 +1,32 @@
+"""A config that trains in seconds: towers of two layers on the synthetic source."""
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def config(**overrides):
+    """overrides: dotted names with __ for the dots, such as optimizer__clip=1.0."""
+    c = default.get_config()
+    c.name = 'tiny'
+    c.steps, c.batch_size, c.log_every = 6, 16, 1
+    c.model.inputs.video = ConfigDict({'frames': 4, 'size': 16, 'fps': 8.0})
+    c.model.inputs.audio = ConfigDict({'samples': 1024, 'rate': 2000})
+    c.model.inputs.text = ConfigDict({'candidates': 2, 'words': 6, 'tokenizer': 'words'})
+    size = {'layers': 2, 'width': 32, 'mlp': 64, 'heads': 2, 'head_width': 16, 'dropout': 0.1}
+    c.model.towers.video = ConfigDict({'name': 'vit', **size, 'patch': (2, 8, 8), 'drop_token': 0.5})
+    c.model.towers.audio = ConfigDict({'name': 'wat', **size, 'patch': 64, 'drop_token': 0.5})
+    c.model.towers.text = ConfigDict({'name': 't5', **size, 'vocab': 0, 'word_width': 16})
+    c.model.head = ConfigDict({'name': 'fac', 'va': 16, 'vat': 8})
+    c.optimizer.frozen = ()
+    c.optimizer.schedule.warmup, c.optimizer.schedule.peak, c.optimizer.schedule.end = 2, 3e-3, 1e-3
+    c.data.source, c.data.synthetic_size = 'synthetic', 64
+    c.mesh.replica = 1  # tests of meshes say so; one device compiles several times faster than eight
+    c.checkpoint.every = 2
+    c.evals = ConfigDict({})
+    for name, value in overrides.items():
+        node = c
+        *parents, last = name.split('__')
+        for p in parents:
+            node = node[p]
+        node[last] = value
+    return c

@@ -1,0 +1,107 @@
+"""A frozen model as evaluators and users see it: batches in, features out."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vatt_jax import models, preprocess, sharding
+from vatt_jax.rng import Rng
+
+
+class Encoder:
+    """Jitted evaluation-mode forward pass over a mesh.
+
+    config: the run's resolved config (`model`, `compute_dtype`, `augment` are read).
+    variables: {'params', 'batch_stats'} of the model, already on the mesh.
+    objective: whose trained heads to apply as well (`Objective.predict`), with its parameters and state.
+    """
+
+    def __init__(self, config, variables, mesh, objective=None, objective_params=None, objective_state=None):
+        self.config, self.variables, self.mesh = config, variables, mesh
+        self.objective, self.heads = objective, (objective_params, objective_state)
+        self.model = models.build(config.model, config.compute_dtype)
+        self._forward = jax.jit(self._features, out_shardings=sharding.replicated(mesh))
+
+    def _features(self, variables, heads, batch):
+        rng = Rng.create(0, 0, batch['position'])
+        batch = preprocess.device_stage(batch, self.config.model.inputs, self.config.augment, rng, augment=False,
+                                        dtype=self.config.compute_dtype)
+        out = self.model.apply(variables, batch, train=False, rng=rng)
+        unit = lambda x: x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
+        predictions = self.objective.predict(*heads, out.encoded) if self.objective is not None else {}
+        return {'predictions': predictions,
+                'pooled': {name: e.pooled.astype(jnp.float32) for name, e in out.encoded.items()},
+                'spaces': {space: {name: unit(x) for name, x in members.items()} for space, members in out.spaces.items()}}
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """batch: this host's rows of a host batch. Returns NumPy features of *all* hosts' rows, in global order:
+        {'pooled': {stream: [B D] or [B K D]}, 'spaces': {space: {stream: [B(,K) E], unit length}}, 'predictions': {name: [B P]}}."""
+        with jax.set_mesh(self.mesh):
+            out = self._forward(self.variables, self.heads, place(batch, self.mesh))
+        return jax.tree.map(np.asarray, jax.device_get(out))
+
+
+def device_part(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a host batch that go to the device, `position` reduced modulo 2^32."""
+    out = {k: v for k, v in batch.items() if k != 'position'}
+    out['position'] = (np.asarray(batch['position'], np.int64) & 0xFFFFFFFF).astype(np.uint32)
+    return out
+
+
+def place(batch: Mapping[str, Any], mesh) -> dict[str, Any]:
+    """This host's rows -> arrays of the global batch, sharded by rows over the mesh's data axes."""
+    rows = sharding.batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, np.asarray(x)), device_part(batch))
+
+
+def gather_rows(batch: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The named host arrays of every host's rows, in global order (a copy of the local ones in a single process)."""
+    picked = {n: np.asarray(batch[n]) for n in names}
+    if jax.process_count() == 1:
+        return picked
+    from jax.experimental import multihost_utils
+    return {n: np.asarray(v) for n, v in multihost_utils.process_allgather(picked, tiled=True).items()}
+
+
+def features_of(encoder: Encoder, batches: Iterator[Mapping[str, Any]], keep: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Features of a whole pass, padding rows dropped, in the order of the pass, each example once (checked).
+
+    Returns {'pooled': …, 'spaces': …, 'index': [N] (place in the pass), 'labels': {name: [N …]}, 'valid': {stream: bool [N]}, 'mask': {text stream:
+    bool [N K]}} and, for each stream named in `keep`, 'data': {stream: [N …]} (single process only: they are for pictures).
+    Raises RuntimeError when an example came twice.
+    """
+    parts = []
+    for batch in batches:
+        # `position` numbers the pass over all sources; `index` starts anew in each source.
+        flat = {'index': batch['position'], 'valid': batch['valid']}
+        streams = [k for k, v in batch.items() if isinstance(v, Mapping) and 'data' in v]
+        for s in streams:
+            flat[f'valid/{s}'] = batch[s]['valid']
+            if 'mask' in batch[s]:
+                flat[f'mask/{s}'] = batch[s]['mask']
+        for name, value in batch.get('labels', {}).items():
+            flat[f'labels/{name}'] = value
+        flat = gather_rows(flat, tuple(flat))
+        real = flat.pop('valid')
+        row = {'flat': flat, **encoder(batch)}
+        if keep and jax.process_count() == 1:
+            row['data'] = {s: np.asarray(batch[s]['data']) for s in keep if s in batch}
+        parts.append(jax.tree.map(lambda x, real=real: x[real], row))
+    if not parts:
+        raise RuntimeError('the pass yielded no batch; is the split empty?')
+    out = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    order = np.argsort(out['flat']['index'], kind='stable')
+    out = jax.tree.map(lambda x: x[order], out)
+    flat = out.pop('flat')
+    index = flat.pop('index')
+    if len(np.unique(index)) != len(index):
+        raise RuntimeError(f'{len(index) - len(np.unique(index))} examples came more than once in one pass')
+    out.update(index=index, labels={}, valid={}, mask={})
+    for key, value in flat.items():
+        group, name = key.split('/', 1)
+        out[group][name] = value
+    return out

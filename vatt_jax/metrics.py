@@ -1,0 +1,113 @@
+"""What a run tells: one live line, `metrics.jsonl`, TensorBoard events."""
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+
+class Writer:
+    """Scalars to `<workdir>/metrics.jsonl` and TensorBoard. On resume, lines beyond the resumed step are dropped, so the
+    file reads as if the run had never stopped. `active` False (not the main process): writes nothing."""
+
+    def __init__(self, workdir: pathlib.Path, step: int, active: bool = True):
+        self.file = None
+        if not active:
+            return
+        path = workdir / 'metrics.jsonl'
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if _step(line) is not None and _step(line) <= step]
+            temporary = path.with_suffix('.tmp')
+            temporary.write_text(''.join(line + '\n' for line in lines))
+            os.replace(temporary, path)
+        self.file = path.open('a')
+        from tensorboardX import SummaryWriter  # imported late: it takes a second
+        self.board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1, flush_secs=30)
+
+    def write(self, step: int, scalars: dict[str, Any]) -> None:
+        """One line {'step': …, **scalars}; numbers also go to TensorBoard."""
+        if self.file is None:
+            return
+        self.file.write(json.dumps({'step': step, **scalars}) + '\n')
+        self.file.flush()
+        for name, value in scalars.items():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.board.close()
+
+
+def _step(line: str) -> int | None:
+    """Step of a line of metrics.jsonl; None for a line that a kill cut short."""
+    try:
+        return json.loads(line)['step']
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+class Progress:
+    """One live line on a terminal; plain lines now and then in a log (`quiet`, or no terminal)."""
+
+    def __init__(self, steps: int, start: int, quiet: bool, active: bool = True):
+        self.steps, self.start, self.active = steps, start, active
+        self.began = self.said = time.monotonic()
+        console = Console(stderr=False)
+        self.live = Live(console=console, refresh_per_second=4, transient=False) if active and not quiet and console.is_terminal else None
+        self.every = 30.0 if quiet else 10.0
+        if self.live:
+            self.live.start()
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        if not self.active:
+            return
+        now = time.monotonic()
+        left = (now - self.began) / max(1, step - self.start) * (self.steps - step)
+        line = (f'step {step}/{self.steps}  loss {values["loss"]:.4f}  lr {values["lr"]:.2e}  '
+                f'{values["clips_per_s"]:.0f} clips/s  waiting for data {100 * values["data_wait"]:.0f}%  ETA {duration(left)}')
+        if self.live:
+            self.live.update(Text(line))
+        elif now - self.said > self.every or step == self.steps or step == self.start + 1:
+            print(line, flush=True)
+            self.said = now
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self.active:
+            (self.live.console.print(text, markup=False, highlight=False) if self.live else print(text, flush=True))
+
+    def close(self) -> None:
+        if self.live:
+            self.live.stop()
+        sys.stdout.flush()
+
+
+def duration(seconds: float) -> str:
+    """'1:02:03' or '2:03'."""
+    s = int(seconds)
+    return f'{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}' if s >= 3600 else f'{s // 60}:{s % 60:02d}'
+
+
+class Meter:
+    """Clips per second and the share of time spent waiting for data since the last reading."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self.began, self.waited, self.clips = time.monotonic(), 0.0, 0
+
+    def read(self) -> dict[str, float]:
+        took = max(1e-9, time.monotonic() - self.began)
+        out = {'clips_per_s': self.clips / took, 'data_wait': self.waited / took}
+        self.reset()
+        return out

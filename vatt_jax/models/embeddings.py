@@ -1,0 +1,143 @@
+"""From a stream to tokens: patches, words, positions, DropToken. One front per kind of input, entries of FRONTS."""
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vatt_jax.models.layers import Dense, LayerNorm
+from vatt_jax.rng import Rng
+from vatt_jax.sharding import logical
+
+
+@dataclasses.dataclass
+class Tokens:
+    """x [R N D], first the aggregate token; R = B, or B*K for text. mask bool [R N] or None. grid: token counts per axis.
+    kept int32 [N'] or [B N']: which grid tokens DropToken left, or None."""
+    x: Any
+    mask: Any
+    grid: tuple[int, ...]
+    kept: Any = None
+
+
+class Positions(nn.Module):
+    """One learnt table per axis, summed, normalised, added, dropped out (VATT paper, section 3.2; official module: its own
+    LayerNorm, and a dropout rate of its own). Tables of another size than the grid are resized by spline."""
+    sizes: tuple[int, ...]
+    names: tuple[str, ...]
+    width: int
+    dropout: float = 0.1
+
+    @nn.compact
+    def __call__(self, x, grid, kept, rng: Rng, train: bool):
+        """x [B N D]: the tokens of `kept` (None: all of the grid, in row-major order)."""
+        init = jax.nn.initializers.truncated_normal(self.width ** -0.5)
+        total = 0.0
+        for axis, (size, name, n) in enumerate(zip(self.sizes, self.names, grid, strict=True)):
+            table = self.param(f'{name}_positions', logical(init, 'buckets', 'embed'), (size, self.width), jnp.float32)
+            if n != size:
+                table = jnp.asarray(spline_matrix(size, n), jnp.float32) @ table
+            shape = [1] * len(grid) + [self.width]
+            shape[axis] = n
+            total = total + table.reshape(shape)
+        total = LayerNorm(name='norm')(total.reshape(-1, self.width))
+        if kept is not None:
+            total = total[kept]
+        x = x + total.astype(x.dtype)
+        return rng.at('positions').dropout(x, self.dropout) if train else x
+
+
+def spline_matrix(n: int, m: int) -> np.ndarray:
+    """float64 [m n]: cubic polyharmonic spline through n rows at i/n, read at j/m (official `interpolate`: order 3 with a linear
+    term, no regularisation). The interpolant is linear in the rows, so it is this matrix, whatever the table holds."""
+    x, q = np.arange(n) / n, np.arange(m) / m
+    cubic = lambda r: np.maximum(r * r, 1e-10) ** 1.5
+    a, ones = cubic(np.abs(x[:, None] - x[None])), np.stack([x, np.ones(n)], 1)
+    system = np.block([[a, ones], [ones.T, np.zeros((2, 2))]])
+    weights = np.linalg.solve(system, np.concatenate([np.eye(n), np.zeros((2, n))]))
+    return np.concatenate([cubic(np.abs(q[:, None] - x[None])), np.stack([q, np.ones(m)], 1)], 1) @ weights
+
+
+class Patches(nn.Module):
+    """Video or waveform: non-overlapping patches, DropToken, one matrix (the convolution with kernel = stride, VALID), positions, AGG.
+
+    patch: size per axis. tables: rows of the position tables. drop_token: share of tokens dropped in training; the number kept comes
+    from the tables, as in the official code. per_example: a permutation of its own for each clip instead of one for the batch.
+    projection: a further Dense + GELU per token (modality-agnostic).
+    """
+    patch: tuple[int, ...]
+    tables: tuple[int, ...]
+    names: tuple[str, ...]
+    width: int
+    drop_token: float = 0.0
+    per_example: bool = False
+    projection: bool = False
+    position_dropout: float = 0.1
+    dtype: str = 'float32'
+
+    @nn.compact
+    def __call__(self, data, rng: Rng, train: bool) -> Tokens:
+        """data: [B T H W C] or [B S]."""
+        data = data[..., None] if data.ndim == len(self.patch) + 1 else data
+        x, grid = fold(data, self.patch)
+        kept = None
+        count = int((1 - self.drop_token) * math.prod(self.tables))
+        if train and self.drop_token and count < x.shape[1]:
+            # What is dropped is never projected: tokens are independent until the encoder.
+            kept = rng.at('drop_token').permutation(x.shape[1], self.per_example)[..., :count]
+            x = jnp.take_along_axis(x, kept[..., None], 1) if self.per_example else x[:, kept]
+        x = Dense(self.width, ('patch', 'embed'), init='glorot', dtype=self.dtype, name='patch')(x)
+        if self.projection:
+            x = jax.nn.gelu(Dense(self.width, ('embed', None), dtype=self.dtype, name='projection')(x), approximate=False)
+        x = Positions(self.tables, self.names, self.width, self.position_dropout, name='positions')(x, grid, kept, rng, train)
+        return Tokens(prepend(self, x, self.width), None, grid, kept)
+
+
+def fold(data: jax.Array, patch: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+    """[B axes… C] -> ([B N patch·C] in row-major order of the grid, pixels in (axes…, C) order, grid). What does not fill a patch falls off."""
+    grid = tuple(n // p for n, p in zip(data.shape[1:-1], patch, strict=True))
+    b, c, k = data.shape[0], data.shape[-1], len(patch)
+    data = data[(slice(None), *(slice(g * p) for g, p in zip(grid, patch)))]
+    data = data.reshape(b, *(n for g, p in zip(grid, patch) for n in (g, p)), c)
+    data = data.transpose(0, *range(1, 2 * k, 2), *range(2, 2 * k + 1, 2), 2 * k + 1)
+    return data.reshape(b, math.prod(grid), math.prod(patch) * c), grid
+
+
+def prepend(module: nn.Module, x: jax.Array, width: int) -> jax.Array:
+    """The learnt aggregate token before the others; it has no position and is never dropped."""
+    # Official initialiser: glorot normal of a vector, which has fan in = fan out = its length.
+    agg = module.param('agg', logical(jax.nn.initializers.normal(width ** -0.5), 'embed'), (width,), jnp.float32)
+    return jnp.concatenate([jnp.broadcast_to(agg.astype(x.dtype), (x.shape[0], 1, width)), x], 1)
+
+
+class Words(nn.Module):
+    """Word ids [R L] -> tokens. positions 0: T5 form (aggregate token in word space, Dense without bias + GELU, dropout; relative
+    positions are the encoder's). positions > 0: Dense + GELU, absolute positions, aggregate token (modality-agnostic, BERT)."""
+    vocab: int
+    word_width: int
+    width: int
+    frozen: bool = True
+    positions: int = 0
+    dropout: float = 0.1
+    position_dropout: float = 0.1
+    dtype: str = 'float32'
+
+    @nn.compact
+    def __call__(self, ids, rng: Rng, train: bool) -> Tokens:
+        init = jax.nn.initializers.normal(self.word_width ** -0.5)
+        table = self.param('word_table', logical(init, 'vocab', 'word'), (self.vocab, self.word_width), jnp.float32)
+        table = jax.lax.stop_gradient(table) if self.frozen else table
+        x = table[ids].astype(self.dtype)
+        mask = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids != 0], 1)
+        dense = Dense(self.width, ('word', 'embed'), bias=bool(self.positions), dtype=self.dtype, name='projection')
+        if not self.positions:
+            x = jax.nn.gelu(dense(prepend(self, x, self.word_width)), approximate=False)
+            return Tokens(rng.at('words').dropout(x, self.dropout) if train else x, mask, (ids.shape[1],))
+        x = jax.nn.gelu(dense(x), approximate=False)
+        x = Positions((self.positions,), ('temporal',), self.width, self.position_dropout, name='positions')(x, (ids.shape[1],), None, rng, train)
+        return Tokens(prepend(self, x, self.width), mask, (ids.shape[1],))

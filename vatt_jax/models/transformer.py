@@ -1,0 +1,137 @@
+"""The pre-LN transformer encoder of VATT, its layers stacked in one parameter tree whether scanned or unrolled."""
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vatt_jax.models.attention import attention
+from vatt_jax.models.layers import LayerNorm
+from vatt_jax.rng import Rng
+from vatt_jax.sharding import constrain, logical
+
+REMAT = ('none', 'dots', 'full')
+
+
+class Projection(nn.Module):
+    """An einsum with an n-d kernel kept n-d, so that each of its dimensions can be sharded."""
+    equation: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    fan: tuple[int, int]      # (in, out), for glorot
+    bias: bool = True
+    dtype: str = 'float32'
+
+    @nn.compact
+    def __call__(self, x):
+        limit = (6 / sum(self.fan)) ** 0.5
+        init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -limit, limit)
+        y = jnp.einsum(self.equation, x, self.param('kernel', logical(init, *self.axes), self.shape, jnp.float32).astype(self.dtype))
+        if self.bias:
+            out = self.equation.split('->')[1]
+            kernel = self.equation.split(',')[1].split('->')[0]
+            kept = [i for i, letter in enumerate(kernel) if letter in out]
+            y = y + self.param('bias', logical(jax.nn.initializers.zeros, *(self.axes[i] for i in kept)),
+                               tuple(self.shape[i] for i in kept), jnp.float32).astype(self.dtype)
+        return y
+
+
+class Block(nn.Module):
+    """One layer: x += drop(MHA(norm(x))); x += drop(W2 drop(gelu(W1 norm(x)))). VATT paper, section 3.3; T5 options by fields."""
+    width: int
+    mlp: int
+    heads: int
+    head_width: int
+    dropout: float
+    attention_dropout: float
+    bias: bool = True            # of Dense layers (False: T5 and the spectrogram tower)
+    rms: bool = False            # of the attention norm (True: T5; its feed-forward norm is a LayerNorm all the same)
+    scaled: bool = True          # logits / sqrt(head_width) (False: T5)
+    implementation: str = 'dense'
+    dtype: str = 'float32'
+
+    @nn.compact
+    def __call__(self, x, mask, bias, rng: Rng, train: bool, first_only: bool = False):
+        """x [B N D] -> [B N D], or [B 1 D] for the first token alone: its keys and values are all tokens'."""
+        h, k, d = self.heads, self.head_width, self.width
+        into = lambda name: Projection('bnd,dhk->bnhk', (d, h, k), ('embed', 'heads', 'kv'), (d, h * k), self.bias, self.dtype, name=name)
+        drop = lambda y, site: rng.at(site).dropout(y, self.dropout) if train else y
+        y = LayerNorm(self.rms, name='attention_norm')(x)
+        x, asking = (x[:, :1], y[:, :1]) if first_only else (x, y)
+        out = attention(into('query')(asking), into('key')(y), into('value')(y), mask=mask,
+                        bias=bias[:, :, :1] if bias is not None and first_only else bias, scale=k ** -0.5 if self.scaled else 1.0,
+                        dropout=self.attention_dropout if train else 0.0, rng=rng, implementation=self.implementation)
+        out = Projection('bnhk,hkd->bnd', (h, k, d), ('heads', 'kv', 'embed'), (h * k, d), self.bias, self.dtype, name='out')(out)
+        x = x + drop(out, 'attention')
+        y = LayerNorm(name='mlp_norm')(x)
+        y = Projection('bnd,df->bnf', (d, self.mlp), ('embed', 'mlp'), (d, self.mlp), self.bias, self.dtype, name='mlp_in')(y)
+        y = drop(jax.nn.gelu(constrain(y, 'batch', 'length', 'mlp'), approximate=False), 'hidden')
+        y = Projection('bnf,fd->bnd', (self.mlp, d), ('mlp', 'embed'), (self.mlp, d), self.bias, self.dtype, name='mlp_out')(y)
+        return constrain(x + drop(y, 'mlp'), 'batch', 'length', None)
+
+
+class Encoder(nn.Module):
+    """`layers` blocks and a final norm. Parameters of all layers are stacked ([layers, ...]), so a checkpoint does not know
+    whether they were scanned or unrolled; random bits are keyed by the layer's number, so both draw the same."""
+    layers: int
+    width: int
+    mlp: int
+    heads: int
+    head_width: int = 64
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    bias: bool = True
+    rms: bool = False
+    scaled: bool = True
+    buckets: int = 0             # > 0: T5's relative-position bias, one table for all layers
+    max_distance: int = 64
+    scan: bool = False
+    remat: str = 'none'
+    implementation: str = 'dense'
+    dtype: str = 'float32'
+
+    @nn.compact
+    def __call__(self, x, mask, rng: Rng, train: bool, features: bool = False):
+        """x [B N D], mask bool [B N] or None. features False: only the first token is read, so the last layer computes keys and values
+        for all tokens and everything else for the first: [B 1 D]. Exact, since no other token of the last layer reaches it."""
+        block = Block(self.width, self.mlp, self.heads, self.head_width, self.dropout, self.attention_dropout, self.bias, self.rms,
+                      self.scaled, self.implementation, self.dtype, parent=None)
+        bias = self._relative_bias(x.shape[1]) if self.buckets else None
+
+        def init(key):
+            sample = jnp.zeros((1, 2, self.width), self.dtype)
+            one = lambda k: block.init(k, sample, None, None, Rng.create(0, 0, jnp.zeros(1)), False)['params']
+            return nn.meta.add_axis(jax.vmap(one)(jax.random.split(key, self.layers)), 0, {nn.PARTITION_NAME: 'layers'})
+        stacked = self.param('layers', init)
+
+        def apply(x, params, layer, first_only):
+            return block.apply({'params': params}, x, mask, bias, rng.at(layer), train, first_only)
+        wrap = lambda f: f if self.remat == 'none' else jax.checkpoint(
+            f, prevent_cse=not self.scan, static_argnums=(3,),
+            policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == 'dots' else None)
+        step = wrap(apply)
+        if self.scan:
+            last = jax.tree.map(lambda p: p[-1], stacked)
+            before = jax.tree.map(lambda p: p[:-1], stacked)
+            x, _ = jax.lax.scan(lambda x, at: (step(x, at[0], at[1], False), None), x, (before, jnp.arange(self.layers - 1)))
+            x = step(x, last, self.layers - 1, not features)
+        else:
+            # split, not indexing: its transpose is one concatenation where indexing's is a padded sum per layer
+            leaves, tree = jax.tree.flatten(stacked)
+            parts = [jax.lax.split(p, (1,) * self.layers) for p in leaves]
+            for layer in range(self.layers):
+                params = jax.tree.unflatten(tree, [p[layer][0] for p in parts])
+                x = step(x, params, layer, layer == self.layers - 1 and not features)
+        x = LayerNorm(self.rms, name='final_norm')(x)
+        return rng.at('final').dropout(x, self.dropout) if train else x
+
+    def _relative_bias(self, n: int) -> jax.Array:
+        """float32 [1 heads N N]: T5's bidirectional buckets of key minus query, exact up to a quarter of them, then logarithmic."""
+        table = self.param('relative_bias', logical(jax.nn.initializers.normal(self.width ** -0.5), 'buckets', 'heads'),
+                           (self.buckets, self.heads), jnp.float32)
+        relative = jnp.arange(n)[None] - jnp.arange(n)[:, None]
+        half = self.buckets // 2
+        exact = half // 2
+        far = exact + (jnp.log(jnp.maximum(jnp.abs(relative), 1) / exact) / jnp.log(self.max_distance / exact) * (half - exact)).astype(int)
+        near = jnp.where(jnp.abs(relative) < exact, jnp.abs(relative), jnp.minimum(far, half - 1))
+        return table[near + half * (relative > 0)].transpose(2, 0, 1)[None]

@@ -1,0 +1,139 @@
+"""VATT: one transformer per modality, or one for all, over raw video, waveform and words (Akbari et al. 2021)."""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vatt_jax.config import ConfigError, choose, with_defaults
+from vatt_jax.models.attention import IMPLEMENTATIONS
+from vatt_jax.models.common_space import CommonSpaces
+from vatt_jax.models.embeddings import Patches, Words
+from vatt_jax.models.layers import Dense
+from vatt_jax.models.transformer import REMAT, Encoder
+from vatt_jax.rng import Rng
+
+
+@flax.struct.dataclass
+class Encoded:
+    """One stream after its tower. pooled [B D] (text [B K D]). tokens [B N D] without the aggregate token (text [B K L D]) and
+    mask bool [B N], both None unless features were asked for. grid: token counts per axis. kept: tokens DropToken left, or None."""
+    pooled: Any
+    tokens: Any = None
+    mask: Any = None
+    grid: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
+    kept: Any = None
+
+
+@flax.struct.dataclass
+class Outputs:
+    """encoded: {stream: Encoded}. spaces: {space: {stream: float32 [B(,K) E]}}, un-normalised."""
+    encoded: dict[str, Encoded]
+    spaces: dict[str, dict[str, Any]]
+
+
+SIZE = {'layers': 12, 'width': 768, 'mlp': 3072, 'heads': 12, 'head_width': 64, 'dropout': 0.1, 'attention_dropout': 0.1}
+PATCHES = {'drop_token': 0.5, 'per_example': False, 'positions': (), 'position_dropout': 0.1, 'post': 0}
+WORDS = {'vocab': 1 << 16, 'word_width': 300, 'frozen_words': True, 'position_dropout': 0.1, 'post': 0}
+# tower name -> (modality, fields with their defaults)
+TOWERS = {
+    'vit': ('video', {'name': 'vit', **SIZE, **PATCHES, 'patch': (4, 16, 16)}),
+    'wat': ('audio', {'name': 'wat', **SIZE, **PATCHES, 'patch': 128}),
+    't5': ('text', {'name': 't5', **SIZE, **WORDS, 'buckets': 32, 'max_distance': 64}),
+}
+AXES = {'video': ('temporal', 'vertical', 'horizontal'), 'audio': ('temporal',)}
+
+
+class VATT(nn.Module):
+    """config: `config.model` as a plain (frozen) dict. Streams named `modality.view` go through the tower of their modality."""
+    config: Mapping[str, Any]
+    dtype: str = 'float32'
+
+    def setup(self):
+        c = self.config
+        fronts, encoders, posts = {}, {}, {}
+        if c['shared']:
+            shared = with_defaults(c['encoder'], SIZE, 'config.model.encoder')
+            self.shared_encoder = self._encoder(shared)
+        for modality, given in c['towers'].items():
+            of, defaults = TOWERS[choose(given['name'], TOWERS, f'config.model.towers.{modality}.name')]
+            if of != modality:
+                raise ConfigError(f'config.model.towers.{modality}.name={given["name"]!r} is a tower for {of}')
+            t = with_defaults(given, defaults, f'config.model.towers.{modality}')
+            width = c['encoder']['width'] if c['shared'] else t['width']
+            if modality == 'text':
+                fronts[modality] = Words(t['vocab'], t['word_width'], width, t['frozen_words'],
+                                         c['inputs']['text']['words'] if c['shared'] else 0, t['dropout'], t['position_dropout'], self.dtype)
+            else:
+                patch = tuple(t['patch']) if isinstance(t['patch'], (tuple, list)) else (t['patch'],)
+                tables = tuple(t['positions']) or tuple(n // p for n, p in zip(extent(modality, c['inputs']), patch, strict=True))
+                fronts[modality] = Patches(patch, tables, AXES[modality], width, t['drop_token'], t['per_example'], c['shared'],
+                                           t['position_dropout'], self.dtype)
+            if not c['shared']:
+                t5 = {'bias': False, 'rms': True, 'scaled': False, 'buckets': t['buckets'], 'max_distance': t['max_distance']} if t['name'] == 't5' else {}
+                encoders[modality] = self._encoder(t, **t5)
+            if t['post']:
+                posts[modality] = Dense(t['post'], ('embed', None), dtype=self.dtype)
+        self.fronts, self.encoders, self.posts = fronts, encoders, posts
+        self.head = CommonSpaces(c['head'])
+
+    def _encoder(self, size, **options):
+        c = self.config
+        choose(c['attention'], IMPLEMENTATIONS, 'config.model.attention')
+        choose(c['remat'], REMAT, 'config.model.remat')
+        return Encoder(size['layers'], size['width'], size['mlp'], size['heads'], size['head_width'], size['dropout'],
+                       size['attention_dropout'], scan=c['scan'], remat=c['remat'], implementation=c['attention'], dtype=self.dtype, **options)
+
+    def encode(self, name: str, stream: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False) -> Encoded:
+        """One device stream -> Encoded."""
+        modality = name.split('.')[0]
+        rng = rng.at(name)
+        data, lead = stream['data'], None
+        if modality == 'text':
+            lead = data.shape[:2]
+            data, rng = data.reshape(-1, data.shape[-1]), rng.repeat(data.shape[1])
+        tokens = self.fronts[modality](data, rng, train)
+        encoder = self.shared_encoder if self.config['shared'] else self.encoders[modality]
+        x = encoder(tokens.x, tokens.mask, rng.at('encoder'), train, features)
+        if modality in self.posts:
+            x = jax.nn.gelu(self.posts[modality](x), approximate=False)
+        shape = lambda y: y if lead is None else y.reshape(*lead, *y.shape[1:])
+        mask = None if tokens.mask is None else shape(tokens.mask[:, 1:])
+        return Encoded(shape(x[:, 0]), shape(x[:, 1:]) if features else None, mask, tokens.grid, tokens.kept)
+
+    def encode_all(self, batch: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False) -> dict[str, Encoded]:
+        """Every stream of the batch -> {stream: Encoded}."""
+        return {name: self.encode(name, s, train=train, rng=rng, features=features) for name, s in batch.items()
+                if isinstance(s, Mapping) and 'data' in s}
+
+    def interact(self, encoded: dict[str, Encoded]) -> dict[str, Encoded]:
+        """VATT's modalities meet only in the loss."""
+        return encoded
+
+    def project(self, encoded: Mapping[str, Encoded], *, valid: Mapping[str, Any] | None = None, train: bool = False):
+        """{stream: Encoded} -> {space: {stream: [B(,K) E]}}. valid: {stream: bool [B]}, rows that batch statistics count (all)."""
+        pooled = {name: e.pooled for name, e in encoded.items()}
+        valid = {name: jnp.ones(x.shape[0], bool) for name, x in pooled.items()} if valid is None else valid
+        return self.head(pooled, valid, train)
+
+    def __call__(self, batch: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False) -> Outputs:
+        encoded = self.interact(self.encode_all(batch, train=train, rng=rng, features=features))
+        return Outputs(encoded, self.project(encoded, valid={s: batch[s]['valid'] for s in encoded}, train=train))
+
+
+def extent(modality: str, inputs) -> tuple[int, ...]:
+    """Length of each patched axis of the inputs a model is made for."""
+    i = inputs[modality]
+    return (i['frames'], i['size'], i['size']) if modality == 'video' else (i['samples'],)
+
+
+def tokens_of(config, modality: str) -> int:
+    """Tokens of a patched modality at the model's own input size, before DropToken."""
+    t = config['towers'][modality]
+    patch = t['patch'] if isinstance(t['patch'], (tuple, list)) else (t['patch'],)
+    return math.prod(n // p for n, p in zip(extent(modality, config['inputs']), patch, strict=True))

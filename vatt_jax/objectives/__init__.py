@@ -1,0 +1,17 @@
+"""The registry of objectives: a new one is a class, an entry here and a config."""
+from __future__ import annotations
+
+from vatt_jax.config import choose
+from vatt_jax.objectives.base import Loss, Objective, Refreshed, Spec
+from vatt_jax.objectives.classification import Classification
+from vatt_jax.objectives.contrastive import Contrastive
+from vatt_jax.objectives.kmeans_labels import KMeansLabels
+
+OBJECTIVES = {'contrastive': Contrastive, 'kmeans_labels': KMeansLabels, 'classification': Classification}
+
+__all__ = ['OBJECTIVES', 'Loss', 'Objective', 'Refreshed', 'Spec', 'build']
+
+
+def build(config) -> Objective:
+    """The objective of `config.objective`. Raises ConfigError for an unknown name or field."""
+    return OBJECTIVES[choose(config.name, OBJECTIVES, 'config.objective.name')](config)

@@ -1,0 +1,99 @@
+"""What an objective is: everything the loop needs to know about what is being learnt.
+
+The loop (train.py, train_step.py, train_state.py) names no method; a method is a subclass of `Objective` registered in
+`vatt_jax/objectives/__init__.py`. All methods but `refresh` are pure and traced.
+"""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+
+from vatt_jax.rng import Rng
+
+
+@flax.struct.dataclass
+class Loss:
+    """value: float32 []. metrics: name -> float32 []. batch_stats: the model's new statistics. state: the objective's
+    new state. apply_update: bool [], False while the objective still fills its memory and parameters must not move."""
+    value: jax.Array
+    metrics: dict[str, jax.Array]
+    batch_stats: Any
+    state: Any
+    apply_update: jax.Array | bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What an objective may size itself by. model: the Linen module; outputs: `jax.eval_shape` of its Outputs on one
+    global (micro)batch; batch: abstract device batch; size: records of the training set (M); labels: name -> classes."""
+    model: Any
+    outputs: Any
+    batch: Any
+    size: int
+    labels: Mapping[str, int]
+
+
+@dataclasses.dataclass
+class Refreshed:
+    """What a refresh returns. `params`/`state` replace the objective's; parameters whose path (relative to the
+    objective's tree) matches `fresh_slots` get new optimizer slots; `columns`: name -> array [M] by training record,
+    from now on joined to every batch as batch['columns'][name] (and, if listed in `weights`, used for sampling)."""
+    params: Any
+    state: Any
+    columns: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    fresh_slots: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Objective:
+    """config: the resolved `config.objective`."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def streams(self) -> tuple[str, ...] | None:
+        """The streams to load and encode; None: all of the batch."""
+        return None
+
+    def init(self, key: jax.Array, spec: Spec) -> tuple[Any, Any]:
+        """(params, state): trained parameters (may be boxed with logical axes) and untrained arrays."""
+        return {}, {}
+
+    def loss(self, model, variables, params, state, batch: Mapping[str, Any], rng: Rng) -> Loss:
+        """batch: the device batch after `preprocess.device_stage`, joined with `columns`."""
+        raise NotImplementedError
+
+    def predict(self, params, state, encoded: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Outputs of trained heads for evaluators, name -> [B P]; `encoded`: {stream: Encoded} in evaluation mode."""
+        return {}
+
+    def after_update(self, model_params, params, state, step: jax.Array) -> tuple[Any, Any, Any]:
+        """Constraints on what was just updated (renormalise prototypes, momentum encoder, memory write). Pure."""
+        return model_params, params, state
+
+    def refresh_due(self, step: int) -> bool:
+        """Host side: does a refresh come before this step? A pure function of the step, so that resume repeats it."""
+        return False
+
+    def refresh(self, variables, params, state, step: int,
+                pass_over_data: Callable[..., Iterator[dict[str, np.ndarray]]]) -> Refreshed:
+        """`pass_over_data(fn, augment=…)` applies the traced `fn(model, variables, params, batch, rng) -> {name: [B …]}` to every
+        training record once, evaluation statistics, and yields host arrays of all hosts' rows with `index` [B] (the training record's row in columns), padding dropped."""
+        raise NotImplementedError
+
+
+def streams(batch: Mapping[str, Any]) -> list[str]:
+    """Names of the streams of a batch."""
+    return [k for k, v in batch.items() if isinstance(v, Mapping) and 'data' in v]
+
+
+def only(batch: Mapping[str, Any], names: tuple[str, ...] | None) -> dict[str, Any]:
+    """The batch without the streams that are not in `names` (None: all)."""
+    drop = set(streams(batch)) - set(names if names is not None else streams(batch))
+    return {k: v for k, v in batch.items() if k not in drop}

@@ -1,0 +1,94 @@
+"""The device stage: what is left to do to a batch once its bytes are on the accelerator.
+
+Pixels and samples cross the bus as uint8 and int16; crop, resize, flip, colour and noise happen here, in the same program as the
+towers. Semantics after the official VATT loader ("VGG" style), with one crop and one resample instead of two.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vatt_jax.rng import Rng
+
+
+def device_stage(batch: Mapping[str, Any], inputs, config, rng: Rng, *, augment: bool, dtype: str) -> dict[str, Any]:
+    """The batch with float streams: video [B T size size 3] and audio [B S], both in [-1, 1], text as it was.
+
+    inputs: `config.model.inputs`. config: `config.augment`. rng: already at its site. augment False: no jitter and no noise.
+    Rows that are not valid come out as zeros.
+    """
+    out = dict(batch)
+    for name, stream in batch.items():
+        if not (isinstance(stream, Mapping) and 'data' in stream):
+            continue
+        modality = name.split('.')[0]
+        if modality not in STAGES:
+            continue
+        data = STAGES[modality](stream, inputs[modality], config, rng.at(name), augment)
+        valid = stream['valid'].reshape((-1,) + (1,) * (data.ndim - 1))
+        kept = {k: v for k, v in stream.items() if k not in ('box', 'flip')}
+        out[name] = {**kept, 'data': jnp.where(valid, data, 0).astype(dtype)}
+    return out
+
+
+def video(stream, spec, config, rng: Rng, augment: bool) -> jax.Array:
+    """uint8 [B T H W 3] -> float32 [B T size size 3] in [-1, 1]: the box cut out, resized, mirrored where `flip`, jittered."""
+    size, (height, width) = spec['size'], stream['data'].shape[2:4]
+    box = stream['box'].astype(jnp.float32)
+    rows = resample(box[:, 0], box[:, 2], height, size)
+    columns = resample(box[:, 1], box[:, 3], width, size)
+    columns = jnp.where(stream['flip'][:, None, None], columns[:, ::-1], columns)
+    x = stream['data'].astype(jnp.float32) * (2 / 255) - 1
+    x = jnp.einsum('bih,bthwc->btiwc', rows, x)
+    x = jnp.einsum('bjw,btiwc->btijc', columns, x)
+    return color_jitter(x, config, rng.at('color')) if augment and config['color'] > 0 else x
+
+
+def resample(low: jax.Array, high: jax.Array, length: int, size: int) -> jax.Array:
+    """float32 [B size length]: weights that read `size` pixels linearly from the part low..high ([B], fractions) of `length` pixels.
+
+    Pixel centres are half-integers; when shrinking, the triangle widens to the step, so nothing aliases. Rows sum to 1. The whole
+    axis at its own size gives the identity.
+    """
+    step = (high - low) * length / size
+    centre = low[:, None] * length + (jnp.arange(size) + 0.5) * step[:, None]
+    reach = jnp.maximum(step, 1.0)[:, None, None]
+    distance = jnp.abs(centre[:, :, None] - (jnp.arange(length) + 0.5))
+    weight = jnp.maximum(0.0, 1.0 - distance / reach)
+    return weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-6)
+
+
+def color_jitter(x: jax.Array, config, rng: Rng) -> jax.Array:
+    """Brightness, saturation, contrast and hue of [B T H W 3] in [-1, 1], one draw per clip, with probability `color`; clipped."""
+    draw = lambda site, low, high: rng.at(site).uniform((), low, high).reshape(-1, 1, 1, 1, 1)
+    y = x + 2 * draw('brightness', -config['brightness'], config['brightness'])
+    gray = (y @ jnp.array([0.299, 0.587, 0.114]))[..., None]
+    y = gray + (y - gray) * draw('saturation', 1 - config['saturation'], 1 + config['saturation'])
+    mean = y.mean((1, 2, 3), keepdims=True)
+    y = mean + (y - mean) * draw('contrast', 1 - config['contrast'], 1 + config['contrast'])
+    y = jnp.einsum('btijc,bdc->btijd', y, _hue(draw('hue', -config['hue'], config['hue'])[:, 0, 0, 0, 0]))
+    applied = draw('apply', 0.0, 1.0) < config['color']
+    return jnp.clip(jnp.where(applied, y, x), -1, 1)
+
+
+def _hue(turn: jax.Array) -> jax.Array:
+    """float32 [B 3 3]: rotation of the colour plane (YIQ) by `turn` [B] of a full circle; luma is kept."""
+    to_yiq = jnp.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    c, s = jnp.cos(2 * jnp.pi * turn), jnp.sin(2 * jnp.pi * turn)
+    zero, one = jnp.zeros_like(c), jnp.ones_like(c)
+    turn = jnp.stack([jnp.stack([one, zero, zero], -1), jnp.stack([zero, c, -s], -1), jnp.stack([zero, s, c], -1)], -2)
+    return jnp.linalg.inv(to_yiq) @ turn @ to_yiq
+
+
+def audio(stream, spec, config, rng: Rng, augment: bool) -> jax.Array:
+    """int16 [B S] -> float32 [B S] in [-1, 1], with gaussian noise of `audio_noise` times the clip's peak."""
+    x = stream['data'].astype(jnp.float32) / 32768
+    if augment and config['audio_noise'] > 0:
+        x = x + rng.at('noise').normal(x.shape[1:]) * config['audio_noise'] * jnp.abs(x).max(-1, keepdims=True)
+    return x
+
+
+STAGES = {'video': video, 'audio': audio}

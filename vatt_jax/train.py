@@ -1,0 +1,291 @@
+"""The training loop, read top to bottom: mesh, model, state, start order, step, evaluation, save."""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from vatt_jax import checkpoint, distributed, encoder, metrics, models, objectives, preprocess, sharding, train_state, train_step
+from vatt_jax import config as configs
+from vatt_jax.config import ConfigError
+from vatt_jax.evals import base as evals_base
+from vatt_jax.objectives.base import only
+from vatt_jax.rng import Rng
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on (several non-finite steps, too many unreadable records). The message says what to do."""
+
+
+@dataclasses.dataclass
+class Built:
+    """What a config builds, the same in training and in evaluation. shape: abstract TrainState."""
+    mesh: Any
+    model: Any
+    objective: Any
+    tx: Any
+    init: Any
+    shape: Any
+    shardings: Any
+    info: dict[str, Any]
+
+
+def resolve(config: ConfigDict, data) -> None:
+    """Fills in place what only the data know: the vocabulary size of text towers whose `vocab` is 0."""
+    for tower in config.model.towers.values():
+        if tower.get('vocab', 1) == 0:
+            tower.vocab = data.info['tokenizer']['size']
+
+
+def build(config: ConfigDict, data) -> Built:
+    """Mesh, model, objective and the state's shape and shardings. Computes nothing on devices."""
+    shape = configs.check_batch(config, jax.device_count(), jax.process_count())
+    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape)))
+    objective = objectives.build(config.objective)
+    model = models.build(config.model, config.compute_dtype)
+    process = (jax.process_index(), jax.process_count())
+    first = next(iter(data.one_pass('train', config.batch_size // config.accumulate, process=process, by='records', limit=1)))
+    first = only(first, objective.streams())
+    missing = set(objective.streams() or ()) - set(first)
+    if missing:
+        raise ConfigError(f'config.objective wants the stream {sorted(missing)[0]!r}; the data has '
+                          f'{", ".join(k for k, v in first.items() if isinstance(v, dict) and "data" in v)} '
+                          '(more views: config.data.views)')
+    rows = config.batch_size // config.accumulate
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)[1:]), np.asarray(x).dtype), encoder.device_part(first))
+    rng = jax.eval_shape(lambda: Rng.create(0, 0, jnp.zeros((rows,), jnp.uint32)))
+    batch = jax.eval_shape(lambda b, r: preprocess.device_stage(b, config.model.inputs, config.augment, r, augment=False,
+                                                                dtype=config.compute_dtype), batch, rng)
+    labels = {name: len(classes) for name, classes in data.info.get('labels', {}).items()}
+    spec = train_state.abstract(model, batch, data.size('train'), labels)
+    init, shape, shardings, tx = train_state.create(config, model, objective, spec, mesh)
+    return Built(mesh, model, objective, tx, init, shape, shardings, data.info)
+
+
+def train(config: ConfigDict, data, workdir: str | pathlib.Path, *, quiet: bool = False) -> dict[str, float]:
+    """Trains to config.steps or to SIGTERM, continuing whatever the run folder holds. Returns the last evaluation's scalars.
+
+    data: the data object of docs/architecture.md. Raises ConfigError before anything is written when config, data or checkpoint
+    do not fit, and TrainingStopped when the run cannot go on.
+    """
+    workdir = pathlib.Path(workdir)
+    main, process = distributed.is_main(), (jax.process_index(), jax.process_count())
+    resolve(config, data)
+    built = build(config, data)
+    check_run_folder(config, workdir)
+
+    # Start order: the run's own latest checkpoint; else init_from; else scratch.
+    start = {'consumed': 0, 'order': '', 'weights': []}
+    columns: dict[str, np.ndarray] = {}
+    saved = newest(workdir)
+    with jax.set_mesh(built.mesh):
+        if saved is not None:
+            keeper = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint)
+            state, start, columns = keeper.restore(saved, built.shape, built.shardings)
+            origin = f'continuing from step {saved}'
+        else:
+            state = built.init()
+            origin = 'starting from scratch'
+            if config.init_from:
+                params, stats, left = checkpoint.init_from(config.init_from, state.params['model'], state.batch_stats,
+                                                           config.init_rename, config.init_skip)
+                state = state.replace(params={**state.params, 'model': params}, batch_stats=stats,
+                                      ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else {})
+                origin = f'starting from {config.init_from}' + (f', {len(left)} parameters fresh' if left else '')
+            workdir.mkdir(parents=True, exist_ok=True)
+            keeper = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint)
+    step, consumed, order, weights = int(state.step), int(start['consumed']), start['order'], tuple(start['weights'])
+    if main:
+        write_atomically(workdir / 'config.json', configs.to_json(config))
+    writer = metrics.Writer(workdir, step, main)
+    progress = metrics.Progress(config.steps, step, quiet, main)
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    progress.say(f'{config.name}: {origin}; {count / 1e6:.2f} M parameters, {data.size("train")} training records, '
+                 f'{jax.device_count()} × {jax.devices()[0].device_kind}, {jax.process_count()} process(es)')
+
+    with jax.set_mesh(built.mesh):
+        run_step = jax.jit(train_step.make(config, built.model, built.objective, built.tx),
+                           in_shardings=(built.shardings, sharding.batch_sharding(built.mesh)),
+                           out_shardings=(built.shardings, sharding.replicated(built.mesh)), donate_argnums=0)
+        first_record = data.offsets('train', by='records')
+        stop, meter = distributed.Stop(), metrics.Meter()
+        batches, pending, scalars, started = None, None, {}, time.monotonic()
+
+        def save() -> None:
+            meta = {'step': step, 'consumed': consumed, 'order': order, 'weights': list(weights),
+                    'config': config.to_dict(), 'info': built.info}
+            keeper.save(step, state, meta, columns)
+
+        def settle() -> None:
+            """Reads the metrics of the step before: by now they are computed, so reading them stops nothing."""
+            nonlocal pending, order
+            if pending is None:
+                return
+            at, device_values = pending
+            pending = None
+            values = {k: np.asarray(v) for k, v in device_values.items()}
+            rows = np.stack([values.pop('source'), values.pop('index')], 1)
+            order = hashlib.sha256(order.encode() + rows.astype(np.int32).tobytes()).hexdigest()
+            values = {k: float(v) for k, v in values.items()}
+            if values['bad']:
+                records = [f'{s}:{i}' for s, i in rows.tolist()]
+                progress.say(f'step {at}: non-finite loss or gradient, update skipped; records {" ".join(records)}')
+                writer.write(at, {'event': 'non-finite step', 'records': records})
+                if values['bad'] >= config.max_bad_steps:
+                    raise TrainingStopped(
+                        f'{int(values["bad"])} non-finite steps in a row up to step {at}; the last good checkpoint is step '
+                        f'{keeper.latest()}. Lower config.optimizer.schedule.peak, set config.optimizer.clip, or look at the records '
+                        f'listed in {workdir}/metrics.jsonl')
+            if at % config.log_every == 0 or at == config.steps:
+                speed = meter.read()
+                writer.write(at, {**values, 'order': order[:16], **speed})
+                progress.show(at, {**values, **speed})
+
+        try:
+            while step < config.steps:
+                due = config.eval_every and step and step % config.eval_every == 0
+                if due and not (workdir / 'evals' / f'step_{step:06d}').exists():
+                    settle()
+                    scalars = evaluate(config, built, state, data, workdir, step, writer=writer, progress=progress)
+                    meter.reset()
+                if built.objective.refresh_due(step):
+                    settle()
+                    progress.say(f'step {step}: refresh')
+                    state, fresh, weights = refresh(config, built, state, step, data, process)
+                    columns = {**columns, **fresh.columns}
+                    writer.write(step, {f'refresh/{k}': v for k, v in fresh.metrics.items()})
+                    if fresh.weights and batches is not None:
+                        batches.close()  # what is prefetched was drawn with the old weights
+                        batches = None
+                if batches is None:
+                    sampling = {k: columns[k] for k in weights}
+                    batches = data.train(consumed, config.batch_size, process=process, columns=sampling or None)
+                began = time.monotonic()
+                batch = only(next(batches), built.objective.streams())
+                if columns:
+                    record = first_record[batch['source']] + batch['index']
+                    batch['columns'] = {k: v[record] for k, v in columns.items()}
+                meter.waited += time.monotonic() - began
+                state, values = run_step(state, encoder.place(batch, built.mesh))
+                step, consumed = step + 1, consumed + config.batch_size
+                settle()
+                meter.clips += config.batch_size
+                pending = (step, values)
+                stopping = stop.now(step)
+                if step % config.checkpoint.every == 0 or step == config.steps or stopping:
+                    settle()
+                    save()
+                if stopping and step < config.steps:
+                    keeper.wait()
+                    progress.say(f'asked to stop: step {step} is saved; the same command continues')
+                    return scalars
+            keeper.wait()
+            if config.evals and not (workdir / 'evals' / f'step_{step:06d}').exists():
+                scalars = evaluate(config, built, state, data, workdir, step, writer=writer, progress=progress)
+            problems = data.problems()
+            if main:
+                final = {'step': step, 'consumed': consumed, 'order': order, 'seconds': round(time.monotonic() - started, 1),
+                         'skipped_steps': int(state.skipped), 'corrupt_records': problems['corrupt'],
+                         'digests': {k: checkpoint.digest(getattr(state, k)) for k in ('params', 'batch_stats', 'opt_state', 'objective')}
+                         if jax.process_count() == 1 else {}}
+                write_atomically(workdir / 'done.json', json.dumps(final, indent=1))
+            if problems['corrupt']:
+                progress.say(f'{problems["corrupt"]} of {problems["read"]} records could not be read: {problems["indices"][:10]}')
+            return scalars
+        finally:
+            # A save under way is finished even when the run fails, so that what was written is whole.
+            if batches is not None:
+                batches.close()
+            progress.close()
+            writer.close()
+            keeper.wait()
+            keeper.close()
+            stop.close()
+
+
+def refresh(config, built: Built, state, step: int, data, process):
+    """(state, Refreshed, sampling weights) after the objective's dataset-wide refresh before `step`."""
+    def pass_over_data(fn, augment=True):
+        def forward(variables, params, batch):
+            rng = Rng.create(config.seed, step, batch['position']).at('refresh')
+            batch = preprocess.device_stage(batch, config.model.inputs, config.augment, rng.at('augment'), augment=augment,
+                                            dtype=config.compute_dtype)
+            return fn(built.model, variables, params, batch, rng)
+        forward = jax.jit(forward, out_shardings=sharding.replicated(built.mesh))
+        variables = {'params': state.params['model'], 'batch_stats': state.batch_stats}
+        for batch in data.one_pass('train', config.batch_size, process=process, by='records', augment=augment):
+            batch = only(batch, built.objective.streams())
+            rows = encoder.gather_rows(batch, ('position', 'valid'))
+            out = jax.tree.map(np.asarray, jax.device_get(forward(variables, state.params['objective'], encoder.place(batch, built.mesh))))
+            yield {'index': rows['position'][rows['valid']], **{k: v[rows['valid']] for k, v in out.items()}}
+
+    variables = {'params': state.params['model'], 'batch_stats': state.batch_stats}
+    fresh = built.objective.refresh(variables, state.params['objective'], state.objective, step, pass_over_data)
+    put = lambda new, like: jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x), s), new, like)
+    state = state.replace(params={**state.params, 'objective': put(fresh.params, built.shardings.params['objective'])},
+                          objective=put(fresh.state, built.shardings.objective))
+    slots = jax.jit(lambda s: train_state.fresh_slots(built.tx, s, fresh.fresh_slots), out_shardings=built.shardings.opt_state)
+    return state.replace(opt_state=slots(state)), fresh, fresh.weights
+
+
+def evaluate(config, built: Built, state, data, workdir: pathlib.Path, step: int, *, tag: str = '', writer=None, progress=None):
+    """Runs config.evals on a state; results go to <workdir>/evals/<tag> (default step_NNNNNN), scalars to the log.
+
+    A result folder appears whole or not at all, so an evaluation that was killed is simply run again.
+    """
+    from vatt_jax import evals
+    process = (jax.process_index(), jax.process_count())
+    enc = encoder.Encoder(config, train_state.evaluation_variables(state), built.mesh, built.objective,
+                          state.params['objective'], state.objective)
+    view = evals_base.View(enc, data, config.batch_size, process, config.seed)
+    results = evals.run_all(config.evals, view)
+    scalars = {f'{name}/{k}': v for name, r in results.items() for k, v in r.scalars.items()}
+    if distributed.is_main():
+        evals.save(results, workdir / 'evals' / (tag or f'step_{step:06d}'))
+        if writer is not None:
+            writer.write(step, {f'eval/{k}': v for k, v in scalars.items()})
+    if progress is not None:
+        shown = [f'{k} {v:.3g}' for k, v in scalars.items() if k.rsplit('/', 1)[-1] in ('R@10', 'accuracy', 'top1')]
+        progress.say(f'step {step}: ' + '  '.join(shown))
+    return scalars
+
+
+def newest(workdir: pathlib.Path) -> int | None:
+    """Step of the run's newest complete checkpoint, if any."""
+    folder = workdir / 'checkpoints'
+    steps = [int(p.name) for p in folder.glob('*') if p.name.isdigit() and (p / '_CHECKPOINT_METADATA').exists()] if folder.is_dir() else []
+    return max(steps, default=None)
+
+
+def check_run_folder(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """A run folder belongs to one model and objective; raises ConfigError rather than continue it with another."""
+    if workdir.exists() and not workdir.is_dir():
+        raise ConfigError(f'--workdir={workdir} is a file; a folder is wanted')
+    if newest(workdir) is None:
+        return
+    file = workdir / 'config.json'
+    if not file.exists():
+        return
+    old = configs.from_json(file.read_text())
+    changed = [f for f in configs.same(old, config) if f.startswith(('model.', 'objective.', 'optimizer.name', 'optimizer.frozen'))
+               and not f.startswith(('model.attention', 'model.scan', 'model.remat'))]
+    if changed:
+        f = changed[0]
+        values = [dict(configs.flatten(c)).get(f, 'absent') for c in (old, config)]
+        raise ConfigError(f'--workdir={workdir} holds a run with config.{f}={values[0]!r} and this config has {values[1]!r}; '
+                          'choose another --workdir, or start from its weights with --config.init_from')
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    temporary = path.with_name(path.name + '.tmp')
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,91 @@
+"""Everything a step changes, as one pytree with one sharding tree."""
+from __future__ import annotations
+
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from vatt_jax import optim, sharding
+from vatt_jax.objectives.base import Spec
+from vatt_jax.rng import Rng
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step: int32 [], optimizer steps taken (skipped ones count). params: {'model', 'objective'}. ema: averaged params or
+    {}. bad: int32 [], non-finite steps in a row. skipped: int32 [], non-finite steps so far."""
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    objective: Any
+    ema: Any
+    bad: jax.Array
+    skipped: jax.Array
+
+
+def abstract(model, batch, size: int, labels) -> Spec:
+    """What an objective may size itself by; nothing is computed.
+
+    batch: abstract device batch (after preprocess.device_stage) of one microbatch.
+    """
+    rng = jax.eval_shape(lambda: Rng.create(0, 0, jnp.zeros(batch['index'].shape, jnp.uint32)))
+    variables = jax.eval_shape(lambda b, r: model.init(jax.random.key(0), b, train=False, rng=r), batch, rng)
+    outputs = jax.eval_shape(lambda v, b, r: model.apply(v, b, train=False, rng=r), nn.meta.unbox(variables), batch, rng)
+    return Spec(model, outputs, batch, size, labels)
+
+
+def create(config, model, objective, spec: Spec, mesh) -> tuple[Any, Any, Any, optax.GradientTransformation]:
+    """(init, abstract state, shardings, optimizer): `init()` makes the TrainState on the mesh in one jitted call.
+
+    The whole state, optimizer counters included, is made under jit with explicit shardings: arrays made outside sit on
+    one device. Initial values depend on config.seed alone, not on the mesh.
+    """
+    def variables(key):
+        model_key, objective_key = jax.random.split(key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec.batch)
+        rng = Rng.create(0, 0, zeros['index'])
+        boxed = dict(model.init(model_key, zeros, train=False, rng=rng))
+        objective_params, objective_state = objective.init(objective_key, spec)
+        return {'model': boxed['params'], 'objective': objective_params}, boxed.get('batch_stats', {}), objective_state
+
+    key = jax.random.key(config.seed)
+    boxed_params, boxed_stats, boxed_state = jax.eval_shape(variables, key)
+    plain = nn.meta.unbox(boxed_params)
+    tx = optim.build(config.optimizer, config.steps, plain)
+
+    def init(key):
+        params, stats, state = nn.meta.unbox(variables(key))
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, batch_stats=stats, opt_state=tx.init(params),
+                          objective=state, ema=jax.tree.map(jnp.copy, params['model']) if config.optimizer.ema else {},
+                          bad=jnp.zeros((), jnp.int32), skipped=jnp.zeros((), jnp.int32))
+
+    one = sharding.replicated(mesh)
+    param_shardings = sharding.tree_shardings(boxed_params, mesh)
+    shape = jax.eval_shape(init, key)
+    shardings = TrainState(
+        step=one, params=param_shardings, batch_stats=sharding.tree_shardings(boxed_stats, mesh),
+        opt_state=optax.tree.map_params(tx, lambda _, s: s, shape.opt_state, param_shardings,
+                                        transform_non_params=lambda _: one),
+        objective=sharding.tree_shardings(boxed_state, mesh),
+        ema=param_shardings['model'] if config.optimizer.ema else {}, bad=one, skipped=one)
+    return jax.jit(lambda: init(key), out_shardings=shardings), shape, shardings, tx
+
+
+def evaluation_variables(state: TrainState) -> dict[str, Any]:
+    """The model's variables as evaluation uses them: averaged parameters where they are kept."""
+    return {'params': state.ema or state.params['model'], 'batch_stats': state.batch_stats}
+
+
+def fresh_slots(tx, state: TrainState, patterns: tuple[str, ...]) -> Any:
+    """Optimizer state with the slots of objective parameters matching `patterns` as at initialisation."""
+    if not patterns:
+        return state.opt_state
+    new = tx.init(state.params)
+    names = optim.paths(state.opt_state)
+    pick = lambda name, old, fresh: fresh if '/objective/' in name and optim.matches(name.split('/objective/')[1], patterns) else old
+    return jax.tree.map(pick, names, state.opt_state, new)
