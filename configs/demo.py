@@ -17,15 +17,15 @@ def get_config(arg: str = ''):
     c.name = f'demo {arg}'.strip()
     c.steps, c.batch_size = 1500, 64
     c.jax_platform = 'cpu'
-    c.report = True
+    c.report = False
 
     m = c.model
-    m.inputs.video.update({'frames': 16, 'size': 64, 'fps': 8.0})
+    m.inputs.video.update({'frames': 8, 'size': 64, 'fps': 4.0})
     m.inputs.audio.update({'samples': 16000, 'rate': 8000})
     m.inputs.text.update({'candidates': 3, 'words': 12})
     size = {'layers': 3, 'width': 128, 'mlp': 512, 'heads': 4, 'head_width': 32, 'dropout': 0.0, 'attention_dropout': 0.0}
-    m.towers.video = {'name': 'vit', **size, 'patch': (4, 16, 16), 'drop_token': 0.5}
-    m.towers.audio = {'name': 'wat', **size, 'patch': 128, 'drop_token': 0.5}
+    m.towers.video = {'name': 'vit', **size, 'patch': (2, 16, 16), 'drop_token': 0.5}
+    m.towers.audio = {'name': 'wat', **size, 'patch': 256, 'drop_token': 0.5}
     m.towers.text = {'name': 't5', **size, 'layers': 2, 'vocab': 0, 'word_width': 64, 'frozen_words': False}
     m.head.update({'va': 128, 'vat': 64})
     if arg == 'agnostic':
@@ -43,4 +43,9 @@ def get_config(arg: str = ''):
                   'fps': 8.0, 'rate': 8000, 'seed': 0}
         d.train.playground = {'path': 'runs/data/playground/records', 'split': 'train', 'weight': 1.0, 'share': 0.0}
     c.checkpoint.every, c.log_every = 250, 25
+
+    e = c.evals
+    e.retrieval = {'type': 'retrieval', 'split': 'test', 'limit': 512}
+    for stream in ('video', 'audio'):
+        e[f'probe_{stream}'] = {'type': 'linear_probe', 'stream': stream, 'label': 'class', 'train_limit': 2400, 'test_limit': 768}
     return c

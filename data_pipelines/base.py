@@ -69,11 +69,6 @@ class Data:
         sizes = [s.size for s in self._sources(_split(split), _by(by))]
         return np.cumsum([0, *sizes[:-1]])
 
-    def offsets(self, split: str, by: str = 'records') -> np.ndarray:
-        """int64 [sources]: where each source begins in a pass; offsets[source] + index is an example's number in the pass."""
-        sizes = [s.size for s in self._sources(_split(split), _by(by))]
-        return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)[:len(sizes)]
-
     def problems(self) -> dict[str, Any]:
         """{'corrupt': count, 'read': count, 'indices': [(source, index, reason)]} of all reads so far."""
         return {**self._problems, 'indices': list(self._problems['indices'])}

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,28 +28,27 @@ class View:
         raise AttributeError(name)
 
 
-def streams(inputs: Mapping[str, Any], views: Mapping[str, Any] | None) -> tuple[View, ...]:
+def streams(inputs: Mapping[str, Any], views: Mapping[str, Any] | Iterable[tuple[str, Any]] | None) -> tuple[View, ...]:
     """The main stream of each modality of config.model.inputs, then the views. Raises DataError naming the wrong view.
 
-    Names may be written `video.second` or `video_second`: a ConfigDict refuses dots unless told otherwise.
+    views: {stream: {'kind': …}}, or pairs of the same (config.data.views: config fields take no dots).
     """
     out = [View(m, m, '') for m in ('video', 'audio', 'text') if m in inputs]
     windows: dict[str, tuple] = {}
-    for name, given in (views or {}).items():
-        stream = name if '.' in name else name.replace('_', '.', 1)
+    for stream, given in dict(views or {}).items():
         modality, _, suffix = stream.partition('.')
         spec = dict(given)
         kind = spec.get('kind')
         if modality not in inputs or not suffix:
-            raise DataError(f'config.data.views has {name!r}; a view is named modality.suffix with a modality of '
+            raise DataError(f'config.data.views has {stream!r}; a view is named modality.suffix with a modality of '
                             f'config.model.inputs ({", ".join(inputs)})')
         if kind not in KINDS or set(spec) != KINDS[kind]:
-            raise DataError(f'config.data.views[{name!r}] is {spec}; views are ' + '; '.join(
+            raise DataError(f'config.data.views: {stream!r} is {spec}; views are ' + '; '.join(
                 f'{k}: {", ".join(sorted(v))}' for k, v in KINDS.items()))
         if kind == 'shift' and spec['seconds'] != 'random' and not isinstance(spec['seconds'], (int, float)):
-            raise DataError(f'config.data.views[{name!r}].seconds is {spec["seconds"]!r}; give a number or "random"')
+            raise DataError(f'config.data.views: {stream!r}.seconds is {spec["seconds"]!r}; give a number or "random"')
         if kind == 'window' and not 0 <= spec['number'] < spec['of']:
-            raise DataError(f'config.data.views[{name!r}]: number runs from 0 to of - 1; got {spec["number"]} of {spec["of"]}')
+            raise DataError(f'config.data.views: {stream!r}: number runs from 0 to of - 1; got {spec["number"]} of {spec["of"]}')
         view = View(stream, modality, suffix, tuple(sorted(spec.items())))
         if windows.setdefault(suffix, view.spec) != view.spec:
             raise DataError(f'config.data.views: the streams with suffix {suffix!r} share one window, so their entries must '

@@ -122,7 +122,7 @@ def test_accumulation_averages_microbatches(tmp_path):
         new, metrics = jax.jit(train_step.make(config, built.model, built.objective, built.tx))(state, batch)
         values = []
         for part in range(2):
-            rows = jax.tree.map(lambda x: x[part::2], batch)
+            rows = jax.tree.map(lambda x, part=part: x[part::2], batch)
             rng = Rng.create(config.seed, 0, rows['position'])
             rows = preprocess.device_stage(rows, config.model.inputs, config.augment, rng.at('augment'), augment=True, dtype='float32')
             loss = jax.jit(lambda state, rows, rng: built.objective.loss(

@@ -35,16 +35,26 @@ def device_stage(batch: Mapping[str, Any], inputs, config, rng: Rng, *, augment:
 
 
 def video(stream, spec, config, rng: Rng, augment: bool) -> jax.Array:
-    """uint8 [B T H W 3] -> float32 [B T size size 3] in [-1, 1]: the box cut out, resized, mirrored where `flip`, jittered."""
-    size, (height, width) = spec['size'], stream['data'].shape[2:4]
+    """uint8 [B T H W 3] -> float32 [B T size size 3] in [-1, 1]: the box cut out, resized, mirrored where `flip`, jittered.
+
+    Two batched matrix products do it all: rows, then columns and colour together (colour jitter is affine in a pixel's channels).
+    """
+    size, (b, t, height, width, c) = spec['size'], stream['data'].shape
     box = stream['box'].astype(jnp.float32)
     rows = resample(box[:, 0], box[:, 2], height, size)
     columns = resample(box[:, 1], box[:, 3], width, size)
     columns = jnp.where(stream['flip'][:, None, None], columns[:, ::-1], columns)
     x = stream['data'].astype(jnp.float32) * (2 / 255) - 1
-    x = jnp.einsum('bih,bthwc->btiwc', rows, x)
-    x = jnp.einsum('bjw,btiwc->btijc', columns, x)
-    return color_jitter(x, config, rng.at('color')) if augment and config['color'] > 0 else x
+    if not augment or config['color'] <= 0:
+        matrix, shift = jnp.broadcast_to(jnp.eye(c), (b, c, c)), jnp.zeros((b, c))
+    else:
+        # mean over time, then over the resampled frame: the weights of each source row and column say how much it counts
+        mean = jnp.einsum('bhwc,bh,bw->bc', x.mean(1), rows.mean(1), columns.mean(1))
+        matrix, shift = color_jitter(mean, config, rng.at('color'))
+    mixed = jnp.einsum('bjw,bdc->bwcjd', columns, matrix).reshape(b, width * c, size * c)
+    x = jnp.matmul(x.reshape(b, t * height, width * c), mixed).reshape(b, t, height, size * c)
+    x = jnp.einsum('bih,bthk->btik', rows, x).reshape(b, t, size, size, c)
+    return jnp.clip(x + shift[:, None, None, None], -1, 1)
 
 
 def resample(low: jax.Array, high: jax.Array, length: int, size: int) -> jax.Array:
@@ -61,17 +71,25 @@ def resample(low: jax.Array, high: jax.Array, length: int, size: int) -> jax.Arr
     return weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-6)
 
 
-def color_jitter(x: jax.Array, config, rng: Rng) -> jax.Array:
-    """Brightness, saturation, contrast and hue of [B T H W 3] in [-1, 1], one draw per clip, with probability `color`; clipped."""
-    draw = lambda site, low, high: rng.at(site).uniform((), low, high).reshape(-1, 1, 1, 1, 1)
-    y = x + 2 * draw('brightness', -config['brightness'], config['brightness'])
-    gray = (y @ jnp.array([0.299, 0.587, 0.114]))[..., None]
-    y = gray + (y - gray) * draw('saturation', 1 - config['saturation'], 1 + config['saturation'])
-    mean = y.mean((1, 2, 3), keepdims=True)
-    y = mean + (y - mean) * draw('contrast', 1 - config['contrast'], 1 + config['contrast'])
-    y = jnp.einsum('btijc,bdc->btijd', y, _hue(draw('hue', -config['hue'], config['hue'])[:, 0, 0, 0, 0]))
+def color_jitter(mean: jax.Array, config, rng: Rng) -> tuple[jax.Array, jax.Array]:
+    """(matrix [B 3 3], shift [B 3]) of y = matrix · x + shift for pixels x in [-1, 1]: brightness, saturation, contrast, hue, one draw
+    per clip, with probability `color` (else the identity).
+
+    mean [B 3]: the clip's mean pixel, about which contrast turns. The official loader clips between the operations; here once, after.
+    """
+    draw = lambda site, low, high: rng.at(site).uniform((), low, high)[:, None, None]
+    eye = jnp.eye(3)
+    gray = jnp.broadcast_to(jnp.array([0.299, 0.587, 0.114]), (3, 3))
+    saturation = draw('saturation', 1 - config['saturation'], 1 + config['saturation'])
+    contrast = draw('contrast', 1 - config['contrast'], 1 + config['contrast'])
+    matrix = gray + (eye - gray) * saturation
+    bright = matrix @ (2 * draw('brightness', -config['brightness'], config['brightness']) * jnp.ones((3, 1)))
+    centre = matrix @ mean[..., None] + bright
+    matrix, shift = contrast * matrix, centre + contrast * (bright - centre)
+    turn = _hue(draw('hue', -config['hue'], config['hue'])[:, 0, 0])
+    matrix, shift = turn @ matrix, (turn @ shift)[..., 0]
     applied = draw('apply', 0.0, 1.0) < config['color']
-    return jnp.clip(jnp.where(applied, y, x), -1, 1)
+    return jnp.where(applied, matrix, eye), jnp.where(applied[:, 0], shift, 0)
 
 
 def _hue(turn: jax.Array) -> jax.Array:

@@ -78,7 +78,8 @@ class Rng:
 
     def normal(self, shape: tuple[int, ...] = ()) -> jax.Array:
         """float32 [B, *shape], standard normal (inverse error function of a uniform in (-1, 1))."""
-        u = ((self.bits(shape) >> 8).astype(jnp.float32) + 0.5) * (2.0 / (1 << 24)) - 1.0
+        # 23 bits and a half: exact in float32, so the argument stays inside (-1, 1) where the inverse is finite
+        u = ((self.bits(shape) >> 9).astype(jnp.float32) + 0.5) * (2.0 / (1 << 23)) - 1.0
         return jax.lax.erf_inv(u) * math.sqrt(2.0)
 
     def permutation(self, n: int, per_example: bool = True) -> jax.Array:

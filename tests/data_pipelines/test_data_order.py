@@ -80,6 +80,13 @@ def test_shares_are_exact_in_every_batch(batches, seed, start):
             assert len(set(seen.tolist())) == len(seen)
 
 
+def test_each_epoch_has_its_own_order():
+    _, index, _ = Order([Source(1000)], 0).rows(np.arange(3000))
+    epochs = index.reshape(3, 1000)
+    assert (np.sort(epochs) == np.arange(1000)).all()
+    assert np.abs(np.corrcoef(epochs) - np.eye(3)).max() < 0.15 and (epochs[0] == epochs[1]).sum() < 20
+
+
 def test_shares_continue_when_the_batch_size_changes():
     sources = [Source(40, share=0.25), Source(300)]
     before = Order(sources, 0, 8).rows(np.arange(80))

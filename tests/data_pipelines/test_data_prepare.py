@@ -1,5 +1,6 @@
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -83,6 +84,19 @@ def test_second_run_is_quick_and_other_settings_are_refused(prepared, media_fold
         prepare.prepare(*args, **same, tokenizer='wordpiece')
 
 
+def children(pid):
+    """Process ids below `pid` (Linux; elsewhere none)."""
+    out = []
+    for stat in pathlib.Path('/proc').glob('[0-9]*/stat'):
+        try:
+            parent = int(stat.read_text().rpartition(')')[2].split()[1])
+        except OSError:  # gone meanwhile
+            continue
+        if parent == pid:
+            out.append(int(stat.parent.name))
+    return out
+
+
 def test_killed_run_goes_on(tmp_path, monkeypatch):
     videos, out = folder_of(tmp_path / 'videos', 30, 3.0), tmp_path / 'out'
     command = [sys.executable, '-m', 'data_pipelines.prepare', f'--videos={videos}', f'--out={out}', f'--fps={FPS}', f'--size={SIZE}',
@@ -92,14 +106,13 @@ def test_killed_run_goes_on(tmp_path, monkeypatch):
     while len(staged()) < 3:
         time.sleep(0.002)
         assert process.poll() is None
+    workers = [w for pid in children(process.pid) for w in (pid, *children(pid))]
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 5
-    while True:  # its workers notice
-        before = len(staged())
-        time.sleep(0.3)
-        if len(staged()) == before or time.monotonic() > deadline:
-            break
+    deadline = time.monotonic() + 10
+    while any(pathlib.Path(f'/proc/{w}').exists() for w in workers):  # they notice, and go
+        assert time.monotonic() < deadline, 'worker processes live on without their parent'
+        time.sleep(0.01)
     assert 3 <= len(staged()) < 30 and not (out / 'prepare.json').exists()
     with pytest.raises(DataError, match='not finished'):
         Prepared(out)

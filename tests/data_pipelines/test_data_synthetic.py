@@ -38,8 +38,8 @@ def equal(a, b):
 
 
 def test_contract_of_a_batch():
-    c = config(views={'video_second': {'kind': 'clip'}, 'audio_second': {'kind': 'clip'},
-                      'audio_shifted': {'kind': 'shift', 'seconds': 0.4}})
+    c = config(views=(('video.second', {'kind': 'clip'}), ('audio.second', {'kind': 'clip'}),
+                      ('audio.shifted', {'kind': 'shift', 'seconds': 0.4})))
     d = data_pipelines.open(c)
     b = next(d.train(0, 6))
     assert b['video']['data'].shape == (6, 8, 16, 16, 3) and b['video']['data'].dtype == np.uint8
@@ -110,7 +110,7 @@ def test_npz_round_trip(tmp_path):
     reverse = rows(n.one_pass('train', 4, views={'video.back': {'kind': 'reverse'}}), 1)
     np.testing.assert_array_equal(reverse['video.back/data'], reverse['video/data'][:, ::-1])
     with pytest.raises(DataError, match='other windows'):
-        data_pipelines.open(config(source='npz', npz=path, views={'video_x': {'kind': 'clip'}}))
+        data_pipelines.open(config(source='npz', npz=path, views=(('video.x', {'kind': 'clip'}),)))
     c.model.inputs.audio.samples = 100
     with pytest.raises(DataError, match=r'audio/data has rows of shape \(3200,\)'):
         data_pipelines.open(c)
@@ -118,8 +118,8 @@ def test_npz_round_trip(tmp_path):
 
 @pytest.mark.parametrize('change, say', [
     (dict(source='x'), 'records, synthetic, npz'), (dict(source='npz'), 'not a file'), (dict(synthetic_size=0), 'at least 1'),
-    (dict(views={'depth_x': {'kind': 'clip'}}), 'modality'), (dict(views={'video_x': {'kind': 'zoom'}}), 'clip'),
-    (dict(views={'video_x': {'kind': 'clip'}, 'audio_x': {'kind': 'reverse'}}), 'share one window')])
+    (dict(views=(('depth.x', {'kind': 'clip'}),)), 'modality'), (dict(views=(('video.x', {'kind': 'zoom'}),)), 'clip'),
+    (dict(views=(('video.x', {'kind': 'clip'}), ('audio.x', {'kind': 'reverse'}))), 'share one window')])
 def test_errors_name_the_field(change, say):
     with pytest.raises(DataError, match=say):
         data_pipelines.open(config(**change))

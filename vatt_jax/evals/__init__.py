@@ -1,0 +1,63 @@
+"""Evaluators: frozen encoders in, numbers out. A new one is a class with run(view) and an entry here."""
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+
+from vatt_jax.config import choose
+from vatt_jax.evals.base import CHANGES, Result, View
+from vatt_jax.evals.classification import Classification
+from vatt_jax.evals.linear_probe import LinearProbe, SimpleProbe
+from vatt_jax.evals.retrieval import Retrieval, Sync
+
+EVALUATORS = {'retrieval': Retrieval, 'linear_probe': LinearProbe, 'simple_probe': SimpleProbe, 'sync': Sync, 'classification': Classification}
+
+__all__ = ['CHANGES', 'EVALUATORS', 'Result', 'View', 'build', 'load', 'run_all', 'save']
+
+
+def build(name: str, config) -> Any:
+    """The evaluator of the entry `name` of `config.evals`. Raises ConfigError for an unknown type or field."""
+    where = f'config.evals.{name}'
+    evaluator = EVALUATORS[choose(config.get('type', ''), EVALUATORS, f'{where}.type')](config, where)
+    change = evaluator.config.get('change', '')
+    if change:
+        choose(change, CHANGES, f'{where}.change')
+    return evaluator
+
+
+def run_all(config, view: View, baseline: bool = False) -> dict[str, Result]:
+    """Every entry of `config.evals`, in order of its name. baseline: only those whose field `baseline` is True."""
+    evaluators = {name: build(name, config[name]) for name in sorted(config)}
+    return {name: e.run(view) for name, e in evaluators.items() if e.config.baseline or not baseline}
+
+
+def save(results: dict[str, Result], folder: str | pathlib.Path) -> None:
+    """<folder>/results.json (scalars, small artifacts) and arrays.npz; the folder appears whole or not at all."""
+    folder = pathlib.Path(folder)
+    temporary = folder.with_name(folder.name + '.tmp')
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    small, arrays = {}, {}
+    for name, r in results.items():
+        small[name] = {'scalars': r.scalars, 'artifacts': {k: v for k, v in r.artifacts.items() if not isinstance(v, np.ndarray)}}
+        arrays |= {f'{name}/{k}': v for k, v in r.artifacts.items() if isinstance(v, np.ndarray)}
+    (temporary / 'results.json').write_text(json.dumps(small, indent=1))
+    np.savez_compressed(temporary / 'arrays.npz', **arrays)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def load(folder: str | pathlib.Path) -> dict[str, Result]:
+    """What `save` wrote."""
+    folder = pathlib.Path(folder)
+    out = {name: Result(v['scalars'], v['artifacts']) for name, v in json.loads((folder / 'results.json').read_text()).items()}
+    with np.load(folder / 'arrays.npz') as arrays:
+        for key in arrays.files:
+            name, artifact = key.split('/', 1)
+            out[name].artifacts[artifact] = arrays[key]
+    return out

@@ -75,8 +75,8 @@ class VATT(nn.Module):
                 fronts[modality] = Patches(patch, tables, AXES[modality], width, t['drop_token'], t['per_example'], c['shared'],
                                            t['position_dropout'], self.dtype)
             if not c['shared']:
-                t5 = {'bias': False, 'rms': True, 'scaled': False, 'buckets': t['buckets'], 'max_distance': t['max_distance']} if t['name'] == 't5' else {}
-                encoders[modality] = self._encoder(t, **t5)
+                t5 = {'bias': False, 'rms': True, 'scaled': False, 'buckets': t.get('buckets'), 'max_distance': t.get('max_distance')}
+                encoders[modality] = self._encoder(t, **(t5 if t['name'] == 't5' else {}))
             if t['post']:
                 posts[modality] = Dense(t['post'], ('embed', None), dtype=self.dtype)
         self.fronts, self.encoders, self.posts = fronts, encoders, posts

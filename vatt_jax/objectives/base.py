@@ -84,7 +84,8 @@ class Objective:
     def refresh(self, variables, params, state, step: int,
                 pass_over_data: Callable[..., Iterator[dict[str, np.ndarray]]]) -> Refreshed:
         """`pass_over_data(fn, augment=…)` applies the traced `fn(model, variables, params, batch, rng) -> {name: [B …]}` to every
-        training record once, evaluation statistics, and yields host arrays of all hosts' rows with `index` [B] (the training record's row in columns), padding dropped."""
+        training record once, evaluation statistics, and yields host arrays of all hosts' rows with `index` [B] (the training
+        record's row in columns), padding dropped."""
         raise NotImplementedError
 
 

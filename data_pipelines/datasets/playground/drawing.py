@@ -8,7 +8,6 @@ import numpy as np
 
 from data_pipelines.datasets.playground.world import COLORS, FLOOR, LEFT, RIGHT, Config, Episode, Thing
 
-
 MARGIN = 0.32  # share of the frame; more than the largest radius
 
 

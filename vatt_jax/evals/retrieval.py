@@ -1,0 +1,91 @@
+"""Zero-shot retrieval: does the right clip come first among N? (VATT paper, section 4.4.)"""
+from __future__ import annotations
+
+import numpy as np
+
+from vatt_jax.config import ConfigError, with_defaults
+from vatt_jax.evals import statistics
+from vatt_jax.evals.base import Result, View
+
+DEFAULTS = {
+    'type': 'retrieval',
+    'split': 'test',
+    'limit': 512,           # clips in the gallery: the first of the split, so the gallery is fixed by the config
+    'pairs': (('text', 'video', 'vat'), ('video', 'text', 'vat'), ('audio', 'video', 'va'), ('video', 'audio', 'va')),  # query, gallery, space
+    'change': '',           # a change of the input, such as single_frame (evals/base.py)
+    'views': (),            # extra streams, as config.data.views: (('audio.shifted', {'kind': 'shift', 'seconds': 1.0}),)
+    'baseline': True,       # also evaluate the random initialisation (controls need not)
+}
+
+
+class Retrieval:
+    """R@1, R@5, R@10 in [0, 1] and median rank (1 is best) for each pair, with 95 % bootstrap intervals over queries.
+
+    A query stream `text` is the clip's annotated caption where the data has one (`text.caption`), else the normalised mean of its
+    candidate sentences. Clips that lack either side are left out and counted. Ties share their places.
+    """
+
+    def __init__(self, config, where: str = 'config.evals'):
+        self.config = with_defaults(config, DEFAULTS, where)
+
+    def run(self, view: View) -> Result:
+        c = self.config
+        f = view.features(c.split, limit=c.limit, views=dict(c.views) or None, change=c.change)
+        scalars, artifacts = {}, {}
+        for query, gallery, space in c.pairs:
+            q, q_valid = self._stream(f, space, query)
+            g, g_valid = self._stream(f, space, gallery)
+            use = np.flatnonzero(q_valid & g_valid)
+            if len(use) < 2:
+                raise ConfigError(f'retrieval {query} → {gallery}: only {len(use)} of {len(q)} clips of split {c.split!r} have both')
+            similarity = q[use] @ g[use].T
+            rank = statistics.ranks(similarity)
+            name = f'{query}_to_{gallery}'
+            n = len(use)
+            for k in (1, 5, 10):
+                # a rank of r.5 stands for a tie over two places; within the first k counts by share
+                hit = np.clip(k - rank, 0, 1)
+                scalars[f'{name}/R@{k}'] = float(hit.mean())
+                artifacts[f'{name}/R@{k}/interval'] = statistics.bootstrap(hit, seed=view.seed)
+                artifacts[f'{name}/R@{k}/chance'] = min(1.0, k / n)
+            scalars[f'{name}/median_rank'] = float(np.median(rank) + 1)
+            artifacts[f'{name}/median_rank/interval'] = statistics.bootstrap(rank + 1, np.median, view.seed)
+            artifacts[f'{name}/median_rank/chance'] = (n + 1) / 2
+            artifacts[f'{name}/similarity'] = similarity.astype(np.float16)
+            artifacts[f'{name}/clips'] = f['index'][use]
+            artifacts[f'{name}/top'] = f['index'][use][np.argsort(-similarity, 1, kind='stable')[:, :5]]
+            artifacts[f'{name}/rank'] = rank + 1
+            scalars[f'{name}/clips'] = float(n)
+        return Result(scalars, artifacts)
+
+    def _stream(self, f, space: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+        members = f['spaces'].get(space, {})
+        if name == 'text' and 'text.caption' in members:
+            name = 'text.caption'
+        if name not in members:
+            raise ConfigError(f'retrieval asks for stream {name!r} in space {space!r}, which has {", ".join(members) or "nothing"}')
+        x, valid = members[name], f['valid'][name]
+        if x.ndim == 3:  # candidates [N K E]
+            mask = f['mask'][name][..., None]
+            x = np.where(mask, x, 0).sum(1)
+            x = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+        return x, valid
+
+
+class Sync:
+    """Share of clips whose video is nearer to its own sound than to its own sound `seconds` away; chance is one half, ties are half."""
+
+    DEFAULTS = {'type': 'sync', 'split': 'test', 'limit': 512, 'seconds': 1.0, 'space': 'va', 'baseline': True}
+
+    def __init__(self, config, where: str = 'config.evals'):
+        self.config = with_defaults(config, self.DEFAULTS, where)
+
+    def run(self, view: View) -> Result:
+        c = self.config
+        f = view.features(c.split, limit=c.limit, views={'audio.shifted': {'kind': 'shift', 'seconds': c.seconds}})
+        s = f['spaces'][c.space]
+        use = f['valid']['video'] & f['valid']['audio'] & f['valid']['audio.shifted']
+        own, other = ((s['video'] * s[k]).sum(-1)[use] for k in ('audio', 'audio.shifted'))
+        right = (own > other) + 0.5 * (own == other)
+        return Result({'accuracy': float(right.mean())},
+                      {'accuracy/interval': statistics.bootstrap(right, seed=view.seed), 'accuracy/chance': 0.5})
