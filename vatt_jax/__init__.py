@@ -1,0 +1,13 @@
+"""Self-supervised pretraining of video, audio and text encoders: `vatt_jax.load(checkpoint).embed(video=…, audio=…, text=…)`."""
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = '0.1.0'
+__all__ = ['load']
+
+
+def load(path: Any):
+    """A trained model (vatt_jax.api.Model) from a run folder or a checkpoint folder."""
+    from vatt_jax import api  # late: importing the package must not start JAX
+    return api.load(path)

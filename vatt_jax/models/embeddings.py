@@ -68,7 +68,8 @@ class Patches(nn.Module):
 
     patch: size per axis. tables: rows of the position tables. drop_token: share of tokens dropped in training; the number kept comes
     from the tables, as in the official code. per_example: a permutation of its own for each clip instead of one for the batch.
-    projection: a further Dense + GELU per token (modality-agnostic).
+    projection: a further Dense + GELU per token (modality-agnostic). patch_init: factor on the initial matrix; 1 is official. The position
+    codes have variance 1 from the start and the patches' projections a tenth of it or less, which a short run does not make up for.
     """
     patch: tuple[int, ...]
     tables: tuple[int, ...]
@@ -78,6 +79,7 @@ class Patches(nn.Module):
     per_example: bool = False
     projection: bool = False
     position_dropout: float = 0.1
+    patch_init: float = 1.0
     dtype: str = 'float32'
 
     @nn.compact
@@ -91,7 +93,7 @@ class Patches(nn.Module):
             # What is dropped is never projected: tokens are independent until the encoder.
             kept = rng.at('drop_token').permutation(x.shape[1], self.per_example)[..., :count]
             x = jnp.take_along_axis(x, kept[..., None], 1) if self.per_example else x[:, kept]
-        x = Dense(self.width, ('patch', 'embed'), init='glorot', dtype=self.dtype, name='patch')(x)
+        x = Dense(self.width, ('patch', 'embed'), init_scale=self.patch_init, dtype=self.dtype, name='patch')(x)
         if self.projection:
             x = jax.nn.gelu(Dense(self.width, ('embed', None), dtype=self.dtype, name='projection')(x), approximate=False)
         x = Positions(self.tables, self.names, self.width, self.position_dropout, name='positions')(x, grid, kept, rng, train)

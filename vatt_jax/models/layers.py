@@ -13,12 +13,12 @@ class Dense(nn.Module):
     features: int
     axes: tuple[str | None, str | None]
     bias: bool = True
-    init: str = 'glorot'
+    init_scale: float = 1.0      # on the glorot-uniform initial values
     dtype: str = 'float32'
 
     @nn.compact
     def __call__(self, x):
-        init = {'glorot': jax.nn.initializers.glorot_uniform(), 'lecun': jax.nn.initializers.lecun_normal()}[self.init]
+        init = jax.nn.initializers.variance_scaling(self.init_scale ** 2, 'fan_avg', 'uniform')
         kernel = self.param('kernel', logical(init, *self.axes), (x.shape[-1], self.features), jnp.float32)
         y = x.astype(self.dtype) @ kernel.astype(self.dtype)
         if self.bias:

@@ -38,7 +38,7 @@ class Outputs:
 
 
 SIZE = {'layers': 12, 'width': 768, 'mlp': 3072, 'heads': 12, 'head_width': 64, 'dropout': 0.1, 'attention_dropout': 0.1}
-PATCHES = {'drop_token': 0.5, 'per_example': False, 'positions': (), 'position_dropout': 0.1, 'post': 0}
+PATCHES = {'drop_token': 0.5, 'per_example': False, 'positions': (), 'position_dropout': 0.1, 'patch_init': 1.0, 'post': 0}
 WORDS = {'vocab': 1 << 16, 'word_width': 300, 'frozen_words': True, 'position_dropout': 0.1, 'post': 0}
 # tower name -> (modality, fields with their defaults)
 TOWERS = {
@@ -73,7 +73,7 @@ class VATT(nn.Module):
                 patch = tuple(t['patch']) if isinstance(t['patch'], (tuple, list)) else (t['patch'],)
                 tables = tuple(t['positions']) or tuple(n // p for n, p in zip(extent(modality, c['inputs']), patch, strict=True))
                 fronts[modality] = Patches(patch, tables, AXES[modality], width, t['drop_token'], t['per_example'], c['shared'],
-                                           t['position_dropout'], self.dtype)
+                                           t['position_dropout'], t['patch_init'], self.dtype)
             if not c['shared']:
                 t5 = {'bias': False, 'rms': True, 'scaled': False, 'buckets': t.get('buckets'), 'max_distance': t.get('max_distance')}
                 encoders[modality] = self._encoder(t, **(t5 if t['name'] == 't5' else {}))

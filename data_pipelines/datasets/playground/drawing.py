@@ -36,7 +36,7 @@ def backdrop(size: int, episode: Episode) -> np.ndarray:
     y = np.linspace(0, 1, size, dtype=np.float32)[None, :, None]
     x = np.linspace(0, 1, size, dtype=np.float32)[None, None, :]
     wave = np.sin(ky * (y + 0.05 * vy * t) + kx * (x + 0.05 * vx * t) + phase) + 0.5 * np.sin(twist * 3 * (x - y) + 0.4 * vx * t)
-    value = np.clip(light + 0.07 * wave, 0.05, 0.7)
+    value = np.clip(light + 0.04 * wave, 0.02, 0.7)
     tint = np.array(colorsys.hsv_to_rgb(hue, saturation, 1.0), np.float32)
     canvas = (value[..., None] * tint * 255).astype(np.float32)
     canvas[:, math.ceil(FLOOR * size):] *= 0.55

@@ -15,8 +15,9 @@ TIMBRES = {
     'cross': ((1.0, 2.0, 3.0, 4.0, 5.0, 6.0), (0.3, 0.5, 0.7, 1.0, 1.0, 0.8), 0.0),  # brass: bright
 }
 PITCH = {'small': 520.0, 'medium': 350.0, 'large': 235.0}                      # Hz: small things sound high
-DECAY = 0.11                                                                   # seconds in which an impact falls to 1/e
-RING = 0.45                                                                    # seconds of an impact that are rendered
+DECAY = 0.2                                                                    # seconds in which an impact falls to 1/e
+LOUDNESS = 2.5                                                                 # of a note at full strength, before the limiter
+RING = 0.6                                                                     # seconds of an impact that are rendered
 
 
 def waveform(config: Config, episodes: list[Episode], rng: np.random.Generator) -> np.ndarray:
@@ -28,7 +29,8 @@ def waveform(config: Config, episodes: list[Episode], rng: np.random.Generator) 
         pitch = PITCH[e.subject.size] * rng.uniform(0.96, 1.04)
         for time, what, strength in e.sounds:
             add(out, config.rate, time, e.end, strength * note(config.rate, e.subject.kind, what, pitch, rng))
-    out = 0.32 * out[:total] + rng.standard_normal(total, dtype=np.float32) * config.sound_noise
+    # Recorded as people record: loud, the peaks bent over. A wave at a tenth of full scale would drown in the towers' position codes.
+    out = np.tanh(LOUDNESS * out[:total]) + rng.standard_normal(total, dtype=np.float32) * config.sound_noise
     return (np.clip(out, -1, 1) * 32767).astype(np.int16)
 
 

@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 
-KINDS = ('disc', 'square', 'triangle', 'star', 'ring', 'cross')
+KINDS = ('disc', 'triangle', 'ring', 'cross')
 EVENTS = ('bounce', 'collide', 'appear', 'vanish')
 COLORS = {'red': (225, 50, 45), 'orange': (245, 145, 30), 'yellow': (240, 225, 60), 'green': (60, 190, 70), 'cyan': (60, 210, 220),
           'blue': (55, 85, 230), 'purple': (150, 60, 200), 'white': (245, 245, 245)}
 TEXTURES = ('plain', 'striped', 'dotted')
-SIZES = {'small': 0.135, 'medium': 0.175, 'large': 0.22}  # radius, as a share of the frame's height
+SIZES = {'small': 0.165, 'medium': 0.21, 'large': 0.27}   # radius, as a share of the frame's height
 CLASSES = tuple(f'{event} {kind}' for event in EVENTS for kind in KINDS)
 SPLITS = ('train', 'validation', 'test')
 FLOOR, LEFT, RIGHT = 0.93, 0.06, 0.94                     # where things hit, shares of the frame
@@ -22,7 +22,8 @@ class Config:
     """A playground. Everything follows from these numbers.
 
     train, validation, test: videos per split. seconds, fps, size (pixels, square), rate (Hz): of each mp4 file. episodes: scenes per
-    video. held_out: share of (colour, kind) pairs that only the test split shows. distractors: most silent objects per scene.
+    video. held_out: share of (colour, kind) pairs that only the test split shows, among
+    all others. distractors: most silent objects per scene.
     noise: standard deviation of camera noise (8-bit levels) and of sound (share of full scale).
     """
     train: int = 1600
@@ -110,7 +111,7 @@ def video(config: Config, split: str, number: int) -> list[Episode]:
         place = number * config.episodes + e
         # a new pass over all classes starts elsewhere, so neighbours in a video are not always the same pair
         event, kind = CLASSES[order[(place + place // len(CLASSES) * 5) % len(CLASSES)]].split()
-        allowed = [c for c in COLORS if ((c, kind) in held) == (split == 'test')] or list(COLORS)
+        allowed = [c for c in COLORS if split == 'test' or (c, kind) not in held]
         look = (kind, str(rng.choice(allowed)), str(rng.choice(TEXTURES)), str(rng.choice(list(SIZES))))
         out.append(episode(config, rng, begin, end, event, look, times[(times >= begin) & (times < end)]))
     return out
@@ -127,7 +128,7 @@ def episode(config: Config, rng: np.random.Generator, begin: float, end: float, 
         radius, sounds = radius * scale, [(s, event, 1.0) for s in starts]
     subject = Thing(kind, color, texture, size, float(rng.uniform(-0.35, 0.35)), center, radius)
     others = [drifting(rng, t, kind) for _ in range(rng.integers(1, config.distractors + 1))] if config.distractors else []
-    hue, light = rng.uniform(0, 1), rng.uniform(0.18, 0.5)
+    hue, light = rng.uniform(0, 1), rng.uniform(0.1, 0.3)
     background = np.array([light, hue, rng.uniform(0.05, 0.25), *rng.uniform(-6, 6, 4), rng.uniform(0, 6.28), rng.uniform(-2, 2)])
     return Episode(begin, end, event, subject, others, background, [(begin + s, what, strength) for s, what, strength in sounds], times)
 
