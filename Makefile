@@ -12,7 +12,7 @@ demo: $(VENV)/.ready        ## make the playground, pretrain VATT on it, evaluat
 controls: $(VENV)/.ready    ## the runs that must fail to learn, and the second seed
 	$(BIN)/python run.py --config=configs/demo.py:shuffled --workdir=runs/demo_shuffled
 	$(BIN)/python run.py --config=configs/demo.py --config.seed=1 --workdir=runs/demo_seed1
-	$(BIN)/python run.py --mode=report --workdir=runs/demo
+	$(BIN)/python run.py --mode=report --workdir=runs/demo --compare=runs/demo_shuffled,runs/demo_seed1
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m "not slow"

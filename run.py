@@ -16,7 +16,8 @@ import pathlib
 import sys
 import time
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # TensorFlow decodes on the host and need not introduce itself
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 MODES = ('train', 'eval', 'embed', 'report')
 
 
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> None:
     flags, overrides = parse(argv)
     workdir = pathlib.Path(flags.workdir)
     if flags.mode == 'report':
-        report(workdir)
+        report(workdir, tuple(flags.compare.split(',')) if flags.compare else ())
         return
     from vatt_jax import distributed
     config = read_config(flags, overrides, workdir)
@@ -53,6 +54,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     parser.add_argument('--mode', default='train', choices=MODES)
     parser.add_argument('--quiet', action='store_true', help='plain log lines instead of the live one')
     parser.add_argument('--split', default='test', help='embed: which split of config.data.eval')
+    parser.add_argument('--compare', default='', help='report: other run folders, separated by commas, shown beside this one')
     overrides, rest = [], []
     words = iter(argv)
     for word in words:
@@ -123,7 +125,7 @@ def compare(config, data, workdir: pathlib.Path) -> None:
     """Evaluates the newest checkpoint, and the same network at random initialisation beside it; keeps a gallery for the report."""
     import jax
 
-    from vatt_jax import checkpoint, distributed, evals, train
+    from vatt_jax import checkpoint, train
     from vatt_jax.config import ConfigError
     train.resolve(config, data)
     built = train.build(config, data)
@@ -131,26 +133,27 @@ def compare(config, data, workdir: pathlib.Path) -> None:
     if step is None:
         raise ConfigError(f'--workdir={workdir} holds no checkpoint; train first')
     with jax.set_mesh(built.mesh):
-        if not (workdir / 'evals' / f'step_{step:06d}' / 'gallery.npz').exists():
+        if not (workdir / 'evals' / f'step_{step:06d}').exists():
             keeper = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint)
             state, _, _ = keeper.restore(step, built.shape, built.shardings)
             keeper.close()
             train.evaluate(config, built, state, data, workdir, step, gallery=True)
         if config.evals and not (workdir / 'evals' / 'random_init').exists():
             train.evaluate(config, built, built.init(), data, workdir, 0, tag='random_init')
-    if distributed.is_main():
-        print(evals.summary(workdir / 'evals' / f'step_{step:06d}'), flush=True)
 
 
 def evaluate(config, workdir: pathlib.Path, flags) -> None:
     import shutil
 
-    from vatt_jax import train
+    from vatt_jax import distributed, train
     data = open_data(config)
     step = train.newest(workdir)
     for old in (f'step_{step or 0:06d}', 'random_init'):
         shutil.rmtree(workdir / 'evals' / old, ignore_errors=True)
     compare(config, data, workdir)
+    if distributed.is_main():
+        from vatt_jax import report as reports
+        print(reports.table(workdir), flush=True)
 
 
 def embed(config, workdir: pathlib.Path, flags) -> None:
@@ -180,13 +183,10 @@ def embed(config, workdir: pathlib.Path, flags) -> None:
         print(f'{len(features["index"])} examples → {path}')
 
 
-def report(workdir: pathlib.Path) -> None:
+def report(workdir: pathlib.Path, others: tuple[str, ...] = ()) -> None:
     from vatt_jax import report as reports
-    from vatt_jax.config import ConfigError
-    if not (workdir / 'config.json').exists():
-        raise ConfigError(f'--workdir={workdir} holds no run (no config.json); train first, or name another folder')
-    path = reports.build(workdir)
-    print(reports.table(workdir))
+    path = reports.build(workdir, others)
+    print(reports.table(workdir, others))
     print(f'report: {path}')
 
 

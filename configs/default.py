@@ -64,6 +64,7 @@ def get_config(arg: str = '') -> ConfigDict:
     d.crop = (0.6, 1.0)                 # area of the random crop in training, as a share of the frame; (1, 1): whole frame
     d.aspect = (0.8, 1.25)              # aspect ratio of that crop
     d.flip = 0.5                        # probability of a mirrored clip in training
+    d.mismatch = ()                     # control: modalities that, in training, come from another clip; nothing can be learnt across them
     d.prefetch = 3                      # batches held ready
     d.threads = 2                       # parallel readers and decoders
     d.max_corrupt = 0.01                # share of unreadable records that stops the run

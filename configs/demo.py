@@ -8,6 +8,7 @@
 from configs import default
 
 VARIANTS = ('', 'agnostic', 'shuffled', 'synthetic')
+STEPS = 1500
 
 
 def get_config(arg: str = ''):
@@ -15,21 +16,22 @@ def get_config(arg: str = ''):
         raise ValueError(f'configs/demo.py has no variant {arg!r}; there are {", ".join(v for v in VARIANTS if v)}')
     c = default.get_config()
     c.name = f'demo {arg}'.strip()
-    c.steps, c.batch_size = 1500, 64
+    c.steps, c.batch_size = STEPS, 64
     c.jax_platform = 'cpu'
-    c.report = False
+    c.report = True
 
     m = c.model
-    m.inputs.video.update({'frames': 8, 'size': 64, 'fps': 4.0})
+    m.inputs.video.update({'frames': 8, 'size': 32, 'fps': 4.0})
     m.inputs.audio.update({'samples': 16000, 'rate': 8000})
     m.inputs.text.update({'candidates': 3, 'words': 12})
     size = {'layers': 3, 'width': 128, 'mlp': 512, 'heads': 4, 'head_width': 32, 'dropout': 0.0, 'attention_dropout': 0.0}
-    m.towers.video = {'name': 'vit', **size, 'patch': (2, 16, 16), 'drop_token': 0.5}
-    m.towers.audio = {'name': 'wat', **size, 'patch': 256, 'drop_token': 0.5}
+    m.towers.video = {'name': 'vit', **size, 'patch': (2, 8, 8), 'drop_token': 0.5, 'position_dropout': 0.0, 'patch_init': 5.0}
+    m.towers.audio = {'name': 'wat', **size, 'patch': 256, 'drop_token': 0.5, 'position_dropout': 0.0, 'patch_init': 4.0}
     m.towers.text = {'name': 't5', **size, 'layers': 2, 'vocab': 0, 'word_width': 64, 'frozen_words': False}
     m.head.update({'va': 128, 'vat': 64})
     if arg == 'agnostic':
         m.shared = True
+        m.encoder = size
 
     o = c.optimizer
     o.name, o.weight_decay, o.frozen, o.clip = 'adamw', 0.02, (), 1.0
@@ -42,10 +44,26 @@ def get_config(arg: str = ''):
         d.make = {'path': 'runs/data/playground', 'train': 1600, 'validation': 128, 'test': 256, 'seconds': 8.0, 'size': 64,
                   'fps': 8.0, 'rate': 8000, 'seed': 0}
         d.train.playground = {'path': 'runs/data/playground/records', 'split': 'train', 'weight': 1.0, 'share': 0.0}
+    if arg == 'shuffled':
+        d.mismatch = ('audio', 'text')
+    # Milder than the official jitter: here a colour is a word, and a run is short.
+    c.augment.color, c.augment.hue = 0.5, 0.05
+    d.crop = (0.7, 1.0)
     c.checkpoint.every, c.log_every = 250, 25
 
     e = c.evals
-    e.retrieval = {'type': 'retrieval', 'split': 'test', 'limit': 512}
+    gallery = {'type': 'retrieval', 'split': 'test', 'limit': 512}
+    e.retrieval = gallery
+    e.sync = {'type': 'sync', 'limit': 512, 'seconds': 1.0}
     for stream in ('video', 'audio'):
         e[f'probe_{stream}'] = {'type': 'linear_probe', 'stream': stream, 'label': 'class', 'train_limit': 2400, 'test_limit': 768}
+    # Controls: what is left without motion, without synchrony, without learning.
+    if arg in ('', 'agnostic'):
+        pairs = (('text', 'video', 'vat'), ('audio', 'video', 'va'))
+        e.single_frame_retrieval = {**gallery, 'change': 'single_frame', 'pairs': pairs, 'baseline': False}
+        e.single_frame_probe = {**e.probe_video, 'change': 'single_frame', 'baseline': False}
+        e.shifted_retrieval = {**gallery, 'views': (('audio.shifted', {'kind': 'shift', 'seconds': 1.0}),),
+                               'pairs': (('audio.shifted', 'video', 'va'),), 'baseline': False}
+        e.simple_probe_color = {**e.probe_video, 'type': 'simple_probe', 'baseline': False}
+        e.simple_probe_spectrum = {**e.probe_audio, 'type': 'simple_probe', 'baseline': False}
     return c

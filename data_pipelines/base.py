@@ -98,7 +98,8 @@ class Data:
             source, index, _ = stream.rows(positions)
             return Rows(positions, source, index, np.ones(len(positions), bool))
 
-        return self._batches(Request('train', self._views, False, False, True, 'train'), rows, None)
+        batches = self._batches(Request('train', self._views, False, False, True, 'train'), rows, None)
+        return _mismatched(batches, tuple(self.config.data.mismatch)) if self.config.data.mismatch else batches
 
     def one_pass(self, split: str, batch_size: int, process: tuple[int, int] = (0, 1), by: str = 'segments',
                  augment: bool = False, views: Mapping[str, Any] | None = None,
@@ -150,6 +151,16 @@ def blank(batch: dict[str, Any], bad: np.ndarray) -> dict[str, Any]:
                 unknown = -1 if np.issubdtype(array.dtype, np.integer) else 0
                 value[label] = np.where(bad.reshape(-1, *[1] * (array.ndim - 1)), array.dtype.type(unknown), array)
     return batch
+
+
+def _mismatched(batches: Iterator[dict[str, Any]], modalities: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The batches with every stream of these modalities one row further down: each clip has its neighbour's, and the order is random."""
+    try:
+        for batch in batches:
+            moved = {k: {part: np.roll(x, 1, 0) for part, x in v.items()} if k.split('.')[0] in modalities else v for k, v in batch.items()}
+            yield moved
+    finally:
+        batches.close()
 
 
 def tokenizer_of(inputs: Mapping[str, Any], own: Mapping[str, Any], where: str) -> tokenizers.Tokenizer:

@@ -190,7 +190,7 @@ def train(config: ConfigDict, data, workdir: str | pathlib.Path, *, quiet: bool 
                     return scalars
             keeper.wait()
             if config.evals and not (workdir / 'evals' / f'step_{step:06d}').exists():
-                scalars = evaluate(config, built, state, data, workdir, step, writer=writer, progress=progress)
+                scalars = evaluate(config, built, state, data, workdir, step, gallery=config.report, writer=writer, progress=progress)
             problems = data.problems()
             if main:
                 final = {'step': step, 'consumed': consumed, 'order': order, 'seconds': round(time.monotonic() - started, 1),
@@ -237,8 +237,10 @@ def refresh(config, built: Built, state, step: int, data, process):
     return state.replace(opt_state=slots(state)), fresh, fresh.weights
 
 
-def evaluate(config, built: Built, state, data, workdir: pathlib.Path, step: int, *, tag: str = '', writer=None, progress=None):
-    """Runs config.evals on a state; results go to <workdir>/evals/<tag> (default step_NNNNNN), scalars to the log.
+def evaluate(config, built: Built, state, data, workdir: pathlib.Path, step: int, *, tag: str = '', gallery: bool = False, writer=None,
+             progress=None):
+    """Runs config.evals on a state; results go to <workdir>/evals/<tag> (default step_NNNNNN), scalars to the log. tag: of a baseline,
+    for which only the evaluators with `baseline` run. gallery: also keep what the report shows of the retrievals.
 
     A result folder appears whole or not at all, so an evaluation that was killed is simply run again.
     """
@@ -247,10 +249,13 @@ def evaluate(config, built: Built, state, data, workdir: pathlib.Path, step: int
     enc = encoder.Encoder(config, train_state.evaluation_variables(state), built.mesh, built.objective,
                           state.params['objective'], state.objective)
     view = evals_base.View(enc, data, config.batch_size, process, config.seed)
-    results = evals.run_all(config.evals, view)
+    results = evals.run_all(config.evals, view, baseline=bool(tag))
     scalars = {f'{name}/{k}': v for name, r in results.items() for k, v in r.scalars.items()}
     if distributed.is_main():
-        evals.save(results, workdir / 'evals' / (tag or f'step_{step:06d}'))
+        folder = workdir / 'evals' / (tag or f'step_{step:06d}')
+        evals.save(results, folder)
+        if gallery and jax.process_count() == 1:
+            evals.gallery.save(folder / 'gallery.npz', results, config.evals, data, config.batch_size)
         if writer is not None:
             writer.write(step, {f'eval/{k}': v for k, v in scalars.items()})
     if progress is not None:

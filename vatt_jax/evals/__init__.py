@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vatt_jax.config import choose
+from vatt_jax.evals import gallery
 from vatt_jax.evals.base import CHANGES, Result, View
 from vatt_jax.evals.classification import Classification
 from vatt_jax.evals.linear_probe import LinearProbe, SimpleProbe
@@ -17,7 +18,7 @@ from vatt_jax.evals.retrieval import Retrieval, Sync
 
 EVALUATORS = {'retrieval': Retrieval, 'linear_probe': LinearProbe, 'simple_probe': SimpleProbe, 'sync': Sync, 'classification': Classification}
 
-__all__ = ['CHANGES', 'EVALUATORS', 'Result', 'View', 'build', 'load', 'run_all', 'save']
+__all__ = ['CHANGES', 'EVALUATORS', 'Result', 'View', 'build', 'gallery', 'load', 'run_all', 'save']
 
 
 def build(name: str, config) -> Any:

@@ -1,0 +1,27 @@
+"""Classifying the playground's events and objects from few labels, starting from the run of `make demo`.
+
+    python run.py --config=configs/finetune.py --workdir=runs/finetune                    # from runs/demo
+    python run.py --config=configs/finetune.py:scratch --workdir=runs/finetune_scratch    # the same network from nothing
+"""
+from configs import demo
+
+
+def get_config(arg: str = ''):
+    if arg not in ('', 'scratch'):
+        raise ValueError(f'configs/finetune.py has no variant {arg!r}; there is scratch')
+    c = demo.get_config()
+    c.name = f'finetune {arg}'.strip()
+    c.steps, c.batch_size = 300, 64
+    c.init_from = '' if arg == 'scratch' else 'runs/demo'
+    c.report = False
+    c.objective = {'name': 'classification', 'stream': 'video', 'label': 'class'}
+
+    o = c.optimizer
+    o.schedule.update({'peak': 3e-4, 'warmup': 30, 'end': 1e-6})
+    o.rates = ((r'^objective/', 5.0),)  # the new classifier learns faster than what is already trained
+
+    # The validation split, never seen in pretraining, is the labelled set: 8 videos' worth of segments for each class.
+    c.data.train.playground.split = 'validation'
+    c.evals = {'classification': {'type': 'classification', 'label': 'class', 'split': 'test'}}
+    c.checkpoint.every = 300
+    return c
