@@ -8,7 +8,7 @@
 from configs import default
 
 VARIANTS = ('', 'agnostic', 'shuffled', 'synthetic')
-STEPS = 1500
+STEPS = 1800
 
 
 def get_config(arg: str = ''):

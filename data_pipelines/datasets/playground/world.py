@@ -80,6 +80,7 @@ class Episode:
         return f'{self.event} {self.subject.kind}'
 
 
+RISE = 0.3    # how far up a thing goes while it vanishes, share of the frame
 GLIDE = 0.6  # seconds an appearance or a vanishing takes
 
 
@@ -126,6 +127,8 @@ def episode(config: Config, rng: np.random.Generator, begin: float, end: float, 
     if event in ('appear', 'vanish'):
         scale, starts = swell(rng, t, length, event)
         radius, sounds = radius * scale, [(s, event, 1.0) for s in starts]
+        if event == 'vanish':
+            center[:, 0] -= RISE * (1 - scale)  # it floats off as it shrinks
     subject = Thing(kind, color, texture, size, float(rng.uniform(-0.35, 0.35)), center, radius)
     others = [drifting(rng, t, kind) for _ in range(rng.integers(1, config.distractors + 1))] if config.distractors else []
     hue, light = rng.uniform(0, 1), rng.uniform(0.1, 0.3)
@@ -171,7 +174,7 @@ def collide(rng, t, length, r):
 
 def grow(rng, t, length, r):
     drift = rng.uniform(-0.08, 0.08, 2)
-    return rng.uniform(0.32, 0.68, 2) + drift * (t - length / 2)[:, None], []
+    return rng.uniform((0.45, 0.32), (0.7, 0.68)) + drift * (t - length / 2)[:, None], []
 
 
 def swell(rng, t, length, event):
