@@ -57,6 +57,8 @@ class Config:
                              f'try seconds={1.5 * self.episodes:g}')
         if self.seconds / self.episodes * self.fps < 4:
             raise ValueError(f'playground fps={self.fps}: {self.seconds / self.episodes:g} s a scene would be fewer than 4 pictures')
+        if self.rate < 5000:
+            raise ValueError(f'playground rate={self.rate}: the highest tone is near 2000 Hz; 5000 or more is wanted')
         if self.size % 2:
             raise ValueError(f'playground size={self.size}: H.264 wants an even number')
 
