@@ -137,7 +137,7 @@ def test_clips_without_a_side_are_left_out():
 
 def test_text_is_the_caption_or_the_mean_of_its_candidates():
     n, text = 12, (('text', 'video', 'vat'),)
-    candidates = np.stack([one_hot(n), np.full((n, n), 9.0, np.float32)], 1)   # the second is padding
+    candidates = np.stack([one_hot(n), 9 * np.roll(one_hot(n), 2, 1)], 1)   # the second is padding
     mask = np.stack([np.ones(n, bool), np.zeros(n, bool)], 1)
     spaces = {'vat': {'video': one_hot(n), 'text': candidates}}
     assert retrieve(embeddings(n, spaces, mask={'text': mask}), pairs=text).scalars['text_to_video/R@1'] == 1
@@ -225,22 +225,24 @@ def test_linear_probe_on_separable_and_on_meaningless_features():
 
 def test_linear_probe_does_not_mind_scale_and_leaves_unknown_labels_out():
     (x, y), (x_test, y_test) = blobs(120, 3, 30.0, 0), blobs(60, 3, 30.0, 1)
-    scale = np.array([1e4, 1e-4, 1, 1, 1, 1])
+    scale = np.array([1e-6, 1e-6, 1e-6, 1, 1, 1])  # what tells is a million times smaller than what does not
     assert probe((x * scale, y), (x_test * scale, y_test))[0].scalars['accuracy'] == 1
     y_test = np.where(np.arange(60) < 20, -1, y_test)
     result, _ = probe((x, y), (x_test, y_test))
     assert result.artifacts['test'] == 40 and result.scalars['accuracy'] == 1
 
 
-def test_regularisation_is_chosen_on_held_out_training_clips():
-    """Forty useless features: a strong penalty wins, and the choice never saw the test clips."""
+def test_regularisation_is_chosen_by_what_generalises():
+    """150 useless features beside three useful ones want a strong penalty; two features whose small difference tells want a weak one."""
     rng = np.random.default_rng(0)
-    y = np.arange(60) % 2
-    x = np.concatenate([0.8 * y[:, None] + rng.normal(size=(60, 1)), rng.normal(size=(60, 40))], 1)
-    _, strength = fit_predict(x, y, x[:5], (1e-4, 1e3), 0)
-    assert fit_predict(x, y, 100 * x[:7], (1e-4, 1e3), 0)[1] == strength
-    predicted, only = fit_predict(x, y, x, (3.0,), 0)
-    assert only == 3.0 and predicted.shape == (60,)
+    y = np.arange(200) % 2
+    noisy = np.concatenate([2 * y[:, None] + rng.normal(size=(200, 3)), rng.normal(size=(200, 150))], 1)
+    base = rng.normal(size=(200, 1))
+    alike = np.concatenate([base, base + 0.05 * rng.normal(size=(200, 1)) + 0.06 * (2 * y[:, None] - 1)], 1)
+    assert fit_predict(noisy, y, noisy[:5], (1e-4, 1e3), 0)[1] == 1e-4
+    predicted, strength = fit_predict(alike, y, alike[:7], (1e-4, 1e3), 0)
+    assert strength == 1e3 and predicted.shape == (7,)
+    assert fit_predict(alike, y, alike[:7], (3.0,), 0)[1] == 3.0
 
 
 def test_probe_mistakes_are_sentences():
