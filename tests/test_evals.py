@@ -406,14 +406,20 @@ def test_classification_top1_and_top5():
 def test_fine_tuning_from_a_run_trains_and_classifies(tiny_run, tmp_path):
     """The objective's head, trained a little from the run's tower, is what the evaluator reads."""
     folder, _, _ = tiny_run
-    config = tiny.config(steps=25, init_from=str(folder), checkpoint__every=100, objective=ConfigDict({'name': 'classification', 'dropout': 0.0}))
+    config = tiny.config(steps=300, init_from=str(folder), checkpoint__every=300, log_every=100, augment__color=0.0,
+                         objective=ConfigDict({'name': 'classification', 'dropout': 0.0}))
     config.optimizer.schedule.peak = 1e-2
     config.optimizer.rates = ((r'^objective/', 5.0),)
     config.evals = {'classification': {'type': 'classification', 'split': 'test'}}
     data = data_pipelines.open(config)
     scalars = train.train(config, data, tmp_path, quiet=True)
     assert scalars['classification/accuracy'] > 3 / 16 and scalars['classification/top5'] >= scalars['classification/accuracy']
-    assert train.newest(tmp_path) == 25
+    assert train.newest(tmp_path) == 300
+    # what was not read was not made, and says so
+    tuned = api.load(tmp_path)
+    assert not [p for p in tuned.paths() if 'audio' in p] and tuned.embed(video=np.zeros((4, 16, 16, 3), np.uint8))['video']['pooled'].shape == (32,)
+    with pytest.raises(ConfigError, match='this model has no audio tower; it has video'):
+        tuned.embed(audio=np.zeros(1024, np.int16))
 
 
 def test_features_on_eight_devices(tiny_run, view):
