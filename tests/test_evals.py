@@ -137,7 +137,7 @@ def test_clips_without_a_side_are_left_out():
 
 def test_text_is_the_caption_or_the_mean_of_its_candidates():
     n, text = 12, (('text', 'video', 'vat'),)
-    candidates = np.stack([one_hot(n), np.full((n, n), 9.0, np.float32)], 1)   # the second is padding
+    candidates = np.stack([one_hot(n), 9 * np.roll(one_hot(n), 2, 1)], 1)   # the second is padding
     mask = np.stack([np.ones(n, bool), np.zeros(n, bool)], 1)
     spaces = {'vat': {'video': one_hot(n), 'text': candidates}}
     assert retrieve(embeddings(n, spaces, mask={'text': mask}), pairs=text).scalars['text_to_video/R@1'] == 1
@@ -225,22 +225,24 @@ def test_linear_probe_on_separable_and_on_meaningless_features():
 
 def test_linear_probe_does_not_mind_scale_and_leaves_unknown_labels_out():
     (x, y), (x_test, y_test) = blobs(120, 3, 30.0, 0), blobs(60, 3, 30.0, 1)
-    scale = np.array([1e4, 1e-4, 1, 1, 1, 1])
+    scale = np.array([1e-6, 1e-6, 1e-6, 1, 1, 1])  # what tells is a million times smaller than what does not
     assert probe((x * scale, y), (x_test * scale, y_test))[0].scalars['accuracy'] == 1
     y_test = np.where(np.arange(60) < 20, -1, y_test)
     result, _ = probe((x, y), (x_test, y_test))
     assert result.artifacts['test'] == 40 and result.scalars['accuracy'] == 1
 
 
-def test_regularisation_is_chosen_on_held_out_training_clips():
-    """Forty useless features: a strong penalty wins, and the choice never saw the test clips."""
+def test_regularisation_is_chosen_by_what_generalises():
+    """150 useless features beside three useful ones want a strong penalty; two features whose small difference tells want a weak one."""
     rng = np.random.default_rng(0)
-    y = np.arange(60) % 2
-    x = np.concatenate([0.8 * y[:, None] + rng.normal(size=(60, 1)), rng.normal(size=(60, 40))], 1)
-    _, strength = fit_predict(x, y, x[:5], (1e-4, 1e3), 0)
-    assert fit_predict(x, y, 100 * x[:7], (1e-4, 1e3), 0)[1] == strength
-    predicted, only = fit_predict(x, y, x, (3.0,), 0)
-    assert only == 3.0 and predicted.shape == (60,)
+    y = np.arange(200) % 2
+    noisy = np.concatenate([2 * y[:, None] + rng.normal(size=(200, 3)), rng.normal(size=(200, 150))], 1)
+    base = rng.normal(size=(200, 1))
+    alike = np.concatenate([base, base + 0.05 * rng.normal(size=(200, 1)) + 0.06 * (2 * y[:, None] - 1)], 1)
+    assert fit_predict(noisy, y, noisy[:5], (1e-4, 1e3), 0)[1] == 1e-4
+    predicted, strength = fit_predict(alike, y, alike[:7], (1e-4, 1e3), 0)
+    assert strength == 1e3 and predicted.shape == (7,)
+    assert fit_predict(alike, y, alike[:7], (3.0,), 0)[1] == 3.0
 
 
 def test_probe_mistakes_are_sentences():
@@ -404,14 +406,20 @@ def test_classification_top1_and_top5():
 def test_fine_tuning_from_a_run_trains_and_classifies(tiny_run, tmp_path):
     """The objective's head, trained a little from the run's tower, is what the evaluator reads."""
     folder, _, _ = tiny_run
-    config = tiny.config(steps=25, init_from=str(folder), checkpoint__every=100, objective=ConfigDict({'name': 'classification', 'dropout': 0.0}))
+    config = tiny.config(steps=300, init_from=str(folder), checkpoint__every=300, log_every=100, augment__color=0.0,
+                         objective=ConfigDict({'name': 'classification', 'dropout': 0.0}))
     config.optimizer.schedule.peak = 1e-2
     config.optimizer.rates = ((r'^objective/', 5.0),)
     config.evals = {'classification': {'type': 'classification', 'split': 'test'}}
     data = data_pipelines.open(config)
     scalars = train.train(config, data, tmp_path, quiet=True)
     assert scalars['classification/accuracy'] > 3 / 16 and scalars['classification/top5'] >= scalars['classification/accuracy']
-    assert train.newest(tmp_path) == 25
+    assert train.newest(tmp_path) == 300
+    # what was not read was not made, and says so
+    tuned = api.load(tmp_path)
+    assert not [p for p in tuned.paths() if 'audio' in p] and tuned.embed(video=np.zeros((4, 16, 16, 3), np.uint8))['video']['pooled'].shape == (32,)
+    with pytest.raises(ConfigError, match='this model has no audio tower; it has video'):
+        tuned.embed(audio=np.zeros(1024, np.int16))
 
 
 def test_features_on_eight_devices(tiny_run, view):

@@ -1,4 +1,6 @@
 """Keyed random bits: good statistics in every direction of the key, and the same bits however a batch is laid out."""
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,12 @@ def test_uniform_and_normal_moments():
     assert np.isfinite(z).all() and 4 < np.abs(z).max() < 5.5
     v = np.asarray(rng().uniform((N,), -3.0, 5.0))
     np.testing.assert_allclose(v, -3 + 8 * u, atol=1e-5)
+    # the lowest and the highest draw there is: inside the half-open interval, and finite
+    ends = types.SimpleNamespace(bits=lambda shape: jnp.array([0, 2**32 - 1], jnp.uint32))
+    low, high = np.asarray(Rng.uniform(ends))
+    assert low == 0 and 1 - 1e-7 < high < 1
+    low, high = np.asarray(Rng.normal(ends))
+    assert -6 < low == -high < -5
     # each example and each counter by itself: means of N and B draws, 5.5 standard errors for the worst of them
     assert np.abs(u.mean(1) - 0.5).max() < 5.5 / np.sqrt(12 * N) and np.abs(u.mean(0) - 0.5).max() < 5.5 / np.sqrt(12 * B)
 
@@ -78,6 +86,17 @@ def test_neighbouring_counters_are_independent():
             assert abs((x * np.roll(x, shift, axis)).mean() * 12) < 5.5 / np.sqrt(x.size)
     bits = np.asarray(rng().at('site').bits((N,)))
     assert len(np.unique(bits)) > bits.size - 60  # 8 collisions are expected of 2^18 draws among 2^32
+
+
+def test_no_example_is_a_shifted_copy_of_another():
+    """2^20 draws of 2^16 examples: 128 equal pairs by chance (standard deviation 11), each of another two examples. Were the counter merely
+    added to an example's word, the 15 or so pairs of examples whose words lie close would share several draws each."""
+    bits = np.asarray(Rng.create(0, 0, jnp.arange(1 << 16)).at('site').bits((16,)))
+    assert abs(bits.size - len(np.unique(bits)) - 128) < 60
+    order = np.argsort(bits, axis=None)
+    equal = np.flatnonzero(np.diff(bits.ravel()[order]) == 0)
+    pairs = np.sort(np.stack([order[equal], order[equal + 1]]) // 16, 0)
+    assert len(np.unique(pairs, axis=1).T) == len(equal)
 
 
 def test_permutations_are_uniform():

@@ -306,8 +306,11 @@ def test_records_hold_pictures_sound_words_and_truth(made):
             assert json.loads(r['ground_truth']) == json.loads(json.dumps(known['ground_truth']))
             np.testing.assert_allclose(r['segment_start'], [s['start'] for s in known['segments']], atol=1e-3)
             assert [t.decode() for t in r['segment_caption']] == [narration.caption(e) for e in episodes]
-            for label in ('class', 'event', 'object', 'color', 'size'):
-                assert list(r['segment_labels'][label]) == [s['labels'][label] for s in known['segments']]
+            names = {'class': CLASSES, 'event': EVENTS, 'object': KINDS, 'color': list(COLORS), 'size': list(world.SIZES)}
+            told = {label: [values[i] for i in r['segment_labels'][label]] for label, values in names.items()}
+            looks = [e.subject for e in episodes]
+            assert told == {'class': [f'{e.event} {e.subject.kind}' for e in episodes], 'event': [e.event for e in episodes],
+                            'object': [x.kind for x in looks], 'color': [x.color for x in looks], 'size': [x.size for x in looks]}
             assert [t.decode() for t in r['caption_text']] == [s['text'] for s in captions[name] if s['start'] < SMALL['seconds']]
     frames, audio = content(config, 'test', 1)
     r = records_of(records, 'test')['test/000001.mp4']
