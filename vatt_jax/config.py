@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
@@ -32,10 +34,17 @@ def load(spec: str) -> ConfigDict:
         raise ConfigError(f'--config={spec}: no file {path}; {hint}')
     module_spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f'--config={spec}: {path} cannot be run ({type(error).__name__}: {error}); mend that file') from error
+    if not callable(getattr(module, 'get_config', None)):
+        raise ConfigError(f'--config={spec}: {path} defines no get_config(); a config file has one, see configs/default.py')
+    if arg and not inspect.signature(module.get_config).parameters:
+        raise ConfigError(f'--config={spec}: get_config() of {path} takes no argument; leave out :{arg}')
     try:
         config = module.get_config(arg) if arg else module.get_config()
-    except (KeyError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f'--config={spec}: {error.args[0] if error.args else error}') from error
     return config
 
@@ -133,9 +142,12 @@ def check_batch(config: ConfigDict, devices: int, processes: int) -> tuple[int, 
     except sharding.ShardingError as error:
         raise ConfigError(str(error)) from error
     rows = shape[0] * shape[1]
-    for field in ('batch_size', 'accumulate', 'steps', 'log_every'):
-        if config[field] < 1:
-            raise ConfigError(f'config.{field}={config[field]}: a positive number is wanted')
+    for field in ('batch_size', 'accumulate', 'steps', 'log_every', 'max_bad_steps', 'checkpoint.every', 'checkpoint.keep'):
+        value = functools.reduce(lambda node, key: node[key], field.split('.'), config)
+        if value < 1:
+            raise ConfigError(f'config.{field}={value}: a positive number is wanted')
+    for field, options in (('jax_platform', ('', 'cpu', 'cuda', 'tpu')), ('compute_dtype', ('float32', 'bfloat16'))):
+        choose(config[field], options, f'config.{field}')
     unit = rows * config.accumulate
     if config.batch_size % unit:
         low = max(1, config.batch_size // unit) * unit
@@ -154,6 +166,18 @@ def to_json(config: ConfigDict) -> str:
 def from_json(text: str) -> ConfigDict:
     """The inverse of to_json; lists become tuples, as configs write them."""
     return ConfigDict(_tuples(json.loads(text)))
+
+
+def stored(workdir: str | pathlib.Path) -> ConfigDict | None:
+    """The resolved config kept with a run, None when the folder holds no run."""
+    file = pathlib.Path(workdir) / 'config.json'
+    if not file.exists():
+        return None
+    try:
+        return from_json(file.read_text())
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f'{file} cannot be read ({type(error).__name__}: {error}); remove it and name the config with --config, '
+                          'or choose another --workdir') from error
 
 
 def same(a: ConfigDict, b: ConfigDict) -> list[str]:
