@@ -21,7 +21,7 @@ class Watch:
     def __init__(self, workdir: pathlib.Path, log: pathlib.Path, rng: random.Random):
         self.workdir, self.log, self.rng = workdir, log, rng
         self.said = len(self.text())
-        self.at_start, self.saves, self.seen = losses_told(workdir), rng.randint(1, 2), set()
+        self.kept, self.saves, self.seen = None, rng.randint(1, 2), set()
 
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else ''
@@ -34,8 +34,12 @@ class Watch:
         return 'training records' in self.text()[self.said:]
 
     def stepping(self) -> bool:
+        """Another step is logged than those that were kept of before."""
+        if not self.compiling():
+            return False
         steps = losses_told(self.workdir)
-        return bool(steps) and self.compiling() and steps[-1:] != self.at_start[-1:]
+        self.kept = steps if self.kept is None else self.kept
+        return steps != self.kept
 
     def saving(self) -> bool:
         """The folder of a checkpoint under way is there, for the first or second time since the start."""
@@ -58,25 +62,30 @@ class Watch:
 DELAYS = {'starting': 3.0, 'compiling': 1.5, 'stepping': 0.05, 'saving': 0.03, 'evaluating': 0.4, 'writing_results': 0.005, 'refreshing': 0.5}
 
 
-def kill_at(process, watch: Watch, phase: str, timeout: float = 300) -> bool:
-    """True when the process was killed in that phase, False when it ended before."""
+def reaches(process, watch: Watch, phase: str, timeout: float = 300) -> bool:
+    """Waits. True when the process is in that phase, False when it ended before."""
     end = time.monotonic() + timeout
-    delay = watch.rng.uniform(0, DELAYS[phase])
     while process.exitcode is None:
         try:
-            reached = getattr(watch, phase)()
+            if getattr(watch, phase)():
+                return True
         except (OSError, ValueError):
-            reached = False  # read while it was being written
-        if reached:
-            process.join(delay)
-            process.kill()
-            process.join()
-            return process.exitcode == -9
+            pass  # read while it was being written
         if time.monotonic() > end:
             process.kill()
             raise AssertionError(f'phase {phase} never came:\n{watch.text()[-3000:]}')
-        time.sleep(0.001)
+        time.sleep(0.002)
     return False
+
+
+def kill_at(process, watch: Watch, phase: str) -> bool:
+    """True when the process was killed in that phase, False when it ended before."""
+    delay = watch.rng.uniform(0, DELAYS[phase])
+    if reaches(process, watch, phase):
+        process.join(delay)
+        process.kill()
+        process.join()
+    return process.exitcode == -9
 
 
 def survive(folder: pathlib.Path, variant: str, phases: list[str], seed: int) -> tuple[list[pathlib.Path], list[str]]:
@@ -162,8 +171,7 @@ def test_sigterm_saves_and_the_same_command_continues(whole, tmp_path):
     for phase in ('compiling', 'stepping'):
         watch = Watch(workdir, log, random.Random(0))
         process = runs.start(CONFIG, f'--workdir={workdir}', '--quiet', log=log)
-        while process.exitcode is None and not getattr(watch, phase)():
-            time.sleep(0.001)
+        assert reaches(process, watch, phase), watch.text()[-3000:]
         process.terminate()
         assert runs.finish(process, log) == 0, log.read_text()[-3000:]
         steps = losses_told(workdir)

@@ -32,12 +32,14 @@ def load(spec: str) -> ConfigDict:
         near = sorted(str(p) for p in file.parent.glob('*.py') if p.stem != '__init__') if file.parent.is_dir() else []
         hint = f'there are {", ".join(near)}' if near else f'folder {file.parent} does not exist'
         raise ConfigError(f'--config={spec}: no file {path}; {hint}')
+    if file.suffix != '.py':
+        raise ConfigError(f'--config={spec}: {path} is not a Python file; a config is one, such as configs/default.py')
     module_spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        raise ConfigError(f'--config={spec}: {path} cannot be run ({type(error).__name__}: {error}); mend that file') from error
+        raise ConfigError(f'--config={spec}: {path} cannot be run ({type(error).__name__}: {_line(error)}); mend that file') from error
     if not callable(getattr(module, 'get_config', None)):
         raise ConfigError(f'--config={spec}: {path} defines no get_config(); a config file has one, see configs/default.py')
     if arg and not inspect.signature(module.get_config).parameters:
@@ -45,7 +47,7 @@ def load(spec: str) -> ConfigDict:
     try:
         config = module.get_config(arg) if arg else module.get_config()
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f'--config={spec}: {error.args[0] if error.args else error}') from error
+        raise ConfigError(f'--config={spec}: {_line(error.args[0] if error.args else error)}') from error
     return config
 
 
@@ -198,6 +200,11 @@ def _tuples(x: Any) -> Any:
     if isinstance(x, (list, tuple)):
         return tuple(_tuples(v) for v in x)
     return {k: _tuples(v) for k, v in x.items()} if isinstance(x, dict) else x
+
+
+def _line(text: Any) -> str:
+    """Whatever a library has to say, on one line."""
+    return ' '.join(str(text).split())
 
 
 def _near(key: str, fields: Iterable[str]) -> str:
