@@ -30,6 +30,7 @@ def enter(argv: list[str], log: str, cache: str, devices: int, environment: dict
     import run
     jax.config.update('jax_num_cpu_devices', devices)
     jax.config.update('jax_compilation_cache_dir', cache or None)
+    jax.config.update('jax_disable_most_optimizations', True)  # compiling costs more here than running
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
     sys.argv = ['run.py', *argv]
@@ -43,7 +44,7 @@ def start(*argv: str, log: pathlib.Path, cache: pathlib.Path | None = CACHE, dev
     return process
 
 
-def finish(process, log: pathlib.Path, timeout: float = 300) -> int:
+def finish(process, log: pathlib.Path, timeout: float = 550) -> int:
     """Exit code; a process that does not end in time is killed and the test fails with what it said."""
     process.join(timeout)
     if process.exitcode is None:

@@ -62,7 +62,7 @@ class Watch:
 DELAYS = {'starting': 3.0, 'compiling': 1.5, 'stepping': 0.05, 'saving': 0.03, 'evaluating': 0.4, 'writing_results': 0.005, 'refreshing': 0.5}
 
 
-def reaches(process, watch: Watch, phase: str, timeout: float = 300) -> bool:
+def reaches(process, watch: Watch, phase: str, timeout: float = 550) -> bool:
     """Waits. True when the process is in that phase, False when it ended before."""
     end = time.monotonic() + timeout
     while process.exitcode is None:
