@@ -11,6 +11,7 @@ import os
 import pathlib
 import socket
 import sys
+import threading
 
 CACHE = pathlib.Path(__file__).parent.parent / '.jax_cache'
 _server = multiprocessing.get_context('forkserver')
@@ -28,6 +29,7 @@ def enter(argv: list[str], log: str, cache: str, devices: int, environment: dict
     import jax
 
     import run
+    threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()  # no orphans
     jax.config.update('jax_num_cpu_devices', devices)
     jax.config.update('jax_compilation_cache_dir', cache or None)
     jax.config.update('jax_disable_most_optimizations', True)  # compiling costs more here than running
