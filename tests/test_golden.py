@@ -54,7 +54,7 @@ def initial(path: str, x) -> np.ndarray:
 
 @pytest.fixture(scope='module')
 def three_steps():
-    """[(state before, batch on the device, metrics, state after)] of three steps."""
+    """[(state before, batch on the device, metrics, state after, gradients, outputs of the head's layers)] of three steps."""
     config = tiny.config(batch_size=ROWS)
     config.optimizer.schedule.update({'name': 'constant', 'warmup': 0, 'peak': RATE})
     for tower in config.model.towers.values():
@@ -68,12 +68,23 @@ def three_steps():
         params = jax.tree.map(lambda n, x: jnp.asarray(initial(n, x)), optim.paths(state.params), state.params)
         state = state.replace(params=params)
         step = jax.jit(train_step.make(config, built.model, built.objective, built.tx))
+
+        @jax.jit
+        def inside(state, batch):
+            rng = Rng.create(config.seed, state.step, batch['position'])
+            staged = preprocess.device_stage(batch, config.model.inputs, config.augment, rng.at('augment'), augment=True, dtype='float32')
+            variables = {'params': state.params['model'], 'batch_stats': state.batch_stats}
+            loss = lambda params: built.objective.loss(built.model, {**variables, 'params': params['model']}, params['objective'],
+                                                       state.objective, staged, rng).value
+            _, updates = built.model.apply(variables, only(staged, built.objective.streams()), train=True, rng=rng,
+                                           mutable=['batch_stats', 'intermediates'], capture_intermediates=True)
+            return jax.grad(loss)(state.params), updates['intermediates']['head']
         for i in range(3):
             batch = encoder.place(host_batch(i), built.mesh)
             after, metrics = step(state, batch)
-            out.append((state, batch, metrics, after))
+            out.append((state, batch, metrics, after, *inside(state, batch)))
             state = after
-    return config, built, out
+    return config, out
 
 
 def leaves(tree) -> dict[str, np.ndarray]:
@@ -88,9 +99,9 @@ def moments(state) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 
 def measure(steps) -> dict[str, float]:
     out = {}
-    for i, (_, _, metrics, _) in enumerate(steps, 1):
+    for i, (_, _, metrics, *_) in enumerate(steps, 1):
         out |= {f'{name} {i}': float(metrics[name]) for name in ('loss', 'loss/video-audio', 'loss/video-text', 'grad_norm', 'lr')}
-    final = steps[-1][-1]
+    final = steps[-1][3]
     mu, nu = moments(final)
     for kind, flat in (('param', leaves(final.params)), ('mu', mu), ('nu', nu), ('stats', leaves(final.batch_stats))):
         for name in sorted(flat):
@@ -102,7 +113,7 @@ def measure(steps) -> dict[str, float]:
 
 
 def test_numbers_are_those_stored(three_steps):
-    _, _, steps = three_steps
+    _, steps = three_steps
     got = measure(steps)
     wrong = [f'{k}: {got.get(k)} instead of {GOLDEN.get(k)}' for k in {**GOLDEN, **got}
              if k not in got or k not in GOLDEN or not np.isclose(got[k], GOLDEN[k], rtol=2e-4, atol=1e-7)]
@@ -111,28 +122,18 @@ def test_numbers_are_those_stored(three_steps):
 
 def test_adam_is_what_numpy_makes_of_the_gradients(three_steps):
     """Kingma & Ba's algorithm 1 in float64 from the gradients of each step: moments and parameters after three steps."""
-    config, built, steps = three_steps
+    config, steps = three_steps
     b1, b2, eps = config.optimizer.b1, config.optimizer.b2, config.optimizer.eps
-
-    @jax.jit
-    def gradient(state, batch):
-        rng = Rng.create(config.seed, state.step, batch['position'])
-        staged = preprocess.device_stage(batch, config.model.inputs, config.augment, rng.at('augment'), augment=True, dtype='float32')
-
-        def loss(params):
-            variables = {'params': params['model'], 'batch_stats': state.batch_stats}
-            return built.objective.loss(built.model, variables, params['objective'], state.objective, staged, rng).value
-        return jax.grad(loss)(state.params)
 
     w = {k: v.astype(np.float64) for k, v in leaves(steps[0][0].params).items()}
     m, v = ({k: np.zeros_like(x) for k, x in w.items()} for _ in range(2))
-    for t, (state, batch, _, _) in enumerate(steps, 1):
-        for k, g in leaves(gradient(state, batch)).items():
+    for t, (*_, gradients, _) in enumerate(steps, 1):
+        for k, g in leaves(gradients).items():
             g = g.astype(np.float64)
             m[k] = b1 * m[k] + (1 - b1) * g
             v[k] = b2 * v[k] + (1 - b2) * g ** 2
             w[k] = w[k] - RATE * (m[k] / (1 - b1 ** t)) / (np.sqrt(v[k] / (1 - b2 ** t)) + eps)
-    final = steps[-1][-1]
+    final = steps[-1][3]
     mu, nu = moments(final)
     params = leaves(final.params)
     assert set(mu) == set(nu) == set(params) == set(w)
@@ -149,20 +150,11 @@ def test_adam_is_what_numpy_makes_of_the_gradients(three_steps):
 
 def test_batch_statistics_are_those_of_the_valid_rows(three_steps):
     """Running statistics after each step = 0.9 old + 0.1 of NumPy's mean and biased variance over the clips that have video."""
-    config, built, steps = three_steps
-
-    @jax.jit
-    def activations(state, batch):
-        rng = Rng.create(config.seed, state.step, batch['position'])
-        staged = preprocess.device_stage(batch, config.model.inputs, config.augment, rng.at('augment'), augment=True, dtype='float32')
-        _, updates = built.model.apply({'params': state.params['model'], 'batch_stats': state.batch_stats}, only(staged, built.objective.streams()),
-                                       train=True, rng=rng, mutable=['batch_stats', 'intermediates'], capture_intermediates=True)
-        return updates['intermediates']['head']
-
+    _, steps = three_steps
     # what each norm is given: the dense layer before it
     for norm, dense in (('video_va_pre_norm', 'video_hidden'), ('video_va_norm', 'video_va'), ('video_vat_norm', 'video_vat')):
-        for state, batch, _, after in steps:
-            x = np.asarray(activations(state, batch)[dense]['__call__'][0], np.float64)[np.asarray(batch['video']['valid'])]
+        for state, batch, _, after, _, head in steps:
+            x = np.asarray(head[dense]['__call__'][0], np.float64)[np.asarray(batch['video']['valid'])]
             assert len(x) == ROWS - 1
             before, now = state.batch_stats['head'][norm], after.batch_stats['head'][norm]
             np.testing.assert_allclose(now['mean'], 0.9 * np.asarray(before['mean'], np.float64) + 0.1 * x.mean(0), rtol=1e-4, atol=1e-6)

@@ -199,10 +199,10 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, quiet: bool, stop: d
                     progress.say(f'asked to stop: step {step} is saved; the same command continues')
                     return scalars
             keeper.wait()
-            if config.evals:
+            if config.evals and not stop.asked:
                 scalars = evaluate(config, built, state, data, workdir, step, gallery=config.report, writer=writer, progress=progress)
             if stop.asked:
-                progress.say(f'asked to stop: step {step} is saved; the same command goes on after the evaluation')
+                progress.say(f'asked to stop: step {step} is saved; the same command evaluates')
                 return scalars
             problems = data.problems()
             if main:
