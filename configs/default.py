@@ -20,11 +20,12 @@ def get_config(arg: str = '') -> ConfigDict:
     m.shared = False                    # True: modality-agnostic, one encoder for all modalities (VATT-MA)
     m.inputs = ConfigDict({             # the preprocessing the model expects; stored in its checkpoint
         'video': ConfigDict({'frames': 32, 'size': 224, 'fps': 10.0}),
-        'audio': ConfigDict({'samples': 153600, 'rate': 48000}),
+        'audio': ConfigDict({'samples': 153600, 'rate': 48000,
+                             'mel': ConfigDict()}),  # empty: waveform; else log-mel, fields of vatt_jax/spectrogram.py
         'text': ConfigDict({'candidates': 5, 'words': 16,
                             'tokenizer': 'words'}),  # words | wordpiece | sentencepiece; the data's vocabulary
     })
-    m.towers = ConfigDict()             # modality -> tower; see vatt_jax/models/presets.py for named sizes
+    m.towers = ConfigDict()             # modality -> tower; named sizes: vatt_jax/models/presets.py
     m.encoder = ConfigDict()            # the shared encoder's size when m.shared
     m.head = ConfigDict({'name': 'fac', 'va': 512, 'vat': 256})  # common spaces: fine (video-audio) and coarse (video-text)
     m.attention = 'dense'               # dense (the definition, with dropout on probabilities) | xla | cudnn
