@@ -37,17 +37,18 @@ def get_config(arg: str = '') -> ConfigDict:
 
     # ---- optimizer
     o = c.optimizer = ConfigDict()
-    o.name = 'adam'                     # adam | adamw | sgd | lamb (optax) | keras_adam (the official VATT's form)
+    o.name = 'adam'                     # adam | adamw | sgd | lamb (optax) | keras_adam | keras_sgd (the official VATT's forms)
     o.b1, o.b2, o.eps = 0.9, 0.999, 1e-7
     o.momentum = 0.9                    # sgd
     o.weight_decay = 0.0                # decoupled, multiplied by the learning rate
     o.decay_skip = (r'bias$', r'scale$', r'norm', r'position', r'agg')  # parameter paths (regex) without weight decay
     o.clip = 0.0                        # global-norm clipping of gradients; 0: off
+    o.clip_paths = ()                   # parameter paths (regex) that are clipped, by the norm of these alone; (): all
     o.frozen = (r'word_table',)         # parameter paths (regex) that are never updated
     o.rates = ()                        # ((regex, factor), ...): learning-rate factor by parameter path, first match wins
     o.ema = 0.0                         # decay of an exponential average of the parameters, used by evaluation; 0: off
     s = o.schedule = ConfigDict()
-    s.name = 'warmup_cosine'            # warmup_cosine | constant | vatt (levels below, cosine between them)
+    s.name = 'warmup_cosine'            # warmup_cosine | warmup_quarter_cosine | constant | vatt (levels below, cosine between them)
     s.peak = 1e-4                       # learning rate after warm-up
     s.warmup = 5000                     # steps of linear warm-up from 0
     s.end = 5e-5                        # learning rate at the last step

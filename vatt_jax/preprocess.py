@@ -35,6 +35,21 @@ def device_stage(batch: Mapping[str, Any], inputs, config, rng: Rng, *, augment:
     return out
 
 
+def abstract(inputs, streams: tuple[str, ...], rows: int, dtype: str) -> dict[str, Any]:
+    """The abstract device batch of a model's own inputs: what `device_stage` makes of `rows` examples with these streams."""
+    out: dict[str, Any] = {k: jax.ShapeDtypeStruct((rows,), t) for k, t in (('index', 'int32'), ('position', 'uint32'), ('valid', bool))}
+    for name in streams:
+        modality = name.split('.')[0]
+        spec = inputs[modality]
+        shape, of = {'video': lambda: ((spec['frames'], spec['size'], spec['size'], 3), dtype),  # noqa: B023
+                     'audio': lambda: (spectrogram.shape(spec) if spec.get('mel') else (spec['samples'],), dtype),  # noqa: B023
+                     'text': lambda: ((spec['candidates'], spec['words']), 'int32')}[modality]()  # noqa: B023
+        out[name] = {'data': jax.ShapeDtypeStruct((rows, *shape), of), 'valid': jax.ShapeDtypeStruct((rows,), bool)}
+        if modality == 'text':
+            out[name]['mask'] = jax.ShapeDtypeStruct((rows, spec['candidates']), bool)
+    return out
+
+
 def video(stream, spec, config, rng: Rng, augment: bool) -> jax.Array:
     """uint8 [B T H W 3] -> float32 [B T size size 3] in [-1, 1]: the box cut out, resized, mirrored where `flip`, jittered.
 
