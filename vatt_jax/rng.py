@@ -29,6 +29,8 @@ def mix(x: jax.Array) -> jax.Array:
 def _word(value: str | int | jax.Array) -> jax.Array:
     if isinstance(value, str):
         return jnp.uint32(zlib.crc32(value.encode()))
+    if isinstance(value, int):
+        return jnp.uint32(value & 0xFFFFFFFF)  # a seed may be any integer; JAX would refuse one beyond int32
     return jnp.asarray(value).astype(jnp.uint32)
 
 

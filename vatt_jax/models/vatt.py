@@ -122,6 +122,10 @@ class VATT(nn.Module):
         return Encoder(size['layers'], size['width'], size['mlp'], size['heads'], size['head_width'], size['dropout'],
                        size['attention_dropout'], scan=c['scan'], remat=c['remat'], implementation=c['attention'], dtype=self.dtype, **options)
 
+    def has_tower(self, params: Mapping[str, Any], modality: str) -> bool:
+        """Whether these parameters hold the tower: one that an objective never read in training was not made."""
+        return f'fronts_{modality}' in params
+
     def encode(self, name: str, stream: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False) -> Encoded:
         """One device stream -> Encoded. Only a stream that meets batch statistics (i3d, resnet2d) needs its `valid`."""
         modality = name.split('.')[0]

@@ -29,7 +29,7 @@ def waveform(config: Config, episodes: list[Episode], rng: np.random.Generator) 
         pitch = PITCH[e.subject.size] * rng.uniform(0.96, 1.04)
         near = rng.uniform(0.35, 1.0)                                           # how close the microphone is
         for time, what, strength in e.sounds:
-            add(out, config.rate, time, e.end, near * strength * note(config.rate, e.subject.kind, what, pitch, rng))
+            add(out, config.rate, time, e.begin, e.end, near * strength * note(config.rate, e.subject.kind, what, pitch, rng))
     # Recorded as people record: loud, the peaks bent over. A wave at a tenth of full scale would drown in the towers' position codes.
     out = np.tanh(LOUDNESS * out[:total]) + rng.standard_normal(total, dtype=np.float32) * config.sound_noise
     return (np.clip(out, -1, 1) * 32767).astype(np.int16)
@@ -57,15 +57,19 @@ def note(rate: int, kind: str, what: str, pitch: float, rng: np.random.Generator
     return (wave[::-1] if what == 'vanish' else wave).astype(np.float32)
 
 
-def add(out: np.ndarray, rate: int, time: float, end: float, wave: np.ndarray) -> None:
-    """Adds `wave` at `time` in place; what would sound before the start or after its scene is cut, with a short fade."""
-    first = round(time * rate)
-    wave = wave[max(0, -first):]
-    first = max(0, first)
+def add(out: np.ndarray, rate: int, time: float, begin: float, end: float, wave: np.ndarray) -> None:
+    """Adds `wave` at `time` in place; what would sound before its scene begins or after it ends is cut, with a short fade."""
+    first, start = round(time * rate), round(begin * rate)
+    late = first < start
+    wave = wave[max(0, start - first):]
+    first = max(start, first)
     last = min(first + len(wave), round(end * rate), len(out))
     if last - first < 8:
         return
     piece = wave[:last - first].copy()
     fade = min(len(piece), int(0.005 * rate))
-    piece[-fade:] *= np.linspace(1, 0, fade, dtype=np.float32)
+    ramp = np.linspace(1, 0, fade, dtype=np.float32)
+    piece[len(piece) - fade:] *= ramp
+    if late:
+        piece[:fade] *= ramp[::-1]
     out[first:last] += piece
