@@ -19,6 +19,7 @@ def text_model(tower):
     c.model.towers = {'text': {'vocab': 30, 'word_width': 10, **tower}}
     c.model.head = {'name': 'none'}
     model, batch, rng = models.build(c.model), {'text': inputs(c)['text']}, Rng.create(0, 0, jnp.arange(B))
+    batch['text']['data'][1, 0] = 0  # nothing but padding: the aggregate token alone is left to attend to
     variables = meta.unbox(model.init(jax.random.key(1), batch, train=False, rng=rng))
     noise = np.random.default_rng(0)
     variables = jax.tree.map(lambda x: x + 0.1 * noise.normal(size=x.shape).astype(np.float32), variables)
