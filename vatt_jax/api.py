@@ -151,6 +151,8 @@ class Model:
     def _text(self, sentence: str) -> np.ndarray:
         if not isinstance(sentence, str):
             raise ConfigError(f'embed(text=…): {type(sentence).__name__} found, strings are wanted')
+        if self.tokenizer is None:
+            raise ConfigError('embed(text=…): this checkpoint carries no tokenizer; import it again with --vocabulary=FILE')
         return self.tokenizer.encode([sentence], self.inputs['text']['words'])
 
     def _decode(self, items: dict[str, list], single: dict[str, bool]) -> None:
