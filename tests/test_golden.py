@@ -147,7 +147,7 @@ def moments(state) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     return tuple({k.split(f'{m}/', 1)[1]: v for k, v in flat.items() if f'/{m}/' in k} for m in ('mu', 'nu'))
 
 
-WATCHED = r'video/layers/(query|mlp_in)/kernel|text/layers/query/kernel|audio/layers/mlp_norm/scale|audio/patch/kernel|vertical|head/(audio_va|video_vat)/'
+WATCHED = r'video/layers/(query|mlp_in)/kernel|text/layers/query/kernel|audio/layers/mlp_norm/scale|audio/patch/kernel|vertical|head/(audio_va|video_vat)/'  # noqa: E501
 
 
 def measure(steps) -> dict[str, float | tuple[float, float]]:
