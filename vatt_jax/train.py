@@ -282,7 +282,7 @@ def check_run_folder(config: ConfigDict, workdir: pathlib.Path) -> None:
         return
     old = configs.from_json(file.read_text())
     changed = [f for f in configs.same(old, config) if f.startswith(('model.', 'objective.', 'optimizer.name', 'optimizer.frozen'))
-               and not f.startswith(('model.attention', 'model.scan', 'model.remat'))]
+               and not f.startswith(('model.attention', 'model.scan', 'model.remat', 'objective.method', 'objective.block'))]
     if changed:
         f = changed[0]
         values = [dict(configs.flatten(c)).get(f, 'absent') for c in (old, config)]
