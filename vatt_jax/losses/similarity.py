@@ -184,8 +184,8 @@ def _forward(plan, x: Side, y: Side, scale, bias):
     keys = _collect(plan, y)
     met = len(keys.data)
     x, keys = _blocks(x, plan.tile[0]), _blocks(keys, plan.tile[1])
-    start = lambda side: (jnp.full(side.data.shape[:2], NEVER, accumulate), jnp.zeros(side.data.shape[:2], accumulate))
-    rows = (start(x), start(x) if plan.kind == 'softmax' and x.own is not None else None)
+    start = lambda shape: (jnp.full(shape, NEVER, accumulate), jnp.zeros(shape, accumulate))
+    rows = tuple(start(x.data.shape[:2]) if wanted else None for wanted in (True, plan.kind == 'softmax' and x.own is not None))
     kept = None
 
     def meet(rows, key: Side, column):
@@ -208,7 +208,7 @@ def _forward(plan, x: Side, y: Side, scale, bias):
             return (every, own), _join(column, by_column) if plan.columns else None
         return _loop(len(x.data), tile, (rows, column))
 
-    (every, own), columns = _sweep(plan, meet, rows, keys, start(keys) if plan.columns else None)
+    (every, own), columns = _sweep(plan, meet, rows, keys, start(keys.data.shape[1:2]) if plan.columns else None)
     if columns is not None:
         columns = tuple(c.reshape(-1)[:met] for c in columns)
         if plan.axes and not plan.ring:
@@ -259,7 +259,10 @@ def _backward(plan, x: Side, y: Side, scale, bias, sums, cotangents, kept):
         return _loop(len(x.data), tile, (state, key_total))
 
     state = (jnp.zeros(x.data.shape, accumulate), jnp.zeros((), accumulate))
-    (dx, dbias), dy = _sweep(plan, meet, state, (keys, beside), jnp.zeros(keys.data.shape, accumulate) if plan.key_gradient else None)
+    # On one device a block's key gradient is final when the block is done; gathered or in a ring it is float32 until it is home.
+    done = lambda part: part if plan.axes else jax.tree.map(lambda a: a.astype(y_type), part)
+    part = jnp.zeros(keys.data.shape[1:], accumulate) if plan.key_gradient else None
+    (dx, dbias), dy = _sweep(plan, meet, state, (keys, beside), part, done)
     dx = dx.reshape(-1, dx.shape[-1])[:m]
     dscale = jnp.sum(dx * x.data.reshape(-1, dx.shape[-1])[:m].astype(accumulate)) / scale
     dbias = dbias / scale
@@ -276,37 +279,38 @@ def _backward(plan, x: Side, y: Side, scale, bias, sums, cotangents, kept):
 
 # ---- the sweep
 
-def _sweep(plan, meet, state, keys, late):
-    """Lets every block of keys meet this device's rows: meet(state, block, the block's part of `late`) -> (state, that part).
+def _sweep(plan, meet, state, keys, start, done=lambda part: part):
+    """Lets every block of keys meet this device's rows: meet(state, block, part) -> (state, part), where part, from `start` on, is what is
+    summed up for the block's keys. Returns (state, parts [blocks …]), each part through `done`.
 
-    keys: tree of [blocks t …], read only; late: tree of [blocks t …] that is accumulated per key. In a ring both travel, and after as many
-    hops as there are devices they are home again.
+    keys: tree of [blocks t …]. In a ring they travel and their parts follow; after as many hops as there are devices these are home again.
     """
     blocks = len(jax.tree.leaves(keys)[0])
     if not plan.ring:
-        def one(j, carry):
-            state, late = carry
-            state, part = meet(state, _at(keys, j), _at(late, j))
-            return state, _put(late, part, j)
-        return _loop(blocks, one, (state, late))
+        def one(state, key):
+            state, part = meet(state, key, start)
+            return state, done(part)
+        if blocks == 1:
+            state, part = one(state, _at(keys, 0))
+            return state, jax.tree.map(lambda a: a[None], part)
+        return jax.lax.scan(one, state, keys)
 
     ring = [(i, (i + 1) % plan.devices) for i in range(plan.devices)]
     hop = lambda tree: jax.tree.map(lambda a: jax.lax.ppermute(a, plan.axes, ring), tree)
+    parts = jax.tree.map(lambda a: jnp.broadcast_to(a, (blocks, *a.shape)), start)
 
-    def one(t, carry):
+    def step(t, carry):
         # Both transfers start before the block's arithmetic and are waited for after it: the keys of this block, which its arithmetic only
-        # reads, and what was accumulated for the block before.
-        state, keys, late, sent = carry
+        # reads, and the part of the block before.
+        state, keys, parts, sent = carry
         j, before = t % blocks, (t + blocks - 1) % blocks
-        key, part = _at(keys, j), _at(late, j)
+        key, part = _at(keys, j), _at(parts, j)
         arrived, following = hop(sent), hop(key)
-        if blocks == 1:
-            part = arrived
-        state, sent = meet(state, key, part)
-        return state, _put(keys, following, j), _put(late, arrived, before), sent
+        state, sent = meet(state, key, arrived if blocks == 1 else part)
+        return state, _put(keys, following, j), _put(parts, arrived, before), sent
 
-    state, _, late, sent = jax.lax.fori_loop(0, plan.devices * blocks, one, (state, keys, late, _at(late, blocks - 1)))
-    return state, _put(late, hop(sent), blocks - 1)
+    state, _, parts, sent = jax.lax.fori_loop(0, plan.devices * blocks, step, (state, keys, parts, start))
+    return state, done(_put(parts, hop(sent), blocks - 1))
 
 
 def _collect(plan, tree):
