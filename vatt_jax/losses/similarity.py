@@ -300,13 +300,14 @@ def _sweep(plan, meet, state, keys, start, done=lambda part: part):
     parts = jax.tree.map(lambda a: jnp.broadcast_to(a, (blocks, *a.shape)), start)
 
     def step(t, carry):
-        # Both transfers start before the block's arithmetic and are waited for after it: the keys of this block, which its arithmetic only
-        # reads, and the part of the block before.
+        # Both transfers start before the block's arithmetic and, by the barrier, are waited for after it: the keys of this block, which its
+        # arithmetic only reads, and the part of the block before.
         state, keys, parts, sent = carry
         j, before = t % blocks, (t + blocks - 1) % blocks
         key, part = _at(keys, j), _at(parts, j)
         arrived, following = hop(sent), hop(key)
         state, sent = meet(state, key, arrived if blocks == 1 else part)
+        following, arrived, sent = jax.lax.optimization_barrier((following, arrived, sent))
         return state, _put(keys, following, j), _put(parts, arrived, before), sent
 
     state, _, parts, sent = jax.lax.fori_loop(0, plan.devices * blocks, step, (state, keys, parts, start))
