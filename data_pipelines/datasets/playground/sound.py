@@ -8,7 +8,7 @@ from data_pipelines.datasets.playground.world import GLIDE, SIZES, Config, Episo
 PITCH = {'small': 310.0, 'medium': 280.0, 'large': 250.0}   # Hz of the lowest tone: small things sound high
 TONES = (1.0, 1.7, 2.9, 4.9)                                # the four tones every voice is made of, in multiples of the lowest
 # kind -> the chords it alternates between. Over time every kind has as much of each tone; what tells them apart is which sound together.
-VOICES = {'disc': ((0, 1), (2, 3)), 'triangle': ((0, 2), (1, 3)), 'ring': ((0, 3), (1, 2)), 'cross': ((0, 1, 2, 3),)}
+VOICES = {'disc': ((0, 1), (2, 3)), 'ring': ((0, 2), (1, 3)), 'plank': ((0, 3), (1, 2)), 'pole': ((0, 1, 2, 3),)}
 CHORD = 0.16                                                # seconds of one chord
 IMPACT = 2 * CHORD                                          # seconds an impact is heard
 EDGE = 0.006                                                # seconds in which a chord comes or goes
