@@ -82,7 +82,8 @@ def log_sum_exp(x, y, scale=1.0, *, x_valid=None, y_valid=None, apart=None, own=
     """rows[i] = log sum_j exp score(i, j) over valid keys; columns[j] = the same over valid rows; positives[i] = over row i's positives.
 
     x [m E], y [n E]; x_valid bool [m], y_valid bool [n]; apart, own: pairs of int32 arrays ([m], [n]), see `Side`. stop_gradient: y gets
-    no gradient, and none is computed. Over several key sets (a queue beside the batch): `jnp.logaddexp` of the rows of several calls.
+    no gradient, and none is computed. The sums of rows and columns that are not valid themselves mean nothing. Over several key sets (a
+    queue beside the batch): `jnp.logaddexp` of the rows of several calls.
     """
     rows, column_sums, positives = _sums('softmax', x, y, scale, 0.0, x_valid, y_valid, apart, own, columns, stop_gradient, how)
     return Sums(rows, column_sums, positives)
