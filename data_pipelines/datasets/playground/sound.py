@@ -13,7 +13,7 @@ CHORD = 0.16                                                # seconds of one cho
 IMPACT = 2 * CHORD                                          # seconds an impact is heard
 EDGE = 0.006                                                # seconds in which a chord comes or goes
 BEND = {'impact': 0.0, 'appear': 0.4, 'vanish': -0.4}       # octaves by which the pitch has moved at the end
-LOUDNESS = 0.4                                              # of a tone at full strength, share of full scale
+LOUDNESS = {'small': 0.16, 'medium': 0.25, 'large': 0.4}    # of a tone at full strength, share of full scale: large things are loud
 
 
 def waveform(config: Config, episodes: list[Episode], rng: np.random.Generator) -> np.ndarray:
@@ -23,9 +23,9 @@ def waveform(config: Config, episodes: list[Episode], rng: np.random.Generator) 
     for e in episodes:
         assert e.subject.size in SIZES
         pitch = PITCH[e.subject.size] * rng.uniform(0.97, 1.03)
-        near = rng.uniform(0.5, 1.0)                        # how close the microphone is
+        loud = LOUDNESS[e.subject.size] * rng.uniform(0.85, 1.0)  # the microphone's distance
         for time, what, strength in e.sounds:
-            add(out, config.rate, time, e.begin, e.end, LOUDNESS * near * strength * note(config.rate, e.subject.kind, what, pitch, rng))
+            add(out, config.rate, time, e.begin, e.end, loud * strength * note(config.rate, e.subject.kind, what, pitch, rng))
     out = out[:total] + rng.standard_normal(total, dtype=np.float32) * config.sound_noise
     return (np.clip(out, -1, 1) * 32767).astype(np.int16)
 

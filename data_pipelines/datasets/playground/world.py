@@ -27,7 +27,7 @@ class Config:
     video. held_out: share of (colour, kind) pairs, at most a half, that only the test split shows, among all others. distractors: most
     silent objects per scene. camera_noise, sound_noise: standard deviations, in 8-bit levels and as a share of full scale.
     """
-    train: int = 1600
+    train: int = 1200
     validation: int = 128
     test: int = 256
     seconds: float = 8.0
