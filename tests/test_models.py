@@ -13,10 +13,18 @@ from vatt_jax.rng import Rng
 B = 3
 
 
-def built(**overrides):
+def model_of(**overrides):
     config = tiny.config(**overrides)
     config.model.towers.text.vocab = 30
-    model = models.build(config.model, 'float32')
+    for tower in config.model.towers.values():
+        tower.layers = 2
+    return config, models.build(config.model, 'float32')
+
+
+@pytest.fixture(scope='module')
+def reference():
+    """(config, model, variables, batch, rng), for reading."""
+    config, model = model_of()
     batch = inputs(config)
     rng = Rng.create(0, 0, jnp.arange(B))
     variables = meta.unbox(jax.jit(lambda: model.init(jax.random.key(1), batch, train=False, rng=rng))())
@@ -25,6 +33,11 @@ def built(**overrides):
     variables = jax.tree.map(lambda x: x + 0.1 * noise.normal(size=x.shape).astype(np.float32), variables)
     variables['batch_stats'] = jax.tree.map(jnp.abs, variables['batch_stats'])
     return config, model, variables, batch, rng
+
+
+def encode(model, variables, modality, stream, rng, features=False):
+    """One compilation instead of one for each operation."""
+    return jax.jit(lambda v: model.apply(v, modality, stream, train=False, rng=rng, features=features, method='encode'))(variables)
 
 
 def inputs(config):
@@ -75,9 +88,9 @@ def encoder(p, x, mask=None, rms=False, scaled=True, bias=0.0):
     return layer_norm(p['final_norm'], x, rms)
 
 
-def test_video_tower_is_its_definition():
-    config, model, variables, batch, rng = built()
-    got = model.apply(variables, 'video', batch['video'], train=False, rng=rng, features=True, method='encode')
+def test_video_tower_is_its_definition(reference):
+    config, model, variables, batch, rng = reference
+    got = encode(model, variables, 'video', batch['video'], rng, features=True)
     p = f64(variables['params'])
     front = p['fronts_video']
     t, h, w = 2, 2, 2
@@ -108,9 +121,9 @@ def buckets(n):
     return out
 
 
-def test_text_tower_is_its_definition():
-    config, model, variables, batch, rng = built()
-    got = model.apply(variables, 'text', batch['text'], train=False, rng=rng, method='encode')
+def test_text_tower_is_its_definition(reference):
+    config, model, variables, batch, rng = reference
+    got = encode(model, variables, 'text', batch['text'], rng)
     p = f64(variables['params'])
     front, tower = p['fronts_text'], p['encoders_text']
     bias = tower['relative_bias'][buckets(7)].transpose(2, 0, 1)
@@ -146,12 +159,17 @@ def forward(model, variables, batch, rng, train=True):
     return jax.jit(jax.value_and_grad(loss))(variables['params'])
 
 
+@pytest.fixture(scope='module')
+def unrolled(reference):
+    _, model, variables, batch, rng = reference
+    return forward(model, variables, batch, rng)
+
+
 @pytest.mark.parametrize('option', [{'model__scan': True}, {'model__remat': 'full'}, {'model__scan': True, 'model__remat': 'dots'}])
-def test_scan_and_remat_change_neither_loss_nor_gradient(option):
-    _, model, variables, batch, rng = built()
-    _, other, _, _, _ = built(**option)
-    want, got = forward(model, variables, batch, rng), forward(other, variables, batch, rng)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), want, got)
+def test_scan_and_remat_change_neither_loss_nor_gradient(option, reference, unrolled):
+    _, _, variables, batch, rng = reference
+    got = forward(model_of(**option)[1], variables, batch, rng)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), unrolled, got)
 
 
 def test_attention_implementations_agree():
@@ -217,9 +235,9 @@ def test_batch_norm_counts_valid_rows_only():
     np.testing.assert_array_equal(kept['batch_stats']['var'], variables['batch_stats']['var'])
 
 
-def test_fac_head_is_its_definition():
-    config, model, variables, batch, rng = built()
-    out = model.apply(variables, batch, train=False, rng=rng)
+def test_fac_head_is_its_definition(reference):
+    config, model, variables, batch, rng = reference
+    out = jax.jit(lambda v: model.apply(v, batch, train=False, rng=rng))(variables)
     p, s = f64(variables['params']['head']), f64(variables['batch_stats']['head'])
     bn = lambda n, x: (x - s[n]['mean']) / np.sqrt(s[n]['var'] + 1e-5) * p[n]['scale'] + p[n]['bias']
     dense = lambda n, x: x @ p[n]['kernel'] + p[n].get('bias', 0)

@@ -26,12 +26,12 @@ def losses(workdir):
     return {line['step']: line['loss'] for line in lines if 'loss' in line}
 
 
-def state_of(workdir, config):
+def state_of(workdir, config, step=None):
     data = data_pipelines.open(config)
     train.resolve(config, data)
     built = train.build(config, data)
     keeper = checkpoint.Checkpoints(pathlib.Path(workdir) / 'checkpoints', config.checkpoint)
-    state, meta, columns = keeper.restore(keeper.latest(), built.shape, built.shardings)
+    state, meta, columns = keeper.restore(keeper.latest() if step is None else step, built.shape, built.shardings)
     keeper.close()
     return state, meta, columns
 
@@ -77,7 +77,7 @@ class stop_at:
         train.distributed.Stop.now = self.original
 
 
-@pytest.mark.parametrize('mesh', [{'replica': 8}, {'replica': 2, 'fsdp': 2, 'model': 2}])
+@pytest.mark.parametrize('mesh', [{'replica': 2, 'fsdp': 2, 'model': 2}, pytest.param({'replica': 8}, marks=pytest.mark.slow)])
 def test_same_numbers_on_any_mesh(whole, tmp_path, mesh):
     folder, want = whole
     config = tiny.config()
@@ -163,13 +163,21 @@ def test_several_non_finite_steps_stop_the_run(tmp_path):
         train.train(config, poisoned(data_pipelines.open(config), {3, 4}), tmp_path, quiet=True)
 
 
-def test_parameter_averaging(tmp_path):
-    config = tiny.config(optimizer__ema=0.5, steps=3)
-    run(tmp_path, config)
-    state, _, _ = state_of(tmp_path, config)
+@pytest.fixture(scope='module')
+def averaged(tmp_path_factory):
+    """(folder, config, final state) of a run on two devices with averaged parameters and a frozen table."""
+    folder = tmp_path_factory.mktemp('averaged')
+    config = tiny.config(optimizer__ema=0.5, optimizer__frozen=('word_table',), optimizer__name='keras_adam', steps=3)
+    config.mesh.replica = 2
+    run(folder, config)
+    return folder, config, state_of(folder, config)[0]
+
+
+def test_parameter_averaging(averaged):
+    folder, _, state = averaged
     # After k steps the average is sum of 0.5^i-weighted parameters: it differs from both ends and is what load_model returns.
     from vatt_jax import sharding
-    _, variables, _ = checkpoint.load_model(tmp_path, sharding.make_mesh({'replica': -1}))
+    _, variables, _ = checkpoint.load_model(folder, sharding.make_mesh({'replica': -1}))
     for a, b in zip(jax.tree.leaves(variables['params']), jax.tree.leaves(state.ema), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in
@@ -183,26 +191,31 @@ def kmeans_config(**overrides):
     return config
 
 
-def test_another_objective_through_the_same_loop(tmp_path):
+@pytest.fixture(scope='module')
+def kmeans(tmp_path_factory):
+    """(folder, its done.json) of six steps with refreshes before the first and the fourth."""
+    folder = tmp_path_factory.mktemp('kmeans')
+    return folder, run(folder, kmeans_config())
+
+
+def test_another_objective_through_the_same_loop(kmeans, tmp_path):
     """Own parameters, state, refresh with fresh slots, columns and two views; killed between refreshes it continues exactly."""
-    want = run(tmp_path / 'whole', kmeans_config())
+    folder, want = kmeans
     with stop_at(4):
         run(tmp_path / 'cut', kmeans_config())
     got = run(tmp_path / 'cut', kmeans_config())
     assert got['digests'] == want['digests'] and got['order'] == want['order']
-    state, meta, columns = state_of(tmp_path / 'whole', kmeans_config())
+    state, meta, columns = state_of(folder, kmeans_config())
     assert columns['cluster'].shape == (64,) and set(np.unique(columns['cluster'])) <= set(range(4))
     assert set(state.params['objective']) == {'video', 'video.second', 'audio'}
     np.testing.assert_allclose(float(state.objective['frequency'].sum()), 1, rtol=1e-5)
 
 
-def test_refresh_gives_fresh_optimizer_slots(tmp_path):
+def test_refresh_gives_fresh_optimizer_slots(kmeans):
     """Right after a refresh (step 3 saved, then refresh, one step) the classifier's first moment is 0.1 × one gradient: its second
     moment then equals 0.001/0.01 of its square, element by element, which no older slot would satisfy."""
-    config = kmeans_config(steps=4)
-    config.optimizer.name, config.optimizer.b1, config.optimizer.b2 = 'adam', 0.9, 0.999
-    run(tmp_path, config)
-    state, _, _ = state_of(tmp_path, config)
+    state, meta, _ = state_of(kmeans[0], kmeans_config(), step=4)
+    assert meta['step'] == 4 and [kmeans_config().optimizer[k] for k in ('name', 'b1', 'b2')] == ['adam', 0.9, 0.999]
     paths = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(state.opt_state)}
     pairs = [(k, k.replace('.mu', '.nu')) for k in paths if '.mu' in k and "['objective']" in k]
     assert pairs
@@ -221,7 +234,7 @@ def test_training_files_name_no_objective():
 
 def test_init_from_takes_leaves_and_renames(whole, tmp_path):
     folder, _ = whole
-    config = tiny.config(init_from=str(folder), init_skip=('^head/',), steps=3)
+    config = tiny.config(init_from=str(folder), init_skip=('^head/',))
     data = data_pipelines.open(config)
     train.resolve(config, data)
     built = train.build(config, data)
@@ -293,11 +306,8 @@ def test_missing_modalities_train(tmp_path):
     assert any(v for k, v in flat.items() if 'video' in k) and any(v for k, v in flat.items() if 'text' in k)
 
 
-def test_frozen_parameters_stay_and_have_no_slots(tmp_path):
-    config = tiny.config(optimizer__frozen=('word_table',), optimizer__name='keras_adam', steps=3)
-    config.mesh.replica = 2
-    run(tmp_path, config)
-    state, _, _ = state_of(tmp_path, config)
+def test_frozen_parameters_stay_and_have_no_slots(averaged):
+    _, config, state = averaged
     data = data_pipelines.open(config)
     train.resolve(config, data)
     first = train.build(config, data).init()
@@ -308,15 +318,14 @@ def test_frozen_parameters_stay_and_have_no_slots(tmp_path):
     assert moved['projection']['kernel'] and not moved['word_table']
 
 
-def test_multi_label_fine_tuning_runs_and_position_tables_are_resized_from_init(tmp_path):
-    run(tmp_path / 'a', tiny.config())
-    config = tiny.config(init_from=str(tmp_path / 'a'))
+def test_multi_label_fine_tuning_runs_and_position_tables_are_resized_from_init(whole, tmp_path):
+    config = tiny.config(init_from=str(whole[0]))
     config.model.inputs.audio.samples = 512         # 8 patches where the run before had 16
     config.model.head = {'name': 'none'}
     config.model.towers = {'audio': config.model.towers.audio}
     config.objective = {'name': 'classification', 'stream': 'audio', 'label': 'class', 'form': 'sigmoid', 'dropout': 0.0, 'mixup': 5}
     config.optimizer.update({'name': 'keras_sgd', 'clip': 0.75, 'clip_paths': ('^model/',)})
-    done = run(tmp_path / 'b', config)
-    assert done['step'] == 6 and done['skipped_steps'] == 0 and np.isfinite(list(losses(tmp_path / 'b').values())).all()
-    params = checkpoint.read_model(checkpoint.find(tmp_path / 'b'))['params']
+    done = run(tmp_path, config)
+    assert done['step'] == 6 and done['skipped_steps'] == 0 and np.isfinite(list(losses(tmp_path).values())).all()
+    params = checkpoint.read_model(checkpoint.find(tmp_path))['params']
     assert params['fronts_audio']['positions']['temporal_positions'].shape[0] == 8

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax.linen import meta
 
-from tests.test_models import B, encoder, f64, gelu, inputs, layer_norm
+from tests.test_models import B, encode, encoder, f64, gelu, inputs, layer_norm
 from vatt_jax import models
 from vatt_jax.models import embeddings
 from vatt_jax.models.audio_resnet import ResNet2D
@@ -20,10 +20,10 @@ def text_model(tower):
     c.model.head = {'name': 'none'}
     model, batch, rng = models.build(c.model), {'text': inputs(c)['text']}, Rng.create(0, 0, jnp.arange(B))
     batch['text']['data'][1, 0] = 0  # nothing but padding: the aggregate token alone is left to attend to
-    variables = meta.unbox(model.init(jax.random.key(1), batch, train=False, rng=rng))
+    variables = meta.unbox(jax.jit(lambda: model.init(jax.random.key(1), batch, train=False, rng=rng))())
     noise = np.random.default_rng(0)
     variables = jax.tree.map(lambda x: x + 0.1 * noise.normal(size=x.shape).astype(np.float32), variables)
-    got = model.apply(variables, 'text', batch['text'], train=False, rng=rng, features=True, method='encode')
+    got = encode(model, variables, 'text', batch['text'], rng, features=True)
     return f64(variables['params']), batch['text']['data'], got
 
 
