@@ -88,8 +88,22 @@ def kill_at(process, watch: Watch, phase: str) -> bool:
     return process.exitcode == -9
 
 
+def stop_at(process, watch: Watch, phase: str) -> bool:
+    """SIGTERM in that phase: code 0, a checkpoint of the last step told, and no done.json. False when the run ended before."""
+    if reaches(process, watch, phase):
+        process.terminate()
+    assert runs.finish(process, watch.log) == 0, watch.text()[-3000:]
+    if (watch.workdir / 'done.json').exists():
+        return False
+    steps = losses_told(watch.workdir)
+    assert f'asked to stop: step {steps[-1]} is saved' in watch.text()[watch.said:]
+    assert (watch.workdir / 'checkpoints' / str(steps[-1])).is_dir()
+    return True
+
+
 def survive(folder: pathlib.Path, variant: str, phases: list[str], seed: int) -> tuple[list[pathlib.Path], list[str]]:
-    """Finished run folders, and the phases in which a run was killed. A run that ends before its kill is followed by a fresh one."""
+    """Finished run folders, and the phases in which a run was killed, or with a leading ~ asked to stop. A run that ends before that is
+    followed by a fresh one."""
     rng, killed, workdirs = random.Random(seed), [], []
     phases = list(phases)
     while phases or not workdirs or not (workdirs[-1] / 'done.json').exists():
@@ -104,7 +118,7 @@ def survive(folder: pathlib.Path, variant: str, phases: list[str], seed: int) ->
                              cache=None if phase == 'compiling' else runs.CACHE)
         if phase is None:
             assert runs.finish(process, log) == 0, log.read_text()[-3000:]
-        elif kill_at(process, watch, phase):
+        elif (stop_at if phase[0] == '~' else kill_at)(process, watch, phase.lstrip('~')):
             killed.append(phases.pop(0))
         else:
             assert process.exitcode == 0, log.read_text()[-3000:]
@@ -134,8 +148,9 @@ def assert_same(workdir: pathlib.Path, whole: pathlib.Path) -> None:
     assert results(workdir) == results(whole)
 
 
-def test_killed_once_in_each_phase(whole, tmp_path):
-    phases = ['compiling', 'saving', 'stepping', 'evaluating']
+def test_killed_and_asked_to_stop_in_each_phase(whole, tmp_path):
+    """One run, five times interrupted: the same command continues each time, and nothing shows in the end."""
+    phases = ['compiling', '~compiling', 'saving', '~stepping', 'evaluating']
     workdirs, killed = survive(tmp_path, '', phases, seed=1)
     assert killed == phases
     for workdir in workdirs:
@@ -163,20 +178,3 @@ def test_six_kills_of_a_run_with_refreshes(tmp_path):
     assert killed == phases
     for workdir in workdirs:
         assert_same(workdir, want)
-
-
-def test_sigterm_saves_and_the_same_command_continues(whole, tmp_path):
-    """Asked while it compiles, and again while it trains: each time code 0, a checkpoint of the last step told, and no done.json."""
-    workdir, log = tmp_path / 'run', tmp_path / 'log.txt'
-    for phase in ('compiling', 'stepping'):
-        watch = Watch(workdir, log, random.Random(0))
-        process = runs.start(CONFIG, f'--workdir={workdir}', '--quiet', log=log)
-        assert reaches(process, watch, phase), watch.text()[-3000:]
-        process.terminate()
-        assert runs.finish(process, log) == 0, log.read_text()[-3000:]
-        steps = losses_told(workdir)
-        assert f'asked to stop: step {steps[-1]} is saved' in watch.text()[watch.said:]
-        assert (workdir / 'checkpoints' / str(steps[-1])).is_dir() and not (workdir / 'done.json').exists()
-    process = runs.start(CONFIG, f'--workdir={workdir}', '--quiet', log=log)
-    assert runs.finish(process, log) == 0, log.read_text()[-3000:]
-    assert_same(workdir, whole)
