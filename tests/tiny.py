@@ -1,4 +1,4 @@
-"""A config that trains in seconds: towers of two layers on the synthetic source."""
+"""A config that trains in seconds: towers of two layers (video) and one on the synthetic source."""
 from ml_collections import ConfigDict
 
 from configs import default
@@ -12,8 +12,8 @@ def config(**overrides):
     c.model.inputs.video = ConfigDict({'frames': 4, 'size': 16, 'fps': 8.0})
     c.model.inputs.audio.update({'samples': 1024, 'rate': 2000})
     c.model.inputs.text = ConfigDict({'candidates': 2, 'words': 6, 'tokenizer': 'words'})
-    size = {'layers': 2, 'width': 32, 'mlp': 64, 'heads': 2, 'head_width': 16, 'dropout': 0.1}
-    c.model.towers.video = ConfigDict({'name': 'vit', **size, 'patch': (2, 8, 8), 'drop_token': 0.5})
+    size = {'layers': 1, 'width': 32, 'mlp': 64, 'heads': 2, 'head_width': 16, 'dropout': 0.1}
+    c.model.towers.video = ConfigDict({'name': 'vit', **size, 'layers': 2, 'patch': (2, 8, 8), 'drop_token': 0.5})
     c.model.towers.audio = ConfigDict({'name': 'wat', **size, 'patch': 64, 'drop_token': 0.5})
     c.model.towers.text = ConfigDict({'name': 't5', **size, 'vocab': 0, 'word_width': 16})
     c.model.head = ConfigDict({'name': 'fac', 'va': 16, 'vat': 8})
