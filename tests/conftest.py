@@ -9,6 +9,7 @@ import pytest
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_disable_most_optimizations', True)  # compiling costs more here than running
 _cache = pathlib.Path(__file__).parent.parent / '.jax_cache'
 jax.config.update('jax_compilation_cache_dir', str(_cache))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
