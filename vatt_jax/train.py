@@ -28,7 +28,8 @@ class TrainingStopped(RuntimeError):
 
 @dataclasses.dataclass
 class Built:
-    """What a config builds, the same in training and in evaluation. shape: abstract TrainState."""
+    """What a config builds, the same in training and in evaluation. shape: abstract TrainState. forward: the evaluations' forward pass,
+    compiled by the first of them."""
     mesh: Any
     model: Any
     objective: Any
@@ -37,6 +38,7 @@ class Built:
     shape: Any
     shardings: Any
     info: dict[str, Any]
+    forward: Any = None
 
 
 def resolve(config: ConfigDict, data) -> None:
@@ -262,7 +264,8 @@ def evaluate(config, built: Built, state, data, workdir: pathlib.Path, step: int
         return _tell(evals.load(folder), step, writer, progress)
     process = (jax.process_index(), jax.process_count())
     enc = encoder.Encoder(config, train_state.evaluation_variables(state), built.mesh, built.objective,
-                          state.params['objective'], state.objective)
+                          state.params['objective'], state.objective, built.forward)
+    built.forward = enc.forward
     view = evals_base.View(enc, data, config.batch_size, process, config.seed)
     results = evals.run_all(config.evals, view, baseline=bool(tag))
     pictures = lambda path: evals.gallery.save(path / 'gallery.npz', results, config.evals, data, config.batch_size)

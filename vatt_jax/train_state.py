@@ -34,9 +34,11 @@ def abstract(model, batch, size: int, labels) -> Spec:
     batch: abstract device batch (after preprocess.device_stage) of one microbatch.
     """
     rng = jax.eval_shape(lambda: Rng.create(0, 0, jnp.zeros(batch['index'].shape, jnp.uint32)))
-    variables = jax.eval_shape(lambda b, r: model.init(jax.random.key(0), b, train=False, rng=r), batch, rng)
+    # jitted, so that all who ask for its shapes or values share one trace
+    init = jax.jit(lambda key, b, r: dict(model.init(key, b, train=False, rng=r)))
+    variables = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), batch, rng)
     outputs = jax.eval_shape(lambda v, b, r: model.apply(v, b, train=False, rng=r), nn.meta.unbox(variables), batch, rng)
-    return Spec(model, outputs, batch, size, labels)
+    return Spec(model, outputs, batch, size, labels, init)
 
 
 def create(config, model, objective, spec: Spec, mesh) -> tuple[Any, Any, Any, optax.GradientTransformation]:
@@ -49,7 +51,7 @@ def create(config, model, objective, spec: Spec, mesh) -> tuple[Any, Any, Any, o
         model_key, objective_key = jax.random.split(key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec.batch)
         rng = Rng.create(0, 0, zeros['index'])
-        boxed = dict(model.init(model_key, zeros, train=False, rng=rng))
+        boxed = spec.init(model_key, zeros, rng)
         objective_params, objective_state = objective.init(objective_key, spec)
         return {'model': boxed['params'], 'objective': objective_params}, boxed.get('batch_stats', {}), objective_state
 

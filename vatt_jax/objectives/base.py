@@ -30,12 +30,14 @@ class Loss:
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """What an objective may size itself by. model: the Linen module; outputs: `jax.eval_shape` of its Outputs on one
-    global (micro)batch; batch: abstract device batch; size: records of the training set (M); labels: name -> classes."""
+    global (micro)batch; batch: abstract device batch; size: records of the training set (M); labels: name -> classes.
+    init: (key, batch, rng) -> the model's initial variables, boxed."""
     model: Any
     outputs: Any
     batch: Any
     size: int
     labels: Mapping[str, int]
+    init: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass
