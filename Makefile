@@ -1,6 +1,8 @@
 # Each target sets up what it needs: the first call makes .venv from requirements.txt.
 PYTHON ?= python3
 VENV   ?= .venv
+# Processes that share the tests.
+WORKERS ?= 2
 BIN    := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL := 3
 
@@ -15,10 +17,10 @@ controls: $(VENV)/.ready    ## the runs that must fail to learn, and the second 
 	$(BIN)/python run.py --mode=report --workdir=runs/demo --compare=runs/demo_shuffled,runs/demo_seed1
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow"
 
 test-all: $(VENV)/.ready
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
