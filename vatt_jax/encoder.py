@@ -1,6 +1,7 @@
 """A frozen model as evaluators and users see it: batches in, features out."""
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,15 +19,31 @@ class Encoder:
     config: the run's resolved config (`model`, `compute_dtype`, `augment` are read).
     variables: {'params', 'batch_stats'} of the model, already on the mesh.
     objective: whose trained heads to apply as well (`Objective.predict`), with its parameters and state.
-    forward: that of an encoder built from the same config, objective and mesh, whose compilations serve this one too.
     """
 
-    def __init__(self, config, variables, mesh, objective=None, objective_params=None, objective_state=None, forward=None):
+    def __init__(self, config, variables, mesh, objective=None, objective_params=None, objective_state=None):
         self.config, self.variables, self.mesh = config, variables, mesh
         self.objective, self.heads = objective, (objective_params, objective_state)
         self.model = models.build(config.model, config.compute_dtype)
         self.modalities = tuple(m for m in config.model.towers if self.model.has_tower(variables['params'], m))
-        self.forward = forward or make_forward(config, self.model, mesh, objective)
+        self._forward = jax.jit(self._features, out_shardings=sharding.replicated(mesh))
+
+    def on(self, variables, objective_params=None, objective_state=None) -> Encoder:
+        """The same programs, compiled once, on other values of the same variables."""
+        other = copy.copy(self)
+        other.variables, other.heads = variables, (objective_params, objective_state)
+        return other
+
+    def _features(self, variables, heads, batch):
+        rng = Rng.create(0, 0, batch['position'])
+        batch = preprocess.device_stage(batch, self.config.model.inputs, self.config.augment, rng, augment=False,
+                                        dtype=self.config.compute_dtype)
+        out = self.model.apply(variables, batch, train=False, rng=rng)
+        unit = lambda x: x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
+        predictions = self.objective.predict(*heads, out.encoded) if self.objective is not None else {}
+        return {'predictions': predictions,
+                'pooled': {name: e.pooled.astype(jnp.float32) for name, e in out.encoded.items()},
+                'spaces': {space: {name: unit(x) for name, x in members.items()} for space, members in out.spaces.items()}}
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """batch: this host's rows of a host batch; streams of a modality without a tower are passed over. Returns NumPy features of *all*
@@ -34,22 +51,8 @@ class Encoder:
         {'pooled': {stream: [B D] or [B K D]}, 'spaces': {space: {stream: [B(,K) E], unit length}}, 'predictions': {name: [B P]}}."""
         batch = {k: v for k, v in batch.items() if not _is_stream(v) or k.split('.')[0] in self.modalities}
         with jax.set_mesh(self.mesh):
-            out = self.forward(self.variables, self.heads, place(batch, self.mesh))
+            out = self._forward(self.variables, self.heads, place(batch, self.mesh))
         return jax.tree.map(np.asarray, jax.device_get(out))
-
-
-def make_forward(config, model, mesh, objective):
-    """Jitted (variables, heads, device batch) -> the features that Encoder returns. Holds no values of parameters."""
-    def forward(variables, heads, batch):
-        rng = Rng.create(0, 0, batch['position'])
-        batch = preprocess.device_stage(batch, config.model.inputs, config.augment, rng, augment=False, dtype=config.compute_dtype)
-        out = model.apply(variables, batch, train=False, rng=rng)
-        unit = lambda x: x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
-        predictions = objective.predict(*heads, out.encoded) if objective is not None else {}
-        return {'predictions': predictions,
-                'pooled': {name: e.pooled.astype(jnp.float32) for name, e in out.encoded.items()},
-                'spaces': {space: {name: unit(x) for name, x in members.items()} for space, members in out.spaces.items()}}
-    return jax.jit(forward, out_shardings=sharding.replicated(mesh))
 
 
 def _is_stream(value: Any) -> bool:
