@@ -210,6 +210,26 @@ def test_refresh_gives_fresh_optimizer_slots(tmp_path):
         np.testing.assert_allclose(paths[nu], 0.001 * (np.asarray(paths[mu]) / 0.1) ** 2, rtol=1e-3, atol=1e-12)
 
 
+def test_evaluations_of_a_run_are_compiled_once(whole, tmp_path, monkeypatch):
+    """The second one, of other weights, traces nothing, and its numbers are of those weights."""
+    from vatt_jax import encoder
+    config = tiny.config()
+    config.evals = {'retrieval': {'type': 'retrieval', 'limit': 16, 'pairs': (('audio', 'video', 'va'),)}}
+    data = data_pipelines.open(config)
+    train.resolve(config, data)
+    built = train.build(config, data)
+    keeper = checkpoint.Checkpoints(whole[0] / 'checkpoints', config.checkpoint)
+    traced, stage = [], encoder.preprocess.device_stage
+    monkeypatch.setattr(encoder.preprocess, 'device_stage', lambda *a, **k: traced.append(1) or stage(*a, **k))
+    with jax.set_mesh(built.mesh):
+        for step in (4, 6):
+            train.evaluate(config, built, keeper.restore(step, built.shape, built.shardings)[0], data, tmp_path, step)
+    keeper.close()
+    assert len(traced) == 1
+    similarity = [np.load(tmp_path / 'evals' / f'step_00000{i}' / 'arrays.npz')['retrieval/audio_to_video/similarity'] for i in (4, 6)]
+    assert (similarity[0] != similarity[1]).any()
+
+
 def test_training_files_name_no_objective():
     root = pathlib.Path(train.__file__).parent
     names = [*objectives.OBJECTIVES, 'nce', 'kmeans', 'contrast', 'cluster', 'sinkhorn']
