@@ -160,7 +160,7 @@ def _chart(title: str, lines: list[tuple[str, list[tuple[float, float]]]]) -> st
     points = [p for _, ps in lines for p in ps]
     if not points:
         return ''
-    width, height, left, bottom = 420, 230, 52, 26
+    width, height, left, bottom = 430, 230, 66, 26
     x_high = max(x for x, _ in points) or 1
     low, high = min(y for _, y in points), max(y for _, y in points)
     pad = (high - low) * 0.05 or abs(high) * 0.05 or 1

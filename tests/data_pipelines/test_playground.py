@@ -231,6 +231,13 @@ def test_a_scene_moves_over_its_background_with_distractors(worlds):
     assert back.shape == (len(few.times), 48, 48, 3) and np.abs(np.diff(back, axis=0)).mean() > 0.05
 
 
+def test_sine_of_sum_is_its_definition():
+    rows, columns = (np.random.default_rng(0).uniform(-9, 9, (3, n)) for n in (5, 7))
+    got = drawing.sine_of_sum(rows, columns)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, np.sin(rows[:, :, None] + columns[:, None, :]), atol=1e-6)
+
+
 # ---- words
 
 def test_narrations_are_partly_about_now():

@@ -18,12 +18,11 @@ def kmeans(key: jax.Array, x: jax.Array, clusters: int, iterations: int = 20) ->
     def seed(carry, key):  # the next centroid is drawn in proportion to the squared distance to those drawn so far
         nearest, centroids, i = carry
         pick = jax.random.categorical(key, jnp.log(jnp.maximum(nearest, 1e-12)))
-        nearest = jnp.minimum(nearest, jnp.sum((x - x[pick]) ** 2, -1))
-        return (nearest, centroids.at[i].set(x[pick]), i + 1), None
-    start = (jnp.ones(len(x)), jnp.zeros((clusters, x.shape[1])), 0)
+        distance = jnp.sum((x - x[pick]) ** 2, -1)
+        return (jnp.where(i == 0, distance, jnp.minimum(nearest, distance)), centroids.at[i].set(x[pick]), i + 1), None
+    start = (jnp.ones(len(x)), jnp.zeros((clusters, x.shape[1])), 0)  # ones: the first is drawn uniformly
     first, rest = jax.random.split(key)
-    (_, centroids, _), _ = jax.lax.scan(lambda c, k: seed((jnp.where(c[2] == 0, 1.0, c[0]), c[1], c[2]), k), start,
-                                        jnp.concatenate([first[None], jax.random.split(rest, clusters - 1)]))
+    (_, centroids, _), _ = jax.lax.scan(seed, start, jnp.concatenate([first[None], jax.random.split(rest, clusters - 1)]))
 
     def lloyd(centroids, _):
         one_hot = jax.nn.one_hot(jnp.argmin(distances(centroids), -1), clusters)

@@ -95,7 +95,7 @@ class Episode:
         return f'{self.event} {self.subject.kind}'
 
 
-RISE = 0.4   # how far up a thing goes while it appears or vanishes, share of the frame
+RISE = 0.4    # how far up a thing goes while it appears or vanishes, share of the frame
 GLIDE = 0.8   # seconds an appearance or a vanishing takes
 NEXT = 0.42   # least seconds from one post to the other: a sound is over before the next
 
