@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import pathlib
+import signal
 import sys
 import time
 
@@ -73,15 +74,10 @@ def read_config(flags, overrides, workdir: pathlib.Path):
     """The config with overrides, checked against configs/default.py."""
     from configs import default
     from vatt_jax import config as configs
-    stored = workdir / 'config.json'
-    if flags.config:
-        config = configs.load(flags.config)
-    elif flags.mode != 'train' or stored.exists():
-        if not stored.exists():
-            raise configs.ConfigError(f'--workdir={workdir} holds no run (no config.json); train first, or name another folder')
-        config = configs.from_json(stored.read_text())
-    else:
-        config = configs.load('configs/demo.py')
+    stored = configs.stored(workdir)
+    if stored is None and flags.mode != 'train':
+        raise configs.ConfigError(f'--workdir={workdir} holds no run (no config.json); train first, or name another folder')
+    config = configs.load(flags.config) if flags.config else stored or configs.load('configs/demo.py')
     configs.override(config, overrides)
     configs.check_fields(config, default.get_config())
     return config
@@ -108,49 +104,53 @@ def open_data(config):
 def train(config, workdir: pathlib.Path, quiet: bool) -> None:
     from vatt_jax import distributed
     from vatt_jax import train as training
+    training.check_run_folder(config, workdir)
     clock = Clock(workdir)
     with clock('data'):
         data = open_data(config)
-    training.check_run_folder(config, workdir)
     with clock('training'):
         training.train(config, data, workdir, quiet=quiet)
-    if config.report and (workdir / 'done.json').exists():
+    clock.save()
+    if config.report and distributed.agree((workdir / 'done.json').exists()):
+        # All is saved: SIGTERM may end the process where it is, and the same command makes what is missing.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
         with clock('evaluation and report'):
             compare(config, data, workdir)
-            if distributed.is_main():
-                report(workdir)
+        clock.save()
+        if distributed.is_main():
+            report(workdir)
 
 
-def compare(config, data, workdir: pathlib.Path) -> None:
-    """Evaluates the newest checkpoint, and the same network at random initialisation beside it; keeps a gallery for the report."""
+def compare(config, data, workdir: pathlib.Path, again: bool = False) -> None:
+    """Evaluates the newest checkpoint, and the same network at random initialisation beside it; keeps a gallery for the report.
+
+    again: also where results are there already.
+    """
     import jax
 
-    from vatt_jax import checkpoint, train
+    from vatt_jax import checkpoint, distributed, train
     from vatt_jax.config import ConfigError
     train.resolve(config, data)
     built = train.build(config, data)
+    train.check_run_folder(config, workdir)
     step = train.newest(workdir)
     if step is None:
         raise ConfigError(f'--workdir={workdir} holds no checkpoint; train first')
+    wanted = lambda name: config.evals and (again or not distributed.agree((workdir / 'evals' / name / 'results.json').exists()))
     with jax.set_mesh(built.mesh):
-        if not (workdir / 'evals' / f'step_{step:06d}').exists():
+        if wanted(f'step_{step:06d}'):
             keeper = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint)
             state, _, _ = keeper.restore(step, built.shape, built.shardings)
             keeper.close()
-            train.evaluate(config, built, state, data, workdir, step, gallery=True)
-        if config.evals and not (workdir / 'evals' / 'random_init').exists():
-            train.evaluate(config, built, built.init(), data, workdir, 0, tag='random_init')
+            train.evaluate(config, built, state, data, workdir, step, gallery=True, again=again)
+        if wanted('random_init'):
+            train.evaluate(config, built, built.init(), data, workdir, 0, tag='random_init', again=again)
 
 
 def evaluate(config, workdir: pathlib.Path, flags) -> None:
-    import shutil
-
-    from vatt_jax import distributed, train
-    data = open_data(config)
-    step = train.newest(workdir)
-    for old in (f'step_{step or 0:06d}', 'random_init'):
-        shutil.rmtree(workdir / 'evals' / old, ignore_errors=True)
-    compare(config, data, workdir)
+    from vatt_jax import checkpoint, distributed
+    checkpoint.find(workdir)  # before the data are made
+    compare(config, open_data(config), workdir, again=True)
     if distributed.is_main():
         from vatt_jax import report as reports
         print(reports.table(workdir), flush=True)
@@ -162,9 +162,9 @@ def embed(config, workdir: pathlib.Path, flags) -> None:
     import numpy as np
 
     from vatt_jax import checkpoint, distributed, encoder, sharding
-    data = open_data(config)
     mesh = sharding.make_mesh(dict(config.mesh))
     stored, variables, _ = checkpoint.load_model(workdir, mesh)
+    data = open_data(config)
     enc = encoder.Encoder(stored, variables, mesh)
     batches = data.one_pass(flags.split, config.batch_size, process=(jax.process_index(), jax.process_count()), by='segments')
     features = encoder.features_of(enc, batches)
@@ -191,10 +191,10 @@ def report(workdir: pathlib.Path, others: tuple[str, ...] = ()) -> None:
 
 
 class Clock:
-    """Adds the seconds of each stage to <workdir>/timings.json, over restarts."""
+    """Seconds of each stage, added to <workdir>/timings.json, over restarts, by `save`: a run that stops before it began writes nothing."""
 
     def __init__(self, workdir: pathlib.Path):
-        self.path = workdir / 'timings.json'
+        self.path, self.seconds = workdir / 'timings.json', {}
 
     def __call__(self, stage: str):
         import contextlib
@@ -203,11 +203,16 @@ class Clock:
         def timed():
             began = time.monotonic()
             yield
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            seconds = json.loads(self.path.read_text()) if self.path.exists() else {}
-            seconds[stage] = round(seconds.get(stage, 0) + time.monotonic() - began, 1)
-            self.path.write_text(json.dumps(seconds, indent=1))
+            self.seconds[stage] = time.monotonic() - began
         return timed()
+
+    def save(self) -> None:
+        from vatt_jax import distributed, train
+        if distributed.is_main():
+            before = json.loads(self.path.read_text()) if self.path.exists() else {}
+            total = {k: round(before.get(k, 0) + self.seconds.get(k, 0), 1) for k in {**before, **self.seconds}}
+            train.write_atomically(self.path, json.dumps(total, indent=1))
+        self.seconds = {}
 
 
 def entry() -> None:

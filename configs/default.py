@@ -20,11 +20,12 @@ def get_config(arg: str = '') -> ConfigDict:
     m.shared = False                    # True: modality-agnostic, one encoder for all modalities (VATT-MA)
     m.inputs = ConfigDict({             # the preprocessing the model expects; stored in its checkpoint
         'video': ConfigDict({'frames': 32, 'size': 224, 'fps': 10.0}),
-        'audio': ConfigDict({'samples': 153600, 'rate': 48000}),
+        'audio': ConfigDict({'samples': 153600, 'rate': 48000,
+                             'mel': ConfigDict()}),  # empty: waveform; else log-mel, fields of vatt_jax/spectrogram.py
         'text': ConfigDict({'candidates': 5, 'words': 16,
                             'tokenizer': 'words'}),  # words | wordpiece | sentencepiece; the data's vocabulary
     })
-    m.towers = ConfigDict()             # modality -> tower; see vatt_jax/models/presets.py for named sizes
+    m.towers = ConfigDict()             # modality -> tower; named sizes: vatt_jax/models/presets.py
     m.encoder = ConfigDict()            # the shared encoder's size when m.shared
     m.head = ConfigDict({'name': 'fac', 'va': 512, 'vat': 256})  # common spaces: fine (video-audio) and coarse (video-text)
     m.attention = 'dense'               # dense (the definition, with dropout on probabilities) | xla | cudnn
@@ -36,17 +37,18 @@ def get_config(arg: str = '') -> ConfigDict:
 
     # ---- optimizer
     o = c.optimizer = ConfigDict()
-    o.name = 'adam'                     # adam | adamw | sgd | lamb (optax) | keras_adam (the official VATT's form)
+    o.name = 'adam'                     # adam | adamw | sgd | lamb (optax) | keras_adam | keras_sgd (the official VATT's forms)
     o.b1, o.b2, o.eps = 0.9, 0.999, 1e-7
     o.momentum = 0.9                    # sgd
     o.weight_decay = 0.0                # decoupled, multiplied by the learning rate
     o.decay_skip = (r'bias$', r'scale$', r'norm', r'position', r'agg')  # parameter paths (regex) without weight decay
     o.clip = 0.0                        # global-norm clipping of gradients; 0: off
+    o.clip_paths = ()                   # parameter paths (regex) that are clipped, by the norm of these alone; (): all
     o.frozen = (r'word_table',)         # parameter paths (regex) that are never updated
     o.rates = ()                        # ((regex, factor), ...): learning-rate factor by parameter path, first match wins
     o.ema = 0.0                         # decay of an exponential average of the parameters, used by evaluation; 0: off
     s = o.schedule = ConfigDict()
-    s.name = 'warmup_cosine'            # warmup_cosine | constant | vatt (levels below, cosine between them)
+    s.name = 'warmup_cosine'            # warmup_cosine | warmup_quarter_cosine | constant | vatt (levels below, cosine between them)
     s.peak = 1e-4                       # learning rate after warm-up
     s.warmup = 5000                     # steps of linear warm-up from 0
     s.end = 5e-5                        # learning rate at the last step

@@ -5,6 +5,7 @@ import pathlib
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import jax
+import pytest
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
@@ -12,3 +13,25 @@ _cache = pathlib.Path(__file__).parent.parent / '.jax_cache'
 jax.config.update('jax_compilation_cache_dir', str(_cache))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+@pytest.fixture(scope='session')
+def tiny_run(tmp_path_factory):
+    """(folder, config, data) of a run of two steps with an evaluator of each kind, evaluated beside its random initialisation, gallery and
+    report included. For reading: whoever writes copies it."""
+    import data_pipelines
+    import run
+    from tests import tiny
+    from vatt_jax import report, train
+    config = tiny.config(name='tiny <run>', steps=2, report=True, optimizer__schedule__warmup=1)
+    gallery = {'type': 'retrieval', 'limit': 29, 'pairs': (('text', 'video', 'vat'), ('audio', 'video', 'va'))}
+    probe = {'type': 'linear_probe', 'train_limit': 48, 'test_limit': 32, 'strengths': (0.1,)}
+    config.evals = {'retrieval': gallery, 'single_frame_retrieval': {**gallery, 'change': 'single_frame', 'baseline': False},
+                    'sync': {'type': 'sync', 'limit': 29, 'seconds': 0.5}, 'probe_video': {**probe, 'stream': 'video'},
+                    'simple_probe_spectrum': {**probe, 'type': 'simple_probe', 'stream': 'audio', 'baseline': False}}
+    folder = tmp_path_factory.mktemp('tiny_run')
+    data = data_pipelines.open(config)
+    train.train(config, data, folder, quiet=True)
+    run.compare(config, data, folder)
+    report.build(folder)
+    return folder, config, data

@@ -124,17 +124,17 @@ def test_text_tower_is_its_definition():
 
 def test_buckets_far_away():
     """Beyond the exact ones, against the module, at a length where the logarithm matters."""
+    from flax import linen as nn
+
     from vatt_jax.models.transformer import Encoder
     n = 90
 
     class Probe(Encoder):
+        @nn.compact
         def __call__(self):
             return self._relative_bias(n)
-    probe = Probe(1, 4, 4, 1, buckets=32, max_distance=64)
-    import flax.linen as nn
-    Probe.__call__ = nn.compact(Probe.__call__)
     table = np.arange(32, dtype=np.float32)[:, None]
-    got = probe.apply({'params': {'relative_bias': table}})
+    got = Probe(1, 4, 4, 1, buckets=32, max_distance=64).apply({'params': {'relative_bias': table}})
     np.testing.assert_array_equal(got[0, 0].astype(int), buckets(n))
 
 
@@ -164,7 +164,8 @@ def test_attention_implementations_agree():
 
 @pytest.mark.parametrize('per_example', [False, True])
 def test_dropping_before_projection_is_dropping_after(per_example):
-    make = lambda rate: embeddings.Patches((2, 4), (4, 4), ('temporal', 'vertical'), 8, drop_token=rate, per_example=per_example, position_dropout=0.0)
+    make = lambda rate: embeddings.Patches((2, 4), (4, 4), ('temporal', 'vertical'), 8, drop_token=rate, per_example=per_example,
+                                           position_dropout=0.0)
     data = jax.random.normal(jax.random.key(0), (B, 8, 16, 3))
     rng = Rng.create(0, 0, jnp.arange(B))
     variables = make(0.0).init(jax.random.key(1), data, rng, True)

@@ -82,3 +82,43 @@ def test_clip():
     updates, _ = tx.update(jax.tree.map(lambda x: 3 * jnp.ones_like(x), p), tx.init(p), p)
     norm = math.sqrt(sum(float(jnp.sum(u ** 2)) for u in jax.tree.leaves(updates)))
     assert math.isclose(norm, 1.0, rel_tol=1e-5)
+
+
+def test_keras_sgd_is_its_definition():
+    c = config(name='keras_sgd', momentum=0.9, frozen=())
+    c.schedule.name, c.schedule.peak, c.schedule.end, c.schedule.warmup = 'warmup_cosine', 0.1, 0.0, 3
+    p = {'w': jnp.array([1.0, -2.0])}
+    tx = optim.build(c, 10, p)
+    state, w, v = tx.init(p), np.array([1.0, -2.0]), np.zeros(2)
+    for t in range(6):
+        g = np.array([0.3 * t + 1, -0.7])
+        rate = 0.1 * t / 3 if t < 3 else 0.05 * (1 + math.cos(math.pi * (t - 3) / 7))
+        v = 0.9 * v - rate * g
+        w = w + v
+        updates, state = tx.update({'w': jnp.asarray(g, jnp.float32)}, state, p)
+        p = {'w': p['w'] + updates['w']}
+        np.testing.assert_allclose(p['w'], w, rtol=1e-5)
+
+
+def test_quarter_period():
+    c = config().schedule
+    c.name, c.peak, c.end, c.warmup = 'warmup_quarter_cosine', 1e-4, 5e-5, 10_000
+    rate = optim.schedule(c, 500_000)
+    for s in (10_000, 100_000, 400_000, 500_000):
+        want = 5e-5 + 5e-5 * math.cos(math.pi / 2 * (s - 10_000) / 490_000)
+        assert math.isclose(rate(s), want, rel_tol=1e-5)
+
+
+def test_clip_of_some_paths_alone():
+    c = config(name='sgd', momentum=0.0, clip=0.75, clip_paths=(r'^model/',), frozen=('word_table',))
+    c.schedule.name, c.schedule.warmup, c.schedule.peak = 'constant', 0, 1.0
+    p = params()
+    tx = optim.build(c, 10, p)
+    grads = jax.tree.map(lambda x: 3 * jnp.ones_like(x), p)
+    updates, _ = tx.update(grads, tx.init(p), p)
+    video = updates['model']['video']
+    norm = math.sqrt(sum(float(jnp.sum(u ** 2)) for u in jax.tree.leaves(video)))
+    assert math.isclose(norm, 0.75, rel_tol=1e-5)                       # of the trained backbone, the frozen table left out
+    np.testing.assert_allclose(updates['objective']['head']['kernel'], -3.0)
+    with pytest.raises(ConfigError, match="clip_paths: 'nothing' matches no parameter"):
+        optim.build(config(clip=1.0, clip_paths=('nothing',)), 10_000, p)

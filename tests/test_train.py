@@ -291,3 +291,32 @@ def test_missing_modalities_train(tmp_path):
     flat = {jax.tree_util.keystr(p): v for p, v in jax.tree_util.tree_leaves_with_path(moved)}
     assert not any(v for k, v in flat.items() if 'audio' in k)
     assert any(v for k, v in flat.items() if 'video' in k) and any(v for k, v in flat.items() if 'text' in k)
+
+
+def test_frozen_parameters_stay_and_have_no_slots(tmp_path):
+    config = tiny.config(optimizer__frozen=('word_table',), optimizer__name='keras_adam', steps=3)
+    config.mesh.replica = 2
+    run(tmp_path, config)
+    state, _, _ = state_of(tmp_path, config)
+    data = data_pipelines.open(config)
+    train.resolve(config, data)
+    first = train.build(config, data).init()
+    table = lambda s: s.params['model']['fronts_text']['word_table']
+    np.testing.assert_array_equal(table(state), table(first))
+    assert table(state).shape not in [x.shape for x in jax.tree.leaves(state.opt_state)]
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params['model']['fronts_text'], first.params['model']['fronts_text'])
+    assert moved['projection']['kernel'] and not moved['word_table']
+
+
+def test_multi_label_fine_tuning_runs_and_position_tables_are_resized_from_init(tmp_path):
+    run(tmp_path / 'a', tiny.config())
+    config = tiny.config(init_from=str(tmp_path / 'a'))
+    config.model.inputs.audio.samples = 512         # 8 patches where the run before had 16
+    config.model.head = {'name': 'none'}
+    config.model.towers = {'audio': config.model.towers.audio}
+    config.objective = {'name': 'classification', 'stream': 'audio', 'label': 'class', 'form': 'sigmoid', 'dropout': 0.0, 'mixup': 5}
+    config.optimizer.update({'name': 'keras_sgd', 'clip': 0.75, 'clip_paths': ('^model/',)})
+    done = run(tmp_path / 'b', config)
+    assert done['step'] == 6 and done['skipped_steps'] == 0 and np.isfinite(list(losses(tmp_path / 'b').values())).all()
+    params = checkpoint.read_model(checkpoint.find(tmp_path / 'b'))['params']
+    assert params['fronts_audio']['positions']['temporal_positions'].shape[0] == 8

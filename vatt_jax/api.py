@@ -38,7 +38,7 @@ class Model:
         count = sum(np.size(x) for x in jax.tree.leaves(self.variables['params']))
         wants = {'video': '{frames} frames of {size}×{size} at {fps:g} fps', 'audio': '{samples} samples at {rate} Hz',
                  'text': 'sentences of up to {words} words'}
-        told = [f'{m}: {wants[m].format(**spec)}' for m, spec in self.inputs.items() if m in self.config.model.towers]
+        told = [f'{m}: {wants[m].format(**spec)}' for m, spec in self.inputs.items() if m in self._encoder.modalities]
         return f'<{self.config.name}: {count / 1e6:.2f} M parameters; {"; ".join(told)}>'
 
     def paths(self) -> list[str]:
@@ -62,8 +62,8 @@ class Model:
         if not given:
             raise ConfigError('embed() was given nothing; name at least one of video=, audio=, text=')
         for name in given:
-            if name not in self.config.model.towers:
-                raise ConfigError(f'embed({name}=…): this model has no {name} tower; it has {", ".join(self.config.model.towers)}')
+            if name not in self._encoder.modalities:
+                raise ConfigError(f'embed({name}=…): this model has no {name} tower; it has {", ".join(self._encoder.modalities)}')
         items, single = {}, {}
         for name, value in given.items():
             items[name], single[name] = _listed(name, value)
@@ -121,12 +121,14 @@ class Model:
 
     def _audio(self, samples: Any, rate: int | None) -> np.ndarray:
         if isinstance(samples, FILES):
-            media = _media().read(samples, 1.0, 8, self.inputs['audio']['rate'])
-            for _ in media.frames or ():
-                pass
-            if media.audio is None:
+            media = _media()
+            try:
+                heard = media.read(samples, 1.0, 8, self.inputs['audio']['rate']).audio
+            except (media.MediaError, OSError) as error:
+                raise ConfigError(f'embed(audio={os.fspath(samples)!r}): {error}') from error
+            if heard is None:
                 raise ConfigError(f'embed(audio={os.fspath(samples)!r}): the file has no sound')
-            samples, rate = media.audio, None
+            samples, rate = heard, None
         x = np.asarray(samples)
         if x.ndim != 1 or not len(x) or not (x.dtype == np.int16 or np.issubdtype(x.dtype, np.floating)):
             raise ConfigError(f'embed(audio=…): {x.dtype} {list(x.shape)} found, int16 or float samples [S] wanted (mono)')
@@ -136,6 +138,8 @@ class Model:
             x = np.clip(np.round(x * 32768), -32768, 32767).astype(np.int16)
         own = self.inputs['audio']['rate']
         if rate is not None and rate != own:
+            if rate <= 0:
+                raise ConfigError(f'embed(audio=…, rate={rate}): a positive number of samples per second is wanted')
             try:
                 import soxr
             except ImportError as error:
@@ -147,12 +151,14 @@ class Model:
     def _text(self, sentence: str) -> np.ndarray:
         if not isinstance(sentence, str):
             raise ConfigError(f'embed(text=…): {type(sentence).__name__} found, strings are wanted')
+        if self.tokenizer is None:
+            raise ConfigError('embed(text=…): this checkpoint carries no tokenizer; import it again with --vocabulary=FILE')
         return self.tokenizer.encode([sentence], self.inputs['text']['words'])
 
     def _decode(self, items: dict[str, list], single: dict[str, bool]) -> None:
         """Paths among the videos -> frames, and their sound where no other was given, cut to the same middle window."""
         media = _media()
-        spec, sound = self.inputs['video'], 'audio' not in items and 'audio' in self.config.model.towers
+        spec, sound = self.inputs['video'], 'audio' not in items and 'audio' in self._encoder.modalities
         rate = self.inputs['audio']['rate'] if 'audio' in self.inputs else 8000
         clips, sounds = [], []
         for value in items['video']:

@@ -20,6 +20,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from vatt_jax import optim, sharding
 from vatt_jax.config import ConfigError, from_json
+from vatt_jax.models.embeddings import spline_matrix
 
 logging.getLogger('absl').setLevel(logging.ERROR)  # orbax tells each file it writes, and warns of metadata it does not need
 ITEMS = ('state', 'meta', 'columns')
@@ -118,12 +119,14 @@ def read_meta(path: pathlib.Path) -> dict[str, Any]:
         raise ConfigError(f'checkpoint {path} cannot be read ({_first_line(error)})') from error
 
 
-def read_model(path: pathlib.Path) -> dict[str, Any]:
-    """{'params', 'batch_stats'} of the model of a checkpoint, as NumPy; averaged parameters where they were kept."""
+def read_model(path: pathlib.Path, objective: bool = False) -> dict[str, Any]:
+    """{'params', 'batch_stats'} of the model of a checkpoint, as NumPy; averaged parameters where they were kept. objective: also
+    'objective', the parameters of its heads."""
     try:
         with ocp.StandardCheckpointer() as reader:
             tree = dict(reader.metadata(path / 'state').item_metadata)
-        item = {'params': {'model': tree['params']['model']}, 'batch_stats': tree['batch_stats'], 'ema': tree['ema'] or {}}
+        params = {k: v for k, v in tree['params'].items() if k == 'model' or objective and jax.tree.leaves(v)}
+        item = {'params': params, 'batch_stats': tree['batch_stats'], 'ema': tree['ema'] or {}}
         item = {k: v for k, v in item.items() if jax.tree.leaves(v)}
         like = jax.tree.map(lambda m: np.zeros((), m.dtype), item)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
@@ -131,7 +134,8 @@ def read_model(path: pathlib.Path) -> dict[str, Any]:
                 like, restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like), partial_restore=True))
     except Exception as error:
         raise ConfigError(f'checkpoint {path} cannot be read ({_first_line(error)})') from error
-    return {'params': got.get('ema') or got['params']['model'], 'batch_stats': got.get('batch_stats', {})}
+    heads = {'objective': got['params'].get('objective', {})} if objective else {}
+    return {'params': got.get('ema') or got['params']['model'], 'batch_stats': got.get('batch_stats', {}), **heads}
 
 
 def load_model(path: str | pathlib.Path, mesh) -> tuple[ConfigDict, dict[str, Any], dict[str, Any]]:
@@ -150,7 +154,8 @@ def init_from(path: str, params: Any, batch_stats: Any, rename, skip) -> tuple[A
     """Model parameters and statistics taken from another run where names and shapes agree.
 
     params, batch_stats: this run's model trees (arrays with shardings). rename: ((regex, replacement), …) applied to our path to get
-    the path in the other checkpoint. skip: paths (regex) left at their initial values. Returns the trees and the paths left.
+    the path in the other checkpoint. skip: paths (regex) left at their initial values. Position tables of another length are resized by
+    spline. Returns the trees and the paths left.
     Raises ConfigError when a wanted parameter is absent there or has another shape, or when nothing was taken.
     """
     folder = find(path)
@@ -173,6 +178,8 @@ def init_from(path: str, params: Any, batch_stats: Any, rename, skip) -> tuple[A
             if value is None:
                 raise ConfigError(f'config.init_from={path}: it has no parameter {theirs!r} (wanted for {name!r}); '
                                   'map it with config.init_rename or leave it out with config.init_skip')
+            if name.endswith('_positions') and value.shape[1:] == mine.shape[1:] and len(value) != len(mine):
+                value = spline_matrix(len(value), len(mine)) @ np.asarray(value, np.float64)  # another grid: the official rule
             if value.shape != mine.shape:
                 raise ConfigError(f'config.init_from={path}: {theirs} has shape {value.shape}, this model wants {mine.shape}; '
                                   f'leave it out with config.init_skip=({name!r},) or change the config')

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
@@ -19,7 +21,7 @@ class ConfigError(ValueError):
 
 
 # Dicts whose entries a config file names freely; whoever reads them checks their fields (with_defaults).
-OPEN = ('model.towers', 'model.encoder', 'model.head', 'objective', 'data.train', 'data.eval', 'data.make', 'evals')
+OPEN = ('model.inputs.audio.mel', 'model.towers', 'model.encoder', 'model.head', 'objective', 'data.train', 'data.eval', 'data.make', 'evals')
 
 
 def load(spec: str) -> ConfigDict:
@@ -30,13 +32,22 @@ def load(spec: str) -> ConfigDict:
         near = sorted(str(p) for p in file.parent.glob('*.py') if p.stem != '__init__') if file.parent.is_dir() else []
         hint = f'there are {", ".join(near)}' if near else f'folder {file.parent} does not exist'
         raise ConfigError(f'--config={spec}: no file {path}; {hint}')
+    if file.suffix != '.py':
+        raise ConfigError(f'--config={spec}: {path} is not a Python file; a config is one, such as configs/default.py')
     module_spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f'--config={spec}: {path} cannot be run ({type(error).__name__}: {_line(error)}); mend that file') from error
+    if not callable(getattr(module, 'get_config', None)):
+        raise ConfigError(f'--config={spec}: {path} defines no get_config(); a config file has one, see configs/default.py')
+    if arg and not inspect.signature(module.get_config).parameters:
+        raise ConfigError(f'--config={spec}: get_config() of {path} takes no argument; leave out :{arg}')
     try:
         config = module.get_config(arg) if arg else module.get_config()
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f'--config={spec}: {error.args[0] if error.args else error}') from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f'--config={spec}: {_line(error.args[0] if error.args else error)}') from error
     return config
 
 
@@ -133,9 +144,12 @@ def check_batch(config: ConfigDict, devices: int, processes: int) -> tuple[int, 
     except sharding.ShardingError as error:
         raise ConfigError(str(error)) from error
     rows = shape[0] * shape[1]
-    for field in ('batch_size', 'accumulate', 'steps', 'log_every'):
-        if config[field] < 1:
-            raise ConfigError(f'config.{field}={config[field]}: a positive number is wanted')
+    for field in ('batch_size', 'accumulate', 'steps', 'log_every', 'max_bad_steps', 'checkpoint.every', 'checkpoint.keep'):
+        value = functools.reduce(lambda node, key: node[key], field.split('.'), config)
+        if value < 1:
+            raise ConfigError(f'config.{field}={value}: a positive number is wanted')
+    for field, options in (('jax_platform', ('', 'cpu', 'cuda', 'tpu')), ('compute_dtype', ('float32', 'bfloat16'))):
+        choose(config[field], options, f'config.{field}')
     unit = rows * config.accumulate
     if config.batch_size % unit:
         low = max(1, config.batch_size // unit) * unit
@@ -156,6 +170,18 @@ def from_json(text: str) -> ConfigDict:
     return ConfigDict(_tuples(json.loads(text)))
 
 
+def stored(workdir: str | pathlib.Path) -> ConfigDict | None:
+    """The resolved config kept with a run, None when the folder holds no run."""
+    file = pathlib.Path(workdir) / 'config.json'
+    if not file.exists():
+        return None
+    try:
+        return from_json(file.read_text())
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f'{file} cannot be read ({type(error).__name__}: {error}); remove it and name the config with --config, '
+                          'or choose another --workdir') from error
+
+
 def same(a: ConfigDict, b: ConfigDict) -> list[str]:
     """Dotted names of the fields in which two configs differ."""
     flat_a, flat_b = dict(flatten(a)), dict(flatten(b))
@@ -174,6 +200,11 @@ def _tuples(x: Any) -> Any:
     if isinstance(x, (list, tuple)):
         return tuple(_tuples(v) for v in x)
     return {k: _tuples(v) for k, v in x.items()} if isinstance(x, dict) else x
+
+
+def _line(text: Any) -> str:
+    """Whatever a library has to say, on one line."""
+    return ' '.join(str(text).split())
 
 
 def _near(key: str, fields: Iterable[str]) -> str:

@@ -24,6 +24,7 @@ class Encoder:
         self.config, self.variables, self.mesh = config, variables, mesh
         self.objective, self.heads = objective, (objective_params, objective_state)
         self.model = models.build(config.model, config.compute_dtype)
+        self.modalities = tuple(m for m in config.model.towers if self.model.has_tower(variables['params'], m))
         self._forward = jax.jit(self._features, out_shardings=sharding.replicated(mesh))
 
     def _features(self, variables, heads, batch):
@@ -38,11 +39,17 @@ class Encoder:
                 'spaces': {space: {name: unit(x) for name, x in members.items()} for space, members in out.spaces.items()}}
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """batch: this host's rows of a host batch. Returns NumPy features of *all* hosts' rows, in global order:
+        """batch: this host's rows of a host batch; streams of a modality without a tower are passed over. Returns NumPy features of *all*
+        hosts' rows, in global order:
         {'pooled': {stream: [B D] or [B K D]}, 'spaces': {space: {stream: [B(,K) E], unit length}}, 'predictions': {name: [B P]}}."""
+        batch = {k: v for k, v in batch.items() if not _is_stream(v) or k.split('.')[0] in self.modalities}
         with jax.set_mesh(self.mesh):
             out = self._forward(self.variables, self.heads, place(batch, self.mesh))
         return jax.tree.map(np.asarray, jax.device_get(out))
+
+
+def _is_stream(value: Any) -> bool:
+    return isinstance(value, Mapping) and 'data' in value
 
 
 def device_part(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +85,7 @@ def features_of(encoder: Encoder, batches: Iterator[Mapping[str, Any]], keep: tu
     for batch in batches:
         # `position` numbers the pass over all sources; `index` starts anew in each source.
         flat = {'index': batch['position'], 'valid': batch['valid']}
-        streams = [k for k, v in batch.items() if isinstance(v, Mapping) and 'data' in v]
+        streams = [k for k, v in batch.items() if _is_stream(v)]
         for s in streams:
             flat[f'valid/{s}'] = batch[s]['valid']
             if 'mask' in batch[s]:

@@ -14,8 +14,10 @@ from rich.text import Text
 
 
 class Writer:
-    """Scalars to `<workdir>/metrics.jsonl` and TensorBoard. On resume, lines beyond the resumed step are dropped, so the
-    file reads as if the run had never stopped. `active` False (not the main process): writes nothing."""
+    """Scalars to `<workdir>/metrics.jsonl` and TensorBoard. `active` False (not the main process): writes nothing.
+
+    On resume, lines that came after the checkpoint of the resumed step are dropped, so the file reads as if the run had never stopped:
+    lines of later steps, and what is told of a step once it is saved (AFTER), which the continued run tells again."""
 
     def __init__(self, workdir: pathlib.Path, step: int, active: bool = True):
         self.file = None
@@ -23,7 +25,7 @@ class Writer:
             return
         path = workdir / 'metrics.jsonl'
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _step(line) is not None and _step(line) <= step]
+            lines = [line for line in path.read_text().splitlines() if _before(line, step)]
             temporary = path.with_suffix('.tmp')
             temporary.write_text(''.join(line + '\n' for line in lines))
             os.replace(temporary, path)
@@ -47,12 +49,16 @@ class Writer:
             self.board.close()
 
 
-def _step(line: str) -> int | None:
-    """Step of a line of metrics.jsonl; None for a line that a kill cut short."""
+AFTER = ('eval/', 'refresh/')
+
+
+def _before(line: str, step: int) -> bool:
+    """Whether a line of metrics.jsonl is older than the checkpoint of `step`. False for a line that a kill cut short."""
     try:
-        return json.loads(line)['step']
+        values = json.loads(line)
+        return values['step'] < step or values['step'] == step and not any(name.startswith(AFTER) for name in values)
     except (ValueError, KeyError, TypeError):
-        return None
+        return False
 
 
 class Progress:

@@ -11,8 +11,8 @@ import optax
 
 from vatt_jax.config import ConfigError, choose
 
-OPTIMIZERS = ('adam', 'adamw', 'sgd', 'lamb', 'keras_adam')
-SCHEDULES = ('warmup_cosine', 'constant', 'vatt')
+OPTIMIZERS = ('adam', 'adamw', 'sgd', 'lamb', 'keras_adam', 'keras_sgd')
+SCHEDULES = ('warmup_cosine', 'warmup_quarter_cosine', 'constant', 'vatt')
 
 
 def paths(tree: Any) -> Any:
@@ -29,24 +29,28 @@ def schedule(config, steps: int) -> optax.Schedule:
 
     vatt: linear warm-up to the first level, then a half-period cosine from each level to the next (fact: official VATT
     pre-training, 1e-4 at 5k to 5e-5 at 500k); from the last level on the rate is constant, where the official formula
-    divides zero by zero at the very last step and returns NaN.
+    divides zero by zero at the very last step and returns NaN. warmup_cosine: half a period from peak to end;
+    warmup_quarter_cosine: the first quarter, so that it falls fastest at the end (VATT paper, section 4.1).
     """
     choose(config.name, SCHEDULES, 'config.optimizer.schedule.name')
     if config.name == 'constant':
         return lambda step: jnp.where(step < config.warmup, config.peak * step / max(1, config.warmup), config.peak)
     levels = config.levels if config.name == 'vatt' else ((config.warmup, config.peak), (steps, config.end))
-    if config.name == 'warmup_cosine' and config.warmup >= steps:
+    if config.name != 'vatt' and config.warmup >= steps:
         raise ConfigError(f'config.optimizer.schedule.warmup={config.warmup} leaves nothing of config.steps={steps}; '
                           f'try {max(1, steps // 10)}')
     if any(a[0] >= b[0] for a, b in zip(levels, levels[1:])):
         raise ConfigError(f'config.optimizer.schedule.levels={levels}: the steps must increase')
+
+    curve = {'warmup_quarter_cosine': lambda share: jnp.cos(math.pi / 2 * share)}.get(
+        config.name, lambda share: 0.5 * (1 + jnp.cos(math.pi * share)))
 
     def rate(step):
         step = jnp.asarray(step, jnp.float32)
         value = levels[0][1] * step / max(1, levels[0][0])
         for (s0, v0), (s1, v1) in zip(levels, levels[1:]):
             share = jnp.clip((step - s0) / (s1 - s0), 0.0, 1.0)
-            value = jnp.where(step >= s0, v1 + (v0 - v1) * 0.5 * (1 + jnp.cos(math.pi * share)), value)
+            value = jnp.where(step >= s0, v1 + (v0 - v1) * curve(share), value)
         return value.astype(jnp.float32) if len(levels) > 1 else jnp.minimum(value, levels[0][1])
     return rate
 
@@ -54,15 +58,18 @@ def schedule(config, steps: int) -> optax.Schedule:
 def build(config, steps: int, params: Any) -> optax.GradientTransformation:
     """The optimizer of `config.optimizer` for parameters shaped like `params` (arrays or abstract).
 
-    Order: clip the global norm, the method's direction, decoupled weight decay, learning rate, factor by path. Frozen
-    parameters have no optimizer slots and zero updates. Raises ConfigError when a pattern of `rates` matches no parameter.
+    Order: clip the global norm (of the parameters that `clip_paths` names, where it does), the method's direction, decoupled weight decay,
+    learning rate, factor by path. keras_sgd takes the learning rate into the velocity (v = momentum · v - rate · g), so that a change of rate
+    does not rescale what was gathered. Frozen parameters have no optimizer slots and zero updates. Raises ConfigError when a
+    pattern of `rates` or `clip_paths` matches no parameter.
     """
     choose(config.name, OPTIMIZERS, 'config.optimizer.name')
     names = paths(params)
     flat = jax.tree.leaves(names)
-    for pattern, _ in config.rates:
+    clip_paths = tuple(config.get('clip_paths', ()))
+    for field, pattern in [('rates', p) for p, _ in config.rates] + [('clip_paths', p) for p in clip_paths]:
         if not any(re.search(pattern, n) for n in flat):
-            raise ConfigError(f'config.optimizer.rates: {pattern!r} matches no parameter; there are {", ".join(flat[:4])}, …')
+            raise ConfigError(f'config.optimizer.{field}: {pattern!r} matches no parameter; there are {", ".join(flat[:4])}, …')
     frozen = jax.tree.map(lambda n: matches(n, config.frozen), names)
     # The method below sees only trained leaves (optax.partition masks the rest), so trees it closes over are masked alike.
     trained = lambda tree: jax.tree.map(lambda x, f: optax.MaskedNode() if f else x, tree, frozen)
@@ -75,12 +82,17 @@ def build(config, steps: int, params: Any) -> optax.GradientTransformation:
         'adamw': optax.chain(adam, weight_decay),
         'keras_adam': optax.chain(scale_by_keras_adam(config.b1, config.b2, config.eps), weight_decay),
         'sgd': optax.chain(optax.trace(config.momentum), weight_decay),
+        'keras_sgd': weight_decay,
         'lamb': optax.chain(adam, weight_decay, optax.scale_by_trust_ratio()),
     }[config.name]
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    if config.clip and clip_paths:
+        clip = optax.masked(clip, trained(jax.tree.map(lambda n: matches(n, clip_paths), names)))
     method = optax.chain(
-        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        clip,
         direction,
         optax.scale_by_learning_rate(schedule(config.schedule, steps)),
+        optax.trace(config.momentum) if config.name == 'keras_sgd' else optax.identity(),
         scale_by_path(factor) if config.rates else optax.identity())
     return optax.partition({'train': method, 'frozen': optax.set_to_zero()},
                            jax.tree.map(lambda f: 'frozen' if f else 'train', frozen))

@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vatt_jax import spectrogram
 from vatt_jax.rng import Rng
 
 
 def device_stage(batch: Mapping[str, Any], inputs, config, rng: Rng, *, augment: bool, dtype: str) -> dict[str, Any]:
-    """The batch with float streams: video [B T size size 3] and audio [B S], both in [-1, 1], text as it was.
+    """The batch with float streams: video [B T size size 3] and audio [B S], both in [-1, 1], or audio as log-mel [B T F]; text as it was.
 
     inputs: `config.model.inputs`. config: `config.augment`. rng: already at its site. augment False: no jitter and no noise.
     Rows that are not valid come out as zeros.
@@ -31,6 +32,21 @@ def device_stage(batch: Mapping[str, Any], inputs, config, rng: Rng, *, augment:
         valid = stream['valid'].reshape((-1,) + (1,) * (data.ndim - 1))
         kept = {k: v for k, v in stream.items() if k not in ('box', 'flip')}
         out[name] = {**kept, 'data': jnp.where(valid, data, 0).astype(dtype)}
+    return out
+
+
+def abstract(inputs, streams: tuple[str, ...], rows: int, dtype: str) -> dict[str, Any]:
+    """The abstract device batch of a model's own inputs: what `device_stage` makes of `rows` examples with these streams."""
+    out: dict[str, Any] = {k: jax.ShapeDtypeStruct((rows,), t) for k, t in (('index', 'int32'), ('position', 'uint32'), ('valid', bool))}
+    for name in streams:
+        modality = name.split('.')[0]
+        spec = inputs[modality]
+        shape, of = {'video': lambda: ((spec['frames'], spec['size'], spec['size'], 3), dtype),  # noqa: B023
+                     'audio': lambda: (spectrogram.shape(spec) if spec.get('mel') else (spec['samples'],), dtype),  # noqa: B023
+                     'text': lambda: ((spec['candidates'], spec['words']), 'int32')}[modality]()  # noqa: B023
+        out[name] = {'data': jax.ShapeDtypeStruct((rows, *shape), of), 'valid': jax.ShapeDtypeStruct((rows,), bool)}
+        if modality == 'text':
+            out[name]['mask'] = jax.ShapeDtypeStruct((rows, spec['candidates']), bool)
     return out
 
 
@@ -102,11 +118,12 @@ def _hue(turn: jax.Array) -> jax.Array:
 
 
 def audio(stream, spec, config, rng: Rng, augment: bool) -> jax.Array:
-    """int16 [B S] -> float32 [B S] in [-1, 1], with gaussian noise of `audio_noise` times the clip's peak."""
+    """int16 [B S] -> float32 [B S] in [-1, 1], with gaussian noise of `audio_noise` times the clip's peak; its log-mel [B T F] where the
+    model's inputs ask for one (after the noise)."""
     x = stream['data'].astype(jnp.float32) / 32768
     if augment and config['audio_noise'] > 0:
         x = x + rng.at('noise').normal(x.shape[1:]) * config['audio_noise'] * jnp.abs(x).max(-1, keepdims=True)
-    return x
+    return spectrogram.log_mel(x, spec['rate'], spec['mel']) if spec.get('mel') else x
 
 
 STAGES = {'video': video, 'audio': audio}

@@ -72,7 +72,8 @@ def rows(run: Run, beside: Sequence[Run] = ()) -> tuple[list[str], list[list[str
             if interval is None:
                 continue
             show = _number if 'rank' in key else _percent
-            cell = lambda results, name=name, key=key, show=show: show(results[name].scalars[key]) if name in results else '–'
+            cell = lambda results, name=name, key=key, show=show: (
+                show(results[name].scalars[key]) if name in results and key in results[name].scalars else '–')
             chance = result.artifacts.get(f'{key}/chance')
             out.append([_label(name, key), show(value), f'{show(interval[0])} … {show(interval[1])}', *[cell(r.results) for r in beside],
                         cell(run.baseline), '–' if chance is None else show(chance)])
@@ -194,7 +195,7 @@ def _gallery(run: Run) -> str:
         blocks = []
         for e in (e for e in document['entries'] if e['query'] == query):
             own = str(e['index'])
-            asked = f'<audio controls preload="none" src="{sounds[own]}"></audio>' if own in sounds else ''
+            asked = f'<audio controls preload="none" src="{sounds[own]}"></audio>' if query == 'audio' and own in sounds else ''
             said = clips[own]['caption'] or ' / '.join(clips[own]['sentences'])
             asked += f'<q>{_text(said)}</q> <small>own clip came at rank {e["rank"]:g}</small>'
             cells = ''.join(

@@ -29,6 +29,8 @@ def mix(x: jax.Array) -> jax.Array:
 def _word(value: str | int | jax.Array) -> jax.Array:
     if isinstance(value, str):
         return jnp.uint32(zlib.crc32(value.encode()))
+    if isinstance(value, int):
+        return jnp.uint32(value & 0xFFFFFFFF)  # a seed may be any integer; JAX would refuse one beyond int32
     return jnp.asarray(value).astype(jnp.uint32)
 
 
@@ -82,9 +84,14 @@ class Rng:
         u = ((self.bits(shape) >> 9).astype(jnp.float32) + 0.5) * (2.0 / (1 << 23)) - 1.0
         return jax.lax.erf_inv(u) * math.sqrt(2.0)
 
-    def permutation(self, n: int, per_example: bool = True) -> jax.Array:
-        """int32 [B, n] (or [n], one for the batch): uniformly random permutations of range(n)."""
-        return jnp.argsort(self.bits((n,)) if per_example else self.shared_bits((n,)), axis=-1).astype(jnp.int32)
+    def permutation(self, n: int, per_example: bool = True, parts: int = 1) -> jax.Array:
+        """int32 [B, n] (or [n], one for the batch): uniformly random permutations of range(n).
+
+        parts > 1, without per_example: [B, n], one permutation for each of that many equal runs of rows, which must divide B.
+        """
+        if per_example or parts == 1:
+            return jnp.argsort(self.bits((n,)) if per_example else self.shared_bits((n,)), axis=-1).astype(jnp.int32)
+        return jnp.repeat(jnp.argsort(self.shared_bits((parts, n)), axis=-1).astype(jnp.int32), len(self.examples) // parts, axis=0)
 
     def dropout(self, x: jax.Array, rate: float) -> jax.Array:
         """x [B, ...] with each element zeroed with probability `rate` and the rest scaled by 1/(1-rate)."""

@@ -43,15 +43,25 @@ class Tokenizer:
 
 
 class Words(Tokenizer):
-    """vocabulary: the words numbered 2, 3, …"""
+    """vocabulary: the words numbered first, first + 1, …; any other word is number `unknown`."""
     kind = 'words'
 
-    def __init__(self, vocabulary: Sequence[str]):
-        self.vocabulary = list(vocabulary)
-        self._number = {word: i + 2 for i, word in enumerate(self.vocabulary)}
+    def __init__(self, vocabulary: Sequence[str], first: int = 2, unknown: int = UNKNOWN):
+        self.vocabulary, self.first, self.unknown = list(vocabulary), first, unknown
+        self._number = {word: i + first for i, word in enumerate(self.vocabulary)}
         if len(self._number) != len(self.vocabulary):
             raise ValueError('the vocabulary of a words tokenizer holds a word twice')
-        self.size = len(self.vocabulary) + 2
+        self.size = len(self.vocabulary) + first
+
+    @classmethod
+    def from_table(cls, words: Sequence[str]) -> Words:
+        """The tokenizer of a word table whose row i is words[i]: `<pad>` first, `<unk>` anywhere (official VATT vocabularies).
+        Raises ValueError when either is not there."""
+        words = list(words)
+        if not words or words[0] != '<pad>' or '<unk>' not in words:
+            raise ValueError(f'a word table begins with <pad> and has <unk>; this one begins with {words[:1]} and '
+                             f'{"has" if "<unk>" in words else "lacks"} <unk>')
+        return cls(words[1:], 1, words.index('<unk>'))
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> Words:
@@ -60,10 +70,11 @@ class Words(Tokenizer):
         return cls([word for word, _ in sorted(count.items(), key=lambda item: (-item[1], item[0]))[:size - 2]])
 
     def _numbers(self, texts):
-        return ([self._number.get(word, UNKNOWN) for word in split_words(text)] for text in texts)
+        return ([self._number.get(word, self.unknown) for word in split_words(text)] for text in texts)
 
     def to_spec(self):
-        return {'kind': self.kind, 'size': self.size, 'vocabulary': self.vocabulary}
+        numbers = {} if (self.first, self.unknown) == (2, UNKNOWN) else {'first': self.first, 'unknown': self.unknown}
+        return {'kind': self.kind, 'size': self.size, 'vocabulary': self.vocabulary, **numbers}
 
 
 class WordPiece(Tokenizer):
@@ -139,7 +150,7 @@ def from_spec(spec: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer that `to_spec` described. Raises ValueError for an unknown kind."""
     kind = spec.get('kind')
     if kind == Words.kind:
-        return Words(spec['vocabulary'])
+        return Words(spec['vocabulary'], spec.get('first', 2), spec.get('unknown', UNKNOWN))
     if kind == WordPiece.kind:
         return WordPiece(spec['model'])
     if kind == SentencePiece.kind:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vatt_jax import checkpoint, distributed, encoder, metrics, models, objectives, preprocess, sharding, train_state, train_step
+from vatt_jax import checkpoint, distributed, encoder, evals, metrics, models, objectives, preprocess, sharding, train_state, train_step
 from vatt_jax import config as configs
 from vatt_jax.config import ConfigError
 from vatt_jax.evals import base as evals_base
@@ -47,7 +47,12 @@ def resolve(config: ConfigDict, data) -> None:
 
 
 def build(config: ConfigDict, data) -> Built:
-    """Mesh, model, objective and the state's shape and shardings. Computes nothing on devices."""
+    """Mesh, model, objective and the state's shape and shardings. Computes nothing on devices.
+
+    Evaluators are made once too, so that a mistake in config.evals shows before training and not after it.
+    """
+    for name in config.evals:
+        evals.build(name, config.evals[name])
     shape = configs.check_batch(config, jax.device_count(), jax.process_count())
     mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape)))
     objective = objectives.build(config.objective)
@@ -77,7 +82,11 @@ def train(config: ConfigDict, data, workdir: str | pathlib.Path, *, quiet: bool 
     data: the data object of docs/architecture.md. Raises ConfigError before anything is written when config, data or checkpoint
     do not fit, and TrainingStopped when the run cannot go on.
     """
-    workdir = pathlib.Path(workdir)
+    with distributed.Stop() as stop:
+        return _train(config, data, pathlib.Path(workdir), quiet, stop)
+
+
+def _train(config: ConfigDict, data, workdir: pathlib.Path, quiet: bool, stop: distributed.Stop) -> dict[str, float]:
     main, process = distributed.is_main(), (jax.process_index(), jax.process_count())
     resolve(config, data)
     built = build(config, data)
@@ -106,6 +115,8 @@ def train(config: ConfigDict, data, workdir: str | pathlib.Path, *, quiet: bool 
     step, consumed, order, weights = int(state.step), int(start['consumed']), start['order'], tuple(start['weights'])
     if main:
         write_atomically(workdir / 'config.json', configs.to_json(config))
+        if step < config.steps:
+            (workdir / 'done.json').unlink(missing_ok=True)  # of a run that was shorter: this one is not done
     writer = metrics.Writer(workdir, step, main)
     progress = metrics.Progress(config.steps, step, quiet, main)
     count = sum(x.size for x in jax.tree.leaves(state.params))
@@ -117,7 +128,7 @@ def train(config: ConfigDict, data, workdir: str | pathlib.Path, *, quiet: bool 
                            in_shardings=(built.shardings, sharding.batch_sharding(built.mesh)),
                            out_shardings=(built.shardings, sharding.replicated(built.mesh)), donate_argnums=0)
         first_record = data.offsets('train', by='records')
-        stop, meter = distributed.Stop(), metrics.Meter()
+        meter = metrics.Meter()
         batches, pending, scalars, started = None, None, {}, time.monotonic()
 
         def save() -> None:
@@ -152,8 +163,7 @@ def train(config: ConfigDict, data, workdir: str | pathlib.Path, *, quiet: bool 
 
         try:
             while step < config.steps:
-                due = config.eval_every and step and step % config.eval_every == 0
-                if due and not (workdir / 'evals' / f'step_{step:06d}').exists():
+                if config.eval_every and step and step % config.eval_every == 0:
                     settle()
                     scalars = evaluate(config, built, state, data, workdir, step, writer=writer, progress=progress)
                     meter.reset()
@@ -189,8 +199,11 @@ def train(config: ConfigDict, data, workdir: str | pathlib.Path, *, quiet: bool 
                     progress.say(f'asked to stop: step {step} is saved; the same command continues')
                     return scalars
             keeper.wait()
-            if config.evals and not (workdir / 'evals' / f'step_{step:06d}').exists():
+            if config.evals and not stop.asked:
                 scalars = evaluate(config, built, state, data, workdir, step, gallery=config.report, writer=writer, progress=progress)
+            if stop.asked:
+                progress.say(f'asked to stop: step {step} is saved; the same command evaluates')
+                return scalars
             problems = data.problems()
             if main:
                 final = {'step': step, 'consumed': consumed, 'order': order, 'seconds': round(time.monotonic() - started, 1),
@@ -209,7 +222,6 @@ def train(config: ConfigDict, data, workdir: str | pathlib.Path, *, quiet: bool 
             writer.close()
             keeper.wait()
             keeper.close()
-            stop.close()
 
 
 def refresh(config, built: Built, state, step: int, data, process):
@@ -237,27 +249,32 @@ def refresh(config, built: Built, state, step: int, data, process):
     return state.replace(opt_state=slots(state)), fresh, fresh.weights
 
 
-def evaluate(config, built: Built, state, data, workdir: pathlib.Path, step: int, *, tag: str = '', gallery: bool = False, writer=None,
-             progress=None):
+def evaluate(config, built: Built, state, data, workdir: pathlib.Path, step: int, *, tag: str = '', gallery: bool = False,
+             again: bool = False, writer=None, progress=None):
     """Runs config.evals on a state; results go to <workdir>/evals/<tag> (default step_NNNNNN), scalars to the log. tag: of a baseline,
     for which only the evaluators with `baseline` run. gallery: also keep what the report shows of the retrievals.
 
-    A result folder appears whole or not at all, so an evaluation that was killed is simply run again.
+    A result folder appears whole or not at all, so an evaluation that was killed is simply run again, and one that is there is read
+    and told (again: it is made anew).
     """
-    from vatt_jax import evals
+    folder = workdir / 'evals' / (tag or f'step_{step:06d}')
+    if not again and distributed.agree((folder / 'results.json').exists()):
+        return _tell(evals.load(folder), step, writer, progress)
     process = (jax.process_index(), jax.process_count())
     enc = encoder.Encoder(config, train_state.evaluation_variables(state), built.mesh, built.objective,
                           state.params['objective'], state.objective)
     view = evals_base.View(enc, data, config.batch_size, process, config.seed)
     results = evals.run_all(config.evals, view, baseline=bool(tag))
-    scalars = {f'{name}/{k}': v for name, r in results.items() for k, v in r.scalars.items()}
+    pictures = lambda path: evals.gallery.save(path / 'gallery.npz', results, config.evals, data, config.batch_size)
     if distributed.is_main():
-        folder = workdir / 'evals' / (tag or f'step_{step:06d}')
-        evals.save(results, folder)
-        if gallery and jax.process_count() == 1:
-            evals.gallery.save(folder / 'gallery.npz', results, config.evals, data, config.batch_size)
-        if writer is not None:
-            writer.write(step, {f'eval/{k}': v for k, v in scalars.items()})
+        evals.save(results, folder, pictures if gallery and jax.process_count() == 1 else None)
+    return _tell(results, step, writer, progress)
+
+
+def _tell(results, step: int, writer, progress) -> dict[str, float]:
+    scalars = {f'{name}/{k}': v for name, r in results.items() for k, v in r.scalars.items()}
+    if writer is not None:
+        writer.write(step, {f'eval/{k}': v for k, v in scalars.items()})
     if progress is not None:
         shown = [f'{k} {v:.3g}' for k, v in scalars.items() if k.rsplit('/', 1)[-1] in ('R@10', 'accuracy', 'top1')]
         progress.say(f'step {step}: ' + '  '.join(shown))
@@ -268,21 +285,23 @@ def newest(workdir: pathlib.Path) -> int | None:
     """Step of the run's newest complete checkpoint, if any."""
     folder = workdir / 'checkpoints'
     steps = [int(p.name) for p in folder.glob('*') if p.name.isdigit() and (p / '_CHECKPOINT_METADATA').exists()] if folder.is_dir() else []
-    return max(steps, default=None)
+    step = distributed.agree(max(steps, default=-1))
+    return None if step < 0 else step
 
 
 def check_run_folder(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """A run folder belongs to one model and objective; raises ConfigError rather than continue it with another."""
+    """A run folder belongs to one model and objective; raises ConfigError rather than continue it with another. A `vocab` of 0 is
+    whatever the data say (`resolve`), so before the data are open it differs from nothing."""
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f'--workdir={workdir} is a file; a folder is wanted')
     if newest(workdir) is None:
         return
-    file = workdir / 'config.json'
-    if not file.exists():
+    old = configs.stored(workdir)
+    if old is None:
         return
-    old = configs.from_json(file.read_text())
+    new = dict(configs.flatten(config))
     changed = [f for f in configs.same(old, config) if f.startswith(('model.', 'objective.', 'optimizer.name', 'optimizer.frozen'))
-               and not f.startswith(('model.attention', 'model.scan', 'model.remat'))]
+               and not f.startswith(('model.attention', 'model.scan', 'model.remat')) and not (f.endswith('.vocab') and new.get(f) == 0)]
     if changed:
         f = changed[0]
         values = [dict(configs.flatten(c)).get(f, 'absent') for c in (old, config)]

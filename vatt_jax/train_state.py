@@ -65,12 +65,14 @@ def create(config, model, objective, spec: Spec, mesh) -> tuple[Any, Any, Any, o
                           bad=jnp.zeros((), jnp.int32), skipped=jnp.zeros((), jnp.int32))
 
     one = sharding.replicated(mesh)
+    masked = lambda x: isinstance(x, optax.MaskedNode)
     param_shardings = sharding.tree_shardings(boxed_params, mesh)
     shape = jax.eval_shape(init, key)
     shardings = TrainState(
         step=one, params=param_shardings, batch_stats=sharding.tree_shardings(boxed_stats, mesh),
-        opt_state=optax.tree.map_params(tx, lambda _, s: s, shape.opt_state, param_shardings,
-                                        transform_non_params=lambda _: one),
+        # Frozen parameters have no slots: optax leaves a MaskedNode in their place.
+        opt_state=optax.tree.map_params(tx, lambda slot, s: slot if masked(slot) else s, shape.opt_state, param_shardings,
+                                        transform_non_params=lambda _: one, is_leaf=masked),
         objective=sharding.tree_shardings(boxed_state, mesh),
         ema=param_shardings['model'] if config.optimizer.ema else {}, bad=one, skipped=one)
     return jax.jit(lambda: init(key), out_shardings=shardings), shape, shardings, tx

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,9 @@ def run_all(config, view: View, baseline: bool = False) -> dict[str, Result]:
     return {name: e.run(view) for name, e in evaluators.items() if e.config.baseline or not baseline}
 
 
-def save(results: dict[str, Result], folder: str | pathlib.Path) -> None:
-    """<folder>/results.json (scalars, small artifacts) and arrays.npz; the folder appears whole or not at all."""
+def save(results: dict[str, Result], folder: str | pathlib.Path, also: Callable[[pathlib.Path], None] | None = None) -> None:
+    """<folder>/results.json (scalars, small artifacts) and arrays.npz, and what `also` writes into the folder it is given; the folder
+    appears whole or not at all."""
     folder = pathlib.Path(folder)
     temporary = folder.with_name(folder.name + '.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
@@ -49,6 +51,8 @@ def save(results: dict[str, Result], folder: str | pathlib.Path) -> None:
         arrays |= {f'{name}/{k}': v for k, v in r.artifacts.items() if isinstance(v, np.ndarray)}
     (temporary / 'results.json').write_text(json.dumps(small, indent=1))
     np.savez_compressed(temporary / 'arrays.npz', **arrays)
+    if also is not None:
+        also(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 

@@ -9,8 +9,8 @@ from vatt_jax.evals.base import Result, View
 
 
 class Classification:
-    """Top-1 and top-5 on a split, from the objective's own predictions. windows > 1: logits averaged over windows spaced linearly over
-    the segment (VATT paper, section 4.2), which needs a head that predicts for each view."""
+    """Top-1 and top-5 on a split, from the objective's own predictions. Clips without the label or without the modality that the head
+    reads are left out."""
 
     DEFAULTS = {'type': 'classification', 'label': 'class', 'split': 'test', 'limit': 100_000, 'baseline': True}
 
@@ -24,7 +24,12 @@ class Classification:
             raise ConfigError(f'the classification evaluator wants predictions of {c.label!r}; the objective makes '
                               f'{", ".join(f["predictions"]) or "none"}')
         logits, y = f['predictions'][c.label], f['labels'][c.label]
-        logits, y = logits[y >= 0], y[y >= 0]
+        use = y >= 0
+        for stream in view.encoder.objective.streams() or ():
+            use = use & f['valid'][stream]
+        if not use.any():
+            raise ConfigError(f'classification: none of {len(y)} clips of split {c.split!r} has the label {c.label!r} and its modality')
+        logits, y = logits[use], y[use]
         order = np.argsort(-logits, -1, kind='stable')
         scalars, artifacts = {}, {}
         for name, k in (('accuracy', 1), ('top5', 5)):

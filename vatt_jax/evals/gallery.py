@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -50,6 +49,4 @@ def save(path: pathlib.Path, results: Mapping[str, Result], config, data, batch_
     texts = data.texts(split)
     told = {str(i): {k: texts[i][k] for k in ('id', 'start', 'end', 'caption', 'sentences')} for i in sorted(frames)}
     document = {'entries': entries, 'clips': told, 'rate': int(data.config.model.inputs.audio.rate) if sounds else 0}
-    temporary = path.with_name(path.stem + '.tmp.npz')
-    np.savez_compressed(temporary, entries=np.array(json.dumps(document)), **arrays)
-    os.replace(temporary, path)
+    np.savez_compressed(path, entries=np.array(json.dumps(document)), **arrays)

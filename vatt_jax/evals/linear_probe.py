@@ -64,6 +64,10 @@ class SimpleProbe(LinearProbe):
         batches = view.data.one_pass(split, view.batch_size, process=view.process, limit=limit)
         from vatt_jax.encoder import gather_rows
         for batch in map(CHANGES[c.change], batches) if c.change else batches:
+            if c.stream not in batch:
+                raise ConfigError(f'simple probe: the data has no stream {c.stream!r}')
+            if c.label not in batch.get('labels', {}):
+                raise ConfigError(f'simple probe: label {c.label!r} is not among {", ".join(batch.get("labels", {})) or "no labels"} of the data')
             data = batch[c.stream]['data']
             row = {'x': mean_color(data) if c.stream.startswith('video') else mean_spectrum(data), 'y': batch['labels'][c.label],
                    'ok': batch['valid'] & batch[c.stream]['valid']}

@@ -33,8 +33,8 @@ class Retrieval:
         f = view.features(c.split, limit=c.limit, views=dict(c.views) or None, change=c.change)
         scalars, artifacts = {}, {}
         for query, gallery, space in c.pairs:
-            q, q_valid = self._stream(f, space, query)
-            g, g_valid = self._stream(f, space, gallery)
+            q, q_valid = _stream(f, space, query)
+            g, g_valid = _stream(f, space, gallery)
             use = np.flatnonzero(q_valid & g_valid)
             if len(use) < 2:
                 raise ConfigError(f'retrieval {query} → {gallery}: only {len(use)} of {len(q)} clips of split {c.split!r} have both')
@@ -43,8 +43,7 @@ class Retrieval:
             name = f'{query}_to_{gallery}'
             n = len(use)
             for k in (1, 5, 10):
-                # a rank of r.5 stands for a tie over two places; within the first k counts by share
-                hit = np.clip(k - rank, 0, 1)
+                hit = statistics.hits(similarity, k)
                 scalars[f'{name}/R@{k}'] = float(hit.mean())
                 artifacts[f'{name}/R@{k}/interval'] = statistics.bootstrap(hit, seed=view.seed)
                 artifacts[f'{name}/R@{k}/chance'] = min(1.0, k / n)
@@ -58,19 +57,6 @@ class Retrieval:
             scalars[f'{name}/clips'] = float(n)
         return Result(scalars, artifacts)
 
-    def _stream(self, f, space: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-        members = f['spaces'].get(space, {})
-        if name == 'text' and 'text.caption' in members:
-            name = 'text.caption'
-        if name not in members:
-            raise ConfigError(f'retrieval asks for stream {name!r} in space {space!r}, which has {", ".join(members) or "nothing"}')
-        x, valid = members[name], f['valid'][name]
-        if x.ndim == 3:  # candidates [N K E]
-            mask = f['mask'][name][..., None]
-            x = np.where(mask, x, 0).sum(1)
-            x = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
-        return x, valid
-
 
 class Sync:
     """Share of clips whose video is nearer to its own sound than to its own sound `seconds` away; chance is one half, ties are half."""
@@ -83,9 +69,27 @@ class Sync:
     def run(self, view: View) -> Result:
         c = self.config
         f = view.features(c.split, limit=c.limit, views={'audio.shifted': {'kind': 'shift', 'seconds': c.seconds}})
-        s = f['spaces'][c.space]
-        use = f['valid']['video'] & f['valid']['audio'] & f['valid']['audio.shifted']
-        own, other = ((s['video'] * s[k]).sum(-1)[use] for k in ('audio', 'audio.shifted'))
+        (seen, use), *heard = (_stream(f, c.space, name) for name in ('video', 'audio', 'audio.shifted'))
+        for _, valid in heard:
+            use = use & valid
+        if not use.any():
+            raise ConfigError(f'sync: none of {len(use)} clips of split {c.split!r} has video and sound')
+        own, other = ((seen * x).sum(-1)[use] for x, _ in heard)
         right = (own > other) + 0.5 * (own == other)
         return Result({'accuracy': float(right.mean())},
                       {'accuracy/interval': statistics.bootstrap(right, seed=view.seed), 'accuracy/chance': 0.5})
+
+
+def _stream(f, space: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(embeddings [N E], valid bool [N]) of a stream in a common space."""
+    members = f['spaces'].get(space, {})
+    if name == 'text' and 'text.caption' in members:
+        name = 'text.caption'
+    if name not in members:
+        raise ConfigError(f'config.evals asks for stream {name!r} in space {space!r}, which has {", ".join(members) or "nothing"}')
+    x, valid = members[name], f['valid'][name]
+    if x.ndim == 3:  # candidates [N K E]
+        mask = f['mask'][name][..., None]
+        x = np.where(mask, x, 0).sum(1)
+        x = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+    return x, valid

@@ -17,3 +17,23 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array, *, weight: jax.A
     weight = jnp.ones(loss.shape) if weight is None else weight.astype(jnp.float32)
     # Mean over rows that count; the weights' own scale is kept (class balancing).
     return jnp.sum(jnp.where(weight > 0, loss, 0) * weight) / jnp.maximum(jnp.sum(weight > 0), 1)
+
+
+def balanced_binary_cross_entropy(logits: jax.Array, targets: jax.Array, *, weight: jax.Array | None = None, replicas: int = 1) -> jax.Array:
+    """float32 []: multi-label loss in which rare classes count more (official VATT, AudioSet fine-tuning). logits, targets [B P], targets in
+    [0, 1] (mixed ones are fractions); weight [B] bool or 0/1: rows that count (None: all).
+
+    Row b: w_b · sum over classes of the binary cross entropy, with w_b the mean of 1/n_c over its own classes, n_c the class's share of the
+    batch in examples. Mean over the rows that count; a row without any class weighs nothing. replicas > 1: n_c and the mean are of each of
+    so many equal parts of the batch, and the parts are averaged (the official code on so many devices).
+    """
+    logits, targets = logits.astype(jnp.float32), targets.astype(jnp.float32)
+    weight = jnp.ones(len(logits)) if weight is None else weight.astype(jnp.float32)
+    targets = jnp.where(weight[:, None] > 0, targets, 0).reshape(replicas, -1, targets.shape[-1])
+    weight, logits = weight.reshape(replicas, -1), logits.reshape(targets.shape)
+    each = jnp.sum(jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits))), -1)
+    seen = targets.sum(1, keepdims=True)
+    rare = jnp.sum(jnp.where(seen > 0, targets / jnp.where(seen > 0, seen, 1), 0), -1)
+    own = targets.sum(-1)
+    row = jnp.where(own > 0, rare / jnp.where(own > 0, own, 1), 0) * each
+    return jnp.mean(jnp.sum(jnp.where(weight > 0, row, 0), -1) / jnp.maximum(jnp.sum(weight > 0, -1), 1))

@@ -23,6 +23,8 @@ GRAPHS = {
     },
     # one space for all (official `joint` head)
     'joint': {m: (('relu',), ('dense', 'joint', 'joint'), ('bn', 'norm'), ('emit', 'joint')) for m in ('video', 'audio', 'text')},
+    # encoders alone (fine-tuning)
+    'none': {},
 }
 
 

@@ -27,11 +27,16 @@ class Tokens:
 
 class Positions(nn.Module):
     """One learnt table per axis, summed, normalised, added, dropped out (VATT paper, section 3.2; official module: its own
-    LayerNorm, and a dropout rate of its own). Tables of another size than the grid are resized by spline."""
+    LayerNorm, and a dropout rate of its own). Tables of another size than the grid are resized by spline.
+
+    transposed: places are numbered with the first axis fastest although tokens come with the last one fastest, so token i of a grid (T, F)
+    gets the rows i mod T and i div T. The official spectrogram tower does this, and its released weights were trained with it.
+    """
     sizes: tuple[int, ...]
     names: tuple[str, ...]
     width: int
     dropout: float = 0.1
+    transposed: bool = False
 
     @nn.compact
     def __call__(self, x, grid, kept, rng: Rng, train: bool):
@@ -43,7 +48,7 @@ class Positions(nn.Module):
             if n != size:
                 table = jnp.asarray(spline_matrix(size, n), jnp.float32) @ table
             shape = [1] * len(grid) + [self.width]
-            shape[axis] = n
+            shape[len(grid) - 1 - axis if self.transposed else axis] = n
             total = total + table.reshape(shape)
         total = LayerNorm(name='norm')(total.reshape(-1, self.width))
         if kept is not None:
@@ -64,10 +69,12 @@ def spline_matrix(n: int, m: int) -> np.ndarray:
 
 
 class Patches(nn.Module):
-    """Video or waveform: non-overlapping patches, DropToken, one matrix (the convolution with kernel = stride, VALID), positions, AGG.
+    """Video, waveform or spectrogram: non-overlapping patches, DropToken, one matrix (the convolution with kernel = stride, VALID),
+    positions, AGG.
 
     patch: size per axis. tables: rows of the position tables. drop_token: share of tokens dropped in training; the number kept comes
-    from the tables, as in the official code. per_example: a permutation of its own for each clip instead of one for the batch.
+    from the tables, as in the official code. per_example: a permutation of its own for each clip instead of one for the batch; replicas > 1:
+    one for each of so many equal parts of the batch, as on so many devices of the official code.
     projection: a further Dense + GELU per token (modality-agnostic). patch_init: factor on the initial matrix; 1 is official. The position
     codes have variance 1 from the start and the patches' projections a tenth of it or less, which a short run does not make up for.
     """
@@ -77,27 +84,29 @@ class Patches(nn.Module):
     width: int
     drop_token: float = 0.0
     per_example: bool = False
+    replicas: int = 1
     projection: bool = False
     position_dropout: float = 0.1
+    transposed: bool = False
     patch_init: float = 1.0
     dtype: str = 'float32'
 
     @nn.compact
     def __call__(self, data, rng: Rng, train: bool) -> Tokens:
-        """data: [B T H W C] or [B S]."""
+        """data: [B T H W C], [B S] or [B T F]."""
         data = data[..., None] if data.ndim == len(self.patch) + 1 else data
         x, grid = fold(data, self.patch)
         kept = None
         count = int((1 - self.drop_token) * math.prod(self.tables))
         if train and self.drop_token and count < x.shape[1]:
             # What is dropped is never projected: tokens are independent until the encoder.
-            kept = rng.at('drop_token').permutation(x.shape[1], self.per_example)[..., :count]
-            x = jnp.take_along_axis(x, kept[..., None], 1) if self.per_example else x[:, kept]
+            kept = rng.at('drop_token').permutation(x.shape[1], self.per_example, self.replicas)[..., :count]
+            x = jnp.take_along_axis(x, kept[..., None], 1) if kept.ndim == 2 else x[:, kept]
         x = Dense(self.width, ('patch', 'embed'), init_scale=self.patch_init, dtype=self.dtype, name='patch')(x)
         if self.projection:
             x = jax.nn.gelu(Dense(self.width, ('embed', None), dtype=self.dtype, name='projection')(x), approximate=False)
-        x = Positions(self.tables, self.names, self.width, self.position_dropout, name='positions')(x, grid, kept, rng, train)
-        return Tokens(prepend(self, x, self.width), None, grid, kept)
+        positions = Positions(self.tables, self.names, self.width, self.position_dropout, self.transposed, name='positions')
+        return Tokens(prepend(self, 'agg', positions(x, grid, kept, rng, train), self.width), None, grid, kept)
 
 
 def fold(data: jax.Array, patch: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
@@ -110,36 +119,64 @@ def fold(data: jax.Array, patch: tuple[int, ...]) -> tuple[jax.Array, tuple[int,
     return data.reshape(b, math.prod(grid), math.prod(patch) * c), grid
 
 
-def prepend(module: nn.Module, x: jax.Array, width: int) -> jax.Array:
-    """The learnt aggregate token before the others; it has no position and is never dropped."""
+def prepend(module: nn.Module, name: str, x: jax.Array, width: int) -> jax.Array:
+    """A learnt token before the others. As aggregate token it has no position and is never dropped."""
     # Official initialiser: glorot normal of a vector, which has fan in = fan out = its length.
-    agg = module.param('agg', logical(jax.nn.initializers.normal(width ** -0.5), 'embed'), (width,), jnp.float32)
-    return jnp.concatenate([jnp.broadcast_to(agg.astype(x.dtype), (x.shape[0], 1, width)), x], 1)
+    token = module.param(name, logical(jax.nn.initializers.normal(width ** -0.5), 'embed'), (width,), jnp.float32)
+    return jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, width)), x], 1)
+
+
+def look_up(module: nn.Module, ids: jax.Array, vocab: int, width: int, frozen: bool) -> jax.Array:
+    """ids [...] -> rows of the word table [... width]. frozen: no gradient reaches it (the official word2vec table)."""
+    table = module.param('word_table', logical(jax.nn.initializers.normal(width ** -0.5), 'vocab', 'word'), (vocab, width), jnp.float32)
+    return (jax.lax.stop_gradient(table) if frozen else table)[ids]
 
 
 class Words(nn.Module):
-    """Word ids [R L] -> tokens. positions 0: T5 form (aggregate token in word space, Dense without bias + GELU, dropout; relative
-    positions are the encoder's). positions > 0: Dense + GELU, absolute positions, aggregate token (modality-agnostic, BERT)."""
+    """Word ids [R L] -> tokens: table, Dense + GELU, and what the kind of tower asks for:
+
+    T5: aggregate token in word space before the Dense; relative positions are the encoder's. BERT, modality-agnostic: absolute positions (a
+    table of `positions` rows), then the aggregate token. Official `bert_small` inherits T5's settings and has both (`extra`): a learnt
+    token in word space that takes part in positions and counts as a word, then the aggregate token; its table is resized by spline.
+    """
     vocab: int
     word_width: int
     width: int
     frozen: bool = True
-    positions: int = 0
-    dropout: float = 0.1
+    positions: int = 0           # rows of the absolute table; 0: T5
+    bias: bool = False           # of the Dense
+    extra: bool = False
+    dropout: float = 0.0         # after the Dense (T5)
     position_dropout: float = 0.1
     dtype: str = 'float32'
 
     @nn.compact
     def __call__(self, ids, rng: Rng, train: bool) -> Tokens:
-        init = jax.nn.initializers.normal(self.word_width ** -0.5)
-        table = self.param('word_table', logical(init, 'vocab', 'word'), (self.vocab, self.word_width), jnp.float32)
-        table = jax.lax.stop_gradient(table) if self.frozen else table
-        x = table[ids].astype(self.dtype)
-        mask = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids != 0], 1)
-        dense = Dense(self.width, ('word', 'embed'), bias=bool(self.positions), dtype=self.dtype, name='projection')
+        x = look_up(self, ids, self.vocab, self.word_width, self.frozen).astype(self.dtype)
+        mask = ids != 0
+        prefix = lambda mask: jnp.concatenate([jnp.ones_like(mask[:, :1]), mask], 1)
+        if not self.positions or self.extra:
+            x, mask = prepend(self, 'word_agg' if self.extra else 'agg', x, self.word_width), prefix(mask)
+        x = jax.nn.gelu(Dense(self.width, ('word', 'embed'), bias=self.bias, dtype=self.dtype, name='projection')(x), approximate=False)
+        x = rng.at('words').dropout(x, self.dropout) if train else x
         if not self.positions:
-            x = jax.nn.gelu(dense(prepend(self, x, self.word_width)), approximate=False)
-            return Tokens(rng.at('words').dropout(x, self.dropout) if train else x, mask, (ids.shape[1],))
-        x = jax.nn.gelu(dense(x), approximate=False)
-        x = Positions((self.positions,), ('temporal',), self.width, self.position_dropout, name='positions')(x, (ids.shape[1],), None, rng, train)
-        return Tokens(prepend(self, x, self.width), mask, (ids.shape[1],))
+            return Tokens(x, mask, (x.shape[1] - 1,))
+        grid = (x.shape[1],)
+        x = Positions((self.positions,), ('temporal',), self.width, self.position_dropout, name='positions')(x, grid, None, rng, train)
+        return Tokens(prepend(self, 'agg', x, self.width), prefix(mask), grid)
+
+
+class LinearWords(nn.Module):
+    """Word ids [R L] -> (pooled [R D], words [R L D]): each word through one matrix and ReLU, then the maximum over words, padding included
+    (official `linear` tower, after MIL-NCE)."""
+    vocab: int
+    word_width: int
+    width: int
+    frozen: bool = True
+    dtype: str = 'float32'
+
+    @nn.compact
+    def __call__(self, ids):
+        x = look_up(self, ids, self.vocab, self.word_width, self.frozen).astype(self.dtype)
+        x = jax.nn.relu(Dense(self.width, ('word', 'embed'), dtype=self.dtype, name='projection')(x))
+        return x.max(1), x

@@ -52,13 +52,14 @@ class BatchNorm(nn.Module):
     """
     momentum: float = 0.9
     eps: float = 1e-5
+    scale_init: float = 1.0
 
     @nn.compact
     def __call__(self, x, valid, train: bool):
         width = x.shape[-1]
         mean = self.variable('batch_stats', 'mean', jnp.zeros, (width,), jnp.float32)
         var = self.variable('batch_stats', 'var', jnp.ones, (width,), jnp.float32)
-        scale = self.param('scale', logical(jax.nn.initializers.ones, 'joint'), (width,), jnp.float32)
+        scale = self.param('scale', logical(jax.nn.initializers.constant(self.scale_init), 'joint'), (width,), jnp.float32)
         bias = self.param('bias', logical(jax.nn.initializers.zeros, 'joint'), (width,), jnp.float32)
         x = x.astype(jnp.float32)
         m, v = mean.value, var.value

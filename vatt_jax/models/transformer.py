@@ -1,4 +1,4 @@
-"""The pre-LN transformer encoder of VATT, its layers stacked in one parameter tree whether scanned or unrolled."""
+"""The transformer encoder of VATT (pre-LN; post-LN as an option), its layers stacked in one parameter tree whether scanned or unrolled."""
 from __future__ import annotations
 
 import flax.linen as nn
@@ -37,7 +37,10 @@ class Projection(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: x += drop(MHA(norm(x))); x += drop(W2 drop(gelu(W1 norm(x)))). VATT paper, section 3.3; T5 options by fields."""
+    """One layer: x += drop(MHA(norm(x))); x += drop(W2 drop(gelu(W1 norm(x)))). VATT paper, section 3.3; T5 options by fields.
+
+    pre_norm False (original Transformer, official `bert_small`): x = norm(x + drop(MHA(x))), and the same for the feed-forward part.
+    """
     width: int
     mlp: int
     heads: int
@@ -47,6 +50,7 @@ class Block(nn.Module):
     bias: bool = True            # of Dense layers (False: T5 and the spectrogram tower)
     rms: bool = False            # of the attention norm (True: T5; its feed-forward norm is a LayerNorm all the same)
     scaled: bool = True          # logits / sqrt(head_width) (False: T5)
+    pre_norm: bool = True
     implementation: str = 'dense'
     dtype: str = 'float32'
 
@@ -56,22 +60,24 @@ class Block(nn.Module):
         h, k, d = self.heads, self.head_width, self.width
         into = lambda name: Projection('bnd,dhk->bnhk', (d, h, k), ('embed', 'heads', 'kv'), (d, h * k), self.bias, self.dtype, name=name)
         drop = lambda y, site: rng.at(site).dropout(y, self.dropout) if train else y
-        y = LayerNorm(self.rms, name='attention_norm')(x)
+        attention_norm, mlp_norm = LayerNorm(self.rms, name='attention_norm'), LayerNorm(name='mlp_norm')
+        before, after = (lambda norm, x: norm(x), lambda norm, x: x) if self.pre_norm else (lambda norm, x: x, lambda norm, x: norm(x))
+        y = before(attention_norm, x)
         x, asking = (x[:, :1], y[:, :1]) if first_only else (x, y)
         out = attention(into('query')(asking), into('key')(y), into('value')(y), mask=mask,
                         bias=bias[:, :, :1] if bias is not None and first_only else bias, scale=k ** -0.5 if self.scaled else 1.0,
                         dropout=self.attention_dropout if train else 0.0, rng=rng, implementation=self.implementation)
         out = Projection('bnhk,hkd->bnd', (h, k, d), ('heads', 'kv', 'embed'), (h * k, d), self.bias, self.dtype, name='out')(out)
-        x = x + drop(out, 'attention')
-        y = LayerNorm(name='mlp_norm')(x)
+        x = after(attention_norm, x + drop(out, 'attention'))
+        y = before(mlp_norm, x)
         y = Projection('bnd,df->bnf', (d, self.mlp), ('embed', 'mlp'), (d, self.mlp), self.bias, self.dtype, name='mlp_in')(y)
         y = drop(jax.nn.gelu(constrain(y, 'batch', 'length', 'mlp'), approximate=False), 'hidden')
         y = Projection('bnf,fd->bnd', (self.mlp, d), ('mlp', 'embed'), (self.mlp, d), self.bias, self.dtype, name='mlp_out')(y)
-        return constrain(x + drop(y, 'mlp'), 'batch', 'length', None)
+        return constrain(after(mlp_norm, x + drop(y, 'mlp')), 'batch', 'length', None)
 
 
 class Encoder(nn.Module):
-    """`layers` blocks and a final norm. Parameters of all layers are stacked ([layers, ...]), so a checkpoint does not know
+    """`layers` blocks and, if pre_norm, a final norm and dropout. Parameters of all layers are stacked ([layers, ...]), so a checkpoint does not know
     whether they were scanned or unrolled; random bits are keyed by the layer's number, so both draw the same."""
     layers: int
     width: int
@@ -83,6 +89,7 @@ class Encoder(nn.Module):
     bias: bool = True
     rms: bool = False
     scaled: bool = True
+    pre_norm: bool = True
     buckets: int = 0             # > 0: T5's relative-position bias, one table for all layers
     max_distance: int = 64
     scan: bool = False
@@ -95,7 +102,7 @@ class Encoder(nn.Module):
         """x [B N D], mask bool [B N] or None. features False: only the first token is read, so the last layer computes keys and values
         for all tokens and everything else for the first: [B 1 D]. Exact, since no other token of the last layer reaches it."""
         block = Block(self.width, self.mlp, self.heads, self.head_width, self.dropout, self.attention_dropout, self.bias, self.rms,
-                      self.scaled, self.implementation, self.dtype, parent=None)
+                      self.scaled, self.pre_norm, self.implementation, self.dtype, parent=None)
         bias = self._relative_bias(x.shape[1]) if self.buckets else None
 
         def init(key):
@@ -122,6 +129,8 @@ class Encoder(nn.Module):
             for layer in range(self.layers):
                 params = jax.tree.unflatten(tree, [p[layer][0] for p in parts])
                 x = step(x, params, layer, layer == self.layers - 1 and not features)
+        if not self.pre_norm:
+            return x
         x = LayerNorm(self.rms, name='final_norm')(x)
         return rng.at('final').dropout(x, self.dropout) if train else x
 

@@ -10,10 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vatt_jax import spectrogram
 from vatt_jax.config import ConfigError, choose, with_defaults
 from vatt_jax.models.attention import IMPLEMENTATIONS
+from vatt_jax.models.audio_resnet import ResNet2D
 from vatt_jax.models.common_space import CommonSpaces
-from vatt_jax.models.embeddings import Patches, Words
+from vatt_jax.models.embeddings import LinearWords, Patches, Words
+from vatt_jax.models.i3d import I3D
 from vatt_jax.models.layers import Dense
 from vatt_jax.models.transformer import REMAT, Encoder
 from vatt_jax.rng import Rng
@@ -38,48 +41,78 @@ class Outputs:
 
 
 SIZE = {'layers': 12, 'width': 768, 'mlp': 3072, 'heads': 12, 'head_width': 64, 'dropout': 0.1, 'attention_dropout': 0.1}
-PATCHES = {'drop_token': 0.5, 'per_example': False, 'positions': (), 'position_dropout': 0.1, 'patch_init': 1.0, 'post': 0}
+PATCHES = {'drop_token': 0.5, 'per_example': False, 'replicas': 1, 'positions': (), 'position_dropout': 0.1, 'patch_init': 1.0,
+           'pre': False, 'post': 0}
 WORDS = {'vocab': 1 << 16, 'word_width': 300, 'frozen_words': True, 'position_dropout': 0.1, 'post': 0}
-# tower name -> (modality, fields with their defaults)
+# tower name -> (modality, fields with their defaults). Sizes of published models: presets.py
 TOWERS = {
     'vit': ('video', {'name': 'vit', **SIZE, **PATCHES, 'patch': (4, 16, 16)}),
     'wat': ('audio', {'name': 'wat', **SIZE, **PATCHES, 'patch': 128}),
+    'spt': ('audio', {'name': 'spt', **SIZE, **PATCHES, 'patch': (16, 5), 'drop_token': 0.0}),
     't5': ('text', {'name': 't5', **SIZE, **WORDS, 'buckets': 32, 'max_distance': 64}),
+    'bert': ('text', {'name': 'bert', **SIZE, **WORDS, 'positions': 16, 'pre_norm': True, 'extra': False}),
+    'linear': ('text', {'name': 'linear', 'width': 2048, **{k: WORDS[k] for k in ('vocab', 'word_width', 'frozen_words')}}),
+    'i3d': ('video', {'name': 'i3d'}),
+    'resnet2d': ('audio', {'name': 'resnet2d', 'blocks': (3, 4, 6, 3)}),
 }
-AXES = {'video': ('temporal', 'vertical', 'horizontal'), 'audio': ('temporal',)}
+AXES = {'vit': ('temporal', 'vertical', 'horizontal'), 'wat': ('temporal',), 'spt': ('temporal', 'spectral')}
+# What an encoder of each kind of tower differs in from the default.
+ENCODERS = {
+    't5': lambda t: {'bias': False, 'rms': True, 'scaled': False, 'buckets': t['buckets'], 'max_distance': t['max_distance']},
+    'spt': lambda t: {'bias': False},
+    'bert': lambda t: {'pre_norm': t['pre_norm']},
+}
 
 
 class VATT(nn.Module):
-    """config: `config.model` as a plain (frozen) dict. Streams named `modality.view` go through the tower of their modality."""
+    """config: `config.model` as a plain (frozen) dict. Streams named `modality.view` go through the tower of their modality.
+
+    A tower is a front (stream -> tokens), an encoder (of its own, or the shared one) and maybe a post-projection; or one net that does it all.
+    """
     config: Mapping[str, Any]
     dtype: str = 'float32'
 
     def setup(self):
         c = self.config
-        fronts, encoders, posts = {}, {}, {}
+        fronts, encoders, posts, nets = {}, {}, {}, {}
         if c['shared']:
             shared = with_defaults(c['encoder'], SIZE, 'config.model.encoder')
             self.shared_encoder = self._encoder(shared)
         for modality, given in c['towers'].items():
-            of, defaults = TOWERS[choose(given['name'], TOWERS, f'config.model.towers.{modality}.name')]
+            where = f'config.model.towers.{modality}'
+            of, defaults = TOWERS[choose(given['name'], TOWERS, f'{where}.name')]
             if of != modality:
-                raise ConfigError(f'config.model.towers.{modality}.name={given["name"]!r} is a tower for {of}')
-            t = with_defaults(given, defaults, f'config.model.towers.{modality}')
+                raise ConfigError(f'{where}.name={given["name"]!r} is a tower for {of}')
+            t = with_defaults(given, defaults, where)
+            if t['name'] in ('linear', 'i3d', 'resnet2d'):
+                if c['shared']:
+                    raise ConfigError(f'{where}.name={t["name"]!r} has no tokens to share an encoder with; choose vit, wat, spt, t5 or bert, '
+                                      'or set config.model.shared=False')
+                nets[modality] = {
+                    'linear': lambda t=t: LinearWords(t['vocab'], t['word_width'], t['width'], t['frozen_words'], self.dtype),
+                    'i3d': lambda: I3D(self.dtype), 'resnet2d': lambda t=t: ResNet2D(tuple(t['blocks']), self.dtype)}[t['name']]()
+                continue
             width = c['encoder']['width'] if c['shared'] else t['width']
             if modality == 'text':
-                fronts[modality] = Words(t['vocab'], t['word_width'], width, t['frozen_words'],
-                                         c['inputs']['text']['words'] if c['shared'] else 0, t['dropout'], t['position_dropout'], self.dtype)
+                words = {'vocab': t['vocab'], 'word_width': t['word_width'], 'width': width, 'frozen': t['frozen_words'],
+                         'position_dropout': t['position_dropout'], 'dtype': self.dtype}
+                if c['shared']:
+                    words |= {'positions': c['inputs']['text']['words'], 'bias': True}
+                elif t['name'] == 'bert':
+                    words |= {'positions': t['positions'], 'extra': t['extra']}
+                else:
+                    words |= {'dropout': t['dropout']}
+                fronts[modality] = Words(**words)
             else:
                 patch = tuple(t['patch']) if isinstance(t['patch'], (tuple, list)) else (t['patch'],)
                 tables = tuple(t['positions']) or tuple(n // p for n, p in zip(extent(modality, c['inputs']), patch, strict=True))
-                fronts[modality] = Patches(patch, tables, AXES[modality], width, t['drop_token'], t['per_example'], c['shared'],
-                                           t['position_dropout'], t['patch_init'], self.dtype)
+                fronts[modality] = Patches(patch, tables, AXES[t['name']], width, t['drop_token'], t['per_example'], t['replicas'],
+                                           c['shared'] or t['pre'], t['position_dropout'], t['name'] == 'spt', t['patch_init'], self.dtype)
             if not c['shared']:
-                t5 = {'bias': False, 'rms': True, 'scaled': False, 'buckets': t.get('buckets'), 'max_distance': t.get('max_distance')}
-                encoders[modality] = self._encoder(t, **(t5 if t['name'] == 't5' else {}))
+                encoders[modality] = self._encoder(t, **ENCODERS.get(t['name'], lambda t: {})(t))
             if t['post']:
                 posts[modality] = Dense(t['post'], ('embed', None), dtype=self.dtype)
-        self.fronts, self.encoders, self.posts = fronts, encoders, posts
+        self.fronts, self.encoders, self.posts, self.nets = fronts, encoders, posts, nets
         self.head = CommonSpaces(c['head'])
 
     def _encoder(self, size, **options):
@@ -89,20 +122,32 @@ class VATT(nn.Module):
         return Encoder(size['layers'], size['width'], size['mlp'], size['heads'], size['head_width'], size['dropout'],
                        size['attention_dropout'], scan=c['scan'], remat=c['remat'], implementation=c['attention'], dtype=self.dtype, **options)
 
+    def has_tower(self, params: Mapping[str, Any], modality: str) -> bool:
+        """Whether these parameters hold the tower: one that an objective never read in training was not made."""
+        return f'fronts_{modality}' in params
+
     def encode(self, name: str, stream: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False) -> Encoded:
-        """One device stream -> Encoded."""
+        """One device stream -> Encoded. Only a stream that meets batch statistics (i3d, resnet2d) needs its `valid`."""
         modality = name.split('.')[0]
         rng = rng.at(name)
-        data, lead = stream['data'], None
+        data, lead = jnp.asarray(stream['data']), None
         if modality == 'text':
             lead = data.shape[:2]
             data, rng = data.reshape(-1, data.shape[-1]), rng.repeat(data.shape[1])
+        shape = lambda y: y if lead is None else y.reshape(*lead, *y.shape[1:])
+        if modality in self.nets:
+            if modality == 'text':
+                pooled, tokens = self.nets[modality](data)
+            else:
+                pooled, tokens = self.nets[modality](data, stream['valid'], train)
+            grid = tokens.shape[1:-1]
+            tokens = shape(tokens.reshape(len(tokens), -1, tokens.shape[-1])) if features else None
+            return Encoded(shape(pooled), tokens, shape(data != 0) if modality == 'text' else None, grid)
         tokens = self.fronts[modality](data, rng, train)
         encoder = self.shared_encoder if self.config['shared'] else self.encoders[modality]
         x = encoder(tokens.x, tokens.mask, rng.at('encoder'), train, features)
         if modality in self.posts:
             x = jax.nn.gelu(self.posts[modality](x), approximate=False)
-        shape = lambda y: y if lead is None else y.reshape(*lead, *y.shape[1:])
         mask = None if tokens.mask is None else shape(tokens.mask[:, 1:])
         return Encoded(shape(x[:, 0]), shape(x[:, 1:]) if features else None, mask, tokens.grid, tokens.kept)
 
@@ -129,7 +174,11 @@ class VATT(nn.Module):
 def extent(modality: str, inputs) -> tuple[int, ...]:
     """Length of each patched axis of the inputs a model is made for."""
     i = inputs[modality]
-    return (i['frames'], i['size'], i['size']) if modality == 'video' else (i['samples'],)
+    if modality == 'video':
+        return i['frames'], i['size'], i['size']
+    if i.get('mel'):
+        return spectrogram.shape(i)
+    return (i['samples'],)
 
 
 def tokens_of(config, modality: str) -> int:

@@ -12,6 +12,7 @@ DEFAULTS = {
     'pairs': (('video', 'audio', 'va', 1.0), ('video', 'text', 'vat', 1.0)),  # (stream, stream, space, weight)
     'temperature': 0.07,
     'form': 'asymmetric',  # asymmetric: one denominator for both directions (VATT, MMV) | symmetric: one each
+    'padded': False,       # True: sentences that are all padding count as candidates too, as in the official code
     'replicas': 1,         # > 1: the official per-replica normalisation of masked clips, by reshaping
 }
 
@@ -36,8 +37,9 @@ class Contrastive(Objective):
         total, weights, metrics = 0.0, 0.0, {}
         for first, second, space, weight in self.config.pairs:
             x, y = outputs.spaces[space][first], outputs.spaces[space][second]
-            value = form(x, y, x_valid=batch[first]['valid'], y_valid=batch[second]['valid'],
-                         y_mask=batch[second].get('mask'), temperature=self.config.temperature, replicas=self.config.replicas)
+            mask = None if self.config.padded else batch[second].get('mask')
+            value = form(x, y, x_valid=batch[first]['valid'], y_valid=batch[second]['valid'], y_mask=mask,
+                         temperature=self.config.temperature, replicas=self.config.replicas)
             metrics[f'loss/{first}-{second}'] = value
             total, weights = total + weight * value, weights + weight
         return Loss(jnp.asarray(total / weights, jnp.float32), metrics, updates.get('batch_stats', {}), state)

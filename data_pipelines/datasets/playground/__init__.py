@@ -38,7 +38,9 @@ def make(path: str | os.PathLike, processes: int = 2, quiet: bool = False, **fie
                             'for; name another path, or remove that folder')
     else:
         path.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(json.dumps(wanted, indent=1))
+        temporary = stamp.with_suffix('.tmp')
+        temporary.write_text(json.dumps(wanted, indent=1))
+        os.replace(temporary, stamp)
     records = path / 'records'
     if not (records / 'index.json').exists():
         render(config, path, processes, quiet)

@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 import colorsys
+import functools
 import math
 
 import numpy as np
 
 from data_pipelines.datasets.playground.world import COLORS, FLOOR, LEFT, RIGHT, Config, Episode, Thing
 
-MARGIN = 0.32  # share of the frame; more than the largest radius
+MARGIN = 0.32  # share of the frame; more than anything hangs over its edge
+REACH = 1.25   # radii; no shape goes further from its centre
 
 
 def frames(config: Config, episodes: list[Episode], rng: np.random.Generator) -> np.ndarray:
@@ -50,7 +52,7 @@ def draw(canvas: np.ndarray, thing: Thing, size: int, margin: int) -> None:
     frames_ = canvas.shape[0]
     if frames_ == 0:
         return
-    half = int(math.ceil(float(thing.radius.max()) * size)) + 2
+    half = int(math.ceil(REACH * float(thing.radius.max()) * size)) + 2
     corner = np.floor(thing.center * size).astype(int) - half
     span = np.arange(2 * half + 1)
     rows, columns = corner[:, :1] + span, corner[:, 1:] + span                    # [T S]
@@ -93,15 +95,31 @@ def pattern(texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.ones_like(u)
 
 
+@functools.cache
+def outline(kind: str) -> np.ndarray:
+    """float64 [N 2] (u, v): the points of a shape that are furthest in one of 360 directions."""
+    line = np.linspace(-REACH, REACH, 501)
+    u, v = (x.ravel() for x in np.meshgrid(line, line))
+    inside = distance(kind, u, v) <= 0
+    points = np.stack([u[inside], v[inside]], -1)
+    turns = np.linspace(0, 2 * np.pi, 360, endpoint=False)
+    return points[np.unique((points @ np.stack([np.cos(turns), np.sin(turns)])).argmax(0))]
+
+
+def extent(thing: Thing) -> np.ndarray:
+    """float64 [4]: y0 x0 y1 x1 of a thing around its centre, in radii."""
+    u, v = outline(thing.kind).T
+    c, s = math.cos(thing.angle), math.sin(thing.angle)
+    x, y = c * u - s * v, s * u + c * v
+    return np.array([y.min(), x.min(), y.max(), x.max()])
+
+
 def boxes(config: Config, episodes: list[Episode]) -> list[list[list[float]]]:
     """[frame][object] -> y0 x0 y1 x1 as shares of the frame, clipped to it; the subject first, [0 0 0 0] while it is not there."""
     out = []
     for e in episodes:
-        for i in range(len(e.times)):
-            row = []
-            for thing in [e.subject, *e.distractors]:
-                (y, x), r = thing.center[i], thing.radius[i]
-                shown = r > 0.01
-                row.append([round(float(np.clip(n, 0, 1)), 4) if shown else 0.0 for n in (y - r, x - r, y + r, x + r)])
-            out.append(row)
+        things = [e.subject, *e.distractors]
+        tight = np.stack([np.tile(x.center, 2) + x.radius[:, None] * extent(x) for x in things], 1)              # [T objects 4]
+        shown = np.stack([x.radius > 0.01 for x in things], 1)
+        out += np.where(shown[..., None], np.clip(tight, 0, 1).round(4), 0.0).tolist()
     return out

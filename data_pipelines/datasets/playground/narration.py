@@ -53,4 +53,4 @@ def narrate(rng: np.random.Generator, episodes: list[Episode]) -> list[dict]:
         length = 0.35 * len(text.split()) ** 0.8
         start = max(0.0, middle - length / 2)
         said.append({'start': round(start, 3), 'end': round(start + length, 3), 'text': text})
-    return said
+    return sorted(said, key=lambda s: (s['start'], s['end']))

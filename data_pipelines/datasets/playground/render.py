@@ -78,6 +78,6 @@ def truth(config: Config, episodes: list[world.Episode]) -> dict:
         segments.append({'start': round(float(e.begin), 3), 'end': round(float(e.end), 3), 'caption': narration.caption(e), 'labels': {
             'class': world.CLASSES.index(e.label), 'event': world.EVENTS.index(e.event), 'object': world.KINDS.index(s.kind),
             'color': list(world.COLORS).index(s.color), 'size': list(world.SIZES).index(s.size)}})
-        events += [{'time': round(float(t), 4), 'sound': what, 'object': s.kind} for t, what, _ in e.sounds]
+        events += [{'time': round(float(max(t, e.begin)), 4), 'sound': what, 'object': s.kind} for t, what, _ in e.sounds]
         objects.append([{'kind': x.kind, 'color': x.color, 'texture': x.texture, 'size': x.size} for x in (s, *e.distractors)])
     return {'segments': segments, 'ground_truth': {'events': events, 'objects': objects, 'boxes': drawing.boxes(config, episodes)}}

@@ -22,9 +22,8 @@ class Config:
     """A playground. Everything follows from these numbers.
 
     train, validation, test: videos per split. seconds, fps, size (pixels, square), rate (Hz): of each mp4 file. episodes: scenes per
-    video. held_out: share of (colour, kind) pairs that only the test split shows, among
-    all others. distractors: most silent objects per scene.
-    noise: standard deviation of camera noise (8-bit levels) and of sound (share of full scale).
+    video. held_out: share of (colour, kind) pairs, at most a half, that only the test split shows, among all others. distractors: most
+    silent objects per scene. camera_noise, sound_noise: standard deviations, in 8-bit levels and as a share of full scale.
     """
     train: int = 1600
     validation: int = 128
@@ -41,12 +40,25 @@ class Config:
     sound_noise: float = 0.01
 
     def __post_init__(self):
-        for name in ('train', 'validation', 'test', 'episodes', 'size', 'rate'):
-            if getattr(self, name) < 1:
+        for field in dataclasses.fields(self):
+            value, wanted = getattr(self, field.name), type(field.default)
+            if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
+                raise ValueError(f'playground {field.name}={value!r}: a {wanted.__name__} is wanted, such as {field.default!r}')
+        for name in ('train', 'validation', 'test', 'seconds', 'episodes', 'fps', 'size', 'rate'):
+            if not getattr(self, name) > 0:
                 raise ValueError(f'playground {name}={getattr(self, name)}: a positive number is wanted')
+        for name in ('seed', 'distractors', 'camera_noise', 'sound_noise'):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f'playground {name}={getattr(self, name)}: it cannot be negative')
+        if not 0 <= self.held_out <= 0.5:
+            raise ValueError(f'playground held_out={self.held_out}: a share from 0 to 0.5 of the (colour, kind) pairs is wanted')
         if self.seconds / self.episodes < 1.5:
             raise ValueError(f'playground: {self.episodes} episodes in seconds={self.seconds} leave less than 1.5 s each; '
                              f'try seconds={1.5 * self.episodes:g}')
+        if self.seconds / self.episodes * self.fps < 4:
+            raise ValueError(f'playground fps={self.fps}: {self.seconds / self.episodes:g} s a scene would be fewer than 4 pictures')
+        if self.rate < 5000:
+            raise ValueError(f'playground rate={self.rate}: the highest tone is near 2000 Hz; 5000 or more is wanted')
         if self.size % 2:
             raise ValueError(f'playground size={self.size}: H.264 wants an even number')
 
@@ -65,7 +77,8 @@ class Thing:
 
 @dataclasses.dataclass
 class Episode:
-    """One scene. sounds: (time in the video, kind of sound, strength). times: of its frames, seconds in the video."""
+    """One scene. sounds: (time in the video, kind of sound, strength), a little before `begin` where one is under way as the scene
+    starts. times: of its frames, seconds in the video."""
     begin: float
     end: float
     event: str
@@ -85,7 +98,7 @@ GLIDE = 0.6  # seconds an appearance or a vanishing takes
 
 
 def held_out_pairs(config: Config) -> set[tuple[str, str]]:
-    """(colour, kind) pairs that no training or validation subject has: every colour and every kind stays common in training."""
+    """(colour, kind) pairs that nothing has in training and validation videos: every colour and every kind stays common in training."""
     rng = np.random.default_rng((config.seed, 11))
     shift = int(rng.integers(len(COLORS)))
     count = round(config.held_out * len(COLORS) * len(KINDS))
@@ -101,7 +114,7 @@ def rng_of(config: Config, split: str, number: int, site: int) -> np.random.Gene
 def video(config: Config, split: str, number: int) -> list[Episode]:
     """The episodes of one video, one after another. Classes go round, so each split is balanced to within one."""
     rng = rng_of(config, split, number, 0)
-    held = held_out_pairs(config)
+    held = set() if split == 'test' else held_out_pairs(config)
     inner = config.seconds * (np.arange(1, config.episodes) / config.episodes)
     jitter = 0.12 * config.seconds / config.episodes
     edges = np.concatenate([[0.0], inner + rng.uniform(-jitter, jitter, len(inner)), [config.seconds]])
@@ -112,13 +125,14 @@ def video(config: Config, split: str, number: int) -> list[Episode]:
         place = number * config.episodes + e
         # a new pass over all classes starts elsewhere, so neighbours in a video are not always the same pair
         event, kind = CLASSES[order[(place + place // len(CLASSES) * 5) % len(CLASSES)]].split()
-        allowed = [c for c in COLORS if split == 'test' or (c, kind) not in held]
+        allowed = [c for c in COLORS if (c, kind) not in held]
         look = (kind, str(rng.choice(allowed)), str(rng.choice(TEXTURES)), str(rng.choice(list(SIZES))))
-        out.append(episode(config, rng, begin, end, event, look, times[(times >= begin) & (times < end)]))
+        out.append(episode(config, rng, begin, end, event, look, times[(times >= begin) & (times < end)], held))
     return out
 
 
-def episode(config: Config, rng: np.random.Generator, begin: float, end: float, event: str, look, times: np.ndarray) -> Episode:
+def episode(config: Config, rng: np.random.Generator, begin: float, end: float, event: str, look, times: np.ndarray, held) -> Episode:
+    """look: (kind, colour, texture, size) of the subject. times: of the scene's frames. held: (colour, kind) pairs not to be shown."""
     kind, color, texture, size = look
     t, length = times - begin, end - begin
     radius = np.full(len(t), SIZES[size] * rng.uniform(0.93, 1.07))
@@ -130,7 +144,7 @@ def episode(config: Config, rng: np.random.Generator, begin: float, end: float, 
         if event == 'vanish':
             center[:, 0] -= RISE * (1 - scale)  # it floats off as it shrinks
     subject = Thing(kind, color, texture, size, float(rng.uniform(-0.35, 0.35)), center, radius)
-    others = [drifting(rng, t, kind) for _ in range(rng.integers(1, config.distractors + 1))] if config.distractors else []
+    others = [drifting(rng, t, kind, held) for _ in range(rng.integers(1, config.distractors + 1))] if config.distractors else []
     hue, light = rng.uniform(0, 1), rng.uniform(0.1, 0.3)
     background = np.array([light, hue, rng.uniform(0.05, 0.25), *rng.uniform(-6, 6, 4), rng.uniform(0, 6.28), rng.uniform(-2, 2)])
     return Episode(begin, end, event, subject, others, background, [(begin + s, what, strength) for s, what, strength in sounds], times)
@@ -188,10 +202,11 @@ def swell(rng, t, length, event):
     return scale, [float(s) for s in starts if s > -GLIDE * 0.5 and s < length - 0.1]
 
 
-def drifting(rng, t, kind) -> Thing:
+def drifting(rng, t, kind, held) -> Thing:
     """A small silent object of another kind."""
     other = str(rng.choice([k for k in KINDS if k != kind]))
     start, velocity = rng.uniform(0.1, 0.9, 2), rng.uniform(-0.12, 0.12, 2)
     fold = lambda x: 1 - np.abs(np.mod(x, 2) - 1)
-    return Thing(other, str(rng.choice(list(COLORS))), 'plain', 'tiny', float(rng.uniform(-1, 1)), fold(start + velocity * t[:, None]),
+    color = str(rng.choice([c for c in COLORS if (c, other) not in held]))
+    return Thing(other, color, 'plain', 'tiny', float(rng.uniform(-1, 1)), fold(start + velocity * t[:, None]),
                  np.full(len(t), rng.uniform(0.045, 0.065)))

@@ -1,0 +1,53 @@
+"""VATT's published pretraining runs (Akbari et al., 2021): HowTo100M and AudioSet, prepared as docs/data.md says, on a pod.
+
+    python run.py --config=configs/vatt.py:mbs --workdir=runs/vatt_mbs                      # the released code's values
+    python run.py --config=configs/vatt.py:mbs,paper --workdir=runs/vatt_mbs                # the paper's where they differ
+    python run.py --config=configs/vatt.py:bbs,synthetic --workdir=runs/try --config.batch_size=4 --config.steps=3 ...  # no data
+
+Sizes: bbs, mbs, lbs (one tower for each modality: Base/Medium/Large video, Base audio, Small text), agnostic_base, agnostic_medium,
+agnostic_large (one shared encoder), mmv (the release's `mmv_fac`: I3D, ResNet-50 on log-mel, linear text).
+Published: 500 k steps of 2048 clips, 256 TPU v3, under three days. What differs from the official code, and why: docs/vatt.md.
+"""
+from configs import default
+from vatt_jax.config import choose
+from vatt_jax.models import presets
+
+OPTIONS = ('paper', 'synthetic')
+STEPS = 500_000
+
+
+def get_config(arg: str = 'mbs'):
+    name, *options = (arg or 'mbs').split(',')
+    choose(name, [*presets.MODELS, *presets.OFFICIAL], 'configs/vatt.py: size')
+    for option in options:
+        choose(option, OPTIONS, 'configs/vatt.py: option')
+    c = default.get_config()
+    c.name = f'VATT {" ".join([name, *options])}'
+    c.steps = STEPS
+    c.batch_size = 2048                  # the paper's; the code's default, 8, is for trying it out
+    c.compute_dtype = 'bfloat16'
+    c.model.update(presets.model(name))
+    c.model.scan, c.model.remat = True, 'full'
+    c.objective = {'name': 'contrastive', 'pairs': (('video', 'audio', 'va', 1.0), ('video', 'text', 'vat', 1.0)), 'temperature': 0.07,
+                   'form': 'asymmetric', 'padded': True}
+
+    o = c.optimizer
+    o.name, o.b1, o.b2, o.eps = 'keras_adam', 0.9, 0.999, 1e-7
+    o.clip, o.weight_decay, o.ema = 0.0, 0.0, 0.0
+    s = o.schedule
+    if 'paper' in options:               # quarter of a cosine period after 10 k steps of warm-up
+        s.name, s.peak, s.end, s.warmup = 'warmup_quarter_cosine', 1e-4, 5e-5, 10_000
+    else:                                # half a period after 5 k
+        s.name, s.levels = 'vatt', ((5_000, 1e-4), (STEPS, 5e-5))
+
+    d = c.data
+    if 'synthetic' in options:
+        d.source = 'synthetic'
+    else:                                # each example from either set with equal probability
+        for source in ('howto100m', 'audioset'):
+            d.train[source] = {'path': f'data/{source}/records', 'split': 'train', 'weight': 1.0, 'share': 0.0}
+    a = c.augment
+    a.color, a.brightness, a.contrast, a.saturation, a.hue, a.audio_noise = 0.8, 32 / 255, 0.4, 0.4, 0.2, 0.01
+    c.mesh.update({'replica': -1, 'fsdp': 1})
+    c.checkpoint.every, c.log_every = 10_000, 50
+    return c

@@ -1,0 +1,432 @@
+"""Evaluators against closed forms on features that are known, and on a real encoder over the synthetic source."""
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import data_pipelines
+from tests import tiny
+from vatt_jax import api, encoder, evals, sharding, train
+from vatt_jax.config import ConfigError
+from vatt_jax.evals import Result, View, statistics
+from vatt_jax.evals.linear_probe import fit_predict, mean_color, mean_spectrum
+
+
+class Known:
+    """A view whose features are given. features: {split: what encoder.features_of returns}."""
+    seed = 0
+
+    def __init__(self, features, labels=()):
+        self._features, self.asked = features, []
+        self.data = types.SimpleNamespace(info={'labels': {'class': list(labels)}})
+        self.encoder = types.SimpleNamespace(objective=types.SimpleNamespace(streams=lambda: ('video',)))
+
+    def features(self, split, **asked):
+        self.asked.append((split, asked))
+        return self._features[split]
+
+
+def embeddings(n, spaces, valid=None, mask=None):
+    """Features of n clips: spaces {space: {stream: [n …]}}."""
+    names = {s for members in spaces.values() for s in members}
+    return {'spaces': spaces, 'index': np.arange(n), 'valid': {s: np.ones(n, bool) for s in names} | (valid or {}), 'mask': mask or {}}
+
+
+def one_hot(n):
+    return np.eye(n, dtype=np.float32)
+
+
+def retrieve(features, **config):
+    pair = {'pairs': (('audio', 'video', 'va'),)}
+    return evals.build('r', ConfigDict({'type': 'retrieval', **pair, **config})).run(Known({'test': features}))
+
+
+# ---- ranks
+
+def test_ranks_and_hits_with_ties():
+    """Row 0: two score higher. Row 1: tied with one, one higher. Row 2: all equal. Row 3: alone at the top."""
+    similarity = np.array([[1, 2, 3, 0], [5, 4, 4, 0], [2, 2, 2, 2], [0, 1, 2, 9]], float)
+    np.testing.assert_array_equal(statistics.ranks(similarity), [2, 1.5, 1.5, 0])
+    np.testing.assert_allclose(statistics.hits(similarity, 1), [0, 0, 1 / 4, 1])
+    np.testing.assert_allclose(statistics.hits(similarity, 2), [0, 1 / 2, 2 / 4, 1])
+    np.testing.assert_allclose(statistics.hits(similarity, 3), [1, 1, 3 / 4, 1])
+    np.testing.assert_allclose(statistics.hits(similarity, 10), 1)
+
+
+def test_hits_are_what_random_tie_breaking_gives():
+    """Levels of a few values, so ties abound: the mean over orders of the ties, drawn at random, of being within the first k."""
+    rng = np.random.default_rng(0)
+    similarity = rng.integers(0, 4, (12, 12)).astype(float)
+    broken = np.stack([statistics.ranks(similarity + 1e-6 * rng.random(similarity.shape)) for _ in range(4000)])
+    for k in (1, 3, 5):
+        np.testing.assert_allclose(statistics.hits(similarity, k), (broken < k).mean(0), atol=0.04)
+    np.testing.assert_allclose(statistics.ranks(similarity), broken.mean(0), atol=0.2)
+
+
+def test_not_a_number_never_ranks_first():
+    similarity = np.array([[np.nan, 1, 2], [0, 5, np.nan], [np.nan] * 3])
+    np.testing.assert_array_equal(statistics.ranks(similarity), [2, 1, 2])
+    assert not statistics.hits(similarity, 1).any()
+
+
+def test_bootstrap_interval_of_a_share():
+    """95 % of a mean of 400 coin tosses is ± 1.96 · 0.5 / 20; and it belongs to the seed."""
+    tosses = np.arange(400) % 2
+    low, high = statistics.bootstrap(tosses)
+    assert low == pytest.approx(0.5 - 0.049, abs=0.008) and high == pytest.approx(0.5 + 0.049, abs=0.008)
+    assert statistics.bootstrap(tosses) == (low, high)
+    draws = np.random.default_rng(3).normal(7, 1, 101)
+    low, high = statistics.bootstrap(draws, np.median, seed=1)
+    assert low < np.median(draws) < high and high - low < 1
+
+
+# ---- retrieval
+
+def test_a_constant_embedding_scores_chance():
+    n = 64
+    same = np.full((n, 5), 5 ** -0.5, np.float32)
+    r = retrieve(embeddings(n, {'va': {'video': same, 'audio': same}}))
+    for k in (1, 5, 10):
+        assert r.scalars[f'audio_to_video/R@{k}'] == pytest.approx(k / n) == r.artifacts[f'audio_to_video/R@{k}/chance']
+    assert r.scalars['audio_to_video/median_rank'] == (n + 1) / 2 == r.artifacts['audio_to_video/median_rank/chance']
+
+
+def test_a_perfect_embedding_ranks_first_and_a_shifted_one_where_it_belongs():
+    n = 40
+    r = retrieve(embeddings(n, {'va': {'video': one_hot(n), 'audio': one_hot(n)}}))
+    assert [r.scalars[f'audio_to_video/R@{k}'] for k in (1, 5, 10)] == [1, 1, 1] and r.scalars['audio_to_video/median_rank'] == 1
+    assert r.artifacts['audio_to_video/R@1/interval'] == (1, 1) and r.scalars['audio_to_video/clips'] == n
+    np.testing.assert_array_equal(r.artifacts['audio_to_video/top'][:, 0], np.arange(n))
+    # clip i is nearest to clip i+3, then i+2, i+1, i: rank 4 everywhere
+    circle = sum((4 - j) * np.roll(one_hot(n), 3 - j, 1) for j in range(4))
+    r = retrieve(embeddings(n, {'va': {'video': one_hot(n), 'audio': circle.astype(np.float32)}}))
+    assert [r.scalars[f'audio_to_video/R@{k}'] for k in (1, 5, 10)] == [0, 1, 1] and r.scalars['audio_to_video/median_rank'] == 4
+    np.testing.assert_array_equal(r.artifacts['audio_to_video/top'][0], [3, 2, 1, 0, 4])
+
+
+def test_direction_and_intervals():
+    """The query is the row: with a third of the sounds lost, R@1 is two thirds and its interval holds it."""
+    n = 90
+    audio = one_hot(n)
+    audio[::3] = np.roll(audio, 1, 1)[::3]
+    r = retrieve(embeddings(n, {'va': {'video': one_hot(n), 'audio': audio}}), pairs=(('audio', 'video', 'va'), ('video', 'audio', 'va')))
+    assert r.scalars['audio_to_video/R@1'] == pytest.approx(2 / 3)
+    low, high = r.artifacts['audio_to_video/R@1/interval']
+    assert 0.52 < low < 2 / 3 < high < 0.80
+    # video 3i has no sound of its own: all are equally far but one; video 3i+1 has two sounds
+    expected = np.mean([0 if i % 3 == 0 else 1 / 2 if i % 3 == 1 else 1 for i in range(n)]) + 1 / 3 * 1 / n * 0
+    assert r.scalars['video_to_audio/R@1'] == pytest.approx(expected + (1 / 3) / n, abs=1e-6)
+    np.testing.assert_allclose(r.artifacts['audio_to_video/similarity'], audio)
+
+
+def test_clips_without_a_side_are_left_out():
+    n = 30
+    silent = np.arange(n) % 5 == 0
+    audio = one_hot(n)
+    audio[silent] = 7.0  # whatever a tower makes of nothing must not draw anyone
+    r = retrieve(embeddings(n, {'va': {'video': one_hot(n), 'audio': audio}}, valid={'audio': ~silent}))
+    assert r.scalars['audio_to_video/clips'] == 24 and r.scalars['audio_to_video/R@1'] == 1
+    assert r.artifacts['audio_to_video/R@10/chance'] == pytest.approx(10 / 24)
+    assert not set(r.artifacts['audio_to_video/clips']) & set(np.flatnonzero(silent))
+    with pytest.raises(ConfigError, match=r"retrieval audio → video: only 1 of 30 clips of split 'test' have both"):
+        retrieve(embeddings(n, {'va': {'video': one_hot(n), 'audio': audio}}, valid={'audio': np.arange(n) == 3}))
+
+
+def test_text_is_the_caption_or_the_mean_of_its_candidates():
+    n, text = 12, (('text', 'video', 'vat'),)
+    candidates = np.stack([one_hot(n), 9 * np.roll(one_hot(n), 2, 1)], 1)   # the second is padding
+    mask = np.stack([np.ones(n, bool), np.zeros(n, bool)], 1)
+    spaces = {'vat': {'video': one_hot(n), 'text': candidates}}
+    assert retrieve(embeddings(n, spaces, mask={'text': mask}), pairs=text).scalars['text_to_video/R@1'] == 1
+    # two true candidates: their mean points at both, own clip first by weight
+    both = np.stack([one_hot(n), 0.5 * np.roll(one_hot(n), 1, 1)], 1)
+    r = retrieve(embeddings(n, {'vat': {'video': one_hot(n), 'text': both}}, mask={'text': np.ones((n, 2), bool)}), pairs=text)
+    np.testing.assert_allclose(r.artifacts['text_to_video/similarity'][0, :2], np.array([1, 0.5]) / 1.25 ** 0.5, atol=1e-3)
+    spaces['vat']['text.caption'] = np.roll(one_hot(n), 1, 1)[:, None]
+    r = retrieve(embeddings(n, spaces, mask={'text': mask, 'text.caption': np.ones((n, 1), bool)}), pairs=text)
+    assert r.scalars['text_to_video/R@1'] == 0  # the caption is what counts where there is one
+
+
+def test_retrieval_mistakes_are_sentences():
+    f = embeddings(4, {'va': {'video': one_hot(4)}})
+    with pytest.raises(ConfigError, match="asks for stream 'audio' in space 'va', which has video"):
+        retrieve(f)
+    with pytest.raises(ConfigError, match="in space 'vat', which has nothing"):
+        retrieve(f, pairs=(('text', 'video', 'vat'),))
+    with pytest.raises(ConfigError, match=r"config.evals.x.limmit=3: no such field; did you mean 'limit'"):
+        evals.build('x', ConfigDict({'type': 'retrieval', 'limmit': 3}))
+    with pytest.raises(ConfigError, match=r"config.evals.x.type='knn': choose one of retrieval"):
+        evals.build('x', ConfigDict({'type': 'knn'}))
+    with pytest.raises(ConfigError, match=r"config.evals.x.change='sepia': choose one of single_frame"):
+        evals.build('x', ConfigDict({'type': 'retrieval', 'change': 'sepia'}))
+
+
+# ---- synchrony
+
+def sync(features):
+    return evals.build('s', ConfigDict({'type': 'sync', 'seconds': 0.5})).run(Known({'test': features}))
+
+
+def test_sync_counts_shares_and_halves():
+    n = 8
+    own, away = one_hot(n), np.roll(one_hot(n), 1, 1)
+    space = lambda audio, shifted: {'va': {'video': own, 'audio': audio, 'audio.shifted': shifted}}
+    assert sync(embeddings(n, space(own, away))).scalars['accuracy'] == 1
+    assert sync(embeddings(n, space(away, own))).scalars['accuracy'] == 0
+    same = sync(embeddings(n, space(own, own)))
+    assert same.scalars['accuracy'] == 0.5 == same.artifacts['accuracy/chance']
+    mixed = np.where(np.arange(n)[:, None] < 6, own, away)
+    result = sync(embeddings(n, space(mixed, np.where(np.arange(n)[:, None] < 6, away, own))))
+    assert result.scalars['accuracy'] == 0.75
+    low, high = result.artifacts['accuracy/interval']
+    assert low < 0.75 < high
+    some = np.arange(n) >= 4
+    assert sync(embeddings(n, space(mixed, np.where(some[:, None], own, away)), valid={'audio.shifted': ~some})).scalars['accuracy'] == 1
+
+
+def test_sync_mistakes_are_sentences():
+    with pytest.raises(ConfigError, match="asks for stream 'audio' in space 'va', which has video"):
+        sync(embeddings(3, {'va': {'video': one_hot(3)}}))
+    space = {'va': {k: one_hot(3) for k in ('video', 'audio', 'audio.shifted')}}
+    with pytest.raises(ConfigError, match='none of 3 clips'):
+        sync(embeddings(3, space, valid={'audio': np.zeros(3, bool)}))
+
+
+# ---- probes
+
+def blobs(n, classes, apart, seed, width=6):
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % classes
+    return apart * np.eye(classes, width)[y] + rng.normal(size=(n, width)), y
+
+
+def probe(train_set, test_set, **config):
+    def features(x, y):
+        valid = np.ones(len(y), bool)
+        return {'pooled': {'video': x}, 'labels': {'class': y}, 'valid': {'video': valid}, 'index': np.arange(len(y))}
+    view = Known({'train': features(*train_set), 'test': features(*test_set)}, labels=['a', 'b', 'c'])
+    return evals.build('p', ConfigDict({'type': 'linear_probe', **config})).run(view), view
+
+
+def test_linear_probe_on_separable_and_on_meaningless_features():
+    result, view = probe(blobs(120, 3, 30.0, 0), blobs(60, 3, 30.0, 1), train_limit=120, test_limit=60)
+    assert result.scalars['accuracy'] == 1 and result.artifacts['accuracy/interval'] == (1, 1)
+    assert result.artifacts['accuracy/chance'] == pytest.approx(1 / 3) and (result.artifacts['train'], result.artifacts['test']) == (120, 60)
+    np.testing.assert_array_equal(result.artifacts['confusion'], 20 * np.eye(3))
+    assert [(s, a['limit']) for s, a in view.asked] == [('train', 120), ('test', 60)]
+    chance, _ = probe(blobs(300, 3, 0.0, 2), blobs(300, 3, 0.0, 3))
+    assert abs(chance.scalars['accuracy'] - 1 / 3) < 0.11
+    low, high = chance.artifacts['accuracy/interval']
+    assert low < chance.scalars['accuracy'] < high and chance.artifacts['confusion'].sum() == 300
+
+
+def test_linear_probe_does_not_mind_scale_and_leaves_unknown_labels_out():
+    (x, y), (x_test, y_test) = blobs(120, 3, 30.0, 0), blobs(60, 3, 30.0, 1)
+    scale = np.array([1e-6, 1e-6, 1e-6, 1, 1, 1])  # what tells is a million times smaller than what does not
+    assert probe((x * scale, y), (x_test * scale, y_test))[0].scalars['accuracy'] == 1
+    y_test = np.where(np.arange(60) < 20, -1, y_test)
+    result, _ = probe((x, y), (x_test, y_test))
+    assert result.artifacts['test'] == 40 and result.scalars['accuracy'] == 1
+
+
+def test_regularisation_is_chosen_by_what_generalises():
+    """150 useless features beside three useful ones want a strong penalty; two features whose small difference tells want a weak one."""
+    rng = np.random.default_rng(0)
+    y = np.arange(200) % 2
+    noisy = np.concatenate([2 * y[:, None] + rng.normal(size=(200, 3)), rng.normal(size=(200, 150))], 1)
+    base = rng.normal(size=(200, 1))
+    alike = np.concatenate([base, base + 0.05 * rng.normal(size=(200, 1)) + 0.06 * (2 * y[:, None] - 1)], 1)
+    assert fit_predict(noisy, y, noisy[:5], (1e-4, 1e3), 0)[1] == 1e-4
+    predicted, strength = fit_predict(alike, y, alike[:7], (1e-4, 1e3), 0)
+    assert strength == 1e3 and predicted.shape == (7,)
+    assert fit_predict(alike, y, alike[:7], (3.0,), 0)[1] == 3.0
+
+
+def test_probe_mistakes_are_sentences():
+    good = blobs(20, 2, 5.0, 0)
+    with pytest.raises(ConfigError, match="stream 'flow' is not among video"):
+        probe(good, good, stream='flow')
+    with pytest.raises(ConfigError, match="label 'colour' is not among class"):
+        probe(good, good, label='colour')
+    with pytest.raises(ConfigError, match="label 'class' has 20 labelled examples of 1 classes"):
+        probe((good[0], np.zeros(20, int)), good)
+    with pytest.raises(ConfigError, match='multi-hot'):
+        probe((good[0], np.eye(20, dtype=int)), good)
+
+
+def test_simple_features():
+    """Mean and deviation of colour; log spectrum whose peak lies at the tone, whatever its phase."""
+    frames = np.zeros((2, 3, 4, 4, 3), np.uint8)
+    frames[0, ..., 0], frames[1, :, :2, :, 2] = 200, 100
+    np.testing.assert_allclose(mean_color(frames), [[200, 0, 0, 0, 0, 0], [0, 0, 50, 0, 0, 50]], atol=1e-4)
+    t = np.arange(8000) / 8000
+    for pitch in (500, 2000):
+        spectrum = mean_spectrum((9000 * np.sin(2 * np.pi * pitch * t + 1)).astype(np.int16)[None])
+        assert spectrum.shape == (1, 128) and spectrum[0].argmax() + 1 == round(pitch * 256 / 8000)
+    assert mean_spectrum(np.zeros((1, 8000), np.int16))[0] == pytest.approx(np.log(1e-3))
+
+
+# ---- a real encoder
+
+def test_scores_of_a_tiny_run(tiny_run):
+    """Everything asked for is there, once for the trained model and once for its random initialisation, with chance and interval."""
+    folder, config, _ = tiny_run
+    trained, random = evals.load(folder / 'evals' / 'step_000002'), evals.load(folder / 'evals' / 'random_init')
+    assert set(trained) == set(config.evals) and set(random) == {'retrieval', 'sync', 'probe_video'}
+    assert trained['retrieval'].scalars.keys() >= {f'{q}_to_video/{k}' for q in ('text', 'audio') for k in ('R@1', 'R@5', 'R@10', 'median_rank')}
+    assert trained['retrieval'].scalars['text_to_video/clips'] == 29
+    for result in (*trained.values(), *random.values()):
+        for name, value in result.scalars.items():
+            assert np.isfinite(value)
+            if name.rsplit('/')[-1] not in ('clips', 'C'):
+                low, high = result.artifacts[f'{name}/interval']
+                assert low <= value <= high and result.artifacts[f'{name}/chance'] >= 0
+    assert trained['retrieval'].scalars != random['retrieval'].scalars  # it is another model
+    # the class decides the pitch: the mean spectrum knows it, a random video tower knows some
+    assert trained['simple_probe_spectrum'].scalars['accuracy'] > 0.2
+    logged = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    assert any('eval/retrieval/text_to_video/R@10' in line for line in logged)
+
+
+@pytest.fixture(scope='module')
+def view(tiny_run):
+    folder, config, data = tiny_run
+    return View(api.load(folder)._encoder, data, batch_size=16)
+
+
+def test_each_example_once_and_in_order(view):
+    """29 clips in batches of 16: no padding row is left, and a clip's feature is that of the clip alone."""
+    f = view.features('test', limit=29)
+    np.testing.assert_array_equal(f['index'], np.arange(29))
+    assert f['pooled']['video'].shape == (29, 32) and f['spaces']['vat']['text.caption'].shape == (29, 1, 8)
+    np.testing.assert_allclose(np.linalg.norm(f['spaces']['va']['audio'], axis=-1), 1, atol=1e-5)
+    assert f['labels']['class'].tolist() == [i % 16 for i in range(29)]
+    again = View(view.encoder, view.data, batch_size=8).features('test', limit=29)
+    for a, b in zip(jax.tree.leaves(f), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_an_example_that_comes_twice_is_an_error(view):
+    class Twice:
+        def one_pass(self, *args, **kwargs):
+            batch = next(iter(view.data.one_pass('test', 16, limit=16)))
+            return iter([batch, batch])
+    with pytest.raises(RuntimeError, match='16 examples came more than once'):
+        View(view.encoder, Twice(), 16).features('test')
+    with pytest.raises(RuntimeError, match='no batch'):
+        encoder.features_of(view.encoder, iter([]))
+
+
+def test_equal_requests_are_computed_once(view):
+    class Counted:
+        info, passes = view.data.info, 0
+
+        def one_pass(self, *args, **kwargs):
+            Counted.passes += 1
+            return view.data.one_pass(*args, **kwargs)
+    own = View(view.encoder, Counted(), 16)
+    results = evals.run_all(ConfigDict({n: {'type': 'retrieval', 'limit': 16, 'pairs': (('audio', 'video', 'va'),)} for n in ('b', 'a')}), own)
+    assert Counted.passes == 1 and list(results) == ['a', 'b'] and results['a'].scalars == results['b'].scalars
+    assert own.features('test', limit=16) is own.features('test', limit=16)
+    for other in ({'limit': 8}, {'limit': 16, 'change': 'single_frame'}, {'limit': 16, 'by': 'records'},
+                  {'limit': 16, 'views': {'audio.shifted': {'kind': 'shift', 'seconds': 0.5}}}):
+        before = Counted.passes
+        own.features('test', **other)
+        assert Counted.passes == before + 1, other
+
+
+def test_baseline_runs_only_what_asks_for_it(view):
+    config = ConfigDict({n: {'type': 'sync', 'limit': 16, 'seconds': 0.5, 'baseline': n == 'kept'} for n in ('kept', 'dropped')})
+    assert set(evals.run_all(config, view)) == {'kept', 'dropped'} and set(evals.run_all(config, view, baseline=True)) == {'kept'}
+
+
+def test_single_frame_holds_the_middle_frame(view):
+    batch = next(iter(view.data.one_pass('test', 8, limit=8)))
+    batch['video.second'] = batch['video']
+    changed = evals.CHANGES['single_frame'](batch)
+    for name in ('video', 'video.second'):
+        assert (changed[name]['data'] == batch[name]['data'][:, 2:3]).all() and changed[name]['data'].shape == batch[name]['data'].shape
+        assert (changed[name]['box'] == batch[name]['box']).all()
+    assert changed['audio'] is batch['audio'] and (batch['video']['data'] != batch['video']['data'][:, 2:3]).any()
+    still, moving = view.features('test', limit=8, change='single_frame'), view.features('test', limit=8)
+    assert not np.allclose(still['pooled']['video'], moving['pooled']['video'], atol=1e-4)
+    np.testing.assert_allclose(still['pooled']['audio'], moving['pooled']['audio'], atol=1e-6)
+
+
+def test_simple_probe_on_the_synthetic_source(view):
+    """Its mean colour is the class's colour (4 of 16 classes apart), its mean spectrum the pitch: both far above chance."""
+    run = lambda **c: evals.build('p', ConfigDict({'type': 'simple_probe', 'train_limit': 64, 'test_limit': 32, 'strengths': (1.0,), **c})).run(view)
+    colour = run(stream='video')
+    assert colour.scalars['accuracy'] > 2.5 * colour.artifacts['accuracy/chance'] and colour.artifacts['train'] == 64
+    assert run(stream='audio').scalars['accuracy'] > 2.5 / 16
+    with pytest.raises(ConfigError, match="no stream 'flow'"):
+        run(stream='flow')
+    with pytest.raises(ConfigError, match="label 'colour' is not among class"):
+        run(label='colour')
+
+
+def test_save_and_load_round_trip(tmp_path):
+    results = {'a': Result({'x/y': 0.5}, {'x/y/interval': (0.1, 0.9), 'matrix': np.arange(6, dtype=np.float16).reshape(2, 3), 'classes': ['é']}),
+               'b': Result({'z': 1.0})}
+    folder = tmp_path / 'evals' / 'step'
+    evals.save(results, folder)
+    evals.save(results, folder)  # a second time replaces the first
+    assert sorted(p.name for p in folder.parent.iterdir()) == ['step']
+    back = evals.load(folder)
+    assert {k: r.scalars for k, r in back.items()} == {'a': {'x/y': 0.5}, 'b': {'z': 1.0}}
+    assert back['a'].artifacts['x/y/interval'] == [0.1, 0.9] and back['a'].artifacts['classes'] == ['é'] and back['b'].artifacts == {}
+    np.testing.assert_array_equal(back['a'].artifacts['matrix'], results['a'].artifacts['matrix'])
+    assert back['a'].artifacts['matrix'].dtype == np.float16
+
+
+# ---- classification
+
+def classify(logits, y, valid=None, name='class'):
+    n = len(y)
+    f = {'predictions': {name: logits}, 'labels': {'class': y}, 'valid': {'video': np.ones(n, bool) if valid is None else valid}}
+    return evals.build('c', ConfigDict({'type': 'classification'})).run(Known({'test': f}))
+
+
+def test_classification_top1_and_top5():
+    logits = -np.abs(np.arange(8)[None] - np.array([[0], [0], [0], [7]])).astype(float)   # classes in order of distance from 0, 0, 0, 7
+    result = classify(logits, np.array([0, 4, 5, -1]))
+    assert result.scalars == {'accuracy': pytest.approx(1 / 3), 'top5': pytest.approx(2 / 3)}  # the unlabelled clip does not count
+    assert result.artifacts['accuracy/chance'] == 1 / 8 and result.artifacts['top5/chance'] == 5 / 8
+    assert classify(logits, np.array([0, 4, 5, 0]), valid=np.array([1, 0, 0, 0], bool)).scalars['accuracy'] == 1  # nor do clips without video
+    assert classify(logits[:, :3], np.array([0, 1, 2, 2])).scalars['top5'] == 1
+    with pytest.raises(ConfigError, match=r"wants predictions of 'class'; the objective makes colour"):
+        classify(logits, np.array([0, 0, 0, 0]), name='colour')
+    with pytest.raises(ConfigError, match='none of 4 clips'):
+        classify(logits, np.full(4, -1))
+
+
+def test_fine_tuning_from_a_run_trains_and_classifies(tiny_run, tmp_path):
+    """The objective's head, trained a little from the run's tower, is what the evaluator reads."""
+    folder, _, _ = tiny_run
+    config = tiny.config(steps=300, init_from=str(folder), checkpoint__every=300, log_every=100, augment__color=0.0,
+                         objective=ConfigDict({'name': 'classification', 'dropout': 0.0}))
+    config.optimizer.schedule.peak = 1e-2
+    config.optimizer.rates = ((r'^objective/', 5.0),)
+    config.evals = {'classification': {'type': 'classification', 'split': 'test'}}
+    data = data_pipelines.open(config)
+    scalars = train.train(config, data, tmp_path, quiet=True)
+    assert scalars['classification/accuracy'] > 3 / 16 and scalars['classification/top5'] >= scalars['classification/accuracy']
+    assert train.newest(tmp_path) == 300
+    # what was not read was not made, and says so
+    tuned = api.load(tmp_path)
+    assert not [p for p in tuned.paths() if 'audio' in p] and tuned.embed(video=np.zeros((4, 16, 16, 3), np.uint8))['video']['pooled'].shape == (32,)
+    with pytest.raises(ConfigError, match='this model has no audio tower; it has video'):
+        tuned.embed(audio=np.zeros(1024, np.int16))
+
+
+def test_features_on_eight_devices(tiny_run, view):
+    _, config, data = tiny_run
+    mesh = sharding.make_mesh({'replica': 2, 'fsdp': 4})
+    many = View(encoder.Encoder(config, jax.device_put(view.encoder.variables, sharding.replicated(mesh)), mesh), data, 16)
+    one, eight = view.features('test', limit=29), many.features('test', limit=29)
+    np.testing.assert_array_equal(eight['index'], np.arange(29))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)

@@ -1,0 +1,118 @@
+"""Two processes of four devices, through run.py's own path, against one process: same order, same numbers, one voice."""
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import data_pipelines
+from tests import runs
+from tests.configs import tiny
+from vatt_jax import checkpoint, encoder, sharding, train
+
+TEST = 37  # records of the test split: a prime
+
+
+def together(folder: pathlib.Path, *argv: str, processes: int = 2) -> list[pathlib.Path]:
+    """Logs of run.py started in `processes` processes of four devices that know of one another."""
+    port = runs.free_port()
+    logs = [folder / f'log{i}.txt' for i in range(processes)]
+    started = [runs.start('--config=tests/configs/tiny.py:prime', '--config.mesh.replica=4', '--config.mesh.fsdp=2', '--quiet', *argv,
+                          log=log, devices=4, VATT_COORDINATOR=f'127.0.0.1:{port}', VATT_PROCESSES=str(processes), VATT_PROCESS=str(i))
+               for i, log in enumerate(logs)]
+    try:
+        for process, log in zip(started, logs, strict=True):
+            assert runs.finish(process, log) == 0, [f.read_text()[-3000:] for f in logs]
+    finally:
+        for process in started:
+            process.kill()
+    return logs
+
+
+@pytest.fixture(scope='module')
+def both(tmp_path_factory):
+    """(run folder of two processes, their logs, run folder of one process)."""
+    folder = tmp_path_factory.mktemp('processes')
+    logs = together(folder, f'--workdir={folder / "two"}')
+    config = tiny.get_config('prime')
+    train.train(config, data_pipelines.open(config), folder / 'one', quiet=True)
+    return folder / 'two', logs, folder / 'one'
+
+
+def test_same_order_and_losses(both):
+    two, _, one = both
+    assert runs.done(two)['order'] == runs.done(one)['order'] and runs.done(two)['consumed'] == runs.done(one)['consumed'] == 64
+    a, b = ([line for line in runs.log_lines(folder) if 'loss' in line] for folder in (one, two))
+    assert [line['step'] for line in b] == [1, 2, 3, 4]
+    # float32 sums in another order, through four steps: the tolerance of one device against eight
+    np.testing.assert_allclose([x['loss'] for x in b], [x['loss'] for x in a], rtol=2e-4)
+    np.testing.assert_allclose([x['grad_norm'] for x in b], [x['grad_norm'] for x in a], rtol=2e-3)
+
+
+def test_one_process_speaks(both):
+    two, logs, _ = both
+    assert 'step 4/4' in logs[0].read_text() and not any(w in logs[1].read_text() for w in ('step', 'loss', 'records'))
+    assert len(list((two / 'tensorboard').glob('events*'))) == 1
+    assert len(runs.log_lines(two)) == 5  # four steps and the evaluation
+
+
+def test_evaluation_counts_each_example_once(both):
+    two, _, one = both
+    results = [json.loads((folder / 'evals' / 'step_000004' / 'results.json').read_text())['retrieval']['scalars'] for folder in (one, two)]
+    arrays = [np.load(folder / 'evals' / 'step_000004' / 'arrays.npz') for folder in (one, two)]
+    for scalars, array in zip(results, arrays, strict=True):
+        assert scalars['audio_to_video/clips'] == TEST
+        assert sorted(array['retrieval/audio_to_video/clips']) == list(range(TEST))
+    np.testing.assert_allclose(arrays[1]['retrieval/audio_to_video/similarity'].astype(np.float32),
+                               arrays[0]['retrieval/audio_to_video/similarity'].astype(np.float32), atol=5e-3)
+
+
+def test_embeddings_of_a_prime_split_on_1_8_and_2x4_devices(both):
+    """The checkpoint of the two processes, one pass over 37 test records: each once, and the same features wherever it runs."""
+    two, logs, _ = both
+    together(two.parent, f'--workdir={two}', '--mode=embed')
+    written = np.load(two / 'embeddings' / 'test.npz')
+    assert written['index'].tolist() == list(range(TEST)) and written['id'].tolist() == [f'test/{i}' for i in range(TEST)]
+    for devices in (1, 8):
+        mesh = sharding.make_mesh({'replica': devices})
+        config, variables, _ = checkpoint.load_model(two, mesh)
+        data = data_pipelines.open(config)
+        assert data.size('test') == TEST
+        features = encoder.features_of(encoder.Encoder(config, variables, mesh), data.one_pass('test', 16))
+        assert features['index'].tolist() == list(range(TEST))
+        assert len(jax.tree.leaves(variables)[0].sharding.device_set) == devices
+        np.testing.assert_array_equal(features['labels']['class'], written['labels/class'])
+        for name in ('video', 'audio', 'text'):
+            np.testing.assert_allclose(features['pooled'][name], written[f'pooled/{name}'], rtol=1e-4, atol=1e-5)
+        for space, members in features['spaces'].items():
+            for name, x in members.items():
+                np.testing.assert_allclose(x, written[f'space/{space}/{name}'], rtol=1e-4, atol=1e-5)
+
+
+def test_an_example_that_comes_twice_is_an_error(both):
+    """The check inside features_of: a pass that repeats a batch is refused rather than counted."""
+    config, variables, _ = checkpoint.load_model(both[2], mesh := sharding.make_mesh({'replica': 1}))
+    batches = list(data_pipelines.open(config).one_pass('test', 16))
+    with pytest.raises(RuntimeError, match='16 examples came more than once'):
+        encoder.features_of(encoder.Encoder(config, variables, mesh), iter([*batches, batches[0]]))
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_both_and_both_continue(both, tmp_path):
+    import time
+    port, workdir = runs.free_port(), tmp_path / 'run'
+    logs = [tmp_path / f'term{i}.txt' for i in range(2)]
+    argv = ['--config=tests/configs/tiny.py:prime', '--config.mesh.replica=4', '--config.mesh.fsdp=2', '--config.steps=400', '--quiet',
+            f'--workdir={workdir}']
+    started = [runs.start(*argv, log=log, devices=4, VATT_COORDINATOR=f'127.0.0.1:{port}', VATT_PROCESSES='2', VATT_PROCESS=str(i))
+               for i, log in enumerate(logs)]
+    while started[0].exitcode is None and not (workdir / 'checkpoints' / '2').is_dir():
+        time.sleep(0.01)
+    started[1].terminate()
+    for process, log in zip(started, logs, strict=True):
+        assert runs.finish(process, log) == 0, [f.read_text()[-3000:] for f in logs]
+    assert 'asked to stop: step' in logs[0].read_text() and not (workdir / 'done.json').exists()
+    saved = train.newest(workdir)
+    together(tmp_path, f'--workdir={workdir}', f'--config.steps={saved + 2}')
+    assert [line['step'] for line in runs.log_lines(workdir) if 'loss' in line] == list(range(1, saved + 3))

@@ -1,0 +1,73 @@
+"""Official checkpoints in, and our models out in the official layout.
+
+    python -m vatt_jax.importers --format=vatt_tf --checkpoint=ckpts/ckpt-500000 --config=configs/vatt.py:mbs --out=runs/vatt_mbs
+    python -m vatt_jax.importers --format=vatt_tf --checkpoint=ckpts/ckpt-500000 --out=runs/vatt          # sizes told by the checkpoint
+    python -m vatt_jax.importers --format=vatt_tf --export=runs/vatt --out=exported/ckpt-0                # the other way
+
+--out is then a run folder: vatt_jax.load(DIR), run.py --mode=eval --workdir=DIR, --config.init_from=DIR, or further training in it.
+--vocabulary=FILE (a word a line, <pad> first) makes embed(text=…) work; --classes=FILE names a fine-tuned model's classes.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+FORMATS = ('vatt_tf',)
+
+
+def main(argv: list[str]) -> None:
+    from configs import default
+    from vatt_jax import config as configs
+    from vatt_jax.config import ConfigError
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise ConfigError(f'{message}; see python -m vatt_jax.importers --help')
+    parser = Parser(prog='python -m vatt_jax.importers', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    parser.add_argument('--format', default='vatt_tf', choices=FORMATS)
+    parser.add_argument('--checkpoint', default='', help='prefix of an official checkpoint: the path without .index')
+    parser.add_argument('--export', default='', help='a run folder, to be written in the official layout')
+    parser.add_argument('--config', default='', help='configs/FILE.py[:arg] that the checkpoint must fit; default: inferred from it')
+    parser.add_argument('--out', required=True, help='the run folder to make; with --export, the prefix to write')
+    parser.add_argument('--vocabulary', default='', help='file of the words of the word table, one a line')
+    parser.add_argument('--classes', default='', help='file of class names, one a line')
+    flags = parser.parse_args(argv)
+    if bool(flags.checkpoint) == bool(flags.export):
+        raise ConfigError('name one of --checkpoint=PREFIX (in) and --export=RUN (out)')
+    from vatt_jax.importers import vatt_tf
+    if flags.export:
+        count = vatt_tf.export_checkpoint(flags.export, flags.out)
+        print(f'{count} variables of {flags.export} → {flags.out}.index')
+        return
+    config = None
+    if flags.config:
+        config = configs.load(flags.config)
+        configs.check_fields(config, default.get_config())
+    config, report = vatt_tf.import_checkpoint(flags.checkpoint, flags.out, config, default.get_config(), _lines(flags.vocabulary),
+                                               _lines(flags.classes))
+    print(f'{report.read} variables of {flags.checkpoint} → {flags.out} ({config.name})')
+    for text, names in (('position tables resized', report.resized), ('not used', report.unused)):
+        print(f'{text}: {", ".join(names) or "none"}')
+    print(f'missing: none; optimizer and bookkeeping left alone: {report.optimizer} variables')
+
+
+def _lines(path: str) -> list[str] | None:
+    from vatt_jax.config import ConfigError
+    if not path:
+        return None
+    try:
+        return pathlib.Path(path).read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f'{path} cannot be read ({error.strerror}); a text file with one word or name a line is wanted') from error
+
+
+if __name__ == '__main__':
+    from vatt_jax.config import ConfigError, fail
+    try:
+        main(sys.argv[1:])
+    except ConfigError as error:
+        fail(str(error))

@@ -1,0 +1,41 @@
+"""ResNet over spectrograms. Post-activation (v1), as VATT's `mmv_fac` has it, padded after SimCLR's ResNet."""
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+
+from vatt_jax.models.conv import ConvNorm
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3 (with the stride), 1×1 to four times the width; added to the input or its projection; ReLU."""
+    width: int
+    stride: int
+    projected: bool
+    dtype: str = 'float32'
+
+    @nn.compact
+    def __call__(self, x, valid, train: bool):
+        unit = lambda features, k, stride, name, **kw: ConvNorm(features, (k, k), (stride, stride), 'SAME' if stride == 1 else 'FIXED',
+                                                                dtype=self.dtype, name=name, **kw)
+        short = unit(4 * self.width, 1, self.stride, 'short', relu=False)(x, valid, train) if self.projected else x
+        x = unit(self.width, 1, 1, 'conv_1')(x, valid, train)
+        x = unit(self.width, 3, self.stride, 'conv_2')(x, valid, train)
+        x = unit(4 * self.width, 1, 1, 'conv_3', relu=False, scale_init=0.0)(x, valid, train)
+        return jax.nn.relu(x + short)
+
+
+class ResNet2D(nn.Module):
+    """Spectrogram [B T F] -> (pooled [B 2048], map [B T/32 F/32 2048]). blocks: of each of the four groups; (3, 4, 6, 3) is ResNet-50."""
+    blocks: tuple[int, ...] = (3, 4, 6, 3)
+    dtype: str = 'float32'
+
+    @nn.compact
+    def __call__(self, x, valid, train: bool):
+        x = ConvNorm(64, (7, 7), (2, 2), 'FIXED', dtype=self.dtype, name='stem')(x[..., None], valid, train)
+        x = nn.max_pool(x, (3, 3), (2, 2), 'SAME')
+        for group, count in enumerate(self.blocks):
+            for block in range(count):
+                x = Bottleneck(64 << group, 2 if group and not block else 1, not block, self.dtype, name=f'group_{group + 1}_block_{block + 1}')(
+                    x, valid, train)
+        return x.mean((1, 2)), x

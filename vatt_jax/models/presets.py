@@ -1,0 +1,88 @@
+"""Named sizes: the towers and whole models of VATT's release, as fields of `config.model`.
+
+    m.towers.video = presets.tower('vit_base')                 # a dict; change what you like
+    m.update(presets.model('mbs'))                             # towers, shared, encoder and head of a published model
+
+Parameter counts (in millions, backbone alone, without the frozen 19.66 M word table) stand beside the names; tests/test_presets.py holds them.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vatt_jax.config import choose
+
+BASE = {'layers': 12, 'width': 768, 'mlp': 3072, 'heads': 12}
+MEDIUM = {'layers': 12, 'width': 1024, 'mlp': 4096, 'heads': 16}
+LARGE = {'layers': 24, 'width': 1024, 'mlp': 4096, 'heads': 16}
+SMALL = {'layers': 6, 'width': 512, 'mlp': 2048, 'heads': 8}   # text only
+
+TOWERS: dict[str, dict[str, Any]] = {
+    'vit_base': {'name': 'vit', **BASE},           # 87.446
+    'vit_medium': {'name': 'vit', **MEDIUM},       # 154.343
+    'vit_large': {'name': 'vit', **LARGE},         # 305.498
+    'vit_xlarge': {'name': 'vit', 'layers': 24, 'width': 1536, 'mlp': 4096, 'heads': 24},  # 533.695
+    'wat_base': {'name': 'wat', **BASE},           # 86.079
+    'wat_medium': {'name': 'wat', **MEDIUM},       # 152.521
+    'wat_large': {'name': 'wat', **LARGE},         # 303.675
+    'spt_base': {'name': 'spt', **BASE},           # 85.057
+    'spt_medium': {'name': 'spt', **MEDIUM},       # 151.158
+    'spt_large': {'name': 'spt', **LARGE},         # 302.202
+    't5_small': {'name': 't5', **SMALL},           # 19.038
+    't5_base': {'name': 't5', **BASE},             # 85.194
+    # Official `bert_small` inherits T5's settings: post-LN, and a second learnt token in word space. 19.078: the released code makes no
+    # final norm for it; counts that include one (1024 parameters) say 19.079.
+    'bert_small': {'name': 'bert', **SMALL, 'pre_norm': False, 'extra': True},
+    'bert_base': {'name': 'bert', **BASE},         # 85.301
+    'linear': {'name': 'linear', 'width': 2048},   # 0.616
+    'i3d': {'name': 'i3d'},                        # 12.302 with batch statistics
+    'resnet2d_50': {'name': 'resnet2d', 'blocks': (3, 4, 6, 3)},    # 23.555 with batch statistics
+    'resnet2d_101': {'name': 'resnet2d', 'blocks': (3, 4, 23, 3)},
+}
+# Inputs and position tables of every published model: 32 frames at 10 fps, 3.2 s at 48 kHz, five sentences of 16 words.
+POSITIONS = {'vit': (8, 14, 14), 'wat': (1200,), 'spt': (9, 16)}
+MEL = {'bins': 80, 'window': 2048, 'hop': 1024, 'low': 80.0, 'high': 7600.0, 'offset': 1.0, 'scale': 1e4, 'stretch': True}
+INPUTS = {'video': {'frames': 32, 'size': 224, 'fps': 10.0}, 'audio': {'samples': 153600, 'rate': 48000, 'mel': {}},
+          'text': {'candidates': 5, 'words': 16, 'tokenizer': 'words'}}
+FAC = {'name': 'fac', 'va': 512, 'vat': 256}
+POST = 1024                                        # width of the modality-agnostic models' post-projection
+
+
+def _specific(video: str, audio: str, text: str) -> dict[str, Any]:
+    return {'shared': False, 'encoder': {}, 'towers': {'video': tower(video), 'audio': tower(audio), 'text': tower(text)}, 'head': FAC}
+
+
+def _agnostic(size: dict[str, int]) -> dict[str, Any]:
+    """One encoder of `size`; patches, projections, positions and aggregate token for each modality."""
+    towers = {'video': {'name': 'vit', 'positions': POSITIONS['vit'], 'post': POST},
+              'audio': {'name': 'wat', 'positions': POSITIONS['wat'], 'post': POST}, 'text': {'name': 't5', 'post': POST}}
+    return {'shared': True, 'encoder': dict(size), 'towers': towers, 'head': FAC}
+
+
+MODELS = {
+    'bbs': lambda: _specific('vit_base', 'wat_base', 't5_small'),      # tx_fac, the release's default; head 1.317 M
+    'mbs': lambda: _specific('vit_medium', 'wat_base', 't5_small'),    # head 1.448 M
+    'lbs': lambda: _specific('vit_large', 'wat_base', 't5_small'),
+    'agnostic_base': lambda: _agnostic(BASE),                          # ut_base 92.258
+    'agnostic_medium': lambda: _agnostic(MEDIUM),                      # ut_fac, ut_medium 161.283; head 1.710 M
+    'agnostic_large': lambda: _agnostic(LARGE),                        # ut_large 312.438
+    'mmv': lambda: _specific('i3d', 'resnet2d_50', 'linear'),          # mmv_fac
+}
+OFFICIAL = {'tx_fac': 'bbs', 'ut_fac': 'agnostic_medium', 'mmv_fac': 'mmv', 'ut_base': 'agnostic_base', 'ut_medium': 'agnostic_medium',
+            'ut_large': 'agnostic_large'}
+
+
+def tower(name: str, **changes) -> dict[str, Any]:
+    """Fields of `config.model.towers.<modality>` of a named tower, with `changes`. Raises ConfigError for an unknown name."""
+    fields = TOWERS[choose(name, TOWERS, 'presets.tower')]
+    positions = POSITIONS.get(fields['name'])
+    return {**fields, **({'positions': positions} if positions else {}), **changes}
+
+
+def model(name: str) -> ConfigDict:
+    """`towers`, `encoder`, `shared`, `head` and `inputs` of `config.model` of a published model, by our name or the release's."""
+    name = OFFICIAL.get(name, name)
+    fields = MODELS[choose(name, [*MODELS, *OFFICIAL], 'presets.model')]()
+    spectrogram = fields['towers']['audio']['name'] in ('spt', 'resnet2d')
+    return ConfigDict({**fields, 'inputs': {**INPUTS, 'audio': {**INPUTS['audio'], 'mel': MEL if spectrogram else {}}}})
