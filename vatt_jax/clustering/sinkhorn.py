@@ -31,7 +31,9 @@ from jax.sharding import PartitionSpec as Spec
 PUBLISHED = 0.1        # the published loop stops when sum over samples of |beta / beta' - 1| falls below this
 COARSE, FINE = 16, 64  # rows per cluster of the two samples
 SOFT = 10.0            # nats between a row's best and mean cluster at which annealing starts
-NEWTON_CLUSTERS = 512
+EAGER = 512            # up to as many clusters Newton's matrix is also built for the guess; on a CPU it costs P / 50 passes over its rows
+NEAR = 1e-2            # residual at which the matrix is built where it will be used
+DAMPING = 0.5          # of Newton's matrix, in units of P / rows it was summed over
 MEMORY = 10            # steps that Anderson mixing looks back on
 LONGEST = 8.0          # nats: longest accelerated step of one potential
 LOST = 1e-3            # a search that ends above this has lost its way: all rows are annealed
@@ -67,7 +69,7 @@ class Start:
 
 
 def solve(views: Sequence[Any], prior: np.ndarray, strength: float, *, heads: Sequence[tuple[Any, Any]] | None = None,
-          tolerance: float | str = 1e-5, start: Start | Solution | None = None, method: str = 'auto', max_passes: int = 2000,
+          tolerance: float | str = 1e-5, start: Start | Solution | None = None, method: str = 'newton', max_passes: int = 2000,
           dtype: str = 'float32', mesh: Mesh | None = None) -> Solution:
     """Labels of M samples.
 
@@ -76,8 +78,7 @@ def solve(views: Sequence[Any], prior: np.ndarray, strength: float, *, heads: Se
     the devices one by one in each pass.
     prior: share of each cluster [P], positive, summing to 1. strength: λ.
     tolerance: on `residual`; or 'published', small enough (0.1 / M) that the published loop would stop, its error being at most M · residual.
-    method: 'newton' (both accelerations), 'anderson' (no preconditioner), 'plain' (Sinkhorn as published), 'auto' (newton up to
-    NEWTON_CLUSTERS clusters: the matrix costs as much as P / 50 passes over its rows on a CPU).
+    method: 'newton' (both accelerations), 'anderson' (no preconditioner), 'plain' (Sinkhorn as published).
     dtype: of the passes; float64 works whatever jax_enable_x64 says. mesh: rows are spread over all its devices (default: one device).
     Raises ValueError, in a sentence, for a prior with empty clusters or logits that are not finite.
     """
@@ -90,8 +91,6 @@ def solve(views: Sequence[Any], prior: np.ndarray, strength: float, *, heads: Se
         rows = Rows(views, heads, len(prior), dtype, mesh)
         limit = PUBLISHED / rows.count if tolerance == 'published' else float(tolerance)
         g, inverse, rebuild = np.zeros(len(prior)), None, None
-        if method == 'auto':
-            method = 'newton' if len(prior) <= NEWTON_CLUSTERS else 'anderson'
         if start is not None:
             g = np.asarray(start.potentials, np.float64)
             inverse = start.preconditioner if method == 'newton' else None
@@ -314,14 +313,14 @@ class Found:
 
 
 # method -> how many past steps a step may look back on
-STEPS = {'auto': MEMORY, 'newton': MEMORY, 'anderson': MEMORY, 'plain': 0}
+STEPS = {'newton': MEMORY, 'anderson': MEMORY, 'plain': 0}
 
 
 def search(marginal: Callable[[np.ndarray], np.ndarray], g: np.ndarray, prior: np.ndarray, limit: float, max_passes: int,
            inverse: np.ndarray | None = None, rebuild: Callable[[np.ndarray], np.ndarray] | None = None, memory: int = MEMORY) -> Found:
     """Potentials whose column means are the prior to within `limit` (sum of absolute differences), or the best of max_passes.
 
-    inverse: (I - A)⁻¹ or None. rebuild: gives a better one at the potentials reached after two passes. memory 0: plain Sinkhorn.
+    inverse: (I - A)⁻¹ or None. rebuild: makes a better one, once, when near the solution. memory 0: plain Sinkhorn.
     """
     weight, log_prior = np.sqrt(prior), np.log(prior)
     best, best_c, best_residual, history = g, prior, np.inf, []
@@ -348,8 +347,8 @@ def search(marginal: Callable[[np.ndarray], np.ndarray], g: np.ndarray, prior: n
             past = []
             g = best + np.clip(plain_step(best_c), -LONGEST, LONGEST)
             continue
-        if rebuild is not None and len(history) == 2:
-            inverse, past = rebuild(g), []
+        if rebuild is not None and residual < NEAR:
+            inverse, rebuild, past = rebuild(g), None, []
         step = plain if inverse is None else inverse @ plain
         past = [*past, (g, step)][-(memory + 1):]
         g = g + np.clip(mixed(past, weight), -LONGEST, LONGEST)
@@ -367,15 +366,19 @@ def mixed(past, weight: np.ndarray) -> np.ndarray:
     return steps[-1] - mix @ (dp + ds)
 
 
-def preconditioner(coupling: np.ndarray, damping: float = 1e-4) -> np.ndarray:
-    """(I - A)⁻¹ of the coupling [P P] (mean of s sᵀ), without its null direction (a constant added to all potentials)."""
+def preconditioner(rows: Rows, g: np.ndarray, strength: float) -> np.ndarray:
+    """(I - A)⁻¹ [P P] at g, without its null direction (a constant added to all potentials).
+
+    The damping is of the order of the noise of a mean over M / P rows for each cluster: slow directions are trusted no further.
+    """
+    coupling = rows.coupling(g, strength)
     mass = coupling.sum(1)
     root = np.sqrt(np.maximum(mass, 1e-12 * mass.max()))
-    symmetric = coupling / root[:, None] / root
-    # Its eigenvalue 1 belongs to `root`; moved to 0, the matrix below is positive definite.
+    # The eigenvalue 1 of the symmetric form belongs to `root`; moved to 0, the matrix below is positive definite.
     unit = root / np.linalg.norm(root)
-    inverse = np.linalg.inv((1 + damping) * np.eye(len(mass)) - symmetric + np.outer(unit, unit))
-    return inverse / root[:, None] * root
+    damping = DAMPING * len(mass) / rows.count
+    symmetric = (1 + damping) * np.eye(len(mass)) - coupling / root[:, None] / root + np.outer(unit, unit)
+    return np.linalg.inv(symmetric) / root[:, None] * root
 
 
 def anneal(rows: Rows, prior: np.ndarray, strength: float, tolerance: float, newton: bool) -> np.ndarray:
@@ -384,7 +387,7 @@ def anneal(rows: Rows, prior: np.ndarray, strength: float, tolerance: float, new
     g = np.zeros(len(prior))
     for left in range(doublings, -1, -1):
         here = strength / 2 ** left
-        build = lambda g, here=here: preconditioner(rows.coupling(g, here))
+        build = lambda g, here=here: preconditioner(rows, g, here)
         g = search(lambda g, here=here: rows.marginal(g, here), g, prior, tolerance, 100, *((build(g), build) if newton else ())).potentials
         g = g * (2 if left else 1)
     return g
@@ -396,10 +399,10 @@ def first_guess(rows: Rows, prior: np.ndarray, strength: float, newton: bool):
     rebuild(g) is that matrix's preconditioner at g. Without `newton` the last two are None.
     """
     g = anneal(rows.sample(COARSE * len(prior)), prior, strength, 0.1, False)
-    if not newton:
-        return g, None, None
     fine = rows.sample(FINE * len(prior))
-    build = lambda g: preconditioner(fine.coupling(g, strength))
+    build = lambda g: preconditioner(fine, g, strength)
+    if not newton or len(prior) > EAGER:
+        return g, None, build if newton else None
     found = search(lambda g: fine.marginal(g, strength), g, prior, 0.03, 20, build(g))
     return found.potentials, build(found.potentials), build
 
