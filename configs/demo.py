@@ -8,7 +8,7 @@
 from configs import default
 
 VARIANTS = ('', 'agnostic', 'shuffled', 'synthetic')
-STEPS = 1800
+STEPS = 1500
 
 
 def get_config(arg: str = ''):
@@ -24,7 +24,7 @@ def get_config(arg: str = ''):
     m.inputs.video.update({'frames': 8, 'size': 32, 'fps': 4.0})
     m.inputs.audio.update({'samples': 16000, 'rate': 8000})
     m.inputs.text.update({'candidates': 3, 'words': 12})
-    size = {'layers': 3, 'width': 128, 'mlp': 512, 'heads': 4, 'head_width': 32, 'dropout': 0.0, 'attention_dropout': 0.0}
+    size = {'layers': 3, 'width': 128, 'mlp': 256, 'heads': 4, 'head_width': 32, 'dropout': 0.0, 'attention_dropout': 0.0}
     m.towers.video = {'name': 'vit', **size, 'patch': (2, 8, 8), 'drop_token': 0.5, 'position_dropout': 0.0, 'patch_init': 5.0}
     m.towers.audio = {'name': 'wat', **size, 'patch': 256, 'drop_token': 0.5, 'position_dropout': 0.0, 'patch_init': 4.0}
     m.towers.text = {'name': 't5', **size, 'layers': 2, 'vocab': 0, 'word_width': 64, 'frozen_words': False}
@@ -41,7 +41,7 @@ def get_config(arg: str = ''):
     if arg == 'synthetic':
         d.source = 'synthetic'
     else:
-        d.make = {'path': 'runs/data/playground', 'train': 1600, 'validation': 128, 'test': 256, 'seconds': 8.0, 'size': 64,
+        d.make = {'path': 'runs/data/playground', 'train': 1200, 'validation': 128, 'test': 256, 'seconds': 8.0, 'size': 64,
                   'fps': 8.0, 'rate': 8000, 'seed': 0}
         d.train.playground = {'path': 'runs/data/playground/records', 'split': 'train', 'weight': 1.0, 'share': 0.0}
     if arg == 'shuffled':

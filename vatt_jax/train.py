@@ -301,7 +301,8 @@ def check_run_folder(config: ConfigDict, workdir: pathlib.Path) -> None:
         return
     new = dict(configs.flatten(config))
     changed = [f for f in configs.same(old, config) if f.startswith(('model.', 'objective.', 'optimizer.name', 'optimizer.frozen'))
-               and not f.startswith(('model.attention', 'model.scan', 'model.remat')) and not (f.endswith('.vocab') and new.get(f) == 0)]
+               and not f.startswith(('model.attention', 'model.scan', 'model.remat', 'objective.method', 'objective.block'))
+               and not (f.endswith('.vocab') and new.get(f) == 0)]
     if changed:
         f = changed[0]
         values = [dict(configs.flatten(c)).get(f, 'absent') for c in (old, config)]

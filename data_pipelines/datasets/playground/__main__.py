@@ -1,4 +1,4 @@
-"""python -m data_pipelines.datasets.playground --out=runs/data/playground [--train=1600 --seconds=8 …]"""
+"""python -m data_pipelines.datasets.playground --out=runs/data/playground [--train=1200 --seconds=8 …]"""
 from __future__ import annotations
 
 import argparse

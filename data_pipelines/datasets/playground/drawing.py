@@ -7,10 +7,10 @@ import math
 
 import numpy as np
 
-from data_pipelines.datasets.playground.world import COLORS, FLOOR, LEFT, RIGHT, Config, Episode, Thing
+from data_pipelines.datasets.playground.world import COLORS, FLOOR, LEFT, REACH, RIGHT, Config, Episode, Thing
 
-MARGIN = 0.32  # share of the frame; more than anything hangs over its edge
-REACH = 1.25   # radii; no shape goes further from its centre
+MARGIN = 0.5  # share of the frame; more than anything hangs over its edge
+FURTHEST = 1.25  # radii; no shape goes further from its centre
 
 
 def frames(config: Config, episodes: list[Episode], rng: np.random.Generator) -> np.ndarray:
@@ -52,7 +52,7 @@ def draw(canvas: np.ndarray, thing: Thing, size: int, margin: int) -> None:
     frames_ = canvas.shape[0]
     if frames_ == 0:
         return
-    half = int(math.ceil(REACH * float(thing.radius.max()) * size)) + 2
+    half = int(math.ceil(FURTHEST * float(thing.radius.max()) * size)) + 2
     corner = np.floor(thing.center * size).astype(int) - half
     span = np.arange(2 * half + 1)
     rows, columns = corner[:, :1] + span, corner[:, 1:] + span                    # [T S]
@@ -73,32 +73,27 @@ def distance(kind: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     r = np.sqrt(u * u + v * v)
     if kind == 'disc':
         return r - 0.95
-    if kind == 'square':
-        return np.maximum(np.abs(u), np.abs(v)) - 0.8
-    if kind == 'triangle':
-        return np.maximum(np.abs(u) * 0.866 - (v + 0.15) * 0.5 - 0.42, v - 0.7)
-    if kind == 'star':
-        return (r - (0.66 + 0.34 * np.cos(5 * np.arctan2(u, -v)))) * 0.7
     if kind == 'ring':
-        return np.abs(r - 0.72) - 0.24
-    if kind == 'cross':
-        return np.minimum(np.maximum(np.abs(u) - 0.3, np.abs(v) - 1), np.maximum(np.abs(u) - 1, np.abs(v) - 0.3))
+        return np.abs(r - 0.72) - 0.23
+    if kind in ('plank', 'pole'):
+        high, wide = REACH[kind]
+        return np.maximum(np.abs(u) - wide, np.abs(v) - high)
     raise ValueError(f'no object kind {kind!r}')
 
 
 def pattern(texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Brightness of the surface, 0.4…1."""
+    """Brightness of the surface, 0.55…1."""
     if texture == 'striped':
-        return np.where(np.sin(7.5 * v) > 0, 1.0, 0.4).astype(np.float32)
+        return np.where(np.sin(7.5 * v) > 0, 1.0, 0.55).astype(np.float32)
     if texture == 'dotted':
-        return np.where(np.sin(8 * u) * np.sin(8 * v) > 0.35, 0.4, 1.0).astype(np.float32)
+        return np.where(np.sin(8 * u) * np.sin(8 * v) > 0.35, 0.55, 1.0).astype(np.float32)
     return np.ones_like(u)
 
 
 @functools.cache
 def outline(kind: str) -> np.ndarray:
     """float64 [N 2] (u, v): the points of a shape that are furthest in one of 360 directions."""
-    line = np.linspace(-REACH, REACH, 501)
+    line = np.linspace(-FURTHEST, FURTHEST, 501)
     u, v = (x.ravel() for x in np.meshgrid(line, line))
     inside = distance(kind, u, v) <= 0
     points = np.stack([u[inside], v[inside]], -1)

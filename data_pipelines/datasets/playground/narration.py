@@ -5,8 +5,8 @@ import numpy as np
 
 from data_pipelines.datasets.playground.world import Episode
 
-NOUNS = {'disc': ('disc', 'circle', 'round thing'), 'square': ('square', 'box'), 'triangle': ('triangle', 'triangular piece'),
-         'star': ('star', 'starry shape'), 'ring': ('ring', 'hoop'), 'cross': ('cross', 'plus sign')}
+NOUNS = {'disc': ('disc', 'circle', 'round thing'), 'ring': ('ring', 'hoop'), 'plank': ('plank', 'board', 'flat thing'),
+         'pole': ('pole', 'stick', 'tall thing')}
 VERBS = {'bounce': ('bounces on the floor', 'is bouncing up and down', 'drops and bounces', 'keeps hitting the ground'),
          'collide': ('crashes into the wall', 'runs from side to side', 'hits the posts', 'keeps colliding with the sides'),
          'appear': ('appears', 'is growing out of nothing', 'pops up', 'shows up from nowhere'),
@@ -22,7 +22,7 @@ CHATTER = ('so yeah let us get started', 'thanks for watching everybody', 'do no
 
 
 def caption(episode: Episode) -> str:
-    """The clean sentence of an episode: 'a large red striped star bounces on the floor'."""
+    """The clean sentence of an episode: 'a large red striped ring bounces on the floor'."""
     s = episode.subject
     words = ['a', SCALES[s.size][0], s.color, LOOKS[s.texture][0], NOUNS[s.kind][0], VERBS[episode.event][0]]
     return ' '.join(w for w in words if w)

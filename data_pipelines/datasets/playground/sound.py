@@ -8,12 +8,12 @@ from data_pipelines.datasets.playground.world import GLIDE, SIZES, Config, Episo
 PITCH = {'small': 310.0, 'medium': 280.0, 'large': 250.0}   # Hz of the lowest tone: small things sound high
 TONES = (1.0, 1.7, 2.9, 4.9)                                # the four tones every voice is made of, in multiples of the lowest
 # kind -> the chords it alternates between. Over time every kind has as much of each tone; what tells them apart is which sound together.
-VOICES = {'disc': ((0, 1), (2, 3)), 'triangle': ((0, 2), (1, 3)), 'ring': ((0, 3), (1, 2)), 'cross': ((0, 1, 2, 3),)}
+VOICES = {'disc': ((0, 1), (2, 3)), 'ring': ((0, 2), (1, 3)), 'plank': ((0, 3), (1, 2)), 'pole': ((0, 1, 2, 3),)}
 CHORD = 0.16                                                # seconds of one chord
 IMPACT = 2 * CHORD                                          # seconds an impact is heard
 EDGE = 0.006                                                # seconds in which a chord comes or goes
 BEND = {'impact': 0.0, 'appear': 0.4, 'vanish': -0.4}       # octaves by which the pitch has moved at the end
-LOUDNESS = 0.4                                              # of a tone at full strength, share of full scale
+LOUDNESS = {'small': 0.16, 'medium': 0.25, 'large': 0.4}    # of a tone at full strength, share of full scale: large things are loud
 
 
 def waveform(config: Config, episodes: list[Episode], rng: np.random.Generator) -> np.ndarray:
@@ -23,9 +23,9 @@ def waveform(config: Config, episodes: list[Episode], rng: np.random.Generator) 
     for e in episodes:
         assert e.subject.size in SIZES
         pitch = PITCH[e.subject.size] * rng.uniform(0.97, 1.03)
-        near = rng.uniform(0.5, 1.0)                        # how close the microphone is
+        loud = LOUDNESS[e.subject.size] * rng.uniform(0.85, 1.0)  # the microphone's distance
         for time, what, strength in e.sounds:
-            add(out, config.rate, time, e.begin, e.end, LOUDNESS * near * strength * note(config.rate, e.subject.kind, what, pitch, rng))
+            add(out, config.rate, time, e.begin, e.end, loud * strength * note(config.rate, e.subject.kind, what, pitch, rng))
     out = out[:total] + rng.standard_normal(total, dtype=np.float32) * config.sound_noise
     return (np.clip(out, -1, 1) * 32767).astype(np.int16)
 

@@ -6,12 +6,14 @@ import math
 
 import numpy as np
 
-KINDS = ('disc', 'triangle', 'ring', 'cross')
+KINDS = ('disc', 'ring', 'plank', 'pole')
 EVENTS = ('bounce', 'collide', 'appear', 'vanish')
 COLORS = {'red': (225, 50, 45), 'orange': (245, 145, 30), 'yellow': (240, 225, 60), 'green': (60, 190, 70), 'cyan': (60, 210, 220),
           'blue': (55, 85, 230), 'purple': (150, 60, 200), 'white': (245, 245, 245)}
 TEXTURES = ('plain', 'striped', 'dotted')
 SIZES = {'small': 0.165, 'medium': 0.21, 'large': 0.27}   # radius, as a share of the frame's height
+REACH = {'disc': (0.95, 0.95), 'ring': (0.95, 0.95), 'plank': (0.4, 1.1), 'pole': (1.1, 0.4)}  # half height, half width, in radii
+TILT = 0.12                                               # radians; most that a subject leans
 CLASSES = tuple(f'{event} {kind}' for event in EVENTS for kind in KINDS)
 SPLITS = ('train', 'validation', 'test')
 FLOOR, LEFT, RIGHT = 0.93, 0.06, 0.94                     # where things hit, shares of the frame
@@ -25,7 +27,7 @@ class Config:
     video. held_out: share of (colour, kind) pairs, at most a half, that only the test split shows, among all others. distractors: most
     silent objects per scene. camera_noise, sound_noise: standard deviations, in 8-bit levels and as a share of full scale.
     """
-    train: int = 1600
+    train: int = 1200
     validation: int = 128
     test: int = 256
     seconds: float = 8.0
@@ -93,8 +95,9 @@ class Episode:
         return f'{self.event} {self.subject.kind}'
 
 
-RISE = 0.3    # how far up a thing goes while it vanishes, share of the frame
-GLIDE = 0.6  # seconds an appearance or a vanishing takes
+RISE = 0.3   # how far up a thing goes while it appears or vanishes, share of the frame
+GLIDE = 0.8   # seconds an appearance or a vanishing takes
+NEXT = 0.42   # least seconds from one post to the other: a sound is over before the next
 
 
 def held_out_pairs(config: Config) -> set[tuple[str, str]]:
@@ -137,23 +140,24 @@ def episode(config: Config, rng: np.random.Generator, begin: float, end: float, 
     t, length = times - begin, end - begin
     radius = np.full(len(t), SIZES[size] * rng.uniform(0.93, 1.07))
     r = float(radius[0]) if len(radius) else SIZES[size]
-    center, sounds = {'bounce': bounce, 'collide': collide, 'appear': grow, 'vanish': grow}[event](rng, t, length, r)
+    center, sounds = {'bounce': bounce, 'collide': collide, 'appear': grow, 'vanish': grow}[event](rng, t, length, r * np.array(REACH[kind]))
     if event in ('appear', 'vanish'):
         scale, starts = swell(rng, t, length, event)
         radius, sounds = radius * scale, [(s, event, 1.0) for s in starts]
-        if event == 'vanish':
-            center[:, 0] -= RISE * (1 - scale)  # it floats off as it shrinks
-    subject = Thing(kind, color, texture, size, float(rng.uniform(-0.35, 0.35)), center, radius)
+        # it comes up from below as it grows, and floats off as it shrinks
+        center[:, 0] += (RISE if event == 'appear' else -RISE) * (1 - scale)
+    subject = Thing(kind, color, texture, size, float(rng.uniform(-TILT, TILT)), center, radius)
     others = [drifting(rng, t, kind, held) for _ in range(rng.integers(1, config.distractors + 1))] if config.distractors else []
     hue, light = rng.uniform(0, 1), rng.uniform(0.1, 0.3)
     background = np.array([light, hue, rng.uniform(0.05, 0.25), *rng.uniform(-6, 6, 4), rng.uniform(0, 6.28), rng.uniform(-2, 2)])
     return Episode(begin, end, event, subject, others, background, [(begin + s, what, strength) for s, what, strength in sounds], times)
 
 
-def bounce(rng, t, length, r):
-    """Falls onto the floor and bounces, losing a fifth of its speed each time; thrown up again when it gets slow."""
+def bounce(rng, t, length, reach):
+    """(center [T 2], sounds) of a thing of half height and half width `reach`. Falls onto the floor and bounces, losing a fifth of its
+    speed each time; thrown up again when it gets slow."""
     top = rng.uniform(0.15, 0.35)
-    ground = FLOOR - r
+    ground = FLOOR - reach[0]
     gravity = rng.uniform(2.2, 3.4)
     x = rng.uniform(0.25, 0.75) + rng.uniform(-0.06, 0.06) * t
     when = rng.uniform(0.0, 0.5)                     # let go after a while: the rhythm has no fixed phase
@@ -171,11 +175,11 @@ def bounce(rng, t, length, r):
     return np.stack([np.minimum(y, ground), np.broadcast_to(x, t.shape)], -1), hits
 
 
-def collide(rng, t, length, r):
+def collide(rng, t, length, reach):
     """Runs against the left and the right post in turn, at constant speed."""
-    low, high = LEFT + r, RIGHT - r
-    speed, x0, way = rng.uniform(0.75, 1.25), rng.uniform(low, high), rng.choice([-1, 1])
+    low, high = LEFT + reach[1], RIGHT - reach[1]
     span = high - low
+    speed, x0, way = min(rng.uniform(0.75, 1.25), span / NEXT), rng.uniform(low, high), rng.choice([-1, 1])
     phase = (x0 - low if way > 0 else 2 * span - (x0 - low)) + speed * t
     folded = np.mod(phase, 2 * span)
     x = low + np.where(folded > span, 2 * span - folded, folded)
@@ -186,14 +190,14 @@ def collide(rng, t, length, r):
     return np.stack([np.broadcast_to(y, t.shape), x], -1), hits
 
 
-def grow(rng, t, length, r):
+def grow(rng, t, length, reach):
     drift = rng.uniform(-0.08, 0.08, 2)
-    return rng.uniform((0.45, 0.32), (0.7, 0.68)) + drift * (t - length / 2)[:, None], []
+    return rng.uniform((0.42, 0.32), (0.6, 0.68)) + drift * (t - length / 2)[:, None], []
 
 
 def swell(rng, t, length, event):
     """(scale [T], start times): grows from nothing in GLIDE seconds and is gone at the end of its period; vanish is the reverse."""
-    period = rng.uniform(1.15, 1.5)
+    period = rng.uniform(1.3, 1.6)
     phase = rng.uniform(0, period)
     at = np.mod(t + phase, period)
     scale = np.clip(at / GLIDE, 0, 1) if event == 'appear' else np.clip((period - at) / GLIDE, 0, 1)

@@ -1,0 +1,81 @@
+"""The contrastive objective: every form through the loop, learnt temperature, and mistakes as sentences."""
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import data_pipelines
+from tests import tiny
+from vatt_jax import train
+from vatt_jax.config import ConfigError
+from vatt_jax.objectives.contrastive import Contrastive
+
+
+def run(workdir, mesh=None, **fields):
+    """Losses by step and the last step's logged values of three steps of the tiny model."""
+    config = tiny.config(steps=3)
+    config.objective = type(config)({'name': 'contrastive', **fields})
+    config.mesh.update(mesh or {})
+    train.train(config, data_pipelines.open(config), workdir, quiet=True)
+    lines = [json.loads(line) for line in (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()]
+    lines = [line for line in lines if 'loss' in line]
+    return [line['loss'] for line in lines], lines[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fields', [{'form': 'clip', 'learn_temperature': True}, {'form': 'siglip', 'learn_temperature': True},
+                                    {'form': 'symmetric', 'replicas': 4}, {'form': 'mil_nce'}])
+def test_training_is_the_same_dense_gathered_and_in_a_ring(tmp_path, fields):
+    want, dense = run(tmp_path / 'dense', method='dense', **fields)
+    for method, mesh in (('auto', {}), ('gather', {'replica': 8}), ('ring', {'replica': 2, 'fsdp': 2, 'model': 2})):
+        got, last = run(tmp_path / method, mesh, method=method, **fields)
+        np.testing.assert_allclose(got, want, rtol=2e-4)
+        for name in ('temperature/video-text', 'bias/video-text'):
+            assert (name in last) == (name in dense)
+            if name in last:
+                np.testing.assert_allclose(last[name], dense[name], rtol=1e-4)
+    if fields.get('learn_temperature'):
+        assert dense['temperature/video-text'] != {'clip': 0.07, 'siglip': 0.1}[fields['form']]
+
+
+def test_the_learnt_scale_stops_at_a_hundred():
+    objective = Contrastive({'form': 'clip', 'learn_temperature': True})
+    _, params, _ = objective.after_update({}, {'log_scale': jnp.array([9.0, 1.0])}, {}, 0)
+    np.testing.assert_allclose(params['log_scale'], [np.log(100), 1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize('fields, told', [
+    ({'form': 'triplet'}, "config.objective.form='triplet': choose one of asymmetric, symmetric, clip"),
+    ({'method': 'rign'}, "config.objective.method='rign': choose one of auto, gather, ring, dense"),
+    ({'dtype': 'float16'}, "config.objective.dtype='float16': choose one of float32, bfloat16"),
+    ({'temperature': -1.0}, 'config.objective.temperature=-1.0: a positive number'),
+    ({'replicas': 0}, 'config.objective.replicas=0'),
+    ({'blok': 3}, "config.objective.blok=3: no such field; did you mean 'block'"),
+    ({'pairs': ()}, 'config.objective.pairs is empty'),
+])
+def test_mistakes_in_the_config_are_sentences(fields, told):
+    with pytest.raises(ConfigError) as error:
+        Contrastive(fields)
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize('fields, told', [
+    ({'pairs': (('video', 'audio', 'vat', 1.0),)}, "no 'audio' in space 'vat'; it has video in va"),
+    ({'form': 'nt_xent'}, "does not fit form='nt_xent'"),
+    ({'pairs': (('text', 'video', 'vat', 1.0),)}, 'the first stream has one embedding per clip'),
+    ({'replicas': 5}, 'config.objective.replicas=5 does not divide the (micro)batch of 16 clips'),
+])
+def test_what_the_model_or_the_batch_does_not_have_is_a_sentence(fields, told):
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+
+    class spec:
+        """An objective sizes itself by abstract shapes alone."""
+        class outputs:
+            spaces = {'va': {'video': shape(16, 8), 'audio': shape(16, 8)}, 'vat': {'video': shape(16, 4), 'text': shape(16, 2, 4)}}
+        batch = {'index': shape(16)}
+    with pytest.raises(ConfigError) as error:
+        Contrastive(fields).init(jax.random.key(0), spec)
+    assert told in str(error.value)
