@@ -111,7 +111,7 @@ def test_float64_reaches_what_float32_cannot():
     assert not rough.converged and rough.residual < 3e-6  # says so, and gives the best it saw
 
 
-@pytest.mark.parametrize('mesh', [(8,), (2, 4)])
+@pytest.mark.parametrize('mesh', [(2, 4), pytest.param((8,), marks=pytest.mark.slow)])
 def test_one_device_is_eight(mesh):
     """M not divisible by 8: padding rows must weigh nothing."""
     views, r = problem(1501, 16, 'structured'), priors(16, 'zipf')
@@ -167,7 +167,8 @@ def hard(kind, m=400, p=8, seed=0):
             'tiny': 1e-6 * rng.standard_normal((m, p))}[kind].astype(np.float32)
 
 
-@pytest.mark.parametrize('kind', ['one-hot', 'one cluster', 'huge', 'constant', 'forbidden', 'tiny'])
+@pytest.mark.parametrize('kind', ['one-hot', 'huge', 'forbidden', *[pytest.param(k, marks=pytest.mark.slow)
+                                                                    for k in ('one cluster', 'constant', 'tiny')]])
 def test_hard_inputs_end_finite(kind):
     """No NaN, overflow or endless loop, and the sizes are met where float precision lets them."""
     logits, r = hard(kind), priors(8, 'zipf')
@@ -183,6 +184,7 @@ def test_hard_inputs_end_finite(kind):
         assert (got.labels == z).sum() >= 0.9 * expected.sum()
 
 
+@pytest.mark.slow
 def test_huge_strength():
     views, r = problem(600, 8, 'structured'), priors(8, 'zipf')
     got = sinkhorn.solve(views, r, 5000, dtype='float64', tolerance=1e-3, max_passes=3000)
@@ -215,7 +217,8 @@ def test_warm_start_needs_fewer_passes():
     check_labels(warm.labels, 10 * sum(v.astype(np.float64) for v in drift), plain.potentials, 0.1)
 
 
-@settings(max_examples=12, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None)
 @given(m=st.sampled_from([5, 333]), p=st.sampled_from([2, 7]), strength=st.sampled_from([1.0, 25.0]), seed=st.integers(0, 1000))
 def test_any_shape_and_prior(m, p, strength, seed):
     rng = np.random.default_rng(seed)

@@ -225,7 +225,8 @@ def _confusion(run: Run) -> str:
     out = []
     for name, result in run.results.items():
         matrix, classes = result.artifacts.get('confusion'), result.artifacts.get('classes') or []
-        if matrix is None or not name.startswith('probe') or len(matrix) > 40 or 'simple' in name or 'single' in name:
+        wanted = name.startswith('probe') or 'cluster_class' in result.artifacts
+        if matrix is None or not wanted or len(matrix) > 40 or 'simple' in name or 'single' in name:
             continue
         share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
         names = [classes[i] if i < len(classes) else str(i) for i in range(len(matrix))]
@@ -234,7 +235,7 @@ def _confusion(run: Run) -> str:
             for m, s, count in zip(names, row, counts)) + '</tr>' for n, row, counts in zip(names, share, matrix.tolist()))
         out.append(f'<figure><figcaption>{_text(name.replace("_", " "))}: true class by row, predicted by column in the same order</figcaption>'
                    f'<table class="confusion">{lines}</table></figure>')
-    return f'<h2>Confusions of the linear probes</h2>{"".join(out)}' if out else ''
+    return f'<h2>Confusions</h2>{"".join(out)}' if out else ''
 
 
 def _stages(run: Run) -> str:

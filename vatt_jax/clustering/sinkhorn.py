@@ -108,6 +108,12 @@ def solve(views: Sequence[Any], prior: np.ndarray, strength: float, *, heads: Se
                     found.residual <= limit, found.inverse, found.history)
 
 
+def shares(views: Sequence[Any], strength: float, *, heads: Sequence[tuple[Any, Any]] | None = None, mesh: Mesh | None = None) -> np.ndarray:
+    """float64 [P]: share of each cluster without any prior, the column means of softmax(Z). Arguments as for `solve`."""
+    clusters = heads[0][0].shape[1] if heads is not None else (views[0][0] if isinstance(views[0], (list, tuple)) else views[0]).shape[1]
+    return Rows(views, heads, clusters, 'float32', mesh).marginal(np.zeros(clusters), strength)
+
+
 def check_prior(prior) -> np.ndarray:
     """float64 [P], positive and summing to 1; ValueError in a sentence otherwise."""
     prior = np.asarray(prior, np.float64)

@@ -1,0 +1,349 @@
+"""Objectives that make their own labels: through the common loop, and piece by piece against definitions in NumPy."""
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import data_pipelines
+from tests import tiny
+from tests.test_sinkhorn import column_means, converged, log_softmax, swav
+from tests.test_train import losses, run, state_of, stop_at
+from vatt_jax import objectives, sharding, train
+from vatt_jax.clustering.kmeans import kmeans, labels_of
+from vatt_jax.config import ConfigError
+from vatt_jax.evals.clustering import Clustering
+from vatt_jax.objectives import Records
+from vatt_jax.objectives.self_labelling import schedule
+
+FIELDS = {'self_labelling': {'views': ('video', 'video.second', 'audio'), 'clusters': 4, 'heads': 3, 'groups': 2, 'hidden': 8, 'dropout': 0.1,
+                             'prior': 'gaussian', 'refreshes': 4, 'warmup': 1},
+          'online_codes': {'views': ('video', 'video.second', 'audio'), 'assign': ('video', 'audio'), 'clusters': 5, 'hidden': 8, 'width': 6,
+                           'queue': 24, 'freeze': 1},
+          'kmeans_labels': {'views': ('video', 'audio'), 'targets': 'both', 'clusters': 4, 'every': 3, 'iterations': 3}}
+
+
+def config(name, **fields):
+    c = tiny.config(steps=5, data__views=(('video.second', {'kind': 'clip'}),))
+    del c.model.towers['text']
+    for tower in c.model.towers.values():
+        tower.layers = 1
+    c.model.head = ConfigDict({'name': 'none'})
+    c.objective = ConfigDict({'name': name, **FIELDS[name], **fields})
+    return c
+
+
+@pytest.mark.parametrize('name', FIELDS)
+def test_killed_and_continued_is_uninterrupted(name, tmp_path):
+    """Parameters, labels, potentials, queue, and what the refreshes told."""
+    want = run(tmp_path / 'whole', config(name))
+    with stop_at(3):
+        run(tmp_path / 'cut', config(name))
+    got = run(tmp_path / 'cut', config(name))
+    assert got['digests'] == want['digests'] and got['order'] == want['order'] and want['skipped_steps'] == 0
+    assert losses(tmp_path / 'cut') == losses(tmp_path / 'whole')
+    lines = [[json.loads(x) for x in (tmp_path / f / 'metrics.jsonl').read_text().splitlines()] for f in ('whole', 'cut')]
+    told = [[x for x in part if any(k.startswith('refresh/') for k in x)] for part in lines]
+    assert told[0] == told[1]
+    state, _, columns = state_of(tmp_path / 'whole', config(name))
+    if name == 'self_labelling':
+        assert [x['step'] for x in told[0]] == [1, 2, 4] and all(x['refresh/converged'] == 1 for x in told[0])
+        assert 'refresh/NMI_to_last' in told[0][1] and 'refresh/NMI_to_last' not in told[0][0]
+        assert columns['label'].shape == (64, 3) and (columns['label'] >= 0).all() and int(state.objective['refreshes']) == 3
+        assert (columns['label'][:, 0] != columns['label'][:, 1]).any() and (np.asarray(state.objective['loss']) > 0).all()
+    if name == 'online_codes':
+        np.testing.assert_allclose(np.linalg.norm(state.params['objective']['prototypes'], axis=0), 1, rtol=1e-5)
+        assert (np.asarray(state.objective['queue']['audio']['filled']) == 2).all()
+    if name == 'kmeans_labels':
+        assert set(columns) == {'cluster.video', 'cluster.audio'} and set(state.params['objective']['video']) == {'video', 'audio'}
+
+
+# ---- refreshes, on features that are given
+
+def relabelling(features, records=None, columns=None, step=0, mesh=1, change=None, **fields):
+    """(objective, Refreshed) of one refresh on features {view: [n D]}. change(params, state): what to set before, in place."""
+    objective = objectives.build(ConfigDict({'name': 'self_labelling', 'views': tuple(features), 'clusters': 5, **fields}))
+    shapes = {v: types.SimpleNamespace(pooled=jax.ShapeDtypeStruct((4, x.shape[1]), 'float32')) for v, x in features.items()}
+    n = len(next(iter(features.values())))
+    spec = objectives.Spec(None, types.SimpleNamespace(encoded=shapes), None, n, {})
+    params, state = jax.tree.map(np.array, jax.device_get(_unboxed(objective.init(jax.random.key(3), spec))))
+    if change is not None:
+        change(params, state)
+    rows = {**features, **{f'{v}/valid': np.ones(n, bool) for v in features}, 'index': np.arange(n), **(records or {})}
+    with jax.set_mesh(sharding.make_mesh({'replica': mesh})):
+        got = objective.refresh(None, params, state, step, Records(n, columns or {}, lambda fn, augment=True, draw=0: rows))
+    return objective, params, got
+
+
+def _unboxed(tree):
+    import flax.linen as nn
+    return nn.meta.unbox(tree)
+
+
+def two_views(n=600, seed=0):
+    rng = np.random.default_rng(seed)
+    kind = rng.integers(0, 5, n)
+    return {v: (np.eye(5)[kind] @ rng.standard_normal((5, d)) * 2 + rng.standard_normal((n, d))).astype(np.float32)
+            for v, d in (('video', 7), ('audio', 4))}
+
+
+@pytest.mark.parametrize('mesh', [1, 8])
+def test_labels_are_the_transport_of_the_mean_log_probability(mesh):
+    """Against the definition in float64. A third of the records has no sound, one has nothing at all and one cannot be read."""
+    features = two_views()
+    n = len(features['video'])
+    sound, seen = np.arange(n) % 3 != 0, np.arange(n) != 6
+    records = {k: x[:-1] for k, x in {**features, 'audio/valid': sound & seen, 'video/valid': seen, 'index': np.arange(n)}.items()}
+    _, params, got = relabelling(features, records, mesh=mesh, prior='zipf', spread=0.5, align=False, tolerance=1e-6)
+    logits = [features[v].astype(np.float64) @ params[v]['0']['kernel'] + params[v]['0']['bias'] for v in features]
+    log_p = np.where(sound[:, None], (log_softmax(logits[0]) + log_softmax(logits[1])) / 2, log_softmax(logits[0]))[:-1][seen[:-1]]
+    share = (1.0 + np.arange(5)) ** -0.5
+    share = share / share.sum()
+    mass = column_means(20 * log_p, 0)
+    prior = np.empty(5)
+    prior[np.argsort(-mass)] = share          # the largest size to the cluster with most mass
+    want = (20 * log_p + converged(20 * log_p, prior)).argmax(1)
+    label = got.columns['label'][:, 0]
+    assert label[6] == -1 and label[-1] == -1 and label.shape == (n,)
+    np.testing.assert_array_equal(label[:-1][seen[:-1]], want)
+    np.testing.assert_allclose(np.bincount(want, minlength=5) / len(want), prior, atol=0.02)
+    assert got.metrics['residual'] <= 1e-6 and 'NMI_to_last' not in got.metrics
+
+
+def test_heads_that_differ_by_their_numbering_are_aligned():
+    """Both views see the same features through the same head, numbered otherwise: alignment finds the numbering exactly."""
+    x = two_views()['video']
+    order = np.array([3, 0, 4, 1, 2])
+
+    def change(params, state):
+        params['video']['0']['kernel'] *= 8
+        for part in ('kernel', 'bias'):
+            params['audio']['0'][part] = params['video']['0'][part][..., order]
+    _, params, got = relabelling({'video': x, 'audio': x}, change=change)
+    for part in ('kernel', 'bias'):
+        np.testing.assert_array_equal(got.params['audio']['0'][part], params['video']['0'][part])
+        np.testing.assert_array_equal(got.params['video']['0'][part], params['video']['0'][part])
+    _, params, got = relabelling({'video': x, 'audio': x}, change=lambda p, s: (change(p, s), s.update(refreshes=np.int32(1))))
+    np.testing.assert_array_equal(got.params['audio']['0']['kernel'], params['audio']['0']['kernel'])  # never again after the first
+
+
+def test_a_refresh_starts_from_the_last_one():
+    features = two_views(3000)
+    cold, _, first = relabelling(features, clusters=40, strength=40.0)
+
+    def change(params, state):
+        state.update(first.state)
+    _, _, again = relabelling(features, columns=first.columns, change=change, clusters=40, strength=40.0, align=False)
+    assert again.metrics['passes'] < first.metrics['passes'] / 2
+    assert again.metrics['converged'] == 1 and int(again.state['refreshes']) == 2
+    # alignment of the first refresh moved the sound's clusters, and the second one has the heads from before it: compare what must not depend on it
+    assert again.metrics['changed'] <= 1 and 0 <= again.metrics['NMI_to_last'] <= 1
+
+
+def test_gaussian_sizes_and_the_published_ones():
+    objective, _, _ = relabelling(two_views(), prior='gaussian', spread=0.3)
+    sizes = np.array([0.7, 1.2, 1.0, 1.4, 0.7], np.float32)
+    mass = np.array([0.1, 0.4, 0.05, 0.15, 0.3])
+    kept, shares = objective.prior(sizes, lambda: mass)
+    np.testing.assert_allclose(shares, np.array([0.7, 1.4, 0.7, 1.0, 1.2]) / 5, rtol=1e-6)
+    np.testing.assert_array_equal(kept, sizes)
+    objective.config.published_prior = True
+    kept, shares = objective.prior(sizes, lambda: mass)
+    np.testing.assert_array_equal(kept, sizes[[2, 0, 3, 4, 1]])            # permuted in place by the mass's order
+    np.testing.assert_allclose(shares, (1 / kept) / (1 / kept).sum(), rtol=1e-6)  # and the largest size has the smallest share
+    draws = [np.asarray(objective.sizes(jax.random.key(i))) for i in range(200)]
+    np.testing.assert_allclose([np.std(draws), np.mean(draws)], [0.3, 1], atol=0.05)
+
+
+def test_the_published_schedule():
+    """200 epochs of 1000 steps: the first refreshes at epochs 0, 0.2, 0.57, 1.06, 1.62, 2.27, 2.98; 99 of 100, about every 3 epochs at the end."""
+    steps = sorted(schedule(200_000, 100, 1.5))
+    np.testing.assert_allclose(np.array(steps[:7]) / 1000, [0, 0.203, 0.574, 1.055, 1.624, 2.27, 2.984], atol=2e-3)
+    assert len(steps) == 99 and 2900 < steps[-1] - steps[-2] < 3100
+    assert sorted(schedule(6, 6, 1.5)) == [0, 1, 2, 3, 5] and sorted(schedule(6, 5, 1.0, 10)) == [10, 12, 13, 15]
+    assert sorted(schedule(3, 100, 2.0)) == [0, 1, 2]  # more refreshes than steps: one in each
+
+
+def test_loss_is_the_mean_over_views_and_heads():
+    c = config('self_labelling', warmup=0, dropout=0.0, hidden=0)
+    for tower in c.model.towers.values():
+        tower.drop_token = tower.dropout = 0.0
+    data = data_pipelines.open(c)
+    built = train.build(c, data)
+    with jax.set_mesh(built.mesh):
+        state = built.init()
+    rng = np.random.default_rng(0)
+    first = {k: v for k, v in next(data.train(0, 16)).items() if k != 'labels'}
+    from vatt_jax import preprocess
+    from vatt_jax.encoder import device_part
+    from vatt_jax.rng import Rng
+    for s in ('video', 'audio'):
+        first[s]['valid'] = np.arange(16) % (3 if s == 'audio' else 5) != 0
+    batch = device_part(first)
+    label = rng.integers(-1, 4, (16, 3)).astype(np.int32)
+    variables = {'params': state.params['model'], 'batch_stats': state.batch_stats}
+
+    def both(batch, label):
+        r = Rng.create(0, 0, batch['position'])
+        batch = preprocess.device_stage(batch, c.model.inputs, c.augment, r, augment=False, dtype='float32')
+        with_labels = {**batch, 'columns': {'label': label}}
+        call = lambda b: built.objective.loss(built.model, variables, state.params['objective'], state.objective, b, r)
+        encoded = built.model.apply(variables, batch, train=False, rng=r, method='encode_all')
+        return call(with_labels), call(batch), encoded, built.objective.predict(state.params['objective'], state.objective, encoded)
+    got, before, encoded, predicted = jax.jit(both)(batch, label)
+    want, logs = [], {}
+    for v in c.objective.views:
+        for i in range(3):
+            p = jax.device_get(state.params['objective'][v.split('.')[0]][str(i)])
+            log_p = logs[v, i] = log_softmax(np.asarray(encoded[v].pooled, np.float64) @ p['kernel'] + p['bias'])
+            use = (label[:, i] >= 0) & first[v]['valid']
+            want.append(-log_p[use, label[use, i]].mean())
+    np.testing.assert_allclose(got.value, np.mean(want), rtol=1e-5)
+    np.testing.assert_allclose(got.state['loss'], np.reshape(want, (3, 3)).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(predicted['cluster/1'], sum(logs[v, 1] for v in c.objective.views), rtol=1e-4, atol=1e-4)
+    assert got.apply_update is True or bool(got.apply_update)
+    assert not bool(before.apply_update) and float(before.value) == 0 and int(before.state['seen']) == 1
+
+
+def test_passes_of_a_refresh_see_other_clips_each_time():
+    data = data_pipelines.open(config('self_labelling'))
+    boxes = [next(data.one_pass('train', 16, by='records', augment=True, draw=d))['video'] for d in ('0/0', '0/0', '0/1', '4/0', '')]
+    same = lambda a, b: (a['box'] == b['box']).all() and (a['start'] == b['start']).all()
+    assert same(boxes[0], boxes[1]) and not any(same(boxes[0], b) for b in boxes[2:])
+
+
+def test_mistakes_are_sentences():
+    build = lambda **f: objectives.build(ConfigDict({'name': 'self_labelling', **f}))
+    for fields, words in (({'groups': 3, 'heads': 2}, 'groups=3: there are only 2 heads'), ({'prior': 'normal'}, 'choose one of uniform'),
+                          ({'shares': (0.5, 0.5, 0.0), 'clusters': 3}, r'shares: prior\[2\]=0.0'), ({'shares': (0.5, 0.5)}, 'has 2 entries'),
+                          ({'views': ()}, 'views is empty')):
+        with pytest.raises(ConfigError, match=words):
+            build(**fields)
+    with pytest.raises(ConfigError, match='wants views of two modalities'):
+        objectives.build(ConfigDict({'name': 'kmeans_labels', 'views': ('video', 'video.second'), 'targets': 'other'}))
+    with pytest.raises(ConfigError, match='two views at least'):
+        objectives.build(ConfigDict({'name': 'online_codes', 'views': ('video',)}))
+
+
+# ---- online codes
+
+def test_online_codes_are_swavs_swapped_prediction():
+    """Loss of two views and a queue, by the published order of operations in NumPy; rows without a view count for nothing."""
+    objective = objectives.build(ConfigDict({'name': 'online_codes', 'views': ('a', 'b'), 'clusters': 6, 'hidden': 0, 'width': 4, 'queue': 10}))
+    rng = np.random.default_rng(0)
+    norm = lambda x, axis=-1: x / np.linalg.norm(x, axis=axis, keepdims=True)
+    z = {v: norm(rng.standard_normal((8, 4))) for v in 'ab'}
+    old = {v: norm(rng.standard_normal((10, 4))) for v in 'ab'}
+    valid = {'a': np.arange(8) != 2, 'b': np.arange(8) != 5}
+    prototypes = norm(rng.standard_normal((4, 6)), 0)
+    # heads that pass features on
+    params = {'projection': {v: {'kernel': np.eye(4, dtype=np.float32), 'bias': np.zeros(4, np.float32)} for v in 'ab'},
+              'prototypes': jnp.asarray(prototypes, jnp.float32)}
+    encoded = {v: types.SimpleNamespace(pooled=jnp.asarray(3 * x, jnp.float32)) for v, x in z.items()}
+    model = types.SimpleNamespace(apply=lambda *a, **k: (encoded, {}))
+    batch = {v: {'data': jnp.zeros(8), 'valid': jnp.asarray(valid[v])} for v in 'ab'} | {'valid': jnp.ones(8, bool)}
+    state = {'norm': {'a': {}, 'b': {}}, 'seen': jnp.int32(7),
+             'queue': {v: {'features': jnp.asarray(x, jnp.float32), 'filled': jnp.full(10, 2.0)} for v, x in old.items()}}
+    examples = objectives_rng(8)
+
+    def value(params, state):
+        out = objective.loss(model, {'batch_stats': {}}, params, state, batch, examples)
+        return out.value, out.state
+    (got, new), grads = jax.value_and_grad(value, has_aux=True)(params, state)
+    want = []
+    for a, v in (('a', 'b'), ('b', 'a')):
+        code = np.zeros((8, 6))
+        code[valid[a]] = swav(np.concatenate([z[a][valid[a]], old[a]]) @ prototypes, 0.05)[:valid[a].sum()]
+        use = valid[a] & valid[v]
+        want.append(-(code * log_softmax(z[v] @ prototypes / 0.1))[use].sum(1).mean())
+    np.testing.assert_allclose(got, np.mean(want), rtol=1e-5)
+    np.testing.assert_allclose(new['queue']['a']['features'], np.concatenate([z['a'], old['a'][:2]]), rtol=1e-5, atol=1e-6)
+    assert new['queue']['a']['filled'].tolist() == [2, 2, 1, 2, 2, 2, 2, 2, 2, 2]
+    # a queue that is not full yet changes nothing
+    part = jax.tree.map(lambda x: x, state)
+    for v in 'ab':
+        part['queue'][v]['filled'] = part['queue'][v]['filled'].at[-1].set(0)
+    alone = np.mean([-(np.where(valid[a][:, None], _codes(z[a], valid[a], prototypes), 0) * log_softmax(z[v] @ prototypes / 0.1))
+                     [valid[a] & valid[v]].sum(1).mean() for a, v in (('a', 'b'), ('b', 'a'))])
+    np.testing.assert_allclose(value(params, part)[0], alone, rtol=1e-5)
+    objective.config.freeze = 9
+    frozen = jax.grad(lambda p: value(p, state)[0])(params)
+    assert float(jnp.abs(grads['prototypes']).max()) > 0 and float(jnp.abs(frozen['prototypes']).max()) == 0
+    assert float(jnp.abs(frozen['projection']['a']['kernel']).max()) > 0
+
+
+def _codes(z, valid, prototypes):
+    out = np.zeros((len(z), prototypes.shape[1]))
+    out[valid] = swav(z[valid] @ prototypes, 0.05)
+    return out
+
+
+def objectives_rng(n):
+    from vatt_jax.rng import Rng
+    return Rng.create(0, 0, np.arange(n))
+
+
+# ---- k-means
+
+def test_kmeans_finds_clusters_on_any_mesh_and_padding_weighs_nothing():
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 4, 203)
+    x = (10 * np.eye(4)[kind] + rng.standard_normal((203, 4))).astype(np.float32)
+    key = jax.random.key(0)
+    labels, centroids = kmeans(key, jnp.concatenate([x, jnp.full((50, 4), 100.0)]), 4, 10, jnp.arange(253) < 203)
+    assert all(len(set(np.asarray(labels[:203])[kind == k])) == 1 for k in range(4)) and len(set(np.asarray(labels[:203]))) == 4
+    np.testing.assert_allclose(np.sort(np.asarray(centroids).sum(1)), np.sort([x[kind == k].mean(0).sum() for k in range(4)]), rtol=1e-4)
+    for devices in (1, 8):
+        got = labels_of(key, x, 4, 10, sharding.make_mesh({'replica': devices}))
+        assert got.shape == (203,) and all(len(set(got[kind == k])) == 1 for k in range(4)) and len(set(got)) == 4
+
+
+@pytest.mark.parametrize('targets, want', [('own', {'video': ('video',), 'audio': ('audio',)}), ('other', {'video': ('audio',), 'audio': ('video',)}),
+                                           ('both', {'video': ('video', 'audio'), 'audio': ('audio', 'video')}),
+                                           ('joint', {'video': ('joint',), 'audio': ('joint',)})])
+def test_who_predicts_whose_clusters(targets, want):
+    """The clusters of what shows one split of the records and sounds like another."""
+    objective = objectives.build(ConfigDict({'name': 'kmeans_labels', 'targets': targets, 'clusters': 2}))
+    assert objective.targets == want
+    n = np.arange(60)
+    show, sound = n % 2, n // 30
+    rows = {'video': np.eye(2)[show], 'audio': np.eye(2)[sound], 'video/valid': n > 2, 'audio/valid': n < 59, 'index': n}
+    params = {v: {t: {'kernel': np.zeros((2, 2)), 'bias': np.zeros(2)} for t in ts} for v, ts in want.items()}
+    with jax.set_mesh(sharding.make_mesh({'replica': 1})):
+        got = objective.refresh(None, params, None, 0, Records(61, {}, lambda fn: rows))
+    split = lambda column, by, use: len({*zip(column[:60][use], by[use])}) == 2
+    for name, column in got.columns.items():
+        assert column.shape == (61,) and column[60] == -1
+        there = {'cluster.video': n > 2, 'cluster.audio': n < 59, 'cluster.joint': (n > 2) & (n < 59)}[name]
+        assert ((column[:60] >= 0) == there).all()
+        if name != 'cluster.joint':
+            assert split(column, show if name == 'cluster.video' else sound, there)
+
+
+# ---- evaluation
+
+def test_clusters_are_evaluated_against_classes():
+    rng = np.random.default_rng(0)
+    classes = rng.integers(0, 3, 90)
+    good = np.log(0.8 * np.eye(3)[(classes + 1) % 3] + 0.2 / 3)
+    bad = np.log(rng.dirichlet(np.ones(3), 90))
+    labels = np.where(np.arange(90) < 6, -1, classes)
+    features = {'labels': {'class': labels}, 'valid': {'video': np.arange(90) != 10}, 'pooled': {'video': np.eye(3)[classes] + 0.01},
+                'predictions': {'cluster/0': bad, 'cluster/1': good}}
+    objective = types.SimpleNamespace(streams=lambda: ('video',), running_losses=lambda state: {'cluster/0': 0.1, 'cluster/1': 0.5})
+    encoder = types.SimpleNamespace(objective=objective, heads=(None, None), mesh=sharding.make_mesh({'replica': 1}))
+    view = types.SimpleNamespace(features=lambda split, limit: features, encoder=encoder, seed=0,
+                                 data=types.SimpleNamespace(info={'labels': {'class': ['a', 'b', 'c']}}))
+    got = Clustering({'type': 'clustering'}).run(view)
+    assert got.scalars['NMI'] == pytest.approx(1) and got.scalars['accuracy'] == 1 and got.artifacts['examples'] == 83
+    assert got.artifacts['best'] == 'cluster/1' and got.artifacts['chosen'] == 'cluster/0'  # the oracle's head, and that of the lowest loss
+    assert got.scalars['chosen/NMI'] < 0.5 and got.artifacts['confusion'].trace() == 83
+    assert Clustering({'type': 'clustering', 'of': 'features'}).run(view).scalars['accuracy'] == 1
+    features['predictions'] = {}
+    with pytest.raises(ConfigError, match="of='features'"):
+        Clustering({'type': 'clustering'}).run(view)
+    with pytest.raises(ConfigError, match="label 'kind' is not among"):
+        Clustering({'type': 'clustering', 'label': 'kind'}).run(view)
