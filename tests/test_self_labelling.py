@@ -331,8 +331,8 @@ def test_clusters_are_evaluated_against_classes():
     good = np.log(0.8 * np.eye(3)[(classes + 1) % 3] + 0.2 / 3)
     bad = np.log(rng.dirichlet(np.ones(3), 90))
     labels = np.where(np.arange(90) < 6, -1, classes)
-    features = {'labels': {'class': labels}, 'valid': {'video': np.arange(90) != 10}, 'pooled': {'video': np.eye(3)[classes] + 0.01},
-                'predictions': {'cluster/0': bad, 'cluster/1': good}}
+    features = {'labels': {'class': labels}, 'valid': {'video': np.arange(90) != 10}, 'index': np.arange(90),
+                'pooled': {'video': np.eye(3)[classes] + 0.01}, 'predictions': {'cluster/0': bad, 'cluster/1': good}}
     objective = types.SimpleNamespace(streams=lambda: ('video',), running_losses=lambda state: {'cluster/0': 0.1, 'cluster/1': 0.5})
     encoder = types.SimpleNamespace(objective=objective, heads=(None, None), mesh=sharding.make_mesh({'replica': 1}))
     view = types.SimpleNamespace(features=lambda split, limit: features, encoder=encoder, seed=0,
@@ -341,6 +341,8 @@ def test_clusters_are_evaluated_against_classes():
     assert got.scalars['NMI'] == pytest.approx(1) and got.scalars['accuracy'] == 1 and got.artifacts['examples'] == 83
     assert got.artifacts['best'] == 'cluster/1' and got.artifacts['chosen'] == 'cluster/0'  # the oracle's head, and that of the lowest loss
     assert got.scalars['chosen/NMI'] < 0.5 and got.artifacts['confusion'].trace() == 83
+    for c in got.artifacts['surest']:
+        assert len(set(classes[c['clips']])) == 1 and c['name'].split('(')[1][0] == 'abc'[classes[c['clips'][0]]]
     assert Clustering({'type': 'clustering', 'of': 'features'}).run(view).scalars['accuracy'] == 1
     features['predictions'] = {}
     with pytest.raises(ConfigError, match="of='features'"):

@@ -26,7 +26,7 @@ def build(workdir: str | os.PathLike, others: Sequence[str | os.PathLike] = ()) 
     """Writes <workdir>/report/index.html from what the run folder holds and returns its path. others: run folders to show beside it."""
     run, beside = Run(workdir), [Run(o) for o in others]
     body = [f'<h1>{_text(run.config["name"])}</h1>', _facts(run), '<h2>Results</h2>', _html_table(rows(run, beside)), NOTE,
-            '<h2>Curves</h2>', _curves(run, beside), _gallery(run), _similarity(run), _confusion(run), _stages(run),
+            '<h2>Curves</h2>', _curves(run, beside), _gallery(run), _clusters(run), _similarity(run), _confusion(run), _stages(run),
             f'<details><summary>Config</summary><pre>{_text(json.dumps(run.config, indent=1))}</pre></details>']
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>'
             f'{_text(run.config["name"])}</title><style>{STYLE}</style><main>{"".join(body)}</main></html>')
@@ -205,6 +205,21 @@ def _gallery(run: Run) -> str:
         out.append(f'<h3>{_text(query)} → video</h3>{"".join(blocks)}')
     return ('<h2>Retrievals</h2><p>Queries spaced evenly over the held-out gallery; the five nearest clips, four frames each, the nearest '
             f'first. A green frame is the clip the query belongs to.</p>{"".join(out)}')
+
+
+def _clusters(run: Run) -> str:
+    path = run.folder / 'clusters.npz' if run.folder else None
+    if path is None or not path.exists():
+        return ''
+    with np.load(path) as arrays:
+        document = json.loads(str(arrays['entries']))
+        strips = {int(k.split('/')[1]): _png(np.concatenate(list(_some(arrays[k], 4)), 1)) for k in arrays.files if k.startswith('frames/')}
+    out = []
+    for c in document['clusters']:
+        cells = ''.join(f'<div class="clip"><img alt="" src="{strips[i]}"></div>' for i in c['clips'] if i in strips)
+        out.append(f'<section class="query"><p>{_text(c["name"])}</p><div class="found">{cells}</div></section>')
+    return (f'<h2>Clusters</h2><p>The five clips that the model is surest of, for the largest clusters ({_text(document["evaluator"])}). In brackets '
+            f'the class that the best one-to-one matching gives the cluster.</p>{"".join(out)}')
 
 
 def _similarity(run: Run) -> str:

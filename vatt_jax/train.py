@@ -272,7 +272,7 @@ def evaluate(config, built: Built, state, data, workdir: pathlib.Path, step: int
                           state.params['objective'], state.objective)
     view = evals_base.View(enc, data, config.batch_size, process, config.seed)
     results = evals.run_all(config.evals, view, baseline=bool(tag))
-    pictures = lambda path: evals.gallery.save(path / 'gallery.npz', results, config.evals, data, config.batch_size)
+    pictures = lambda path: evals.gallery.save(path, results, config.evals, data, config.batch_size)
     if distributed.is_main():
         evals.save(results, folder, pictures if gallery and jax.process_count() == 1 else None)
     return _tell(results, step, writer, progress)

@@ -21,6 +21,7 @@ DEFAULTS = {
     'iterations': 50,          # features: of Lloyd's algorithm
     'baseline': True,
 }
+SHOWN = 24  # clusters in the report's gallery
 
 
 class Clustering:
@@ -72,6 +73,13 @@ class Clustering:
                      'contingency': metrics.contingency(clusters, classes), 'cluster_class': named.tolist(), 'confusion': confusion, 'classes': names,
                      'accuracy/interval': statistics.bootstrap(named[clusters] == classes, seed=view.seed),
                      'accuracy/chance': float(np.bincount(classes).max() / len(classes))}
+        sure = found[best][1]
+        if sure is not None:
+            biggest = np.argsort(-np.bincount(clusters), kind='stable')[:SHOWN]
+            title = lambda p: names[named[p]] if 0 <= named[p] < len(names) else 'no class'
+            own = {int(p): np.flatnonzero(clusters == p) for p in biggest}
+            artifacts['surest'] = [{'name': f'cluster {p} ({title(p)}), {len(rows)} clips', 'clips': f['index'][use][
+                rows[np.argsort(-sure[rows], kind='stable')[:5]]].tolist()} for p, rows in own.items() if len(rows)]
         losses = objective.running_losses(view.encoder.heads[1]) if len(scored) > 1 else {}
         if losses:
             artifacts['chosen'] = min(scored, key=lambda n: losses[n])
