@@ -1,4 +1,5 @@
 """Objectives that make their own labels: through the common loop, and piece by piece against definitions in NumPy."""
+import itertools
 import json
 import types
 
@@ -12,9 +13,11 @@ import data_pipelines
 from tests import tiny
 from tests.test_sinkhorn import column_means, converged, log_softmax, swav
 from tests.test_train import losses, run, state_of, stop_at
-from vatt_jax import objectives, sharding, train
+from vatt_jax import objectives, report, sharding, train
 from vatt_jax.clustering.kmeans import kmeans, labels_of
 from vatt_jax.config import ConfigError
+from vatt_jax.evals import gallery
+from vatt_jax.evals.base import Result
 from vatt_jax.evals.clustering import Clustering
 from vatt_jax.objectives import Records
 from vatt_jax.objectives.base import only
@@ -111,7 +114,7 @@ def test_labels_are_the_transport_of_the_mean_log_probability(mesh):
     assert label[6] == -1 and label[-1] == -1 and label.shape == (n,)
     np.testing.assert_array_equal(label[:-1][seen[:-1]], want)
     np.testing.assert_allclose(np.bincount(want, minlength=5) / len(want), prior, atol=0.02)
-    assert got.metrics['residual'] <= 1e-6 and 'NMI_to_last' not in got.metrics
+    assert got.metrics['residual'] <= 1e-6 and 'NMI_to_last' not in got.metrics and 'cost' not in got.metrics
 
 
 def test_heads_that_differ_by_their_numbering_are_aligned():
@@ -140,6 +143,9 @@ def test_a_refresh_starts_from_the_last_one():
         params.update(first.params), state.update(first.state)
     _, _, again = relabelling(drift, columns=first.columns, change=change, clusters=40, strength=40.0)
     _, _, anew = relabelling(drift, columns=first.columns, change=change, clusters=40, strength=40.0, warm=False)
+    logits = [drift[v].astype(np.float64) @ first.params[v]['0']['kernel'] + first.params[v]['0']['bias'] for v in drift]
+    label = again.columns['label'][:, 0]
+    np.testing.assert_allclose(again.metrics['cost'], -np.mean([log_softmax(x)[np.arange(3000), label] for x in logits]), rtol=1e-4)
     assert again.metrics['passes'] < anew.metrics['passes'] / 2
     assert again.metrics['converged'] == anew.metrics['converged'] == 1 and int(again.state['refreshes']) == 2
     assert np.mean(again.columns['label'] != anew.columns['label']) < 0.01
@@ -352,3 +358,17 @@ def test_clusters_are_evaluated_against_classes():
         Clustering({'type': 'clustering'}).run(view)
     with pytest.raises(ConfigError, match="label 'kind' is not among"):
         Clustering({'type': 'clustering', 'label': 'kind'}).run(view)
+
+
+def test_report_shows_the_surest_clips_of_clusters(tmp_path):
+    data = data_pipelines.open(config('self_labelling'))
+    surest = [{'name': 'cluster 3 (a <ring>), 9 clips', 'clips': [5, 2]}, {'name': 'cluster 1 (no class), 2 clips', 'clips': [40]}]
+    entries = dict.fromkeys(('kmeans', 'clusters'), {'type': 'clustering'})
+    gallery.clusters(tmp_path / 'clusters.npz', {'kmeans': Result({}), 'clusters': Result({}, {'surest': surest})}, entries, data, 16)
+    with np.load(tmp_path / 'clusters.npz') as stored:
+        assert sorted(stored.files) == ['entries', 'frames/2', 'frames/40', 'frames/5']
+        *_, third = itertools.islice(data.one_pass('train', 16), 3)
+        np.testing.assert_array_equal(stored['frames/40'], third['video']['data'][8])
+    page = report._clusters(types.SimpleNamespace(folder=tmp_path))
+    assert page.count('<img') == 3 and 0 < page.index('cluster 3 (a &lt;ring&gt;)') < page.index('cluster 1 (no class)')
+    assert 'surest of, for the largest clusters (clusters)' in page and report._clusters(types.SimpleNamespace(folder=tmp_path / 'none')) == ''

@@ -199,7 +199,9 @@ class SelfLabelling(Objective):
         if c.warm:
             state['newton'][i] = 0 if found.preconditioner is None else found.preconditioner
         sizes = np.bincount(found.labels, minlength=c.clusters) / len(valid)
-        return found.labels, {'cost': found.cost, 'passes': found.work, 'residual': found.residual, 'published_error': found.published_error,
+        # The weights above leave labels as they are, not the cost of records that lack a view.
+        cost = {'cost': found.cost} if valid.all() else {}
+        return found.labels, {**cost, 'passes': found.work, 'residual': found.residual, 'published_error': found.published_error,
                               'converged': found.converged, 'largest_cluster': sizes.max(), 'empty_clusters': (sizes == 0).sum()}
 
     def hidden(self, params, norm, view, h, x) -> np.ndarray:
