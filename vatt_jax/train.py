@@ -37,7 +37,8 @@ class Built:
     shape: Any
     shardings: Any
     info: dict[str, Any]
-    encoders: dict[Any, Any] = dataclasses.field(default_factory=dict)  # compiled passes of refreshes, by function
+    encoder: encoder.Encoder | None = None   # of evaluations: made by the first, and compiled once for all
+    passes: dict[Any, Any] = dataclasses.field(default_factory=dict)  # of refreshes: function -> compiled once for all
 
 
 def resolve(config: ConfigDict, data) -> None:
@@ -233,9 +234,9 @@ def refresh(config, built: Built, state, step: int, data, process, columns):
             batch = preprocess.device_stage(batch, config.model.inputs, config.augment, rng.at('augment'), augment=augment,
                                             dtype=config.compute_dtype)
             return fn(built.model, variables, params, batch, rng)
-        if (fn, augment) not in built.encoders:
-            built.encoders[fn, augment] = jax.jit(forward, out_shardings=sharding.replicated(built.mesh))
-        forward, at = built.encoders[fn, augment], (np.uint32(step), np.uint32(draw))
+        if (fn, augment) not in built.passes:
+            built.passes[fn, augment] = jax.jit(forward, out_shardings=sharding.replicated(built.mesh))
+        forward, at = built.passes[fn, augment], (np.uint32(step), np.uint32(draw))
         parts = []
         for batch in data.one_pass('train', config.batch_size, process=process, by='records', augment=augment, draw=f'{step}/{draw}'):
             batch = only(batch, built.objective.streams())
@@ -268,8 +269,10 @@ def evaluate(config, built: Built, state, data, workdir: pathlib.Path, step: int
     if not again and distributed.agree((folder / 'results.json').exists()):
         return _tell(evals.load(folder), step, writer, progress)
     process = (jax.process_index(), jax.process_count())
-    enc = encoder.Encoder(config, train_state.evaluation_variables(state), built.mesh, built.objective,
-                          state.params['objective'], state.objective)
+    variables = train_state.evaluation_variables(state)
+    if built.encoder is None:
+        built.encoder = encoder.Encoder(config, variables, built.mesh, built.objective)
+    enc = built.encoder.on(variables, state.params['objective'], state.objective)
     view = evals_base.View(enc, data, config.batch_size, process, config.seed)
     results = evals.run_all(config.evals, view, baseline=bool(tag))
     pictures = lambda path: evals.gallery.save(path, results, config.evals, data, config.batch_size)
