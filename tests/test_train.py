@@ -183,19 +183,6 @@ def kmeans_config(**overrides):
     return config
 
 
-def test_another_objective_through_the_same_loop(tmp_path):
-    """Own parameters, state, refresh with fresh slots, columns and two views; killed between refreshes it continues exactly."""
-    want = run(tmp_path / 'whole', kmeans_config())
-    with stop_at(4):
-        run(tmp_path / 'cut', kmeans_config())
-    got = run(tmp_path / 'cut', kmeans_config())
-    assert got['digests'] == want['digests'] and got['order'] == want['order']
-    state, meta, columns = state_of(tmp_path / 'whole', kmeans_config())
-    assert columns['cluster.joint'].shape == (64,) and set(np.unique(columns['cluster.joint'])) <= set(range(4))
-    assert set(state.params['objective']) == {'video', 'video.second', 'audio'}
-    np.testing.assert_allclose(float(state.objective['frequency']['joint'].sum()), 1, rtol=1e-5)
-
-
 def test_refresh_gives_fresh_optimizer_slots(tmp_path):
     """Right after a refresh (step 3 saved, then refresh, one step) the classifier's first moment is 0.1 × one gradient: its second
     moment then equals 0.001/0.01 of its square, element by element, which no older slot would satisfy."""
