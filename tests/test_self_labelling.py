@@ -185,6 +185,7 @@ def test_the_published_schedule():
     np.testing.assert_allclose(np.array(steps[:7]) / 1000, [0, 0.203, 0.574, 1.055, 1.624, 2.27, 2.984], atol=2e-3)
     assert len(steps) == 99 and 2900 < steps[-1] - steps[-2] < 3100
     assert sorted(schedule(6, 6, 1.5)) == [0, 1, 2, 3, 5] and sorted(schedule(6, 5, 1.0, 10)) == [10, 12, 13, 15]
+    assert sorted(schedule(20, 11, 3.0)) == [0, 1, 2, 3, 4, 5, 6, 7, 11, 15]  # times 0.02, 0.16 and 0.54 fall into one step
     assert sorted(schedule(3, 100, 2.0)) == [0, 1, 2]  # more refreshes than steps: one in each
 
 
