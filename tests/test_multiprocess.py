@@ -115,7 +115,7 @@ def test_labels_of_the_whole_set(tmp_path):
     assert [line['step'] for line in lines[1]] == [line['step'] for line in lines[0]] == [0, 1, 2, 2, 3, 4, 4]
     losses = [[line['loss'] for line in part if 'loss' in line] for part in lines]
     np.testing.assert_allclose(losses[1], losses[0], rtol=5e-3)
-    assert lines[1][-1]['clusters/NMI'] == pytest.approx(lines[0][-1]['clusters/NMI'], abs=0.02)
+    assert lines[1][-1]['eval/clusters/NMI'] == pytest.approx(lines[0][-1]['eval/clusters/NMI'], abs=0.02)
 
 
 @pytest.mark.slow
