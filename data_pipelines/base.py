@@ -103,10 +103,10 @@ class Data:
 
     def one_pass(self, split: str, batch_size: int, process: tuple[int, int] = (0, 1), by: str = 'segments',
                  augment: bool = False, views: Mapping[str, Any] | None = None,
-                 limit: int | None = None) -> Iterator[dict[str, Any]]:
+                 limit: int | None = None, draw: str = '') -> Iterator[dict[str, Any]]:
         """Every example (or the first `limit`) exactly once over all hosts, in a fixed order, padded to full batches.
 
-        augment: windows, crops and flips as in training. views: replaces config.data.views.
+        augment: windows, crops and flips as in training, other ones for every `draw`. views: replaces config.data.views.
         """
         begins = self.offsets(split, by)
         total = self.size(split, by)
@@ -120,7 +120,7 @@ class Data:
             return Rows(positions, source, np.where(valid, number - begins[source], 0), valid)
 
         chosen = self._views if views is None else streams(self.inputs, views)
-        request = Request(split, chosen, by == 'segments', not augment, augment, f'pass/{split}')
+        request = Request(split, chosen, by == 'segments', not augment, augment, f'pass/{split}{draw and "/" + draw}')
         return self._batches(request, rows, order.one_pass_batches(total, batch_size))
 
     # ---- draws and boxes, the same for every source

@@ -9,16 +9,17 @@ import pytest
 import data_pipelines
 from tests import runs
 from tests.configs import tiny
+from tests.test_train import state_of
 from vatt_jax import checkpoint, encoder, sharding, train
 
 TEST = 37  # records of the test split: a prime
 
 
-def together(folder: pathlib.Path, *argv: str, processes: int = 2) -> list[pathlib.Path]:
+def together(folder: pathlib.Path, *argv: str, processes: int = 2, variant: str = 'prime') -> list[pathlib.Path]:
     """Logs of run.py started in `processes` processes of four devices that know of one another."""
     port = runs.free_port()
     logs = [folder / f'log{i}.txt' for i in range(processes)]
-    started = [runs.start('--config=tests/configs/tiny.py:prime', '--config.mesh.replica=4', '--config.mesh.fsdp=2', '--quiet', *argv,
+    started = [runs.start(f'--config=tests/configs/tiny.py:{variant}', '--config.mesh.replica=4', '--config.mesh.fsdp=2', '--quiet', *argv,
                           log=log, devices=4, VATT_COORDINATOR=f'127.0.0.1:{port}', VATT_PROCESSES=str(processes), VATT_PROCESS=str(i))
                for i, log in enumerate(logs)]
     try:
@@ -96,6 +97,25 @@ def test_an_example_that_comes_twice_is_an_error(both):
     batches = list(data_pipelines.open(config).one_pass('test', 16))
     with pytest.raises(RuntimeError, match='16 examples came more than once'):
         encoder.features_of(encoder.Encoder(config, variables, mesh), iter([*batches, batches[0]]))
+
+
+@pytest.mark.slow
+def test_labels_of_the_whole_set(tmp_path):
+    """Refreshes spread over two processes: the labels, alignment, potentials and steps of one process, whose sums have another order."""
+    together(tmp_path, f'--workdir={tmp_path / "two"}', variant='labels')
+    config = tiny.get_config('labels')
+    data = data_pipelines.open(config)
+    train.train(config, data, tmp_path / 'one', quiet=True)
+    one, two = (state_of(tmp_path / name, config) for name in ('one', 'two'))
+    labels, other = one[2]['label'], two[2]['label']
+    assert labels.shape == (data.size('train'), 2) and (labels >= 0).all() and (labels[:, 0] != labels[:, 1]).any()
+    assert np.mean(labels != other) < 0.02
+    np.testing.assert_allclose(two[0].objective['potentials'], one[0].objective['potentials'], atol=0.05)
+    lines = [runs.log_lines(tmp_path / name) for name in ('one', 'two')]
+    assert [line['step'] for line in lines[1]] == [line['step'] for line in lines[0]] == [0, 1, 2, 2, 3, 4, 4]
+    losses = [[line['loss'] for line in part if 'loss' in line] for part in lines]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=5e-3)
+    assert lines[1][-1]['eval/clusters/NMI'] == pytest.approx(lines[0][-1]['eval/clusters/NMI'], abs=0.02)
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def test_the_page_stands_alone(tiny_run):
 def test_sections_and_curves(tiny_run):
     text, page = read(tiny_run[0] / 'report' / 'index.html')
     titles = re.findall(r'<h2>(.*?)</h2>', text)
-    assert titles == ['Results', 'Curves', 'Retrievals', 'Similarity', 'Confusions of the linear probes']
+    assert titles == ['Results', 'Curves', 'Retrievals', 'Similarity', 'Confusions']
     drawn = re.findall(r'<figcaption>([^<]*?) .*?points="(.*?)"', text)
     names = [n.strip() for n, _ in drawn]
     assert {'loss', 'learning rate', 'gradient norm'} <= set(names) | set(re.findall(r'<figcaption>(.*?) <', text))

@@ -26,7 +26,7 @@ def build(workdir: str | os.PathLike, others: Sequence[str | os.PathLike] = ()) 
     """Writes <workdir>/report/index.html from what the run folder holds and returns its path. others: run folders to show beside it."""
     run, beside = Run(workdir), [Run(o) for o in others]
     body = [f'<h1>{_text(run.config["name"])}</h1>', _facts(run), '<h2>Results</h2>', _html_table(rows(run, beside)), NOTE,
-            '<h2>Curves</h2>', _curves(run, beside), _gallery(run), _similarity(run), _confusion(run), _stages(run),
+            '<h2>Curves</h2>', _curves(run, beside), _gallery(run), _clusters(run), _similarity(run), _confusion(run), _stages(run),
             f'<details><summary>Config</summary><pre>{_text(json.dumps(run.config, indent=1))}</pre></details>']
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>'
             f'{_text(run.config["name"])}</title><style>{STYLE}</style><main>{"".join(body)}</main></html>')
@@ -207,6 +207,21 @@ def _gallery(run: Run) -> str:
             f'first. A green frame is the clip the query belongs to.</p>{"".join(out)}')
 
 
+def _clusters(run: Run) -> str:
+    path = run.folder / 'clusters.npz' if run.folder else None
+    if path is None or not path.exists():
+        return ''
+    with np.load(path) as arrays:
+        document = json.loads(str(arrays['entries']))
+        strips = {int(k.split('/')[1]): _png(np.concatenate(list(_some(arrays[k], 4)), 1)) for k in arrays.files if k.startswith('frames/')}
+    out = []
+    for c in document['clusters']:
+        cells = ''.join(f'<div class="clip"><img alt="" src="{strips[i]}"></div>' for i in c['clips'] if i in strips)
+        out.append(f'<section class="query"><p>{_text(c["name"])}</p><div class="found">{cells}</div></section>')
+    return (f'<h2>Clusters</h2><p>The five clips that the model is surest of, for the largest clusters ({_text(document["evaluator"])}). In brackets '
+            f'the class that the best one-to-one matching gives the cluster.</p>{"".join(out)}')
+
+
 def _similarity(run: Run) -> str:
     out = []
     for name, result in run.results.items():
@@ -225,7 +240,8 @@ def _confusion(run: Run) -> str:
     out = []
     for name, result in run.results.items():
         matrix, classes = result.artifacts.get('confusion'), result.artifacts.get('classes') or []
-        if matrix is None or not name.startswith('probe') or len(matrix) > 40 or 'simple' in name or 'single' in name:
+        wanted = name.startswith('probe') or 'cluster_class' in result.artifacts
+        if matrix is None or not wanted or len(matrix) > 40 or 'simple' in name or 'single' in name:
             continue
         share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
         names = [classes[i] if i < len(classes) else str(i) for i in range(len(matrix))]
@@ -234,7 +250,7 @@ def _confusion(run: Run) -> str:
             for m, s, count in zip(names, row, counts)) + '</tr>' for n, row, counts in zip(names, share, matrix.tolist()))
         out.append(f'<figure><figcaption>{_text(name.replace("_", " "))}: true class by row, predicted by column in the same order</figcaption>'
                    f'<table class="confusion">{lines}</table></figure>')
-    return f'<h2>Confusions of the linear probes</h2>{"".join(out)}' if out else ''
+    return f'<h2>Confusions</h2>{"".join(out)}' if out else ''
 
 
 def _stages(run: Run) -> str:

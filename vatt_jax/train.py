@@ -18,7 +18,7 @@ from vatt_jax import checkpoint, distributed, encoder, evals, metrics, models, o
 from vatt_jax import config as configs
 from vatt_jax.config import ConfigError
 from vatt_jax.evals import base as evals_base
-from vatt_jax.objectives.base import only
+from vatt_jax.objectives.base import Records, only
 from vatt_jax.rng import Rng
 
 
@@ -38,6 +38,7 @@ class Built:
     shardings: Any
     info: dict[str, Any]
     encoder: encoder.Encoder | None = None   # of evaluations: made by the first, and compiled once for all
+    passes: dict[Any, Any] = dataclasses.field(default_factory=dict)  # of refreshes: function -> compiled once for all
 
 
 def resolve(config: ConfigDict, data) -> None:
@@ -168,10 +169,10 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, quiet: bool, stop: d
                     settle()
                     scalars = evaluate(config, built, state, data, workdir, step, writer=writer, progress=progress)
                     meter.reset()
-                if built.objective.refresh_due(step):
+                if built.objective.refresh_due(step, config.steps):
                     settle()
                     progress.say(f'step {step}: refresh')
-                    state, fresh, weights = refresh(config, built, state, step, data, process)
+                    state, fresh, weights = refresh(config, built, state, step, data, process, columns)
                     columns = {**columns, **fresh.columns}
                     writer.write(step, {f'refresh/{k}': v for k, v in fresh.metrics.items()})
                     if fresh.weights and batches is not None:
@@ -225,24 +226,30 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, quiet: bool, stop: d
             keeper.close()
 
 
-def refresh(config, built: Built, state, step: int, data, process):
+def refresh(config, built: Built, state, step: int, data, process, columns):
     """(state, Refreshed, sampling weights) after the objective's dataset-wide refresh before `step`."""
-    def pass_over_data(fn, augment=True):
-        def forward(variables, params, batch):
-            rng = Rng.create(config.seed, step, batch['position']).at('refresh')
+    def encode(fn, augment=True, draw=0):
+        def forward(variables, params, batch, step, draw):
+            rng = Rng.create(config.seed, step, batch['position']).at('refresh').at(draw)
             batch = preprocess.device_stage(batch, config.model.inputs, config.augment, rng.at('augment'), augment=augment,
                                             dtype=config.compute_dtype)
             return fn(built.model, variables, params, batch, rng)
-        forward = jax.jit(forward, out_shardings=sharding.replicated(built.mesh))
-        variables = {'params': state.params['model'], 'batch_stats': state.batch_stats}
-        for batch in data.one_pass('train', config.batch_size, process=process, by='records', augment=augment):
+        if (fn, augment) not in built.passes:
+            built.passes[fn, augment] = jax.jit(forward, out_shardings=sharding.replicated(built.mesh))
+        forward, at = built.passes[fn, augment], (np.uint32(step), np.uint32(draw))
+        parts = []
+        for batch in data.one_pass('train', config.batch_size, process=process, by='records', augment=augment, draw=f'{step}/{draw}'):
             batch = only(batch, built.objective.streams())
             rows = encoder.gather_rows(batch, ('position', 'valid'))
-            out = jax.tree.map(np.asarray, jax.device_get(forward(variables, state.params['objective'], encoder.place(batch, built.mesh))))
-            yield {'index': rows['position'][rows['valid']], **{k: v[rows['valid']] for k, v in out.items()}}
+            out = forward(variables, state.params['objective'], encoder.place(batch, built.mesh), *at)
+            out = jax.tree.map(np.asarray, jax.device_get(out))
+            parts.append({'index': rows['position'][rows['valid']], **{k: v[rows['valid']] for k, v in out.items()}})
+        order = np.argsort(np.concatenate([p['index'] for p in parts]), kind='stable')
+        return {k: np.concatenate([p[k] for p in parts])[order] for k in parts[0]}
 
     variables = {'params': state.params['model'], 'batch_stats': state.batch_stats}
-    fresh = built.objective.refresh(variables, state.params['objective'], state.objective, step, pass_over_data)
+    fresh = built.objective.refresh(variables, state.params['objective'], state.objective, step,
+                                    Records(data.size('train'), columns, encode))
     put = lambda new, like: jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x), s), new, like)
     state = state.replace(params={**state.params, 'objective': put(fresh.params, built.shardings.params['objective'])},
                           objective=put(fresh.state, built.shardings.objective))
@@ -268,7 +275,7 @@ def evaluate(config, built: Built, state, data, workdir: pathlib.Path, step: int
     enc = built.encoder.on(variables, state.params['objective'], state.objective)
     view = evals_base.View(enc, data, config.batch_size, process, config.seed)
     results = evals.run_all(config.evals, view, baseline=bool(tag))
-    pictures = lambda path: evals.gallery.save(path / 'gallery.npz', results, config.evals, data, config.batch_size)
+    pictures = lambda path: evals.gallery.save(path, results, config.evals, data, config.batch_size)
     if distributed.is_main():
         evals.save(results, folder, pictures if gallery and jax.process_count() == 1 else None)
     return _tell(results, step, writer, progress)

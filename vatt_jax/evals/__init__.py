@@ -14,10 +14,12 @@ from vatt_jax.config import choose
 from vatt_jax.evals import gallery
 from vatt_jax.evals.base import CHANGES, Result, View
 from vatt_jax.evals.classification import Classification
+from vatt_jax.evals.clustering import Clustering
 from vatt_jax.evals.linear_probe import LinearProbe, SimpleProbe
 from vatt_jax.evals.retrieval import Retrieval, Sync
 
-EVALUATORS = {'retrieval': Retrieval, 'linear_probe': LinearProbe, 'simple_probe': SimpleProbe, 'sync': Sync, 'classification': Classification}
+EVALUATORS = {'retrieval': Retrieval, 'linear_probe': LinearProbe, 'simple_probe': SimpleProbe, 'sync': Sync, 'classification': Classification,
+              'clustering': Clustering}
 
 __all__ = ['CHANGES', 'EVALUATORS', 'Result', 'View', 'build', 'gallery', 'load', 'run_all', 'save']
 

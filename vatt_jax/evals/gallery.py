@@ -1,4 +1,4 @@
-"""What retrieval found, to look at: the frames, sounds and captions of a few queries and of the clips that came first."""
+"""What evaluators found, to look at: clips that came first for a few queries, and the surest ones of each cluster."""
 from __future__ import annotations
 
 import json
@@ -11,10 +11,32 @@ import numpy as np
 from vatt_jax.evals.base import Result
 
 
-def save(path: pathlib.Path, results: Mapping[str, Result], config, data, batch_size: int, queries: int = 8) -> None:
+def save(folder: pathlib.Path, results: Mapping[str, Result], config, data, batch_size: int) -> None:
+    """Writes gallery.npz (`retrievals`) and clusters.npz (`clusters`) where there is something to show. config: `config.evals`. Single process."""
+    retrievals(folder / 'gallery.npz', results, config, data, batch_size)
+    clusters(folder / 'clusters.npz', results, config, data, batch_size)
+
+
+def clusters(path: pathlib.Path, results: Mapping[str, Result], config, data, batch_size: int) -> None:
+    """Writes <path> (npz): `entries` (JSON: evaluator, and [{'name', 'clips': places in the pass}]) and frames/<place> uint8 [T H W 3] of the surest
+    clips of the largest clusters, for the first evaluator of type `clustering` that has them."""
+    for name, entry in config.items():
+        chosen = results[name].artifacts.get('surest') if name in results and entry.get('type') == 'clustering' else None
+        if not chosen:
+            continue
+        wanted, frames = {i for c in chosen for i in c['clips']}, {}
+        for batch in data.one_pass(entry.get('split', 'train'), batch_size):
+            for row, index in enumerate(batch['position'].tolist()):
+                if index in wanted and batch['valid'][row] and 'video' in batch:
+                    frames[f'frames/{index}'] = batch['video']['data'][row]
+        np.savez_compressed(path, entries=np.array(json.dumps({'evaluator': name, 'clusters': chosen})), **frames)
+        return
+
+
+def retrievals(path: pathlib.Path, results: Mapping[str, Result], config, data, batch_size: int, queries: int = 8) -> None:
     """Writes <path> (npz): `entries` (JSON), frames/<index> uint8 [T H W 3] and audio/<index> int16 [S]. Single process.
 
-    config: `config.evals`. Takes the evaluators of type `retrieval` that change nothing; queries are spaced evenly over the gallery, so
+    Takes the evaluators of type `retrieval` that change nothing; queries are spaced evenly over the gallery, so
     nobody chose them.
     """
     entries, frames, sounds = [], set(), set()

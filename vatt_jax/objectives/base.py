@@ -6,7 +6,7 @@ The loop (train.py, train_step.py, train_state.py) names no method; a method is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
@@ -53,6 +53,20 @@ class Refreshed:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """The training set as a refresh sees it. size: M. columns: name -> array [M …], as the last refresh left them (none: the first one).
+
+    encode(fn, augment=True, draw=0): the traced `fn(model, variables, params, batch, rng) -> {name: [B …]}` over every training record
+    once, on all hosts and devices: {name: host array [n …]} and `index` int64 [n], the records' rows in columns, in their order; records that
+    cannot be read are left out. Evaluation statistics; augment: windows, crops and device augmentation as in training, other ones at
+    every step and for every draw.
+    """
+    size: int
+    columns: Mapping[str, np.ndarray]
+    encode: Callable[..., dict[str, np.ndarray]]
+
+
 class Objective:
     """config: the resolved `config.objective`."""
 
@@ -79,15 +93,16 @@ class Objective:
         """Constraints on what was just updated (renormalise prototypes, momentum encoder, memory write). Pure."""
         return model_params, params, state
 
-    def refresh_due(self, step: int) -> bool:
-        """Host side: does a refresh come before this step? A pure function of the step, so that resume repeats it."""
+    def running_losses(self, state) -> dict[str, float]:
+        """Running training loss of outputs of `predict` that compete (heads), where it is kept."""
+        return {}
+
+    def refresh_due(self, step: int, steps: int) -> bool:
+        """Host side: does a refresh come before this step of a run of `steps`? A pure function of both, so that resume repeats it."""
         return False
 
-    def refresh(self, variables, params, state, step: int,
-                pass_over_data: Callable[..., Iterator[dict[str, np.ndarray]]]) -> Refreshed:
-        """`pass_over_data(fn, augment=…)` applies the traced `fn(model, variables, params, batch, rng) -> {name: [B …]}` to every
-        training record once, evaluation statistics, and yields host arrays of all hosts' rows with `index` [B] (the training
-        record's row in columns), padding dropped."""
+    def refresh(self, variables, params, state, step: int, records: Records) -> Refreshed:
+        """What training goes on with from `step` on. Every host computes the same from the same `records`."""
         raise NotImplementedError
 
 
