@@ -206,9 +206,9 @@ def test_another_objective_through_the_same_loop(kmeans, tmp_path):
     got = run(tmp_path / 'cut', kmeans_config())
     assert got['digests'] == want['digests'] and got['order'] == want['order']
     state, meta, columns = state_of(folder, kmeans_config())
-    assert columns['cluster'].shape == (64,) and set(np.unique(columns['cluster'])) <= set(range(4))
+    assert columns['cluster.joint'].shape == (64,) and set(np.unique(columns['cluster.joint'])) <= set(range(4))
     assert set(state.params['objective']) == {'video', 'video.second', 'audio'}
-    np.testing.assert_allclose(float(state.objective['frequency'].sum()), 1, rtol=1e-5)
+    np.testing.assert_allclose(float(state.objective['frequency']['joint'].sum()), 1, rtol=1e-5)
 
 
 def test_refresh_gives_fresh_optimizer_slots(kmeans):
