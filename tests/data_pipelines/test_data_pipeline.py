@@ -240,6 +240,28 @@ def test_mixture_of_sources(config, prepared):
     data.close()
 
 
+def test_few_labels(config, prepared):
+    """Exactly so many segments of each class are known, in records drawn in proportion; fewer are a part of more; passes know all."""
+    def known(n, **fields):
+        config.data.train = {'clocks': {'path': str(prepared[0]), 'split': 'test', 'label': 'class', 'per_class': n, **fields}}
+        data = data_pipelines.open(config)
+        got = rows(data.train(0, 32), 5)
+        everything = rows(data.one_pass('test', 10), 1)['labels/class']
+        data.close()
+        assert sorted(everything) == [0] * 5 + [1] * 5
+        unknown = got['labels/class'] < 0
+        assert not got['labels/tags'][unknown].any() and got['labels/tags'][~unknown].any(-1).all()
+        return {(int(i), int(c)) for i, c in zip(got['index'], got['labels/class']) if c >= 0}, set(got['index'].tolist())
+    two, records = known(2)
+    assert sorted(c for _, c in two) == [0, 0, 1, 1] and records == {i for i, _ in two}
+    four, _ = known(4)
+    assert two < four and len(four) == 8
+    with pytest.raises(DataError, match="per_class=6: class 'early' of label 'class' has 5 segments in split 'test'"):
+        known(6)
+    with pytest.raises(DataError, match="has no label 'tags' with one class for each segment; it has class"):
+        known(2, label='tags')
+
+
 def test_squares_along_the_longer_side():
     height, width = np.array([60, 90, 50]), np.array([120, 60, 50])
     for place, want in ((0.0, [[0, 0, 1, 0.5], [0, 0, 2 / 3, 1], [0, 0, 1, 1]]), (0.5, [[0, 0.25, 1, 0.75], [1 / 6, 0, 5 / 6, 1], [0, 0, 1, 1]]),
