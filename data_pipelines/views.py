@@ -44,7 +44,7 @@ def streams(inputs: Mapping[str, Any], views: Mapping[str, Any] | Iterable[tuple
     if window is not None:
         _check('window', window)
         if window['kind'] != 'window':
-            raise DataError(f'window={dict(window)}: its kind is window')
+            raise DataError(f"window={dict(window)}: a view of kind 'window' is wanted")
     main = {} if window is None else {'spec': tuple(sorted(window.items()))}
     out = [View(m, m, '', **main) for m in ('video', 'audio', 'text') if m in inputs]
     windows: dict[str, tuple] = {}

@@ -313,7 +313,7 @@ def test_probe_averages_probabilities_over_windows_and_scores_over_folds():
     got = evals.build('p', ConfigDict(fields)).run(view)
     rights = []
     for k in (0, 2):
-        inside, outside = (fold == k) & (np.arange(90) != 7), fold != k
+        inside, outside = (fold == k) & (np.arange(90) != 7), (fold != k) & (np.arange(90) != 7)
         scores = [solve('logistic', x[outside], y[outside], parts['train', w, None]['pooled']['video'][inside], (1.0,))[0][:, 0] for w in range(2)]
         rights.append((np.mean(scores, 0).argmax(-1) == y[inside]).mean())
     assert got.scalars['accuracy'] == pytest.approx(np.mean(rights)) and got.artifacts['test'] == 59 and got.artifacts['train'] == 119
@@ -519,7 +519,7 @@ def test_multi_label_scores_are_scikit_learns():
     assert result.scalars['d_prime'] == pytest.approx(np.mean(np.sqrt(2) * norm.ppf(aucs)))
     low, high = result.artifacts['mAP/interval']
     assert low < result.scalars['mAP'] < high and high - low < 0.15
-    perfect = classify(np.array([[2.0], [1.0], [0.0]]), np.array([[1], [1], [0]]))
+    perfect = classify(np.array([[2.0, -1], [1, -2], [0, 3]]), np.array([[1, 0], [1, 0], [0, 1]]))
     assert perfect.scalars['mAP'] == 1 == perfect.scalars['AUC'] and np.isfinite(perfect.scalars['d_prime'])
 
 

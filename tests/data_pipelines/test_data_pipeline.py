@@ -142,7 +142,7 @@ def test_views(config):
     np.testing.assert_array_equal(main['video/data'], got['video.w2/data'])
     np.testing.assert_array_equal(main['audio/start'], got['video.w2/start'])
     check_clocks(main)
-    for wrong, say in (({'kind': 'window', 'number': 3, 'of': 3}, 'number runs from 0'), ({'kind': 'clip'}, 'its kind is window'),
+    for wrong, say in (({'kind': 'window', 'number': 3, 'of': 3}, 'number runs from 0'), ({'kind': 'clip'}, "of kind 'window' is wanted"),
                        ({'kind': 'window', 'number': 0, 'of': 1, 'crop': 2}, 'crop is 2; give a number from 0')):
         with pytest.raises(DataError, match=say):
             data.one_pass('test', 10, window=wrong)
