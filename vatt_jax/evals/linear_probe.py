@@ -129,7 +129,7 @@ def _labelled(examples: Examples, name: str, part: np.ndarray | None = None) -> 
     use = use if part is None else use & part
     if use.sum() < 2 or len(np.unique(y[use])) < 2:
         raise ConfigError(f'linear probe: label {name!r} has {int(use.sum())} labelled examples of {len(np.unique(y[use]))} classes; two are needed')
-    return np.asarray(examples.x, np.float64)[use], y[use].astype(np.int64)
+    return np.asarray(examples.x, np.float32)[use], y[use].astype(np.int64)
 
 
 def mean_color(frames: np.ndarray) -> np.ndarray:
