@@ -6,8 +6,8 @@
 Both sides: 4 clips of 16×112×112 frames, 32768 samples and 5 sentences of 16 words; three towers of 4 layers, width 256, 4 heads of 64, MLP 1024;
 FAC head 512/256, asymmetric NCE, dropout 0.1, Adam as Keras writes it, float32, frozen word table of 65536 × 300; with DropToken 0.5 and without.
 They start from the same floats (our device stage from uint8 is a variant of its own) and the same weights: without dropout their losses
-agree, which is checked first. The restatement does what the official code does: convolutions for patches, stateful random bits, every token in
-every layer, Keras's Adam by its own op, NaN gradients to zero, one tf.function.
+agree, which is checked first. Both use the heap that run.py sets up. The restatement does what the official code does: convolutions for
+patches, stateful random bits, every token in every layer, Keras's Adam by its own op, NaN gradients to zero, one tf.function.
 
 Ours, `all tokens`, does the same work; `first token` computes in the last layer what the loss reads (keys and values of all tokens, the rest for
 the aggregate token), which is exact. GFLOP/s are those of the whole step (all tokens, forward and backward, matrix products only) for every variant,
@@ -33,6 +33,10 @@ sys.path.insert(0, str(ROOT))
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')   # the faster setting for the official step
+
+import run  # noqa: E402
+
+run.keep_freed_memory()   # as every run on the CPU does; both sides share the heap. Before threads begin
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -335,10 +339,10 @@ def main():
                      'gflops': total / wall, 'share_of_peak': total / wall / top, 'times_official_wall': times[0], 'times_official_cpu': times[1],
                      'gflop_compiled': work[name]})
         print(f'{name:50} {wall:8.3f} {middle:8.3f} {cpu:8.3f} {total / wall:8.1f} {total / wall / top:8.1%} {times[0]:7.2f} {times[1]:7.2f}')
-    run = lambda *command: subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    ask = lambda *command: subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
     cpu_file = pathlib.Path('/proc/cpuinfo')
     names = [line.split(':')[1].strip() for line in cpu_file.read_text().splitlines() if line.startswith('model name')] if cpu_file.exists() else []
-    about = {'commit': run('git', 'rev-parse', '--short', 'HEAD') + ('+' if run('git', 'status', '--porcelain', 'vatt_jax') else ''),
+    about = {'commit': ask('git', 'rev-parse', '--short', 'HEAD') + ('+' if ask('git', 'status', '--porcelain', 'vatt_jax') else ''),
              'date': datetime.date.today().isoformat(), 'jax': jax.__version__, 'tensorflow': tf.__version__,
              'onednn': os.environ['TF_ENABLE_ONEDNN_OPTS'], 'hardware': f'{os.cpu_count()} × {names[0] if names else platform.processor()}',
              'load_average': os.getloadavg(), 'rounds': args.rounds, 'block': args.block, 'peak_gflops': top,
