@@ -1,12 +1,16 @@
-"""Fine-tuning VATT as published: actions in video, events in sound, objects in images. (On the playground: configs/finetune.py.)
+"""Fine-tuning VATT as published: actions in video, events in sound, objects in images.
 
     python -m vatt_jax.importers --format=vatt_tf --checkpoint=ckpt-500000 --config=configs/vatt.py:mbs --out=runs/vatt_mbs
     python run.py --config=configs/vatt_finetune.py:k400,mbs --workdir=runs/k400 --config.init_from=runs/vatt_mbs
 
+    python run.py --config=configs/vatt_finetune.py:demo,20 --workdir=runs/demo20            # from runs/demo, 20 labels of each class
+    python run.py --config=configs/vatt_finetune.py:demo,20,scratch --workdir=runs/scratch20 # the same network from nothing
+
 Tasks: k400, k600, k700, mit, audioset, imagenet. Sizes: those of configs/vatt.py (default mbs). The paper's batch is 64, the code's default 8;
-steps after the release's checkpoints. What each published row needs: docs/vatt.md.
+steps after the release's checkpoints. What each published row needs: docs/vatt.md. `demo` is the same recipe on the playground's classes, from
+the run of `make demo`, minutes on two CPU cores; table over numbers of labels: benchmarks/few_labels.py.
 """
-from configs import default, vatt
+from configs import default, demo, vatt
 from vatt_jax.config import choose
 
 # task -> (stream, steps): K400/600/700 90-100 k, Moments in Time 150 k, AudioSet 50 k
@@ -16,7 +20,9 @@ TASKS = {'k400': ('video', 100_000), 'k600': ('video', 100_000), 'k700': ('video
 
 def get_config(arg: str = 'k400'):
     task, *options = (arg or 'k400').split(',')
-    choose(task, TASKS, 'configs/vatt_finetune.py: task')
+    choose(task, [*TASKS, 'demo'], 'configs/vatt_finetune.py: task')
+    if task == 'demo':
+        return _demo(options)
     size = options[0] if options else 'mbs'
     stream, steps = TASKS[task]
     pretrained = vatt.get_config(size)
@@ -32,17 +38,42 @@ def get_config(arg: str = 'k400'):
     if task == 'imagenet':               # one temporal patch: the image four times; the temporal table is resized to one row
         m.inputs.video.frames, m.towers.video.positions = 4, (1, 14, 14)
 
-    c.objective = {'name': 'classification', 'stream': stream, 'label': 'class'}
+    _recipe(c, stream)
     if stream == 'audio':
         c.objective.update({'form': 'sigmoid', 'dropout': 0.0, 'smoothing': 0.0, 'mixup': 5})
-    o = c.optimizer
-    o.name, o.momentum, o.clip, o.clip_paths = 'keras_sgd', 0.9, 0.75, (r'^model/',)
-    o.schedule.update({'name': 'warmup_cosine', 'peak': 5e-3, 'warmup': 2_500, 'end': 0.0})
-
     d = c.data
     d.train[task] = {'path': f'data/{task}/records', 'split': 'train', 'weight': 1.0, 'share': 0.0}
     d.crop, d.aspect, d.flip = (0.08, 1.0), (0.5, 2.0), 0.5    # Inception style
     c.augment.audio_noise = 0.0
     c.checkpoint.every, c.checkpoint.keep, c.log_every = 5_000, 10, 50
-    c.evals = {'classification': {'type': 'classification', 'label': 'class', 'split': 'test'}}
+    # Four windows; three squares of each frame where it is longer than high. An image has one window.
+    views = {'video': (4, 3), 'audio': (4, 1)}[stream] if task != 'imagenet' else (1, 1)
+    c.evals = {'classification': {'type': 'classification', 'label': 'class', 'split': 'test', 'windows': views[0], 'crops': views[1]}}
+    return c
+
+
+def _recipe(c, stream: str) -> None:
+    """Objective and optimizer as published, the clip by the gradient's norm on the backbone alone."""
+    c.objective = {'name': 'classification', 'stream': stream, 'label': 'class'}
+    o = c.optimizer
+    o.name, o.momentum, o.clip, o.clip_paths, o.weight_decay, o.frozen = 'keras_sgd', 0.9, 0.75, (r'^model/',), 0.0, (r'word_table',)
+    o.schedule.update({'name': 'warmup_cosine', 'peak': 5e-3, 'warmup': 2_500, 'end': 0.0})
+
+
+def _demo(options):
+    labels = [o for o in options if o.isdigit()]
+    for option in options:
+        choose(option, ['scratch', *labels], 'configs/vatt_finetune.py:demo option (a number of labels, or scratch)')
+    c = demo.get_config()
+    c.name = ' '.join(['fine-tuned demo', *options])
+    c.steps, c.batch_size, c.report = 300, 64, False
+    c.init_from = '' if 'scratch' in options else 'runs/demo'
+    _recipe(c, 'video')
+    # A three-hundredth of the published steps, so ten times their rate; and the demo's milder crop: a tenth of a scene does not tell its class.
+    c.optimizer.schedule.update({'peak': 5e-2, 'warmup': 30})
+    if labels:  # of the videos that pretraining saw without labels
+        c.data.train.playground.update({'label': 'class', 'per_class': int(labels[0])})
+    # The playground's frames are square, so there is one square of each.
+    c.evals = {'classification': {'type': 'classification', 'label': 'class', 'split': 'test', 'windows': 4}}
+    c.checkpoint.every = 300
     return c

@@ -102,11 +102,12 @@ class Data:
         return _mismatched(batches, tuple(self.config.data.mismatch)) if self.config.data.mismatch else batches
 
     def one_pass(self, split: str, batch_size: int, process: tuple[int, int] = (0, 1), by: str = 'segments',
-                 augment: bool = False, views: Mapping[str, Any] | None = None,
-                 limit: int | None = None, draw: str = '') -> Iterator[dict[str, Any]]:
+                 augment: bool = False, views: Mapping[str, Any] | None = None, limit: int | None = None, draw: str = '',
+                 window: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
         """Every example (or the first `limit`) exactly once over all hosts, in a fixed order, padded to full batches.
 
-        augment: windows, crops and flips as in training, other ones for every `draw`. views: replaces config.data.views.
+        augment: windows, crops and flips as in training, other ones for every `draw`. views: replaces config.data.views. window: which window
+        the main streams show, as a view of kind `window`; None: the middle one.
         """
         begins = self.offsets(split, by)
         total = self.size(split, by)
@@ -119,7 +120,7 @@ class Data:
             source = (np.searchsorted(begins, number, side='right') - 1).astype(np.int32)
             return Rows(positions, source, np.where(valid, number - begins[source], 0), valid)
 
-        chosen = self._views if views is None else streams(self.inputs, views)
+        chosen = streams(self.inputs, self.config.data.views if views is None else views, window)
         request = Request(split, chosen, by == 'segments', not augment, augment, f'pass/{split}{draw and "/" + draw}')
         return self._batches(request, rows, order.one_pass_batches(total, batch_size))
 
@@ -127,13 +128,13 @@ class Data:
     def _draw(self, request: Request, rows: Rows) -> Callable[[str], np.ndarray]:
         return lambda site: order.uniform(self.config.seed, rows.position, f'{request.site}/{site}', 1)[:, 0]
 
-    def _crops(self, request: Request, rows: Rows, stream: str, height: np.ndarray,
+    def _crops(self, request: Request, rows: Rows, view: View, height: np.ndarray,
                width: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(box float32 [B 4], flip bool [B]) of one video stream."""
-        if not request.augment:
-            return video.centre_boxes(height, width), np.zeros(len(rows.position), bool)
+        if not request.augment or view.crop is not None:
+            return video.square_boxes(height, width, 0.5 if view.crop is None else view.crop), np.zeros(len(rows.position), bool)
         d = self.config.data
-        u = order.uniform(self.config.seed, rows.position, f'{request.site}/crop/{stream}', 5)
+        u = order.uniform(self.config.seed, rows.position, f'{request.site}/crop/{view.stream}', 5)
         return video.random_boxes(u, height, width, d.crop, d.aspect), u[:, 4] < d.flip
 
 
@@ -183,7 +184,8 @@ def _weigh(sources: list[order.Source], columns: Mapping[str, np.ndarray]) -> li
             raise DataError(f'column {name!r} has shape {column.shape}; the training set has {total} records')
         weights = weights * column
     ends = np.cumsum([s.size for s in sources])
-    return [dataclasses.replace(s, sampling=weights[end - s.size:end]) for s, end in zip(sources, ends)]
+    own = lambda s: 1.0 if s.sampling is None else s.sampling
+    return [dataclasses.replace(s, sampling=own(s) * weights[end - s.size:end]) for s, end in zip(sources, ends)]
 
 
 def _split(split: str) -> str:

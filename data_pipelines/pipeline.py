@@ -28,12 +28,13 @@ from vatt_jax.tokenizer import Tokenizer
 with contextlib.suppress(RuntimeError):  # too late if TensorFlow is in use already
     tf.config.set_visible_devices([], 'GPU')  # the accelerator belongs to JAX
 
+_FIELDS = {'path', 'split', 'weight', 'share', 'label', 'per_class'}  # of an entry of config.data.train
 _PATIENCE = 100   # records read before the share of unreadable ones is judged
 _REPORTED = 1000  # unreadable records listed by problems()
 
 
 class Records(Data):
-    """config.data.train is the training mixture {name: {path, split, weight, share}}; config.data.eval {path} the dataset that
+    """config.data.train is the training mixture {name: {path, split, weight, share, label, per_class}}; config.data.eval {path} the dataset that
     evaluation passes read (default: the first training source). `train` by records means the mixture, everything else the
     evaluation dataset.
 
@@ -49,10 +50,10 @@ class Records(Data):
                             "{'mine': {'path': FOLDER}} with a folder made by python -m data_pipelines.prepare")
         opened: dict[str, Prepared] = {}
         for name, entry in [*mixture.items(), ('', evaluated)]:
-            unknown = set(entry) - ({'path', 'split', 'weight', 'share'} if name else {'path'})
+            unknown = set(entry) - (_FIELDS if name else {'path'})
             where = f'config.data.train.{name}' if name else 'config.data.eval'
             if unknown:
-                raise DataError(f'{where} has no field {sorted(unknown)[0]!r}; fields are path, split, weight, share')
+                raise DataError(f'{where} has no field {sorted(unknown)[0]!r}; fields are {", ".join(sorted(_FIELDS))}')
             if name and not entry.get('path'):
                 raise DataError(f'{where} has no path; give the folder that python -m data_pipelines.prepare made')
             if entry.get('path') and entry['path'] not in opened:
@@ -65,7 +66,9 @@ class Records(Data):
         self._mixture = [(name, entry, Split(opened[entry['path']], entry.get('split', 'train'), name))
                          for name, entry in mixture.items()]
         self._evaluated = opened[evaluated['path']] if evaluated.get('path') else self._mixture[0][2].prepared
-        self._splits = {s.split: s for _, _, s in self._mixture if s.prepared is self._evaluated and s.split in SPLITS}
+        self._few = {name: few_labels(part, entry.get('label', 'class'), entry['per_class'], config.seed)
+                     for name, entry, part in self._mixture if entry.get('per_class')}
+        self._splits = {s.split: s for name, _, s in self._mixture if s.prepared is self._evaluated and s.split in SPLITS and name not in self._few}
         first = self._mixture[0][2].prepared if self._mixture else self._evaluated
         self.tokenizer: Tokenizer = tokenizer_of(self.inputs, first.tokenizer(), str(first.path))
         # Class numbers must mean the same everywhere, so sources that share a label share its names.
@@ -95,7 +98,7 @@ class Records(Data):
     def _sources(self, split, by):
         parts = self._parts(split, by)
         if split == 'train' and by == 'records' and self._mixture:
-            return [order.Source(len(part), float(entry.get('weight', 1.0)), float(entry.get('share', 0.0)), name=name)
+            return [order.Source(len(part), float(entry.get('weight', 1.0)), float(entry.get('share', 0.0)), self._few.get(name), name)
                     for name, entry, part in self._mixture]
         return [order.Source(len(p) if by == 'records' else len(p.index.segment_record), name=p.name) for p in parts]
 
@@ -147,6 +150,30 @@ class Records(Data):
                                 f'{limit:g} (first: record {number} of {name}: {reason}); prepare the data again with --overwrite')
 
 
+def few_labels(part: Split, label: str, per_class: int, seed: int) -> np.ndarray:
+    """float64 [M]: sampling weights of the records of a source of which only `per_class` labelled segments of each class are known: how many of
+    these a record has. All other labels of `part.index` become unknown, in place.
+
+    Segments are taken in a random order of the records that the seed decides, so fewer are a part of more. Raises DataError for a class that has
+    too few.
+    """
+    where = f'config.data.train.{part.name}'
+    stored = part.index.labels.get(label)
+    if stored is None or stored.ndim != 1:
+        raise DataError(f'{where}.per_class={per_class}: {part.prepared.path} has no label {label!r} with one class for each segment; it has '
+                        f'{", ".join(k for k, v in part.index.labels.items() if v.ndim == 1) or "none"} (field label)')
+    place = order.permute(part.index.segment_record, len(part), seed, 'few labels')
+    known = np.zeros(len(stored), bool)
+    for number, name in enumerate(part.prepared.meta['labels'][label]):
+        own = np.flatnonzero(stored == number)
+        if len(own) < per_class:
+            raise DataError(f'{where}.per_class={per_class}: class {name!r} of label {label!r} has {len(own)} segments in split {part.split!r}')
+        known[own[np.argsort(place[own], kind='stable')[:per_class]]] = True
+    unknown = lambda x: np.where(known if x.ndim == 1 else known[:, None], x, -1 if x.ndim == 1 else 0).astype(x.dtype)
+    part.index.labels = {name: unknown(x) for name, x in part.index.labels.items()}
+    return np.bincount(part.index.segment_record[known], minlength=len(part)).astype(np.float64)
+
+
 class _Plan:
     """Rows -> everything about a batch but its pixels and samples, and what to fetch for those."""
 
@@ -159,8 +186,9 @@ class _Plan:
             np.stack([p.index.height, p.index.width], 1)[p.index.frames > 0], axis=0)}
         size = parts[0].prepared.meta['size']
         # Frames of one shape travel whole and the device crops. Mixed shapes are cut to squares of their common short side here:
-        # anywhere along the long side in training, the middle in evaluation.
+        # anywhere along the long side in training, the middle in evaluation; views may say where. places: of each square that is asked for.
         self.square = len(shapes) > 1
+        self.places = sorted({v.crop for v in self.videos}, key=lambda c: -1 if c is None else c)
         self.height, self.width = (size, size) if self.square or not shapes else next(iter(shapes))
 
     def gather(self, rows: Rows, pick: Callable[[Any], np.ndarray], dtype) -> np.ndarray:
@@ -199,7 +227,7 @@ class _Plan:
                 stream['valid'] = (frames if v.modality == 'video' else samples) > 0
             if v.modality == 'video':
                 height, width = np.full(b, self.height), np.full(b, self.width)
-                stream['box'], stream['flip'] = self.data._crops(request, rows, v.stream, height, width)
+                stream['box'], stream['flip'] = self.data._crops(request, rows, v, height, width)
             batch[v.stream] = stream
         if request.segments and 'text' in self.inputs:
             captions = [[self.parts[s].index.segment_caption[g]] if ok else [] for s, g, ok in zip(rows.source, segment, rows.valid)]
@@ -219,11 +247,12 @@ class _Plan:
             if self.square:
                 height = self.gather(rows, lambda p: p.index.height, np.int64)
                 width = self.gather(rows, lambda p: p.index.width, np.int64)
-                at = np.full(b, 0.5)
+                own = np.full(b, 0.5)
                 if self.request.augment:
-                    at = order.uniform(self.data.config.seed, rows.position, f'{self.request.site}/square', 1)[:, 0]
+                    own = order.uniform(self.data.config.seed, rows.position, f'{self.request.site}/square', 1)[:, 0]
+                at = np.stack([own if p is None else np.full(b, p) for p in self.places], 1)
                 room = np.stack([height, width], 1) - self.height
-                want['corner'] = np.maximum(np.floor(room * at[:, None] + 0.5), 0).astype(np.int32)
+                want['corner'] = np.maximum(np.floor(room[:, None] * at[..., None] + 0.5), 0).astype(np.int32)
         if self.audios:
             rate = self.inputs['audio']['rate']
             firsts = [audio.first_samples(starts[x.suffix], samples, rate) for x in self.audios]
@@ -286,7 +315,7 @@ class _Batches(Iterator):
         d, plan = self._data.config.data, self._plan
         keys = [k for k, on in (('frames', plan.videos), ('corner', plan.videos and plan.square), ('samples', plan.audios)) if on]
         types = {'frames': tf.int32, 'corner': tf.int32, 'samples': tf.int64}
-        shapes = {'frames': [None, len(plan.videos), None], 'corner': [None, 2], 'samples': [None, len(plan.audios)]}
+        shapes = {'frames': [None, len(plan.videos), None], 'corner': [None, len(plan.places), 2], 'samples': [None, len(plan.audios)]}
 
         def fetch(step):
             step, raw, *wanted = tf.numpy_function(self._fetch(keys), [step], [tf.int64, tf.string, *(types[k] for k in keys)])
@@ -356,15 +385,18 @@ class _Batches(Iterator):
         return out
 
     def _pictures(self, frames: tf.Tensor, wanted: dict[str, tf.Tensor], shape: tuple[int, ...]) -> tf.Tensor:
-        # Overlapping views ask for the same frames: each is decoded once.
-        numbers, back = tf.unique(tf.reshape(wanted['frames'], [-1]))
-        if self._plan.square:
-            window = tf.concat([wanted['corner'], [shape[2], shape[3]]], 0)
-            decode = lambda jpeg: tf.image.decode_and_crop_jpeg(jpeg, window, channels=3)
-        else:
-            decode = lambda jpeg: tf.image.decode_jpeg(jpeg, channels=3)
-        decoded = tf.map_fn(decode, tf.gather(frames, numbers), fn_output_signature=tf.TensorSpec([shape[2], shape[3], 3], tf.uint8),
-                            parallel_iterations=1)
+        # Overlapping views ask for the same frames: each is decoded once (once for each square of it).
+        places = self._plan.places if self._plan.square else [None]
+        of_view = [places.index(v.crop) if self._plan.square else 0 for v in self._plan.videos]
+        keys, back = tf.unique(tf.reshape(wanted['frames'] * len(places) + np.array(of_view, np.int32)[:, None], [-1]))
+
+        def decode(key):
+            jpeg = frames[key // len(places)]
+            if not self._plan.square:
+                return tf.image.decode_jpeg(jpeg, channels=3)
+            window = tf.concat([wanted['corner'][key % len(places)], [shape[2], shape[3]]], 0)
+            return tf.image.decode_and_crop_jpeg(jpeg, window, channels=3)
+        decoded = tf.map_fn(decode, keys, fn_output_signature=tf.TensorSpec([shape[2], shape[3], 3], tf.uint8), parallel_iterations=1)
         return tf.reshape(tf.gather(decoded, back), shape)
 
     def _sound(self, pcm: tf.Tensor, first: tf.Tensor, count: int) -> tf.Tensor:

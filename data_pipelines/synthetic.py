@@ -77,7 +77,7 @@ class Synthetic(Data):
                 n, size = self.inputs['video']['frames'], self.inputs['video']['size']
                 at = start[:, None] + np.arange(n) / fps
                 stream['data'] = np.stack([_frames(k, u, t, size) for k, u, t in zip(kind, instance, at)])
-                stream['box'], stream['flip'] = self._crops(request, rows, v.stream, np.full(b, size), np.full(b, size))
+                stream['box'], stream['flip'] = self._crops(request, rows, v, np.full(b, size), np.full(b, size))
                 # A mirrored grating moves the other way: here direction is the class, so nothing is ever flipped.
                 stream['flip'] = np.zeros(b, bool)
             elif v.modality == 'audio':
@@ -243,8 +243,10 @@ class Npz(Data):
 
     def _batches(self, request: Request, rows: Callable[[int], Rows], number: int | None) -> Iterator[dict[str, Any]]:
         for v in request.views:
-            if f'{v.stream}/data' not in self._rows[request.split] and dict(v.spec)['kind'] != 'reverse' and number != 0:
-                raise DataError(f'the npz has no stream {v.stream!r}; a file of prepared batches cannot make other windows')
+            moved = not v.suffix and v.kind == 'window' and v.of > 1
+            if (moved or f'{v.stream}/data' not in self._rows[request.split] and v.kind != 'reverse') and number != 0:
+                raise DataError(f'the npz has no {"other window of" if moved else "stream"} {v.stream!r}; a file of prepared batches cannot make '
+                                'other windows')
         steps = itertools.count() if number is None else range(number)
         return (self._make(request, rows(step)) for step in steps)
 
@@ -255,18 +257,19 @@ class Npz(Data):
         labels = {k.partition('/')[2]: v[rows.index] for k, v in stored.items() if k.startswith('labels/')}
         if labels:
             batch['labels'] = labels
-        wanted = [(v.stream, v.modality) for v in request.views]
+        wanted = list(request.views)
         if request.segments and 'text.caption/data' in stored:
-            wanted.append(('text.caption', 'text'))
-        for name, modality in wanted:
+            wanted.append(view_rules.View('text.caption', 'text', 'caption'))
+        for v in wanted:
+            name, modality = v.stream, v.modality
             made = f'{name}/data' not in stored
             source = modality if made else name
             get = lambda part, default: stored[f'{source}/{part}'][rows.index] if f'{source}/{part}' in stored else default  # noqa: B023
             stream = {'data': get('data', None), 'valid': get('valid', np.ones(b, bool)), 'start': get('start', np.zeros(b, np.float32))}
             if modality == 'video':
                 height, width = (np.full(b, n) for n in stream['data'].shape[2:4])
-                stream['box'], stream['flip'] = self._crops(request, rows, name, height, width)
-                if not request.augment:
+                stream['box'], stream['flip'] = self._crops(request, rows, v, height, width)
+                if not request.augment and v.crop is None:
                     stream['box'] = get('box', stream['box'])
                     stream['flip'] = get('flip', stream['flip'])
             if modality == 'text':

@@ -60,9 +60,10 @@ def random_boxes(u: np.ndarray, height: np.ndarray, width: np.ndarray, area: tup
     return np.stack([y, x, y + h, x + w], 1).astype(np.float32)
 
 
-def centre_boxes(height: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """float32 [B 4]: the largest centred square, evaluation's crop."""
+def square_boxes(height: np.ndarray, width: np.ndarray, place: float = 0.5) -> np.ndarray:
+    """float32 [B 4]: the largest square, `place` (0 to 1) of the way along the frame's longer side; the middle one is evaluation's crop."""
     height, width = np.asarray(height, np.float64), np.asarray(width, np.float64)
     side = np.minimum(height, width)
     h, w = side / np.maximum(height, 1), side / np.maximum(width, 1)
-    return np.stack([(1 - h) / 2, (1 - w) / 2, (1 + h) / 2, (1 + w) / 2], 1).astype(np.float32)
+    y, x = (1 - h) * place, (1 - w) * place
+    return np.stack([y, x, y + h, x + w], 1).astype(np.float32)

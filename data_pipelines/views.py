@@ -11,6 +11,7 @@ from data_pipelines import video
 from data_pipelines.errors import DataError
 
 KINDS = {'clip': {'kind'}, 'shift': {'kind', 'seconds'}, 'reverse': {'kind'}, 'window': {'kind', 'number', 'of'}}
+OPTIONAL = {'window': {'crop'}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,34 +28,52 @@ class View:
             return fields[name]
         raise AttributeError(name)
 
+    @property
+    def crop(self) -> float | None:
+        """Where along the frame's longer side its largest square lies, 0 to 1; None: as the request says (random, or the middle)."""
+        return dict(self.spec).get('crop')
 
-def streams(inputs: Mapping[str, Any], views: Mapping[str, Any] | Iterable[tuple[str, Any]] | None) -> tuple[View, ...]:
+
+def streams(inputs: Mapping[str, Any], views: Mapping[str, Any] | Iterable[tuple[str, Any]] | None,
+            window: Mapping[str, Any] | None = None) -> tuple[View, ...]:
     """The main stream of each modality of config.model.inputs, then the views. Raises DataError naming the wrong view.
 
-    views: {stream: {'kind': …}}, or pairs of the same (config.data.views: config fields take no dots).
+    views: {stream: {'kind': …}}, or pairs of the same (config.data.views: config fields take no dots). window: of the main streams, as a view of
+    kind `window`; None: the request's own (random, or the middle one).
     """
-    out = [View(m, m, '') for m in ('video', 'audio', 'text') if m in inputs]
+    if window is not None:
+        _check('window', window)
+        if window['kind'] != 'window':
+            raise DataError(f"window={dict(window)}: a view of kind 'window' is wanted")
+    main = {} if window is None else {'spec': tuple(sorted(window.items()))}
+    out = [View(m, m, '', **main) for m in ('video', 'audio', 'text') if m in inputs]
     windows: dict[str, tuple] = {}
     for stream, given in dict(views or {}).items():
         modality, _, suffix = stream.partition('.')
         spec = dict(given)
-        kind = spec.get('kind')
         if modality not in inputs or not suffix:
             raise DataError(f'config.data.views has {stream!r}; a view is named modality.suffix with a modality of '
                             f'config.model.inputs ({", ".join(inputs)})')
-        if kind not in KINDS or set(spec) != KINDS[kind]:
-            raise DataError(f'config.data.views: {stream!r} is {spec}; views are ' + '; '.join(
-                f'{k}: {", ".join(sorted(v))}' for k, v in KINDS.items()))
-        if kind == 'shift' and spec['seconds'] != 'random' and not isinstance(spec['seconds'], (int, float)):
-            raise DataError(f'config.data.views: {stream!r}.seconds is {spec["seconds"]!r}; give a number or "random"')
-        if kind == 'window' and not 0 <= spec['number'] < spec['of']:
-            raise DataError(f'config.data.views: {stream!r}: number runs from 0 to of - 1; got {spec["number"]} of {spec["of"]}')
+        _check(f'config.data.views: {stream!r}', spec)
         view = View(stream, modality, suffix, tuple(sorted(spec.items())))
         if windows.setdefault(suffix, view.spec) != view.spec:
             raise DataError(f'config.data.views: the streams with suffix {suffix!r} share one window, so their entries must '
                             f'be equal; {stream!r} differs')
         out.append(view)
     return tuple(out)
+
+
+def _check(where: str, spec: Mapping[str, Any]) -> None:
+    kind = spec.get('kind')
+    if kind not in KINDS or not KINDS[kind] <= set(spec) <= KINDS[kind] | OPTIONAL.get(kind, set()):
+        raise DataError(f'{where} is {dict(spec)}; views are ' + '; '.join(
+            f'{k}: {", ".join([*sorted(v), *(f"{o} (if wanted)" for o in OPTIONAL.get(k, ()))])}' for k, v in KINDS.items()))
+    if kind == 'shift' and spec['seconds'] != 'random' and not isinstance(spec['seconds'], (int, float)):
+        raise DataError(f'{where}.seconds is {spec["seconds"]!r}; give a number or "random"')
+    if kind == 'window' and not 0 <= spec['number'] < spec['of']:
+        raise DataError(f'{where}: number runs from 0 to of - 1; got {spec["number"]} of {spec["of"]}')
+    if 'crop' in spec and not (isinstance(spec['crop'], (int, float)) and 0 <= spec['crop'] <= 1):
+        raise DataError(f'{where}.crop is {spec["crop"]!r}; give a number from 0 (left, top) to 1 (right, bottom)')
 
 
 def window_seconds(inputs: Mapping[str, Any]) -> float:
@@ -75,7 +94,13 @@ def starts(views: tuple[View, ...], window: float, duration: np.ndarray, draw: C
     the main window is uniform over the record. step: seconds between stored frames [B]; starts are multiples of it.
     """
     anywhere = lambda site: video.anywhere(duration, window, step, draw(site))
-    main = anywhere('window') if segments is None else video.centred(*segments, duration, window)
+    within = segments if segments is not None else (np.zeros_like(duration), duration)
+    spaced = lambda v: video.spaced(*within, duration, window, v.number, v.of)
+    of_main = next((v for v in views if not v.suffix and v.kind == 'window'), None)
+    if of_main is not None:
+        main = spaced(of_main)
+    else:
+        main = anywhere('window') if segments is None else video.centred(*segments, duration, window)
     out = {'': video.snap(main, step)}
     for v in views:
         if v.suffix in out:
@@ -85,8 +110,7 @@ def starts(views: tuple[View, ...], window: float, duration: np.ndarray, draw: C
         elif v.kind == 'shift':
             start = video.shifted(out[''], float(v.seconds), duration, window)
         elif v.kind == 'window':
-            begin, end = segments if segments is not None else (np.zeros_like(duration), duration)
-            start = video.spaced(begin, end, duration, window, v.number, v.of)
+            start = spaced(v)
         else:
             start = out['']
         out[v.suffix] = video.snap(start, step)

@@ -3,6 +3,7 @@ import json
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -11,12 +12,12 @@ import data_pipelines
 from tests import tiny
 from vatt_jax import api, encoder, evals, sharding, train
 from vatt_jax.config import ConfigError
-from vatt_jax.evals import Result, View, statistics
-from vatt_jax.evals.linear_probe import fit_predict, mean_color, mean_spectrum
+from vatt_jax.evals import Result, View, solvers, statistics
+from vatt_jax.evals.linear_probe import mean_color, mean_spectrum
 
 
 class Known:
-    """A view whose features are given. features: {split: what encoder.features_of returns}."""
+    """A view whose features are given. features: {split, or (split, window number, crop): what encoder.features_of returns}."""
     seed = 0
 
     def __init__(self, features, labels=()):
@@ -24,9 +25,9 @@ class Known:
         self.data = types.SimpleNamespace(info={'labels': {'class': list(labels)}})
         self.encoder = types.SimpleNamespace(objective=types.SimpleNamespace(streams=lambda: ('video',)))
 
-    def features(self, split, **asked):
+    def features(self, split, window=None, **asked):
         self.asked.append((split, asked))
-        return self._features[split]
+        return self._features[(split, window['number'], window.get('crop')) if window else split]
 
 
 def embeddings(n, spaces, valid=None, mask=None):
@@ -211,6 +212,12 @@ def probe(train_set, test_set, **config):
     return evals.build('p', ConfigDict({'type': 'linear_probe', **config})).run(view), view
 
 
+def solve(name, x, y, x_test, strengths=(), epochs=1000):
+    """(scores [N W P], C); x_test [N D] or [N W D]."""
+    x_test = x_test if x_test.ndim == 3 else x_test[:, None]
+    return solvers.SOLVERS[name](x, y, x_test, int(y.max()) + 1, ConfigDict({'strengths': strengths, 'epochs': epochs}), 0)
+
+
 def test_linear_probe_on_separable_and_on_meaningless_features():
     result, view = probe(blobs(120, 3, 30.0, 0), blobs(60, 3, 30.0, 1), train_limit=120, test_limit=60)
     assert result.scalars['accuracy'] == 1 and result.artifacts['accuracy/interval'] == (1, 1)
@@ -239,10 +246,10 @@ def test_regularisation_is_chosen_by_what_generalises():
     noisy = np.concatenate([2 * y[:, None] + rng.normal(size=(200, 3)), rng.normal(size=(200, 150))], 1)
     base = rng.normal(size=(200, 1))
     alike = np.concatenate([base, base + 0.05 * rng.normal(size=(200, 1)) + 0.06 * (2 * y[:, None] - 1)], 1)
-    assert fit_predict(noisy, y, noisy[:5], (1e-4, 1e3), 0)[1] == 1e-4
-    predicted, strength = fit_predict(alike, y, alike[:7], (1e-4, 1e3), 0)
-    assert strength == 1e3 and predicted.shape == (7,)
-    assert fit_predict(alike, y, alike[:7], (3.0,), 0)[1] == 3.0
+    assert solve('logistic', noisy, y, noisy[:5], (1e-4, 1e3))[1] == 1e-4
+    scores, strength = solve('logistic', alike, y, alike[:7], (1e-4, 1e3))
+    assert strength == 1e3 and scores.shape == (7, 1, 2)
+    assert solve('logistic', alike, y, alike[:7], (3.0,))[1] == 3.0
 
 
 def test_probe_mistakes_are_sentences():
@@ -267,6 +274,84 @@ def test_simple_features():
         spectrum = mean_spectrum((9000 * np.sin(2 * np.pi * pitch * t + 1)).astype(np.int16)[None])
         assert spectrum.shape == (1, 128) and spectrum[0].argmax() + 1 == round(pitch * 256 / 8000)
     assert mean_spectrum(np.zeros((1, 8000), np.int16))[0] == pytest.approx(np.log(1e-3))
+
+
+# ---- several windows
+
+def test_both_zero_shot_variants_over_windows():
+    """Two windows of video against one caption: the cosine of the mean of the embeddings before normalisation, and the mean of the cosines."""
+    rng = np.random.default_rng(0)
+    raw, words = rng.normal(size=(2, 20, 6)) * rng.uniform(0.1, 9, (2, 20, 1)), rng.normal(size=(20, 6))
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    parts = {}
+    for w in range(2):
+        f = embeddings(20, {'vat': {'video': unit(raw[w]), 'text.caption': unit(words)[:, None]}}, mask={'text.caption': np.ones((20, 1), bool)})
+        parts['test', w, None] = {**f, 'lengths': {'vat': {'video': np.linalg.norm(raw[w], axis=-1), 'text.caption': np.ones((20, 1))}}}
+    parts['test', 1, None]['valid']['video'][3] = False   # a window that cannot be read: the other one speaks for the clip
+    run = lambda pool: evals.build('r', ConfigDict({'type': 'retrieval', 'windows': 2, 'pool': pool, 'pairs': (('text', 'video', 'vat'),)})).run(
+        Known(parts)).artifacts['text_to_video/similarity']
+    kept = np.where(np.arange(20)[:, None] == 3, raw[0], raw.mean(0))
+    np.testing.assert_allclose(run('embeddings'), unit(words) @ unit(kept).T, atol=2e-3)
+    cosines = np.einsum('te,wge->tgw', unit(words), unit(raw))
+    want = np.where(np.arange(20) == 3, cosines[..., 0], cosines.mean(-1))
+    np.testing.assert_allclose(run('similarities'), want, atol=2e-3)
+    assert np.abs(want - unit(words) @ unit(kept).T).max() > 0.05
+    with pytest.raises(ConfigError, match=r"config.evals.r.pool='median': choose one of embeddings, similarities"):
+        run('median')
+
+
+def test_probe_averages_probabilities_over_windows_and_scores_over_folds():
+    (x, y), rng = blobs(90, 3, 4.0, 0), np.random.default_rng(5)
+    fold = np.arange(90) // 30 % 3
+    def features(noise):
+        labels = {'class': y, 'part': np.where(np.arange(90) == 7, -1, fold)}
+        return {'pooled': {'video': x + noise}, 'labels': labels, 'valid': {'video': np.ones(90, bool)}}
+    parts = {'train': features(0), **{('train', w, None): features(rng.normal(size=x.shape)) for w in range(2)}}
+    view = Known(parts, labels=['a', 'b', 'c'])
+    view.data.info['labels']['part'] = ['one', 'two', 'three']
+    fields = {'type': 'linear_probe', 'windows': 2, 'strengths': (1.0,), 'folds': (('part', 'one'), ('part', 'three'))}
+    got = evals.build('p', ConfigDict(fields)).run(view)
+    rights = []
+    for k in (0, 2):
+        inside, outside = (fold == k) & (np.arange(90) != 7), (fold != k) & (np.arange(90) != 7)
+        scores = [solve('logistic', x[outside], y[outside], parts['train', w, None]['pooled']['video'][inside], (1.0,))[0][:, 0] for w in range(2)]
+        rights.append((np.mean(scores, 0).argmax(-1) == y[inside]).mean())
+    assert got.scalars['accuracy'] == pytest.approx(np.mean(rights)) and got.artifacts['test'] == 59 and got.artifacts['train'] == 119
+    with pytest.raises(ConfigError, match=r"folds has \('part', 'ten'\); the classes of that label are one, two, three"):
+        evals.build('p', ConfigDict({**fields, 'folds': (('part', 'ten'),)})).run(view)
+
+
+def test_published_head_takes_the_published_steps():
+    """One step of Keras's Adam on the mean cross entropy plus 0.1 |W|², written out; a last batch of one example counts as much as a full one."""
+    (x, y), (n, p, w) = blobs(5, 3, 1.0, 0, width=4), (5, 3, 7)
+    start = jax.tree.map(np.float64, solvers._head_init(jax.random.key(3), 4, w, p))
+    fit = lambda x, y, batch, epochs: solvers._head_fit(
+        jax.tree.map(jnp.float32, start), jax.random.key(0), jnp.float32(x), jnp.array(y), batch, 5e-4, 0.0, 0.1, epochs)
+    got = fit(x, y, n, 1)
+    hidden = x @ start['in']
+    z = hidden @ start['out']
+    error = np.exp(z) / np.exp(z).sum(-1, keepdims=True) - np.eye(p)[y]
+    slope = {'out': hidden.T @ error / n + 0.2 * start['out'], 'out_bias': error.mean(0), 'in': x.T @ error @ start['out'].T / n,
+             'in_bias': (error @ start['out'].T).mean(0)}
+    for name, g in slope.items():
+        want = start[name] - 5e-4 * np.sqrt(1e-3) * g / (np.sqrt(1e-3) * np.abs(g) + 1e-7)
+        np.testing.assert_allclose(got[name], want, rtol=1e-5, atol=1e-7, err_msg=name)
+    same = np.tile(x[:1], (5, 1)), np.zeros(5, int)
+    for a, b in zip(jax.tree.leaves(fit(*same, 4, 1)), jax.tree.leaves(fit(*same, 5, 2))):  # batches of 4 and 1; two of 5
+        np.testing.assert_allclose(a, b, atol=1e-7)
+
+
+def test_published_classifiers_classify():
+    (x, y), (x_test, y_test) = blobs(150, 3, 6.0, 0), blobs(60, 3, 6.0, 1)
+    windows = np.stack([x_test, x_test + 0.1], 1)
+    scores, strength = solve('head', x, y, windows, epochs=150)
+    assert scores.shape == (60, 2, 3) and strength is None and (scores.mean(1).argmax(-1) == y_test).mean() > 0.95
+    np.testing.assert_allclose(scores.sum(-1), 1, rtol=1e-5)
+    values, strength = solve('svm', x, y, windows)
+    assert strength == 6e-5 and values.shape == (60, 2, 3) and (values.mean(1).argmax(-1) == y_test).mean() > 0.9
+    two = y < 2
+    values, _ = solve('svm', x[two], y[two], x_test)
+    assert values.shape == (60, 1, 2) and (values[y_test < 2, 0].argmax(-1) == y_test[y_test < 2]).mean() > 0.9
 
 
 # ---- a real encoder
@@ -332,7 +417,8 @@ def test_equal_requests_are_computed_once(view):
     assert Counted.passes == 1 and list(results) == ['a', 'b'] and results['a'].scalars == results['b'].scalars
     assert own.features('test', limit=16) is own.features('test', limit=16)
     for other in ({'limit': 8}, {'limit': 16, 'change': 'single_frame'}, {'limit': 16, 'by': 'records'},
-                  {'limit': 16, 'views': {'audio.shifted': {'kind': 'shift', 'seconds': 0.5}}}):
+                  {'limit': 16, 'views': {'audio.shifted': {'kind': 'shift', 'seconds': 0.5}}},
+                  {'limit': 16, 'window': {'kind': 'window', 'number': 0, 'of': 2}}):
         before = Counted.passes
         own.features('test', **other)
         assert Counted.passes == before + 1, other
@@ -416,6 +502,40 @@ def test_classification_top1_and_top5():
         classify(logits, np.full(4, -1))
 
 
+def test_multi_window_logits_or_probabilities_are_averaged():
+    """Three windows and two crops; one very sure window outweighs the others in logits and not in probabilities."""
+    logits = np.zeros((6, 2, 3))
+    logits[:, 0, 1], logits[0, 0, 2] = 1.0, 9.0
+    logits[:, 1, 0] = 1.0
+    y = np.array([2, 0])
+    part = lambda x: {'predictions': {'class': x}, 'labels': {'class': y}, 'valid': {'video': np.ones(2, bool)}}
+    parts = {('test', i // 2, float(i % 2)): part(x) for i, x in enumerate(logits)}
+    run = lambda **c: evals.build('c', ConfigDict({'type': 'classification', 'windows': 3, 'crops': 2, **c})).run(Known(parts)).scalars['accuracy']
+    assert run() == 1 and run(pool='probabilities') == 0.5
+    with pytest.raises(ConfigError, match='windows=0, crops=2; positive'):
+        run(windows=0)
+
+
+def test_multi_label_scores_are_scikit_learns():
+    from scipy.stats import norm
+    from sklearn.metrics import average_precision_score, roc_auc_score
+    rng = np.random.default_rng(0)
+    scores = np.round(rng.normal(size=(300, 7)), 1)   # ties abound
+    targets = (rng.uniform(size=(300, 7)) < 1 / (1 + np.exp(-2 * scores - 0.5))).astype(np.float32)
+    targets[:, 5], targets[:, 6] = 0, 1               # nothing can be said about classes without examples, or without others
+    targets[9] = 0
+    result = classify(scores, targets)
+    use = np.arange(300) != 9                          # the clip without any label does not count
+    aucs = [roc_auc_score(targets[use, c], scores[use, c]) for c in range(5)]
+    assert result.scalars['mAP'] == pytest.approx(np.mean([average_precision_score(targets[use, c], scores[use, c]) for c in range(5)]))
+    assert result.scalars['AUC'] == pytest.approx(np.mean(aucs)) and result.artifacts['classes_scored'] == 5
+    assert result.scalars['d_prime'] == pytest.approx(np.mean(np.sqrt(2) * norm.ppf(aucs)))
+    low, high = result.artifacts['mAP/interval']
+    assert low < result.scalars['mAP'] < high and high - low < 0.15
+    perfect = classify(np.array([[2.0, -1], [1, -2], [0, 3]]), np.array([[1, 0], [1, 0], [0, 1]]))
+    assert perfect.scalars['mAP'] == 1 == perfect.scalars['AUC'] and np.isfinite(perfect.scalars['d_prime'])
+
+
 def test_fine_tuning_from_a_run_trains_and_classifies(tiny_run, tmp_path):
     """The objective's head, trained a little from the run's tower, is what the evaluator reads."""
     folder, _, _ = tiny_run
@@ -423,9 +543,11 @@ def test_fine_tuning_from_a_run_trains_and_classifies(tiny_run, tmp_path):
                          objective=ConfigDict({'name': 'classification', 'dropout': 0.0}))
     config.optimizer.schedule.peak = 1e-2
     config.optimizer.rates = ((r'^objective/', 5.0),)
-    config.evals = {'classification': {'type': 'classification', 'split': 'test'}}
+    config.evals = {'classification': {'type': 'classification', 'split': 'test'},
+                    'multi_view': {'type': 'classification', 'split': 'test', 'windows': 2, 'crops': 3}}
     data = data_pipelines.open(config)
     scalars = train.train(config, data, tmp_path, quiet=True)
+    assert scalars['multi_view/accuracy'] > 3 / 16
     assert scalars['classification/accuracy'] > 3 / 16 and scalars['classification/top5'] >= scalars['classification/accuracy']
     assert train.newest(tmp_path) == 300
     # what was not read was not made, and says so

@@ -39,19 +39,6 @@ def test_warmup_must_leave_steps():
         optim.schedule(config().schedule, 100)
 
 
-def test_keras_adam_is_its_definition():
-    rng = np.random.default_rng(0)
-    tx = optim.scale_by_keras_adam(0.9, 0.999, 1e-7)
-    state = tx.init({'w': jnp.zeros(4)})
-    m = v = np.zeros(4)
-    for t in range(1, 6):
-        g = rng.normal(size=4) * 10.0 ** -t
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        want = np.sqrt(1 - 0.999 ** t) / (1 - 0.9 ** t) * m / (np.sqrt(v) + 1e-7)
-        got, state = tx.update({'w': jnp.asarray(g, jnp.float32)}, state)
-        np.testing.assert_allclose(got['w'], want, rtol=2e-4)
-
-
 def test_frozen_rates_and_decay_by_path():
     c = config(name='sgd', momentum=0.0, weight_decay=0.1, rates=(('^objective/', 10.0),), frozen=('word_table',))
     c.schedule.name, c.schedule.warmup, c.schedule.peak = 'constant', 0, 0.5

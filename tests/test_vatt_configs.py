@@ -7,12 +7,14 @@ import pytest
 from configs import default
 from vatt_jax import config as configs
 from vatt_jax import optim
+from vatt_jax.config import ConfigError
 from vatt_jax.importers import vatt_tf
 from vatt_jax.models import presets
 
 FILES = [f'configs/vatt.py:{n}{o}' for n in presets.MODELS for o in ('', ',paper', ',synthetic')]
 TASKS = ('k400', 'k600', 'k700', 'mit', 'audioset', 'imagenet')
 TUNED = [f'configs/vatt_finetune.py:{task}{size}' for task in TASKS for size in ('', ',bbs', ',agnostic_medium')]
+TUNED += [f'configs/vatt_finetune.py:demo{o}' for o in ('', ',20', ',5,scratch')]
 
 
 @pytest.mark.parametrize('spec', FILES + TUNED)
@@ -33,6 +35,12 @@ def test_published_values():
     o, rate = c.optimizer, optim.schedule(c.optimizer.schedule, c.steps)
     assert (o.name, o.clip, o.clip_paths, c.steps) == ('keras_sgd', 0.75, ('^model/',), 100_000)
     assert abs(rate(2_500) - 5e-3) < 1e-8 and rate(100_000) < 1e-9
+    tested = c.evals.classification
+    assert (tested.windows, tested.crops) == (4, 3)
+    few = configs.load('configs/vatt_finetune.py:demo,20')
+    assert few.data.train.playground.per_class == 20 and few.init_from and not configs.load('configs/vatt_finetune.py:demo,20,scratch').init_from
+    with pytest.raises(ConfigError, match=r"demo option \(a number of labels, or scratch\)='lots'"):
+        configs.load('configs/vatt_finetune.py:demo,lots')
 
 
 @pytest.mark.parametrize('spec,label', [('configs/vatt.py:bbs', None), ('configs/vatt.py:agnostic_medium', None), ('configs/vatt.py:mmv', None),

@@ -39,16 +39,18 @@ class Encoder:
         batch = preprocess.device_stage(batch, self.config.model.inputs, self.config.augment, rng, augment=False,
                                         dtype=self.config.compute_dtype)
         out = self.model.apply(variables, batch, train=False, rng=rng)
-        unit = lambda x: x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
+        length = lambda x: jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1), 1e-12))
+        each = lambda f: {space: {name: f(x) for name, x in members.items()} for space, members in out.spaces.items()}
         predictions = self.objective.predict(*heads, out.encoded) if self.objective is not None else {}
         return {'predictions': predictions,
                 'pooled': {name: e.pooled.astype(jnp.float32) for name, e in out.encoded.items()},
-                'spaces': {space: {name: unit(x) for name, x in members.items()} for space, members in out.spaces.items()}}
+                'spaces': each(lambda x: x / length(x)[..., None]), 'lengths': each(length)}
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """batch: this host's rows of a host batch; streams of a modality without a tower are passed over. Returns NumPy features of *all*
         hosts' rows, in global order:
-        {'pooled': {stream: [B D] or [B K D]}, 'spaces': {space: {stream: [B(,K) E], unit length}}, 'predictions': {name: [B P]}}."""
+        {'pooled': {stream: [B D] or [B K D]}, 'spaces': {space: {stream: [B(,K) E], unit length}}, 'lengths': {space: {stream: [B(,K)]}} of those
+        before, 'predictions': {name: [B P]}}."""
         batch = {k: v for k, v in batch.items() if not _is_stream(v) or k.split('.')[0] in self.modalities}
         with jax.set_mesh(self.mesh):
             out = self._forward(self.variables, self.heads, place(batch, self.mesh))
@@ -84,9 +86,9 @@ def gather_rows(batch: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, n
 def features_of(encoder: Encoder, batches: Iterator[Mapping[str, Any]], keep: tuple[str, ...] = ()) -> dict[str, Any]:
     """Features of a whole pass, padding rows dropped, in the order of the pass, each example once (checked).
 
-    Returns {'pooled': …, 'spaces': …, 'index': [N] (place in the pass), 'labels': {name: [N …]}, 'valid': {stream: bool [N]}, 'mask': {text stream:
-    bool [N K]}} and, for each stream named in `keep`, 'data': {stream: [N …]} (single process only: they are for pictures).
-    Raises RuntimeError when an example came twice.
+    Returns {'pooled': …, 'spaces': …, 'lengths': …, 'index': [N] (place in the pass), 'labels': {name: [N …]}, 'valid': {stream:
+    bool [N]}, 'mask': {text stream: bool [N K]}} and, for each stream named in `keep`, 'data': {stream: [N …]} (single process only: they
+    are for pictures). Raises RuntimeError when an example came twice.
     """
     parts = []
     for batch in batches:

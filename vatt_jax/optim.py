@@ -120,6 +120,8 @@ def scale_by_keras_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-7) -
         t = state.count + 1
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
-        correct = jnp.sqrt(1 - b2 ** t.astype(jnp.float32)) / (1 - b1 ** t.astype(jnp.float32))
+        # 1 - b^t without the cancellation that costs 1e-4 in early steps
+        rest = lambda b: -jnp.expm1(t.astype(jnp.float32) * math.log(b)) if b else 1.0
+        correct = jnp.sqrt(rest(b2)) / rest(b1)
         return jax.tree.map(lambda m, v: correct * m / (jnp.sqrt(v) + eps), mu, nu), KerasAdamState(t, mu, nu)
     return optax.GradientTransformation(init, update)

@@ -7,7 +7,7 @@ from clocks import FPS, RATE, SIZE, audio_time, clock, video_time
 from test_data_synthetic import equal, rows
 
 import data_pipelines
-from data_pipelines import media
+from data_pipelines import media, video
 from data_pipelines.errors import DataError
 from data_pipelines.prepare import prepare
 
@@ -137,6 +137,15 @@ def test_views(config):
         last = max(t['end'] - 0.8, t['start'])
         want = np.linspace(t['start'], last, 3)
         np.testing.assert_allclose([got[f'video.w{j}/start'][i] for j in range(3)], want, atol=0.1 + 1e-6)
+    # The same windows as main streams, pictures and sound together.
+    main = rows(data.one_pass('test', 10, views={}, window={'kind': 'window', 'number': 2, 'of': 3}), 1)
+    np.testing.assert_array_equal(main['video/data'], got['video.w2/data'])
+    np.testing.assert_array_equal(main['audio/start'], got['video.w2/start'])
+    check_clocks(main)
+    for wrong, say in (({'kind': 'window', 'number': 3, 'of': 3}, 'number runs from 0'), ({'kind': 'clip'}, "of kind 'window' is wanted"),
+                       ({'kind': 'window', 'number': 0, 'of': 1, 'crop': 2}, 'crop is 2; give a number from 0')):
+        with pytest.raises(DataError, match=say):
+            data.one_pass('test', 10, window=wrong)
     data.close()
 
 
@@ -231,6 +240,35 @@ def test_mixture_of_sources(config, prepared):
     data.close()
 
 
+def test_few_labels(config, prepared):
+    """Exactly so many segments of each class are known, in records drawn in proportion; fewer are a part of more; passes know all."""
+    def known(n, **fields):
+        config.data.train = {'clocks': {'path': str(prepared[0]), 'split': 'test', 'label': 'class', 'per_class': n, **fields}}
+        data = data_pipelines.open(config)
+        got = rows(data.train(0, 32), 5)
+        everything = rows(data.one_pass('test', 10), 1)['labels/class']
+        data.close()
+        assert sorted(everything) == [0] * 5 + [1] * 5
+        unknown = got['labels/class'] < 0
+        assert not got['labels/tags'][unknown].any() and got['labels/tags'][~unknown].any(-1).all()
+        return {(int(i), int(c)) for i, c in zip(got['index'], got['labels/class']) if c >= 0}, set(got['index'].tolist())
+    two, records = known(2)
+    assert sorted(c for _, c in two) == [0, 0, 1, 1] and records == {i for i, _ in two}
+    four, _ = known(4)
+    assert two < four and len(four) == 8
+    with pytest.raises(DataError, match="per_class=6: class 'early' of label 'class' has 5 segments in split 'test'"):
+        known(6)
+    with pytest.raises(DataError, match="has no label 'tags' with one class for each segment; it has class"):
+        known(2, label='tags')
+
+
+def test_squares_along_the_longer_side():
+    height, width = np.array([60, 90, 50]), np.array([120, 60, 50])
+    for place, want in ((0.0, [[0, 0, 1, 0.5], [0, 0, 2 / 3, 1], [0, 0, 1, 1]]), (0.5, [[0, 0.25, 1, 0.75], [1 / 6, 0, 5 / 6, 1], [0, 0, 1, 1]]),
+                        (1.0, [[0, 0.5, 1, 1], [1 / 3, 0, 1, 1], [0, 0, 1, 1]])):
+        np.testing.assert_allclose(video.square_boxes(height, width, place), want, atol=1e-6)
+
+
 def test_frames_of_different_shapes_are_cut_to_squares(config, tmp_path):
     (tmp_path / 'videos').mkdir()
     ramp = np.linspace(0, 255, 128).astype(np.uint8)
@@ -249,6 +287,14 @@ def test_frames_of_different_shapes_are_cut_to_squares(config, tmp_path):
     for name, axis in (('wide.mp4', 0), ('high.mp4', 1)):
         seen = got['video/data'][ids.index(name), 0].astype(float).mean(-1).mean(axis)
         np.testing.assert_allclose(seen, middle, atol=6)
+    # Three squares of each frame, as multi-view testing takes them; two of them in one pass.
+    for place, part in ((0.0, ramp[:64]), (1.0, ramp[64:])):
+        window = {'kind': 'window', 'number': 0, 'of': 1, 'crop': place}
+        got = rows(data.one_pass('train', 3, by='records', window=window, views={'video.middle': {**window, 'crop': 0.5}}), 1)
+        for name, axis in (('wide.mp4', 0), ('high.mp4', 1)):
+            for stream, wanted in (('video', part), ('video.middle', ramp[32:96])):
+                seen = got[f'{stream}/data'][ids.index(name), 0].astype(float).mean(-1).mean(axis)
+                np.testing.assert_allclose(seen, wanted.astype(float), atol=6)
     got = rows(data.train(0, 3), 5)
     wide = got['video/data'][got['index'] == ids.index('wide.mp4')].astype(float).mean((1, 2, 3, 4))
     assert len(wide) == 5 and wide.std() > 5  # training moves the square along the long side

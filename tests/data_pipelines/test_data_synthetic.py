@@ -108,6 +108,8 @@ def test_npz_round_trip(tmp_path):
     equal(a, b)
     assert sorted(rows(n.train(0, 11), 1)['index']) == list(range(11))
     reverse = rows(n.one_pass('train', 4, views={'video.back': {'kind': 'reverse'}}), 1)
+    with pytest.raises(DataError, match="no other window of 'video'"):
+        n.one_pass('train', 4, window={'kind': 'window', 'number': 0, 'of': 2})
     np.testing.assert_array_equal(reverse['video.back/data'], reverse['video/data'][:, ::-1])
     with pytest.raises(DataError, match='other windows'):
         data_pipelines.open(config(source='npz', npz=path, views=(('video.x', {'kind': 'clip'}),)))

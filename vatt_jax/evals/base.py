@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vatt_jax.config import ConfigError
 from vatt_jax.encoder import Encoder, features_of
 
 
@@ -49,12 +50,26 @@ class View:
         self._kept: dict[str, dict[str, Any]] = {}
 
     def features(self, split: str, *, by: str = 'segments', views: Mapping[str, Any] | None = None, change: str = '',
-                 limit: int | None = None, keep: tuple[str, ...] = ()) -> dict[str, Any]:
-        """See `encoder.features_of`. `change`: entry of CHANGES. `views`: extra streams, as config.data.views."""
-        key = json.dumps([split, by, views, change, limit, keep], sort_keys=True, default=dict)
+                 limit: int | None = None, keep: tuple[str, ...] = (), window: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """See `encoder.features_of`. `change`: entry of CHANGES. `views`: extra streams, as config.data.views. `window`: see `one_pass`."""
+        key = json.dumps([split, by, views, change, limit, keep, window], sort_keys=True, default=dict)
         if key not in self._kept:
-            batches = self.data.one_pass(split, self.batch_size, process=self.process, by=by, views=views, limit=limit)
+            batches = self.data.one_pass(split, self.batch_size, process=self.process, by=by, views=views, limit=limit,
+                                         window=window)
             if change:
                 batches = map(CHANGES[change], batches)
             self._kept[key] = features_of(self.encoder, batches, keep)
         return self._kept[key]
+
+
+def over_windows(view: View, split: str, windows: int, crops: int = 1, **asked) -> list[dict[str, Any]]:
+    """`view.features` of each of `windows` windows spaced linearly from an example's first to its last, times `crops` squares spaced
+    along the frame's longer side (VATT: 4 times 3). One of each: the middle window, the middle square. All have the same examples in the same order.
+    """
+    if windows < 1 or crops < 1:
+        raise ConfigError(f'config.evals: windows={windows}, crops={crops}; positive numbers are wanted')
+    if windows == crops == 1:
+        return [view.features(split, **asked)]
+    places = [{'crop': i / (crops - 1)} for i in range(crops)] if crops > 1 else [{}]
+    return [view.features(split, window={'kind': 'window', 'number': i, 'of': windows, **place}, **asked)
+            for i in range(windows) for place in places]

@@ -1,54 +1,93 @@
-"""A linear classifier on frozen features, and on two features that need no learning."""
+"""A classifier on frozen features, and on two features that need no learning."""
 from __future__ import annotations
 
-import warnings
+import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
-from vatt_jax.config import ConfigError, with_defaults
+from vatt_jax.config import ConfigError, choose, with_defaults
 from vatt_jax.evals import statistics
-from vatt_jax.evals.base import CHANGES, Result, View
+from vatt_jax.evals.base import CHANGES, Result, View, over_windows
+from vatt_jax.evals.solvers import SOLVERS
 
 DEFAULTS = {
     'type': 'linear_probe',
     'stream': 'video',      # whose pooled backbone feature (before the common spaces)
     'label': 'class',
     'train': 'train', 'test': 'test',     # splits
+    'folds': (),            # ((label, class), …): for each, clips of `train` with that class are tested, others learnt from; scores are averaged
     'train_limit': 2400, 'test_limit': 768,
-    'strengths': (0.01, 0.1, 1.0),        # of regularisation (scikit-learn's C), chosen on a fifth of the training part
+    'windows': 1,           # of each tested clip, spaced linearly over it (VATT: 4); scores are averaged. Training sees the middle one
+    'solver': 'logistic',   # entry of evals/solvers.py: logistic | head | svm (the last two as VATT's code has them)
+    'strengths': (),        # of regularisation (scikit-learn's C), chosen on a fifth of the training part; (): the solver's own
+    'epochs': 1000,         # head
     'change': '',           # a change of the input, for both parts
     'baseline': True,
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """x: [N W D], features of each window. labels: name -> [N …]. valid: bool [N], the stream is there."""
+    x: np.ndarray
+    labels: dict[str, np.ndarray]
+    valid: np.ndarray
+
+
 class LinearProbe:
-    """Accuracy of multinomial logistic regression on standardised features, with a 95 % bootstrap interval over test clips."""
+    """Accuracy of a classifier on frozen features, with a 95 % bootstrap interval over test clips."""
 
     def __init__(self, config, where: str = 'config.evals'):
         self.config = with_defaults(config, DEFAULTS, where)
+        choose(self.config.solver, SOLVERS, f'{where}.solver')
 
-    def inputs(self, view: View, split: str, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """(features [N D], labels [N]) of the examples that have both."""
+    def examples(self, view: View, split: str, limit: int, windows: int) -> Examples:
         c = self.config
-        f = view.features(split, limit=limit, change=c.change)
-        if c.stream not in f['pooled']:
-            raise ConfigError(f'linear probe: stream {c.stream!r} is not among {", ".join(f["pooled"])}')
-        return _labelled(f['pooled'][c.stream], f['labels'], f['valid'][c.stream], c.label)
+        parts = over_windows(view, split, windows, limit=limit, change=c.change)
+        if c.stream not in parts[0]['pooled']:
+            raise ConfigError(f'linear probe: stream {c.stream!r} is not among {", ".join(parts[0]["pooled"])}')
+        return Examples(np.stack([f['pooled'][c.stream] for f in parts], 1), parts[0]['labels'], parts[0]['valid'][c.stream])
+
+    def parts(self, view: View) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """(x [N D], y [N], x_test [N W D], y_test [N]) for each fold."""
+        c = self.config
+        learnt = self.examples(view, c.train, c.train_limit, 1)
+        if not c.folds:
+            tested = self.examples(view, c.test, c.test_limit, c.windows)
+            x, y = _labelled(learnt, c.label)
+            yield x[:, 0], y, *_labelled(tested, c.label)
+        tested = learnt if c.windows == 1 or not c.folds else self.examples(view, c.train, c.train_limit, c.windows)
+        for name, kind in c.folds:
+            classes = view.data.info['labels'].get(name, [])
+            if kind not in classes or name not in learnt.labels or learnt.labels[name].ndim != 1:
+                raise ConfigError(f'linear probe: folds has ({name!r}, {kind!r}); the classes of that label are {", ".join(classes) or "none"}')
+            fold = learnt.labels[name]
+            inside = fold == classes.index(kind)
+            x, y = _labelled(learnt, c.label, (fold >= 0) & ~inside)
+            yield x[:, 0], y, *_labelled(tested, c.label, inside)
 
     def run(self, view: View) -> Result:
         c = self.config
-        x, y = self.inputs(view, c.train, c.train_limit)
-        x_test, y_test = self.inputs(view, c.test, c.test_limit)
-        predicted, strength = fit_predict(x, y, x_test, c.strengths, view.seed)
-        right = predicted == y_test
-        classes = np.unique(np.concatenate([y, y_test]))
-        confusion = np.zeros((classes.max() + 1,) * 2, np.int32)
-        np.add.at(confusion, (y_test, predicted), 1)
-        shares = np.bincount(y_test) / len(y_test)
-        return Result({'accuracy': float(right.mean()), 'C': float(strength)},
-                      {'accuracy/interval': statistics.bootstrap(right, seed=view.seed), 'accuracy/chance': float(shares.max()),
-                       'confusion': confusion, 'classes': view.data.info['labels'].get(c.label, []),
-                       'train': len(y), 'test': len(y_test)})
+        rights, shares, strengths, pairs, train = [], [], [], [], 0
+        for x, y, x_test, y_test in self.parts(view):
+            classes = int(max(y.max(), y_test.max())) + 1
+            scores, strength = SOLVERS[c.solver](x, y, x_test, classes, c, view.seed)
+            predicted = scores.mean(1).argmax(-1)
+            rights.append(predicted == y_test)
+            shares.append((np.bincount(y_test) / len(y_test)).max())
+            strengths.append(strength)
+            pairs.append(np.stack([y_test, predicted], 1))
+            train += len(y)
+        pairs = np.concatenate(pairs)
+        confusion = np.zeros((pairs.max() + 1,) * 2, np.int32)
+        np.add.at(confusion, tuple(pairs.T), 1)
+        scalars = {'accuracy': float(np.mean([r.mean() for r in rights]))}
+        if strengths[0] is not None:
+            scalars['C'] = float(np.mean(strengths))
+        return Result(scalars, {
+            'accuracy/interval': statistics.bootstrap(np.concatenate(rights), seed=view.seed), 'accuracy/chance': float(np.mean(shares)),
+            'confusion': confusion, 'classes': view.data.info['labels'].get(c.label, []), 'train': train, 'test': len(pairs)})
 
 
 class SimpleProbe(LinearProbe):
@@ -56,11 +95,13 @@ class SimpleProbe(LinearProbe):
     mean magnitude spectrum of its sound. What a representation adds must be seen above these."""
 
     def __init__(self, config, where: str = 'config.evals'):
-        self.config = with_defaults(config, {**DEFAULTS, 'type': 'simple_probe', 'baseline': False}, where)
+        super().__init__({'baseline': False, **config}, where)
+        if self.config.windows != 1:
+            raise ConfigError(f'{where}.windows={self.config.windows}: a simple probe sees the middle window; set 1')
 
-    def inputs(self, view, split, limit):
+    def examples(self, view, split, limit, windows):
         c = self.config
-        xs, ys, keep = [], [], []
+        xs, labels, keep = [], [], []
         batches = view.data.one_pass(split, view.batch_size, process=view.process, limit=limit)
         from vatt_jax.encoder import gather_rows
         for batch in map(CHANGES[c.change], batches) if c.change else batches:
@@ -69,11 +110,26 @@ class SimpleProbe(LinearProbe):
             if c.label not in batch.get('labels', {}):
                 raise ConfigError(f'simple probe: label {c.label!r} is not among {", ".join(batch.get("labels", {})) or "no labels"} of the data')
             data = batch[c.stream]['data']
-            row = {'x': mean_color(data) if c.stream.startswith('video') else mean_spectrum(data), 'y': batch['labels'][c.label],
-                   'ok': batch['valid'] & batch[c.stream]['valid']}
+            row = {'x': mean_color(data) if c.stream.startswith('video') else mean_spectrum(data), 'ok': batch['valid'] & batch[c.stream]['valid']}
+            row |= {f'labels/{k}': v for k, v in batch['labels'].items()}
             row = gather_rows(row, tuple(row))
-            xs.append(row['x']), ys.append(row['y']), keep.append(row['ok'])
-        return _labelled(np.concatenate(xs), {c.label: np.concatenate(ys)}, np.concatenate(keep), c.label)
+            xs.append(row.pop('x')), keep.append(row.pop('ok')), labels.append(row)
+        found = {k.removeprefix('labels/'): np.concatenate([row[k] for row in labels]) for k in labels[0]}
+        return Examples(np.concatenate(xs)[:, None], found, np.concatenate(keep))
+
+
+def _labelled(examples: Examples, name: str, part: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(features [N W D], labels [N]) of the examples of `part` (bool [N]; None: all) that have both."""
+    if name not in examples.labels:
+        raise ConfigError(f'linear probe: label {name!r} is not among {", ".join(examples.labels) or "no labels"} of the data')
+    y = np.asarray(examples.labels[name])
+    if y.ndim != 1:
+        raise ConfigError(f'linear probe: label {name!r} is multi-hot; a single class per example is wanted')
+    use = examples.valid & (y >= 0)
+    use = use if part is None else use & part
+    if use.sum() < 2 or len(np.unique(y[use])) < 2:
+        raise ConfigError(f'linear probe: label {name!r} has {int(use.sum())} labelled examples of {len(np.unique(y[use]))} classes; two are needed')
+    return np.asarray(examples.x, np.float32)[use], y[use].astype(np.int64)
 
 
 def mean_color(frames: np.ndarray) -> np.ndarray:
@@ -87,34 +143,3 @@ def mean_spectrum(samples: np.ndarray, bands: int = 128) -> np.ndarray:
     n = 2 * bands
     x = samples[:, :samples.shape[1] // n * n].astype(np.float32).reshape(len(samples), -1, n) / 32768
     return np.log(1e-3 + np.abs(np.fft.rfft(x * np.hanning(n)))[..., 1:].mean(1)).astype(np.float32)
-
-
-def _labelled(x, labels, valid, name):
-    if name not in labels:
-        raise ConfigError(f'linear probe: label {name!r} is not among {", ".join(labels) or "no labels"} of the data')
-    y = np.asarray(labels[name])
-    if y.ndim != 1:
-        raise ConfigError(f'linear probe: label {name!r} is multi-hot; a single class per example is wanted')
-    use = valid & (y >= 0)
-    if use.sum() < 2 or len(np.unique(y[use])) < 2:
-        raise ConfigError(f'linear probe: label {name!r} has {int(use.sum())} labelled examples of {len(np.unique(y[use]))} classes; two are needed')
-    return np.asarray(x, np.float32)[use], y[use].astype(np.int64)
-
-
-def fit_predict(x, y, x_test, strengths, seed: int) -> tuple[np.ndarray, float]:
-    """(predicted labels of x_test, the chosen C)."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import train_test_split
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    make = lambda c: make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=200))
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', ConvergenceWarning)  # 200 iterations are enough to rank strengths
-        best = strengths[0]
-        if len(strengths) > 1:
-            smallest = np.bincount(y)[np.bincount(y) > 0].min()
-            stratify = y if smallest > 1 and len(y) >= 10 * len(np.unique(y)) else None
-            parts = train_test_split(x, y, test_size=0.2, random_state=seed, stratify=stratify)
-            best = max(strengths, key=lambda c: make(c).fit(parts[0], parts[2]).score(parts[1], parts[3]))
-        return make(best).fit(x, y).predict(x_test), best

@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from vatt_jax.config import ConfigError, with_defaults
+from vatt_jax.config import ConfigError, choose, with_defaults
 from vatt_jax.evals import statistics
-from vatt_jax.evals.base import Result, View
+from vatt_jax.evals.base import Result, View, over_windows
 
 DEFAULTS = {
     'type': 'retrieval',
@@ -15,26 +15,32 @@ DEFAULTS = {
     'change': '',           # a change of the input, such as single_frame (evals/base.py)
     'views': (),            # extra streams, as config.data.views: (('audio.shifted', {'kind': 'shift', 'seconds': 1.0}),)
     'baseline': True,       # also evaluate the random initialisation (controls need not)
+    'windows': 1,           # of each clip, spaced linearly over it (VATT: 4)
+    'pool': 'embeddings',   # over windows: embeddings (mean of those before normalisation) | similarities (mean of cosines)
 }
+POOLS = ('embeddings', 'similarities')
 
 
 class Retrieval:
     """R@1, R@5, R@10 in [0, 1] and median rank (1 is best) for each pair, with 95 % bootstrap intervals over queries.
 
     A query stream `text` is the clip's annotated caption where the data has one (`text.caption`), else the normalised mean of its
-    candidate sentences. Clips that lack either side are left out and counted. Ties share their places.
+    candidate sentences. Clips that lack either side are left out and counted. Ties share their places. With several windows both sides
+    are pooled over those that have the modality, in either of VATT's ways.
     """
 
     def __init__(self, config, where: str = 'config.evals'):
         self.config = with_defaults(config, DEFAULTS, where)
+        choose(self.config.pool, POOLS, f'{where}.pool')
 
     def run(self, view: View) -> Result:
         c = self.config
-        f = view.features(c.split, limit=c.limit, views=dict(c.views) or None, change=c.change)
+        parts = over_windows(view, c.split, c.windows, limit=c.limit, views=dict(c.views) or None, change=c.change)
+        f = parts[0]
         scalars, artifacts = {}, {}
         for query, gallery, space in c.pairs:
-            q, q_valid = _stream(f, space, query)
-            g, g_valid = _stream(f, space, gallery)
+            q, q_valid = _pooled(parts, space, query, c.pool)
+            g, g_valid = _pooled(parts, space, gallery, c.pool)
             use = np.flatnonzero(q_valid & g_valid)
             if len(use) < 2:
                 raise ConfigError(f'retrieval {query} → {gallery}: only {len(use)} of {len(q)} clips of split {c.split!r} have both')
@@ -80,11 +86,27 @@ class Sync:
                       {'accuracy/interval': statistics.bootstrap(right, seed=view.seed), 'accuracy/chance': 0.5})
 
 
+def _pooled(parts, space: str, name: str, pool: str) -> tuple[np.ndarray, np.ndarray]:
+    """(embeddings [N E], valid bool [N]) of a stream over windows. Dot products of two pooled sides are the cosine of the mean embeddings, or the
+    mean over all pairs of windows of their cosines: cosines are linear in each unit vector, so these are averaged and not normalised again."""
+    if len(parts) == 1:
+        return _stream(parts[0], space, name)
+    total, count = 0.0, 0.0
+    for f in parts:
+        x, valid = _stream(f, space, name)
+        if pool == 'embeddings':
+            x = x * _length(f, space, name)[:, None]
+        total, count = total + np.where(valid[:, None], x, 0), count + valid
+    mean = total / np.maximum(count, 1)[:, None]
+    if pool == 'embeddings':
+        mean = mean / np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-6)
+    return mean, count > 0
+
+
 def _stream(f, space: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     """(embeddings [N E], valid bool [N]) of a stream in a common space."""
     members = f['spaces'].get(space, {})
-    if name == 'text' and 'text.caption' in members:
-        name = 'text.caption'
+    name = _actual(members, name)
     if name not in members:
         raise ConfigError(f'config.evals asks for stream {name!r} in space {space!r}, which has {", ".join(members) or "nothing"}')
     x, valid = members[name], f['valid'][name]
@@ -93,3 +115,14 @@ def _stream(f, space: str, name: str) -> tuple[np.ndarray, np.ndarray]:
         x = np.where(mask, x, 0).sum(1)
         x = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
     return x, valid
+
+
+def _length(f, space: str, name: str) -> np.ndarray:
+    """float [N]: length of the stream's embeddings before they were normalised; 1 for sentences, which are normalised one by one."""
+    members = f['lengths'][space]
+    length = members[_actual(members, name)]
+    return length if length.ndim == 1 else np.ones(len(length))
+
+
+def _actual(members, name: str) -> str:
+    return 'text.caption' if name == 'text' and 'text.caption' in members else name
