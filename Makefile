@@ -11,7 +11,8 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 demo: $(VENV)/.ready        ## make the playground, pretrain VATT on it, evaluate, report
 	$(BIN)/python run.py --config=configs/demo.py --workdir=runs/demo
 
-controls: $(VENV)/.ready    ## the runs that must fail to learn, and the second seed
+controls: $(VENV)/.ready    ## what must lose or fail to learn, and the second seed
+	$(BIN)/python run.py --mode=eval --config=configs/demo.py:controls --workdir=runs/demo
 	$(BIN)/python run.py --config=configs/demo.py:shuffled --workdir=runs/demo_shuffled
 	$(BIN)/python run.py --config=configs/demo.py --config.seed=1 --workdir=runs/demo_seed1
 	$(BIN)/python run.py --mode=report --workdir=runs/demo --compare=runs/demo_shuffled,runs/demo_seed1
@@ -31,7 +32,7 @@ bench: $(VENV)/.ready
 $(VENV)/.ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 clean:

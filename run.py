@@ -96,12 +96,12 @@ def machine() -> tuple[int, int]:
 
 def keep_freed_memory() -> None:
     """glibc gives large blocks back to the system as they are freed. On the CPU that is all temporaries of every step, and to fault them in
-    again took a quarter of its time. Nothing where there is no glibc. Before threads begin, so that all share one heap."""
+    again took a quarter of its time. Nothing where there is no glibc. Before threads begin, so that they share few heaps."""
     import ctypes
     set_option = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
     if set_option is not None:
         M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2 ** 31 - 1), (M_ARENA_MAX, 1)):
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2 ** 31 - 1), (M_ARENA_MAX, 4)):
             set_option(option, value)
 
 

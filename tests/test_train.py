@@ -184,6 +184,20 @@ def test_parameter_averaging(averaged):
                zip(jax.tree.leaves(state.ema), jax.tree.leaves(state.params['model']), strict=True))
 
 
+def test_compiler_options_are_checked_and_reach_the_step(tmp_path, monkeypatch):
+    config = tiny.config()
+    config.compiler_options = {'xla_cpu_use_fusion_emitter': False}
+    with pytest.raises(ConfigError, match="xla_cpu_use_fusion_emitter=False is not taken by XLA on cpu.*No such compile option"):
+        run(tmp_path / 'run', config)
+    assert not (tmp_path / 'run').exists()
+    config.compiler_options = {'xla_llvm_disable_expensive_passes': True}
+    compiled, jit = [], jax.jit
+    monkeypatch.setattr(train.jax, 'jit', lambda f, **k: compiled.append((f.__name__, k.get('compiler_options'))) or jit(f, **k))
+    with stop_at(1):
+        run(tmp_path / 'run', config)
+    assert ('step', {'xla_llvm_disable_expensive_passes': True}) in compiled
+
+
 def kmeans_config(**overrides):
     config = tiny.config(data__views=(('video.second', {'kind': 'clip'}),), **overrides)
     config.objective = type(config)({'name': 'kmeans_labels', 'views': ('video', 'video.second', 'audio'), 'clusters': 4, 'every': 3,

@@ -55,6 +55,7 @@ def build(config: ConfigDict, data) -> Built:
     """
     for name in config.evals:
         evals.build(name, config.evals[name])
+    check_compiler_options(config)
     shape = configs.check_batch(config, jax.device_count(), jax.process_count())
     mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape)))
     objective = objectives.build(config.objective)
@@ -128,7 +129,8 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, quiet: bool, stop: d
     with jax.set_mesh(built.mesh):
         run_step = jax.jit(train_step.make(config, built.model, built.objective, built.tx),
                            in_shardings=(built.shardings, sharding.batch_sharding(built.mesh)),
-                           out_shardings=(built.shardings, sharding.replicated(built.mesh)), donate_argnums=0)
+                           out_shardings=(built.shardings, sharding.replicated(built.mesh)), donate_argnums=0,
+                           compiler_options=dict(config.compiler_options) or None)
         first_record = data.offsets('train', by='records')
         meter = metrics.Meter()
         batches, pending, scalars, started = None, None, {}, time.monotonic()
@@ -297,6 +299,16 @@ def newest(workdir: pathlib.Path) -> int | None:
     steps = [int(p.name) for p in folder.glob('*') if p.name.isdigit() and (p / '_CHECKPOINT_METADATA').exists()] if folder.is_dir() else []
     step = distributed.agree(max(steps, default=-1))
     return None if step < 0 else step
+
+
+def check_compiler_options(config: ConfigDict) -> None:
+    """Compiles nothing much with config.compiler_options; raises ConfigError for one that this XLA does not take."""
+    for name, value in config.compiler_options.items():
+        try:
+            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        except Exception as error:  # of one of several types, by what is wrong
+            raise ConfigError(f'config.compiler_options.{name}={value!r} is not taken by XLA on {jax.default_backend()}: '
+                              f'{str(error).splitlines()[0]}; leave it out') from error
 
 
 def check_run_folder(config: ConfigDict, workdir: pathlib.Path) -> None:
