@@ -21,7 +21,8 @@ class ConfigError(ValueError):
 
 
 # Dicts whose entries a config file names freely; whoever reads them checks their fields (with_defaults).
-OPEN = ('model.inputs.audio.mel', 'model.towers', 'model.encoder', 'model.head', 'objective', 'data.train', 'data.eval', 'data.make', 'evals')
+OPEN = ('model.inputs.audio.mel', 'model.towers', 'model.encoder', 'model.head', 'objective', 'data.train', 'data.eval', 'data.make', 'evals',
+        'compiler_options')
 
 
 def load(spec: str) -> ConfigDict:
