@@ -1,8 +1,9 @@
 """Config mistakes are one sentence that names field, value and remedy, before anything is built."""
 import pytest
 
-from configs import default
+from configs import default, demo, selavi
 from vatt_jax import config as configs
+from vatt_jax import optim
 from vatt_jax.config import ConfigError
 
 
@@ -10,6 +11,15 @@ def changed(**overrides):
     c = default.get_config()
     configs.override(c, [(k.replace('__', '.'), v) for k, v in overrides.items()])
     return c
+
+
+@pytest.mark.parametrize('spec', [*(f'configs/demo.py:{v}' for v in demo.VARIANTS), *(f'configs/selavi.py:{v}' for v in selavi.OPTIONS),
+                                  'configs/finetune.py', 'configs/finetune.py:scratch', 'configs/vatt_finetune.py:demo,20',
+                                  'configs/vatt_finetune.py:demo,20,scratch'])
+def test_small_configs_pass_the_checks(spec):
+    c = configs.load(spec)
+    configs.check_fields(c, default.get_config())
+    optim.schedule(c.optimizer.schedule, c.steps)
 
 
 def test_overrides_keep_types():

@@ -130,13 +130,15 @@ def test_convolutional_towers(net):
     valid = np.array([True, False, True])
     variables = meta.unbox(jax.jit(lambda: module.init(jax.random.key(0), x, valid, False))())
     variables = jax.tree.map(lambda v: np.abs(v + 0.2 * noise.normal(size=v.shape).astype(np.float32)) if v.ndim == 1 else np.asarray(v), variables)
-    pooled, last = jax.jit(lambda v: module.apply(v, x, valid, False))(variables)
+    # the older code generator, which the tests use, runs pooling slowly
+    jit = lambda f: jax.jit(f, compiler_options={'xla_cpu_use_fusion_emitters': True})
+    pooled, last = jit(lambda v: module.apply(v, x, valid, False))(variables)
     reference = Net(variables, False)
     want = (reference.i3d(x) if net == 'i3d' else reference.resnet(x, blocks)).numpy()
     np.testing.assert_allclose(last, want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
     np.testing.assert_allclose(pooled, want.mean(tuple(range(1, want.ndim - 1))), rtol=1e-3, atol=1e-3 * np.abs(want).max())
     # training: statistics of the valid clips alone, and they move the running ones by a tenth
-    (pooled, _), new = jax.jit(lambda v: module.apply(v, x, valid, True, mutable=['batch_stats']))(variables)
+    (pooled, _), new = jit(lambda v: module.apply(v, x, valid, True, mutable=['batch_stats']))(variables)
     reference = Net(variables, True)
     rows = x[valid]
     want = (reference.i3d(rows) if net == 'i3d' else reference.resnet(rows, blocks)).numpy()
