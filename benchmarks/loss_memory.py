@@ -168,7 +168,7 @@ TOPOLOGY = {1: 'v5p:2x2x1', 8: 'v5p:2x2x2', 32: 'v5p:2x4x4', 64: 'v5p:4x4x4'}
 
 
 def tpu(former, losses, counts, about):
-    """Rows of what is chosen, in place of former ones of the same name; each says which commit it was compiled from."""
+    """Yields all rows after each compilation: what is chosen in place of former ones of the same name; each says which commit it is of."""
     from jax.experimental import topologies
     out = {(r['loss'], r['B'], r['devices'], r['form']): r for r in former}
     print(f'{"loss":11} {"B":>8} {"devices":>7} {"form":11} {"temp MB/device":>15} {"kB/row":>9} {"compile CPU s":>14}')
@@ -197,7 +197,12 @@ def tpu(former, losses, counts, about):
             text = f'  does not compile: {row["error"][:90]}'
         out[loss, b, devices, form] = row
         print(f'{loss:11} {b:8} {devices:7} {form:11} {text} {time.process_time() - began:14.1f}', flush=True)
-    return [out[name] for name in COMPILED if name in out]
+        yield [out[name] for name in COMPILED if name in out]
+
+
+def write(results):
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + '\n')
 
 
 def main():
@@ -220,16 +225,16 @@ def main():
         sizes = [int(s) for s in args.sizes.split(',')]
         about_cpu = {**about, 'hardware': f'{os.cpu_count()} × {cpus[0]}', 'load_average': os.getloadavg(), 'repeats': args.repeats}
         results['cpu'] = {**about_cpu, 'rows': cpu(sizes, args.repeats, [loss for loss in args.losses.split(',') if loss in TIMED])}
+        write(results)
     if 'tpu' in parts:
         if importlib.util.find_spec('libtpu') is None:
             print(f'TPU part left out: libtpu is not installed. No TPU is needed, only its compiler: pip install "jax[tpu]=={jax.__version__}" '
                   '(an environment of its own will do: this script needs nothing else), then --parts=tpu')
         else:
-            rows = tpu(results.get('tpu', {}).get('rows', []), args.losses.split(','), [int(n) for n in args.devices.split(',')],
-                       {'commit': about['commit'], 'libtpu': importlib.metadata.version('libtpu')})
-            results['tpu'] = {**about, 'hardware': 'none: compiled for TPU v5p', 'rows': rows}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + '\n')
+            for rows in tpu(results.get('tpu', {}).get('rows', []), args.losses.split(','), [int(n) for n in args.devices.split(',')],
+                            {'commit': about['commit'], 'libtpu': importlib.metadata.version('libtpu')}):
+                results['tpu'] = {**about, 'hardware': 'none: compiled for TPU v5p', 'rows': rows}
+                write(results)
     print(f'written: {RESULTS.relative_to(ROOT)}')
 
 
