@@ -8,7 +8,7 @@
 from configs import default
 
 VARIANTS = ('', 'agnostic', 'shuffled', 'synthetic')
-STEPS = 1500
+STEPS = 1250
 
 
 def get_config(arg: str = ''):
@@ -25,7 +25,7 @@ def get_config(arg: str = ''):
     m.inputs.audio.update({'samples': 16000, 'rate': 8000})
     m.inputs.text.update({'candidates': 3, 'words': 12})
     size = {'layers': 3, 'width': 128, 'mlp': 256, 'heads': 4, 'head_width': 32, 'dropout': 0.0, 'attention_dropout': 0.0}
-    m.towers.video = {'name': 'vit', **size, 'patch': (2, 8, 8), 'drop_token': 0.5, 'position_dropout': 0.0, 'patch_init': 5.0}
+    m.towers.video = {'name': 'vit', **size, 'patch': (2, 8, 8), 'drop_token': 0.25, 'position_dropout': 0.0, 'patch_init': 5.0}
     m.towers.audio = {'name': 'wat', **size, 'patch': 256, 'drop_token': 0.5, 'position_dropout': 0.0, 'patch_init': 4.0}
     m.towers.text = {'name': 't5', **size, 'layers': 2, 'vocab': 0, 'word_width': 64, 'frozen_words': False}
     m.head.update({'va': 128, 'vat': 64})
@@ -52,11 +52,11 @@ def get_config(arg: str = ''):
     c.checkpoint.every, c.log_every = 250, 25
 
     e = c.evals
-    gallery = {'type': 'retrieval', 'split': 'test', 'limit': 512}
+    gallery = {'type': 'retrieval', 'split': 'test', 'limit': 768}
     e.retrieval = gallery
-    e.sync = {'type': 'sync', 'limit': 512, 'seconds': 1.0}
+    e.sync = {'type': 'sync', 'limit': 768, 'seconds': 1.0}
     for stream in ('video', 'audio'):
-        e[f'probe_{stream}'] = {'type': 'linear_probe', 'stream': stream, 'label': 'class', 'train_limit': 2400, 'test_limit': 768}
+        e[f'probe_{stream}'] = {'type': 'linear_probe', 'stream': stream, 'label': 'class', 'strengths': (0.1, 1.0)}
     # Controls: what is left without motion, without synchrony, without learning.
     if arg in ('', 'agnostic'):
         pairs = (('text', 'video', 'vat'), ('audio', 'video', 'va'))

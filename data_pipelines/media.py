@@ -213,7 +213,7 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float, audio: np
         sound = None
         if audio is not None:
             sound = container.add_stream('aac', rate=rate, layout='mono', options={'flags': '+bitexact'})
-            sound.bit_rate = 64000 if rate < 32000 else 96000
+            sound.bit_rate = min(5 * rate, 96000)  # more than about 6 bits a sample the encoder searches for and does not find
         for picture in frames:
             container.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format='rgb24')))
         container.mux(video.encode())

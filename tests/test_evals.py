@@ -338,6 +338,19 @@ def test_equal_requests_are_computed_once(view):
         assert Counted.passes == before + 1, other
 
 
+def test_other_variables_use_the_compiled_programs(view):
+    """A second evaluation of a run compiles nothing, and computes with its own variables."""
+    batch = next(iter(view.data.one_pass('test', 16, limit=16)))
+    first, programs = view.encoder(batch), view.encoder._forward._cache_size()
+    larger = jax.tree.map(lambda x: 1.5 * x, view.encoder.variables)
+    second = view.encoder.on(larger)(batch)
+    assert view.encoder._forward._cache_size() == programs
+    alone = encoder.Encoder(view.encoder.config, larger, view.encoder.mesh)(batch)
+    np.testing.assert_array_equal(second['pooled']['video'], alone['pooled']['video'])
+    assert np.abs(second['pooled']['video'] - first['pooled']['video']).max() > 0.1
+    np.testing.assert_array_equal(view.encoder(batch)['pooled']['video'], first['pooled']['video'])
+
+
 def test_baseline_runs_only_what_asks_for_it(view):
     config = ConfigDict({n: {'type': 'sync', 'limit': 16, 'seconds': 0.5, 'baseline': n == 'kept'} for n in ('kept', 'dropped')})
     assert set(evals.run_all(config, view)) == {'kept', 'dropped'} and set(evals.run_all(config, view, baseline=True)) == {'kept'}

@@ -1,6 +1,7 @@
 """A frozen model as evaluators and users see it: batches in, features out."""
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -26,6 +27,12 @@ class Encoder:
         self.model = models.build(config.model, config.compute_dtype)
         self.modalities = tuple(m for m in config.model.towers if self.model.has_tower(variables['params'], m))
         self._forward = jax.jit(self._features, out_shardings=sharding.replicated(mesh))
+
+    def on(self, variables, objective_params=None, objective_state=None) -> Encoder:
+        """The same programs, compiled once, on other values of the same variables."""
+        other = copy.copy(self)
+        other.variables, other.heads = variables, (objective_params, objective_state)
+        return other
 
     def _features(self, variables, heads, batch):
         rng = Rng.create(0, 0, batch['position'])

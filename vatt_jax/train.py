@@ -37,6 +37,7 @@ class Built:
     shape: Any
     shardings: Any
     info: dict[str, Any]
+    encoder: encoder.Encoder | None = None   # of evaluations: made by the first, and compiled once for all
 
 
 def resolve(config: ConfigDict, data) -> None:
@@ -261,8 +262,10 @@ def evaluate(config, built: Built, state, data, workdir: pathlib.Path, step: int
     if not again and distributed.agree((folder / 'results.json').exists()):
         return _tell(evals.load(folder), step, writer, progress)
     process = (jax.process_index(), jax.process_count())
-    enc = encoder.Encoder(config, train_state.evaluation_variables(state), built.mesh, built.objective,
-                          state.params['objective'], state.objective)
+    variables = train_state.evaluation_variables(state)
+    if built.encoder is None:
+        built.encoder = encoder.Encoder(config, variables, built.mesh, built.objective)
+    enc = built.encoder.on(variables, state.params['objective'], state.objective)
     view = evals_base.View(enc, data, config.batch_size, process, config.seed)
     results = evals.run_all(config.evals, view, baseline=bool(tag))
     pictures = lambda path: evals.gallery.save(path / 'gallery.npz', results, config.evals, data, config.batch_size)

@@ -98,7 +98,7 @@ def _labelled(x, labels, valid, name):
     use = valid & (y >= 0)
     if use.sum() < 2 or len(np.unique(y[use])) < 2:
         raise ConfigError(f'linear probe: label {name!r} has {int(use.sum())} labelled examples of {len(np.unique(y[use]))} classes; two are needed')
-    return np.asarray(x, np.float64)[use], y[use].astype(np.int64)
+    return np.asarray(x, np.float32)[use], y[use].astype(np.int64)
 
 
 def fit_predict(x, y, x_test, strengths, seed: int) -> tuple[np.ndarray, float]:

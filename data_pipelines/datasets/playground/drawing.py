@@ -33,18 +33,24 @@ def scene(size: int, episode: Episode) -> np.ndarray:
 
 def backdrop(size: int, episode: Episode) -> np.ndarray:
     """A dim room whose pattern drifts, with a floor and two posts to run against, in every scene alike."""
-    light, hue, saturation, ky, kx, vy, vx, phase, twist = episode.background
-    t = (episode.times - episode.begin).astype(np.float32)[:, None, None]
-    y = np.linspace(0, 1, size, dtype=np.float32)[None, :, None]
-    x = np.linspace(0, 1, size, dtype=np.float32)[None, None, :]
-    wave = np.sin(ky * (y + 0.05 * vy * t) + kx * (x + 0.05 * vx * t) + phase) + 0.5 * np.sin(twist * 3 * (x - y) + 0.4 * vx * t)
+    light, hue, saturation, ky, kx, vy, vx, phase, twist = map(float, episode.background)
+    t = (episode.times - episode.begin)[:, None]
+    place = np.linspace(0, 1, size)[None]
+    wave = (sine_of_sum(ky * (place + 0.05 * vy * t) + phase, kx * (place + 0.05 * vx * t))
+            + 0.5 * sine_of_sum(-3 * twist * place + 0.4 * vx * t, np.broadcast_to(3 * twist * place, (len(t), size))))
     value = np.clip(light + 0.04 * wave, 0.02, 0.7)
     tint = np.array(colorsys.hsv_to_rgb(hue, saturation, 1.0), np.float32)
-    canvas = (value[..., None] * tint * 255).astype(np.float32)
+    canvas = value[..., None] * (tint * 255)
     canvas[:, math.ceil(FLOOR * size):] *= 0.55
     canvas[:, :, :int(LEFT * size)] *= 0.55
     canvas[:, :, math.ceil(RIGHT * size):] *= 0.55
     return canvas
+
+
+def sine_of_sum(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """float32 [T H W] of angles [T H] + [T W], from sines and cosines of each alone."""
+    left, right = np.stack([np.sin(rows), np.cos(rows)], -1), np.stack([np.cos(columns), np.sin(columns)], 1)
+    return left.astype(np.float32) @ right.astype(np.float32)
 
 
 def draw(canvas: np.ndarray, thing: Thing, size: int, margin: int) -> None:

@@ -33,8 +33,8 @@ def sentence(rng: np.random.Generator, episode: Episode) -> str:
     s = episode.subject
     pick = lambda options: str(rng.choice(options))
     words = [pick(OPENINGS), pick(('a', 'the', 'this')), pick(SCALES[s.size]) if rng.uniform() < 0.6 else '',
-             s.color if rng.uniform() < 0.85 else '', pick(LOOKS[s.texture]) if rng.uniform() < 0.5 else '',
-             pick(NOUNS[s.kind]) if rng.uniform() < 0.9 else 'thing', pick(VERBS[episode.event]) if rng.uniform() < 0.85 else '', pick(CLOSINGS)]
+             s.color if rng.uniform() < 0.4 else '', pick(LOOKS[s.texture]) if rng.uniform() < 0.35 else '',
+             pick(NOUNS[s.kind]) if rng.uniform() < 0.9 else 'thing', pick(VERBS[episode.event]) if rng.uniform() < 0.95 else '', pick(CLOSINGS)]
     return ' '.join(w for w in words if w)
 
 

@@ -95,7 +95,7 @@ class Episode:
         return f'{self.event} {self.subject.kind}'
 
 
-RISE = 0.3   # how far up a thing goes while it appears or vanishes, share of the frame
+RISE = 0.4   # how far up a thing goes while it appears or vanishes, share of the frame
 GLIDE = 0.8   # seconds an appearance or a vanishing takes
 NEXT = 0.42   # least seconds from one post to the other: a sound is over before the next
 
@@ -192,7 +192,7 @@ def collide(rng, t, length, reach):
 
 def grow(rng, t, length, reach):
     drift = rng.uniform(-0.08, 0.08, 2)
-    return rng.uniform((0.42, 0.32), (0.6, 0.68)) + drift * (t - length / 2)[:, None], []
+    return rng.uniform((0.46, 0.32), (0.56, 0.68)) + drift * (t - length / 2)[:, None], []
 
 
 def swell(rng, t, length, event):
