@@ -200,11 +200,11 @@ def sums(kind, how, mesh=None):
     return quick_jit(f)
 
 
-def check_sums(kind, how, m, n, e, seed, mesh=None):
-    """Random embeddings, masks, exclusions and positives, against float64."""
+def check_sums(kind, how, m, n, e, masked, seed, mesh=None):
+    """Random embeddings, exclusions, positives and, if masked, masks, against float64."""
     rng = np.random.default_rng(seed)
     x, y, scale = (np.float64(np.float32(a)) for a in (rng.normal(size=(m, e)), rng.normal(size=(n, e)), rng.uniform(0.1, 30)))
-    x_valid, y_valid = rng.uniform(size=m) > .2, rng.uniform(size=n) > .2
+    x_valid, y_valid = (rng.uniform(size=size) > (.2 if masked else -1) for size in (m, n))
     apart, own = ([rng.integers(0, 4, size) for size in (m, n)] for _ in range(2))
     s = x @ y.T * scale
     mine, there = own[0][:, None] == own[1], apart[0][:, None] != apart[1]
@@ -228,7 +228,7 @@ def check_sums(kind, how, m, n, e, seed, mesh=None):
                 total = e.sum(axis, keepdims=True)
                 wants.append(np.where(total > 0, top + np.log(total), NEVER).squeeze(axis))
             w += e / np.where(total > 0, total, 1) * np.expand_dims(by, axis)
-    got, grads = sums(kind, how, mesh)(*single(x, y, scale), x_valid, y_valid, apart, own, single(*g))
+    got, grads = sums(kind, how, mesh)(*single(x, y, scale), *((x_valid, y_valid) if masked else (None, None)), apart, own, single(*g))
     assert len(got) == len(wants)
     for what, a, want, v in zip(('rows', 'columns', 'positives'), got, wants, valid):
         np.testing.assert_allclose(np.asarray(a)[v], want[v], rtol=1e-5, atol=1e-4, err_msg=what)
@@ -242,7 +242,7 @@ def check_sums(kind, how, m, n, e, seed, mesh=None):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10 ** 6), st.sampled_from([(1, 1, 1, 0), (5, 12, 4, 0), (23, 9, 3, 8), (7, 40, 5, 16)]))
+@given(st.integers(0, 10 ** 6), st.sampled_from([(1, 1, 1, True, 0), (5, 12, 4, True, 0), (23, 9, 3, False, 8), (7, 40, 5, True, 16)]))
 def test_sums_over_sets_of_odd_shapes(seed, shape):
     """Rows, columns, positives, exclusions and masks, sizes that no block divides; few shapes, as each is compiled."""
     *shape, block = shape
@@ -252,17 +252,18 @@ def test_sums_over_sets_of_odd_shapes(seed, shape):
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10 ** 6), st.integers(1, 40), st.integers(1, 40), st.integers(1, 9), st.sampled_from([0, 8, 16]),
-       st.sampled_from(['softmax', 'sigmoid']))
-def test_sums_over_sets_of_any_shape(seed, m, n, e, block, kind):
-    check_sums(kind, How(block=block), m, n, e, seed)
+       st.sampled_from(['softmax', 'sigmoid']), st.booleans())
+def test_sums_over_sets_of_any_shape(seed, m, n, e, block, kind, masked):
+    check_sums(kind, How(block=block), m, n, e, masked, seed)
 
 
-@pytest.mark.parametrize('kind, how', [('softmax', How('gather', 8)), ('softmax', How('ring', 8)), ('sigmoid', How('ring', 8)),
-                                       pytest.param('sigmoid', How('gather', 8), marks=pytest.mark.slow)])
-def test_sums_on_eight_devices(mesh, kind, how):
+@pytest.mark.parametrize('kind, method, masked', [
+    ('softmax', 'gather', True), ('softmax', 'ring', False), ('sigmoid', 'ring', True), *(pytest.param(*more, marks=pytest.mark.slow) for more in [
+        ('softmax', 'gather', False), ('softmax', 'ring', True), ('sigmoid', 'gather', True)])])
+def test_sums_on_eight_devices(mesh, kind, method, masked):
     """Several blocks of rows and of keys on each, the last ones padded: what travels behind the keys comes home to its own block."""
     for seed in range(3):
-        check_sums(kind, how, 8 * 10 - 3, 8 * 21 - 5, 4, seed, mesh)
+        check_sums(kind, How(method, 8), 8 * 10 - 3, 8 * 21 - 5, 4, masked, seed, mesh)
 
 
 @pytest.mark.parametrize('how', [How(), BLOCKS])
