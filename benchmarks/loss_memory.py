@@ -3,11 +3,12 @@
     python benchmarks/loss_memory.py                      # CPU: memory from the compiler, time side by side; TPU: memory, compiled only
     python benchmarks/loss_memory.py --parts=tpu          # needs libtpu, no TPU: pip install "jax[tpu]==<your jax version>"
     python benchmarks/loss_memory.py --sizes=1024,2048 --repeats=5
+    python benchmarks/loss_memory.py --parts=tpu --devices=8,32 --losses=symmetric
 
 Embeddings are already on the unit sphere (512 wide; float32 on CPU, bfloat16 on TPU), so that only the loss is measured. Dense is the
 fastest of two formulations: automatic derivative of two log-sum-exps and a row-wise dot product, and a hand-written derivative with one
 weight matrix. Runs are interleaved and the minimum over repeats is taken, in CPU seconds (steady on a shared machine) and wall seconds.
-Writes benchmarks/results/loss_memory.json; a part that does not run keeps its former results.
+Writes benchmarks/results/loss_memory.json; a part that does not run, and a compilation that is not chosen, keep their former results.
 """
 from __future__ import annotations
 
@@ -42,6 +43,7 @@ from vatt_jax.losses.similarity import How  # noqa: E402
 
 WIDTH = 512
 RESULTS = ROOT / 'benchmarks' / 'results' / 'loss_memory.json'
+TIMED = ('symmetric', 'asymmetric', 'mil_nce')
 CANDIDATES = {'symmetric': 1, 'asymmetric': 1, 'mil_nce': 5, 'siglip': 1, 'nt_xent': 1}
 
 
@@ -156,18 +158,23 @@ COMPILED = [
                                                      (1024, 'auto'))),
     *(('mil_nce', b * K, 1, form) for b, form in ((8, 'dense'), (8, 'auto'), (32, 'dense'), (32, 'auto'), (128, 'auto'))),
     *((loss, 128 * K, 1, 'auto') for loss in ('siglip', 'nt_xent')),
-    *(('symmetric', b * K, 8, form) for b, form in ((32, 'dense'), (32, 'gather'), (32, 'ring'), (1024, 'gather'), (1024, 'ring'))),
+    *(('symmetric', b * K, 8, form) for b, form in ((32, 'dense'), (32, 'gather'), (32, 'ring'), (128, 'dense'), (128, 'gather'), (128, 'ring'),
+                                                    (256, 'ring'), (1024, 'gather'), (1024, 'ring'))),
+    *(('symmetric', b * K, 32, 'ring') for b in (32, 128, 256, 1024)),
     *(('symmetric', b * K, 64, form) for b, form in ((128, 'dense'), (128, 'gather'), (128, 'ring'), (1024, 'gather'), (1024, 'ring'))),
     *((loss, 1024 * K, 64, 'ring') for loss in ('asymmetric', 'siglip', 'nt_xent', 'mil_nce')),
 ]
-TOPOLOGY = {1: 'v5p:2x2x1', 8: 'v5p:2x2x2', 64: 'v5p:4x4x4'}
+TOPOLOGY = {1: 'v5p:2x2x1', 8: 'v5p:2x2x2', 32: 'v5p:2x4x4', 64: 'v5p:4x4x4'}
 
 
-def tpu():
+def tpu(former, losses, counts, about):
+    """Yields all rows after each compilation: what is chosen in place of former ones of the same name; each says which commit it is of."""
     from jax.experimental import topologies
-    out = []
+    out = {(r['loss'], r['B'], r['devices'], r['form']): r for r in former}
     print(f'{"loss":11} {"B":>8} {"devices":>7} {"form":11} {"temp MB/device":>15} {"kB/row":>9} {"compile CPU s":>14}')
     for loss, b, devices, form in COMPILED:
+        if loss not in losses or devices not in counts:
+            continue
         k = CANDIDATES[loss]
         topology = topologies.get_topology_desc(platform='tpu', topology_name=TOPOLOGY[devices])
         mesh = jax.make_mesh((devices,), ('replica',), devices=topology.devices[:devices], axis_types=(AxisType.Auto,))
@@ -176,7 +183,8 @@ def tpu():
         y = jax.ShapeDtypeStruct((b, k, WIDTH), jnp.bfloat16, sharding=rows)
         how = How(form if form in ('gather', 'ring') else 'auto', dtype='bfloat16')
         f = dense_automatic(loss, 0.07) if form == 'dense' else blockwise(loss, how, normalise=form == 'normalised')
-        began, row = time.process_time(), {'loss': loss, 'B': b, 'K': k, 'devices': devices, 'topology': TOPOLOGY[devices], 'form': form}
+        began, row = time.process_time(), {'loss': loss, 'B': b, 'K': k, 'devices': devices, 'topology': TOPOLOGY[devices], 'form': form,
+                                             **about}
         try:
             with jax.set_mesh(mesh):
                 compiled = with_gradient(f).trace(x, y).lower(lowering_platforms=('tpu',)).compile()
@@ -187,37 +195,46 @@ def tpu():
         except jax.errors.JaxRuntimeError as error:
             row['error'] = str(error).splitlines()[0][:200]
             text = f'  does not compile: {row["error"][:90]}'
-        out.append(row)
+        out[loss, b, devices, form] = row
         print(f'{loss:11} {b:8} {devices:7} {form:11} {text} {time.process_time() - began:14.1f}', flush=True)
-    return out
+        yield [out[name] for name in COMPILED if name in out]
+
+
+def write(results):
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + '\n')
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--parts', default='cpu,tpu')
     parser.add_argument('--sizes', default='1024,2048,4096,8192', help='rows of the CPU part')
-    parser.add_argument('--losses', default='symmetric,asymmetric,mil_nce', help='of the CPU part')
+    parser.add_argument('--losses', default='symmetric,asymmetric,mil_nce,siglip,nt_xent')
+    parser.add_argument('--devices', default='1,8,32,64', help='of the TPU part')
     parser.add_argument('--repeats', type=int, default=3)
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     run = lambda *command: subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
     cpus = [line.split(':')[1].strip() for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name')] \
         if pathlib.Path('/proc/cpuinfo').exists() else [platform.processor()]
-    about = {'commit': run('git', 'rev-parse', '--short', 'HEAD') + ('+' if run('git', 'status', '--porcelain', 'vatt_jax') else ''),
+    source = ('vatt_jax/losses', 'benchmarks/loss_memory.py')
+    about = {'commit': run('git', 'rev-parse', '--short', 'HEAD') + ('+' if run('git', 'status', '--porcelain', *source) else ''),
              'date': datetime.date.today().isoformat(), 'jax': jax.__version__, 'width': WIDTH}
     parts = args.parts.split(',')
     if 'cpu' in parts:
         sizes = [int(s) for s in args.sizes.split(',')]
         about_cpu = {**about, 'hardware': f'{os.cpu_count()} × {cpus[0]}', 'load_average': os.getloadavg(), 'repeats': args.repeats}
-        results['cpu'] = {**about_cpu, 'rows': cpu(sizes, args.repeats, args.losses.split(','))}
+        results['cpu'] = {**about_cpu, 'rows': cpu(sizes, args.repeats, [loss for loss in args.losses.split(',') if loss in TIMED])}
+        write(results)
     if 'tpu' in parts:
         if importlib.util.find_spec('libtpu') is None:
             print(f'TPU part left out: libtpu is not installed. No TPU is needed, only its compiler: pip install "jax[tpu]=={jax.__version__}" '
                   '(an environment of its own will do: this script needs nothing else), then --parts=tpu')
         else:
-            results['tpu'] = {**about, 'hardware': 'none: compiled for TPU v5p', 'libtpu': importlib.metadata.version('libtpu'), 'rows': tpu()}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + '\n')
+            for rows in tpu(results.get('tpu', {}).get('rows', []), args.losses.split(','), [int(n) for n in args.devices.split(',')],
+                            {'commit': about['commit'], 'libtpu': importlib.metadata.version('libtpu')}):
+                results['tpu'] = {**about, 'hardware': 'none: compiled for TPU v5p', 'rows': rows}
+                write(results)
     print(f'written: {RESULTS.relative_to(ROOT)}')
 
 
