@@ -9,7 +9,7 @@
 from configs import default
 
 VARIANTS = ('', 'agnostic', 'shuffled', 'synthetic', 'controls')
-STEPS = 1000
+STEPS = 1150
 
 
 def get_config(arg: str = ''):
@@ -30,7 +30,7 @@ def get_config(arg: str = ''):
     size = {'layers': 3, 'width': 128, 'mlp': 256, 'heads': 4, 'head_width': 32, 'dropout': 0.0, 'attention_dropout': 0.0}
     m.towers.video = {'name': 'vit', **size, 'patch': (2, 8, 8), 'drop_token': 0.25, 'position_dropout': 0.0, 'patch_init': 5.0}
     m.towers.audio = {'name': 'wat', **size, 'patch': 256, 'drop_token': 0.5, 'position_dropout': 0.0, 'patch_init': 4.0}
-    m.towers.text = {'name': 't5', **size, 'layers': 1, 'vocab': 0, 'word_width': 64, 'frozen_words': False}
+    m.towers.text = {'name': 't5', **size, 'layers': 2, 'vocab': 0, 'word_width': 64, 'frozen_words': False}
     m.head.update({'va': 128, 'vat': 64})
     if arg == 'agnostic':
         m.shared = True
