@@ -9,7 +9,7 @@
 from configs import default
 
 VARIANTS = ('', 'agnostic', 'shuffled', 'synthetic', 'controls')
-STEPS = 1150
+STEPS = 1250
 
 
 def get_config(arg: str = ''):
