@@ -128,10 +128,10 @@ def test_convolutional_towers(net):
     noise = np.random.default_rng(0)
     x = noise.normal(size=(3, 8, 45, 45, 3) if net == 'i3d' else (3, 61, 45)).astype(np.float32)
     valid = np.array([True, False, True])
-    variables = meta.unbox(jax.jit(lambda: module.init(jax.random.key(0), x, valid, False))())
-    variables = jax.tree.map(lambda v: np.abs(v + 0.2 * noise.normal(size=v.shape).astype(np.float32)) if v.ndim == 1 else np.asarray(v), variables)
     # the older code generator, which the tests use, runs pooling slowly
     jit = lambda f: jax.jit(f, compiler_options={'xla_cpu_use_fusion_emitters': True})
+    variables = meta.unbox(jit(lambda: module.init(jax.random.key(0), x, valid, False))())
+    variables = jax.tree.map(lambda v: np.abs(v + 0.2 * noise.normal(size=v.shape).astype(np.float32)) if v.ndim == 1 else np.asarray(v), variables)
     pooled, last = jit(lambda v: module.apply(v, x, valid, False))(variables)
     reference = Net(variables, False)
     want = (reference.i3d(x) if net == 'i3d' else reference.resnet(x, blocks)).numpy()
