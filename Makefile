@@ -5,6 +5,8 @@ VENV   ?= .venv
 WORKERS ?= 2
 BIN    := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL := 3
+# Packages are installed without byte code, so what is imported is compiled once, by the first process that needs it.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo controls test test-all lint bench clean
 
