@@ -294,7 +294,7 @@ h1{font-size:26px;margin:0}h2{font-size:19px;margin:32px 0 8px;border-bottom:1px
 .facts,small,figcaption{color:#6b7280;font-size:13px}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:3px 12px;text-align:right;border-bottom:1px solid #f3f4f6}
 th:first-child,td:first-child{text-align:left}thead th{border-bottom:1px solid #9ca3af;font-weight:600}
-td:nth-child(2){font-weight:600}
+td:nth-child(2){font-weight:600}td:nth-child(3){white-space:nowrap}
 .charts{display:flex;flex-wrap:wrap;gap:16px}figure{margin:0}.charts figure{width:420px;max-width:100%}svg{width:100%}
 svg text{font-size:11px;fill:#6b7280}.grid{stroke:#e5e7eb}
 .matrix{width:100%;image-rendering:pixelated;border:1px solid #e5e7eb}
