@@ -77,6 +77,7 @@ def get_config(arg: str = '') -> ConfigDict:
     a.color = 0.8                       # probability of colour jitter per clip
     a.brightness, a.contrast, a.saturation, a.hue = 32 / 255, 0.4, 0.4, 0.2
     a.audio_noise = 0.01                # gaussian, as a share of the clip's maximum
+    a.volume = 0.0                      # sound times a factor within 1 ± this, drawn for each clip
 
     # ---- machine
     c.jax_platform = ''                 # '' (what JAX finds) | cpu | cuda | tpu

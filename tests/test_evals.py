@@ -10,10 +10,11 @@ from ml_collections import ConfigDict
 
 import data_pipelines
 from tests import tiny
-from vatt_jax import api, encoder, evals, sharding, train
+from vatt_jax import api, encoder, evals, preprocess, sharding, train
 from vatt_jax.config import ConfigError
 from vatt_jax.evals import Result, View, solvers, statistics
 from vatt_jax.evals.linear_probe import mean_color, mean_spectrum
+from vatt_jax.rng import Rng
 
 
 class Known:
@@ -354,6 +355,46 @@ def test_published_classifiers_classify():
     assert values.shape == (60, 1, 2) and (values[y_test < 2, 0].argmax(-1) == y_test[y_test < 2]).mean() > 0.9
 
 
+# ---- nearest neighbours
+
+def neighbours(queries, gallery, **config):
+    """queries, gallery: ({window: x [N F]}, classes)."""
+    of = config.get('of', 'maps')
+    def features(x, y):
+        valid = np.ones(len(y), bool)
+        return {'pooled': {'video': x}, 'maps': {'video': x}, 'labels': {'class': y}, 'valid': {'video': valid}, 'index': np.arange(len(y))}
+    parts = {(split, w, None): features(x, y) for split, (xs, y) in (('test', queries), ('train', gallery)) for w, x in xs.items()}
+    view = Known(parts)
+    return evals.build('n', ConfigDict({'type': 'neighbours', 'windows': 2, 'of': of, **config})).run(view), view
+
+
+def test_neighbours_are_those_of_the_mean_of_unit_features():
+    """By loops over pairs in float64; a query without a class is left out. Of two windows the longer one weighs no more."""
+    rng = np.random.default_rng(0)
+    y, classes = rng.integers(-1, 4, 30), rng.integers(0, 4, 50)
+    make = lambda y: {w: ((1 + w * 30) * (np.eye(4, 6)[y] + 0.8 * rng.normal(size=(len(y), 6)))).astype(np.float32) for w in range(2)}
+    queries, gallery = make(y), make(classes)
+    mean = lambda xs: np.mean([[v / np.sqrt((v.astype(float) ** 2).sum()) for v in x] for x in xs.values()], 0)
+    q, g = mean(queries), mean(gallery)
+    got, view = neighbours((queries, y), (gallery, classes), first=(1, 3, 10))
+    for k in (1, 3, 10):
+        hits = []
+        for i in np.flatnonzero(y >= 0):
+            nearest = sorted(range(50), key=lambda j: ((q[i] - g[j]) ** 2).sum())[:k]
+            hits.append(y[i] in classes[nearest])
+        assert got.scalars[f'R@{k}'] == pytest.approx(np.mean(hits)) and 0.2 < np.mean(hits)
+        low, high = got.artifacts[f'R@{k}/interval']
+        assert low <= np.mean(hits) <= high
+        drawn = [np.mean([c in classes[rng.choice(50, k, replace=False)] for c in y[y >= 0]]) for _ in range(400)]
+        assert got.artifacts[f'R@{k}/chance'] == pytest.approx(np.mean(drawn), abs=0.02)
+    assert all(a['maps'] == ('video',) for _, a in view.asked)
+    assert neighbours((queries, y), (gallery, classes), first=(1, 3, 10), of='pooled')[0].scalars == got.scalars
+    for fields, words in (({'first': (1, 60)}, 'the gallery has 50 clips, fewer than the 60 neighbours'), ({'first': ()}, 'first=()'),
+                          ({'stream': 'flow'}, "stream 'flow' is not among video"), ({'label': 'colour'}, "label 'colour' is not among")):
+        with pytest.raises(ConfigError, match=words.replace('(', r'\(').replace(')', r'\)')):
+            neighbours((queries, y), (gallery, classes), **{'first': (1,), **fields})
+
+
 # ---- a real encoder
 
 def test_scores_of_a_tiny_run(tiny_run):
@@ -392,6 +433,24 @@ def test_each_example_once_and_in_order(view):
     again = View(view.encoder, view.data, batch_size=8).features('test', limit=29)
     for a, b in zip(jax.tree.leaves(f), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_maps_are_maxima_of_the_last_feature_map(view):
+    """The grid of the tiny model is 2 x 2 x 2 (video) and 16 (audio), so one block, and eight."""
+    f = view.features('test', limit=29, maps=('video', 'audio'))
+    plain = view.features('test', limit=29)
+    np.testing.assert_allclose(f['pooled']['video'], plain['pooled']['video'], atol=1e-5)
+    enc, batch = view.encoder, next(iter(view.data.one_pass('test', 16, limit=29)))
+
+    @jax.jit
+    def tokens(batch):
+        batch = preprocess.device_stage(batch, enc.config.model.inputs, enc.config.augment, rng := Rng.create(0, 0, batch['position']), augment=False,
+                                        dtype='float32')
+        return {k: e.tokens for k, e in enc.model.apply(enc.variables, batch, train=False, rng=rng, features=True, method='encode_all').items()}
+    with jax.set_mesh(enc.mesh):
+        t = jax.tree.map(np.float64, tokens(encoder.place(batch, enc.mesh)))
+    for name, want in (('video', t['video'].max(1)), ('audio', t['audio'].reshape(16, 8, 2, -1).max(2).reshape(16, -1))):
+        np.testing.assert_allclose(f['maps'][name][:16], want / np.linalg.norm(want, axis=-1, keepdims=True), atol=1e-5)
 
 
 def test_an_example_that_comes_twice_is_an_error(view):

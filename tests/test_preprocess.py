@@ -176,6 +176,16 @@ def test_sound_is_scaled_and_noise_follows_the_peak():
     np.testing.assert_array_equal(stage(audio_batch(samples), {**OFF, 'audio_noise': 0.01}, augment=False)['audio']['data'], plain)
 
 
+def test_volume_is_one_factor_a_clip():
+    samples = np.random.default_rng(0).integers(-3000, 3001, (400, 50)).astype(np.int16)
+    plain = samples / 32768
+    loud = np.asarray(stage(audio_batch(samples), {**OFF, 'volume': 0.2})['audio']['data'], np.float64)
+    factor = (loud * plain).sum(1) / (plain ** 2).sum(1)
+    np.testing.assert_allclose(loud, factor[:, None] * plain, atol=1e-7)
+    assert 0.8 <= factor.min() < 0.82 and 1.18 < factor.max() <= 1.2 and abs(factor.mean() - 1) < 0.02
+    np.testing.assert_array_equal(stage(audio_batch(samples), {**OFF, 'volume': 0.2}, augment=False)['audio']['data'], plain)
+
+
 def test_invalid_rows_are_zeros_and_the_rest_is_untouched(clips):
     valid = np.array([True, False, True, False])
     config = {**OFF, 'color': 1.0, 'audio_noise': 0.5}

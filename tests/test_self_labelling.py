@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from sklearn.metrics import normalized_mutual_info_score
 
 import data_pipelines
 from tests import tiny
 from tests.test_sinkhorn import column_means, converged, log_softmax, swav
 from tests.test_train import losses, run, state_of, stop_at
-from vatt_jax import objectives, report, sharding
+from vatt_jax import evals, objectives, report, sharding
 from vatt_jax.clustering.kmeans import kmeans, labels_of
 from vatt_jax.config import ConfigError
 from vatt_jax.evals import gallery
@@ -173,8 +174,18 @@ def test_gaussian_sizes_and_the_published_ones():
     np.testing.assert_array_equal(kept, sizes)
     objective.config.published_prior = True
     kept, shares = objective.prior(sizes, lambda: mass)
-    np.testing.assert_array_equal(kept, sizes[[2, 0, 3, 4, 1]])            # permuted in place by the mass's order
-    np.testing.assert_allclose(shares, (1 / kept) / (1 / kept).sum(), rtol=1e-6)  # and the largest size has the smallest share
+    np.testing.assert_array_equal(kept, np.array([1.2, 0.7, 0.7, 1.0, 1.4], np.float32))  # moved to the clusters in the mass's order, not sorted
+    np.testing.assert_allclose(shares, (1 / kept) / (1 / kept).sum(), rtol=1e-6)          # and the largest size has the smallest share
+    # the published mass: sums of the product of both views' probabilities
+    features = two_views()
+    _, params, got = relabelling(features, prior='gaussian', spread=0.3, published_prior=True, align=False,
+                                 change=lambda p, s: s['sizes'].__setitem__(0, sizes))
+    log_p = sum(log_softmax(features[v].astype(np.float64) @ params[v]['0']['kernel'] + params[v]['0']['bias']) for v in features)
+    want = np.empty(5)
+    want[np.argsort(np.exp(log_p).sum(0))] = sizes
+    np.testing.assert_allclose(got.state['sizes'][0], want, rtol=1e-6)
+    counts = np.bincount(got.columns['label'][:, 0], minlength=5) / 600
+    np.testing.assert_allclose(counts, (1 / want) / (1 / want).sum(), atol=0.02)
     draws = [np.asarray(objective.sizes(jax.random.key(i))) for i in range(200)]
     np.testing.assert_allclose([np.std(draws), np.mean(draws)], [0.3, 1], atol=0.05)
 
@@ -189,14 +200,15 @@ def test_the_published_schedule():
     assert sorted(schedule(3, 100, 2.0)) == [0, 1, 2]  # more refreshes than steps: one in each
 
 
-def test_loss_is_the_mean_over_views_and_heads():
+@pytest.mark.parametrize('unit', [False, True])
+def test_loss_is_the_mean_over_views_and_heads(unit):
     """Views that are missing and records without a label count for nothing; before the first refresh there is nothing to learn."""
     rng = np.random.default_rng(0)
     views = ('video', 'video.second', 'audio')
     x = {v: rng.standard_normal((16, 5)).astype(np.float32) for v in views}
     valid = {v: np.arange(16) % n != 0 for v, n in zip(views, (5, 7, 3))}
     label = rng.integers(-1, 4, (16, 3)).astype(np.int32)
-    objective, params, state = built({v: x[v] for v in views}, clusters=4, heads=3)
+    objective, params, state = built({v: x[v] for v in views}, clusters=4, heads=3, unit_logits=unit)
     encoded = {v: types.SimpleNamespace(pooled=x[v]) for v in views}
     model = types.SimpleNamespace(apply=lambda *a, **k: (encoded, {}))
     batch = {v: {'data': np.zeros(16), 'valid': valid[v]} for v in views} | {'valid': np.arange(16) != 1}
@@ -211,6 +223,9 @@ def test_loss_is_the_mean_over_views_and_heads():
              for v in views for i in range(3)}
     want = []
     for (v, i), p in log_p.items():
+        if unit:
+            z = x[v].astype(np.float64) @ params[v.split('.')[0]][str(i)]['kernel'] + params[v.split('.')[0]][str(i)]['bias']
+            p = log_softmax(z / np.linalg.norm(z, axis=1, keepdims=True))
         use = (label[:, i] >= 0) & valid[v] & batch['valid']
         want.append(-p[use, label[use, i]].mean())
     np.testing.assert_allclose(got[0], np.mean(want), rtol=1e-5)
@@ -337,7 +352,7 @@ def test_who_predicts_whose_clusters(targets, want):
 
 # ---- evaluation
 
-def test_clusters_are_evaluated_against_classes():
+def test_clusters_are_evaluated_against_classes_and_other_clusters(tmp_path):
     rng = np.random.default_rng(0)
     classes = rng.integers(0, 3, 90)
     good = np.log(0.8 * np.eye(3)[(classes + 1) % 3] + 0.2 / 3)
@@ -355,7 +370,19 @@ def test_clusters_are_evaluated_against_classes():
     assert got.scalars['chosen/NMI'] < 0.5 and got.artifacts['confusion'].trace() == 83
     for c in got.artifacts['surest']:
         assert len(set(classes[c['clips']])) == 1 and c['name'].split('(')[1][0] == 'abc'[classes[c['clips'][0]]]
-    assert Clustering({'type': 'clustering', 'of': 'features'}).run(view).scalars['accuracy'] == 1
+    assert got.scalars['NMI_between_heads'] == pytest.approx(got.scalars['chosen/NMI'])  # to the head that is the classes
+    assert got.artifacts['NMI/chance'] < 0.1 and got.artifacts['ARI/chance'] == pytest.approx(0, abs=0.05)
+    assert 1 / 3 <= got.artifacts['accuracy/chance'] < 0.5 and got.artifacts['mean_entropy/chance'] == pytest.approx(np.log(3), abs=0.06)
+    got = Clustering({'type': 'clustering', 'of': 'features'}).run(view)
+    assert got.scalars['accuracy'] == 1 and 'NMI_between_heads' not in got.scalars
+    some = np.arange(0, 90, 2)[::-1]  # another evaluation saw other clips, in another order
+    evals.save({'kmeans': Result({}, {'labels': bad.argmax(1)[some], 'clips': some})}, tmp_path / 'other')
+    against = Clustering({'type': 'clustering', 'against': (('other', f'{tmp_path}/other:kmeans'),)}).run(view)
+    both = (labels >= 0) & (np.arange(90) != 10) & (np.arange(90) % 2 == 0)
+    assert against.scalars['NMI_to/other'] == pytest.approx(normalized_mutual_info_score(classes[both], bad.argmax(1)[both]))
+    for where, words in ((f'{tmp_path}/other:x', "has no clusters of 'x'; it has those of kmeans"), ('none:x', 'there is no none/arrays.npz')):
+        with pytest.raises(ConfigError, match=words):
+            Clustering({'type': 'clustering', 'against': (('other', where),)}).run(view)
     features['predictions'] = {}
     with pytest.raises(ConfigError, match="of='features'"):
         Clustering({'type': 'clustering'}).run(view)

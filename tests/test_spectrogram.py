@@ -7,11 +7,11 @@ from vatt_jax.config import ConfigError
 from vatt_jax.rng import Rng
 
 
-def definition(x, rate, bins, window, hop, low, high, offset, scale, stretch):
+def definition(x, rate, bins, window, hop, low, high, offset, scale, stretch, transform=0):
     """Frame by frame, band by band, float64; the transform as a sum of cosines and sines."""
-    n = np.arange(window)
+    n, transform = np.arange(window), transform or window
     hann = 0.5 * (1 - np.cos(2 * np.pi * n / window))
-    wave = np.exp(-2j * np.pi * np.outer(np.arange(window // 2 + 1), n) / window)
+    wave = np.exp(-2j * np.pi * np.outer(np.arange(transform // 2 + 1), n) / transform)
     mel = lambda f: 1127 * np.log(1 + f / 700)
     edges = [mel(low) + (mel(high) - mel(low)) * i / (bins + 1) for i in range(bins + 2)]
     out = []
@@ -23,8 +23,8 @@ def definition(x, rate, bins, window, hop, low, high, offset, scale, stretch):
         row = []
         for b in range(bins):
             total = 0.0
-            for k in range(1, window // 2 + 1):
-                m = mel(k * rate / window)
+            for k in range(1, transform // 2 + 1):
+                m = mel(k * rate / transform)
                 total += magnitude[k] * max(0.0, min((m - edges[b]) / (edges[b + 1] - edges[b]), (edges[b + 2] - m) / (edges[b + 2] - edges[b + 1])))
             row.append(np.log(offset + scale * total))
         out.append(row)
@@ -32,7 +32,8 @@ def definition(x, rate, bins, window, hop, low, high, offset, scale, stretch):
     return (out - out.min()) / (out.max() - out.min()) if stretch else out
 
 
-@pytest.mark.parametrize('form', [{'offset': 1.0, 'scale': 1e4, 'stretch': True}, {'offset': 1e-6, 'scale': 1.0, 'stretch': False}])
+@pytest.mark.parametrize('form', [{'offset': 1.0, 'scale': 1e4, 'stretch': True}, {'offset': 1e-6, 'scale': 1.0, 'stretch': False},
+                                  {'offset': 1e-6, 'scale': 1.0, 'stretch': False, 'transform': 200}])
 def test_log_mel_is_its_definition(form):
     mel = {'bins': 7, 'window': 128, 'hop': 64, 'low': 80.0, 'high': 1900.0, **form}
     x = np.random.default_rng(0).normal(size=(2, 600)) * 0.1
@@ -40,6 +41,11 @@ def test_log_mel_is_its_definition(form):
     assert got.shape == (2, *spectrogram.shape({'samples': 600, 'mel': mel})) == (2, 10, 7)
     for b in range(2):
         np.testing.assert_allclose(got[b], definition(x[b], 4000, **mel), rtol=1e-4, atol=2e-5)
+
+
+def test_a_transform_shorter_than_the_window():
+    with pytest.raises(ConfigError, match='transform=64 is shorter than window=128'):
+        spectrogram.log_mel(np.zeros((1, 600), np.float32), 4000, {'window': 128, 'hop': 64, 'transform': 64, 'high': 1900.0})
 
 
 def test_a_silent_clip_is_finite_and_zero():

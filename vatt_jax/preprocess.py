@@ -118,9 +118,12 @@ def _hue(turn: jax.Array) -> jax.Array:
 
 
 def audio(stream, spec, config, rng: Rng, augment: bool) -> jax.Array:
-    """int16 [B S] -> float32 [B S] in [-1, 1], with gaussian noise of `audio_noise` times the clip's peak; its log-mel [B T F] where the
-    model's inputs ask for one (after the noise)."""
+    """int16 [B S] -> float32 [B S] in [-1, 1], with gaussian noise of `audio_noise` times the clip's peak, louder or softer by up to a share
+    `volume` (and then perhaps beyond 1); its log-mel [B T F] where the model's inputs ask for one (after both)."""
     x = stream['data'].astype(jnp.float32) / 32768
+    volume = config.get('volume', 0.0)  # runs from before it was there do not have it
+    if augment and volume > 0:
+        x = x * rng.at('volume').uniform((), 1 - volume, 1 + volume)[:, None]
     if augment and config['audio_noise'] > 0:
         x = x + rng.at('noise').normal(x.shape[1:]) * config['audio_noise'] * jnp.abs(x).max(-1, keepdims=True)
     return spectrogram.log_mel(x, spec['rate'], spec['mel']) if spec.get('mel') else x

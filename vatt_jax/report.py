@@ -63,19 +63,19 @@ class Run:
 
 
 def rows(run: Run, beside: Sequence[Run] = ()) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) of the results table: every scalar that has an interval, as one cell for each run."""
+    """(header, rows) of the results table: every scalar that has an interval or a chance, as one cell for each run."""
     header = ['', 'pretrained', '95 % interval', *[f'{r.name}' for r in beside], 'random init', 'chance']
     out = []
     for name, result in run.results.items():
         for key, value in result.scalars.items():
-            interval = result.artifacts.get(f'{key}/interval')
-            if interval is None:
+            interval, chance = (result.artifacts.get(f'{key}/{what}') for what in ('interval', 'chance'))
+            if interval is None and chance is None:
                 continue
-            show = _number if 'rank' in key else _percent
+            show = _number if 'rank' in key else _nats if 'entropy' in key else _percent
             cell = lambda results, name=name, key=key, show=show: (
                 show(results[name].scalars[key]) if name in results and key in results[name].scalars else '–')
-            chance = result.artifacts.get(f'{key}/chance')
-            out.append([_label(name, key), show(value), f'{show(interval[0])} … {show(interval[1])}', *[cell(r.results) for r in beside],
+            shown = '–' if interval is None else f'{show(interval[0])} … {show(interval[1])}'
+            out.append([_label(name, key), show(value), shown, *[cell(r.results) for r in beside],
                         cell(run.baseline), '–' if chance is None else show(chance)])
     return header, out
 
@@ -108,6 +108,10 @@ def _percent(x: float) -> str:
 
 def _number(x: float) -> str:
     return f'{x:.1f}'
+
+
+def _nats(x: float) -> str:
+    return f'{x:.2f} nats'
 
 
 def _json(line: str) -> dict[str, Any] | None:

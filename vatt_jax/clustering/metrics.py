@@ -16,13 +16,19 @@ def contingency(clusters: np.ndarray, classes: np.ndarray, shape: tuple[int, int
     return out
 
 
+def nmi(clusters: np.ndarray, classes: np.ndarray) -> float:
+    """2 MI / (H(clusters) + H(classes)); symmetric."""
+    from sklearn import metrics
+    return float(metrics.normalized_mutual_info_score(classes, clusters, average_method='arithmetic'))
+
+
 def agreement(clusters: np.ndarray, classes: np.ndarray) -> dict[str, float]:
     """NMI = 2 MI / (H(clusters) + H(classes)), AMI (arithmetic mean too) and ARI of two labelings; symmetric.
 
     scikit-learn's functions are these definitions exactly.
     """
     from sklearn import metrics
-    return {'NMI': float(metrics.normalized_mutual_info_score(classes, clusters, average_method='arithmetic')),
+    return {'NMI': nmi(clusters, classes),
             'AMI': float(metrics.adjusted_mutual_info_score(classes, clusters, average_method='arithmetic')),
             'ARI': float(metrics.adjusted_rand_score(classes, clusters))}
 

@@ -16,10 +16,11 @@ from vatt_jax.evals.base import CHANGES, Result, View
 from vatt_jax.evals.classification import Classification
 from vatt_jax.evals.clustering import Clustering
 from vatt_jax.evals.linear_probe import LinearProbe, SimpleProbe
+from vatt_jax.evals.neighbours import Neighbours
 from vatt_jax.evals.retrieval import Retrieval, Sync
 
 EVALUATORS = {'retrieval': Retrieval, 'linear_probe': LinearProbe, 'simple_probe': SimpleProbe, 'sync': Sync, 'classification': Classification,
-              'clustering': Clustering}
+              'clustering': Clustering, 'neighbours': Neighbours}
 
 __all__ = ['CHANGES', 'EVALUATORS', 'Result', 'View', 'build', 'gallery', 'load', 'run_all', 'save']
 

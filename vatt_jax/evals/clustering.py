@@ -1,6 +1,9 @@
 """How well clusters of a split agree with classes that nothing was trained on."""
 from __future__ import annotations
 
+import itertools
+import pathlib
+
 import jax
 import numpy as np
 
@@ -19,6 +22,7 @@ DEFAULTS = {
     'streams': (),             # that must be there for an example to count; features: those clustered together. (): the objective's, or all
     'clusters': 0,             # features: how many; 0: as many as classes
     'iterations': 50,          # features: of Lloyd's algorithm
+    'against': (),             # ((name, 'runs/other/evals/step_001000:entry'), …): clusters that other evaluations found on the same split
     'baseline': True,
 }
 SHOWN = 24  # clusters in the report's gallery
@@ -26,7 +30,9 @@ SHOWN = 24  # clusters in the report's gallery
 
 class Clustering:
     """Scalars of clustering/metrics.py. Heads: labels are the argmax of the sum over views of log p; the head with the lowest running training
-    loss is told as `chosen/…`, the one with the best NMI against the classes (the published choice, an oracle's) without a prefix."""
+    loss is told as `chosen/…`, the one with the best NMI against the classes (the published choice, an oracle's) without a prefix.
+    NMI_between_heads: mean over pairs of heads; low where heads found different things. NMI_to/<name>: see `against`. Chance: the same clusters
+    against the classes in random order."""
 
     def __init__(self, config, where: str = 'config.evals'):
         self.config = with_defaults(config, DEFAULTS, where)
@@ -64,7 +70,8 @@ class Clustering:
                 raise ConfigError("clustering: the run's objective has no cluster heads; set of='features' for k-means of its features")
         scored = {name: metrics.evaluate(clusters, classes, sure) for name, (clusters, sure) in found.items()}
         best = max(scored, key=lambda n: scored[n]['NMI'])
-        clusters, scalars = found[best][0], dict(scored[best])
+        (clusters, sure), scalars = found[best], dict(scored[best])
+        chance = metrics.evaluate(clusters, np.random.default_rng(view.seed).permutation(classes), sure)
         _, named = metrics.hungarian(clusters, classes)
         confusion = np.zeros((len(names) or classes.max() + 1,) * 2, np.int64)
         matched = named[clusters] >= 0
@@ -72,8 +79,11 @@ class Clustering:
         artifacts = {'heads': {name: s['NMI'] for name, s in scored.items()}, 'best': best, 'examples': len(classes),
                      'contingency': metrics.contingency(clusters, classes), 'cluster_class': named.tolist(), 'confusion': confusion, 'classes': names,
                      'accuracy/interval': statistics.bootstrap(named[clusters] == classes, seed=view.seed),
-                     'accuracy/chance': float(np.bincount(classes).max() / len(classes))}
-        sure = found[best][1]
+                     'labels': clusters, 'clips': f['index'][use], **{f'{k}/chance': v for k, v in chance.items() if k != 'clusters_used'}}
+        for name, where in c.against:
+            scalars[f'NMI_to/{name}'] = metrics.nmi(*others_labels(where, artifacts['labels'], artifacts['clips']))
+        if len(found) > 1:
+            scalars['NMI_between_heads'] = float(np.mean([metrics.nmi(a[0], b[0]) for a, b in itertools.combinations(found.values(), 2)]))
         if sure is not None:
             biggest = np.argsort(-np.bincount(clusters), kind='stable')[:SHOWN]
             title = lambda p: names[named[p]] if 0 <= named[p] < len(names) else 'no class'
@@ -85,3 +95,21 @@ class Clustering:
             artifacts['chosen'] = min(scored, key=lambda n: losses[n])
             scalars |= {f'chosen/{k}': v for k, v in scored[artifacts['chosen']].items()}
         return Result(scalars, artifacts)
+
+
+def others_labels(where: str, labels: np.ndarray, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(these labels, those of another clustering evaluation) of the clips that both have. where: 'FOLDER:entry', a folder of `evals.save`."""
+    folder, _, entry = where.rpartition(':')
+    path = pathlib.Path(folder) / 'arrays.npz'
+    if not path.exists():
+        raise ConfigError(f'clustering: against={where!r}: there is no {path}; a folder of an evaluation and its entry are wanted, such as '
+                          "'runs/demo/evals/step_001000:kmeans'")
+    with np.load(path) as arrays:
+        if f'{entry}/labels' not in arrays.files:
+            entries = [k.removesuffix('/labels') for k in arrays.files if k.endswith('/labels')]
+            raise ConfigError(f'clustering: {path} has no clusters of {entry!r}; it has those of {", ".join(entries) or "none"}')
+        theirs, there = arrays[f'{entry}/labels'], arrays[f'{entry}/clips']
+    both, i, j = np.intersect1d(clips, there, return_indices=True)
+    if not len(both):
+        raise ConfigError(f'clustering: {where} has no clip in common with this evaluation')
+    return labels[i], theirs[j]

@@ -54,6 +54,10 @@ def apply(head: Head, params, stats, pooled: Mapping[str, jax.Array], valid: Map
     return {v: (part(hidden, i), part(out, i)) for i, v in enumerate(names)}, new.get('batch_stats', stats)
 
 
+def unit(x: jax.Array, axis: int = -1) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis, keepdims=True), 1e-12))
+
+
 def by_modality(views: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """modality -> its views, in the order given."""
     out: dict[str, tuple[str, ...]] = {}

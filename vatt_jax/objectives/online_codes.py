@@ -61,7 +61,7 @@ class OnlineCodes(Objective):
             made[modality] = heads.init(self.head, jax.random.fold_in(key, i), widths[0])
         prototypes = jax.random.normal(jax.random.fold_in(key, len(made)), (c.width, c.clusters))
         params = {'projection': {m: p for m, (p, _) in made.items()},
-                  'prototypes': logical(lambda *_: unit(prototypes, 0), None, 'classes')(key, prototypes.shape)}
+                  'prototypes': logical(lambda *_: heads.unit(prototypes, 0), None, 'classes')(key, prototypes.shape)}
         state = {'norm': {m: s for m, (_, s) in made.items()}, 'seen': jnp.zeros((), jnp.int32)}
         if c.queue:
             rows = lambda *shape: logical(lambda *_: jnp.zeros((c.queue, *shape)), 'memory', *[None] * len(shape))(key, (c.queue, *shape))
@@ -75,7 +75,7 @@ class OnlineCodes(Objective):
             mine = {v: pooled[v] for v in views if v in pooled}
             if mine:
                 results, new[modality] = heads.apply(self.head, params['projection'][modality], norm[modality], mine, valid, rng, train)
-                out |= {v: unit(y, -1) for v, (_, y) in results.items()}
+                out |= {v: heads.unit(y, -1) for v, (_, y) in results.items()}
         return out, new
 
     def loss(self, model, variables, params, state, batch, rng) -> Loss:
@@ -118,7 +118,7 @@ class OnlineCodes(Objective):
         return soft_codes(rows, c.epsilon, c.iterations, use)[:len(z)], kept
 
     def after_update(self, model_params, params, state, step):
-        return model_params, {**params, 'prototypes': unit(params['prototypes'], 0)}, state
+        return model_params, {**params, 'prototypes': heads.unit(params['prototypes'], 0)}, state
 
     def predict(self, params, state, encoded):
         """cluster/prototypes [B P]: sum over views of log p."""
@@ -129,10 +129,6 @@ class OnlineCodes(Objective):
         valid = {v: jnp.ones(rows, bool) for v in pooled}
         z, _ = self.project(params, state['norm'], pooled, valid, Rng.create(0, 0, jnp.zeros(rows, jnp.uint32)), False)
         return {'cluster/prototypes': sum(jax.nn.log_softmax(x @ params['prototypes'] / self.config.temperature, -1) for x in z.values())}
-
-
-def unit(x: jax.Array, axis: int) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis, keepdims=True), 1e-12))
 
 
 def mean(x: jax.Array, valid: jax.Array) -> jax.Array:

@@ -28,6 +28,7 @@ DEFAULTS = {
     'groups': 1,                  # of heads; each group is labelled from random clips of its own (decorrelated heads)
     'hidden': 0,                  # width of a head's hidden layer with batch norm (SeLaVi: 512); 0: a linear head
     'dropout': 0.0,               # before each layer of a head (SeLaVi: 0.3)
+    'unit_logits': False,         # training sees logits scaled to length 1, refreshes and evaluation do not: SeLaVi's public code with several heads
     'strength': 20.0,             # λ of the transport problem, on the geometric mean of the views' probabilities (SeLa: 25)
     'prior': 'uniform',           # cluster sizes: uniform | gaussian | zipf | exponential
     'spread': 0.1,                # gaussian: deviation / mean; zipf: exponent; exponential: log of the largest over the smallest
@@ -114,7 +115,8 @@ class SelfLabelling(Objective):
         each, metrics = {}, {}
         for v in views:
             seen = (label >= 0) & (batch['valid'] & batch[v]['valid'])[:, None]
-            each[v] = jnp.stack([softmax_cross_entropy(logits[h][v][1], jnp.maximum(label[:, i], 0), weight=seen[:, i])
+            z = {h: heads.unit(logits[h][v][1]) if self.config.unit_logits else logits[h][v][1] for h in self.names}
+            each[v] = jnp.stack([softmax_cross_entropy(z[h], jnp.maximum(label[:, i], 0), weight=seen[:, i])
                                  for i, h in enumerate(self.names)])
             right = sum(((logits[h][v][1].argmax(-1) == label[:, i]) & seen[:, i]).sum() for i, h in enumerate(self.names))
             metrics |= {f'loss/{v}': each[v].mean(), f'accuracy/{v}': right / jnp.maximum(seen.sum(), 1)}
@@ -172,7 +174,7 @@ class SelfLabelling(Objective):
                 column[index, i] = labels
                 before = records.columns['label'][index, i] if 'label' in records.columns else np.full(1, -1)
                 if (before >= 0).all():
-                    here |= {'changed': np.mean(before != labels), 'NMI_to_last': agreement.agreement(labels, before)['NMI']}
+                    here |= {'changed': np.mean(before != labels), 'NMI_to_last': agreement.nmi(labels, before)}
                 for name, value in here.items():
                     told.setdefault(name, []).append(float(value))
         state['refreshes'] = state['refreshes'] + 1
@@ -190,7 +192,8 @@ class SelfLabelling(Objective):
         views = [np.concatenate([hidden[v], np.ones((len(valid), 1), np.float32)], 1) * weight[:, j:j + 1] for j, v in enumerate(c.views)]
         last = [params[v.split('.')[0]][h] for v in c.views]
         kernels = [(np.concatenate([p['kernel'], p['bias'][None]]), np.zeros(c.clusters, np.float32)) for p in last]
-        state['sizes'][i], prior = self.prior(state['sizes'][i], lambda: sinkhorn.shares(views, c.strength, heads=kernels, mesh=mesh))
+        mass = (lambda: product_mass(views, kernels)) if c.published_prior else lambda: sinkhorn.shares(views, c.strength, heads=kernels, mesh=mesh)
+        state['sizes'][i], prior = self.prior(state['sizes'][i], mass)
         start = None
         if c.warm and not first:
             start = sinkhorn.Start(state['potentials'][i], state['newton'][i] if state['newton'][i].any() else None)
@@ -228,17 +231,25 @@ class SelfLabelling(Objective):
             params[modality][h] = {**old, 'kernel': old['kernel'][:, order], 'bias': old['bias'][order]}
 
     def prior(self, sizes, mass) -> tuple[np.ndarray, np.ndarray]:
-        """(sizes, share of each cluster [P]): the largest size goes to the cluster with most mass. mass(): column means without transport."""
+        """(sizes, share of each cluster [P]): the largest size goes to the cluster with most mass. mass() [P]: column means without transport;
+        published_prior: sums of the views' product. There the sort is along an axis of one, so what is left of it is a permutation."""
         if (sizes == sizes[0]).all():
             return sizes, np.full(len(sizes), 1 / len(sizes))
-        rank = np.argsort(mass(), kind='stable')
+        rank, placed = np.argsort(mass(), kind='stable'), np.empty(len(sizes), sizes.dtype)
         if self.config.published_prior:
-            sizes = sizes[rank]
-            shares = 1 / sizes
-        else:
-            shares = np.empty(len(sizes))
-            shares[rank] = np.sort(sizes)
-        return sizes, shares / shares.sum()
+            placed[rank] = sizes
+            return placed, (1 / placed) / (1 / placed).sum()
+        placed[rank] = np.sort(sizes)
+        return sizes, placed / placed.sum()
+
+
+def product_mass(views, kernels) -> np.ndarray:
+    """float64 [P]: sums over records of the product over views of their probabilities. views: features [n D]; kernels: (kernel [D P], bias [P])."""
+    total = np.zeros(len(kernels[0][1]))
+    for i in range(0, len(views[0]), PAIRED):
+        logits = [x[i:i + PAIRED].astype(np.float64) @ k + b for x, (k, b) in zip(views, kernels)]
+        total += np.prod([sinkhorn.soft_assignments(z, np.zeros(z.shape[1])) for z in logits], 0).sum(0)
+    return total
 
 
 @functools.partial(jax.jit, static_argnames='head')
