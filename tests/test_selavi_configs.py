@@ -1,0 +1,59 @@
+"""The self-labelling settings: every one passes the checks, and holds the published values."""
+import jax
+import pytest
+
+from configs import default
+from vatt_jax import config as configs
+from vatt_jax import evals, objectives, optim
+from vatt_jax.importers import vatt_tf
+
+DEMO = [f'configs/selavi.py:demo{o}' for o in ('', ',one_head', ',unaligned', ',uniform', ',sela', ',xdc', ',swav', ',synthetic')]
+PUBLISHED = [f'configs/selavi.py:{o}' for o in ('vggsound', 'kinetics', 'kinetics_sound,code', 'ave,sela', 'ave,xdc', 'ave,swav')]
+TUNED = [f'configs/selavi_finetune.py:{o}' for o in ('ucf101', 'hmdb51,3', 'ucf101,2,scratch', 'demo', 'demo,scratch')]
+
+
+@pytest.mark.parametrize('spec', DEMO + PUBLISHED + TUNED)
+def test_passes_the_checks(spec):
+    c = configs.load(spec)
+    configs.check_fields(c, default.get_config())
+    optim.schedule(c.optimizer.schedule, c.steps)
+    objective = objectives.build(c.objective)
+    for name, entry in c.evals.items():
+        evals.build(name, entry)
+    assert set(objective.streams()) <= set(c.model.towers)
+
+
+def test_published_values():
+    c = configs.load('configs/selavi.py:vggsound')
+    o = c.objective
+    assert (o.clusters, o.heads, o.groups, o.hidden, o.dropout, o.strength, o.refreshes, o.power) == (309, 10, 2, 512, 0.3, 20.0, 100, 1.5)
+    assert (c.batch_size, c.steps) == (1024, 200 * 166) and not o.published_prior and not o.unit_logits
+    assert configs.load('configs/selavi.py:vggsound,code').objective.published_prior
+    rate = optim.schedule(c.optimizer.schedule, c.steps)
+    assert abs(rate(1660) - 0.64) < 1e-6 and abs(rate(33_000) - 0.64) < 1e-6 and abs(rate(830) - 0.32) < 1e-6
+    assert [configs.load(f'configs/selavi.py:{d}').objective.clusters for d in ('kinetics', 'kinetics_sound', 'ave')] == [400, 32, 28]
+    with pytest.raises(ValueError, match="no option 'two_heads'; there are one_head"):
+        configs.load('configs/selavi.py:demo,two_heads')
+    with pytest.raises(ValueError, match="no setting 'vgg'; there are demo, vggsound"):
+        configs.load('configs/selavi.py:vgg')
+
+    c = configs.load('configs/selavi_finetune.py:ucf101,2')
+    rate, epoch = optim.schedule(c.optimizer.schedule, c.steps), 2980
+    assert c.steps == 12 * epoch and c.data.train.ucf101.path == 'data/ucf101_2/records' and c.optimizer.weight_decay == 5e-3
+    for step, want in ((epoch, 1e-3), (2 * epoch, 2e-3), (6 * epoch - 1, 2e-3), (6 * epoch, 1e-4), (10 * epoch - 1, 1e-4), (10 * epoch, 5e-6)):
+        assert float(rate(step)) == pytest.approx(want, rel=1e-4)
+    assert c.optimizer.rates == ((r'^objective/', 10.0),) and (c.evals.classification.windows, c.evals.classification.crops) == (10, 3)
+
+
+@pytest.mark.parametrize('spec', ['configs/selavi.py:vggsound', 'configs/selavi.py:kinetics_sound,sela', 'configs/selavi_finetune.py:hmdb51'])
+def test_builds(spec):
+    """Shapes only. Weights of R(2+1)D-18, ResNet-9 and heads as published: 31.3 M + 4.9 M without classifiers, heads 512 x 512 and 512 x K."""
+    c = configs.load(spec)
+    shape = vatt_tf.abstract_state(c, {'class': [str(i) for i in range(51)]})
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    towers = count(shape.params['model'])
+    if 'vggsound' in spec:
+        assert count(shape.params['objective']) == 20 * (512 * 512 + 2 * 512 + 513 * 309)
+        assert towers == pytest.approx(31.3e6 + 4.9e6, rel=0.01)
+    else:
+        assert towers == pytest.approx(31.3e6, rel=0.01)
