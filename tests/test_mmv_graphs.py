@@ -8,6 +8,7 @@ import pytest
 from flax.linen import meta
 
 import data_pipelines
+import vatt_jax
 from configs import default
 from vatt_jax import config as configs
 from vatt_jax import optim, train
@@ -192,6 +193,11 @@ def test_every_tower_trains(case, tmp_path):
                          built.init().params['model'])
     still = [p for p, m in zip(jax.tree.leaves(optim.paths(moved)), jax.tree.leaves(moved)) if not m and 'word_table' not in p]
     assert not still, still
+    if case != 's3d':
+        out = vatt_jax.load(tmp_path).embed(video=np.zeros((4, 16, 16, 3), np.uint8), **(
+            {'audio': np.zeros(1024, np.int16)} if case == 'tsm' else {'text': 'a red disc'}))
+        space = 'joint' if case == 'tsm' else 'vt'
+        assert len(out) == 2 and all(set(v) == {'pooled', space} and np.isfinite(v[space]).all() for v in out.values())
 
 
 def test_a_pair_that_training_does_not_compute_is_a_sentence():

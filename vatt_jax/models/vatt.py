@@ -141,7 +141,7 @@ class VATT(nn.Module):
 
     def has_tower(self, params: Mapping[str, Any], modality: str) -> bool:
         """Whether these parameters hold the tower: one that an objective never read in training was not made."""
-        return f'fronts_{modality}' in params
+        return any(f'{kind}_{modality}' in params for kind in ('fronts', 'nets'))
 
     def encode(self, name: str, stream: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False) -> Encoded:
         """One device stream -> Encoded. Only a stream that meets batch statistics (NETS but linear) needs its `valid`, and only in training."""
