@@ -140,5 +140,5 @@ def paths(graph: Graph, config: Mapping[str, Any]) -> dict[str, list]:
         out[modality] = [s for b, end in zip(branches, ends) for s in b[:end] if wanted(s)]
         for step in out[modality]:
             if step[0].startswith('dense') and step[2] not in config:
-                raise ConfigError(f'config.model.head.{step[2]} is missing: {modality} reaches other spaces of {config["name"]!r} through this one')
+                raise ConfigError(f'config.model.head.{step[2]} is missing: {modality} reaches other spaces of {config["name"]!r} through that one')
     return out
