@@ -19,6 +19,7 @@ where it departs from the paper.
 from ml_collections import ConfigDict
 
 from configs import default, demo
+from vatt_jax.models import presets
 
 CLASSES = 16
 METHODS = ('one_head', 'unaligned', 'uniform', 'sela', 'xdc', 'swav')
@@ -90,9 +91,9 @@ def _published(name, options):
     epoch = videos // c.batch_size
     c.steps = 200 * epoch
     m = c.model
-    m.inputs.video.update({'frames': 30, 'size': 112, 'fps': 30.0})
-    m.inputs.audio.update({'samples': 24_000, 'rate': 24_000, 'mel': {'bins': 257, 'window': 480, 'hop': 240, 'transform': 1024, 'low': 0.0,
-                                                                      'high': 12_000.0, 'offset': 1e-6, 'scale': 1.0, 'stretch': False}})
+    # frames less 0.45, over 0.225
+    m.inputs.video.update({'frames': 30, 'size': 112, 'fps': 30.0, 'range': (-0.45 / 0.225, 0.55 / 0.225)})
+    m.inputs.audio.update({'samples': 24_000, 'rate': 24_000, 'mel': presets.FILTERBANK})
     m.towers = ConfigDict({'video': {'name': 'r2plus1d'}, 'audio': {'name': 'resnet9'}})
     m.head = ConfigDict({'name': 'none'})
     c.objective = ConfigDict({
