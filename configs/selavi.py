@@ -70,14 +70,16 @@ def get_config(arg: str = 'demo'):
 
 def _demo(options):
     c = demo.get_config('synthetic' if 'synthetic' in options else '')
-    c.steps = 1000
+    c.steps = 500
     del c.model.towers['text']
     c.model.head = ConfigDict({'name': 'none'})
     for tower in c.model.towers.values():
-        tower.drop_token = 0.25
+        tower.drop_token = 0.5
     c.objective = ConfigDict({
         'name': 'self_labelling', 'views': ('video', 'audio'), 'clusters': CLASSES, 'heads': 4, 'groups': 2, 'hidden': 128, 'dropout': 0.1,
-        'prior': 'gaussian', 'refreshes': 40, 'warmup': 10})
+        'prior': 'gaussian', 'refreshes': 13, 'warmup': 10})
+    c.optimizer.schedule.warmup = 50
+    c.checkpoint.every = 100
     if 'synthetic' not in options:
         c.data.make.update({'path': 'runs/data/scenes', 'train': 1200, 'validation': 16, 'test': 256, 'seconds': 3.0, 'episodes': 1})
         c.data.train = ConfigDict({'scenes': {'path': 'runs/data/scenes/records', 'split': 'train', 'weight': 1.0, 'share': 0.0}})
