@@ -9,12 +9,13 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import freeze
 
 from vatt_jax import spectrogram
 from vatt_jax.config import ConfigError, choose, with_defaults
 from vatt_jax.models.attention import IMPLEMENTATIONS
 from vatt_jax.models.audio_resnet import ResNet2D
-from vatt_jax.models.common_space import CommonSpaces
+from vatt_jax.models.common_space import WIDTHS, CommonSpaces
 from vatt_jax.models.embeddings import LinearWords, Patches, Words
 from vatt_jax.models.i3d import I3D
 from vatt_jax.models.layers import Dense
@@ -44,6 +45,8 @@ SIZE = {'layers': 12, 'width': 768, 'mlp': 3072, 'heads': 12, 'head_width': 64, 
 PATCHES = {'drop_token': 0.5, 'per_example': False, 'replicas': 1, 'positions': (), 'position_dropout': 0.1, 'patch_init': 1.0,
            'pre': False, 'post': 0}
 WORDS = {'vocab': 1 << 16, 'word_width': 300, 'frozen_words': True, 'position_dropout': 0.1, 'post': 0}
+COUNTS = {'layers', 'width', 'mlp', 'heads', 'head_width', 'vocab', 'word_width', 'replicas', 'buckets', 'max_distance'}
+RATES = {'dropout', 'attention_dropout', 'position_dropout', 'drop_token'}
 # tower name -> (modality, fields with their defaults). Sizes of published models: presets.py
 TOWERS = {
     'vit': ('video', {'name': 'vit', **SIZE, **PATCHES, 'patch': (4, 16, 16)}),
@@ -77,6 +80,7 @@ class VATT(nn.Module):
         fronts, encoders, posts, nets = {}, {}, {}, {}
         if c['shared']:
             shared = with_defaults(c['encoder'], SIZE, 'config.model.encoder')
+            check_sizes(shared, 'config.model.encoder')
             self.shared_encoder = self._encoder(shared)
         for modality, given in c['towers'].items():
             where = f'config.model.towers.{modality}'
@@ -84,6 +88,7 @@ class VATT(nn.Module):
             if of != modality:
                 raise ConfigError(f'{where}.name={given["name"]!r} is a tower for {of}')
             t = with_defaults(given, defaults, where)
+            check_sizes(t, where)
             if t['name'] in ('linear', 'i3d', 'resnet2d'):
                 if c['shared']:
                     raise ConfigError(f'{where}.name={t["name"]!r} has no tokens to share an encoder with; choose vit, wat, spt, t5 or bert, '
@@ -92,7 +97,7 @@ class VATT(nn.Module):
                     'linear': lambda t=t: LinearWords(t['vocab'], t['word_width'], t['width'], t['frozen_words'], self.dtype),
                     'i3d': lambda: I3D(self.dtype), 'resnet2d': lambda t=t: ResNet2D(tuple(t['blocks']), self.dtype)}[t['name']]()
                 continue
-            width = c['encoder']['width'] if c['shared'] else t['width']
+            width = shared['width'] if c['shared'] else t['width']
             if modality == 'text':
                 words = {'vocab': t['vocab'], 'word_width': t['word_width'], 'width': width, 'frozen': t['frozen_words'],
                          'position_dropout': t['position_dropout'], 'dtype': self.dtype}
@@ -104,8 +109,12 @@ class VATT(nn.Module):
                     words |= {'dropout': t['dropout']}
                 fronts[modality] = Words(**words)
             else:
-                patch = tuple(t['patch']) if isinstance(t['patch'], (tuple, list)) else (t['patch'],)
-                tables = tuple(t['positions']) or tuple(n // p for n, p in zip(extent(modality, c['inputs']), patch, strict=True))
+                patch, size = patch_of(t), extent(modality, c['inputs'])
+                if len(patch) != len(size) or not all(1 <= p <= n for p, n in zip(patch, size)):
+                    raise ConfigError(f'{where}.patch={t["patch"]} does not fit inputs of {size}; {len(size)} numbers from 1 to these are wanted')
+                tables = tuple(t['positions']) or tuple(n // p for n, p in zip(size, patch))
+                if int((1 - t['drop_token']) * math.prod(tables)) < 1:
+                    raise ConfigError(f'{where}.drop_token={t["drop_token"]:g} leaves none of {math.prod(tables)} tokens; lower it')
                 fronts[modality] = Patches(patch, tables, AXES[t['name']], width, t['drop_token'], t['per_example'], t['replicas'],
                                            c['shared'] or t['pre'], t['position_dropout'], t['name'] == 'spt', t['patch_init'], self.dtype)
             if not c['shared']:
@@ -113,7 +122,7 @@ class VATT(nn.Module):
             if t['post']:
                 posts[modality] = Dense(t['post'], ('embed', None), dtype=self.dtype)
         self.fronts, self.encoders, self.posts, self.nets = fronts, encoders, posts, nets
-        self.head = CommonSpaces(c['head'])
+        self.head = CommonSpaces(freeze(with_defaults(c['head'], WIDTHS, 'config.model.head').to_dict()))
 
     def _encoder(self, size, **options):
         c = self.config
@@ -171,6 +180,20 @@ class VATT(nn.Module):
         return Outputs(encoded, self.project(encoded, valid={s: batch[s]['valid'] for s in encoded}, train=train))
 
 
+def check_sizes(fields: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError for counts below 1 and for rates outside [0, 1)."""
+    for name, value in fields.items():
+        if name in COUNTS and value < 1:
+            raise ConfigError(f'{where}.{name}={value}: a positive number is wanted')
+        if name in RATES and not 0 <= value < 1:
+            raise ConfigError(f'{where}.{name}={value:g}: a number of at least 0 and below 1 is wanted')
+
+
+def patch_of(tower: Mapping[str, Any]) -> tuple[int, ...]:
+    """Size of a patch along each axis."""
+    return tuple(tower['patch']) if isinstance(tower['patch'], (tuple, list)) else (tower['patch'],)
+
+
 def extent(modality: str, inputs) -> tuple[int, ...]:
     """Length of each patched axis of the inputs a model is made for."""
     i = inputs[modality]
@@ -183,6 +206,5 @@ def extent(modality: str, inputs) -> tuple[int, ...]:
 
 def tokens_of(config, modality: str) -> int:
     """Tokens of a patched modality at the model's own input size, before DropToken."""
-    t = config['towers'][modality]
-    patch = t['patch'] if isinstance(t['patch'], (tuple, list)) else (t['patch'],)
+    patch = patch_of(config['towers'][modality])
     return math.prod(n // p for n, p in zip(extent(modality, config['inputs']), patch, strict=True))
