@@ -106,11 +106,20 @@ def keep_freed_memory() -> None:
 
 
 def open_data(config):
-    """The data object; makes the playground first where the config asks for it and it is not there yet."""
+    """The data object; makes the playground first where the config asks for it and it is not there yet. That takes minutes, so whatever is
+    wrong with the config without regard to data is told before."""
     import data_pipelines
+    from vatt_jax import train
     if config.data.source == 'records' and config.data.make:
         from data_pipelines.datasets import playground
-        playground.make(**config.data.make)
+        from data_pipelines.records import read_from
+        made = config.data.make.get('path', '')
+        mixture, evaluated = read_from(config)
+        read = [*(entry['path'] for entry in mixture.values()), evaluated]
+        if not made or os.path.join(made, 'records') in read:
+            if not playground.is_made(made):
+                train.check(config)
+            playground.make(**config.data.make)
     return data_pipelines.open(config)
 
 

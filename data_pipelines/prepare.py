@@ -355,7 +355,7 @@ class _Console:
         self.console = Console(quiet=quiet, highlight=False)
 
     def __call__(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)  # commands stay whole
 
     def progress(self, total: int, done: int) -> Any:
         """Context: a function to call after each file."""
