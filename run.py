@@ -131,29 +131,29 @@ def train(config, workdir: pathlib.Path, quiet: bool) -> None:
     with clock('data'):
         data = open_data(config)
     with clock('training'):
-        training.train(config, data, workdir, quiet=quiet)
+        built = training.build(config, data)
+        training.train(config, data, workdir, built, quiet=quiet)
     clock.save()
     if config.report and distributed.agree((workdir / 'done.json').exists()):
         # All is saved: SIGTERM may end the process where it is, and the same command makes what is missing.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
         with clock('evaluation and report'):
-            compare(config, data, workdir)
+            compare(config, data, workdir, built)
         clock.save()
         if distributed.is_main():
             report(workdir)
 
 
-def compare(config, data, workdir: pathlib.Path, again: bool = False) -> None:
+def compare(config, data, workdir: pathlib.Path, built=None, again: bool = False) -> None:
     """Evaluates the newest checkpoint, and the same network at random initialisation beside it; keeps a gallery for the report.
 
-    again: also where results are there already.
+    built: of this config, if it has been built; again: also where results are there already.
     """
     import jax
 
     from vatt_jax import checkpoint, distributed, train
     from vatt_jax.config import ConfigError
-    train.resolve(config, data)
-    built = train.build(config, data)
+    built = built or train.build(config, data)
     train.check_run_folder(config, workdir)
     step = train.newest(workdir)
     if step is None:

@@ -28,12 +28,17 @@ class TrainingStopped(RuntimeError):
 
 @dataclasses.dataclass
 class Built:
-    """What a config builds, the same in training and in evaluation. shape: abstract TrainState."""
+    """What a config builds, the same in training and in evaluation: a function of the config and `info` alone, so that runs may share it.
+
+    init: () -> TrainState and step: (state, device batch) -> (state, metrics), both jitted, to be called inside `jax.set_mesh(mesh)`; step takes
+    its state's memory. shape: abstract TrainState. info: what the data say of themselves.
+    """
     mesh: Any
     model: Any
     objective: Any
     tx: Any
     init: Any
+    step: Any
     shape: Any
     shardings: Any
     info: dict[str, Any]
@@ -71,7 +76,8 @@ def check(config: ConfigDict) -> None:
 
 
 def build(config: ConfigDict, data) -> Built:
-    """Mesh, model, objective and the state's shape and shardings. Computes nothing on devices."""
+    """Mesh, model, objective and the state's shape and shardings, of a config that the data complete (`resolve`). Computes nothing on devices."""
+    resolve(config, data)
     mesh, model, objective = parts(config)
     process = (jax.process_index(), jax.process_count())
     first = next(iter(data.one_pass('train', config.batch_size // config.accumulate, process=process, by='records', limit=1)))
@@ -90,23 +96,23 @@ def build(config: ConfigDict, data) -> Built:
     spec = train_state.abstract(model, batch, data.size('train'), labels)
     evals.check(config.evals, data, spec.outputs)
     init, shape, shardings, tx = train_state.create(config, model, objective, spec, mesh)
-    return Built(mesh, model, objective, tx, init, shape, shardings, data.info)
+    step = jax.jit(train_step.make(config, model, objective, tx), in_shardings=(shardings, sharding.batch_sharding(mesh)),
+                   out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0, compiler_options=dict(config.compiler_options) or None)
+    return Built(mesh, model, objective, tx, init, step, shape, shardings, data.info)
 
 
-def train(config: ConfigDict, data, workdir: str | pathlib.Path, *, quiet: bool = False) -> dict[str, float]:
+def train(config: ConfigDict, data, workdir: str | pathlib.Path, built: Built | None = None, *, quiet: bool = False) -> dict[str, float]:
     """Trains to config.steps or to SIGTERM, continuing whatever the run folder holds. Returns the last evaluation's scalars.
 
-    data: the data object of docs/architecture.md. Raises ConfigError before anything is written when config, data or checkpoint
-    do not fit, and TrainingStopped when the run cannot go on.
+    data: the data object of docs/architecture.md. built: of this config, where the caller has a use for it too. Raises ConfigError before
+    anything is written when config, data or checkpoint do not fit, and TrainingStopped when the run cannot go on.
     """
     with distributed.Stop() as stop:
-        return _train(config, data, pathlib.Path(workdir), quiet, stop)
+        return _train(config, data, pathlib.Path(workdir), built or build(config, data), quiet, stop)
 
 
-def _train(config: ConfigDict, data, workdir: pathlib.Path, quiet: bool, stop: distributed.Stop) -> dict[str, float]:
+def _train(config: ConfigDict, data, workdir: pathlib.Path, built: Built, quiet: bool, stop: distributed.Stop) -> dict[str, float]:
     main, process = distributed.is_main(), (jax.process_index(), jax.process_count())
-    resolve(config, data)
-    built = build(config, data)
     check_run_folder(config, workdir)
 
     # Start order: the run's own latest checkpoint; else init_from; else scratch.
@@ -144,10 +150,6 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, quiet: bool, stop: d
                  f'{jax.device_count()} × {jax.devices()[0].device_kind}, {jax.process_count()} process(es)')
 
     with jax.set_mesh(built.mesh):
-        run_step = jax.jit(train_step.make(config, built.model, built.objective, built.tx),
-                           in_shardings=(built.shardings, sharding.batch_sharding(built.mesh)),
-                           out_shardings=(built.shardings, sharding.replicated(built.mesh)), donate_argnums=0,
-                           compiler_options=dict(config.compiler_options) or None)
         first_record = data.offsets('train', by='records')
         meter = metrics.Meter()
         batches, pending, scalars, started, unreadable = None, None, {}, time.monotonic(), 0
@@ -212,7 +214,7 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, quiet: bool, stop: d
                     record = first_record[batch['source']] + batch['index']
                     batch['columns'] = {k: v[record] for k, v in columns.items()}
                 meter.waited += time.monotonic() - began
-                state, values = run_step(state, encoder.place(batch, built.mesh))
+                state, values = built.step(state, encoder.place(batch, built.mesh))
                 step, consumed = step + 1, consumed + config.batch_size
                 settle()
                 meter.clips += config.batch_size
