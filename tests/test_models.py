@@ -260,8 +260,6 @@ def test_fac_head_is_its_definition(reference):
     ({'towers__video__drop_token': 1.0}, 'config.model.towers.video.drop_token=1: a number of at least 0 and below 1'),
     ({'towers__audio__drop_token': 0.99}, 'drop_token=0.99 leaves none of 16 tokens'),
     ({'towers__text__dropout': -0.1}, 'config.model.towers.text.dropout=-0.1'),
-    ({'head__va': 0}, 'config.model.head.va=0: a positive number'),
-    ({'head': {'name': 'fac', 'vaa': 3}}, "config.model.head.vaa=3: no such field; did you mean 'va'"),
     ({'shared': True, 'encoder': {'heads': 0}}, 'config.model.encoder.heads=0'),
 ])
 def test_sizes_that_make_no_sense_are_sentences(fields, told):

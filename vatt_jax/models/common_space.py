@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vatt_jax.config import ConfigError, choose
+from vatt_jax.config import choose
 from vatt_jax.models.layers import BatchNorm, Dense
 
 # graph -> modality -> steps in order. A step: ('dense' | 'dense_bias', name, space whose width it has),
@@ -28,11 +28,8 @@ GRAPHS = {
 }
 
 
-WIDTHS = {'name': 'fac', 'va': 512, 'vat': 256, 'joint': 512}  # fields of config.model.head: the graph, and each space's width
-
-
 class CommonSpaces(nn.Module):
-    """config: fields of WIDTHS; a graph passes over the widths it has no space for."""
+    """config: {'name': entry of GRAPHS, <space>: width, …}."""
     config: Mapping[str, Any]
 
     @nn.compact
@@ -42,9 +39,6 @@ class CommonSpaces(nn.Module):
         Streams of one modality share parameters and, in training, batch statistics of one pass over all of them.
         """
         graph = GRAPHS[choose(self.config['name'], GRAPHS, 'config.model.head.name')]
-        for space in {step[-1] for steps in graph.values() for step in steps if step[0] == 'emit'}:
-            if self.config[space] < 1:
-                raise ConfigError(f'config.model.head.{space}={self.config[space]}: a positive number is wanted')
         spaces: dict[str, dict] = {}
         for modality, steps in graph.items():
             names = [s for s in pooled if s.split('.')[0] == modality]

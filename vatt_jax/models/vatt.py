@@ -9,13 +9,12 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import freeze
 
 from vatt_jax import spectrogram
 from vatt_jax.config import ConfigError, choose, with_defaults
 from vatt_jax.models.attention import IMPLEMENTATIONS
 from vatt_jax.models.audio_resnet import ResNet2D
-from vatt_jax.models.common_space import WIDTHS, CommonSpaces
+from vatt_jax.models.common_space import CommonSpaces
 from vatt_jax.models.embeddings import LinearWords, Patches, Words
 from vatt_jax.models.i3d import I3D
 from vatt_jax.models.layers import Dense
@@ -45,8 +44,6 @@ SIZE = {'layers': 12, 'width': 768, 'mlp': 3072, 'heads': 12, 'head_width': 64, 
 PATCHES = {'drop_token': 0.5, 'per_example': False, 'replicas': 1, 'positions': (), 'position_dropout': 0.1, 'patch_init': 1.0,
            'pre': False, 'post': 0}
 WORDS = {'vocab': 1 << 16, 'word_width': 300, 'frozen_words': True, 'position_dropout': 0.1, 'post': 0}
-COUNTS = {'layers', 'width', 'mlp', 'heads', 'head_width', 'vocab', 'word_width', 'replicas', 'buckets', 'max_distance'}
-RATES = {'dropout', 'attention_dropout', 'position_dropout', 'drop_token'}
 # tower name -> (modality, fields with their defaults). Sizes of published models: presets.py
 TOWERS = {
     'vit': ('video', {'name': 'vit', **SIZE, **PATCHES, 'patch': (4, 16, 16)}),
@@ -65,6 +62,10 @@ ENCODERS = {
     'spt': lambda t: {'bias': False},
     'bert': lambda t: {'pre_norm': t['pre_norm']},
 }
+
+
+COUNTS = {'layers', 'width', 'mlp', 'heads', 'head_width', 'vocab', 'word_width', 'replicas', 'buckets', 'max_distance'}
+RATES = {'dropout', 'attention_dropout', 'position_dropout', 'drop_token'}
 
 
 class VATT(nn.Module):
@@ -88,7 +89,6 @@ class VATT(nn.Module):
             if of != modality:
                 raise ConfigError(f'{where}.name={given["name"]!r} is a tower for {of}')
             t = with_defaults(given, defaults, where)
-            check_sizes(t, where)
             if t['name'] in ('linear', 'i3d', 'resnet2d'):
                 if c['shared']:
                     raise ConfigError(f'{where}.name={t["name"]!r} has no tokens to share an encoder with; choose vit, wat, spt, t5 or bert, '
@@ -97,6 +97,7 @@ class VATT(nn.Module):
                     'linear': lambda t=t: LinearWords(t['vocab'], t['word_width'], t['width'], t['frozen_words'], self.dtype),
                     'i3d': lambda: I3D(self.dtype), 'resnet2d': lambda t=t: ResNet2D(tuple(t['blocks']), self.dtype)}[t['name']]()
                 continue
+            check_sizes(t, where)
             width = shared['width'] if c['shared'] else t['width']
             if modality == 'text':
                 words = {'vocab': t['vocab'], 'word_width': t['word_width'], 'width': width, 'frozen': t['frozen_words'],
@@ -122,7 +123,7 @@ class VATT(nn.Module):
             if t['post']:
                 posts[modality] = Dense(t['post'], ('embed', None), dtype=self.dtype)
         self.fronts, self.encoders, self.posts, self.nets = fronts, encoders, posts, nets
-        self.head = CommonSpaces(freeze(with_defaults(c['head'], WIDTHS, 'config.model.head').to_dict()))
+        self.head = CommonSpaces(c['head'])
 
     def _encoder(self, size, **options):
         c = self.config
@@ -206,5 +207,4 @@ def extent(modality: str, inputs) -> tuple[int, ...]:
 
 def tokens_of(config, modality: str) -> int:
     """Tokens of a patched modality at the model's own input size, before DropToken."""
-    patch = patch_of(config['towers'][modality])
-    return math.prod(n // p for n, p in zip(extent(modality, config['inputs']), patch, strict=True))
+    return math.prod(n // p for n, p in zip(extent(modality, config['inputs']), patch_of(config['towers'][modality]), strict=True))
