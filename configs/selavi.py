@@ -50,7 +50,7 @@ def get_config(arg: str = 'demo'):
 
     if 'synthetic' not in options:
         c.data.make.update({'path': 'runs/data/scenes', 'train': 1200, 'validation': 16, 'test': 256, 'seconds': 3.0, 'episodes': 1})
-        c.data.train = ConfigDict({'scenes': {'path': '', 'split': 'train', 'weight': 1.0, 'share': 0.0}})
+        c.data.train = ConfigDict({'scenes': {'path': 'runs/data/scenes/records', 'split': 'train', 'weight': 1.0, 'share': 0.0}})
 
     e = c.evals = ConfigDict()
     if c.objective.name == 'self_labelling':
