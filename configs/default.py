@@ -19,7 +19,8 @@ def get_config(arg: str = '') -> ConfigDict:
     m.name = 'vatt'                     # entry of vatt_jax.models.MODELS
     m.shared = False                    # True: modality-agnostic, one encoder for all modalities (VATT-MA)
     m.inputs = ConfigDict({             # the preprocessing the model expects; stored in its checkpoint
-        'video': ConfigDict({'frames': 32, 'size': 224, 'fps': 10.0}),
+        'video': ConfigDict({'frames': 32, 'size': 224, 'fps': 10.0,
+                             'range': (-1.0, 1.0)}),  # of pixels, black to white: VATT -1 to 1, MMV 0 to 1
         'audio': ConfigDict({'samples': 153600, 'rate': 48000,
                              'mel': ConfigDict()}),  # empty: waveform; else log-mel, fields of vatt_jax/spectrogram.py
         'text': ConfigDict({'candidates': 5, 'words': 16,
@@ -27,7 +28,7 @@ def get_config(arg: str = '') -> ConfigDict:
     })
     m.towers = ConfigDict()             # modality -> tower; named sizes: vatt_jax/models/presets.py
     m.encoder = ConfigDict()            # the shared encoder's size when m.shared
-    m.head = ConfigDict({'name': 'fac', 'va': 512, 'vat': 256})  # common spaces: fine (video-audio) and coarse (video-text)
+    m.head = ConfigDict({'name': 'fac', 'va': 512, 'vat': 256})  # graph (models/common_space.py) and widths of its spaces
     m.attention = 'dense'               # dense (the definition, with dropout on probabilities) | xla | cudnn
     m.scan = False                      # scan over layers (fast compile, for deep towers) instead of unrolling; same parameters
     m.remat = 'none'                    # none | dots | full: what the backward pass recomputes

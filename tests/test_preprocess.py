@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from vatt_jax import preprocess
+from vatt_jax.config import ConfigError
 from vatt_jax.rng import Rng
 
 B, T, H, W, SIZE = 4, 3, 20, 26, 8
@@ -73,6 +74,16 @@ def test_crop_resize_and_flip(clips):
     assert out['data'].shape == (B, T, SIZE, SIZE, 3) and set(out) == {'data', 'valid', 'start'}
     want = np.stack([resized(*row) for row in zip(clips, BOXES.astype(np.float64), FLIPS)])
     np.testing.assert_allclose(out['data'], want, atol=2e-5)
+
+
+def test_pixels_in_the_range_the_model_was_made_for(clips):
+    minus, unit = (np.asarray(stage(batch_of(clips), OFF, inputs={**INPUTS, 'video': {**INPUTS['video'], 'range': r}})['video']['data'])
+                   for r in ((-1.0, 1.0), (0.0, 1.0)))
+    np.testing.assert_allclose(unit, (minus + 1) / 2, atol=1e-6)
+    assert unit.min() >= 0 and minus.min() < -0.5
+    np.testing.assert_array_equal(minus, stage(batch_of(clips), OFF)['video']['data'])  # checkpoints that do not say: VATT's
+    with pytest.raises(ConfigError, match=r'config.model.inputs.video.range=\(1.0, 0.0\)'):
+        stage(batch_of(clips), OFF, inputs={**INPUTS, 'video': {**INPUTS['video'], 'range': (1.0, 0.0)}})
 
 
 def test_shrinking_does_not_alias_and_keeps_the_mean():

@@ -60,3 +60,41 @@ def test_published_shape_and_the_device_stage():
 def test_bands_above_half_the_rate():
     with pytest.raises(ConfigError, match='high=7600 Hz at rate=8000; low < high <= 4000'):
         spectrogram.log_mel(np.zeros((1, 4096), np.float32), 8000, {'bins': 8})
+
+
+def bank_definition(x, rate, bins, window, hop, transform, low, high):
+    """Log-filterbank energies of one clip in 16-bit scale, as speech recognition makes them, band by band, float64."""
+    x = np.asarray(x, np.float64) * 32768
+    x = np.append(x[0], [x[i] - 0.97 * x[i - 1] for i in range(1, len(x))])
+    frames = 1 + int(np.ceil((len(x) - window) / hop))
+    x = np.concatenate([x, np.zeros(frames * hop + window)])
+    wave = np.exp(-2j * np.pi * np.outer(np.arange(transform // 2 + 1), np.arange(window)) / transform)
+    power = np.array([np.abs(wave @ x[t * hop:t * hop + window]) ** 2 / transform for t in range(frames)])
+    mel, back = lambda f: 2595 * np.log10(1 + f / 700), lambda m: 700 * (10 ** (m / 2595) - 1)
+    corner = [int((transform + 1) * back(mel(low) + (mel(high) - mel(low)) * i / (bins + 1)) // rate) for i in range(bins + 2)]
+    out = np.zeros((frames, bins))
+    for b in range(bins):
+        first, middle, last = corner[b:b + 3]
+        for k in range(first, middle):
+            out[:, b] += power[:, k] * (k - first) / (middle - first)
+        for k in range(middle, last):
+            out[:, b] += power[:, k] * (last - k) / (last - middle)
+    return np.log(np.where(out == 0, 2.0 ** -52, out))
+
+
+def test_filterbank_is_its_definition():
+    """Some of its bands lie between two frequencies of the transform and are empty."""
+    mel = {'bins': 40, 'window': 60, 'hop': 30, 'transform': 128, 'low': 0.0, 'high': 1900.0}
+    x = np.random.default_rng(0).normal(size=(2, 610)).astype(np.float32) * 0.1
+    got = spectrogram.log_mel(x, 4000, {'form': 'filterbank', **mel})
+    want = np.stack([bank_definition(row, 4000, **mel) for row in x])
+    assert got.shape == want.shape == (2, *spectrogram.shape({'samples': 610, 'mel': {'form': 'filterbank', **mel}})) == (2, 20, 40)
+    assert (want.min(1) == np.log(2.0 ** -52)).any() and (want.min(1) > 0).any()
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_published_shape_of_the_filterbank_and_a_transform_too_short():
+    from vatt_jax.models import presets
+    assert spectrogram.shape({'samples': 24000, 'mel': presets.FILTERBANK}) == (99, 257)
+    with pytest.raises(ConfigError, match='transform=64 is less than window=128'):
+        spectrogram.shape({'samples': 600, 'mel': {'window': 128, 'transform': 64}})

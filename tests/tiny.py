@@ -9,7 +9,7 @@ def config(**overrides):
     c = default.get_config()
     c.name = 'tiny'
     c.steps, c.batch_size, c.log_every = 6, 16, 1
-    c.model.inputs.video = ConfigDict({'frames': 4, 'size': 16, 'fps': 8.0})
+    c.model.inputs.video.update({'frames': 4, 'size': 16, 'fps': 8.0})
     c.model.inputs.audio.update({'samples': 1024, 'rate': 2000})
     c.model.inputs.text = ConfigDict({'candidates': 2, 'words': 6, 'tokenizer': 'words'})
     size = {'layers': 1, 'width': 32, 'mlp': 64, 'heads': 2, 'head_width': 16, 'dropout': 0.1}

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from vatt_jax import spectrogram
+from vatt_jax.config import ConfigError
 from vatt_jax.rng import Rng
 
 
 def device_stage(batch: Mapping[str, Any], inputs, config, rng: Rng, *, augment: bool, dtype: str) -> dict[str, Any]:
-    """The batch with float streams: video [B T size size 3] and audio [B S], both in [-1, 1], or audio as log-mel [B T F]; text as it was.
+    """The batch with float streams: video [B T size size 3] in the model's own range, audio [B S] in [-1, 1] or as log-mel [B T F]; text as it was.
 
     inputs: `config.model.inputs`. config: `config.augment`. rng: already at its site. augment False: no jitter and no noise.
     Rows that are not valid come out as zeros.
@@ -51,7 +52,7 @@ def abstract(inputs, streams: tuple[str, ...], rows: int, dtype: str) -> dict[st
 
 
 def video(stream, spec, config, rng: Rng, augment: bool) -> jax.Array:
-    """uint8 [B T H W 3] -> float32 [B T size size 3] in [-1, 1]: the box cut out, resized, mirrored where `flip`, jittered.
+    """uint8 [B T H W 3] -> float32 [B T size size 3] in `range`: the box cut out, resized, mirrored where `flip`, jittered.
 
     Two batched matrix products do it all: rows, then columns and colour together (colour jitter is affine in a pixel's channels).
     """
@@ -70,7 +71,12 @@ def video(stream, spec, config, rng: Rng, augment: bool) -> jax.Array:
     mixed = jnp.einsum('bjw,bdc->bwcjd', columns, matrix).reshape(b, width * c, size * c)
     x = jnp.matmul(x.reshape(b, t * height, width * c), mixed).reshape(b, t, height, size * c)
     x = jnp.einsum('bih,bthk->btik', rows, x).reshape(b, t, size, size, c)
-    return jnp.clip(x + shift[:, None, None, None], -1, 1)
+    x = jnp.clip(x + shift[:, None, None, None], -1, 1)
+    wanted = tuple(spec.get('range', (-1.0, 1.0)))  # checkpoints older than this field: VATT's
+    if len(wanted) != 2 or wanted[0] >= wanted[1]:
+        raise ConfigError(f'config.model.inputs.video.range={wanted}: values of black and of white are wanted, such as (-1.0, 1.0) or (0.0, 1.0)')
+    low, high = wanted
+    return x if wanted == (-1, 1) else (x + 1) * ((high - low) / 2) + low
 
 
 def resample(low: jax.Array, high: jax.Array, length: int, size: int) -> jax.Array:

@@ -5,7 +5,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vatt_jax.models.layers import BatchNorm
+from vatt_jax.models.layers import INITS, BatchNorm
 from vatt_jax.sharding import logical
 
 
@@ -18,12 +18,13 @@ class Conv(nn.Module):
     kernel: tuple[int, ...]
     strides: tuple[int, ...]
     padding: str = 'SAME'
+    init: str = 'glorot'         # entry of layers.INITS
     dtype: str = 'float32'
 
     @nn.compact
     def __call__(self, x):
         axes = (None,) * (len(self.kernel) + 1)
-        kernel = self.param('kernel', logical(jax.nn.initializers.glorot_uniform(), *axes, 'hidden'),
+        kernel = self.param('kernel', logical(INITS[self.init], *axes, 'hidden'),
                             (*self.kernel, x.shape[-1], self.features), jnp.float32)
         padding = self.padding if self.padding == 'SAME' else [((k - 1) // 2, k - 1 - (k - 1) // 2) for k in self.kernel]
         spatial = 'DHW'[-len(self.kernel):]
@@ -32,18 +33,20 @@ class Conv(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm over the valid rows of the global batch (momentum 0.9, eps 1e-5), ReLU if `relu`."""
+    """Convolution, batch norm over the valid rows of the global batch, ReLU if `relu`."""
     features: int
     kernel: tuple[int, ...]
     strides: tuple[int, ...]
     padding: str = 'SAME'
     relu: bool = True
     scale_init: float = 1.0
+    norm: str = 'plain'          # entry of layers.NORMS
+    init: str = 'glorot'         # entry of layers.INITS
     dtype: str = 'float32'
 
     @nn.compact
     def __call__(self, x, valid, train: bool):
         """x [B axes… I], valid bool [B]."""
-        x = Conv(self.features, self.kernel, self.strides, self.padding, self.dtype, name='conv')(x)
-        x = BatchNorm(scale_init=self.scale_init, name='norm')(x, valid, train)
+        x = Conv(self.features, self.kernel, self.strides, self.padding, self.init, self.dtype, name='conv')(x)
+        x = BatchNorm(self.norm, self.scale_init, name='norm')(x, valid, train)
         return (jax.nn.relu(x) if self.relu else x).astype(self.dtype)

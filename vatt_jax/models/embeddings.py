@@ -168,15 +168,16 @@ class Words(nn.Module):
 
 class LinearWords(nn.Module):
     """Word ids [R L] -> (pooled [R D], words [R L D]): each word through one matrix and ReLU, then the maximum over words, padding included
-    (official `linear` tower, after MIL-NCE)."""
-    vocab: int
-    word_width: int
-    width: int
-    frozen: bool = True
+    (MMV's text tower and official VATT's `linear`, after MIL-NCE). valid and train are those of every net, and of no use here."""
+    vocab: int = 1 << 16
+    word_width: int = 300
+    width: int = 2048
+    frozen_words: bool = True
+    init: str = 'glorot'         # entry of layers.INITS; MMV: fan_in
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, ids):
-        x = look_up(self, ids, self.vocab, self.word_width, self.frozen).astype(self.dtype)
-        x = jax.nn.relu(Dense(self.width, ('word', 'embed'), dtype=self.dtype, name='projection')(x))
+    def __call__(self, ids, valid=None, train: bool = False):
+        x = look_up(self, ids, self.vocab, self.word_width, self.frozen_words).astype(self.dtype)
+        x = jax.nn.relu(Dense(self.width, ('word', 'embed'), init=self.init, dtype=self.dtype, name='projection')(x))
         return x.max(1), x

@@ -1,6 +1,8 @@
 """I3D: Inception inflated to three dimensions (Carreira & Zisserman, 2017), as VATT's `mmv_fac` and MIL-NCE use it."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -16,20 +18,39 @@ MIXED = {
 
 
 class Mixed(nn.Module):
-    """Four branches side by side, concatenated in their order."""
+    """Four branches side by side, concatenated in their order. unit(width, kernel, name): a convolutional unit."""
     widths: tuple
-    dtype: str = 'float32'
+    unit: Callable
 
     @nn.compact
     def __call__(self, x, valid, train: bool):
-        unit = lambda features, k, name: ConvNorm(features, (k, k, k), (1, 1, 1), dtype=self.dtype, name=name)
+        apply = lambda x, features, k, name: self.unit(features, (k, k, k), name=name)(x, valid, train)
         b0, (b1_in, b1), (b2_in, b2), b3 = self.widths
-        pooled = nn.max_pool(x, (3, 3, 3), (1, 1, 1), 'SAME')
         return jnp.concatenate([
-            unit(b0, 1, 'b0')(x, valid, train),
-            unit(b1, 3, 'b1')(unit(b1_in, 1, 'b1_in')(x, valid, train), valid, train),
-            unit(b2, 3, 'b2')(unit(b2_in, 1, 'b2_in')(x, valid, train), valid, train),
-            unit(b3, 1, 'b3')(pooled, valid, train)], -1)
+            apply(x, b0, 1, 'b0'),
+            apply(apply(x, b1_in, 1, 'b1_in'), b1, 3, 'b1'),
+            apply(apply(x, b2_in, 1, 'b2_in'), b2, 3, 'b2'),
+            apply(pool(x, (3, 3, 3), (1, 1, 1)), b3, 1, 'b3')], -1)
+
+
+def pool(x, window, strides):
+    """Maximum over windows, padded as TensorFlow does, with minus infinity."""
+    return nn.max_pool(x, window, strides, 'SAME')
+
+
+def trunk(x, unit: Callable, valid, train: bool):
+    """From the map of the first layer to that of the last: what every network of this family shares. unit: see Mixed."""
+    x = pool(x, (1, 3, 3), (1, 2, 2))
+    x = unit(64, (1, 1, 1), name='conv_2b')(x, valid, train)
+    x = unit(192, (3, 3, 3), name='conv_2c')(x, valid, train)
+    x = pool(x, (1, 3, 3), (1, 2, 2))
+    for name, widths in MIXED.items():
+        if name == 'mixed_4b':
+            x = pool(x, (3, 3, 3), (2, 2, 2))
+        if name == 'mixed_5b':
+            x = pool(x, (2, 2, 2), (2, 2, 2))
+        x = Mixed(widths, unit, name=name)(x, valid, train)
+    return x
 
 
 class I3D(nn.Module):
@@ -38,17 +59,6 @@ class I3D(nn.Module):
 
     @nn.compact
     def __call__(self, x, valid, train: bool):
-        unit = lambda features, k, stride, name: ConvNorm(features, (k,) * 3, (stride,) * 3, dtype=self.dtype, name=name)
-        pool = lambda x, window, strides: nn.max_pool(x, window, strides, 'SAME')
-        x = unit(64, 7, 2, 'conv_1a')(x, valid, train)
-        x = pool(x, (1, 3, 3), (1, 2, 2))
-        x = unit(64, 1, 1, 'conv_2b')(x, valid, train)
-        x = unit(192, 3, 1, 'conv_2c')(x, valid, train)
-        x = pool(x, (1, 3, 3), (1, 2, 2))
-        for name, widths in MIXED.items():
-            if name == 'mixed_4b':
-                x = pool(x, (3, 3, 3), (2, 2, 2))
-            if name == 'mixed_5b':
-                x = pool(x, (2, 2, 2), (2, 2, 2))
-            x = Mixed(widths, self.dtype, name=name)(x, valid, train)
+        unit = lambda features, kernel, strides=(1, 1, 1), name=None: ConvNorm(features, kernel, strides, dtype=self.dtype, name=name)
+        x = trunk(unit(64, (7, 7, 7), (2, 2, 2), name='conv_1a')(x, valid, train), unit, valid, train)
         return x.mean((1, 2, 3)), x

@@ -1,7 +1,8 @@
-"""Named sizes: the towers and whole models of VATT's release, as fields of `config.model`.
+"""Named sizes: the towers and whole models of the releases of VATT and MMV, as fields of `config.model`.
 
     m.towers.video = presets.tower('vit_base')                 # a dict; change what you like
     m.update(presets.model('mbs'))                             # towers, shared, encoder and head of a published model
+    fields, pairs = presets.mmv('s3d', 'fac', 'vat')           # of MMV: towers, head and inputs; the objective's pairs
 
 Parameter counts (in millions, backbone alone, without the frozen 19.66 M word table) stand beside the names; tests/test_presets.py holds them.
 """
@@ -39,13 +40,28 @@ TOWERS: dict[str, dict[str, Any]] = {
     'i3d': {'name': 'i3d'},                        # 12.302 with batch statistics
     'resnet2d_50': {'name': 'resnet2d', 'blocks': (3, 4, 6, 3)},    # 23.555 with batch statistics
     'resnet2d_101': {'name': 'resnet2d', 'blocks': (3, 4, 23, 3)},
+    # MMV and what it is compared with. Trained parameters alone, without batch statistics:
+    's3d': {'name': 's3d', 'space_to_depth': True},                 # 9.146 (released)
+    's3d_pixels': {'name': 's3d', 'space_to_depth': False},         # 9.163
+    'tsm50': {'name': 'tsm_resnet', 'depth': 50},                   # 23.500
+    'tsm50x2': {'name': 'tsm_resnet', 'depth': 50, 'multiplier': 2.0},  # 93.892
+    'r2plus1d': {'name': 'r2plus1d', 'mid': 'conv'},                # 33.166: XDC, MMV's table
+    'r2plus1d_torchvision': {'name': 'r2plus1d', 'mid': 'block'},   # 31.300: torchvision, GDT, SeLaVi
+    'resnet2d_v2_18': {'name': 'resnet2d_v2', 'depth': 18},
+    'resnet2d_v2_34': {'name': 'resnet2d_v2', 'depth': 34},
+    'resnet2d_v2_50': {'name': 'resnet2d_v2', 'depth': 50},         # 23.494
+    'resnet9': {'name': 'resnet9'},                                 # 4.900: SeLaVi and GDT
+    'mmv_words': {'name': 'linear', 'width': 2048, 'init': 'fan_in'},  # 0.616
 }
 # Inputs and position tables of every published model: 32 frames at 10 fps, 3.2 s at 48 kHz, five sentences of 16 words.
 POSITIONS = {'vit': (8, 14, 14), 'wat': (1200,), 'spt': (9, 16)}
 MEL = {'bins': 80, 'window': 2048, 'hop': 1024, 'low': 80.0, 'high': 7600.0, 'offset': 1.0, 'scale': 1e4, 'stretch': True}
-INPUTS = {'video': {'frames': 32, 'size': 224, 'fps': 10.0}, 'audio': {'samples': 153600, 'rate': 48000, 'mel': {}},
+INPUTS = {'video': {'frames': 32, 'size': 224, 'fps': 10.0, 'range': (-1.0, 1.0)}, 'audio': {'samples': 153600, 'rate': 48000, 'mel': {}},
           'text': {'candidates': 5, 'words': 16, 'tokenizer': 'words'}}
 FAC = {'name': 'fac', 'va': 512, 'vat': 256}
+MMV_MEL = {**MEL, 'offset': 1e-6, 'scale': 1.0, 'stretch': False}
+# SeLaVi: one second at 24 kHz, 257 bands
+FILTERBANK = {'form': 'filterbank', 'bins': 257, 'window': 480, 'hop': 240, 'transform': 1024, 'low': 0.0, 'high': 12000.0}
 POST = 1024                                        # width of the modality-agnostic models' post-projection
 
 
@@ -86,3 +102,33 @@ def model(name: str) -> ConfigDict:
     fields = MODELS[choose(name, [*MODELS, *OFFICIAL], 'presets.model')]()
     spectrogram = fields['towers']['audio']['name'] in ('spt', 'resnet2d')
     return ConfigDict({**fields, 'inputs': {**INPUTS, 'audio': {**INPUTS['audio'], 'mel': MEL if spectrogram else {}}}})
+
+
+# MMV's graphs by the paper's names -> (entry of common_space.GRAPHS, {pair: (space, further spaces on the way)})
+MMV_GRAPHS = {
+    'fac': ('mmv_fac_relu', {'va': ('va',), 'vt': ('vat', 'va')}),          # the released one
+    'fac_plain': ('mmv_fac', {'va': ('va',), 'vt': ('vat', 'va')}),
+    'fac_bnrelu': ('mmv_fac_bnrelu', {'va': ('va',), 'vt': ('vat', 'va')}),
+    'shared': ('mmv_shared', {'va': ('joint',), 'vt': ('joint',)}),
+    'disjoint': ('mmv_disjoint', {'va': ('va',), 'vt': ('vt',)}),
+}
+MMV_SUBSETS = {'va': ('va',), 'vt': ('vt',), 'vat': ('va', 'vt')}
+MMV_BACKBONES = ('s3d', 's3d_pixels', 'tsm50', 'tsm50x2', 'r2plus1d')
+
+
+def mmv(backbone: str, graph: str, modalities: str, widths: tuple[int, int] = (512, 256)) -> tuple[ConfigDict, tuple]:
+    """(`towers`, `encoder`, `shared`, `head` and `inputs` of `config.model`, pairs of the objective) of an MMV network: its backbone, graph and the
+    pairs of modalities that it learns from, by the names of MMV_BACKBONES, MMV_GRAPHS and MMV_SUBSETS.
+
+    widths: of all spaces, and of FAC's coarse one. Replace `config.model.head` by it, rather than update: other graphs have other spaces.
+    """
+    choose(backbone, MMV_BACKBONES, 'presets.mmv backbone')
+    name, spaces = MMV_GRAPHS[choose(graph, MMV_GRAPHS, 'presets.mmv graph')]
+    subset = MMV_SUBSETS[choose(modalities, MMV_SUBSETS, 'presets.mmv modalities')]
+    towers = {'video': tower(backbone)} | ({'audio': tower('resnet2d_v2_50')} if 'va' in subset else {}) | (
+        {'text': tower('mmv_words')} if 'vt' in subset else {})
+    head = {'name': name} | {s: widths[s == 'vat'] for pair in subset for s in spaces[pair]}
+    inputs = {'video': {'frames': 32, 'size': 200, 'fps': 10.0, 'range': (0.0, 1.0)}, 'audio': {**INPUTS['audio'], 'mel': MMV_MEL},
+              'text': INPUTS['text']}
+    pairs = tuple(('video', {'va': 'audio', 'vt': 'text'}[pair], spaces[pair][0], 1.0) for pair in subset)
+    return ConfigDict({'shared': False, 'encoder': {}, 'towers': towers, 'head': head, 'inputs': inputs}), pairs

@@ -1,6 +1,8 @@
-"""VATT: one transformer per modality, or one for all, over raw video, waveform and words (Akbari et al. 2021)."""
+"""Towers and common spaces: one transformer per modality, or one for all, over raw video, waveform and words (VATT, Akbari et al. 2021), or
+networks that take a modality whole (MMV, Alayrac et al. 2020)."""
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,12 +15,15 @@ import jax.numpy as jnp
 from vatt_jax import spectrogram
 from vatt_jax.config import ConfigError, choose, with_defaults
 from vatt_jax.models.attention import IMPLEMENTATIONS
-from vatt_jax.models.audio_resnet import ResNet2D
+from vatt_jax.models.audio_resnet import ResNet2D, ResNet2DV2, ResNet9
 from vatt_jax.models.common_space import CommonSpaces
 from vatt_jax.models.embeddings import LinearWords, Patches, Words
 from vatt_jax.models.i3d import I3D
-from vatt_jax.models.layers import Dense
+from vatt_jax.models.layers import INITS, NORMS, Dense
+from vatt_jax.models.r2plus1d import R2Plus1D
+from vatt_jax.models.s3d import S3D
 from vatt_jax.models.transformer import REMAT, Encoder
+from vatt_jax.models.tsm_resnet import TSMResNet
 from vatt_jax.rng import Rng
 
 
@@ -44,6 +49,19 @@ SIZE = {'layers': 12, 'width': 768, 'mlp': 3072, 'heads': 12, 'head_width': 64, 
 PATCHES = {'drop_token': 0.5, 'per_example': False, 'replicas': 1, 'positions': (), 'position_dropout': 0.1, 'patch_init': 1.0,
            'pre': False, 'post': 0}
 WORDS = {'vocab': 1 << 16, 'word_width': 300, 'frozen_words': True, 'position_dropout': 0.1, 'post': 0}
+# Towers that are one network: name -> (modality, module). module(data, valid [B], train) -> (pooled, map); its attributes are the tower's fields.
+NETS = {
+    'linear': ('text', LinearWords),
+    'i3d': ('video', I3D), 's3d': ('video', S3D), 'tsm_resnet': ('video', TSMResNet), 'r2plus1d': ('video', R2Plus1D),
+    'resnet2d': ('audio', ResNet2D), 'resnet2d_v2': ('audio', ResNet2DV2), 'resnet9': ('audio', ResNet9),
+}
+
+
+def fields(module) -> dict[str, Any]:
+    """Attributes of a net that a config may set, with their defaults."""
+    return {f.name: f.default for f in dataclasses.fields(module) if f.name not in ('parent', 'name', 'dtype')}
+
+
 # tower name -> (modality, fields with their defaults). Sizes of published models: presets.py
 TOWERS = {
     'vit': ('video', {'name': 'vit', **SIZE, **PATCHES, 'patch': (4, 16, 16)}),
@@ -51,9 +69,7 @@ TOWERS = {
     'spt': ('audio', {'name': 'spt', **SIZE, **PATCHES, 'patch': (16, 5), 'drop_token': 0.0}),
     't5': ('text', {'name': 't5', **SIZE, **WORDS, 'buckets': 32, 'max_distance': 64}),
     'bert': ('text', {'name': 'bert', **SIZE, **WORDS, 'positions': 16, 'pre_norm': True, 'extra': False}),
-    'linear': ('text', {'name': 'linear', 'width': 2048, **{k: WORDS[k] for k in ('vocab', 'word_width', 'frozen_words')}}),
-    'i3d': ('video', {'name': 'i3d'}),
-    'resnet2d': ('audio', {'name': 'resnet2d', 'blocks': (3, 4, 6, 3)}),
+    **{name: (modality, {'name': name, **fields(module)}) for name, (modality, module) in NETS.items()},
 }
 AXES = {'vit': ('temporal', 'vertical', 'horizontal'), 'wat': ('temporal',), 'spt': ('temporal', 'spectral')}
 # What an encoder of each kind of tower differs in from the default.
@@ -89,13 +105,14 @@ class VATT(nn.Module):
             if of != modality:
                 raise ConfigError(f'{where}.name={given["name"]!r} is a tower for {of}')
             t = with_defaults(given, defaults, where)
-            if t['name'] in ('linear', 'i3d', 'resnet2d'):
+            if t['name'] in NETS:
                 if c['shared']:
                     raise ConfigError(f'{where}.name={t["name"]!r} has no tokens to share an encoder with; choose vit, wat, spt, t5 or bert, '
                                       'or set config.model.shared=False')
-                nets[modality] = {
-                    'linear': lambda t=t: LinearWords(t['vocab'], t['word_width'], t['width'], t['frozen_words'], self.dtype),
-                    'i3d': lambda: I3D(self.dtype), 'resnet2d': lambda t=t: ResNet2D(tuple(t['blocks']), self.dtype)}[t['name']]()
+                for field, options in (('norm', NORMS), ('init', INITS)):
+                    if field in t:
+                        choose(t[field], options, f'{where}.{field}')
+                nets[modality] = NETS[t['name']][1](**{k: v for k, v in t.items() if k != 'name'}, dtype=self.dtype)
                 continue
             check_sizes(t, where)
             width = shared['width'] if c['shared'] else t['width']
@@ -134,10 +151,10 @@ class VATT(nn.Module):
 
     def has_tower(self, params: Mapping[str, Any], modality: str) -> bool:
         """Whether these parameters hold the tower: one that an objective never read in training was not made."""
-        return f'fronts_{modality}' in params
+        return any(f'{kind}_{modality}' in params for kind in ('fronts', 'nets'))
 
     def encode(self, name: str, stream: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False) -> Encoded:
-        """One device stream -> Encoded. Only a stream that meets batch statistics (i3d, resnet2d) needs its `valid`."""
+        """One device stream -> Encoded. Only a stream that meets batch statistics (NETS but linear) needs its `valid`, and only in training."""
         modality = name.split('.')[0]
         rng = rng.at(name)
         data, lead = jnp.asarray(stream['data']), None
@@ -146,10 +163,7 @@ class VATT(nn.Module):
             data, rng = data.reshape(-1, data.shape[-1]), rng.repeat(data.shape[1])
         shape = lambda y: y if lead is None else y.reshape(*lead, *y.shape[1:])
         if modality in self.nets:
-            if modality == 'text':
-                pooled, tokens = self.nets[modality](data)
-            else:
-                pooled, tokens = self.nets[modality](data, stream['valid'], train)
+            pooled, tokens = self.nets[modality](data, stream.get('valid'), train)
             grid = tokens.shape[1:-1]
             tokens = shape(tokens.reshape(len(tokens), -1, tokens.shape[-1])) if features else None
             return Encoded(shape(pooled), tokens, shape(data != 0) if modality == 'text' else None, grid)

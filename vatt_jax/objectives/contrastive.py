@@ -60,11 +60,7 @@ class Contrastive(Objective):
     def init(self, key, spec):
         spaces = spec.outputs.spaces
         for first, second, space, _ in self.config.pairs:
-            for stream in (first, second):
-                if stream not in spaces.get(space, {}):
-                    there = ', '.join(f'{s} in {name}' for name, streams in spaces.items() for s in streams)
-                    raise ConfigError(f'config.objective.pairs: the model has no {stream!r} in space {space!r}; it has {there}')
-            x, y = spaces[space][first].shape, spaces[space][second].shape
+            x, y = (_embedding(spaces, space, s).shape for s in (first, second))
             candidates = y[1] if len(y) == 3 else 1
             if len(x) != 2 or self.config.form == 'nt_xent' and candidates > 1:
                 raise ConfigError(f'config.objective.pairs: {first!r} {x} with {second!r} {y} does not fit form={self.config.form!r}; the first '
@@ -82,7 +78,7 @@ class Contrastive(Objective):
         outputs, updates = model.apply(variables, only(batch, self.streams()), train=True, rng=rng, mutable=['batch_stats'])
         total, weights, metrics = 0.0, 0.0, {}
         for i, (first, second, space, weight) in enumerate(self.config.pairs):
-            x, y = outputs.spaces[space][first], outputs.spaces[space][second]
+            x, y = (_embedding(outputs.spaces, space, s, ' in training') for s in (first, second))
             mask = None if self.config.padded else batch[second].get('mask')
             options = {'temperature': self.temperature}
             if self.config.form == 'siglip':
@@ -100,3 +96,10 @@ class Contrastive(Objective):
         if params:
             params = {**params, 'log_scale': jnp.minimum(params['log_scale'], jnp.log(100.0))}
         return model_params, params, state
+
+
+def _embedding(spaces, space: str, stream: str, when: str = ''):
+    if stream not in spaces.get(space, {}):
+        there = ', '.join(f'{s} in {name}' for name, streams in spaces.items() for s in streams)
+        raise ConfigError(f'config.objective.pairs: the model has no {stream!r} in space {space!r}{when}; it has {there}')
+    return spaces[space][stream]
