@@ -107,29 +107,25 @@ def test_restore_on_another_mesh_and_batch_size(whole, tmp_path):
 
 
 def test_accumulation_averages_microbatches(tmp_path):
-    """Two microbatches of 8 give the mean of their losses and gradients: with plain SGD, the step is that mean of two, each from the same start."""
+    """The loss of a step of two microbatches of 8 is the mean of theirs, each with the random bits of its own rows."""
     from vatt_jax import encoder, preprocess, train_step
     from vatt_jax.rng import Rng
-    config = tiny.config(accumulate=2, optimizer__name='sgd', optimizer__momentum=0.0)
-    config.optimizer.schedule.update({'name': 'constant', 'warmup': 0, 'peak': 1.0})
+    config = tiny.config(accumulate=2)
     data = data_pipelines.open(config)
     built = train.build(config, data)
     with jax.set_mesh(built.mesh):
         state = built.init()
         batch = encoder.place(next(data.train(0, 16)), built.mesh)
         new, metrics = jax.jit(train_step.make(config, built.model, built.objective, built.tx))(state, batch)
-
-        @jax.jit
-        def one(params, rows):
+        values = []
+        for part in range(2):
+            rows = jax.tree.map(lambda x, part=part: x[part::2], batch)
             rng = Rng.create(config.seed, 0, rows['position'])
             rows = preprocess.device_stage(rows, config.model.inputs, config.augment, rng.at('augment'), augment=True, dtype='float32')
-            return jax.value_and_grad(lambda p: built.objective.loss(
-                built.model, {'params': p, 'batch_stats': state.batch_stats}, {}, {}, rows, rng).value)(params)
-        parts = [one(state.params['model'], jax.tree.map(lambda x, part=part: x[part::2], batch)) for part in range(2)]
-    np.testing.assert_allclose(float(metrics['loss']), np.mean([float(value) for value, _ in parts]), rtol=1e-5)
-    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(parts[0][1]))
-    for before, after, *grads in zip(*(jax.tree.leaves(t) for t in (state.params['model'], new.params['model'], *(g for _, g in parts)))):
-        np.testing.assert_allclose(before - after, (grads[0] + grads[1]) / 2, atol=1e-4 * largest)
+            loss = jax.jit(lambda state, rows, rng: built.objective.loss(
+                built.model, {'params': state.params['model'], 'batch_stats': state.batch_stats}, {}, {}, rows, rng).value)
+            values.append(float(loss(state, rows, rng)))
+    np.testing.assert_allclose(float(metrics['loss']), np.mean(values), rtol=1e-5)
     assert int(new.step) == 1
 
 
@@ -154,7 +150,7 @@ def test_non_finite_step_is_skipped_counted_and_named(tmp_path):
     strict = {'parse_constant': lambda name: pytest.fail(f'{name} is no JSON')}
     lines = [json.loads(line, **strict) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
     assert [(line['step'], line['records']) for line in lines if line.get('event') == 'unreadable records'] == [(1, ['synthetic/train:7 crc32'])]
-    assert {line['step']: line['loss'] for line in lines if 'loss' in line}[3] is None
+    assert [None in (line['loss'], line['grad_norm']) for line in lines if 'loss' in line] == [step == 3 for step in range(1, 7)]
     events = [line for line in lines if line.get('event') == 'non-finite step']
     assert len(events) == 1 and events[0]['step'] == 3 and len(events[0]['records']) == 16
     done = json.loads((tmp_path / 'done.json').read_text())
