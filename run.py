@@ -131,8 +131,7 @@ def train(config, workdir: pathlib.Path, quiet: bool) -> None:
     with clock('data'):
         data = open_data(config)
     with clock('training'):
-        built = training.build(config, data)
-        training.train(config, data, workdir, built, quiet=quiet)
+        built, _ = training.train(config, data, workdir, quiet=quiet)
     clock.save()
     if config.report and distributed.agree((workdir / 'done.json').exists()):
         # All is saved: SIGTERM may end the process where it is, and the same command makes what is missing.

@@ -566,7 +566,7 @@ def test_fine_tuning_from_a_run_trains_and_classifies(tiny_run, tmp_path):
     config.evals = {'classification': {'type': 'classification', 'split': 'test'},
                     'multi_view': {'type': 'classification', 'split': 'test', 'windows': 2, 'crops': 3}}
     data = data_pipelines.open(config)
-    scalars = train.train(config, data, tmp_path, quiet=True)
+    _, scalars = train.train(config, data, tmp_path, quiet=True)
     assert scalars['multi_view/accuracy'] > 3 / 16
     assert scalars['classification/accuracy'] > 3 / 16 and scalars['classification/top5'] >= scalars['classification/accuracy']
     assert train.newest(tmp_path) == 300

@@ -101,14 +101,16 @@ def build(config: ConfigDict, data) -> Built:
     return Built(mesh, model, objective, tx, init, step, shape, shardings, data.info)
 
 
-def train(config: ConfigDict, data, workdir: str | pathlib.Path, built: Built | None = None, *, quiet: bool = False) -> dict[str, float]:
-    """Trains to config.steps or to SIGTERM, continuing whatever the run folder holds. Returns the last evaluation's scalars.
+def train(config: ConfigDict, data, workdir: str | pathlib.Path, *, quiet: bool = False) -> tuple[Built, dict[str, float]]:
+    """Trains to config.steps or to SIGTERM, continuing whatever the run folder holds. Returns what it built, compiled by now, and the last
+    evaluation's scalars.
 
-    data: the data object of docs/architecture.md. built: of this config, where the caller has a use for it too. Raises ConfigError before
-    anything is written when config, data or checkpoint do not fit, and TrainingStopped when the run cannot go on.
+    data: the data object of docs/architecture.md. Raises ConfigError before anything is written when config, data or checkpoint
+    do not fit, and TrainingStopped when the run cannot go on.
     """
     with distributed.Stop() as stop:
-        return _train(config, data, pathlib.Path(workdir), built or build(config, data), quiet, stop)
+        built = build(config, data)
+        return built, _train(config, data, pathlib.Path(workdir), built, quiet, stop)
 
 
 def _train(config: ConfigDict, data, workdir: pathlib.Path, built: Built, quiet: bool, stop: distributed.Stop) -> dict[str, float]:
