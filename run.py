@@ -106,11 +106,20 @@ def keep_freed_memory() -> None:
 
 
 def open_data(config):
-    """The data object; makes the playground first where the config asks for it and it is not there yet."""
+    """The data object; makes the playground first where the config asks for it and it is not there yet. That takes minutes, so whatever is
+    wrong with the config without regard to data is told before."""
     import data_pipelines
+    from vatt_jax import train
     if config.data.source == 'records' and config.data.make:
         from data_pipelines.datasets import playground
-        playground.make(**config.data.make)
+        from data_pipelines.records import read_from
+        made = config.data.make.get('path', '')
+        mixture, evaluated = read_from(config)
+        read = [*(entry['path'] for entry in mixture.values()), evaluated]
+        if not made or os.path.join(made, 'records') in read:
+            if not playground.is_made(made):
+                train.check(config)
+            playground.make(**config.data.make)
     return data_pipelines.open(config)
 
 
@@ -122,29 +131,28 @@ def train(config, workdir: pathlib.Path, quiet: bool) -> None:
     with clock('data'):
         data = open_data(config)
     with clock('training'):
-        training.train(config, data, workdir, quiet=quiet)
+        built, _ = training.train(config, data, workdir, quiet=quiet)
     clock.save()
     if config.report and distributed.agree((workdir / 'done.json').exists()):
         # All is saved: SIGTERM may end the process where it is, and the same command makes what is missing.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
         with clock('evaluation and report'):
-            compare(config, data, workdir)
+            compare(config, data, workdir, built)
         clock.save()
         if distributed.is_main():
             report(workdir)
 
 
-def compare(config, data, workdir: pathlib.Path, again: bool = False) -> None:
+def compare(config, data, workdir: pathlib.Path, built=None, again: bool = False) -> None:
     """Evaluates the newest checkpoint, and the same network at random initialisation beside it; keeps a gallery for the report.
 
-    again: also where results are there already.
+    built: of this config, if it has been built; again: also where results are there already.
     """
     import jax
 
     from vatt_jax import checkpoint, distributed, train
     from vatt_jax.config import ConfigError
-    train.resolve(config, data)
-    built = train.build(config, data)
+    built = built or train.build(config, data)
     train.check_run_folder(config, workdir)
     step = train.newest(workdir)
     if step is None:

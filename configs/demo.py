@@ -46,7 +46,7 @@ def get_config(arg: str = ''):
     else:
         d.make = {'path': 'runs/data/playground', 'train': 1200, 'validation': 128, 'test': 256, 'seconds': 8.0, 'size': 64,
                   'fps': 8.0, 'rate': 8000, 'seed': 0}
-        d.train.playground = {'path': 'runs/data/playground/records', 'split': 'train', 'weight': 1.0, 'share': 0.0}
+        d.train.playground = {'path': '', 'split': 'train', 'weight': 1.0, 'share': 0.0}  # what d.make makes
     if arg == 'shuffled':
         d.mismatch = ('audio', 'text')
     # Milder than the official jitter: here a colour is a word, and a run is short.

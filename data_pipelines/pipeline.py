@@ -22,52 +22,44 @@ from data_pipelines import audio, order, text, video
 from data_pipelines import views as view_rules
 from data_pipelines.base import SPLITS, Data, Request, Rows, blank, tokenizer_of
 from data_pipelines.errors import DataError
-from data_pipelines.records import Prepared, Split
+from data_pipelines.records import Prepared, Split, read_from
 from vatt_jax.tokenizer import Tokenizer
 
 with contextlib.suppress(RuntimeError):  # too late if TensorFlow is in use already
     tf.config.set_visible_devices([], 'GPU')  # the accelerator belongs to JAX
 
-_FIELDS = {'path', 'split', 'weight', 'share', 'label', 'per_class'}  # of an entry of config.data.train
 _PATIENCE = 100   # records read before the share of unreadable ones is judged
 _REPORTED = 1000  # unreadable records listed by problems()
 
 
 class Records(Data):
-    """config.data.train is the training mixture {name: {path, split, weight, share, label, per_class}}; config.data.eval {path} the dataset that
-    evaluation passes read (default: the first training source). `train` by records means the mixture, everything else the
-    evaluation dataset.
+    """config.data.train is the training mixture {name: {path, split, weight, share, label, per_class}} (no path: what config.data.make makes);
+    config.data.eval {path} the dataset that evaluation passes read (default: the first training source). `train` by records means the mixture,
+    everything else the evaluation dataset.
 
     info['tokenizer'] is that of config.model.inputs.text if it holds a spec, else the first source's. Raises DataError.
     """
 
     def __init__(self, config):
         super().__init__(config)
-        mixture = {name: dict(entry) for name, entry in config.data.train.items()}
-        evaluated = dict(config.data.eval)
-        if not mixture and not evaluated.get('path'):
+        mixture, evaluated = read_from(config)
+        if not mixture and not evaluated:
             raise DataError("config.data.source is 'records' and config.data.train is empty; set it to "
                             "{'mine': {'path': FOLDER}} with a folder made by python -m data_pipelines.prepare")
         opened: dict[str, Prepared] = {}
-        for name, entry in [*mixture.items(), ('', evaluated)]:
-            unknown = set(entry) - (_FIELDS if name else {'path'})
-            where = f'config.data.train.{name}' if name else 'config.data.eval'
-            if unknown:
-                raise DataError(f'{where} has no field {sorted(unknown)[0]!r}; fields are {", ".join(sorted(_FIELDS))}')
-            if name and not entry.get('path'):
-                raise DataError(f'{where} has no path; give the folder that python -m data_pipelines.prepare made')
-            if entry.get('path') and entry['path'] not in opened:
-                opened[entry['path']] = Prepared(entry['path'])
-                opened[entry['path']].check(self.inputs)
+        for path in filter(None, [*(entry['path'] for entry in mixture.values()), evaluated]):
+            if path not in opened:
+                opened[path] = Prepared(path)
+                opened[path].check(self.inputs)
         sizes = {p.meta['size'] for p in opened.values()}
         if len({opened[e['path']].meta['size'] for e in mixture.values()}) > 1 and 'video' in self.inputs:
             raise DataError(f'the sources of config.data.train store frames of different sizes {sorted(sizes)}; prepare them with '
                             'the same --size')
-        self._mixture = [(name, entry, Split(opened[entry['path']], entry.get('split', 'train'), name))
+        self._mixture = [(name, entry, Split(opened[entry['path']], entry['split'], name))
                          for name, entry in mixture.items()]
-        self._evaluated = opened[evaluated['path']] if evaluated.get('path') else self._mixture[0][2].prepared
-        self._few = {name: few_labels(part, entry.get('label', 'class'), entry['per_class'], config.seed)
-                     for name, entry, part in self._mixture if entry.get('per_class')}
+        self._evaluated = opened[evaluated] if evaluated else self._mixture[0][2].prepared
+        self._few = {name: few_labels(part, entry['label'], entry['per_class'], config.seed)
+                     for name, entry, part in self._mixture if entry['per_class']}
         self._splits = {s.split: s for name, _, s in self._mixture if s.prepared is self._evaluated and s.split in SPLITS and name not in self._few}
         first = self._mixture[0][2].prepared if self._mixture else self._evaluated
         self.tokenizer: Tokenizer = tokenizer_of(self.inputs, first.tokenizer(), str(first.path))
@@ -98,7 +90,7 @@ class Records(Data):
     def _sources(self, split, by):
         parts = self._parts(split, by)
         if split == 'train' and by == 'records' and self._mixture:
-            return [order.Source(len(part), float(entry.get('weight', 1.0)), float(entry.get('share', 0.0)), self._few.get(name), name)
+            return [order.Source(len(part), float(entry['weight']), float(entry['share']), self._few.get(name), name)
                     for name, entry, part in self._mixture]
         return [order.Source(len(p) if by == 'records' else len(p.index.segment_record), name=p.name) for p in parts]
 
@@ -182,6 +174,7 @@ class _Plan:
         self.inputs, self.views = data.inputs, request.views
         self.videos = [v for v in self.views if v.modality == 'video']
         self.audios = [v for v in self.views if v.modality == 'audio']
+        self.captioned = request.segments and 'text' in self.inputs and any(len(p.index.segment_caption.data) for p in parts)
         shapes = {(int(h), int(w)) for p in parts for h, w in np.unique(
             np.stack([p.index.height, p.index.width], 1)[p.index.frames > 0], axis=0)}
         size = parts[0].prepared.meta['size']
@@ -229,7 +222,7 @@ class _Plan:
                 height, width = np.full(b, self.height), np.full(b, self.width)
                 stream['box'], stream['flip'] = self.data._crops(request, rows, v, height, width)
             batch[v.stream] = stream
-        if request.segments and 'text' in self.inputs:
+        if self.captioned:
             captions = [[self.parts[s].index.segment_caption[g]] if ok else [] for s, g, ok in zip(rows.source, segment, rows.valid)]
             data, mask = text.encode(self.data.tokenizer, captions, 1, self.inputs['text']['words'])
             batch['text.caption'] = {'data': data, 'mask': mask, 'valid': mask.any(-1), 'start': span[0].astype(np.float32)}

@@ -146,12 +146,17 @@ def _digest(path: str) -> str:
     return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() if path else ''
 
 
+def is_finished(target: pathlib.Path) -> bool:
+    """Whether `target` holds a whole dataset: its last file is there."""
+    return (target / _DONE).is_file()
+
+
 def _finished(target: pathlib.Path, identity: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
     """What stands in `target` if it is exactly what is asked for. Makes room for new data, or raises DataError."""
     if target.exists() and not target.is_dir():
         raise DataError(f'--out={target} is a file')
     done = target / _DONE
-    if not done.is_file():
+    if not is_finished(target):
         if target.is_dir() and not (target / '.staging').exists() and any(target.iterdir()):
             raise DataError(f'--out={target} holds other files; choose a new or empty folder')
         return None
@@ -350,7 +355,7 @@ class _Console:
         self.console = Console(quiet=quiet, highlight=False)
 
     def __call__(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)  # commands stay whole
 
     def progress(self, total: int, done: int) -> Any:
         """Context: a function to call after each file."""
@@ -388,8 +393,8 @@ class _Console:
             self.console.print(table)
         if unknown:
             self(f'{len(unknown)} names in captions or annotations have no file here, for example {unknown[0]!r}.')
-        self(f'done in {summary["seconds"]} s. Train on it: --config.data.source=records and config.data.train = '
-             f"{{'mine': {{'path': {str(target)!r}}}}}")
+        self(f'done in {summary["seconds"]} s. Train on it: python run.py --config=FILE '
+             f"\"--config.data.train={{'mine': {{'path': {str(target)!r}}}}}\"")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,10 +10,39 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from data_pipelines import index as indices
 from data_pipelines.errors import DataError
 from data_pipelines.index import Index
+
+FIELDS = {'path': '', 'split': 'train', 'weight': 1.0, 'share': 0.0, 'label': 'class', 'per_class': 0}  # of an entry of config.data.train
+
+
+def read_from(config) -> tuple[dict[str, dict[str, Any]], str]:
+    """({name: entry} of config.data.train with all fields, path of config.data.eval or ''). An entry without a path reads what
+    config.data.make makes. Raises DataError naming the wrong entry."""
+    made = config.data.make.get('path', '')
+    made = os.path.join(made, 'records') if made else ''
+
+    def filled(where: str, entry: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
+        if not isinstance(entry, Mapping | ConfigDict):
+            raise DataError(f"{where} is {entry!r}; a group of fields is wanted, such as {{'path': FOLDER}}")
+        for name, value in entry.items():
+            if name not in fields:
+                raise DataError(f'{where} has no field {name!r}; fields are {", ".join(fields)}')
+            kind = type(fields[name])
+            if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+                raise DataError(f'{where}.{name} is {value!r}; a {kind.__name__} is wanted, such as {fields[name]!r}')
+        return {**fields, **entry}
+
+    mixture = {}
+    for name, entry in config.data.train.items():
+        mixture[name] = filled(f'config.data.train.{name}', entry, FIELDS)
+        mixture[name]['path'] = mixture[name]['path'] or made
+        if not mixture[name]['path']:
+            raise DataError(f'config.data.train.{name} has no path; give the folder that python -m data_pipelines.prepare made')
+    return mixture, filled('config.data.eval', config.data.eval, {'path': ''})['path']
 
 
 def shards(folder: str | os.PathLike, split: str) -> list[str]:

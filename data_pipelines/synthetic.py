@@ -209,7 +209,7 @@ class Npz(Data):
             raise DataError(f'{path} holds no batches')
         self._check(path)
         words = tokenizers.from_spec(info['tokenizer']) if info.get('tokenizer') else tokenizers.Words([])
-        self.tokenizer = tokenizer_of(self.inputs, words.to_spec(), 'the synthetic source') if info.get('tokenizer') else words
+        self.tokenizer = tokenizer_of(self.inputs, words.to_spec(), str(path)) if info.get('tokenizer') else words
         labels = info.get('labels') or {}
         for rows in self._rows.values():
             for name in [k.partition('/')[2] for k in rows if k.startswith('labels/')]:

@@ -48,9 +48,13 @@ def streams(inputs: Mapping[str, Any], views: Mapping[str, Any] | Iterable[tuple
     main = {} if window is None else {'spec': tuple(sorted(window.items()))}
     out = [View(m, m, '', **main) for m in ('video', 'audio', 'text') if m in inputs]
     windows: dict[str, tuple] = {}
-    for stream, given in dict(views or {}).items():
+    try:
+        given = {stream: dict(spec) for stream, spec in dict(views or {}).items()}
+    except (TypeError, ValueError):
+        raise DataError(f"config.data.views is {views!r}; pairs of a stream and a view are wanted, such as "
+                        "(('video.second', {'kind': 'clip'}),)") from None
+    for stream, spec in given.items():
         modality, _, suffix = stream.partition('.')
-        spec = dict(given)
         if modality not in inputs or not suffix:
             raise DataError(f'config.data.views has {stream!r}; a view is named modality.suffix with a modality of '
                             f'config.model.inputs ({", ".join(inputs)})')

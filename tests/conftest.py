@@ -1,4 +1,5 @@
 """Eight simulated CPU devices and a compilation cache for every test."""
+import json
 import os
 import pathlib
 
@@ -16,6 +17,30 @@ _cache = pathlib.Path(__file__).parent.parent / '.jax_cache'
 jax.config.update('jax_compilation_cache_dir', str(_cache))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+UNREAD = ('name', 'report', 'init_from', 'init_rename', 'init_skip', 'checkpoint', 'max_bad_steps')   # by train.build
+_built = {}
+
+
+@pytest.fixture(autouse=True, scope='session')
+def share_what_is_built():
+    """Runs of one config in one process share its traced and compiled functions; the command line's own processes do not."""
+    from ml_collections import ConfigDict
+
+    from vatt_jax import train
+    from vatt_jax.config import to_json
+    build = train.build
+
+    def shared(config, data):
+        train.resolve(config, data)
+        key = to_json(ConfigDict({k: v for k, v in config.items() if k not in UNREAD})), json.dumps(data.info, sort_keys=True, default=str)
+        if key not in _built:
+            _built[key] = build(config, data)
+        return _built[key]
+    train.build = shared
+    yield
+    train.build = build
 
 
 @pytest.fixture(scope='session')

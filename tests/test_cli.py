@@ -176,6 +176,19 @@ def test_mistakes_in_a_config_file(lines, words, cli, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize('extra, words', [
+    (['--config.model.towers.video.name=vat'], ["config.model.towers.video.name='vat'", 'vit']),
+    (['--config.evals.sync.limt=3'], ['config.evals', 'limt']),
+    (['--config.optimizer.schedule.warmup=9999'], ['schedule.warmup=9999']),
+    (['--config.model.towers.audio.patch=99999'], ['config.model.towers.audio.patch=99999']),
+    (['--config.data.make.seconds=1.0'], ['seconds=1.0', 'leave less than']),
+    (['--config.data.train={"mine": {"path": "nowhere"}}'], ['nowhere does not exist']),  # own videos: no playground is made
+])
+def test_mistakes_are_told_before_the_playground_is_rendered(extra, words, cli, tmp_path):
+    told(*cli('--config=configs/demo.py', f'--workdir={tmp_path / "run"}', f'--config.data.make.path={tmp_path / "world"}', *extra)[::2], words)
+    assert not list(tmp_path.iterdir())
+
+
 def test_workdir_that_is_a_file(cli, tmp_path):
     (tmp_path / 'run').write_text('mine')
     told(*cli(TINY, f'--workdir={tmp_path / "run"}')[::2], [f'--workdir={tmp_path / "run"} is a file', 'folder is wanted'])

@@ -19,7 +19,8 @@ def changed(**overrides):
 def test_small_configs_pass_the_checks(spec):
     c = configs.load(spec)
     configs.check_fields(c, default.get_config())
-    optim.schedule(c.optimizer.schedule, c.steps)
+    configs.check_values(c)
+    optim.check(c.optimizer, c.steps)
 
 
 def test_overrides_keep_types():
@@ -42,6 +43,39 @@ def test_bad_overrides(path, text, told):
         configs.override(default.get_config(), [(path, text)])
     for word in told:
         assert word in str(error.value)
+
+
+def test_a_group_of_free_names_is_replaced_as_a_whole():
+    """What docs/data.md tells the owners of videos to write."""
+    c = demo.get_config()
+    configs.override(c, [('data.train', "{'mine': {'path': 'data/mine', 'weight': 2}}"), ('data.train.mine.weight', '3'),
+                         ('evals', "{'r': {'type': 'retrieval', 'pairs': [['a', 'b', 'c']]}}")])
+    assert c.data.train.to_dict() == {'mine': {'path': 'data/mine', 'weight': 3}}
+    assert list(c.evals) == ['r'] and c.evals.r.pairs == (('a', 'b', 'c'),)
+    configs.check_fields(c, default.get_config())
+    for path, text, told in (('data.train', 'data/mine', "replace it by a dictionary in quotes, such as"), ('evals', '{1: 2}', 'a dictionary'),
+                             ('optimizer', "{'name': 'sgd'}", 'name one of them')):
+        with pytest.raises(ConfigError, match=told):
+            configs.override(c, [(path, text)])
+
+
+@pytest.mark.parametrize('path, text, told', [
+    ('eval_every', '-1', 'config.eval_every=-1: a positive number, or 0 for none'),
+    ('checkpoint.keep_every', '-2', 'config.checkpoint.keep_every=-2'),
+    ('data.prefetch', '0', 'config.data.prefetch=0: a positive number'),
+    ('data.flip', '1.5', 'config.data.flip=1.5: a number from 0 to 1'),
+    ('data.crop', '(0.5,)', r'config.data.crop=\(0.5,\): two numbers'),
+    ('data.crop', '(0.5, 2)', 'and at most 1'),
+    ('data.aspect', '(0, 1)', 'config.data.aspect='),
+    ('data.mismatch', "('smell',)", "config.data.mismatch='smell': choose one of audio, text, video"),
+    ('model.inputs.video.size', '0', 'config.model.inputs.video.size=0: a positive number'),
+    ('model.inputs.video.fps', '0', 'config.model.inputs.video.fps=0: a positive number'),
+])
+def test_values_that_make_no_sense(path, text, told):
+    c = default.get_config()
+    configs.override(c, [(path, text)])
+    with pytest.raises(ConfigError, match=told):
+        configs.check_batch(c, devices=8, processes=1)
 
 
 def test_misspelt_field_in_a_config_file():

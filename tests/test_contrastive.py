@@ -55,6 +55,7 @@ def test_the_learnt_scale_stops_at_a_hundred():
     ({'replicas': 0}, 'config.objective.replicas=0'),
     ({'blok': 3}, "config.objective.blok=3: no such field; did you mean 'block'"),
     ({'pairs': ()}, 'config.objective.pairs is empty'),
+    ({'pairs': (('video', 'audio', 'va'),)}, "config.objective.pairs has ('video', 'audio', 'va'); (stream, stream, space, weight above 0)"),
 ])
 def test_mistakes_in_the_config_are_sentences(fields, told):
     with pytest.raises(ConfigError) as error:

@@ -166,6 +166,26 @@ def test_retrieval_mistakes_are_sentences():
         evals.build('x', ConfigDict({'type': 'retrieval', 'change': 'sepia'}))
 
 
+@pytest.mark.parametrize('entry, told', [
+    ({'type': 'retrieval', 'split': 'validation'}, "config.evals.x.split='validation': the data have no such split; name another, or leave"),
+    ({'type': 'retrieval', 'pairs': (('text', 'video', 'va'),)}, "text and video do not meet in space 'va'; spaces are va: audio, video; vat: video"),
+    ({'type': 'retrieval', 'pairs': (('audio', 'video'),)}, r"config.evals.x.pairs has \('audio', 'video'\); \(query, gallery, space\)"),
+    ({'type': 'sync', 'space': 'joint'}, "video and audio do not meet in space 'joint'"),
+    ({'type': 'linear_probe', 'stream': 'text'}, "config.evals.x.stream='text': the model encodes audio, video"),
+    ({'type': 'linear_probe', 'label': 'colour'}, "config.evals.x.label='colour': the data have class"),
+    ({'type': 'classification', 'label': 'colour'}, "config.evals.x.label='colour'"),
+    ({'type': 'linear_probe', 'test_limit': 0}, 'config.evals.x.test_limit=0: a positive number'),
+    ({'type': 'linear_probe', 'strengths': (0,)}, r'config.evals.x.strengths=\(0,\): positive numbers'),
+])
+def test_what_data_and_model_lack_is_said_before_anything_is_computed(entry, told):
+    data = types.SimpleNamespace(size=lambda split, by: 0 if split == 'validation' else 8, info={'labels': {'class': ['a', 'b']}})
+    outputs = types.SimpleNamespace(encoded={'video': 0, 'audio': 0}, spaces={'va': {'video': 0, 'audio': 0}, 'vat': {'video': 0}})
+    with pytest.raises(ConfigError, match=told):
+        evals.check(ConfigDict({'x': entry}), data, outputs)
+    shifted = {'type': 'retrieval', 'pairs': (('audio.shifted', 'video', 'va'),)}
+    evals.check(ConfigDict({'a': shifted, 'b': {'type': 'linear_probe'}, 'c': {'type': 'sync'}}), data, outputs)
+
+
 # ---- synchrony
 
 def sync(features):
@@ -605,7 +625,7 @@ def test_fine_tuning_from_a_run_trains_and_classifies(tiny_run, tmp_path):
     config.evals = {'classification': {'type': 'classification', 'split': 'test'},
                     'multi_view': {'type': 'classification', 'split': 'test', 'windows': 2, 'crops': 3}}
     data = data_pipelines.open(config)
-    scalars = train.train(config, data, tmp_path, quiet=True)
+    _, scalars = train.train(config, data, tmp_path, quiet=True)
     assert scalars['multi_view/accuracy'] > 3 / 16
     assert scalars['classification/accuracy'] > 3 / 16 and scalars['classification/top5'] >= scalars['classification/accuracy']
     assert train.newest(tmp_path) == 300

@@ -7,6 +7,7 @@ from flax.linen import meta
 
 from tests import tiny
 from vatt_jax import models
+from vatt_jax.config import ConfigError
 from vatt_jax.models import embeddings, layers
 from vatt_jax.rng import Rng
 
@@ -249,3 +250,29 @@ def test_fac_head_is_its_definition(reference):
     close(out.spaces['vat']['video'], vat)
     close(out.spaces['va']['audio'], dense('audio_va', pooled['audio']))
     close(out.spaces['vat']['text'], dense('text_vat', pooled['text']))
+
+
+@pytest.mark.parametrize('fields, told', [
+    ({'towers__video__patch': (2, 8)}, r'config.model.towers.video.patch=\(2, 8\) does not fit inputs of \(4, 16, 16\); 3 numbers'),
+    ({'towers__video__patch': (2, 32, 8)}, 'does not fit'),
+    ({'towers__audio__patch': 5000}, r'config.model.towers.audio.patch=5000 does not fit inputs of \(1024,\)'),
+    ({'towers__video__layers': 0}, 'config.model.towers.video.layers=0: a positive number'),
+    ({'towers__video__drop_token': 1.0}, 'config.model.towers.video.drop_token=1: a number of at least 0 and below 1'),
+    ({'towers__audio__drop_token': 0.99}, 'drop_token=0.99 leaves none of 16 tokens'),
+    ({'towers__text__dropout': -0.1}, 'config.model.towers.text.dropout=-0.1'),
+    ({'shared': True, 'encoder': {'heads': 0}}, 'config.model.encoder.heads=0'),
+])
+def test_sizes_that_make_no_sense_are_sentences(fields, told):
+    config, model = model_of(**{f'model__{k}': v for k, v in fields.items() if k != 'towers__video__layers'})
+    if 'towers__video__layers' in fields:
+        config.model.towers.video.layers = 0
+        model = models.build(config.model, 'float32')
+    with pytest.raises(ConfigError, match=told):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), inputs(config), train=False, rng=Rng.create(0, 0, jnp.arange(B))))
+
+
+def test_a_shared_encoder_has_default_sizes():
+    config, _ = model_of(model__shared=True)
+    params = jax.eval_shape(lambda: models.build(config.model, 'float32').init(
+        jax.random.key(0), inputs(config), train=False, rng=Rng.create(0, 0, jnp.arange(B))))['params']
+    assert meta.unbox(params)['shared_encoder']['final_norm']['scale'].shape == (768,)

@@ -109,3 +109,27 @@ def test_clip_of_some_paths_alone():
     np.testing.assert_allclose(updates['objective']['head']['kernel'], -3.0)
     with pytest.raises(ConfigError, match="clip_paths: 'nothing' matches no parameter"):
         optim.build(config(clip=1.0, clip_paths=('nothing',)), 10_000, p)
+
+
+@pytest.mark.parametrize('fields, told', [
+    ({'frozen': ('[',)}, r"config.optimizer.frozen: '\[' is not a regular expression"),
+    ({'decay_skip': (3,)}, 'config.optimizer.decay_skip: 3 is not a regular expression'),
+    ({'rates': (('head',),)}, r"config.optimizer.rates has \('head',\); pairs of a pattern and a factor"),
+    ({'rates': (('(', 2.0),)}, "config.optimizer.rates: '\\(' is not a regular"),
+    ({'ema': 1.5}, 'config.optimizer.ema=1.5: a number of at least 0 and below 1'),
+    ({'clip': -1.0}, 'config.optimizer.clip=-1: a number of at least 0'),
+])
+def test_mistakes_are_sentences(fields, told):
+    with pytest.raises(ConfigError, match=told):
+        optim.check(config(**fields), 10_000)
+
+
+@pytest.mark.parametrize('fields, told', [
+    ({'peak': -1.0}, 'config.optimizer.schedule.peak=-1'), ({'warmup': -3}, 'schedule.warmup=-3'),
+    ({'name': 'vatt', 'levels': ()}, r'schedule.levels=\(\): \(step, rate\) pairs'), ({'name': 'vatt', 'levels': (1, 2)}, 'pairs are wanted'),
+])
+def test_schedule_mistakes_are_sentences(fields, told):
+    c = config().schedule
+    c.update(fields)
+    with pytest.raises(ConfigError, match=told):
+        optim.schedule(c, 10_000)

@@ -183,6 +183,9 @@ def test_a_run_without_gallery_evaluation_or_metrics(tiny_run, tmp_path):
     with pytest.raises(ConfigError, match=r'holds no run \(no config.json\); train first'):
         report.build(tmp_path / 'nowhere')
     assert not (tmp_path / 'nowhere').exists()
+    (tmp_path / 'config.json').write_text('{"name": ')
+    with pytest.raises(ConfigError, match='config.json cannot be read'):
+        report.build(tmp_path)
 
 
 def test_pictures_and_sounds_survive_the_page():

@@ -130,8 +130,10 @@ def test_convolutional_towers(net):
     valid = np.array([True, False, True])
     # the older code generator, which the tests use, runs pooling slowly
     jit = lambda f: jax.jit(f, compiler_options={'xla_cpu_use_fusion_emitters': True})
-    variables = meta.unbox(jit(lambda: module.init(jax.random.key(0), x, valid, False))())
-    variables = jax.tree.map(lambda v: np.abs(v + 0.2 * noise.normal(size=v.shape).astype(np.float32)) if v.ndim == 1 else np.asarray(v), variables)
+    shapes = meta.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), x, valid, False)))
+    draw = lambda v: (np.abs(1 + 0.2 * noise.normal(size=v.shape)) if v.ndim == 1 else
+                      noise.normal(size=v.shape) * np.prod(v.shape[:-1]) ** -0.5).astype(np.float32)
+    variables = jax.tree.map(draw, shapes)
     pooled, last = jit(lambda v: module.apply(v, x, valid, False))(variables)
     reference = Net(variables, False)
     want = (reference.i3d(x) if net == 'i3d' else reference.resnet(x, blocks)).numpy()

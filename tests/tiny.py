@@ -21,7 +21,7 @@ def config(**overrides):
     c.optimizer.schedule.warmup, c.optimizer.schedule.peak, c.optimizer.schedule.end = 2, 3e-3, 1e-3
     c.data.source, c.data.synthetic_size = 'synthetic', 64
     c.mesh.replica = 1  # tests of meshes say so; one device compiles several times faster than eight
-    c.checkpoint.every = 2
+    c.checkpoint.every, c.max_bad_steps = 2, 2
     c.evals = ConfigDict({})
     for name, value in overrides.items():
         node = c

@@ -158,6 +158,12 @@ def init_from(path: str, params: Any, batch_stats: Any, rename, skip) -> tuple[A
     spline. Returns the trees and the paths left.
     Raises ConfigError when a wanted parameter is absent there or has another shape, or when nothing was taken.
     """
+    optim.check_patterns(skip, 'config.init_skip')
+    for pair in rename:
+        if not (isinstance(pair, tuple) and len(pair) == 2):
+            raise ConfigError(f"config.init_rename has {pair!r}; pairs of a pattern and its replacement are wanted, such as "
+                              "(('^fronts_', 'patches_'),)")
+    optim.check_patterns([p for p, _ in rename], 'config.init_rename')
     folder = find(path)
     other = read_model(folder)
     flat = {f'{group}/{name}': x for group, tree in (('params', other['params']), ('batch_stats', other['batch_stats']))

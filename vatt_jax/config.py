@@ -53,7 +53,8 @@ def load(spec: str) -> ConfigDict:
 
 
 def override(config: ConfigDict, assignments: Iterable[tuple[str, str]]) -> None:
-    """Sets fields in place from ('optimizer.schedule.peak', '1e-3') pairs, keeping each field's type."""
+    """Sets fields in place from ('optimizer.schedule.peak', '1e-3') pairs, keeping each field's type. A group whose entries are named freely
+    (OPEN) may be replaced as a whole: ('data.train', "{'mine': {'path': 'data/mine'}}")."""
     for path, text in assignments:
         *parents, last = path.split('.')
         node = config
@@ -66,8 +67,22 @@ def override(config: ConfigDict, assignments: Iterable[tuple[str, str]]) -> None
             if depth < len(parents):
                 node = node[key]
         if isinstance(node[last], ConfigDict):
-            raise ConfigError(f'--config.{path}={text}: {path} is a group of fields ({", ".join(node[last])}); name one of them')
-        node[last] = parse(text, node[last], f'config.{path}')
+            node[last] = _group(path, text, node[last])
+        else:
+            node[last] = parse(text, node[last], f'config.{path}')
+
+
+def _group(path: str, text: str, old: ConfigDict) -> ConfigDict:
+    if path not in OPEN:
+        raise ConfigError(f'--config.{path}={text}: {path} is a group of fields ({", ".join(old)}); name one of them')
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if not isinstance(value, dict) or not all(isinstance(k, str) and k for k in value):
+        raise ConfigError(f'--config.{path}={text}: {path} is a group of fields ({", ".join(old) or "none yet"}); name one of them, or replace '
+                          "it by a dictionary in quotes, such as \"{'name': value}\"")
+    return ConfigDict(_tuples(value))
 
 
 def parse(text: str, like: Any, where: str) -> Any:
@@ -137,6 +152,36 @@ def choose(value: str, options: Iterable[str], where: str) -> str:
     return value
 
 
+COUNTS = {  # field -> smallest value
+    **dict.fromkeys(('batch_size', 'accumulate', 'steps', 'log_every', 'max_bad_steps', 'checkpoint.every', 'checkpoint.keep', 'data.prefetch',
+                     'data.threads', 'data.synthetic_size', 'model.inputs.video.frames', 'model.inputs.video.size', 'model.inputs.audio.samples',
+                     'model.inputs.audio.rate', 'model.inputs.text.candidates', 'model.inputs.text.words'), 1),
+    **dict.fromkeys(('eval_every', 'checkpoint.keep_every'), 0)}
+SHARES = ('data.flip', 'data.max_corrupt', 'augment.color')
+CHOICES = {'jax_platform': ('', 'cpu', 'cuda', 'tpu'), 'compute_dtype': ('float32', 'bfloat16'), 'data.source': ('records', 'synthetic', 'npz')}
+
+
+def check_values(config: ConfigDict) -> None:
+    """Raises ConfigError for a field whose value makes no sense, whatever the others are."""
+    of = lambda field: functools.reduce(lambda node, key: node[key], field.split('.'), config)
+    for field, low in COUNTS.items():
+        if of(field) < low:
+            raise ConfigError(f'config.{field}={of(field)}: {"a positive number" if low else "a positive number, or 0 for none,"} is wanted')
+    for field in SHARES:
+        if not 0 <= of(field) <= 1:
+            raise ConfigError(f'config.{field}={of(field):g}: a number from 0 to 1 is wanted')
+    for field, high in (('data.crop', 1), ('data.aspect', float('inf'))):
+        pair = of(field)
+        if len(pair) != 2 or not all(isinstance(x, (int, float)) for x in pair) or not 0 < pair[0] <= pair[1] <= high:
+            raise ConfigError(f'config.{field}={pair}: two numbers are wanted, smaller one first, above 0{" and at most 1" if high == 1 else ""}')
+    if not config.model.inputs.video.fps > 0:
+        raise ConfigError(f'config.model.inputs.video.fps={config.model.inputs.video.fps:g}: a positive number is wanted')
+    for modality in config.data.mismatch:
+        choose(modality, config.model.inputs, 'config.data.mismatch')
+    for field, options in CHOICES.items():
+        choose(of(field), options, f'config.{field}')
+
+
 def check_batch(config: ConfigDict, devices: int, processes: int) -> tuple[int, ...]:
     """Mesh shape of this config on `devices`; the batch divides over microbatches, hosts and data-parallel devices."""
     from vatt_jax import sharding
@@ -145,12 +190,7 @@ def check_batch(config: ConfigDict, devices: int, processes: int) -> tuple[int, 
     except sharding.ShardingError as error:
         raise ConfigError(str(error)) from error
     rows = shape[0] * shape[1]
-    for field in ('batch_size', 'accumulate', 'steps', 'log_every', 'max_bad_steps', 'checkpoint.every', 'checkpoint.keep'):
-        value = functools.reduce(lambda node, key: node[key], field.split('.'), config)
-        if value < 1:
-            raise ConfigError(f'config.{field}={value}: a positive number is wanted')
-    for field, options in (('jax_platform', ('', 'cpu', 'cuda', 'tpu')), ('compute_dtype', ('float32', 'bfloat16'))):
-        choose(config[field], options, f'config.{field}')
+    check_values(config)
     unit = rows * config.accumulate
     if config.batch_size % unit:
         low = max(1, config.batch_size // unit) * unit

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import sys
@@ -34,10 +35,11 @@ class Writer:
         self.board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1, flush_secs=30)
 
     def write(self, step: int, scalars: dict[str, Any]) -> None:
-        """One line {'step': …, **scalars}; numbers also go to TensorBoard."""
+        """One line {'step': …, **scalars}; numbers also go to TensorBoard. JSON has no NaN and no infinity: they are null."""
         if self.file is None:
             return
-        self.file.write(json.dumps({'step': step, **scalars}) + '\n')
+        told = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in scalars.items()}
+        self.file.write(json.dumps({'step': step, **told}, allow_nan=False) + '\n')
         self.file.flush()
         for name, value in scalars.items():
             if isinstance(value, (int, float)):

@@ -24,6 +24,34 @@ def matches(path: str, patterns) -> bool:
     return any(re.search(p, path) for p in patterns)
 
 
+def check_patterns(patterns, where: str) -> None:
+    """Raises ConfigError unless each is a regular expression. where: the field."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ConfigError(f'{where}: {pattern!r} is not a regular expression ({error}); parameter paths are matched, such as '
+                              r"'^model/encoders_video/' or 'bias$'") from error
+
+
+def check(config, steps: int) -> None:
+    """Raises ConfigError for what is wrong with `config.optimizer` whatever the parameters are."""
+    choose(config.name, OPTIMIZERS, 'config.optimizer.name')
+    schedule(config.schedule, steps)
+    for field, low, high in (('b1', 0, 1), ('b2', 0, 1), ('momentum', 0, 1), ('ema', 0, 1), ('eps', 0, math.inf), ('weight_decay', 0, math.inf),
+                             ('clip', 0, math.inf)):
+        if not low <= config[field] < high:
+            wanted = 'a number of at least 0' if high == math.inf else 'a number of at least 0 and below 1'
+            raise ConfigError(f'config.optimizer.{field}={config[field]:g}: {wanted} is wanted')
+    for field in ('decay_skip', 'clip_paths', 'frozen'):
+        check_patterns(config.get(field, ()), f'config.optimizer.{field}')
+    for pair in config.rates:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], (int, float)) and pair[1] >= 0):
+            raise ConfigError(f'config.optimizer.rates has {pair!r}; pairs of a pattern and a factor are wanted, such as '
+                              "(('^objective/', 10.0),)")
+    check_patterns([p for p, _ in config.rates], 'config.optimizer.rates')
+
+
 def schedule(config, steps: int) -> optax.Schedule:
     """step -> learning rate (float32). config: `config.optimizer.schedule`; steps: of the whole run.
 
@@ -33,6 +61,11 @@ def schedule(config, steps: int) -> optax.Schedule:
     warmup_quarter_cosine: the first quarter, so that it falls fastest at the end (VATT paper, section 4.1).
     """
     choose(config.name, SCHEDULES, 'config.optimizer.schedule.name')
+    for field in ('peak', 'warmup', 'end'):
+        if config[field] < 0:
+            raise ConfigError(f'config.optimizer.schedule.{field}={config[field]:g}: a number of at least 0 is wanted')
+    if config.name == 'vatt' and not (config.levels and all(isinstance(x, tuple) and len(x) == 2 for x in config.levels)):
+        raise ConfigError(f'config.optimizer.schedule.levels={config.levels}: (step, rate) pairs are wanted, such as ((5000, 1e-4), (500000, 5e-5))')
     if config.name == 'constant':
         return lambda step: jnp.where(step < config.warmup, config.peak * step / max(1, config.warmup), config.peak)
     levels = config.levels if config.name == 'vatt' else ((config.warmup, config.peak), (steps, config.end))
@@ -63,7 +96,7 @@ def build(config, steps: int, params: Any) -> optax.GradientTransformation:
     does not rescale what was gathered. Frozen parameters have no optimizer slots and zero updates. Raises ConfigError when a
     pattern of `rates` or `clip_paths` matches no parameter.
     """
-    choose(config.name, OPTIMIZERS, 'config.optimizer.name')
+    check(config, steps)
     names = paths(params)
     flat = jax.tree.leaves(names)
     clip_paths = tuple(config.get('clip_paths', ()))

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from vatt_jax import config as configs
 from vatt_jax import evals
 from vatt_jax.config import ConfigError
 
@@ -43,10 +44,10 @@ class Run:
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
-        file = self.path / 'config.json'
-        if not file.exists():
+        stored = configs.stored(self.path)
+        if stored is None:
             raise ConfigError(f'{self.path} holds no run (no config.json); train first, or name another folder')
-        self.config = json.loads(file.read_text())
+        self.config = stored.to_dict()
         read = lambda name: json.loads((self.path / name).read_text()) if (self.path / name).exists() else {}
         self.timings, self.done = read('timings.json'), read('done.json')
         lines = (self.path / 'metrics.jsonl').read_text().splitlines() if (self.path / 'metrics.jsonl').exists() else []

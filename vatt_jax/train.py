@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vatt_jax import checkpoint, distributed, encoder, evals, metrics, models, objectives, preprocess, sharding, train_state, train_step
+from vatt_jax import checkpoint, distributed, encoder, evals, metrics, models, objectives, optim, preprocess, sharding, train_state, train_step
 from vatt_jax import config as configs
 from vatt_jax.config import ConfigError
 from vatt_jax.evals import base as evals_base
@@ -28,12 +28,17 @@ class TrainingStopped(RuntimeError):
 
 @dataclasses.dataclass
 class Built:
-    """What a config builds, the same in training and in evaluation. shape: abstract TrainState."""
+    """What a config builds, the same in training and in evaluation: a function of the config and `info` alone, so that runs may share it.
+
+    init: () -> TrainState and step: (state, device batch) -> (state, metrics), both jitted, to be called inside `jax.set_mesh(mesh)`; step takes
+    its state's memory. shape: abstract TrainState. info: what the data say of themselves.
+    """
     mesh: Any
     model: Any
     objective: Any
     tx: Any
     init: Any
+    step: Any
     shape: Any
     shardings: Any
     info: dict[str, Any]
@@ -48,18 +53,32 @@ def resolve(config: ConfigDict, data) -> None:
             tower.vocab = data.info['tokenizer']['size']
 
 
-def build(config: ConfigDict, data) -> Built:
-    """Mesh, model, objective and the state's shape and shardings. Computes nothing on devices.
-
-    Evaluators are made once too, so that a mistake in config.evals shows before training and not after it.
-    """
+def parts(config: ConfigDict) -> tuple[Any, Any, Any]:
+    """(mesh, model, objective) of a config. Evaluators are made too, so that a mistake in config.evals shows before training and not after it."""
     for name in config.evals:
         evals.build(name, config.evals[name])
     check_compiler_options(config)
     shape = configs.check_batch(config, jax.device_count(), jax.process_count())
     mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape)))
-    objective = objectives.build(config.objective)
-    model = models.build(config.model, config.compute_dtype)
+    return mesh, models.build(config.model, config.compute_dtype), objectives.build(config.objective)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError for what is wrong with a config whatever the data say. For those who are about to spend minutes on making them."""
+    config = ConfigDict(config.to_dict())
+    for tower in config.model.towers.values():
+        if tower.get('vocab', 1) == 0:
+            tower.vocab = 2
+    _, model, objective = parts(config)
+    optim.check(config.optimizer, config.steps)
+    streams = objective.streams() or tuple(config.model.towers)
+    train_state.abstract(model, preprocess.abstract(config.model.inputs, streams, 2, config.compute_dtype), 0, {})
+
+
+def build(config: ConfigDict, data) -> Built:
+    """Mesh, model, objective and the state's shape and shardings, of a config that the data complete (`resolve`). Computes nothing on devices."""
+    resolve(config, data)
+    mesh, model, objective = parts(config)
     process = (jax.process_index(), jax.process_count())
     first = next(iter(data.one_pass('train', config.batch_size // config.accumulate, process=process, by='records', limit=1)))
     first = only(first, objective.streams())
@@ -75,24 +94,27 @@ def build(config: ConfigDict, data) -> Built:
                                                                 dtype=config.compute_dtype), batch, rng)
     labels = {name: len(classes) for name, classes in data.info.get('labels', {}).items()}
     spec = train_state.abstract(model, batch, data.size('train'), labels)
+    evals.check(config.evals, data, spec.outputs)
     init, shape, shardings, tx = train_state.create(config, model, objective, spec, mesh)
-    return Built(mesh, model, objective, tx, init, shape, shardings, data.info)
+    step = jax.jit(train_step.make(config, model, objective, tx), in_shardings=(shardings, sharding.batch_sharding(mesh)),
+                   out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0, compiler_options=dict(config.compiler_options) or None)
+    return Built(mesh, model, objective, tx, init, step, shape, shardings, data.info)
 
 
-def train(config: ConfigDict, data, workdir: str | pathlib.Path, *, quiet: bool = False) -> dict[str, float]:
-    """Trains to config.steps or to SIGTERM, continuing whatever the run folder holds. Returns the last evaluation's scalars.
+def train(config: ConfigDict, data, workdir: str | pathlib.Path, *, quiet: bool = False) -> tuple[Built, dict[str, float]]:
+    """Trains to config.steps or to SIGTERM, continuing whatever the run folder holds. Returns what it built, compiled by now, and the last
+    evaluation's scalars.
 
     data: the data object of docs/architecture.md. Raises ConfigError before anything is written when config, data or checkpoint
     do not fit, and TrainingStopped when the run cannot go on.
     """
     with distributed.Stop() as stop:
-        return _train(config, data, pathlib.Path(workdir), quiet, stop)
+        built = build(config, data)
+        return built, _train(config, data, pathlib.Path(workdir), built, quiet, stop)
 
 
-def _train(config: ConfigDict, data, workdir: pathlib.Path, quiet: bool, stop: distributed.Stop) -> dict[str, float]:
+def _train(config: ConfigDict, data, workdir: pathlib.Path, built: Built, quiet: bool, stop: distributed.Stop) -> dict[str, float]:
     main, process = distributed.is_main(), (jax.process_index(), jax.process_count())
-    resolve(config, data)
-    built = build(config, data)
     check_run_folder(config, workdir)
 
     # Start order: the run's own latest checkpoint; else init_from; else scratch.
@@ -123,17 +145,16 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, quiet: bool, stop: d
     writer = metrics.Writer(workdir, step, main)
     progress = metrics.Progress(config.steps, step, quiet, main)
     count = sum(x.size for x in jax.tree.leaves(state.params))
-    progress.say(f'{config.name}: {origin}; {count / 1e6:.2f} M parameters, {data.size("train")} training records, '
+    frozen = sum(x.size for n, x in zip(jax.tree.leaves(optim.paths(state.params)), jax.tree.leaves(state.params))
+                 if optim.matches(n, config.optimizer.frozen))
+    told = f' ({frozen / 1e6:.2f} M of them frozen)' if frozen else ''
+    progress.say(f'{config.name}: {origin}; {count / 1e6:.2f} M parameters{told}, {data.size("train")} training records, '
                  f'{jax.device_count()} × {jax.devices()[0].device_kind}, {jax.process_count()} process(es)')
 
     with jax.set_mesh(built.mesh):
-        run_step = jax.jit(train_step.make(config, built.model, built.objective, built.tx),
-                           in_shardings=(built.shardings, sharding.batch_sharding(built.mesh)),
-                           out_shardings=(built.shardings, sharding.replicated(built.mesh)), donate_argnums=0,
-                           compiler_options=dict(config.compiler_options) or None)
         first_record = data.offsets('train', by='records')
         meter = metrics.Meter()
-        batches, pending, scalars, started = None, None, {}, time.monotonic()
+        batches, pending, scalars, started, unreadable = None, None, {}, time.monotonic(), 0
 
         def save() -> None:
             meta = {'step': step, 'consumed': consumed, 'order': order, 'weights': list(weights),
@@ -142,7 +163,7 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, quiet: bool, stop: d
 
         def settle() -> None:
             """Reads the metrics of the step before: by now they are computed, so reading them stops nothing."""
-            nonlocal pending, order
+            nonlocal pending, order, unreadable
             if pending is None:
                 return
             at, device_values = pending
@@ -164,6 +185,11 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, quiet: bool, stop: d
                 speed = meter.read()
                 writer.write(at, {**values, 'order': order[:16], **speed})
                 progress.show(at, {**values, **speed})
+                found = data.problems()['indices'][unreadable:]
+                if found:
+                    unreadable += len(found)
+                    writer.write(at, {'event': 'unreadable records', 'records': [f'{source}:{index} {why}' for source, index, why in found]})
+                    progress.say(f'step {at}: {len(found)} more records cannot be read, such as {" ".join(map(str, found[0]))}')
 
         try:
             while step < config.steps:
@@ -177,6 +203,7 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, quiet: bool, stop: d
                     state, fresh, weights = refresh(config, built, state, step, data, process, columns)
                     columns = {**columns, **fresh.columns}
                     writer.write(step, {f'refresh/{k}': v for k, v in fresh.metrics.items()})
+                    meter.reset()
                     if fresh.weights and batches is not None:
                         batches.close()  # what is prefetched was drawn with the old weights
                         batches = None
@@ -189,7 +216,7 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, quiet: bool, stop: d
                     record = first_record[batch['source']] + batch['index']
                     batch['columns'] = {k: v[record] for k, v in columns.items()}
                 meter.waited += time.monotonic() - began
-                state, values = run_step(state, encoder.place(batch, built.mesh))
+                state, values = built.step(state, encoder.place(batch, built.mesh))
                 step, consumed = step + 1, consumed + config.batch_size
                 settle()
                 meter.clips += config.batch_size

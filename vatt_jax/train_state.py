@@ -33,11 +33,11 @@ def abstract(model, batch, size: int, labels) -> Spec:
 
     batch: abstract device batch (after preprocess.device_stage) of one microbatch.
     """
-    rng = jax.eval_shape(lambda: Rng.create(0, 0, jnp.zeros(batch['index'].shape, jnp.uint32)))
-    # jitted, so that all who ask for its shapes or values share one trace
-    init = jax.jit(lambda key, b, r: dict(model.init(key, b, train=False, rng=r)))
-    variables = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), batch, rng)
-    outputs = jax.eval_shape(lambda v, b, r: model.apply(v, b, train=False, rng=r), nn.meta.unbox(variables), batch, rng)
+    def init(key, b):
+        outputs, variables = model.init_with_output(key, b, train=False, rng=Rng.create(0, 0, jnp.zeros(b['index'].shape, jnp.uint32)))
+        return outputs, dict(variables)
+    init = jax.jit(init)  # so that all who ask for its shapes or values share one trace
+    outputs, _ = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), batch)
     return Spec(model, outputs, batch, size, labels, init)
 
 
@@ -50,8 +50,7 @@ def create(config, model, objective, spec: Spec, mesh) -> tuple[Any, Any, Any, o
     def variables(key):
         model_key, objective_key = jax.random.split(key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec.batch)
-        rng = Rng.create(0, 0, zeros['index'])
-        boxed = spec.init(model_key, zeros, rng)
+        _, boxed = spec.init(model_key, zeros)
         objective_params, objective_state = objective.init(objective_key, spec)
         return {'model': boxed['params'], 'objective': objective_params}, boxed.get('batch_stats', {}), objective_state
 
@@ -77,7 +76,9 @@ def create(config, model, objective, spec: Spec, mesh) -> tuple[Any, Any, Any, o
                                         transform_non_params=lambda _: one, is_leaf=masked),
         objective=sharding.tree_shardings(boxed_state, mesh),
         ema=param_shardings['model'] if config.optimizer.ema else {}, bad=one, skipped=one)
-    return jax.jit(lambda: init(key), out_shardings=shardings), shape, shardings, tx
+    # LLVM takes longer over a program that runs once than to run it unoptimised.
+    options = {'xla_backend_optimization_level': 0} if mesh.devices.flat[0].platform == 'cpu' else None
+    return jax.jit(lambda: init(key), out_shardings=shardings, compiler_options=options), shape, shardings, tx
 
 
 def evaluation_variables(state: TrainState) -> dict[str, Any]:

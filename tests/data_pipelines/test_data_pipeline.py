@@ -240,6 +240,25 @@ def test_mixture_of_sources(config, prepared):
     data.close()
 
 
+def test_without_captioned_segments_there_is_no_caption_stream(config, prepared):
+    """So that retrieval asks with the sentences that were spoken: the training split here has these alone."""
+    data = data_pipelines.open(config)
+    got, captioned = (next(iter(data.one_pass(split, 4))) for split in ('train', 'test'))
+    assert 'text.caption' not in got and got['text']['valid'].any() and captioned['text.caption']['valid'].all()
+    data.close()
+
+
+def test_a_source_without_a_path_is_what_is_made(config, prepared, tmp_path):
+    (tmp_path / 'records').symlink_to(prepared[0])
+    config.data.train = {'made': {'weight': 2}}
+    with pytest.raises(DataError, match='config.data.train.made has no path'):
+        data_pipelines.open(config)
+    config.data.make = {'path': str(tmp_path)}
+    data = data_pipelines.open(config)
+    assert data.size('train') == 13
+    data.close()
+
+
 def test_few_labels(config, prepared):
     """Exactly so many segments of each class are known, in records drawn in proportion; fewer are a part of more; passes know all."""
     def known(n, **fields):
@@ -307,7 +326,11 @@ def test_frames_of_different_shapes_are_cut_to_squares(config, tmp_path):
     ({'model.inputs.audio.rate': 48000}, 'model.inputs.audio.rate is 48000.*--rate=48000'),
     ({'model.inputs.text.tokenizer': 'wordpiece'}, "tokenizer is 'wordpiece'.*--tokenizer=wordpiece"),
     ({'data.train': {}}, 'data.train is empty'), ({'data.train': {'a': {'path': 'nowhere'}}}, 'nowhere does not exist'),
-    ({'data.train': {'a': {'path': 'tests'}}}, 'not a folder made by'), ({'data.train': {'a': {}}}, 'has no path')])
+    ({'data.train': {'a': {'path': 'tests'}}}, 'not a folder made by'), ({'data.train': {'a': {}}}, 'has no path'),
+    ({'data.train': {'a': 'data/mine'}}, "config.data.train.a is 'data/mine'; a group of fields is wanted"),
+    ({'data.train': {'a': {'path': 'tests', 'weight': 'much'}}}, "config.data.train.a.weight is 'much'; a float is wanted"),
+    ({'data.train': {'a': {'path': 'tests', 'spilt': 'test'}}}, "config.data.train.a has no field 'spilt'"),
+    ({'data.views': (3,)}, 'config.data.views is .*pairs of a stream and a view')])
 def test_what_does_not_fit_is_named(config, change, say):
     for path, value in change.items():
         node, _, field = path.rpartition('.')

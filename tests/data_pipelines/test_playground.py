@@ -1,6 +1,7 @@
 """The playground keeps its promises: what is seen, heard and said belongs together, and the truth beside it is true."""
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -367,6 +368,16 @@ def test_what_is_there_is_kept_and_another_world_refused(made):
     with pytest.raises(DataError, match=r'holds a playground with seed=3 and 4 is asked for; name another path'):
         playground.make(path, processes=1, quiet=True, **{**SMALL, 'seed': 4})
     assert {p: p.stat().st_mtime_ns for p in path.rglob('*')} == before
+
+
+def test_killed_just_before_the_records_were_finished(made, tmp_path):
+    """Everything is there but the file that says so, which is written last: the same call finishes it."""
+    shutil.copytree(made[0], tmp_path / 'small')
+    done = tmp_path / 'small' / 'records' / 'prepare.json'
+    done.unlink()
+    (done.parent / '.staging').mkdir()
+    assert playground.make(tmp_path / 'small', processes=1, quiet=True, **SMALL) == done.parent
+    assert done.exists()
 
 
 @pytest.mark.parametrize('fields, sentence', [

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vatt_jax.config import choose
+from vatt_jax.config import ConfigError, choose
 from vatt_jax.evals import gallery
 from vatt_jax.evals.base import CHANGES, Result, View
 from vatt_jax.evals.classification import Classification
@@ -22,7 +22,7 @@ from vatt_jax.evals.retrieval import Retrieval, Sync
 EVALUATORS = {'retrieval': Retrieval, 'linear_probe': LinearProbe, 'simple_probe': SimpleProbe, 'sync': Sync, 'classification': Classification,
               'clustering': Clustering, 'neighbours': Neighbours}
 
-__all__ = ['CHANGES', 'EVALUATORS', 'Result', 'View', 'build', 'gallery', 'load', 'run_all', 'save']
+__all__ = ['CHANGES', 'EVALUATORS', 'Result', 'View', 'build', 'check', 'gallery', 'load', 'run_all', 'save']
 
 
 def build(name: str, config) -> Any:
@@ -33,6 +33,38 @@ def build(name: str, config) -> Any:
     if change:
         choose(change, CHANGES, f'{where}.change')
     return evaluator
+
+
+def check(config, data, outputs) -> None:
+    """Raises ConfigError for an evaluator of `config.evals` that asks for a split, label, stream or space that the data or the model lack, so that
+    it shows before training and not after it. outputs: the model's Outputs, abstract ones do."""
+    of = lambda streams: {s.split('.')[0] for s in streams}
+    towers, spaces = of(outputs.encoded), {space: of(streams) for space, streams in outputs.spaces.items()}
+    for name in config:
+        c, where = build(name, config[name]).config, f'config.evals.{name}'
+        for field in ('limit', 'train_limit', 'test_limit', 'windows', 'crops', 'epochs', 'iterations'):
+            if c.get(field, 1) < 1:
+                raise ConfigError(f'{where}.{field}={c[field]}: a positive number is wanted')
+        if not all(isinstance(x, (int, float)) and x > 0 for x in c.get('strengths', ())):
+            raise ConfigError(f'{where}.strengths={c.strengths}: positive numbers are wanted')
+        for field in ('split', 'train', 'test'):
+            if field in c and not data.size(c[field], 'segments'):
+                raise ConfigError(f'{where}.{field}={c[field]!r}: the data have no such split; {WITHOUT}')
+        if 'label' in c and c.label not in data.info.get('labels', {}):
+            raise ConfigError(f'{where}.label={c.label!r}: the data have {", ".join(data.info.get("labels", {})) or "no labels"}; {WITHOUT}')
+        if c.type == 'linear_probe' and not of([c.stream]) <= towers:
+            raise ConfigError(f'{where}.stream={c.stream!r}: the model encodes {", ".join(sorted(towers))}; {WITHOUT}')
+        pairs = c.get('pairs', ()) if c.type != 'sync' else (('video', 'audio', c.space),)
+        for pair in pairs:
+            if len(pair) != 3:
+                raise ConfigError(f"{where}.pairs has {pair!r}; (query, gallery, space) is wanted, such as ('text', 'video', 'vat')")
+            *streams, space = pair
+            if not of(streams) <= spaces.get(space, set()):
+                have = '; '.join(f'{k}: {", ".join(sorted(v))}' for k, v in spaces.items()) or 'none'
+                raise ConfigError(f'{where}: {" and ".join(streams)} do not meet in space {space!r}; spaces are {have}; {WITHOUT}')
+
+
+WITHOUT = "name another, or leave this evaluator out of config.evals (--config.evals=\"{'NAME': {'type': …}}\" replaces them all)"
 
 
 def run_all(config, view: View, baseline: bool = False) -> dict[str, Result]:

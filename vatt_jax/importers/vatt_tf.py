@@ -435,7 +435,7 @@ def import_checkpoint(prefix: str, out: str | os.PathLike, config: ConfigDict | 
         config.model.update({'shared': told['shared'], 'head': ConfigDict(told['head'])})
         config.model.towers, config.model.encoder = ConfigDict(told['towers']), ConfigDict(told['encoder'])
         if any(t.name == 'spt' for t in config.model.towers.values()):
-            config.model.inputs.audio.mel = ConfigDict(spectrogram.DEFAULTS)
+            config.model.inputs.audio.mel = config.model.inputs.audio.get('mel') or ConfigDict(spectrogram.DEFAULTS)
         if of == 'finetuned':
             modality = next(iter(told['towers']))
             config.objective = ConfigDict({'name': 'classification', 'stream': modality, 'label': 'class'})

@@ -124,9 +124,9 @@ def paths(graph: Graph, config: Mapping[str, Any]) -> dict[str, list]:
     """The graph's paths without what leads to no space that has a width: modality -> steps. Raises ConfigError for other fields than spaces,
     for none, and where a space is reached through one that has no width."""
     known = graph.spaces()
-    for field, width in config.items():
+    for field, width in config.items() if known else ():   # without spaces, widths left over from another graph mean nothing
         if field != 'name' and (field not in known or not isinstance(width, int) or width < 1):
-            raise ConfigError(f'config.model.head.{field}={width!r}: the graph {config["name"]!r} has the spaces {", ".join(known) or "–"}; '
+            raise ConfigError(f'config.model.head.{field}={width!r}: the graph {config["name"]!r} has the spaces {", ".join(known)}; '
                               'give those that are wanted a positive width')
     if known and not any(s in config for s in known):
         raise ConfigError(f'config.model.head has no width for any space of the graph {config["name"]!r}; it has {", ".join(known)}')

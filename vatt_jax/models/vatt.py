@@ -80,6 +80,10 @@ ENCODERS = {
 }
 
 
+COUNTS = {'layers', 'width', 'mlp', 'heads', 'head_width', 'vocab', 'word_width', 'replicas', 'buckets', 'max_distance'}
+RATES = {'dropout', 'attention_dropout', 'position_dropout', 'drop_token'}
+
+
 class VATT(nn.Module):
     """config: `config.model` as a plain (frozen) dict. Streams named `modality.view` go through the tower of their modality.
 
@@ -93,6 +97,7 @@ class VATT(nn.Module):
         fronts, encoders, posts, nets = {}, {}, {}, {}
         if c['shared']:
             shared = with_defaults(c['encoder'], SIZE, 'config.model.encoder')
+            check_sizes(shared, 'config.model.encoder')
             self.shared_encoder = self._encoder(shared)
         for modality, given in c['towers'].items():
             where = f'config.model.towers.{modality}'
@@ -109,7 +114,8 @@ class VATT(nn.Module):
                         choose(t[field], options, f'{where}.{field}')
                 nets[modality] = NETS[t['name']][1](**{k: v for k, v in t.items() if k != 'name'}, dtype=self.dtype)
                 continue
-            width = c['encoder']['width'] if c['shared'] else t['width']
+            check_sizes(t, where)
+            width = shared['width'] if c['shared'] else t['width']
             if modality == 'text':
                 words = {'vocab': t['vocab'], 'word_width': t['word_width'], 'width': width, 'frozen': t['frozen_words'],
                          'position_dropout': t['position_dropout'], 'dtype': self.dtype}
@@ -121,8 +127,12 @@ class VATT(nn.Module):
                     words |= {'dropout': t['dropout']}
                 fronts[modality] = Words(**words)
             else:
-                patch = tuple(t['patch']) if isinstance(t['patch'], (tuple, list)) else (t['patch'],)
-                tables = tuple(t['positions']) or tuple(n // p for n, p in zip(extent(modality, c['inputs']), patch, strict=True))
+                patch, size = patch_of(t), extent(modality, c['inputs'])
+                if len(patch) != len(size) or not all(1 <= p <= n for p, n in zip(patch, size)):
+                    raise ConfigError(f'{where}.patch={t["patch"]} does not fit inputs of {size}; {len(size)} numbers from 1 to these are wanted')
+                tables = tuple(t['positions']) or tuple(n // p for n, p in zip(size, patch))
+                if int((1 - t['drop_token']) * math.prod(tables)) < 1:
+                    raise ConfigError(f'{where}.drop_token={t["drop_token"]:g} leaves none of {math.prod(tables)} tokens; lower it')
                 fronts[modality] = Patches(patch, tables, AXES[t['name']], width, t['drop_token'], t['per_example'], t['replicas'],
                                            c['shared'] or t['pre'], t['position_dropout'], t['name'] == 'spt', t['patch_init'], self.dtype)
             if not c['shared']:
@@ -185,6 +195,20 @@ class VATT(nn.Module):
         return Outputs(encoded, self.project(encoded, valid={s: batch[s]['valid'] for s in encoded}, train=train))
 
 
+def check_sizes(fields: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError for counts below 1 and for rates outside [0, 1)."""
+    for name, value in fields.items():
+        if name in COUNTS and value < 1:
+            raise ConfigError(f'{where}.{name}={value}: a positive number is wanted')
+        if name in RATES and not 0 <= value < 1:
+            raise ConfigError(f'{where}.{name}={value:g}: a number of at least 0 and below 1 is wanted')
+
+
+def patch_of(tower: Mapping[str, Any]) -> tuple[int, ...]:
+    """Size of a patch along each axis."""
+    return tuple(tower['patch']) if isinstance(tower['patch'], (tuple, list)) else (tower['patch'],)
+
+
 def extent(modality: str, inputs) -> tuple[int, ...]:
     """Length of each patched axis of the inputs a model is made for."""
     i = inputs[modality]
@@ -197,6 +221,4 @@ def extent(modality: str, inputs) -> tuple[int, ...]:
 
 def tokens_of(config, modality: str) -> int:
     """Tokens of a patched modality at the model's own input size, before DropToken."""
-    t = config['towers'][modality]
-    patch = t['patch'] if isinstance(t['patch'], (tuple, list)) else (t['patch'],)
-    return math.prod(n // p for n, p in zip(extent(modality, config['inputs']), patch, strict=True))
+    return math.prod(n // p for n, p in zip(extent(modality, config['inputs']), patch_of(config['towers'][modality]), strict=True))

@@ -31,7 +31,7 @@ class Loss:
 class Spec:
     """What an objective may size itself by. model: the Linen module; outputs: `jax.eval_shape` of its Outputs on one
     global (micro)batch; batch: abstract device batch; size: records of the training set (M); labels: name -> classes.
-    init: (key, batch, rng) -> the model's initial variables, boxed."""
+    init: (key, batch) -> (Outputs, the model's initial variables, boxed)."""
     model: Any
     outputs: Any
     batch: Any

@@ -38,6 +38,10 @@ class Contrastive(Objective):
         c = self.config
         if not c.pairs:
             raise ConfigError('config.objective.pairs is empty; name at least one, such as ("video", "audio", "va", 1.0)')
+        for pair in c.pairs:
+            if not (isinstance(pair, tuple) and len(pair) == 4 and isinstance(pair[3], (int, float)) and pair[3] > 0):
+                raise ConfigError(f'config.objective.pairs has {pair!r}; (stream, stream, space, weight above 0) is wanted, such as '
+                                  '("video", "audio", "va", 1.0)')
         choose(c.form, FORMS, 'config.objective.form')
         choose(c.method, (*similarity.METHODS, 'dense'), 'config.objective.method')
         choose(c.dtype, ('float32', 'bfloat16'), 'config.objective.dtype')

@@ -10,10 +10,16 @@ from data_pipelines.datasets.playground.render import render
 from data_pipelines.datasets.playground.world import Config
 from data_pipelines.errors import DataError
 
-__all__ = ['Config', 'make', 'render']
+__all__ = ['Config', 'is_made', 'make', 'render']
 
 
-def make(path: str | os.PathLike, processes: int = 2, quiet: bool = False, **fields) -> pathlib.Path:
+def is_made(path: str | os.PathLike) -> bool:
+    """Whether nothing is left to be rendered or prepared."""
+    from data_pipelines.prepare import is_finished
+    return is_finished(pathlib.Path(path) / 'records')
+
+
+def make(path: str | os.PathLike = '', processes: int = 2, quiet: bool = False, **fields) -> pathlib.Path:
     """Renders a playground into <path>/media and prepares it into <path>/records, as any user's mp4 files are; returns the latter.
 
     fields: of Config. What is there already is kept. Raises DataError for a wrong field, or when <path> holds another playground.
@@ -27,6 +33,8 @@ def make(path: str | os.PathLike, processes: int = 2, quiet: bool = False, **fie
         config = Config(**fields)
     except ValueError as error:
         raise DataError(str(error)) from error
+    if not path:
+        raise DataError('the playground has no path; name the folder it is made in, such as path=runs/data/playground')
     path = pathlib.Path(path)
     stamp = path / 'playground.json'
     wanted = dataclasses.asdict(config)
@@ -42,7 +50,7 @@ def make(path: str | os.PathLike, processes: int = 2, quiet: bool = False, **fie
         temporary.write_text(json.dumps(wanted, indent=1))
         os.replace(temporary, stamp)
     records = path / 'records'
-    if not (records / 'index.json').exists():
+    if not is_made(path):
         render(config, path, processes, quiet)
         prepare(str(path / 'media'), str(path / 'captions.json'), str(records), annotations=str(path / 'annotations.json'),
                 fps=config.fps, size=config.size, rate=config.rate, processes=processes, name='playground', quiet=quiet)
