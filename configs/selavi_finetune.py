@@ -4,7 +4,7 @@
     python run.py --config=configs/selavi_finetune.py:demo --workdir=runs/selavi_tuned     # the playground's classes, from runs/selavi
     python run.py --config=configs/selavi_finetune.py:demo,scratch --workdir=runs/selavi_scratch
 
-    python run.py --mode=eval --workdir=runs/selavi_vggsound --config.data.eval.path=data/ucf101_1/records \\
+    python run.py --mode=eval --workdir=runs/selavi_vggsound "--config.data.eval={'path': 'data/ucf101_1/records'}" \\
         "--config.evals={'neighbours': {'type': 'neighbours'}}"                            # retrieval, by the pretrained model
 
 Fine-tuning: 12 passes over ten clips of each video, SGD; rates rise to eight times their first value over two passes and fall to a twentieth
