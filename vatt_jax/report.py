@@ -68,15 +68,14 @@ def rows(run: Run, beside: Sequence[Run] = ()) -> tuple[list[str], list[list[str
     header = ['', 'pretrained', '95 % interval', *[f'{r.name}' for r in beside], 'random init', 'chance']
     out = []
     for name, result in run.results.items():
-        for key, value in result.scalars.items():
-            interval, chance = (result.artifacts.get(f'{key}/{what}') for what in ('interval', 'chance'))
-            if interval is None and chance is None:
-                continue
+        told = [k for k in result.scalars if f'{k}/interval' in result.artifacts or f'{k}/chance' in result.artifacts]
+        for key in told:
+            value, interval, chance = result.scalars[key], result.artifacts.get(f'{key}/interval'), result.artifacts.get(f'{key}/chance')
             show = _number if 'rank' in key else _nats if 'entropy' in key else _percent
             cell = lambda results, name=name, key=key, show=show: (
                 show(results[name].scalars[key]) if name in results and key in results[name].scalars else '–')
             shown = '–' if interval is None else f'{show(interval[0])} … {show(interval[1])}'
-            out.append([_label(name, key), show(value), shown, *[cell(r.results) for r in beside],
+            out.append([_label(name, key, len(told) == 1), show(value), shown, *[cell(r.results) for r in beside],
                         cell(run.baseline), '–' if chance is None else show(chance)])
     return header, out
 
@@ -97,10 +96,10 @@ def table(workdir: str | os.PathLike, others: Sequence[str | os.PathLike] = (), 
     return text.getvalue().rstrip()
 
 
-def _label(name: str, key: str) -> str:
+def _label(name: str, key: str, alone: bool) -> str:
     *pair, last = key.split('/')
     words = ' '.join([name.replace('_', ' '), *[p.replace('_to_', ' → ').replace('_', ' ') for p in pair]])
-    return words if last == 'accuracy' else f'{words} {last.replace("_", " ")}'
+    return words if last == 'accuracy' and alone else f'{words} {last.replace("_", " ")}'
 
 
 def _percent(x: float) -> str:
