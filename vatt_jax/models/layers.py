@@ -5,7 +5,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vatt_jax.sharding import logical
+from vatt_jax.sharding import as_rows, logical
 
 
 class Dense(nn.Module):
@@ -20,7 +20,7 @@ class Dense(nn.Module):
     def __call__(self, x):
         init = jax.nn.initializers.variance_scaling(self.init_scale ** 2, 'fan_avg', 'uniform')
         kernel = self.param('kernel', logical(init, *self.axes), (x.shape[-1], self.features), jnp.float32)
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        y = (as_rows(x.astype(self.dtype)) @ kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
         if self.bias:
             y = y + self.param('bias', logical(jax.nn.initializers.zeros, self.axes[1]), (self.features,), jnp.float32).astype(self.dtype)
         return y
