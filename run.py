@@ -6,6 +6,7 @@
     python run.py --mode=eval   --workdir=runs/demo                  # the run's own config, newest checkpoint
     python run.py --mode=embed  --workdir=runs/demo --split=test     # embeddings of a dataset split, as npz
     python run.py --mode=report --workdir=runs/demo                  # report/index.html
+    python run.py --mode=deflate --workdir=runs/mmv --out=runs/mmv_image   # a network for images out of one for video (docs/mmv.md)
 """
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ import time
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # TensorFlow decodes on the host and need not introduce itself
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
-MODES = ('train', 'eval', 'embed', 'report')
+MODES = ('train', 'eval', 'embed', 'report', 'deflate')
 
 
 def main(argv: list[str]) -> None:
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> None:
     if flags.mode == 'train':
         train(config, workdir, flags.quiet)
     else:
-        {'eval': evaluate, 'embed': embed}[flags.mode](config, workdir, flags)
+        {'eval': evaluate, 'embed': embed, 'deflate': deflate}[flags.mode](config, workdir, flags)
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
@@ -58,6 +59,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     parser.add_argument('--quiet', action='store_true', help='plain log lines instead of the live one')
     parser.add_argument('--split', default='test', help='embed: which split of config.data.eval')
     parser.add_argument('--compare', default='', help='report: other run folders, separated by commas, shown beside this one')
+    parser.add_argument('--out', default='', help='deflate: the run folder to make')
+    parser.add_argument('--naive', action='store_true', help='deflate: sum the kernels, and fit nothing')
+    parser.add_argument('--fit', default=1000, type=int, help='deflate: steps in which the batch norms are fitted, of config.batch_size pictures')
+    parser.add_argument('--rate', default=1e-3, type=float, help='deflate: first learning rate of these steps')
     overrides, rest = [], []
     words = iter(argv)
     for word in words:
@@ -153,7 +158,7 @@ def compare(config, data, workdir: pathlib.Path, built=None, again: bool = False
     from vatt_jax import checkpoint, distributed, train
     from vatt_jax.config import ConfigError
     built = built or train.build(config, data)
-    train.check_run_folder(config, workdir)
+    train.check_run_folder(config, workdir, evaluating=again)
     step = train.newest(workdir)
     if step is None:
         raise ConfigError(f'--workdir={workdir} holds no checkpoint; train first')
@@ -202,6 +207,46 @@ def embed(config, workdir: pathlib.Path, flags) -> None:
         np.savez(temporary, **out)
         os.replace(temporary, path)
         print(f'{len(features["index"])} examples → {path}')
+
+
+def deflate(config, workdir: pathlib.Path, flags) -> None:
+    """Makes --out a run folder with the deflated model of this one's newest checkpoint; pictures for the fit are frames of config.data.train."""
+    import jax
+    import numpy as np
+    from flax.traverse_util import flatten_dict
+
+    from vatt_jax import deflate as deflation
+    from vatt_jax import sharding
+    from vatt_jax.config import ConfigError
+    from vatt_jax.importers import table
+    if not flags.out:
+        raise ConfigError('--mode=deflate makes a new run folder; name it with --out')
+    if jax.process_count() > 1:
+        raise ConfigError(f'--mode=deflate works in one process, this is one of {jax.process_count()}; all devices of one machine are used')
+    if flags.fit < 1 or flags.rate <= 0:
+        raise ConfigError(f'--fit={flags.fit} --rate={flags.rate:g}: positive numbers are wanted; --naive fits nothing')
+    out = table.check_new(flags.out)
+    stored, info, ours = table.read_run(workdir)
+    stored.data, stored.mesh, stored.batch_size = config.data, config.mesh, config.batch_size
+    still = deflation.still_config(stored)
+    tree = lambda group: deflation.unflatten_dict({k[1:]: v for k, v in ours.items() if k[0] == group})
+    params = deflation.naive(stored, tree('params'))
+    losses: list[float] = []
+    if not flags.naive:
+        mesh = sharding.make_mesh(dict(config.mesh))
+        pictures = open_data(still).train(0, config.batch_size)
+
+        def told(step, loss):
+            if step % 100 == 0 or step == flags.fit:
+                print(f'step {step}: mean |difference| {loss:.5f}', flush=True)
+        params, losses = deflation.refit(stored, {'params': tree('params'), 'batch_stats': tree('batch_stats')}, still, params, pictures, flags.fit,
+                                         flags.rate, mesh, told)
+        pictures.close()
+    arrays = {k: v for k, v in ours.items() if k[0] != 'params'} | {('params', *k): v for k, v in flatten_dict(params).items()}
+    info = {**info, 'deflated': {'fitted': not flags.naive, 'from': workdir.name, 'steps': len(losses),
+                                 'loss': [float(np.mean(x)) for x in (losses[:10], losses[-10:])] if losses else []}}
+    table.write_run(out, still, table.abstract_state(still, info.get('labels', {})), arrays, info)
+    print(f'{"naively " if flags.naive else ""}deflated {workdir} → {out}')
 
 
 def report(workdir: pathlib.Path, others: tuple[str, ...] = ()) -> None:

@@ -48,7 +48,7 @@ from ml_collections import ConfigDict  # noqa: E402
 import data_pipelines  # noqa: E402
 from configs import default  # noqa: E402
 from vatt_jax import encoder, preprocess, sharding, train, train_step  # noqa: E402
-from vatt_jax.importers import vatt_tf  # noqa: E402
+from vatt_jax.importers import table, vatt_tf  # noqa: E402
 from vatt_jax.rng import Rng  # noqa: E402
 
 RESULTS = ROOT / 'benchmarks' / 'results' / 'vatt_step.json'
@@ -233,7 +233,7 @@ class Ours:
 def official_weights(c, state):
     ours = {('params', *k): v for k, v in flatten_dict(jax.device_get(state.params['model'])).items()}
     ours |= {('batch_stats', *k): v for k, v in flatten_dict(jax.device_get(state.batch_stats)).items()}
-    return vatt_tf.to_theirs(ours, list(vatt_tf.layout(vatt_tf.filled(c))))
+    return table.to_theirs(ours, list(vatt_tf.layout(vatt_tf.filled(c))))
 
 
 def same_loss(c, data, ours):

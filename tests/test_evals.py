@@ -18,7 +18,7 @@ from vatt_jax.rng import Rng
 
 
 class Known:
-    """A view whose features are given. features: {split, or (split, window number, crop): what encoder.features_of returns}."""
+    """A view whose features are given. features: {split, (split, draw) or (split, window number, crop): what encoder.features_of returns}."""
     seed = 0
 
     def __init__(self, features, labels=()):
@@ -26,9 +26,9 @@ class Known:
         self.data = types.SimpleNamespace(info={'labels': {'class': list(labels)}})
         self.encoder = types.SimpleNamespace(objective=types.SimpleNamespace(streams=lambda: ('video',)))
 
-    def features(self, split, window=None, **asked):
+    def features(self, split, window=None, draw='', **asked):
         self.asked.append((split, asked))
-        return self._features[(split, window['number'], window.get('crop')) if window else split]
+        return self._features[(split, window['number'], window.get('crop')) if window else (split, draw) if draw else split]
 
 
 def embeddings(n, spaces, valid=None, mask=None):
@@ -415,6 +415,55 @@ def test_neighbours_are_those_of_the_mean_of_unit_features():
             neighbours((queries, y), (gallery, classes), **{'first': (1,), **fields})
 
 
+def test_mmv_probe_standardises_learns_from_passes_and_averages_decisions():
+    """Against scikit-learn, written out: scaler and machine see every pass, windows are scaled by the same numbers, decision values averaged."""
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import LinearSVC
+    (x, y), (x_test, y_test), rng = blobs(60, 3, 2.0, 0), blobs(45, 3, 2.0, 1), np.random.default_rng(5)
+    size = np.array([1e3, 1, 1, 1e-3, 1, 0])                       # as they are, the first feature would decide; the last is constant
+    near = lambda x: (x + rng.normal(size=x.shape)) * size
+    features = lambda x, y: {'pooled': {'video': x}, 'labels': {'class': y}, 'valid': {'video': np.ones(len(y), bool)}}
+    parts = {('train', f'probe {i}'): features(near(x), y) for i in range(3)}
+    parts |= {('test', w, None): features(near(x_test), y_test) for w in range(4)}
+    fields = {'type': 'linear_probe', 'solver': 'svm', 'standardise': True, 'passes': 3, 'windows': 4, 'strengths': (1e-2,)}
+    got = evals.build('p', ConfigDict(fields)).run(Known(parts, labels=['a', 'b', 'c']))
+    every = np.concatenate([parts['train', f'probe {i}']['pooled']['video'] for i in range(3)])
+    scaler = StandardScaler().fit(every)
+    machine = LinearSVC(C=1e-2, random_state=0).fit(scaler.transform(every), np.tile(y, 3))
+    values = np.mean([machine.decision_function(scaler.transform(parts['test', w, None]['pooled']['video'])) for w in range(4)], 0)
+    np.testing.assert_array_equal(np.argwhere(got.artifacts['confusion'] > 0), np.unique(np.stack([y_test, values.argmax(-1)], 1), axis=0))
+    assert got.scalars['accuracy'] == pytest.approx((values.argmax(-1) == y_test).mean()) and got.scalars['C'] == 1e-2
+    assert (got.artifacts['train'], got.artifacts['test']) == (180, 45)
+    plain = evals.build('p', ConfigDict({**fields, 'standardise': False})).run(Known(parts, labels=['a', 'b', 'c']))
+    assert not np.array_equal(plain.artifacts['confusion'], got.artifacts['confusion'])
+    with pytest.raises(ConfigError, match=r'config.evals.p.strengths=\(0.1, 1.0\) with passes=3.*give one strength'):
+        evals.build('p', ConfigDict({**fields, 'strengths': (0.1, 1.0)}))
+    with pytest.raises(ConfigError, match='passes=-1'):
+        evals.build('p', ConfigDict({**fields, 'passes': -1}))
+
+
+def test_mlp_probe_of_several_labels():
+    """Whether a clip has label 0 or 1 is the sign of a product, which no linear classifier can tell; label 2 is the sign of one feature."""
+    from sklearn.metrics import average_precision_score
+    rng = np.random.default_rng(0)
+    def part(n):
+        x = rng.normal(size=(n, 4))
+        return x, np.stack([x[:, 0] * x[:, 1] > 0, x[:, 0] * x[:, 1] < 0, x[:, 2] > 0], 1).astype(np.float32)
+    (x, y), (x_test, y_test) = part(600), part(200)
+    features = lambda x, y: {'pooled': {'audio': 9 * x + 5}, 'labels': {'tags': y}, 'valid': {'audio': np.arange(len(y)) > 0}}
+    view = Known({'train': features(x, y), ('test', 0, None): features(x_test, y_test), ('test', 1, None): features(x_test, y_test)})
+    fields = {'type': 'linear_probe', 'stream': 'audio', 'label': 'tags', 'solver': 'mlp', 'epochs': 20, 'windows': 2}
+    got = evals.build('p', ConfigDict(fields)).run(view)
+    assert got.scalars['mAP'] > 0.9 and got.scalars['AUC'] > 0.9 and (got.artifacts['train'], got.artifacts['test']) == (599, 199)
+    scores, _ = solvers.mlp(9 * x[1:] + 5, y[1:], 9 * x_test[1:, None] + 5, 3, ConfigDict({'epochs': 20}), 0)
+    assert got.scalars['mAP'] == pytest.approx(average_precision_score(y_test[1:], scores[:, 0], average='macro'))
+    single, _ = solvers.mlp(x, y[:, 0].astype(int), x_test[:, None], 2, ConfigDict({'epochs': 20}), 0)   # one class a clip: softmax
+    np.testing.assert_allclose(single.sum(-1), 1, rtol=1e-5)
+    assert (single[:, 0].argmax(-1) == y_test[:, 0]).mean() > 0.85
+    with pytest.raises(ConfigError, match="label 'tags' is multi-hot; a single class per example is wanted, or solver='mlp'"):
+        evals.build('p', ConfigDict({**fields, 'solver': 'svm'})).run(view)
+
+
 # ---- a real encoder
 
 def test_scores_of_a_tiny_run(tiny_run):
@@ -532,6 +581,14 @@ def test_single_frame_holds_the_middle_frame(view):
     still, moving = view.features('test', limit=8, change='single_frame'), view.features('test', limit=8)
     assert not np.allclose(still['pooled']['video'], moving['pooled']['video'], atol=1e-4)
     np.testing.assert_allclose(still['pooled']['audio'], moving['pooled']['audio'], atol=1e-6)
+
+
+def test_passes_draw_other_windows_each(view):
+    plain, one, two = (view.features('train', limit=16, **asked) for asked in ({}, {'draw': 'probe 0'}, {'draw': 'probe 1'}))
+    away = lambda a, b: np.abs(a['pooled']['video'] - b['pooled']['video']).max()
+    assert min(away(plain, one), away(one, two), away(plain, two)) > 1e-3
+    np.testing.assert_array_equal(one['labels']['class'], two['labels']['class'])
+    assert view.features('train', limit=16, draw='probe 0') is one
 
 
 def test_simple_probe_on_the_synthetic_source(view):

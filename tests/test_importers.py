@@ -290,7 +290,7 @@ def close(got, want):
 def test_tx_fac_is_read_and_computes_what_the_official_weights_compute(tmp_path):
     w = written(tmp_path / 'ckpt-7', tx_fac())
     c, report = vatt_tf.import_checkpoint(str(tmp_path / 'ckpt-7'), tmp_path / 'run', config())
-    assert (report.read, report.resized, report.unused, report.optimizer) == (len(w), [], [], 4)
+    assert (report.read, report.resized, report.unused, report.bookkeeping) == (len(w), [], [], 4)
     batch = inputs()
     out = ours(tmp_path / 'run', batch)
     b = f'{R}/_base_layer'

@@ -56,6 +56,22 @@ def test_frozen_rates_and_decay_by_path():
     assert (5, 2) not in shapes  # a frozen table has no moments
 
 
+@pytest.mark.parametrize('name', optim.OPTIMIZERS)
+def test_a_step_that_is_not_applied_leaves_the_state(name):
+    """Bit for bit, with gradients that are not finite too; and one that is applied is the one without the question."""
+    p = {'a': jnp.asarray([1.0, -2.0]), 'b': jnp.asarray([[0.5]])}
+    tx = optim.build(config(name=name, clip=1.0), 10_000, p)
+    before = tx.update(jax.tree.map(lambda x: 3 * x + 1, p), tx.init(p), p)[1]
+    for grads in (p, jax.tree.map(lambda x: x * jnp.nan, p)):
+        after = tx.update(grads, before, p, apply=jnp.asarray(False))[1]
+        jax.tree.map(np.testing.assert_array_equal, after, before)
+    assert len(jax.tree.leaves(before)) > 1
+    plain, asked = tx.update(p, before, p), tx.update(p, before, p, apply=jnp.asarray(True))
+    jax.tree.map(np.testing.assert_array_equal, asked, plain)
+    moved = [not np.array_equal(n, o) for n, o in zip(jax.tree.leaves(plain[1]), jax.tree.leaves(before))]
+    assert all(moved), moved
+
+
 def test_unknown_rate_pattern():
     with pytest.raises(ConfigError, match="'nothing' matches no parameter"):
         optim.build(config(rates=(('nothing', 1.0),)), 10_000, params())

@@ -1,4 +1,6 @@
 """Logical names become mesh axes by the rules of one file, and what is said to be sharded is sharded."""
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,17 @@ from vatt_jax.sharding import ShardingError, constrain, logical, mesh_shape, mes
 ])
 def test_rules(names, sizes, shape, want):
     assert mesh_spec(names, sizes, shape) == want
+
+
+@pytest.mark.parametrize('sizes, shape, want', [
+    ({'replica': 8}, (8, 6, 4, 2), (48, 4, 2)), ({'replica': 4, 'model': 2}, (8, 6, 4), (48, 4)),
+    ({'replica': 4, 'seq': 2}, (8, 6, 4), (8, 6, 4)),   # the mesh splits tokens: rows of the flat array would be scattered
+    ({'replica': 8}, (8, 4), (8, 4))])
+def test_rows_for_a_product(sizes, shape, want):
+    x = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+    with jax.set_mesh(sharding.make_mesh(sizes)):
+        np.testing.assert_array_equal(sharding.as_rows(jnp.asarray(x)), x.reshape(want))
+    assert sharding.as_rows(jnp.asarray(x)).ndim == max(2, len(shape) - 1)   # without a mesh: flat
 
 
 def test_every_rule_names_mesh_axes():

@@ -8,7 +8,7 @@ from configs import default
 from vatt_jax import config as configs
 from vatt_jax import optim
 from vatt_jax.config import ConfigError
-from vatt_jax.importers import vatt_tf
+from vatt_jax.importers import table, vatt_tf
 from vatt_jax.models import presets
 
 FILES = [f'configs/vatt.py:{n}{o}' for n in presets.MODELS for o in ('', ',paper', ',synthetic')]
@@ -47,7 +47,7 @@ def test_published_values():
                                         ('configs/vatt_finetune.py:audioset', 527), ('configs/vatt_finetune.py:imagenet,agnostic_medium', 1000)])
 def test_builds(spec, label):
     c = configs.load(spec)
-    shape = vatt_tf.abstract_state(c, {'class': [str(i) for i in range(label)]} if label else {})
+    shape = table.abstract_state(c, {'class': [str(i) for i in range(label)]} if label else {})
     leaves = jax.tree.leaves(shape.params['objective'])
     assert (sorted(x.shape[-1] for x in leaves) == [label, label]) if label else not leaves
 
@@ -56,9 +56,9 @@ def test_the_official_layout_covers_published_models():
     """Each parameter of ours is one of theirs, and the other way, for every size the release has."""
     for name in ('bbs', 'mbs', 'lbs', 'agnostic_medium'):
         c = configs.load(f'configs/vatt.py:{name}')
-        shape = vatt_tf.abstract_state(c, {})
+        shape = table.abstract_state(c, {})
         entries = list(vatt_tf.layout(vatt_tf.filled(c)))
-        ours = vatt_tf.flatten_dict({'params': shape.params['model'], 'batch_stats': shape.batch_stats})
+        ours = table.variables(shape)
         assert {e.ours for e in entries} == set(ours)
         assert len({e.theirs for e in entries}) == len(entries)
         assert sum(math.prod(e.shape) for e in entries) == sum(x.size for x in ours.values())

@@ -13,6 +13,7 @@ from vatt_jax import checkpoint, encoder, optim, sharding, tokenizer
 from vatt_jax.config import ConfigError
 
 FILES = (str, os.PathLike)
+TOWER = {'image': 'video'}   # what a kind of input is encoded by, where it is not called the same
 
 
 def load(path: str | os.PathLike) -> Model:
@@ -45,7 +46,7 @@ class Model:
         """Parameter paths, as the patterns of config.optimizer and config.init_skip see them."""
         return jax.tree.leaves(optim.paths(self.variables['params']))
 
-    def embed(self, video: Any = None, audio: Any = None, text: Any = None, *, rate: int | None = None,
+    def embed(self, video: Any = None, audio: Any = None, text: Any = None, image: Any = None, *, rate: int | None = None,
               batch_size: int = 32) -> dict[str, dict[str, np.ndarray]]:
         """{modality: {'pooled': [B D], <common space>: [B E] of unit length}}, float32; without B where a single item was given.
 
@@ -55,15 +56,17 @@ class Model:
         audio: int16, or floats in [-1, 1], [S] at `rate` Hz (default the model's `inputs['audio']['rate']`; other rates need the video
           extra), a batch [B S], a list, or paths.
         text: a sentence or a list of sentences.
+        image: uint8 [H W 3], a batch [B H W 3] or a list: the clip that shows nothing else. A deflated model (run.py --mode=deflate) computes one
+          frame for it, a video model all of its own.
         Raises ConfigError for a modality the model lacks and for arrays of another kind or shape.
         """
-        given = {'video': video, 'audio': audio, 'text': text}
+        given = {'video': video, 'audio': audio, 'text': text, 'image': image}
         given = {k: v for k, v in given.items() if v is not None}
         if not given:
-            raise ConfigError('embed() was given nothing; name at least one of video=, audio=, text=')
+            raise ConfigError('embed() was given nothing; name at least one of video=, audio=, text=, image=')
         for name in given:
-            if name not in self._encoder.modalities:
-                raise ConfigError(f'embed({name}=…): this model has no {name} tower; it has {", ".join(self._encoder.modalities)}')
+            if TOWER.get(name, name) not in self._encoder.modalities:
+                raise ConfigError(f'embed({name}=…): this model has no {TOWER.get(name, name)} tower; it has {", ".join(self._encoder.modalities)}')
         items, single = {}, {}
         for name, value in given.items():
             items[name], single[name] = _listed(name, value)
@@ -96,15 +99,16 @@ class Model:
             n = len(data)
             data = np.concatenate([data, np.zeros((batch_size - n, *data.shape[1:]), data.dtype)])
             stream: dict[str, Any] = {'data': data, 'valid': np.arange(batch_size) < n}
-            if name == 'video':
+            tower = TOWER.get(name, name)
+            if tower == 'video':
                 h, w = data.shape[2:4]
                 side = min(h, w)
                 box = [(1 - side / h) / 2, (1 - side / w) / 2, (1 + side / h) / 2, (1 + side / w) / 2]
                 stream |= {'box': np.tile(np.array(box, np.float32), (batch_size, 1)), 'flip': np.zeros(batch_size, bool)}
             if name == 'text':
                 stream['mask'] = (data != 0).any(-1)
-            f = self._encoder({name: stream, 'position': np.arange(batch_size), 'valid': stream['valid']})
-            flat = {'pooled': f['pooled'][name], **{space: members[name] for space, members in f['spaces'].items() if name in members}}
+            f = self._encoder({tower: stream, 'position': np.arange(batch_size), 'valid': stream['valid']})
+            flat = {'pooled': f['pooled'][tower], **{space: members[tower] for space, members in f['spaces'].items() if tower in members}}
             outs.append({k: (v[:n, 0] if name == 'text' else v[:n]) for k, v in flat.items()})
         return {k: np.concatenate([o[k] for o in outs]) for k in outs[0]}
 
@@ -118,6 +122,12 @@ class Model:
         if x.shape[1:3] != (side // 2, side // 2):
             x = np.stack([_square(f, side) for f in x])
         return x
+
+    def _image(self, picture: Any) -> np.ndarray:
+        x = np.asarray(picture)
+        if x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] != 3 or 0 in x.shape:
+            raise ConfigError(f'embed(image=…): {x.dtype} {list(x.shape)} found, uint8 pixels [H W 3] wanted (0…255, RGB)')
+        return self._video(x[None])
 
     def _audio(self, samples: Any, rate: int | None) -> np.ndarray:
         if isinstance(samples, FILES):
@@ -189,7 +199,7 @@ def _listed(name: str, value: Any) -> tuple[list, bool]:
     if isinstance(value, Sequence) and not (name == 'audio' and len(value) and np.isscalar(value[0])):
         return list(value), False
     x = np.asarray(value)
-    alone = {'video': 4, 'audio': 1, 'text': 0}[name]
+    alone = {'video': 4, 'audio': 1, 'text': 0, 'image': 3}[name]
     return ([x], True) if x.ndim <= alone else (list(x), False)
 
 

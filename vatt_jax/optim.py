@@ -88,13 +88,13 @@ def schedule(config, steps: int) -> optax.Schedule:
     return rate
 
 
-def build(config, steps: int, params: Any) -> optax.GradientTransformation:
+def build(config, steps: int, params: Any) -> optax.GradientTransformationExtraArgs:
     """The optimizer of `config.optimizer` for parameters shaped like `params` (arrays or abstract).
 
     Order: clip the global norm (of the parameters that `clip_paths` names, where it does), the method's direction, decoupled weight decay,
     learning rate, factor by path. keras_sgd takes the learning rate into the velocity (v = momentum · v - rate · g), so that a change of rate
-    does not rescale what was gathered. Frozen parameters have no optimizer slots and zero updates. Raises ConfigError when a
-    pattern of `rates` or `clip_paths` matches no parameter.
+    does not rescale what was gathered. `update(…, apply=…)`: where this bool [] is False the state stays and the updates mean nothing. Frozen
+    parameters have no optimizer slots and zero updates. Raises ConfigError when a pattern of `rates` or `clip_paths` matches no parameter.
     """
     check(config, steps)
     names = paths(params)
@@ -108,13 +108,13 @@ def build(config, steps: int, params: Any) -> optax.GradientTransformation:
     trained = lambda tree: jax.tree.map(lambda x, f: optax.MaskedNode() if f else x, tree, frozen)
     decay = trained(jax.tree.map(lambda n: not matches(n, config.decay_skip), names))
     factor = trained(jax.tree.map(lambda n: next((float(f) for p, f in config.rates if re.search(p, n)), 1.0), names))
-    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    adam = guarded(optax.scale_by_adam(config.b1, config.b2, config.eps))
     weight_decay = optax.add_decayed_weights(config.weight_decay, decay) if config.weight_decay else optax.identity()
     direction = {
         'adam': optax.chain(adam, weight_decay),
         'adamw': optax.chain(adam, weight_decay),
         'keras_adam': optax.chain(scale_by_keras_adam(config.b1, config.b2, config.eps), weight_decay),
-        'sgd': optax.chain(optax.trace(config.momentum), weight_decay),
+        'sgd': optax.chain(guarded(optax.trace(config.momentum)), weight_decay),
         'keras_sgd': weight_decay,
         'lamb': optax.chain(adam, weight_decay, optax.scale_by_trust_ratio()),
     }[config.name]
@@ -124,8 +124,8 @@ def build(config, steps: int, params: Any) -> optax.GradientTransformation:
     method = optax.chain(
         clip,
         direction,
-        optax.scale_by_learning_rate(schedule(config.schedule, steps)),
-        optax.trace(config.momentum) if config.name == 'keras_sgd' else optax.identity(),
+        guarded(optax.scale_by_learning_rate(schedule(config.schedule, steps))),
+        guarded(optax.trace(config.momentum)) if config.name == 'keras_sgd' else optax.identity(),
         scale_by_path(factor) if config.rates else optax.identity())
     return optax.partition({'train': method, 'frozen': optax.set_to_zero()},
                            jax.tree.map(lambda f: 'frozen' if f else 'train', frozen))
@@ -142,19 +142,36 @@ class KerasAdamState(NamedTuple):
     nu: Any
 
 
-def scale_by_keras_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-7) -> optax.GradientTransformation:
+def scale_by_keras_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-7) -> optax.GradientTransformationExtraArgs:
     """Adam as Keras writes it: direction = sqrt(1-b2^t)/(1-b1^t) · m / (sqrt(v) + eps), eps outside the bias correction
-    (so it weighs more in early steps than in Kingma & Ba's algorithm 1). The form official VATT weights were trained with."""
+    (so it weighs more in early steps than in Kingma & Ba's algorithm 1). The form official VATT weights were trained with.
+    Knows `apply` itself (see `guarded`)."""
     def init(params):
         zeros = lambda: jax.tree.map(jnp.zeros_like, params)
         return KerasAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
-    def update(grads, state, params=None):
+    def update(grads, state, params=None, *, apply=None, **_):
         t = state.count + 1
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
         # 1 - b^t without the cancellation that costs 1e-4 in early steps
         rest = lambda b: -jnp.expm1(t.astype(jnp.float32) * math.log(b)) if b else 1.0
         correct = jnp.sqrt(rest(b2)) / rest(b1)
-        return jax.tree.map(lambda m, v: correct * m / (jnp.sqrt(v) + eps), mu, nu), KerasAdamState(t, mu, nu)
-    return optax.GradientTransformation(init, update)
+        # The direction is read from the moments as they are stored: so these are updated in place, where otherwise XLA on CPU keeps a copy
+        # of the old ones to make the direction from.
+        new = kept(apply, KerasAdamState(t, mu, nu), state)
+        return jax.tree.map(lambda m, v: correct * m / (jnp.sqrt(v) + eps), new.mu, new.nu), new
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def kept(apply, new: Any, old: Any) -> Any:
+    """`new` where `apply` (bool [], or None for True), else `old`."""
+    return new if apply is None else jax.tree.map(lambda n, o: jnp.where(apply, n, o), new, old)
+
+
+def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`inner`, whose state stays as it is where the extra argument `apply` of `update` is False."""
+    def update(updates, state, params=None, *, apply=None, **_):
+        updates, new = inner.update(updates, state, params)
+        return updates, kept(apply, new, state)
+    return optax.GradientTransformationExtraArgs(inner.init, update)

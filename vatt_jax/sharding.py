@@ -56,6 +56,15 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def as_rows(x: jax.Array) -> jax.Array:
+    """[B N …] -> [B·N …], for a product with one matrix: its derivative then sums over one axis, which XLA on CPU does without transposing (and
+    recomputing, element by element) what it sums over. As it is where the mesh splits N: rows of the flat array would have to move."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if x.ndim < 3 or not mesh.empty and any(mesh.shape.get(axis, 1) > 1 for axis in RULES['length']):
+        return x
+    return x.reshape(-1, *x.shape[2:])
+
+
 def _check(names: Sequence[str | None]) -> None:
     for name in names:
         if name is not None and name not in RULES:

@@ -338,9 +338,10 @@ def check_compiler_options(config: ConfigDict) -> None:
                               f'{str(error).splitlines()[0]}; leave it out') from error
 
 
-def check_run_folder(config: ConfigDict, workdir: pathlib.Path) -> None:
+def check_run_folder(config: ConfigDict, workdir: pathlib.Path, evaluating: bool = False) -> None:
     """A run folder belongs to one model and objective; raises ConfigError rather than continue it with another. A `vocab` of 0 is
-    whatever the data say (`resolve`), so before the data are open it differs from nothing."""
+    whatever the data say (`resolve`), so before the data are open it differs from nothing. evaluating: the model may be shown other sizes and
+    rates of its inputs than in training (where a parameter's shape follows from them, reading it will tell)."""
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f'--workdir={workdir} is a file; a folder is wanted')
     if newest(workdir) is None:
@@ -351,7 +352,7 @@ def check_run_folder(config: ConfigDict, workdir: pathlib.Path) -> None:
     new = dict(configs.flatten(config))
     changed = [f for f in configs.same(old, config) if f.startswith(('model.', 'objective.', 'optimizer.name', 'optimizer.frozen'))
                and not f.startswith(('model.attention', 'model.scan', 'model.remat', 'objective.method', 'objective.block'))
-               and not (f.endswith('.vocab') and new.get(f) == 0)]
+               and not (f.endswith('.vocab') and new.get(f) == 0) and not (evaluating and f.startswith('model.inputs.'))]
     if changed:
         f = changed[0]
         values = [dict(configs.flatten(c)).get(f, 'absent') for c in (old, config)]

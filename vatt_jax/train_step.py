@@ -56,20 +56,19 @@ def make(config, model, objective, tx: optax.GradientTransformation):
         finite = jnp.isfinite(out.value) & jnp.isfinite(norm)
         apply = finite & jnp.asarray(out.apply_update)
 
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, apply=apply)
         params = optax.apply_updates(state.params, updates)
         model_params, objective_params, objective_state = objective.after_update(
             params['model'], params['objective'], out.state, state.step)
         params = {'model': model_params, 'objective': objective_params}
-        keep = lambda ok, new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
-        params = keep(apply, params, state.params)
+        params = optim.kept(apply, params, state.params)
         decay = config.optimizer.ema
         new = TrainState(
             step=state.step + 1,
             params=params,
-            batch_stats=keep(finite, out.batch_stats, state.batch_stats),
-            opt_state=keep(apply, opt_state, state.opt_state),
-            objective=keep(finite, objective_state, state.objective),
+            batch_stats=optim.kept(finite, out.batch_stats, state.batch_stats),
+            opt_state=opt_state,
+            objective=optim.kept(finite, objective_state, state.objective),
             ema=jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params['model']) if decay else {},
             bad=jnp.where(finite, 0, state.bad + 1),
             skipped=state.skipped + jnp.where(finite, 0, 1))

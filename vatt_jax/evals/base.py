@@ -51,12 +51,13 @@ class View:
 
     def features(self, split: str, *, by: str = 'segments', views: Mapping[str, Any] | None = None, change: str = '',
                  limit: int | None = None, keep: tuple[str, ...] = (), maps: tuple[str, ...] = (),
-                 window: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """See `encoder.features_of`. `change`: entry of CHANGES. `views`: extra streams, as config.data.views. `window`: see `one_pass`."""
-        key = json.dumps([split, by, views, change, limit, keep, maps, window], sort_keys=True, default=dict)
+                 window: Mapping[str, Any] | None = None, draw: str = '') -> dict[str, Any]:
+        """See `encoder.features_of`. `change`: entry of CHANGES. `views`: extra streams, as config.data.views. `window`: see `one_pass`.
+        `draw`: windows, crops and flips as in training, other ones for every name; '': the middle ones."""
+        key = json.dumps([split, by, views, change, limit, keep, maps, window, draw], sort_keys=True, default=dict)
         if key not in self._kept:
             batches = self.data.one_pass(split, self.batch_size, process=self.process, by=by, views=views, limit=limit,
-                                         window=window)
+                                         window=window, augment=bool(draw), draw=draw)
             if change:
                 batches = map(CHANGES[change], batches)
             self._kept[key] = features_of(self.encoder, batches, keep, maps)

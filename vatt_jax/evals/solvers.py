@@ -1,6 +1,7 @@
 """Classifiers on frozen features [N D]: each learns from x, y and scores every window of x_test [N W D] -> (scores [N W P], the chosen C or None).
 
-The scores are what is averaged over windows: probabilities, or decision values of a support-vector machine.
+y: int [N]; SEVERAL names those that take several labels an example too, y [N P] of 0 and 1. The scores are what is averaged over windows:
+probabilities, or decision values of a support-vector machine.
 """
 from __future__ import annotations
 
@@ -45,7 +46,23 @@ def head(x, y, x_test, classes, config, seed, *, width=128, batch=64, rate=5e-4,
     return e / e.sum(-1, keepdims=True), None
 
 
-SOLVERS = {'logistic': logistic, 'head': head, 'svm': svm}
+def mlp(x, y, x_test, classes, config, seed, *, width=512, batch=256, rate=1e-3):
+    """MMV's probe of AudioSet: one hidden layer of 512, ReLU. Softmax, or one sigmoid for each class where an example may have several. On
+    standardised features; Adam at 1e-3 in batches of 256, `epochs` epochs, of which the paper says nothing."""
+    from sklearn.preprocessing import StandardScaler
+    scale = StandardScaler().fit(x)
+    of = lambda x: np.asarray(scale.transform(x), np.float32)
+    params = _head_init(jax.random.key(seed), x.shape[1], width, classes)
+    params = _mlp_fit(params, jax.random.key(seed + 1), jnp.asarray(of(x)), jnp.asarray(y), min(batch, len(x)), rate, int(config.epochs))
+    logits = np.asarray(_mlp_logits(params, of(_rows(x_test))), np.float64).reshape(*x_test.shape[:2], classes)
+    if y.ndim == 2:
+        return 0.5 * (1 + np.tanh(0.5 * logits)), None
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True), None
+
+
+SOLVERS = {'logistic': logistic, 'head': head, 'svm': svm, 'mlp': mlp}
+SEVERAL = ('mlp',)
 
 
 def _rows(x_test: np.ndarray) -> np.ndarray:
@@ -84,16 +101,34 @@ def _head_logits(p, x):
     return (x @ p['in'] + p['in_bias']) @ p['out'] + p['out_bias']
 
 
+def _mlp_logits(p, x):
+    return jax.nn.relu(x @ p['in'] + p['in_bias']) @ p['out'] + p['out_bias']
+
+
 @functools.partial(jax.jit, static_argnums=(4, 8))
 def _head_fit(params, key, x, y, batch: int, rate, dropout, decay, epochs: int):
-    steps = -(-len(x) // batch)
-    tx = scale_by_keras_adam()
-
     def loss(p, rows, weight, key):
         hidden = x[rows] @ p['in'] + p['in_bias']
         hidden = jnp.where(jax.random.uniform(key, hidden.shape) < dropout, 0, hidden / (1 - dropout))
         each = optax.softmax_cross_entropy_with_integer_labels(hidden @ p['out'] + p['out_bias'], y[rows])
         return jnp.sum(each * weight) / jnp.sum(weight) + decay * jnp.sum(p['out'] ** 2)
+    return _fit(params, key, loss, len(x), batch, rate, epochs)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 6))
+def _mlp_fit(params, key, x, y, batch: int, rate, epochs: int):
+    def loss(p, rows, weight, key):
+        logits = _mlp_logits(p, x[rows])
+        each = (optax.sigmoid_binary_cross_entropy(logits, y[rows]).sum(-1) if y.ndim == 2 else
+                optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]))
+        return jnp.sum(each * weight) / jnp.sum(weight)
+    return _fit(params, key, loss, len(x), batch, rate, epochs)
+
+
+def _fit(params, key, loss, count: int, batch: int, rate, epochs: int):
+    """Keras's Adam over epochs in a new order each; an epoch's last batch may be smaller. loss(params, rows [batch], weight 0 or 1 [batch], key)."""
+    steps = -(-count // batch)
+    tx = scale_by_keras_adam()
 
     def step(carry, at):
         p, state, order, key = carry
@@ -103,7 +138,7 @@ def _head_fit(params, key, x, y, batch: int, rate, dropout, decay, epochs: int):
 
     def epoch(carry, key):
         one, two = jax.random.split(key)
-        order = jnp.pad(jax.random.permutation(one, len(x)), (0, steps * batch - len(x)), constant_values=-1)
+        order = jnp.pad(jax.random.permutation(one, count), (0, steps * batch - count), constant_values=-1)
         (p, state, _, _), _ = jax.lax.scan(step, (*carry, order, two), jnp.arange(steps))
         return (p, state), None
     (params, _), _ = jax.lax.scan(epoch, (params, tx.init(params)), jax.random.split(key, epochs))

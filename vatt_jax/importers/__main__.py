@@ -3,8 +3,10 @@
     python -m vatt_jax.importers --format=vatt_tf --checkpoint=ckpts/ckpt-500000 --config=configs/vatt.py:mbs --out=runs/vatt_mbs
     python -m vatt_jax.importers --format=vatt_tf --checkpoint=ckpts/ckpt-500000 --out=runs/vatt          # sizes told by the checkpoint
     python -m vatt_jax.importers --format=vatt_tf --export=runs/vatt --out=exported/ckpt-0                # the other way
+    python -m vatt_jax.importers --format=mmv --checkpoint=mmv_s3d.pkl --config=configs/mmv.py:s3d_fac_vat --out=runs/mmv_s3d
 
 --out is then a run folder: vatt_jax.load(DIR), run.py --mode=eval --workdir=DIR, --config.init_from=DIR, or further training in it.
+A pickle (mmv) is read without running anything that it asks for.
 --vocabulary=FILE (a word a line, <pad> first) makes embed(text=…) work; --classes=FILE names a fine-tuned model's classes.
 """
 from __future__ import annotations
@@ -15,7 +17,7 @@ import pathlib
 import sys
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-FORMATS = ('vatt_tf',)
+FORMATS = ('vatt_tf', 'mmv')
 
 
 def main(argv: list[str]) -> None:
@@ -29,30 +31,35 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog='python -m vatt_jax.importers', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     parser.add_argument('--format', default='vatt_tf', choices=FORMATS)
-    parser.add_argument('--checkpoint', default='', help='prefix of an official checkpoint: the path without .index')
+    parser.add_argument('--checkpoint', default='', help='an official checkpoint: the file, or (vatt_tf) its path without .index')
     parser.add_argument('--export', default='', help='a run folder, to be written in the official layout')
     parser.add_argument('--config', default='', help='configs/FILE.py[:arg] that the checkpoint must fit; default: inferred from it')
-    parser.add_argument('--out', required=True, help='the run folder to make; with --export, the prefix to write')
+    parser.add_argument('--out', required=True, help='the run folder to make; with --export, the file or prefix to write')
     parser.add_argument('--vocabulary', default='', help='file of the words of the word table, one a line')
     parser.add_argument('--classes', default='', help='file of class names, one a line')
     flags = parser.parse_args(argv)
     if bool(flags.checkpoint) == bool(flags.export):
         raise ConfigError('name one of --checkpoint=PREFIX (in) and --export=RUN (out)')
-    from vatt_jax.importers import vatt_tf
+    from vatt_jax.importers import mmv, vatt_tf
+    importer = {'vatt_tf': vatt_tf, 'mmv': mmv}[flags.format]
     if flags.export:
-        count = vatt_tf.export_checkpoint(flags.export, flags.out)
-        print(f'{count} variables of {flags.export} → {flags.out}.index')
+        count = importer.export_checkpoint(flags.export, flags.out)
+        print(f'{count} variables of {flags.export} → {flags.out}{".index" if flags.format == "vatt_tf" else ""}')
         return
+    given = {'vocabulary': _lines(flags.vocabulary)}
+    if flags.classes:
+        if flags.format == 'mmv':
+            raise ConfigError('--classes: MMV checkpoints have no classifier; leave it out')
+        given['classes'] = _lines(flags.classes)
     config = None
     if flags.config:
         config = configs.load(flags.config)
         configs.check_fields(config, default.get_config())
-    config, report = vatt_tf.import_checkpoint(flags.checkpoint, flags.out, config, default.get_config(), _lines(flags.vocabulary),
-                                               _lines(flags.classes))
+    config, report = importer.import_checkpoint(flags.checkpoint, flags.out, config, default.get_config(), **given)
     print(f'{report.read} variables of {flags.checkpoint} → {flags.out} ({config.name})')
     for text, names in (('position tables resized', report.resized), ('not used', report.unused)):
         print(f'{text}: {", ".join(names) or "none"}')
-    print(f'missing: none; optimizer and bookkeeping left alone: {report.optimizer} variables')
+    print(f'missing: none; optimizer and bookkeeping left alone: {report.bookkeeping} variables')
 
 
 def _lines(path: str) -> list[str] | None:

@@ -5,22 +5,19 @@ says what is what, for reading and for writing, and what each dimension is calle
 """
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from vatt_jax import checkpoint, models, objectives, preprocess, sharding, spectrogram, tokenizer, train_state
-from vatt_jax.config import ConfigError, choose, from_json, to_json, with_defaults
-from vatt_jax.models.embeddings import spline_matrix
+from vatt_jax import spectrogram
+from vatt_jax.config import ConfigError, choose, with_defaults
+from vatt_jax.importers import table
+from vatt_jax.importers.table import Entry, Report
 from vatt_jax.models.vatt import AXES, SIZE, TOWERS, extent
 
 SUFFIX = '/.ATTRIBUTES/VARIABLE_VALUE'
@@ -29,19 +26,8 @@ HEAD_WIDTH = 64                       # every official model; a kernel does not 
 MODALITIES = ('video', 'audio', 'text')
 SHORT = {'video': 'vid', 'audio': 'aud', 'text': 'txt'}
 PATCH = {'vit': 'voxel_to_patch', 'wat': 'wave_to_patch', 'spt': 'spectrum_to_patch'}
-TABLE = {'temporal': 'temporal', 'vertical': 'vertical', 'horizontal': 'horizontal', 'spectral': 'spectoral'}  # sic
+AXIS = {'temporal': 'temporal', 'vertical': 'vertical', 'horizontal': 'horizontal', 'spectral': 'spectoral'}  # sic
 STATISTICS = {'scale': 'gamma', 'bias': 'beta', 'mean': 'moving_mean', 'var': 'moving_variance'}
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """ours: path ('params' | 'batch_stats' | 'objective', …); layer: which row of it, for stacked layers; theirs: key without SUFFIX; shape: of
-    theirs; fields: the config field behind each of its dimensions ('' where there is none)."""
-    ours: tuple[str, ...]
-    layer: int | None
-    theirs: str
-    shape: tuple[int, ...]
-    fields: tuple[str, ...]
 
 
 # ---- the table
@@ -91,7 +77,7 @@ def _norm(ours, theirs, width, field, layer=None, names=('gamma', 'beta')) -> It
 
 def _positions(ours, theirs, sizes, axes, width, where, field) -> Iterator[Entry]:
     for size, axis in zip(sizes, axes, strict=True):
-        yield Entry((*ours, f'{axis}_positions'), None, f'{theirs}/{TABLE[axis]}_position_embeddings/embeddings', (size, width),
+        yield Entry((*ours, f'{axis}_positions'), None, f'{theirs}/{AXIS[axis]}_position_embeddings/embeddings', (size, width),
                     (f'{where}.positions', field))
     yield from _norm((*ours, 'norm'), f'{theirs}/layernorm', width, field)
 
@@ -255,7 +241,7 @@ def infer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         return {'name': name, 'patch': tuple(patch) if len(patch) > 1 else patch[0]}
 
     def tables(theirs, name):
-        return tuple(size(f'{theirs}/{TABLE[axis]}_position_embeddings/embeddings')[0] for axis in AXES[name])
+        return tuple(size(f'{theirs}/{AXIS[axis]}_position_embeddings/embeddings')[0] for axis in AXES[name])
 
     def own(theirs):
         name = next((n for n, key in PATCH.items() if f'{theirs}/{key}/kernel' in shapes), None)
@@ -299,61 +285,6 @@ def infer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     return {'shared': True, 'encoder': stack(f'{u}/tx'), 'towers': towers, 'head': heads}
 
 
-# ---- both directions
-@dataclasses.dataclass
-class Report:
-    """What an import did: variables read, position tables resized ('name: 8 → 4 rows'), and those of the checkpoint that nothing took."""
-    read: int
-    resized: list[str]
-    unused: list[str]
-    optimizer: int               # variables of optimizer and bookkeeping, which are left alone
-
-
-def to_ours(read: Callable[[str], np.ndarray], shapes: Mapping[str, tuple[int, ...]], entries: list[Entry], where: str,
-            wanted: Mapping[tuple[str, ...], tuple[int, ...]]) -> tuple[dict[tuple[str, ...], np.ndarray], Report]:
-    """({our path: float32 array}, report). read: key -> array. shapes: of the checkpoint. wanted: shapes of ours.
-
-    Position tables of another length are resized by spline. Raises ConfigError that lists missing variables, or names the first one whose
-    shape does not fit, both shapes, and the config field behind the difference.
-    """
-    missing = [e.theirs for e in entries if e.theirs not in shapes]
-    if missing:
-        raise ConfigError(f'{where} lacks {len(missing)} of the {len(entries)} variables this config wants: {_listed(missing)}')
-    out: dict[tuple[str, ...], np.ndarray] = {}
-    resized = []
-    for e in entries:
-        have = tuple(shapes[e.theirs])
-        table = e.ours[-1].endswith('_positions')
-        if have != e.shape and not (table and have[1:] == e.shape[1:]):
-            fields = [f for f, a, b in zip(e.fields, have, e.shape) if a != b and f] if len(have) == len(e.shape) else []
-            hint = f'; set config.{" and config.".join(dict.fromkeys(fields))}' if fields else ''
-            raise ConfigError(f'{where}: {e.theirs} has shape {list(have)}, this config wants {list(e.shape)} (for {"/".join(e.ours)}){hint}, '
-                              'or leave out --config and let the checkpoint tell its sizes')
-        x = np.asarray(read(e.theirs), np.float32)
-        if have != e.shape:
-            x = (spline_matrix(have[0], e.shape[0]) @ x.astype(np.float64)).astype(np.float32)
-            resized.append(f'{e.theirs}: {have[0]} → {e.shape[0]} rows')
-        shape = wanted[e.ours]
-        if e.layer is None:
-            out[e.ours] = x.reshape(shape)
-        else:
-            stacked = out.setdefault(e.ours, np.zeros(shape, np.float32))
-            stacked[e.layer] = x.reshape(shape[1:])
-    taken = {e.theirs for e in entries}
-    rest = sorted(k for k in shapes if k not in taken)
-    unused = [k for k in rest if k.startswith('model/') and '/.OPTIMIZER_SLOT/' not in k]
-    return out, Report(len(entries), resized, unused, len(rest) - len(unused))
-
-
-def to_theirs(ours: Mapping[tuple[str, ...], np.ndarray], entries: list[Entry]) -> dict[str, np.ndarray]:
-    """{their key: float32 array}: the inverse of `to_ours`."""
-    return {e.theirs: np.asarray(ours[e.ours] if e.layer is None else ours[e.ours][e.layer], np.float32).reshape(e.shape) for e in entries}
-
-
-def _listed(names: list[str], most: int = 20) -> str:
-    return ', '.join(names[:most]) + (f', and {len(names) - most} more' if len(names) > most else '')
-
-
 def filled(config) -> dict[str, Any]:
     """`config.model` as a plain dict with every default of its towers and encoder written out, position tables included."""
     model = config.model.to_dict()
@@ -367,6 +298,10 @@ def filled(config) -> dict[str, Any]:
             t['positions'] = tuple(n // p for n, p in zip(extent(modality, model['inputs']), patch, strict=True))
         model['towers'][modality] = t
     return model
+
+
+def bookkeeping(key: str) -> bool:
+    return not key.startswith('model/') or '/.OPTIMIZER_SLOT/' in key
 
 
 # ---- files
@@ -423,9 +358,7 @@ def import_checkpoint(prefix: str, out: str | os.PathLike, config: ConfigDict | 
     order of the word table, <pad> first. classes: names of a fine-tuned model's classes. Optimizer slots are not taken: training goes
     on with fresh ones. Raises ConfigError when anything does not fit, before anything is written.
     """
-    out = pathlib.Path(out)
-    if (out / 'checkpoints').exists():
-        raise ConfigError(f'--out={out} already holds checkpoints; name another folder')
+    out = table.check_new(out)
     shapes, read = open_checkpoint(prefix)
     of, told = kind(shapes), None
     if config is None:
@@ -461,57 +394,19 @@ def import_checkpoint(prefix: str, out: str | os.PathLike, config: ConfigDict | 
         raise ConfigError(f'--checkpoint={prefix} is {of}, and config.model.shared={model["shared"]} makes '
                           f'{"a modality-agnostic" if model["shared"] else "a modality-specific"} model; choose another config')
     entries = list(layout(model, objective, count))
-    shape = abstract_state(config, labels)
-    wanted = {('params', *k): v.shape for k, v in flatten_dict(shape.params['model']).items()}
-    wanted |= {('batch_stats', *k): v.shape for k, v in flatten_dict(shape.batch_stats).items()}
-    wanted |= {('objective', *k): v.shape for k, v in flatten_dict(shape.params['objective']).items()}
-    arrays, report = to_ours(read, shapes, entries, f'--checkpoint={prefix}', wanted)
-    if set(arrays) != set(wanted):
-        lost = sorted('/'.join(k) for k in set(wanted) ^ set(arrays))
-        raise ConfigError(f'this config has parameters that the official layout does not: {_listed(lost)}')
-    group = lambda name: unflatten_dict({k[1:]: v for k, v in arrays.items() if k[0] == name})
-    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shape)
-    params = group('params')
-    state = zeros.replace(params={'model': params, 'objective': group('objective')}, batch_stats=group('batch_stats'),
-                          ema=params if config.optimizer.ema else {})
-    info = {'labels': labels, 'sources': [], 'imported': {'from': pathlib.Path(prefix).name, 'kind': of}}
-    if vocabulary is not None:
-        try:
-            info['tokenizer'] = tokenizer.Words.from_table(vocabulary).to_spec()
-        except ValueError as error:
-            raise ConfigError(f'--vocabulary: {error}') from error
-    meta = {'step': 0, 'consumed': 0, 'order': '', 'weights': [], 'config': config.to_dict(), 'info': info}
-    keeper = checkpoint.Checkpoints(out / 'checkpoints', config.checkpoint)
-    keeper.save(0, state, meta, {})
-    keeper.wait()
-    keeper.close()
-    (out / 'config.json').write_text(to_json(config))
+    state = table.abstract_state(config, labels)
+    arrays, report = table.to_ours(read, shapes, entries, f'--checkpoint={prefix}', table.variables(state), bookkeeping)
+    table.write_run(out, config, state, arrays, {'labels': labels, 'sources': [], 'imported': {'from': pathlib.Path(prefix).name, 'kind': of}},
+                    vocabulary)
     return config, report
 
 
 def export_checkpoint(run: str | os.PathLike, prefix: str) -> int:
     """Writes the newest model of a run (or one checkpoint folder) as an official checkpoint of weights; returns the number of variables."""
-    path = checkpoint.find(run)
-    meta = checkpoint.read_meta(path)
-    config = from_json(json.dumps(meta['config']))
-    got = checkpoint.read_model(path, objective=True)
-    ours = {(group, *k): v for group in ('params', 'batch_stats', 'objective') for k, v in flatten_dict(got[group]).items()}
+    config, info, ours = table.read_run(run)
     tuned = config.objective.name == 'classification'
-    classes = len(meta['info']['labels'][config.objective.get('label', 'class')]) if tuned else 0
+    classes = len(info['labels'][config.objective.get('label', 'class')]) if tuned else 0
     entries = list(layout(filled(config), config.objective if tuned else None, classes))
-    lost = sorted('/'.join(k) for k in set(ours) ^ {e.ours for e in entries})
-    if lost:
-        raise ConfigError(f'{run} has parameters that the official layout does not, or lacks some of its: {_listed(lost)}')
-    write_checkpoint(prefix, to_theirs(ours, entries))
+    table.check_same(run, ours, entries)
+    write_checkpoint(prefix, table.to_theirs(ours, entries))
     return len(entries)
-
-
-def abstract_state(config, labels: Mapping[str, Sequence[str]]):
-    """The TrainState that `config` makes, shapes only. labels: name -> classes."""
-    objective = objectives.build(config.objective)
-    model = models.build(config.model, config.compute_dtype)
-    streams = objective.streams() or tuple(config.model.towers)
-    batch = preprocess.abstract(config.model.inputs, streams, 2, config.compute_dtype)
-    spec = train_state.abstract(model, batch, 1, {k: len(v) for k, v in labels.items()})
-    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, (1, 1, 1, 1))))
-    return train_state.create(config, model, objective, spec, mesh)[1]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vatt_jax.config import choose
-from vatt_jax.sharding import logical
+from vatt_jax.sharding import as_rows, logical
 
 # Initial values of kernels. glorot: Keras's default, VATT's. fan_in: Haiku's default, MMV's (a normal cut at two deviations and not rescaled).
 # kaiming: He et al. (2015), fan-out, of PyTorch's ResNets.
@@ -40,7 +40,7 @@ class Dense(nn.Module):
     def __call__(self, x):
         init = lambda *args: self.init_scale * INITS[self.init](*args)
         kernel = self.param('kernel', logical(init, *self.axes), (x.shape[-1], self.features), jnp.float32)
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        y = (as_rows(x.astype(self.dtype)) @ kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
         if self.bias:
             y = y + self.param('bias', logical(jax.nn.initializers.zeros, self.axes[1]), (self.features,), jnp.float32).astype(self.dtype)
         return y

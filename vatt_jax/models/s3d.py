@@ -14,12 +14,12 @@ from vatt_jax.models.layers import Dense
 BLOCK = (2, 2, 2)  # frames, rows and columns that space-to-depth puts into one pixel
 
 
-def space_to_depth(x: jax.Array) -> jax.Array:
+def space_to_depth(x: jax.Array, block: tuple[int, int, int] = BLOCK) -> jax.Array:
     """[B T H W C] -> [B T/2 H/2 W/2 8C], new channels in the order (time, row, column, colour), colour fastest."""
-    if any(n % b for n, b in zip(x.shape[1:4], BLOCK)):
-        raise ConfigError(f'config.model.inputs.video: {x.shape[1]} frames of {x.shape[2]}×{x.shape[3]} do not fold into blocks of 2×2×2; choose '
-                          'even frames and size, or set config.model.towers.video.space_to_depth=False')
-    cells, grid = fold(x, BLOCK)
+    if any(n % b for n, b in zip(x.shape[1:4], block)):
+        raise ConfigError(f'config.model.inputs.video: {x.shape[1]} frames of {x.shape[2]}×{x.shape[3]} do not fold into blocks of '
+                          f'{"×".join(map(str, block))}; choose even frames and size, or set config.model.towers.video.space_to_depth=False')
+    cells, grid = fold(x, block)
     return cells.reshape(x.shape[0], *grid, -1)
 
 
@@ -42,6 +42,7 @@ class Unit(nn.Module):
     strides: tuple[int, int, int] = (1, 1, 1)
     separable: bool = True
     gated: bool = True
+    still: bool = False
     norm: str = 'debiased'
     dtype: str = 'float32'
 
@@ -52,6 +53,7 @@ class Unit(nn.Module):
         if self.separable and t > 1 and max(space) > 1:
             parts = [((1, *space), (1, *steps)), ((t, 1, 1), (step, 1, 1))]
         for i, (kernel, strides) in enumerate(parts):
+            kernel = (1, *kernel[1:]) if self.still else kernel
             x = ConvNorm(self.features, kernel, strides, norm=self.norm, init='fan_in', dtype=self.dtype, name=f'conv_{i}')(x, valid, train)
         return Gate(self.dtype, name='gate')(x) if self.gated else x
 
@@ -60,10 +62,12 @@ class S3D(nn.Module):
     """Video [B T H W 3] -> (pooled [B 1024·w], map [B T/8 H/32 W/32 1024·w]), w = `multiplier`.
 
     space_to_depth: blocks of 2×2×2 pixels become one of 24 channels, and the first kernel is 2×4×4 on these instead of 7×7×7 on pixels (what was
-    trained and released). Input that has 24 channels already is taken as it is.
+    trained and released). Input that has 24 channels already is taken as it is. still: every kernel sees one frame (a network for images, which
+    deflate.py makes out of one for video).
     """
     space_to_depth: bool = True
     multiplier: float = 1.0
+    still: bool = False
     norm: str = 'debiased'
     dtype: str = 'float32'
 
@@ -72,9 +76,10 @@ class S3D(nn.Module):
         def unit(features, kernel, strides=(1, 1, 1), separable=True, name=None):
             # what only reduces the width before a larger kernel has no gate, nor have the two layers at the beginning
             gated = not name.endswith('_in') and name not in ('conv_1a', 'conv_2b')
-            return Unit(max(1, round(features * self.multiplier)), kernel, strides, separable, gated, self.norm, self.dtype, name=name)
+            return Unit(max(1, round(features * self.multiplier)), kernel, strides, separable, gated, self.still, self.norm, self.dtype,
+                        name=name)
         if self.space_to_depth and x.shape[-1] == 3:
-            x = space_to_depth(x)
+            x = space_to_depth(x, (1, *BLOCK[1:]) if self.still else BLOCK)
         stem = ((2, 4, 4), (1, 1, 1)) if self.space_to_depth else ((7, 7, 7), (2, 2, 2))
         x = trunk(unit(64, *stem, separable=False, name='conv_1a')(x, valid, train), unit, valid, train)
         return x.mean((1, 2, 3)), x

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from vatt_jax.models.attention import attention
 from vatt_jax.models.layers import LayerNorm
 from vatt_jax.rng import Rng
-from vatt_jax.sharding import constrain, logical
+from vatt_jax.sharding import as_rows, constrain, logical
 
 REMAT = ('none', 'dots', 'full')
 
 
 class Projection(nn.Module):
-    """An einsum with an n-d kernel kept n-d, so that each of its dimensions can be sharded."""
+    """An einsum of [B N …] with an n-d kernel kept n-d, so that each of its dimensions can be sharded. equation: B and N are its `...`."""
     equation: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
@@ -26,11 +26,12 @@ class Projection(nn.Module):
     def __call__(self, x):
         limit = (6 / sum(self.fan)) ** 0.5
         init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -limit, limit)
-        y = jnp.einsum(self.equation, x, self.param('kernel', logical(init, *self.axes), self.shape, jnp.float32).astype(self.dtype))
+        kernel = self.param('kernel', logical(init, *self.axes), self.shape, jnp.float32).astype(self.dtype)
+        y = jnp.einsum(self.equation, as_rows(x), kernel)
+        letters, out = self.equation.split(',')[1].split('->')
+        kept = [i for i, letter in enumerate(letters) if letter in out]
+        y = y.reshape(*x.shape[:2], *(self.shape[i] for i in kept))
         if self.bias:
-            out = self.equation.split('->')[1]
-            kernel = self.equation.split(',')[1].split('->')[0]
-            kept = [i for i, letter in enumerate(kernel) if letter in out]
             y = y + self.param('bias', logical(jax.nn.initializers.zeros, *(self.axes[i] for i in kept)),
                                tuple(self.shape[i] for i in kept), jnp.float32).astype(self.dtype)
         return y
@@ -58,7 +59,7 @@ class Block(nn.Module):
     def __call__(self, x, mask, bias, rng: Rng, train: bool, first_only: bool = False):
         """x [B N D] -> [B N D], or [B 1 D] for the first token alone: its keys and values are all tokens'."""
         h, k, d = self.heads, self.head_width, self.width
-        into = lambda name: Projection('bnd,dhk->bnhk', (d, h, k), ('embed', 'heads', 'kv'), (d, h * k), self.bias, self.dtype, name=name)
+        into = lambda name: Projection('...d,dhk->...hk', (d, h, k), ('embed', 'heads', 'kv'), (d, h * k), self.bias, self.dtype, name=name)
         drop = lambda y, site: rng.at(site).dropout(y, self.dropout) if train else y
         attention_norm, mlp_norm = LayerNorm(self.rms, name='attention_norm'), LayerNorm(name='mlp_norm')
         before, after = (lambda norm, x: norm(x), lambda norm, x: x) if self.pre_norm else (lambda norm, x: x, lambda norm, x: norm(x))
@@ -67,12 +68,12 @@ class Block(nn.Module):
         out = attention(into('query')(asking), into('key')(y), into('value')(y), mask=mask,
                         bias=bias[:, :, :1] if bias is not None and first_only else bias, scale=k ** -0.5 if self.scaled else 1.0,
                         dropout=self.attention_dropout if train else 0.0, rng=rng, implementation=self.implementation)
-        out = Projection('bnhk,hkd->bnd', (h, k, d), ('heads', 'kv', 'embed'), (h * k, d), self.bias, self.dtype, name='out')(out)
+        out = Projection('...hk,hkd->...d', (h, k, d), ('heads', 'kv', 'embed'), (h * k, d), self.bias, self.dtype, name='out')(out)
         x = after(attention_norm, x + drop(out, 'attention'))
         y = before(mlp_norm, x)
-        y = Projection('bnd,df->bnf', (d, self.mlp), ('embed', 'mlp'), (d, self.mlp), self.bias, self.dtype, name='mlp_in')(y)
+        y = Projection('...d,df->...f', (d, self.mlp), ('embed', 'mlp'), (d, self.mlp), self.bias, self.dtype, name='mlp_in')(y)
         y = drop(jax.nn.gelu(constrain(y, 'batch', 'length', 'mlp'), approximate=False), 'hidden')
-        y = Projection('bnf,fd->bnd', (self.mlp, d), ('mlp', 'embed'), (self.mlp, d), self.bias, self.dtype, name='mlp_out')(y)
+        y = Projection('...f,fd->...d', (self.mlp, d), ('mlp', 'embed'), (self.mlp, d), self.bias, self.dtype, name='mlp_out')(y)
         return constrain(after(mlp_norm, x + drop(y, 'mlp')), 'batch', 'length', None)
 
 

@@ -37,5 +37,5 @@ class TSMResNet(nn.Module):
         frames = lambda x: x.reshape(b * t, *x.shape[2:])
         video = lambda x: x.reshape(b, t, *x.shape[1:])
         net = ResNetV2(self.depth, self.multiplier, lambda x: frames(shift(video(x), self.share)), self.norm, self.dtype, name='resnet')
-        _, x = net(frames(x), jnp.repeat(jnp.broadcast_to(valid, (b,)), t), train)
+        _, x = net(frames(x), jnp.repeat(jnp.broadcast_to(valid, (b,)), t) if train else None, train)
         return x.mean((1, 2)).reshape(b, t, -1).mean(1), video(x)
