@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains, evaluates, embeds and reports: the one entry point of runs.
+"""Trains, evaluates, embeds, reports and plans: the one entry point of runs.
 
     python run.py                                                    # the demo, into runs/demo
     python run.py --config=configs/demo.py:agnostic --workdir=runs/agnostic --config.seed=1
@@ -7,6 +7,7 @@
     python run.py --mode=embed  --workdir=runs/demo --split=test     # embeddings of a dataset split, as npz
     python run.py --mode=report --workdir=runs/demo                  # report/index.html
     python run.py --mode=deflate --workdir=runs/mmv --out=runs/mmv_image   # a network for images out of one for video (docs/mmv.md)
+    python run.py --mode=plan   --workdir=runs/plan --config=configs/vatt.py:mbs --topology=v5p:4x4x4   # before it is rented: docs/scaling.md
 """
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ import time
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # TensorFlow decodes on the host and need not introduce itself
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
-MODES = ('train', 'eval', 'embed', 'report', 'deflate')
+MODES = ('train', 'eval', 'embed', 'report', 'deflate', 'plan')
 
 
 def main(argv: list[str]) -> None:
@@ -29,6 +30,9 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(flags.workdir)
     if flags.mode == 'report':
         report(workdir, tuple(flags.compare.split(',')) if flags.compare else ())
+        return
+    if flags.mode == 'plan':
+        plan(read_config(flags, overrides, workdir), workdir, flags)
         return
     from vatt_jax import distributed
     config = read_config(flags, overrides, workdir)
@@ -58,6 +62,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     parser.add_argument('--mode', default='train', choices=MODES)
     parser.add_argument('--quiet', action='store_true', help='plain log lines instead of the live one')
     parser.add_argument('--split', default='test', help='embed: which split of config.data.eval')
+    parser.add_argument('--machine', default='', help='entry of configs/machines.py, whose mesh the config takes')
+    parser.add_argument('--topology', default='', help='plan: v5p:8x8x4 | v5e:16x16 | v6e:16x16 | tpu7x:4x4x4 | v5e:16x16*4 (four slices) | '
+                        'h100:8x8 (hosts × GPUs) | cpu:8; default: that of --machine')
+    parser.add_argument('--search', action='store_true', help='plan: vary the batch per device, rematerialisation and FSDP width')
     parser.add_argument('--compare', default='', help='report: other run folders, separated by commas, shown beside this one')
     parser.add_argument('--out', default='', help='deflate: the run folder to make')
     parser.add_argument('--naive', action='store_true', help='deflate: sum the kernels, and fit nothing')
@@ -82,9 +90,12 @@ def read_config(flags, overrides, workdir: pathlib.Path):
     from configs import default
     from vatt_jax import config as configs
     stored = configs.stored(workdir)
-    if stored is None and flags.mode != 'train':
+    if stored is None and flags.mode not in ('train', 'plan'):
         raise configs.ConfigError(f'--workdir={workdir} holds no run (no config.json); train first, or name another folder')
     config = configs.load(flags.config) if flags.config else stored or configs.load('configs/demo.py')
+    if flags.machine:
+        from configs import machines
+        machines.apply(config, flags.machine)
     configs.override(config, overrides)
     configs.check_fields(config, default.get_config())
     return config
@@ -135,6 +146,7 @@ def train(config, workdir: pathlib.Path, quiet: bool) -> None:
     clock = Clock(workdir)
     with clock('data'):
         data = open_data(config)
+        distributed.barrier('data')
     with clock('training'):
         built, _ = training.train(config, data, workdir, quiet=quiet)
     clock.save()
@@ -249,6 +261,32 @@ def deflate(config, workdir: pathlib.Path, flags) -> None:
     print(f'{"naively " if flags.naive else ""}deflated {workdir} → {out}')
 
 
+def plan(config, workdir: pathlib.Path, flags) -> None:
+    """Prints the plan of a run on --topology and keeps it in <workdir>/plan/, as a table and as JSON."""
+    from configs import machines
+    from vatt_jax import chips
+    from vatt_jax.config import ConfigError
+    text = flags.topology or (machines.MACHINES[flags.machine].topology if flags.machine else '')
+    if not text:
+        raise ConfigError('--mode=plan wants --topology, such as v5p:4x4x4, v5e:16x16, h100:8x8 or cpu:8, or --machine')
+    topology = chips.parse(text)
+    os.environ.update(chips.environment(topology))  # before JAX is imported
+    import data_pipelines
+    from vatt_jax import plan as plans
+    notes = []
+    try:
+        data = data_pipelines.open(config)
+    except (data_pipelines.DataError, ImportError) as error:
+        like = config.copy_and_resolve_references()
+        like.data.source = 'synthetic'
+        data = data_pipelines.open(like)
+        notes.append(f'the data are not here ({error}): frames of the size that the model reads, and a run of unknown epochs')
+    if flags.search:
+        plans.search(config, data, topology, workdir / 'plan', notes)
+        return
+    print(plans.table(plans.plan(config, data, topology, workdir / 'plan', notes)), end='')
+
+
 def report(workdir: pathlib.Path, others: tuple[str, ...] = ()) -> None:
     from vatt_jax import report as reports
     path = reports.build(workdir, others)
@@ -292,7 +330,7 @@ def entry() -> None:
         print('interrupted; the same command continues from the last checkpoint', file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        told = {'DataError': 2, 'TrainingStopped': 1, 'ShardingError': 2}
+        told = {'DataError': 2, 'TrainingStopped': 1, 'ShardingError': 2, 'Absent': 1}
         code = told.get(type(error).__name__)
         if code is None:
             raise

@@ -92,11 +92,20 @@ def mesh_spec(names: Sequence[str | None], sizes: Mapping[str, int], shape: Sequ
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over `devices` (default: all) with axes MESH_AXES. One size may be -1: whatever is left.
 
-    A mesh smaller than the machine takes its first devices. Raises ShardingError when axes are unknown or the mesh is too large.
+    A mesh smaller than the machine takes its first devices. On several TPU slices only `replica` crosses from one to another: what it moves once a
+    step goes over the network, everything else stays on the links of a slice. Raises ShardingError when axes are unknown or the mesh is too large.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(sizes, len(devices))
-    return jax.make_mesh(shape, MESH_AXES, devices=devices[:math.prod(shape)], axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    devices, types = devices[:math.prod(shape)], (AxisType.Auto,) * len(MESH_AXES)
+    slices = len({getattr(d, 'slice_index', 0) for d in devices}) if devices[0].platform == 'tpu' else 1
+    if slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=types)
+    if shape[0] % slices:
+        raise ShardingError(f'config.mesh.replica={shape[0]} does not divide over the {slices} slices of this machine; a multiple of {slices} would')
+    from jax.experimental import mesh_utils
+    array = mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1, 1, 1), devices)
+    return Mesh(array, MESH_AXES, axis_types=types)
 
 
 def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:

@@ -31,7 +31,8 @@ class Built:
     """What a config builds, the same in training and in evaluation: a function of the config and `info` alone, so that runs may share it.
 
     init: () -> TrainState and step: (state, device batch) -> (state, metrics), both jitted, to be called inside `jax.set_mesh(mesh)`; step takes
-    its state's memory. shape: abstract TrainState. info: what the data say of themselves.
+    its state's memory. shape: abstract TrainState. batch: abstract device batch of one step, from bytes; inputs: one microbatch of it after the
+    device stage; outputs: the model's Outputs of that. info: what the data say of themselves.
     """
     mesh: Any
     model: Any
@@ -41,6 +42,9 @@ class Built:
     step: Any
     shape: Any
     shardings: Any
+    batch: Any
+    inputs: Any
+    outputs: Any
     info: dict[str, Any]
     encoder: encoder.Encoder | None = None   # of evaluations: made by the first, and compiled once for all
     passes: dict[Any, Any] = dataclasses.field(default_factory=dict)  # of refreshes: function -> compiled once for all
@@ -78,27 +82,37 @@ def check(config: ConfigDict) -> None:
 def build(config: ConfigDict, data) -> Built:
     """Mesh, model, objective and the state's shape and shardings, of a config that the data complete (`resolve`). Computes nothing on devices."""
     resolve(config, data)
-    mesh, model, objective = parts(config)
+    built = assemble(config, data, parts(config)[0])
+    evals.check(config.evals, data, built.outputs)
+    return built
+
+
+def assemble(config: ConfigDict, data, mesh) -> Built:
+    """What `build` builds of a checked config, on a mesh whose devices need not be here (plan.py compiles for machines that are elsewhere)."""
+    model, objective = models.build(config.model, config.compute_dtype), objectives.build(config.objective)
     process = (jax.process_index(), jax.process_count())
-    first = next(iter(data.one_pass('train', config.batch_size // config.accumulate, process=process, by='records', limit=1)))
+    first = next(iter(data.one_pass('train', process[1], process=process, by='records', limit=1)))
     first = only(first, objective.streams())
     missing = set(objective.streams() or ()) - set(first)
     if missing:
         raise ConfigError(f'config.objective wants the stream {sorted(missing)[0]!r}; the data has '
                           f'{", ".join(k for k, v in first.items() if isinstance(v, dict) and "data" in v)} '
                           '(more views: config.data.views)')
+    of_rows = lambda rows: jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)[1:]), np.asarray(x).dtype), encoder.device_part(first))
     rows = config.batch_size // config.accumulate
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)[1:]), np.asarray(x).dtype), encoder.device_part(first))
     rng = jax.eval_shape(lambda: Rng.create(0, 0, jnp.zeros((rows,), jnp.uint32)))
-    batch = jax.eval_shape(lambda b, r: preprocess.device_stage(b, config.model.inputs, config.augment, r, augment=False,
-                                                                dtype=config.compute_dtype), batch, rng)
+    inputs = jax.eval_shape(lambda b, r: preprocess.device_stage(b, config.model.inputs, config.augment, r, augment=False,
+                                                                 dtype=config.compute_dtype), of_rows(rows), rng)
     labels = {name: len(classes) for name, classes in data.info.get('labels', {}).items()}
-    spec = train_state.abstract(model, batch, data.size('train'), labels)
-    evals.check(config.evals, data, spec.outputs)
+    spec = train_state.abstract(model, inputs, data.size('train'), labels)
     init, shape, shardings, tx = train_state.create(config, model, objective, spec, mesh)
     step = jax.jit(train_step.make(config, model, objective, tx), in_shardings=(shardings, sharding.batch_sharding(mesh)),
                    out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0, compiler_options=dict(config.compiler_options) or None)
-    return Built(mesh, model, objective, tx, init, step, shape, shardings, data.info)
+    batch = of_rows(config.batch_size)
+    columns = {k: jax.ShapeDtypeStruct((config.batch_size, *x.shape), x.dtype) for k, x in objective.columns().items()}
+    if columns:
+        batch['columns'] = columns
+    return Built(mesh, model, objective, tx, init, step, shape, shardings, batch, inputs, spec.outputs, data.info)
 
 
 def train(config: ConfigDict, data, workdir: str | pathlib.Path, *, quiet: bool = False) -> tuple[Built, dict[str, float]]:

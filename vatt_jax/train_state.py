@@ -77,7 +77,8 @@ def create(config, model, objective, spec: Spec, mesh) -> tuple[Any, Any, Any, o
         objective=sharding.tree_shardings(boxed_state, mesh),
         ema=param_shardings['model'] if config.optimizer.ema else {}, bad=one, skipped=one)
     # It runs once, and LLVM takes seconds over each random draw (a convolutional tower has a hundred): unoptimised, the same values come sooner.
-    options = {'xla_backend_optimization_level': 0} if mesh.devices.flat[0].platform == 'cpu' else None
+    here = isinstance(mesh, jax.sharding.Mesh) and mesh.devices.flat[0].platform == 'cpu'
+    options = {'xla_backend_optimization_level': 0} if here else None
     return jax.jit(lambda: init(key), out_shardings=shardings, compiler_options=options), shape, shardings, tx
 
 

@@ -89,6 +89,10 @@ class Objective:
         """Outputs of trained heads for evaluators, name -> [B P]; `encoded`: {stream: Encoded} in evaluation mode."""
         return {}
 
+    def columns(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What refreshes join to every record: name -> shape and type of one record's entry."""
+        return {}
+
     def after_update(self, model_params, params, state, step: jax.Array) -> tuple[Any, Any, Any]:
         """Constraints on what was just updated (renormalise prototypes, momentum encoder, memory write). Pure."""
         return model_params, params, state

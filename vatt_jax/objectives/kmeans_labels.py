@@ -52,6 +52,9 @@ class KMeansLabels(Objective):
     def streams(self):
         return tuple(self.config.views)
 
+    def columns(self):
+        return {f'cluster.{t}': jax.ShapeDtypeStruct((), jnp.int32) for t in self.labelings}
+
     def init(self, key, spec):
         p = self.config.clusters
         if spec.size < p:

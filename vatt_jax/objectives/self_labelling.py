@@ -77,6 +77,9 @@ class SelfLabelling(Objective):
     def streams(self):
         return tuple(self.config.views)
 
+    def columns(self):
+        return {'label': jax.ShapeDtypeStruct((self.config.heads,), jnp.int32)}
+
     def init(self, key, spec):
         c = self.config
         if spec.size < c.clusters:

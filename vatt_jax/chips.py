@@ -1,0 +1,139 @@
+"""What accelerators can do by their makers' data sheets, and how machines are put together from them.
+
+The one table of such numbers: the plan (plan.py) and whatever reports MFU read them here. All rates are per chip and per second, dense
+(no sparsity), in one direction unless it says so.
+
+Sources, read in November 2026:
+  v4      https://docs.cloud.google.com/tpu/docs/v4        275 TFLOP/s, 32 GiB, 1228 GB/s; six links of 50 GB/s each way (Jouppi et al. 2023)
+  v5e     https://docs.cloud.google.com/tpu/docs/v5e       197 TFLOP/s, 16 GB, 819 GB/s, ICI 400 GB/s both ways together over four ports,
+                                                           6.4 Tb/s of data-centre network for a pod of 256
+  v5p     https://docs.cloud.google.com/tpu/docs/v5p       459 TFLOP/s, 95 GiB, 2765 GB/s, ICI 1200 GB/s both ways, 50 Gb/s DCN a chip
+  v6e     https://docs.cloud.google.com/tpu/docs/v6e       918 TFLOP/s, 32 GB, 1640 GB/s, ICI 3200 Gb/s one way summed over four ports (800 GB/s
+                                                           both ways), 25.6 Tb/s DCN for a pod of 256
+  tpu7x   https://docs.cloud.google.com/tpu/docs/tpu7x     2307 TFLOP/s bf16, 192 GiB, 7380 GB/s, ICI 1200 GB/s both ways, 100 Gb/s DCN a chip;
+                                                           two devices a chip
+  h100    https://www.nvidia.com/en-us/data-center/h100/   SXM: 989.4 TFLOP/s bf16 dense (half of the sparse figure), 80 GB, 3.35 TB/s, NVLink
+                                                           900 GB/s both ways; DGX H100: eight GPUs, eight ports of 400 Gb/s
+  h200    https://www.nvidia.com/en-us/data-center/h200/   the same but 141 GB, 4.8 TB/s
+Where a page says GB for memory that is GiB on the chip, the smaller number stands.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+from vatt_jax.config import ConfigError
+
+GB = 1e9
+GIB = 2 ** 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator. Rates in units per second; None: unknown (the CPU).
+
+    peak: dense bf16 FLOP/s. memory: bytes. bandwidth: of that memory. link: one way, of one link (torus) or of all links together (switch).
+    wrap: a torus axis whose length is a multiple of it closes to a ring; 0: a switch. network: one way, this chip's share of the network
+    between hosts (GPU) or slices (TPU). host: chips of one host. devices: JAX devices of one chip. axes: of the torus.
+    """
+    name: str
+    platform: str
+    peak: float | None = None
+    memory: float | None = None
+    bandwidth: float | None = None
+    link: float | None = None
+    wrap: int = 0
+    network: float | None = None
+    host: int = 1
+    devices: int = 1
+    axes: int = 1
+
+
+CHIPS = {c.name: c for c in (
+    Chip('v4', 'tpu', 275e12, 32 * GIB, 1228 * GB, 50 * GB, 4, 25e9 / 8, 4, axes=3),
+    Chip('v5e', 'tpu', 197e12, 16 * GB, 819 * GB, 50 * GB, 16, 25e9 / 8, 8, axes=2),
+    Chip('v5p', 'tpu', 459e12, 95 * GIB, 2765 * GB, 100 * GB, 4, 50e9 / 8, 4, axes=3),
+    Chip('v6e', 'tpu', 918e12, 32 * GB, 1640 * GB, 100 * GB, 16, 100e9 / 8, 8, axes=2),
+    Chip('tpu7x', 'tpu', 2307e12, 192 * GIB, 7380 * GB, 100 * GB, 4, 100e9 / 8, 4, devices=2, axes=3),
+    Chip('h100', 'cuda', 989.4e12, 80 * GB, 3350 * GB, 450 * GB, 0, 400e9 / 8, 8, axes=2),
+    Chip('h200', 'cuda', 989.4e12, 141 * GB, 4800 * GB, 450 * GB, 0, 400e9 / 8, 8, axes=2),
+    Chip('cpu', 'cpu'),
+)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A machine: `slices` equal tori of `shape` chips (TPU), `shape` = (hosts, GPUs of a host), or (devices,) of this CPU."""
+    chip: Chip
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    def __str__(self) -> str:
+        return f'{self.chip.name}:{"x".join(map(str, self.shape))}' + (f'*{self.slices}' if self.slices > 1 else '')
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def devices(self) -> int:
+        return self.chips * self.chip.devices
+
+    @property
+    def hosts(self) -> int:
+        return 1 if self.chip.platform == 'cpu' else -(-self.chips // self.chip.host)
+
+    @property
+    def island(self) -> int:
+        """Devices that reach one another without the network: a slice, or the GPUs of one host."""
+        return self.devices // self.slices if self.chip.platform != 'cuda' else self.shape[1]
+
+    @property
+    def link_rate(self) -> float | None:
+        """Bytes a second that a *device* can take from its island over all its links at once, at best: of each torus axis longer than one chip
+        one link, two where the axis is a ring."""
+        if self.chip.link is None:
+            return None
+        if not self.chip.wrap:
+            return self.chip.link
+        links = sum((2 if n % self.chip.wrap == 0 else 1) for n in self.shape if n > 1)
+        return self.chip.link * (links or 2 * self.chip.axes) / self.chip.devices
+
+    def of_device(self, rate: float | None) -> float | None:
+        """A chip's rate or bytes as one device's share."""
+        return None if rate is None else rate / self.chip.devices
+
+
+def parse(text: str) -> Topology:
+    """'v5p:8x8x4', 'v5e:16x16*4' (four slices), 'h100:8x8' (hosts × GPUs), 'cpu:8'. Raises ConfigError that says what would work."""
+    flag = f'--topology={text}'
+    found = re.fullmatch(r'([a-z0-9]+):(\d+(?:x\d+)*)(?:\*(\d+))?', text)
+    if not found:
+        raise ConfigError(f'{flag}: a chip and a shape are wanted, such as v5p:8x8x4, v5e:16x16, v5e:16x16*4 (four slices), h100:8x8 '
+                          '(hosts × GPUs) or cpu:8')
+    name, shape, slices = found[1], tuple(int(n) for n in found[2].split('x')), int(found[3] or 1)
+    if name not in CHIPS:
+        raise ConfigError(f'{flag}: no chip {name!r}; there are {", ".join(CHIPS)}')
+    chip = CHIPS[name]
+    if len(shape) != chip.axes:
+        example = {1: f'{name}:8', 2: f'{name}:8x8' if chip.platform == 'cuda' else f'{name}:16x16', 3: f'{name}:4x4x4'}[chip.axes]
+        raise ConfigError(f'{flag}: {name} has {chip.axes} axes, {len(shape)} given; write it like {example}')
+    if 0 in shape or slices == 0:
+        raise ConfigError(f'{flag}: every size is a positive number')
+    if slices > 1 and chip.platform != 'tpu':
+        raise ConfigError(f'{flag}: only TPUs come in slices; leave out *{slices}')
+    if chip.platform == 'cuda' and shape[1] > chip.host:
+        raise ConfigError(f'{flag}: a host has {chip.host} GPUs, {shape[1]} asked for; write hosts × GPUs, such as '
+                          f'{name}:{-(-shape[0] * shape[1] // chip.host)}x{chip.host}')
+    return Topology(chip, shape, slices)
+
+
+def environment(topology: Topology) -> dict[str, str]:
+    """What JAX is to find when it is imported in order to compile for this topology: no accelerator of this machine is touched, and libtpu
+    neither looks for hardware nor keeps others from being loaded."""
+    cpu = {'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '3'}
+    if topology.chip.platform == 'cpu':
+        return cpu | {'JAX_NUM_CPU_DEVICES': str(topology.devices)}
+    return cpu | {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0',
+                  'TPU_STDERR_LOG_LEVEL': '3', 'TPU_MIN_LOG_LEVEL': '3', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
