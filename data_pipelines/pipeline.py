@@ -28,14 +28,15 @@ from vatt_jax.tokenizer import Tokenizer
 with contextlib.suppress(RuntimeError):  # too late if TensorFlow is in use already
     tf.config.set_visible_devices([], 'GPU')  # the accelerator belongs to JAX
 
-_FIELDS = {'path', 'split', 'weight', 'share', 'label', 'per_class'}  # of an entry of config.data.train
+_FIELDS = {'path', 'split', 'weight', 'share', 'fold', 'label', 'per_class'}  # of an entry of config.data.train
+_EVAL_FIELDS = {'path', 'fold'}  # of config.data.eval
 _PATIENCE = 100   # records read before the share of unreadable ones is judged
 _REPORTED = 1000  # unreadable records listed by problems()
 
 
 class Records(Data):
-    """config.data.train is the training mixture {name: {path, split, weight, share, label, per_class}}; config.data.eval {path} the dataset that
-    evaluation passes read (default: the first training source). `train` by records means the mixture, everything else the
+    """config.data.train is the training mixture {name: {path, split, weight, share, fold, label, per_class}}; config.data.eval {path, fold} the
+    dataset that evaluation passes read (default: the first training source). `train` by records means the mixture, everything else the
     evaluation dataset.
 
     info['tokenizer'] is that of config.model.inputs.text if it holds a spec, else the first source's. Raises DataError.
@@ -48,24 +49,25 @@ class Records(Data):
         if not mixture and not evaluated.get('path'):
             raise DataError("config.data.source is 'records' and config.data.train is empty; set it to "
                             "{'mine': {'path': FOLDER}} with a folder made by python -m data_pipelines.prepare")
-        opened: dict[str, Prepared] = {}
+        place = lambda entry: (entry['path'], int(entry.get('fold', 0)))
+        opened: dict[tuple[str, int], Prepared] = {}
         for name, entry in [*mixture.items(), ('', evaluated)]:
-            unknown = set(entry) - (_FIELDS if name else {'path'})
+            unknown = set(entry) - (_FIELDS if name else _EVAL_FIELDS)
             where = f'config.data.train.{name}' if name else 'config.data.eval'
             if unknown:
-                raise DataError(f'{where} has no field {sorted(unknown)[0]!r}; fields are {", ".join(sorted(_FIELDS))}')
+                raise DataError(f'{where} has no field {sorted(unknown)[0]!r}; fields are {", ".join(sorted(_FIELDS if name else _EVAL_FIELDS))}')
             if name and not entry.get('path'):
                 raise DataError(f'{where} has no path; give the folder that python -m data_pipelines.prepare made')
-            if entry.get('path') and entry['path'] not in opened:
-                opened[entry['path']] = Prepared(entry['path'])
-                opened[entry['path']].check(self.inputs)
+            if entry.get('path') and place(entry) not in opened:
+                opened[place(entry)] = Prepared(*place(entry))
+                opened[place(entry)].check(self.inputs)
         sizes = {p.meta['size'] for p in opened.values()}
-        if len({opened[e['path']].meta['size'] for e in mixture.values()}) > 1 and 'video' in self.inputs:
+        if len({opened[place(e)].meta['size'] for e in mixture.values()}) > 1 and 'video' in self.inputs:
             raise DataError(f'the sources of config.data.train store frames of different sizes {sorted(sizes)}; prepare them with '
                             'the same --size')
-        self._mixture = [(name, entry, Split(opened[entry['path']], entry.get('split', 'train'), name))
+        self._mixture = [(name, entry, Split(opened[place(entry)], entry.get('split', 'train'), name))
                          for name, entry in mixture.items()]
-        self._evaluated = opened[evaluated['path']] if evaluated.get('path') else self._mixture[0][2].prepared
+        self._evaluated = opened[place(evaluated)] if evaluated.get('path') else self._mixture[0][2].prepared
         self._few = {name: few_labels(part, entry.get('label', 'class'), entry['per_class'], config.seed)
                      for name, entry, part in self._mixture if entry.get('per_class')}
         self._splits = {s.split: s for name, _, s in self._mixture if s.prepared is self._evaluated and s.split in SPLITS and name not in self._few}
@@ -188,6 +190,8 @@ class _Plan:
         # Frames of one shape travel whole and the device crops. Mixed shapes are cut to squares of their common short side here:
         # anywhere along the long side in training, the middle in evaluation; views may say where. places: of each square that is asked for.
         self.square = len(shapes) > 1
+        laid_out = [p.prepared.format for p in parts]
+        self.formats = [f for i, f in enumerate(laid_out) if f not in laid_out[:i]]
         self.places = sorted({v.crop for v in self.videos}, key=lambda c: -1 if c is None else c)
         self.height, self.width = (size, size) if self.square or not shapes else next(iter(shapes))
 
@@ -238,7 +242,7 @@ class _Plan:
         return batch, self._wanted(rows, starts, frames, samples, stored_fps)
 
     def _wanted(self, rows: Rows, starts, frames, samples, stored_fps) -> dict[str, np.ndarray]:
-        b, want = len(rows.index), {}
+        b, want = len(rows.index), {'format': np.array([self.formats.index(p.prepared.format) for p in self.parts], np.int32)[rows.source]}
         if self.videos:
             v = self.inputs['video']
             numbers = [video.frame_numbers(starts[x.suffix], frames, stored_fps, v['fps'], v['frames']) for x in self.videos]
@@ -313,9 +317,11 @@ class _Batches(Iterator):
 
     def _dataset(self, number: int | None) -> tf.data.Dataset:
         d, plan = self._data.config.data, self._plan
-        keys = [k for k, on in (('frames', plan.videos), ('corner', plan.videos and plan.square), ('samples', plan.audios)) if on]
-        types = {'frames': tf.int32, 'corner': tf.int32, 'samples': tf.int64}
-        shapes = {'frames': [None, len(plan.videos), None], 'corner': [None, len(plan.places), 2], 'samples': [None, len(plan.audios)]}
+        keys = [k for k, on in (('format', len(plan.formats) > 1), ('frames', plan.videos), ('corner', plan.videos and plan.square),
+                                ('samples', plan.audios)) if on]
+        types = {'format': tf.int32, 'frames': tf.int32, 'corner': tf.int32, 'samples': tf.int64}
+        shapes = {'format': [None], 'frames': [None, len(plan.videos), None], 'corner': [None, len(plan.places), 2],
+                  'samples': [None, len(plan.audios)]}
 
         def fetch(step):
             step, raw, *wanted = tf.numpy_function(self._fetch(keys), [step], [tf.int64, tf.string, *(types[k] for k in keys)])
@@ -369,10 +375,24 @@ class _Batches(Iterator):
 
     # ---- in the graph: one row
     def _row(self, wanted: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        features = {'frames': tf.io.RaggedFeature(tf.string), 'audio': tf.io.FixedLenFeature([], tf.string, b'')}
-        parsed = tf.io.parse_single_example(wanted['raw'], features)
-        out = {'step': wanted['step']}
-        readable = tf.strings.length(wanted['raw']) > 0
+        formats = [lambda f=f: self._content(wanted, f) for f in self._plan.formats]
+        return {'step': wanted['step'], **(tf.switch_case(wanted['format'], formats) if len(formats) > 1 else formats[0]())}
+
+    def _content(self, wanted: dict[str, tf.Tensor], form: dict[str, str]) -> dict[str, tf.Tensor]:
+        """What is wanted of a record of one layout (index.json, `format`)."""
+        raw, out = wanted['raw'], {}
+        readable = tf.strings.length(raw) > 0
+        if form['kind'] == 'dmvr':
+            names = {k: form[k] for k in ('frames', 'audio') if k in form and (k if k == 'frames' else 'samples') in wanted}
+            kinds = {'frames': tf.string, 'audio': tf.float32}
+            parsed = tf.io.parse_single_sequence_example(raw, sequence_features={n: tf.io.RaggedFeature(kinds[k]) for k, n in names.items()})[1]
+            parsed = {k: parsed[names[k]].flat_values if k in names else tf.zeros([0], kind) for k, kind in kinds.items()}
+            total = tf.size(parsed['audio'])
+            samples = lambda first, count: tf.cast(tf.round(tf.clip_by_value(parsed['audio'][first:first + count], -1.0, 1.0) * 32767.0), tf.int16)
+        else:
+            parsed = tf.io.parse_single_example(raw, {'frames': tf.io.RaggedFeature(tf.string), 'audio': tf.io.FixedLenFeature([], tf.string, b'')})
+            total = tf.strings.length(parsed['audio']) // 2
+            samples = lambda first, count: tf.io.decode_raw(tf.strings.substr(parsed['audio'], 2 * first, 2 * count), tf.int16)
         if 'frames' in wanted:
             shape = (len(self._plan.videos), self._plan.inputs['video']['frames'], self._plan.height, self._plan.width, 3)
             pictures = lambda: self._pictures(parsed['frames'], wanted, shape)
@@ -380,7 +400,7 @@ class _Batches(Iterator):
         if 'samples' in wanted:
             count = self._plan.inputs['audio']['samples']
             shape = (len(self._plan.audios), count)
-            sounds = lambda: tf.stack([self._sound(parsed['audio'], wanted['samples'][i], count) for i in range(shape[0])])
+            sounds = lambda: tf.stack([self._sound(samples, total, wanted['samples'][i], count) for i in range(shape[0])])
             out['audio'] = tf.cond(readable & (wanted['samples'][0] >= 0), sounds, lambda: tf.zeros(shape, tf.int16))
         return out
 
@@ -399,11 +419,10 @@ class _Batches(Iterator):
         decoded = tf.map_fn(decode, keys, fn_output_signature=tf.TensorSpec([shape[2], shape[3], 3], tf.uint8), parallel_iterations=1)
         return tf.reshape(tf.gather(decoded, back), shape)
 
-    def _sound(self, pcm: tf.Tensor, first: tf.Tensor, count: int) -> tf.Tensor:
-        total = tf.strings.length(pcm) // 2
+    def _sound(self, samples: Callable[..., tf.Tensor], total: tf.Tensor, first: tf.Tensor, count: int) -> tf.Tensor:
         first = tf.cast(first, tf.int32)
-        straight = lambda: tf.io.decode_raw(tf.strings.substr(pcm, 2 * first, 2 * count), tf.int16)
-        around = lambda: tf.gather(tf.io.decode_raw(pcm, tf.int16), (first + tf.range(count)) % total)
+        straight = lambda: samples(first, count)
+        around = lambda: tf.gather(samples(0, total), (first + tf.range(count)) % total)
         return tf.ensure_shape(tf.cond(first + count <= total, straight, around), [count])
 
     # ---- iterator

@@ -4,7 +4,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +13,9 @@ import numpy as np
 from data_pipelines import index as indices
 from data_pipelines.errors import DataError
 from data_pipelines.index import Index
+
+SPLITS = ('train', 'validation', 'test')
+CLIPS = 'clips'  # the one stored split of a dataset that is divided in several ways
 
 
 def shards(folder: str | os.PathLike, split: str) -> list[str]:
@@ -28,9 +30,12 @@ def raw_records(paths: Sequence[str]) -> Any:
 
 
 class Prepared:
-    """The folder that `prepare` made. meta: its index.json. Raises DataError if it is missing or incomplete."""
+    """The folder that `prepare` made. meta: its index.json. Raises DataError if it is missing or incomplete.
 
-    def __init__(self, path: str | os.PathLike):
+    fold: which of a dataset's official divisions into splits holds, from 1 (0: the first, where there are several).
+    """
+
+    def __init__(self, path: str | os.PathLike, fold: int = 0):
         self.path = pathlib.Path(path)
         if not self.path.is_dir():
             raise DataError(f'the prepared dataset {self.path} does not exist; make it with python -m data_pipelines.prepare '
@@ -43,7 +48,12 @@ class Prepared:
         if self.meta.get('version') != indices.VERSION:
             raise DataError(f'{self.path} was prepared by another version of this code (index version '
                             f'{self.meta.get("version")}, wanted {indices.VERSION}); prepare it again with --overwrite')
-        self.splits = tuple(self.meta['splits'])
+        self.format = self.meta.get('format', {'kind': 'example'})  # how a record is laid out
+        folds = self.meta.get('folds', [])
+        if fold and not 1 <= fold <= len(folds):
+            raise DataError(f'{self.path} has no fold {fold}; it has ' + (f'the folds 1 to {len(folds)}' if folds else 'none: leave the field out'))
+        self.fold = fold or min(1, len(folds))
+        self.splits = tuple(folds[self.fold - 1] if folds else self.meta['splits'])
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
@@ -57,6 +67,14 @@ class Prepared:
 
     def index(self, split: str) -> Index:
         return Index.load(self.path / f'index-{split}.npz')
+
+    def source(self, split: str) -> Any:
+        """Sequence of a split's raw records (bytes), random access."""
+        if self.format['kind'] == 'dmvr':
+            from data_pipelines.dmvr import TFRecords
+            return TFRecords(self.path, split, self.meta['files'][split])
+        paths = shards(self.path, split)
+        return raw_records(paths) if paths else ()
 
     def check(self, inputs: Mapping[str, Mapping[str, Any]]) -> None:
         """Stored rates against config.model.inputs: frames may be thinned, never invented; sound is taken as it is."""
@@ -81,18 +99,22 @@ class Split:
         self.prepared, self.split, self.name = prepared, split, name or prepared.meta['name']
         if split not in prepared.splits:
             raise DataError(f'{prepared.path} has no split {split!r}; it has {", ".join(prepared.splits)}')
-        self.index = prepared.index(split)
-        paths = shards(prepared.path, split)
+        stored = CLIPS if prepared.fold else split
+        self.index = prepared.index(stored)
+        self._rows = np.arange(len(self.index))  # places of these records among the stored ones
         try:
-            self._source = raw_records(paths) if paths else ()
+            self._source = prepared.source(stored)
+        except DataError:
+            raise
         except Exception as e:  # the library raises many kinds
             raise DataError(f'the shards of {prepared.path}, split {split}, cannot be opened ({e}); prepare it again with '
                             '--overwrite') from None
         if len(self._source) != len(self.index):
             raise DataError(f'{prepared.path}: split {split!r} has {len(self._source)} records and its index '
                             f'{len(self.index)}; some shards are missing, prepare it again with --overwrite')
-        self._lock = threading.Lock()
-        self._bad: dict[int, str] = {}
+        if prepared.fold:
+            self._rows = np.flatnonzero(self.index.folds[:, prepared.fold - 1] == SPLITS.index(split))
+            self.index = self.index.take(self._rows)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -103,7 +125,7 @@ class Split:
         for n in map(int, numbers):
             # One by one: measured faster than the library's batched read, which hands each record to other threads.
             try:
-                one, reason = self._source[n], ''
+                one, reason = self._source[int(self._rows[n])], ''
                 if zlib.crc32(one) != int(self.index.crc[n]):
                     one, reason = b'', 'its bytes are not those that were written (crc32)'
             except Exception as e:  # the library raises many kinds

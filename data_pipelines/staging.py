@@ -32,14 +32,15 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A media file. id: its path below the folder, with forward slashes."""
+    """A media file, or the part of it that is wanted. id: its path below the folder, with forward slashes; of a part, with its seconds."""
     id: str
     path: str
     bytes: int
     modified: int
+    part: tuple[float, float] = media.WHOLE
 
     def key(self, settings: Settings) -> str:
-        words = [_VERSION, self.id, self.bytes, self.modified, *dataclasses.astuple(settings)]
+        words = [_VERSION, self.id, self.bytes, self.modified, *dataclasses.astuple(settings), *(self.part if self.part != media.WHOLE else ())]
         return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:32]
 
 
@@ -52,13 +53,15 @@ def stage(file: File, settings: Settings, target: str) -> None:
     """Decodes `file` into `target`; a file that cannot be used leaves a header with the reason."""
     frames, header, pcm = [], {'id': file.id, 'height': 0, 'width': 0, 'samples': 0, 'lengths': []}, b''
     try:
-        content = media.read(file.path, settings.fps, settings.size, settings.rate)
+        content = media.read(file.path, settings.fps, settings.size, settings.rate, part=file.part)
         for picture in content.frames or ():
             frames.append(media.jpeg(picture, settings.quality))
             header['height'], header['width'] = picture.shape[:2]
         audio = media.fit(content.audio, len(frames), settings.fps, settings.rate) if frames else content.audio
         header['samples'] = 0 if audio is None else len(audio)
         header['duration'] = len(frames) / settings.fps if frames else header['samples'] / settings.rate
+        if not header['duration']:
+            raise media.MediaError('corrupt: nothing could be decoded')
         if header['duration'] < settings.min_seconds:
             raise media.MediaError(f'too short: {header["duration"]:.2f} s')
         pcm = b'' if audio is None else audio.astype('<i2').tobytes()
