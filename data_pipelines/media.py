@@ -10,7 +10,7 @@ import dataclasses
 import fractions
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import av
 import numpy as np
@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 SUFFIXES = ('.mp4', '.webm', '.mkv', '.avi', '.mov', '.m4v', '.mpg', '.flv', '.wav', '.flac', '.ogg', '.mp3', '.m4a', '.opus')
 IMAGES = ('.jpeg', '.jpg', '.png', '.webp')
 WHOLE = (0.0, float('inf'))
+GOP = 10               # frames from one to the next that decodes alone, in records that store video
 _BAD_SHARE = 0.05      # undecodable packets that are put up with
 _HOLE = 0.05           # seconds between the end of one piece of sound and the next that count as a hole
 av.logging.set_level(av.logging.PANIC)  # decoders print every concealed error of a web video; what matters is raised
@@ -269,3 +270,43 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float, audio: np
             whole.sample_rate, whole.pts = rate, 0
             container.mux(sound.encode(whole))
             container.mux(sound.encode())
+
+
+def h264(frames: Iterable[np.ndarray], fps: float, crf: int = 23, gop: int = GOP) -> list[bytes]:
+    """uint8 [H W 3] each -> one H.264 packet a frame, every `gop`-th of which begins anew; an odd last row or column is left out.
+
+    Tuned for fast decoding: no frames that look ahead, no deblocking. Any frame needs only the packets since the last beginning.
+    """
+    codec, out = None, []
+    for frame in frames:
+        frame = frame[:frame.shape[0] // 2 * 2, :frame.shape[1] // 2 * 2]
+        if codec is None:
+            codec = av.CodecContext.create('libx264', 'w')
+            codec.height, codec.width, codec.pix_fmt = *frame.shape[:2], 'yuv420p'
+            codec.framerate = fractions.Fraction(fps).limit_denominator(1001)
+            codec.time_base = 1 / codec.framerate
+            codec.options = {'crf': str(crf), 'preset': 'medium', 'tune': 'fastdecode', 'threads': '1', 'flags': '+bitexact', 'x264-params':
+                             f'keyint={gop}:min-keyint={gop}:scenecut=0:bframes=0:repeat-headers=1:annexb=1:threads=1'}
+        out += [bytes(p) for p in codec.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='rgb24'))]
+    return out + [bytes(p) for p in codec.encode()] if codec is not None else []
+
+
+def from_h264(packets: Sequence[bytes], numbers: np.ndarray, gop: int = GOP, form: str = 'rgb24') -> np.ndarray:
+    """uint8 [n H W 3], or [n 3H/2 W] with form 'yuv420p': the frames `numbers` [n] (any order, again and again) of what `h264` made."""
+    wanted, back = np.unique(numbers, return_inverse=True)
+    codec = av.CodecContext.create('h264', 'r')
+    codec.thread_count = 1
+    codec.flags |= av.codec.context.Flags.low_delay
+    fed, out = [], {}
+    for first in np.unique(wanted // gop) * gop:
+        fed += range(first, wanted[wanted < first + gop][-1] + 1)
+    keep, seen = set(wanted.tolist()), iter(fed)
+    with contextlib.suppress(av.error.FFmpegError, StopIteration):  # the count tells
+        for number in [*fed, None]:
+            for picture in codec.decode(None if number is None else av.Packet(packets[number])):
+                shown = next(seen)
+                if shown in keep:
+                    out[shown] = picture.to_ndarray(format=form)
+    if len(out) != len(wanted):
+        raise MediaError(f'corrupt: {len(out)} of {len(wanted)} frames decode')
+    return np.stack([out[n] for n in wanted.tolist()])[back]

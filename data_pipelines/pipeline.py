@@ -7,6 +7,7 @@ just the frames that were chosen. Nothing in the graph is random and nothing is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import weakref
@@ -304,6 +305,17 @@ class _Plan:
         return labels
 
 
+def _from_video(size: tuple[int, int], gop: int, places: int, packets: np.ndarray, keys: np.ndarray,
+                corners: np.ndarray | None = None) -> np.ndarray:
+    """uint8 [K size 3]: frames keys // places of a record that stores video, cut at corners [places 2] if there are any."""
+    from data_pipelines import media
+    frames = media.from_h264(packets, keys // places, gop)
+    if corners is None:
+        return frames
+    (height, width), corners = size, corners[keys % places]
+    return np.stack([f[y:y + height, x:x + width] for f, (y, x) in zip(frames, corners)])
+
+
 class _Batches(Iterator):
     """Iterator of host batches; close() stops its threads. After an error it is over."""
 
@@ -395,7 +407,7 @@ class _Batches(Iterator):
             samples = lambda first, count: tf.io.decode_raw(tf.strings.substr(parsed['audio'], 2 * first, 2 * count), tf.int16)
         if 'frames' in wanted:
             shape = (len(self._plan.videos), self._plan.inputs['video']['frames'], self._plan.height, self._plan.width, 3)
-            pictures = lambda: self._pictures(parsed['frames'], wanted, shape)
+            pictures = lambda: self._pictures(parsed['frames'], wanted, shape, form)
             out['video'] = tf.cond(readable & (wanted['frames'][0, 0] >= 0), pictures, lambda: tf.zeros(shape, tf.uint8))
         if 'samples' in wanted:
             count = self._plan.inputs['audio']['samples']
@@ -404,7 +416,8 @@ class _Batches(Iterator):
             out['audio'] = tf.cond(readable & (wanted['samples'][0] >= 0), sounds, lambda: tf.zeros(shape, tf.int16))
         return out
 
-    def _pictures(self, frames: tf.Tensor, wanted: dict[str, tf.Tensor], shape: tuple[int, ...]) -> tf.Tensor:
+    def _pictures(self, frames: tf.Tensor, wanted: dict[str, tf.Tensor], shape: tuple[int, ...],
+                  form: dict[str, Any]) -> tf.Tensor:
         # Overlapping views ask for the same frames: each is decoded once (once for each square of it).
         places = self._plan.places if self._plan.square else [None]
         of_view = [places.index(v.crop) if self._plan.square else 0 for v in self._plan.videos]
@@ -416,6 +429,10 @@ class _Batches(Iterator):
                 return tf.image.decode_jpeg(jpeg, channels=3)
             window = tf.concat([wanted['corner'][key % len(places)], [shape[2], shape[3]]], 0)
             return tf.image.decode_and_crop_jpeg(jpeg, window, channels=3)
+        if form.get('frames') == 'h264':
+            arguments = [frames, keys] + ([wanted['corner']] if self._plan.square else [])
+            decoded = tf.numpy_function(functools.partial(_from_video, shape[2:4], form['gop'], len(places)), arguments, tf.uint8)
+            return tf.reshape(tf.gather(tf.ensure_shape(decoded, [None, *shape[2:]]), back), shape)
         decoded = tf.map_fn(decode, keys, fn_output_signature=tf.TensorSpec([shape[2], shape[3], 3], tf.uint8), parallel_iterations=1)
         return tf.reshape(tf.gather(decoded, back), shape)
 

@@ -26,7 +26,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from data_pipelines import index as indices
-from data_pipelines import inputs, staging
+from data_pipelines import inputs, media, staging
 from data_pipelines.datasets import named
 from data_pipelines.errors import DataError
 from data_pipelines.records import CLIPS, SPLITS
@@ -36,9 +36,9 @@ _DONE = 'prepare.json'
 
 
 def prepare(videos: str = '', captions: str = '', out: str = '', *, annotations: str = '', dataset: str = '', manual_dir: str = '',
-            fps: float = 10.0, size: int = 256, rate: int = 48000, quality: int = 90, processes: int = 2, min_seconds: float | None = None,
-            name: str = '', vocabulary: int = 65536, tokenizer: str = 'words', validation: float = 0.05, test: float = 0.05,
-            require_audio: bool = False, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
+            fps: float = 10.0, size: int = 256, rate: int = 48000, quality: int = 90, store: str = 'jpeg', crf: int = 23, processes: int = 2,
+            min_seconds: float | None = None, name: str = '', vocabulary: int = 65536, tokenizer: str = 'words', validation: float = 0.05,
+            test: float = 0.05, require_audio: bool = False, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Prepares the folder `videos` (`captions` and `annotations` may be ''), or the named `dataset` below `manual_dir`, into the folder
     `out`. The rest is in `--help`.
 
@@ -54,14 +54,14 @@ def prepare(videos: str = '', captions: str = '', out: str = '', *, annotations:
         raise DataError(f'--dataset={dataset} brings its own captions and annotations; leave --captions and --annotations out')
     target = pathlib.Path(out)
     min_seconds = (0.0 if dataset else 1.0) if min_seconds is None else min_seconds
-    settings = staging.Settings(float(fps), int(size), int(rate), int(quality), float(min_seconds))
+    settings = staging.Settings(float(fps), int(size), int(rate), int(quality), float(min_seconds), _crf(store, crf))
     name = name or _dataset_name(target)
     _check_arguments(settings, name, vocabulary, validation, test, processes)
     given = named.read(dataset, manual_dir, videos) if dataset else inputs.mine(videos, captions, annotations)
     files = given.files
 
     identity = {  # all that decides what comes out
-        'settings': [settings.fps, settings.size, settings.rate, settings.quality, settings.min_seconds], 'name': name,
+        'settings': settings.words(), 'name': name,
         'vocabulary': vocabulary, 'tokenizer': tokenizer, 'validation': validation, 'test': test, 'require_audio': require_audio,
         **given.identity, 'files': hashlib.sha256('\n'.join(sorted(f.key(settings) for f in files)).encode()).hexdigest()}
     done = _finished(target, identity, overwrite)
@@ -117,7 +117,8 @@ def prepare(videos: str = '', captions: str = '', out: str = '', *, annotations:
 
 def _check_arguments(s: staging.Settings, name: str, vocabulary: int, validation: float, test: float, processes: int) -> None:
     for what, value, right in (
-            ('fps', s.fps, 0 < s.fps <= 120), ('size', s.size, 8 <= s.size <= 4096), ('rate', s.rate, 1000 <= s.rate <= 192000),
+            ('fps', s.fps, 0 < s.fps <= 120), ('rate', s.rate, 1000 <= s.rate <= 192000),
+            ('size', s.size, 8 <= s.size <= 4096 and not (s.crf and s.size % 2)),
             ('quality', s.quality, 1 <= s.quality <= 100), ('min_seconds', s.min_seconds, s.min_seconds >= 0),
             ('vocabulary', vocabulary, vocabulary >= 3), ('processes', processes, processes >= 1),
             ('validation', validation, validation >= 0 and validation + test < 1), ('test', test, test >= 0)):
@@ -125,6 +126,12 @@ def _check_arguments(s: staging.Settings, name: str, vocabulary: int, validation
             raise DataError(f'--{what}={value} makes no sense; see --help for what it means')
     if not re.fullmatch(r'[a-z][a-z0-9_]*', name):
         raise DataError(f'--name={name} must be lower-case letters, digits and underscores, beginning with a letter')
+
+
+def _crf(store: str, crf: int) -> int:
+    if store not in ('jpeg', 'h264') or not 1 <= crf <= 51:
+        raise DataError(f'--store={store} --crf={crf} makes no sense; --store is jpeg or h264, --crf from 1 (best) to 51')
+    return crf if store == 'h264' else 0
 
 
 def _dataset_name(out: pathlib.Path) -> str:
@@ -325,7 +332,8 @@ def _publish(produced: pathlib.Path, stage_dir: pathlib.Path, target: pathlib.Pa
     indices.write_json(target / 'index.json', {
         'version': indices.VERSION, 'name': name, 'fps': settings.fps, 'size': settings.size, 'rate': settings.rate,
         'quality': settings.quality, 'labels': summary['labels'], 'multi_hot': [n for n, k in given.multi.items() if k is not None],
-        'splits': summary['splits'], 'folds': summary.get('folds', [])})
+        'splits': summary['splits'], 'folds': summary.get('folds', []),
+        'format': {'kind': 'example', **({'frames': 'h264', 'gop': media.GOP} if settings.crf else {})}})
     return summary
 
 
@@ -400,9 +408,11 @@ def main(arguments: list[str] | None = None) -> int:
     add('--out', default='', help='folder of the dataset, new or of an earlier run of this command')
     add('--annotations', default='', help='JSON (labels, segments, ground truth) or CSV (video,label)')
     add('--fps', type=float, default=10.0, help='stored frames per second')
-    add('--size', type=int, default=256, help='pixels of the short side of stored frames')
+    add('--size', type=int, default=256, help='pixels of the short side of stored frames; even for --store=h264')
     add('--rate', type=int, default=48000, help='stored sound samples per second, mono')
     add('--quality', type=int, default=90, help='JPEG quality, 1 to 100')
+    add('--store', default='jpeg', choices=('jpeg', 'h264'), help='frames as JPEG, or as short pieces of video (docs/data.md)')
+    add('--crf', type=int, default=23, help='quality of h264, 1 (best) to 51')
     add('--processes', type=int, default=2, help='files decoded side by side')
     add('--min_seconds', type=float, default=None, help='shorter files are skipped; default: 1, of named datasets 0')
     add('--name', default='', help='name of the dataset; default: from --out')

@@ -224,6 +224,38 @@ def test_one_file_in_two_splits_is_in_the_later(place, files, tmp_path):
     assert got.splits['video/b_000012_000022.mp4'] == 'test' and 'two splits: train and test' in got.skipped['video/b_000012_000022.mp4 (again)']
 
 
+def test_other_forms_of_the_annotations(files, tmp_path):
+    """What the pages offer besides the usual files says the same."""
+    def both(name, change):
+        layout = layouts.LAYOUTS[name](files)
+        layouts.write(tmp_path / name / 'usual', layout)
+        layouts.write(tmp_path / name / 'other', change(dict(layout)))
+        return [named.read(name, str(tmp_path / name / x)) for x in ('usual', 'other')]
+
+    def per_video(layout):
+        captions = layout.pop('caption.json')
+        return {**layout, 'howto100m_captions/nAmFnsR7g6A.csv': 'start,end,text\n0.5,1.5,put onions\n2.0,1.0,stir soup\n3.0,4.0,\n',
+                'howto100m_captions/second.json': captions['gone']}
+    usual, other = both('howto100m', per_video)
+    assert usual.sentences == other.sentences and other.sentences['videos/nAmFnsR7g6A.webm'][1] == {'text': 'stir soup', 'start': 2.0, 'end': 2.0}
+
+    def together(layout):
+        first, second = layout.pop('train_val_videodatainfo.json'), layout.pop('test_videodatainfo.json')
+        return {**layout, 'MSRVTT_data.json': {k: first[k] + second[k] for k in ('videos', 'sentences')}}
+    usual, other = both('msrvtt_full', together)
+    assert (usual.sentences, usual.marks, usual.splits) == (other.sentences, other.marks, other.splits)
+
+    usual, other = both('audioset', lambda layout: {k: v for k, v in layout.items() if k != 'class_labels_indices.csv'})
+    assert other.classes == {'class': ['Dog', 'Speech']}
+    of = lambda r: {f: [r.classes['class'][i][:3] for i in m['segments'][0]['labels']['class']] for f, m in r.marks.items()}
+    assert {k: sorted(v) for k, v in of(usual).items()} == {k: sorted(v) for k, v in of(other).items()}
+
+    def sorted_into_folders(layout):
+        return {k.replace('val/', 'val/n01443537/'): v for k, v in layout.items() if k != 'LOC_val_solution.csv'}
+    usual, other = both('imagenet', sorted_into_folders)
+    assert [m['segments'] for m in usual.marks.values()] == [m['segments'] for m in other.marks.values()]
+
+
 # file that is broken -> what it says then (None: it is removed)
 BROKEN = [
     ('ucf101', 'ucfTrainTestlist/classInd.txt', None, 'ucf101: the annotation file classInd.txt is not in'),
