@@ -389,14 +389,14 @@ class YouCook2(Dataset):
     name, title = 'youcook2', 'YouCook2: 2,000 cooking videos, their steps described'
 
     def clips(self, at):
-        entries = dict(at.json(path := at.one('youcookii_annotations_trainval.json'), 'database')['database'])
+        path = at.one('youcookii_annotations_trainval.json')
         more = at.one('youcookii_annotations_test_segments_only.json', optional=True)
-        if more is not None:
-            entries |= at.json(more, 'database')['database']
+        listed = [at.json(p, 'database')['database'] for p in (path, more) if p is not None]
         food = at.one('label_foodtype.csv', optional=True)
         names = {row['number']: row['name'] for _, row in at.table(food, ('number', 'name'), header=False)} if food is not None else {}
-        recipes, out = {}, []
+        out = []
         try:
+            entries = {id: e for some in listed for id, e in some.items()}
             kinds = sorted({str(e['recipe_type']) for e in entries.values()}, key=lambda k: (len(k), k))
             recipes = {k: i for i, k in enumerate(kinds)}
             for id, e in entries.items():
@@ -404,7 +404,7 @@ class YouCook2(Dataset):
                 steps = [segment({'recipe': recipes[str(e['recipe_type'])]}, *map(float, s['segment']), s.get('sentence', ''))
                          for s in e['annotations']]
                 out.append(Clip([id], split, steps))
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
             if isinstance(e, DataError):
                 raise
             raise DataError(f'youcook2: an entry of {path} is not {{"subset", "recipe_type", "annotations": [{{"segment", "sentence"}}]}} '
@@ -449,7 +449,7 @@ class MSRVTT(Dataset):
         for where, line in at.lines(named) if named is not None else ():
             label, number = (line.replace(',', '\t').rpartition('\t')[i].strip() for i in (0, 2))
             categories[at.number(number, where, int)] = label
-        count = max([*categories, *(int(v.get('category', -1)) for v in videos.values())], default=-1) + 1
+        count = max([*categories, *(at.number(v.get('category', -1), id, int) for id, v in videos.items())], default=-1) + 1
         out = []
         for id, video in videos.items():
             said = [chosen[id]] if id in chosen else sentences.get(id, [])
@@ -478,6 +478,8 @@ class HowTo100M(Dataset):
         number = {label: i for i, label in enumerate(labels)}
         together = at.one('raw_caption.json', optional=True) or at.one('caption.json', optional=True)
         captions = at.json(together) if together is not None else None
+        if captions is not None and not isinstance(captions, Mapping):
+            raise DataError(f'howto100m: {together} is not {{ID: {{"start", "end", "text"}}}}')
         folder = at.root / 'howto100m_captions'
         if captions is None and not folder.is_dir():
             at.one('raw_caption.json', 'caption.json', 'howto100m_captions/ID.csv')
