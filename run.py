@@ -131,7 +131,7 @@ def open_data(config):
         from data_pipelines.records import read_from
         made = config.data.make.get('path', '')
         mixture, evaluated = read_from(config)
-        read = [*(entry['path'] for entry in mixture.values()), evaluated]
+        read = [*(entry['path'] for entry in mixture.values()), evaluated['path']]
         if not made or os.path.join(made, 'records') in read:
             if not playground.is_made(made):
                 train.check(config)

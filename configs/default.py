@@ -58,10 +58,10 @@ def get_config(arg: str = '') -> ConfigDict:
     # ---- data
     d = c.data = ConfigDict()
     d.source = 'records'                # records | synthetic | npz
-    d.train = ConfigDict()              # name -> {path, split, weight, share}: the training mixture (records); path '': what `make` makes;
+    d.train = ConfigDict()              # name -> {path, split, weight, share, fold}: the training mixture (records); path '': what `make` makes;
                                         # {label: 'class', per_class: 20} too: all labels but those of 20 segments of each class are
                                         # unknown, and these are drawn
-    d.eval = ConfigDict()               # {path}: dataset whose splits the evaluators name; empty: the first training source
+    d.eval = ConfigDict()               # {path, fold}: dataset whose splits the evaluators name; empty: the first training source
     d.make = ConfigDict()               # playground fields and its path: rendered and prepared when it is read and not there yet
     d.npz = ''                          # npz: file of prepared batches
     d.synthetic_size = 4096             # synthetic: examples per epoch

@@ -9,10 +9,9 @@ import numpy as np
 
 from data_pipelines import order, video
 from data_pipelines.errors import DataError
+from data_pipelines.records import SPLITS
 from data_pipelines.views import View, streams, window_seconds
 from vatt_jax import tokenizer as tokenizers
-
-SPLITS = ('train', 'validation', 'test')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,6 +65,7 @@ class Index:
     segment_end: np.ndarray            # float32 [G]
     segment_caption: Strings           # [G], '' without
     labels: dict[str, np.ndarray]      # name -> int32 [G] (-1 unknown) or uint8 [G P] multi-hot
+    folds: np.ndarray | None = None    # int8 [M F]: which of train, validation, test a record is in, in each fold; -1 none
 
     def __len__(self) -> int:
         return len(self.crc)
@@ -89,7 +90,26 @@ class Index:
             sentence_text=Strings.of(s['text'] for s in sentences), segment_offset=offset('segments'),
             segment_record=np.repeat(np.arange(len(records), dtype=np.int32), [len(r['segments']) for r in records]),
             segment_start=times(segments, 'start'), segment_end=times(segments, 'end'),
-            segment_caption=Strings.of(s['caption'] for s in segments), labels=labels)
+            segment_caption=Strings.of(s['caption'] for s in segments), labels=labels,
+            folds=column('folds', np.int8) if records and 'folds' in records[0] else None)
+
+    def take(self, rows: np.ndarray) -> Index:
+        """The index of these records [m] alone."""
+        out = {}
+        for kind in ('sentence', 'segment'):
+            first, last = (getattr(self, f'{kind}_offset')[rows + i] for i in (0, 1))
+            out[f'{kind}_offset'] = np.concatenate([[0], np.cumsum(last - first)]).astype(np.int64)
+            inner = np.concatenate([np.arange(a, b) for a, b in zip(first, last)] or [np.zeros(0)]).astype(np.int64)
+            for field in ('start', 'end', 'text', 'caption'):
+                name = f'{kind}_{field}'
+                if hasattr(self, name):
+                    out[name] = _pick(getattr(self, name), inner)
+        out['segment_record'] = np.repeat(np.arange(len(rows), dtype=np.int32), np.diff(out['segment_offset']))
+        out['labels'] = {name: array[inner] for name, array in self.labels.items()}  # of the segments, the later of the two kinds
+        for field in dataclasses.fields(self):
+            if field.name not in out:
+                out[field.name] = None if getattr(self, field.name) is None else _pick(getattr(self, field.name), rows)
+        return Index(**out)
 
     def save(self, path: str | os.PathLike) -> None:
         arrays = {}
@@ -97,6 +117,8 @@ class Index:
             value = getattr(self, field.name)
             if isinstance(value, Strings):
                 arrays[f'{field.name}/data'], arrays[f'{field.name}/offsets'] = value.data, value.offsets
+            elif value is None:
+                continue
             elif field.name == 'labels':
                 arrays.update({f'labels/{name}': array for name, array in value.items()})
             else:
@@ -115,11 +137,15 @@ class Index:
                         fields['labels'] = {n.partition('/')[2]: f[n] for n in f.files if n.startswith('labels/')}
                     elif field.type == 'Strings':
                         fields[field.name] = Strings(f[f'{field.name}/data'], f[f'{field.name}/offsets'])
-                    else:
+                    elif field.name != 'folds' or 'folds' in f.files:
                         fields[field.name] = f[field.name]
             return cls(**fields)
         except Exception as e:  # zip, zlib, key and value errors: all say the same to the user
             raise DataError(f'{os.fspath(path)} cannot be read ({e}); prepare the data again with --overwrite') from None
+
+
+def _pick(values: np.ndarray | Strings, rows: np.ndarray) -> np.ndarray | Strings:
+    return Strings.of(values[int(i)] for i in rows) if isinstance(values, Strings) else values[rows]
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

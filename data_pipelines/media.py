@@ -1,22 +1,26 @@
-"""Media files <-> arrays, through PyAV: frames at a fixed rate, mono sound beside them on one clock, and small mp4 files.
+"""Media files <-> arrays, through PyAV: frames at a fixed rate, mono sound beside them on one clock, and small mp4 files; single images.
 
 The clock starts at the first picture (or the first sound of a file without pictures). Everything is placed by time stamps: a
 variable frame rate, a late audio track or a hole in it do not move sound against pictures.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fractions
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
-from PIL import Image
+from PIL import Image, ImageOps
 
-SUFFIXES = ('.mp4', '.webm', '.mkv', '.avi', '.mov', '.wav')
+SUFFIXES = ('.mp4', '.webm', '.mkv', '.avi', '.mov', '.m4v', '.mpg', '.flv', '.wav', '.flac', '.ogg', '.mp3', '.m4a', '.opus')
+IMAGES = ('.jpeg', '.jpg', '.png', '.webp')
+WHOLE = (0.0, float('inf'))
+GOP = 10               # frames from one to the next that decodes alone, in records that store video
 _BAD_SHARE = 0.05      # undecodable packets that are put up with
 _HOLE = 0.05           # seconds between the end of one piece of sound and the next that count as a hole
 av.logging.set_level(av.logging.PANIC)  # decoders print every concealed error of a web video; what matters is raised
@@ -38,26 +42,48 @@ class Media:
     audio: np.ndarray | None
 
 
-def read(path: str | os.PathLike, fps: float, size: int, rate: int, longest: float = 4 * 3600.0) -> Media:
-    """Opens a media file. `size`: pixels of the short side; `rate`: samples per second.
+def read(path: str | os.PathLike, fps: float, size: int, rate: int, longest: float = 4 * 3600.0, part: tuple[float, float] = WHOLE) -> Media:
+    """Opens a media file. `size`: pixels of the short side; `rate`: samples per second; part: seconds (start, end) that are wanted.
 
-    Raises MediaError here for files that do not open, and while frames are read for pictures that do not decode.
+    An image is one frame. Of a file that is as long as the part (to a second), or ends before it, everything is read: then it was cut out
+    before. Raises MediaError here for files that do not open, and while frames are read for pictures that do not decode.
     """
+    if os.fspath(path).lower().endswith(IMAGES):
+        return Media(iter([_image(path, size)]), None)
     try:
         with av.open(os.fspath(path)) as container:
-            has_video = bool(container.streams.video)
-            has_audio = bool(container.streams.audio)
-            if not has_video and not has_audio:
+            pictures, sounds = _track(container, 'video'), _track(container, 'audio')
+            if pictures is None and sounds is None:
                 raise MediaError('no video and no audio track')
-            zero = _first_time(container) if has_video else None
-        audio = _audio(path, rate, zero, longest) if has_audio else None
+            if part != WHOLE and not part[1] - 1 <= (container.duration or 0) / av.time_base > part[1] - part[0] + 1:
+                part = WHOLE
+            zero = _first_time(container) if pictures is not None else None
+        audio = _audio(path, rate, zero, longest, part) if sounds is not None else None
     except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as e:
         raise MediaError(f'corrupt: {_say(e)}') from None
-    if has_video:
-        return Media(_frames(path, fps, size, zero, longest), audio)
+    if pictures is not None:
+        return Media(_frames(path, fps, size, zero, longest, part), audio)
     if audio is None:
         raise MediaError('corrupt: no sound could be decoded')
     return Media(None, audio)
+
+
+def _track(container: av.container.InputContainer, kind: str) -> av.stream.Stream | None:
+    """The first track of a kind; the cover picture of a music file is none."""
+    return next((s for s in getattr(container.streams, kind) if not s.disposition & av.stream.Disposition.attached_pic), None)
+
+
+def _image(path: str | os.PathLike, size: int) -> np.ndarray:
+    """uint8 [H W 3], upright, short side `size`."""
+    try:
+        with Image.open(path) as image:
+            image.draft('RGB', (size, size))  # a JPEG is decoded at an eighth, quarter or half of its size if that is enough
+            image = ImageOps.exif_transpose(image).convert('RGB')
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise MediaError(f'corrupt: {_say(e)}') from None
+    scale = size / min(image.size)
+    shape = tuple(max(size, round(n * scale)) for n in image.size)
+    return np.asarray(image.resize(shape, Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR))
 
 
 def fit(audio: np.ndarray | None, frames: int, fps: float, rate: int) -> np.ndarray | None:
@@ -74,7 +100,7 @@ def _say(error: BaseException) -> str:
 
 def _first_time(container: av.container.InputContainer) -> float:
     """Seconds of the first picture."""
-    stream = container.streams.video[0]
+    stream = _track(container, 'video')
     if stream.start_time is not None:
         return float(stream.start_time * stream.time_base)
     stream.codec_context.thread_count = 1
@@ -103,38 +129,52 @@ def _decode(container, stream) -> Iterator[av.frame.Frame]:
         raise MediaError(f'corrupt: {bad} of {good + bad} packets do not decode')
 
 
-def _frames(path, fps: float, size: int, zero: float, longest: float) -> Iterator[np.ndarray]:
-    """The picture shown at 0, 1/fps, 2/fps, … until the last one's end."""
+def _seek(container: av.container.InputContainer, seconds: float) -> None:
+    """To a point before `seconds` of the file's own clock, from which everything decodes; nowhere if the container cannot."""
+    if seconds > 1:
+        with contextlib.suppress(av.error.FFmpegError):
+            container.seek(int((seconds - 1) * av.time_base))
+
+
+def _frames(path, fps: float, size: int, zero: float, longest: float, part: tuple[float, float]) -> Iterator[np.ndarray]:
+    """The picture shown at 0, 1/fps, 2/fps, … of the part until the last one's end."""
+    start, length = part[0], part[1] - part[0]
     try:
         container = av.open(os.fspath(path))
     except (av.error.FFmpegError, OSError) as e:
         raise MediaError(f'corrupt: {_say(e)}') from None
     with container:
-        stream = container.streams.video[0]
+        stream = _track(container, 'video')
         stream.codec_context.thread_count = 1  # files are decoded side by side; threads inside each would only compete
         usual = 1.0 / float(stream.average_rate) if stream.average_rate else 1.0 / fps
         declared = float(stream.duration * stream.time_base) if stream.duration else 0.0
         square = float(stream.sample_aspect_ratio or 1)
         convert = VideoReformatter()       # kept: it caches the tables of the scaler
-        sent, shown, seen = 0, None, -1.0  # pictures given out; the one on display; its time
-        end = 0.0
+        _seek(container, zero + start if start else 0.0)
+        sent, shown, seen = 0, None, -1.0  # pictures given out; the one on display; its time in the file
+        end, over = 0.0, False
         for frame in _decode(container, stream):
             time = float(frame.pts * frame.time_base) - zero if frame.pts is not None else seen + usual
             if time <= seen:   # clocks that stand still or run backwards: play on
                 time = seen + usual if seen >= 0 else 0.0
-            if time > longest or time - seen > max(60.0, declared):
+            if time - start > longest or shown is not None and time - seen > max(60.0, declared):
                 raise MediaError(f'corrupt: time stamps jump to {time:.0f} s')
             # Half a millisecond of grace: containers round time stamps to milliseconds or worse.
-            while shown is not None and sent / fps < time - 5e-4:
+            while shown is not None and not over and sent / fps < time - start - 5e-4:
                 shown = shown if isinstance(shown, np.ndarray) else _rgb(shown, size, square, convert)
                 yield shown
                 sent += 1
+                over = sent >= length * fps - 1e-3
+            if over:
+                return
             shown, seen = frame, time
             end = time + (float(frame.duration * frame.time_base) if frame.duration else usual)
         if end < 0.8 * declared - 1.0:
             raise MediaError(f'truncated: {end:.1f} of {declared:.1f} s can be decoded')
+        if start and end <= start:
+            raise MediaError(f'truncated: the clip begins at {start:.1f} s and {end:.1f} s can be decoded')
         if shown is not None:
-            for _ in range(sent, max(1, round(end * fps))):
+            for _ in range(sent, max(1, round(min(end - start, length) * fps))):
                 shown = shown if isinstance(shown, np.ndarray) else _rgb(shown, size, square, convert)
                 yield shown
 
@@ -150,15 +190,23 @@ def _rgb(frame: av.VideoFrame, size: int, square: float, convert: VideoReformatt
     return np.ascontiguousarray(np.rot90(picture, turn)) if turn else picture
 
 
-def _audio(path, rate: int, zero: float | None, longest: float) -> np.ndarray | None:
-    """int16 [S] mono from second `zero` on (None: from its own first sound), holes filled with silence; None if there is none."""
+def _audio(path, rate: int, zero: float | None, longest: float, part: tuple[float, float]) -> np.ndarray | None:
+    """int16 [S] mono of the part, counted from second `zero` (None: from its own first sound), holes filled with silence; None if there is
+    none."""
     pieces: list[tuple[float, list[np.ndarray]]] = []
     with av.open(os.fspath(path)) as container:
-        stream = container.streams.audio[0]
+        stream = _track(container, 'audio')
         stream.codec_context.thread_count = 1
+        if part != WHOLE:
+            if zero is None:
+                zero = float(stream.start_time * stream.time_base) if stream.start_time is not None else 0.0
+            zero += part[0]
+            _seek(container, zero)
         resampler, due, layout = None, None, None
         for frame in _decode(container, stream):
             time = float(frame.pts * frame.time_base) if frame.pts is not None else due or 0.0
+            if zero is not None and time > zero + part[1] - part[0]:
+                break
             here = (frame.sample_rate, frame.layout.name, frame.format.name)
             if resampler is None or here != layout or abs(time - due) > _HOLE:
                 if resampler is not None:
@@ -174,7 +222,7 @@ def _audio(path, rate: int, zero: float | None, longest: float) -> np.ndarray | 
     if not joined:
         return None
     zero = joined[0][0] if zero is None else zero
-    if len(joined) == 1 and joined[0][0] == zero:
+    if part == WHOLE and len(joined) == 1 and joined[0][0] == zero:
         return joined[0][1]
     places = [(round((time - zero) * rate), pcm) for time, pcm in joined]
     total = max(at + len(pcm) for at, pcm in places)
@@ -184,7 +232,7 @@ def _audio(path, rate: int, zero: float | None, longest: float) -> np.ndarray | 
     for at, pcm in places:
         pcm, at = pcm[max(0, -at):], max(0, at)
         out[at:at + len(pcm)] = pcm
-    return out
+    return out if part == WHOLE else out[:round((part[1] - part[0]) * rate)]
 
 
 def jpeg(frame: np.ndarray, quality: int) -> bytes:
@@ -222,3 +270,43 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float, audio: np
             whole.sample_rate, whole.pts = rate, 0
             container.mux(sound.encode(whole))
             container.mux(sound.encode())
+
+
+def h264(frames: Iterable[np.ndarray], fps: float, crf: int = 23, gop: int = GOP) -> list[bytes]:
+    """uint8 [H W 3] each -> one H.264 packet a frame, every `gop`-th of which begins anew; an odd last row or column is left out.
+
+    Tuned for fast decoding: no frames that look ahead, no deblocking. Any frame needs only the packets since the last beginning.
+    """
+    codec, out = None, []
+    for frame in frames:
+        frame = frame[:frame.shape[0] // 2 * 2, :frame.shape[1] // 2 * 2]
+        if codec is None:
+            codec = av.CodecContext.create('libx264', 'w')
+            codec.height, codec.width, codec.pix_fmt = *frame.shape[:2], 'yuv420p'
+            codec.framerate = fractions.Fraction(fps).limit_denominator(1001)
+            codec.time_base = 1 / codec.framerate
+            codec.options = {'crf': str(crf), 'preset': 'medium', 'tune': 'fastdecode', 'threads': '1', 'flags': '+bitexact', 'x264-params':
+                             f'keyint={gop}:min-keyint={gop}:scenecut=0:bframes=0:repeat-headers=1:annexb=1:threads=1'}
+        out += [bytes(p) for p in codec.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='rgb24'))]
+    return out + [bytes(p) for p in codec.encode()] if codec is not None else []
+
+
+def from_h264(packets: Sequence[bytes], numbers: np.ndarray, gop: int = GOP, form: str = 'rgb24') -> np.ndarray:
+    """uint8 [n H W 3], or [n 3H/2 W] with form 'yuv420p': the frames `numbers` [n] (any order, again and again) of what `h264` made."""
+    wanted, back = np.unique(numbers, return_inverse=True)
+    codec = av.CodecContext.create('h264', 'r')
+    codec.thread_count = 1
+    codec.flags |= av.codec.context.Flags.low_delay
+    fed, out = [], {}
+    for first in np.unique(wanted // gop) * gop:
+        fed += range(first, wanted[wanted < first + gop][-1] + 1)
+    keep, seen = set(wanted.tolist()), iter(fed)
+    with contextlib.suppress(av.error.FFmpegError, StopIteration):  # the count tells
+        for number in [*fed, None]:
+            for picture in codec.decode(None if number is None else av.Packet(packets[number])):
+                shown = next(seen)
+                if shown in keep:
+                    out[shown] = picture.to_ndarray(format=form)
+    if len(out) != len(wanted):
+        raise MediaError(f'corrupt: {len(out)} of {len(wanted)} frames decode')
+    return np.stack([out[n] for n in wanted.tolist()])[back]

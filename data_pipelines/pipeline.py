@@ -7,6 +7,7 @@ just the frames that were chosen. Nothing in the graph is random and nothing is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import weakref
@@ -33,9 +34,9 @@ _REPORTED = 1000  # unreadable records listed by problems()
 
 
 class Records(Data):
-    """config.data.train is the training mixture {name: {path, split, weight, share, label, per_class}} (no path: what config.data.make makes);
-    config.data.eval {path} the dataset that evaluation passes read (default: the first training source). `train` by records means the mixture,
-    everything else the evaluation dataset.
+    """config.data.train is the training mixture {name: {path, split, weight, share, fold, label, per_class}} (no path: what config.data.make
+    makes); config.data.eval {path, fold} the dataset that evaluation passes read (default: the first training source). `train` by records means
+    the mixture, everything else the evaluation dataset.
 
     info['tokenizer'] is that of config.model.inputs.text if it holds a spec, else the first source's. Raises DataError.
     """
@@ -43,21 +44,22 @@ class Records(Data):
     def __init__(self, config):
         super().__init__(config)
         mixture, evaluated = read_from(config)
-        if not mixture and not evaluated:
+        if not mixture and not evaluated['path']:
             raise DataError("config.data.source is 'records' and config.data.train is empty; set it to "
                             "{'mine': {'path': FOLDER}} with a folder made by python -m data_pipelines.prepare")
-        opened: dict[str, Prepared] = {}
-        for path in filter(None, [*(entry['path'] for entry in mixture.values()), evaluated]):
-            if path not in opened:
-                opened[path] = Prepared(path)
-                opened[path].check(self.inputs)
+        place = lambda entry: (entry['path'], entry['fold'])
+        opened: dict[tuple[str, int], Prepared] = {}
+        for entry in [*mixture.values(), *([evaluated] if evaluated['path'] else [])]:
+            if place(entry) not in opened:
+                opened[place(entry)] = Prepared(*place(entry))
+                opened[place(entry)].check(self.inputs)
         sizes = {p.meta['size'] for p in opened.values()}
-        if len({opened[e['path']].meta['size'] for e in mixture.values()}) > 1 and 'video' in self.inputs:
+        if len({opened[place(e)].meta['size'] for e in mixture.values()}) > 1 and 'video' in self.inputs:
             raise DataError(f'the sources of config.data.train store frames of different sizes {sorted(sizes)}; prepare them with '
                             'the same --size')
-        self._mixture = [(name, entry, Split(opened[entry['path']], entry['split'], name))
+        self._mixture = [(name, entry, Split(opened[place(entry)], entry['split'], name))
                          for name, entry in mixture.items()]
-        self._evaluated = opened[evaluated] if evaluated else self._mixture[0][2].prepared
+        self._evaluated = opened[place(evaluated)] if evaluated['path'] else self._mixture[0][2].prepared
         self._few = {name: few_labels(part, entry['label'], entry['per_class'], config.seed)
                      for name, entry, part in self._mixture if entry['per_class']}
         self._splits = {s.split: s for name, _, s in self._mixture if s.prepared is self._evaluated and s.split in SPLITS and name not in self._few}
@@ -181,6 +183,8 @@ class _Plan:
         # Frames of one shape travel whole and the device crops. Mixed shapes are cut to squares of their common short side here:
         # anywhere along the long side in training, the middle in evaluation; views may say where. places: of each square that is asked for.
         self.square = len(shapes) > 1
+        laid_out = [p.prepared.format for p in parts]
+        self.formats = [f for i, f in enumerate(laid_out) if f not in laid_out[:i]]
         self.places = sorted({v.crop for v in self.videos}, key=lambda c: -1 if c is None else c)
         self.height, self.width = (size, size) if self.square or not shapes else next(iter(shapes))
 
@@ -231,7 +235,7 @@ class _Plan:
         return batch, self._wanted(rows, starts, frames, samples, stored_fps)
 
     def _wanted(self, rows: Rows, starts, frames, samples, stored_fps) -> dict[str, np.ndarray]:
-        b, want = len(rows.index), {}
+        b, want = len(rows.index), {'format': np.array([self.formats.index(p.prepared.format) for p in self.parts], np.int32)[rows.source]}
         if self.videos:
             v = self.inputs['video']
             numbers = [video.frame_numbers(starts[x.suffix], frames, stored_fps, v['fps'], v['frames']) for x in self.videos]
@@ -293,6 +297,17 @@ class _Plan:
         return labels
 
 
+def _from_video(size: tuple[int, int], gop: int, places: int, packets: np.ndarray, keys: np.ndarray,
+                corners: np.ndarray | None = None) -> np.ndarray:
+    """uint8 [K size 3]: frames keys // places of a record that stores video, cut at corners [places 2] if there are any."""
+    from data_pipelines import media
+    frames = media.from_h264(packets, keys // places, gop)
+    if corners is None:
+        return frames
+    (height, width), corners = size, corners[keys % places]
+    return np.stack([f[y:y + height, x:x + width] for f, (y, x) in zip(frames, corners)])
+
+
 class _Batches(Iterator):
     """Iterator of host batches; close() stops its threads. After an error it is over."""
 
@@ -306,9 +321,11 @@ class _Batches(Iterator):
 
     def _dataset(self, number: int | None) -> tf.data.Dataset:
         d, plan = self._data.config.data, self._plan
-        keys = [k for k, on in (('frames', plan.videos), ('corner', plan.videos and plan.square), ('samples', plan.audios)) if on]
-        types = {'frames': tf.int32, 'corner': tf.int32, 'samples': tf.int64}
-        shapes = {'frames': [None, len(plan.videos), None], 'corner': [None, len(plan.places), 2], 'samples': [None, len(plan.audios)]}
+        keys = [k for k, on in (('format', len(plan.formats) > 1), ('frames', plan.videos), ('corner', plan.videos and plan.square),
+                                ('samples', plan.audios)) if on]
+        types = {'format': tf.int32, 'frames': tf.int32, 'corner': tf.int32, 'samples': tf.int64}
+        shapes = {'format': [None], 'frames': [None, len(plan.videos), None], 'corner': [None, len(plan.places), 2],
+                  'samples': [None, len(plan.audios)]}
 
         def fetch(step):
             step, raw, *wanted = tf.numpy_function(self._fetch(keys), [step], [tf.int64, tf.string, *(types[k] for k in keys)])
@@ -362,22 +379,37 @@ class _Batches(Iterator):
 
     # ---- in the graph: one row
     def _row(self, wanted: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        features = {'frames': tf.io.RaggedFeature(tf.string), 'audio': tf.io.FixedLenFeature([], tf.string, b'')}
-        parsed = tf.io.parse_single_example(wanted['raw'], features)
-        out = {'step': wanted['step']}
-        readable = tf.strings.length(wanted['raw']) > 0
+        formats = [lambda f=f: self._content(wanted, f) for f in self._plan.formats]
+        return {'step': wanted['step'], **(tf.switch_case(wanted['format'], formats) if len(formats) > 1 else formats[0]())}
+
+    def _content(self, wanted: dict[str, tf.Tensor], form: dict[str, str]) -> dict[str, tf.Tensor]:
+        """What is wanted of a record of one layout (index.json, `format`)."""
+        raw, out = wanted['raw'], {}
+        readable = tf.strings.length(raw) > 0
+        if form['kind'] == 'dmvr':
+            names = {k: form[k] for k in ('frames', 'audio') if k in form and (k if k == 'frames' else 'samples') in wanted}
+            kinds = {'frames': tf.string, 'audio': tf.float32}
+            parsed = tf.io.parse_single_sequence_example(raw, sequence_features={n: tf.io.RaggedFeature(kinds[k]) for k, n in names.items()})[1]
+            parsed = {k: parsed[names[k]].flat_values if k in names else tf.zeros([0], kind) for k, kind in kinds.items()}
+            total = tf.size(parsed['audio'])
+            samples = lambda first, count: tf.cast(tf.round(tf.clip_by_value(parsed['audio'][first:first + count], -1.0, 1.0) * 32767.0), tf.int16)
+        else:
+            parsed = tf.io.parse_single_example(raw, {'frames': tf.io.RaggedFeature(tf.string), 'audio': tf.io.FixedLenFeature([], tf.string, b'')})
+            total = tf.strings.length(parsed['audio']) // 2
+            samples = lambda first, count: tf.io.decode_raw(tf.strings.substr(parsed['audio'], 2 * first, 2 * count), tf.int16)
         if 'frames' in wanted:
             shape = (len(self._plan.videos), self._plan.inputs['video']['frames'], self._plan.height, self._plan.width, 3)
-            pictures = lambda: self._pictures(parsed['frames'], wanted, shape)
+            pictures = lambda: self._pictures(parsed['frames'], wanted, shape, form)
             out['video'] = tf.cond(readable & (wanted['frames'][0, 0] >= 0), pictures, lambda: tf.zeros(shape, tf.uint8))
         if 'samples' in wanted:
             count = self._plan.inputs['audio']['samples']
             shape = (len(self._plan.audios), count)
-            sounds = lambda: tf.stack([self._sound(parsed['audio'], wanted['samples'][i], count) for i in range(shape[0])])
+            sounds = lambda: tf.stack([self._sound(samples, total, wanted['samples'][i], count) for i in range(shape[0])])
             out['audio'] = tf.cond(readable & (wanted['samples'][0] >= 0), sounds, lambda: tf.zeros(shape, tf.int16))
         return out
 
-    def _pictures(self, frames: tf.Tensor, wanted: dict[str, tf.Tensor], shape: tuple[int, ...]) -> tf.Tensor:
+    def _pictures(self, frames: tf.Tensor, wanted: dict[str, tf.Tensor], shape: tuple[int, ...],
+                  form: dict[str, Any]) -> tf.Tensor:
         # Overlapping views ask for the same frames: each is decoded once (once for each square of it).
         places = self._plan.places if self._plan.square else [None]
         of_view = [places.index(v.crop) if self._plan.square else 0 for v in self._plan.videos]
@@ -389,14 +421,17 @@ class _Batches(Iterator):
                 return tf.image.decode_jpeg(jpeg, channels=3)
             window = tf.concat([wanted['corner'][key % len(places)], [shape[2], shape[3]]], 0)
             return tf.image.decode_and_crop_jpeg(jpeg, window, channels=3)
+        if form.get('frames') == 'h264':
+            arguments = [frames, keys] + ([wanted['corner']] if self._plan.square else [])
+            decoded = tf.numpy_function(functools.partial(_from_video, shape[2:4], form['gop'], len(places)), arguments, tf.uint8)
+            return tf.reshape(tf.gather(tf.ensure_shape(decoded, [None, *shape[2:]]), back), shape)
         decoded = tf.map_fn(decode, keys, fn_output_signature=tf.TensorSpec([shape[2], shape[3], 3], tf.uint8), parallel_iterations=1)
         return tf.reshape(tf.gather(decoded, back), shape)
 
-    def _sound(self, pcm: tf.Tensor, first: tf.Tensor, count: int) -> tf.Tensor:
-        total = tf.strings.length(pcm) // 2
+    def _sound(self, samples: Callable[..., tf.Tensor], total: tf.Tensor, first: tf.Tensor, count: int) -> tf.Tensor:
         first = tf.cast(first, tf.int32)
-        straight = lambda: tf.io.decode_raw(tf.strings.substr(pcm, 2 * first, 2 * count), tf.int16)
-        around = lambda: tf.gather(tf.io.decode_raw(pcm, tf.int16), (first + tf.range(count)) % total)
+        straight = lambda: samples(first, count)
+        around = lambda: tf.gather(samples(0, total), (first + tf.range(count)) % total)
         return tf.ensure_shape(tf.cond(first + count <= total, straight, around), [count])
 
     # ---- iterator

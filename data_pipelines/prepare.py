@@ -1,9 +1,10 @@
-"""A folder of media files and their captions -> a tfds dataset in ArrayRecord, ready for training. Once, offline.
+"""A folder of media files and their captions, or a named dataset -> a tfds dataset in ArrayRecord, ready for training. Once, offline.
 
     python -m data_pipelines.prepare --videos=my_videos --captions=captions.csv --out=data/mine
+    python -m data_pipelines.prepare --dataset=ucf101 --manual_dir=downloads/ucf101 --out=data/ucf101
 
 It can be killed at any moment and started again: each decoded file is kept until the dataset is whole. A file that cannot be
-used is skipped with its reason and never stops the others. What goes in and what comes out: docs/data.md.
+used is skipped with its reason and never stops the others. What goes in and what comes out: docs/data.md, docs/datasets.md.
 """
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ import pathlib
 import re
 import shutil
 import sys
+import textwrap
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -24,47 +26,44 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from data_pipelines import index as indices
-from data_pipelines import notes, staging
-from data_pipelines.base import SPLITS
+from data_pipelines import inputs, media, staging
+from data_pipelines.datasets import named
 from data_pipelines.errors import DataError
+from data_pipelines.records import CLIPS, SPLITS
 
 _FOLDERS = {'train': 'train', 'validation': 'validation', 'val': 'validation', 'valid': 'validation', 'test': 'test'}
 _DONE = 'prepare.json'
 
 
-def prepare(videos: str, captions: str, out: str, *, annotations: str = '', fps: float = 10.0, size: int = 256,
-            rate: int = 48000, quality: int = 90, processes: int = 2, min_seconds: float = 1.0, name: str = '',
-            vocabulary: int = 65536, tokenizer: str = 'words', validation: float = 0.05, test: float = 0.05,
-            require_audio: bool = False, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """Prepares the folder `videos` into the folder `out`; `captions` and `annotations` may be ''. The rest is in `--help`.
+def prepare(videos: str = '', captions: str = '', out: str = '', *, annotations: str = '', dataset: str = '', manual_dir: str = '',
+            fps: float = 10.0, size: int = 256, rate: int = 48000, quality: int = 90, store: str = 'jpeg', crf: int = 23, processes: int = 2,
+            min_seconds: float | None = None, name: str = '', vocabulary: int = 65536, tokenizer: str = 'words', validation: float = 0.05,
+            test: float = 0.05, require_audio: bool = False, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Prepares the folder `videos` (`captions` and `annotations` may be ''), or the named `dataset` below `manual_dir`, into the folder
+    `out`. The rest is in `--help`.
 
     Returns {'splits': {split: {'records', 'segments', 'sentences', 'hours', 'without_audio', 'without_video'}}, 'skipped':
-    {file: reason}, 'labels', 'seconds', 'fresh': False if everything was there already}. Raises DataError with one sentence.
+    {file: reason}, 'labels', 'seconds', 'fresh': False if everything was there already}; of a dataset with folds there is one split `clips`, and
+    'folds': [{split: records}]. Raises DataError with one sentence.
     """
     began = time.monotonic()
     say = _Console(quiet)
-    folder, target = pathlib.Path(videos), pathlib.Path(out)
-    settings = staging.Settings(float(fps), int(size), int(rate), int(quality), float(min_seconds))
+    if not out or not (dataset or videos):
+        raise DataError('give --out, and --videos or --dataset with --manual_dir')
+    if dataset and (captions or annotations):
+        raise DataError(f'--dataset={dataset} brings its own captions and annotations; leave --captions and --annotations out')
+    target = pathlib.Path(out)
+    min_seconds = (0.0 if dataset else 1.0) if min_seconds is None else min_seconds
+    settings = staging.Settings(float(fps), int(size), int(rate), int(quality), float(min_seconds), _crf(store, crf))
     name = name or _dataset_name(target)
     _check_arguments(settings, name, vocabulary, validation, test, processes)
-    files = _scan(folder)
-    names = notes.Names(f.id for f in files)
-    sentences, unknown = notes.assign(notes.read_captions(captions) if captions else {}, names)
-    if captions and not sentences:
-        raise DataError(f'no entry of {captions} names a file below {folder} (it says {unknown[0]!r}, a file is {files[0].id!r})'
-                        if unknown else f'the captions file {captions} is empty')
-    classes, videos_notes = notes.read_annotations(annotations) if annotations else ({}, {})
-    multi = notes.several(classes, videos_notes)
-    marks, unknown_marks = notes.assign(videos_notes, names)
-    if annotations and videos_notes and not marks:
-        raise DataError(f'no entry of {annotations} names a file below {folder} (it says {unknown_marks[0]!r}, a file is '
-                        f'{files[0].id!r})')
+    given = named.read(dataset, manual_dir, videos) if dataset else inputs.mine(videos, captions, annotations)
+    files = given.files
 
     identity = {  # all that decides what comes out
-        'settings': [settings.fps, settings.size, settings.rate, settings.quality, settings.min_seconds], 'name': name,
+        'settings': settings.words(), 'name': name,
         'vocabulary': vocabulary, 'tokenizer': tokenizer, 'validation': validation, 'test': test, 'require_audio': require_audio,
-        'captions': _digest(captions), 'annotations': _digest(annotations),
-        'files': hashlib.sha256('\n'.join(sorted(f.key(settings) for f in files)).encode()).hexdigest()}
+        **given.identity, 'files': hashlib.sha256('\n'.join(sorted(f.key(settings) for f in files)).encode()).hexdigest()}
     done = _finished(target, identity, overwrite)
     if done:
         shutil.rmtree(target / '.staging', ignore_errors=True)  # left if the last run was killed at its very end
@@ -74,32 +73,43 @@ def prepare(videos: str, captions: str, out: str, *, annotations: str = '', fps:
     stage_dir.mkdir(parents=True, exist_ok=True)
 
     _stage_all(files, settings, stage_dir, processes, say)
-    records, skipped = [], {}
+    records, skipped = [], dict(given.skipped)
+    if dataset:
+        skipped |= dict.fromkeys(given.missing, 'missing: no such file')
     for file in files:
         head = staging.header(staging.place(stage_dir, file, settings))
         reason = head.get('skipped') or ('no audio' if require_audio and not head['samples'] else None)
         if reason:
             skipped[file.id] = reason
         else:
-            records.append(_record(file, head, sentences.get(file.id), marks.get(file.id), multi))
+            records.append(_record(file, head, given.sentences.get(file.id), given.marks.get(file.id), given.multi))
     if not records:
         indices.write_json(target / 'skipped.json', skipped)
         first = next(iter(skipped.items()))
-        raise DataError(f'all {len(skipped)} files below {folder} were skipped, for example {first[0]} ({first[1]}); see '
+        raise DataError(f'all {len(skipped)} files below {videos or manual_dir} were skipped, for example {first[0]} ({first[1]}); see '
                         f'{target / "skipped.json"}')
+    folders = not dataset and _folders(files)
     for record in records:
-        record['split'] = _split_of(record['id'], _folders(files), validation, test)
+        if given.folds:
+            record['split'], of = CLIPS, given.splits[record['id']]
+            record['folds'] = [SPLITS.index(s) if s else -1 for s in of]
+            record['ground_truth'] = {**record['ground_truth'], 'folds': list(of)}
+        else:
+            record['split'] = given.splits.get(record['id']) or _split_of(record['id'], folders, validation, test)
+        record['ground_truth'] = json.dumps(record['ground_truth'])
     _tokenizer(records, tokenizer, vocabulary, stage_dir)
 
     say(f'writing {len(records)} records …')
     by_id = {f.id: f for f in files}
-    produced = _write(records, by_id, settings, stage_dir, name, multi)
-    summary = _publish(produced, stage_dir, target, name, settings, classes, multi, records, skipped)
+    produced = _write(records, by_id, settings, stage_dir, name, given.multi)
+    summary = _publish(produced, stage_dir, target, name, settings, given, records, skipped)
     summary['seconds'] = round(time.monotonic() - began, 1)
     indices.write_json(target / _DONE, {'identity': identity, 'files': sorted(p.name for p in target.iterdir() if p.is_file()),
                                         'summary': summary})
     shutil.rmtree(stage_dir, ignore_errors=True)
-    say.summary(target, summary, [*unknown, *unknown_marks])
+    say.summary(target, summary, [] if dataset else given.missing)
+    if given.unused:
+        say(f'{given.unused} media files are in no annotation file and were not used.')
     return {**summary, 'fresh': True}
 
 
@@ -107,7 +117,8 @@ def prepare(videos: str, captions: str, out: str, *, annotations: str = '', fps:
 
 def _check_arguments(s: staging.Settings, name: str, vocabulary: int, validation: float, test: float, processes: int) -> None:
     for what, value, right in (
-            ('fps', s.fps, 0 < s.fps <= 120), ('size', s.size, 8 <= s.size <= 4096), ('rate', s.rate, 1000 <= s.rate <= 192000),
+            ('fps', s.fps, 0 < s.fps <= 120), ('rate', s.rate, 1000 <= s.rate <= 192000),
+            ('size', s.size, 8 <= s.size <= 4096 and not (s.crf and s.size % 2)),
             ('quality', s.quality, 1 <= s.quality <= 100), ('min_seconds', s.min_seconds, s.min_seconds >= 0),
             ('vocabulary', vocabulary, vocabulary >= 3), ('processes', processes, processes >= 1),
             ('validation', validation, validation >= 0 and validation + test < 1), ('test', test, test >= 0)):
@@ -117,33 +128,15 @@ def _check_arguments(s: staging.Settings, name: str, vocabulary: int, validation
         raise DataError(f'--name={name} must be lower-case letters, digits and underscores, beginning with a letter')
 
 
+def _crf(store: str, crf: int) -> int:
+    if store not in ('jpeg', 'h264') or not 1 <= crf <= 51:
+        raise DataError(f'--store={store} --crf={crf} makes no sense; --store is jpeg or h264, --crf from 1 (best) to 51')
+    return crf if store == 'h264' else 0
+
+
 def _dataset_name(out: pathlib.Path) -> str:
     words = re.sub(r'[^a-z0-9]+', '_', out.resolve().name.lower()).strip('_')
     return words if re.match('[a-z]', words) else f'set_{words}' if words else 'videos'
-
-
-def _scan(folder: pathlib.Path) -> list[staging.File]:
-    from data_pipelines.media import SUFFIXES
-    if not folder.is_dir():
-        raise DataError(f'the folder {folder} does not exist')
-    files = []
-    for root, folders, found in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith('.'))
-        for entry in sorted(found):
-            if entry.lower().endswith(SUFFIXES) and not entry.startswith('.'):
-                path = pathlib.Path(root, entry)
-                try:
-                    stat = path.stat()
-                except OSError:  # a dangling link
-                    continue
-                files.append(staging.File(path.relative_to(folder).as_posix(), str(path), stat.st_size, stat.st_mtime_ns))
-    if not files:
-        raise DataError(f'no media file below {folder} (looked for {", ".join(SUFFIXES)})')
-    return files
-
-
-def _digest(path: str) -> str:
-    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() if path else ''
 
 
 def is_finished(target: pathlib.Path) -> bool:
@@ -249,7 +242,7 @@ def _record(file: staging.File, head: Mapping[str, Any], sentences: list[dict] |
     segments = [{**s, 'labels': {n: _label(s['labels'].get(n, -1), k) for n, k in multi.items()}} for s in segments]
     return {'id': file.id, 'frames': len(head['lengths']), 'samples': head['samples'], 'height': head['height'],
             'width': head['width'], 'duration': duration, 'sentences': spoken, 'segments': segments,
-            'ground_truth': json.dumps((marks or {}).get('ground_truth', {}))}
+            'ground_truth': (marks or {}).get('ground_truth', {})}
 
 
 def _label(value: int | list[int], classes: int | None) -> int | list[int]:
@@ -302,14 +295,13 @@ def _write(records: list[dict[str, Any]], files: Mapping[str, staging.File], set
                     'segment_labels': {n: [s['labels'][n] for s in r['segments']] for n in multi},
                     'ground_truth': r['ground_truth']}
 
-    splits = {split: (lambda split=split: examples(split)) for split in SPLITS if any(r['split'] == split for r in records)}
+    splits = {split: (lambda split=split: examples(split)) for split in (*SPLITS, CLIPS) if any(r['split'] == split for r in records)}
     labels = {n: (classes or 0, classes is not None) for n, classes in multi.items()}
     return pathlib.Path(folder.write(str(stage_dir / 'tfds'), name, labels, splits))
 
 
 def _publish(produced: pathlib.Path, stage_dir: pathlib.Path, target: pathlib.Path, name: str, settings: staging.Settings,
-             classes: Mapping[str, list[str]], multi: Mapping[str, int | None], records: list[dict[str, Any]],
-             skipped: Mapping[str, str]) -> dict[str, Any]:
+             given: inputs.Inputs, records: list[dict[str, Any]], skipped: Mapping[str, str]) -> dict[str, Any]:
     """Moves the dataset into place with its sidecars, reading every record back on the way. Returns the summary."""
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -319,8 +311,8 @@ def _publish(produced: pathlib.Path, stage_dir: pathlib.Path, target: pathlib.Pa
     for old in target.iterdir():
         if old.is_file():
             old.unlink()
-    summary: dict[str, Any] = {'splits': {}, 'skipped': dict(skipped), 'labels': {k: list(v) for k, v in classes.items()}}
-    for split in SPLITS:
+    summary: dict[str, Any] = {'splits': {}, 'skipped': dict(skipped), 'labels': {k: list(v) for k, v in given.classes.items()}}
+    for split in (*SPLITS, CLIPS):
         paths = shards(produced, split)
         if not paths:
             continue
@@ -329,21 +321,24 @@ def _publish(produced: pathlib.Path, stage_dir: pathlib.Path, target: pathlib.Pa
             raw = source[i]
             crc.append(zlib.crc32(raw))
             rows.append(known[tf_example_pb2.Example.FromString(raw).features.feature['id'].bytes_list.value[0].decode()])
-        table = indices.Index.of(rows, crc, dict(multi))
+        table = indices.Index.of(rows, crc, dict(given.multi))
         table.save(stage_dir / f'index-{split}.npz')
         os.replace(stage_dir / f'index-{split}.npz', target / f'index-{split}.npz')
         summary['splits'][split] = {
             'records': len(table), 'segments': len(table.segment_record), 'sentences': len(table.sentence_start),
             'hours': round(float(table.duration.sum()) / 3600, 3), 'without_audio': int((table.samples == 0).sum()),
             'without_video': int((table.frames == 0).sum())}
+    if given.folds:
+        summary['folds'] = [inputs.counts(SPLITS[r['folds'][k]] for r in records if r['folds'][k] >= 0) for k in range(given.folds)]
     for file in produced.iterdir():
         os.replace(file, target / file.name)
     os.replace(stage_dir / 'tokenizer.json', target / 'tokenizer.json')
     indices.write_json(target / 'skipped.json', dict(skipped))
     indices.write_json(target / 'index.json', {
         'version': indices.VERSION, 'name': name, 'fps': settings.fps, 'size': settings.size, 'rate': settings.rate,
-        'quality': settings.quality, 'labels': summary['labels'], 'multi_hot': [n for n, k in multi.items() if k is not None],
-        'splits': summary['splits']})
+        'quality': settings.quality, 'labels': summary['labels'], 'multi_hot': [n for n, k in given.multi.items() if k is not None],
+        'splits': summary['splits'], 'folds': summary.get('folds', []),
+        'format': {'kind': 'example', **({'frames': 'h264', 'gop': media.GOP} if settings.crf else {})}})
     return summary
 
 
@@ -397,20 +392,34 @@ class _Console:
              f"\"--config.data.train={{'mine': {{'path': {str(target)!r}}}}}\"")
 
 
+def _page(dataset: str) -> str:
+    """What --help says of a named dataset."""
+    if dataset not in named.DATASETS:
+        return ''
+    title, text, files = named.of(dataset).page()
+    return f'{title}\n\n{textwrap.indent(files, "  ")}\n\n{text}'
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog='python -m data_pipelines.prepare', allow_abbrev=False,
-                                     description='Media files and captions -> a dataset for training (docs/data.md).')
+    page = next((a.partition('=')[2] for a in arguments or sys.argv[1:] if a.startswith('--dataset=')), '')
+    parser = argparse.ArgumentParser(
+        prog='python -m data_pipelines.prepare', allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_page(page),
+        description='Media files and captions, or a named dataset -> a dataset for training (docs/data.md, docs/datasets.md).')
     add = parser.add_argument
-    add('--videos', required=True, help='folder of mp4, webm, mkv, avi, mov or wav files, searched through')
+    add('--videos', default='', help='folder of media files, searched through; with --dataset: where its media are, if not below --manual_dir')
     add('--captions', default='', help='CSV (video,start,end,text) or JSON; without it the captions of annotated segments serve')
-    add('--out', required=True, help='folder of the dataset, new or of an earlier run of this command')
+    add('--dataset', default='', metavar='NAME', help=f'instead of --captions and --annotations: {", ".join(named.DATASETS)}')
+    add('--manual_dir', default='', help='folder with the files of --dataset; --dataset=NAME --help says which')
+    add('--out', default='', help='folder of the dataset, new or of an earlier run of this command')
     add('--annotations', default='', help='JSON (labels, segments, ground truth) or CSV (video,label)')
     add('--fps', type=float, default=10.0, help='stored frames per second')
-    add('--size', type=int, default=256, help='pixels of the short side of stored frames')
+    add('--size', type=int, default=256, help='pixels of the short side of stored frames; even for --store=h264')
     add('--rate', type=int, default=48000, help='stored sound samples per second, mono')
     add('--quality', type=int, default=90, help='JPEG quality, 1 to 100')
+    add('--store', default='jpeg', choices=('jpeg', 'h264'), help='frames as JPEG, or as short pieces of video (docs/data.md)')
+    add('--crf', type=int, default=23, help='quality of h264, 1 (best) to 51')
     add('--processes', type=int, default=2, help='files decoded side by side')
-    add('--min_seconds', type=float, default=1.0, help='shorter files are skipped')
+    add('--min_seconds', type=float, default=None, help='shorter files are skipped; default: 1, of named datasets 0')
     add('--name', default='', help='name of the dataset; default: from --out')
     add('--vocabulary', type=int, default=65536, help='size of the vocabulary, at most')
     add('--tokenizer', default='words', choices=('words', 'wordpiece', 'sentencepiece'))

@@ -4,7 +4,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,12 +15,14 @@ from data_pipelines import index as indices
 from data_pipelines.errors import DataError
 from data_pipelines.index import Index
 
-FIELDS = {'path': '', 'split': 'train', 'weight': 1.0, 'share': 0.0, 'label': 'class', 'per_class': 0}  # of an entry of config.data.train
+SPLITS = ('train', 'validation', 'test')
+CLIPS = 'clips'  # the one stored split of a dataset that is divided in several ways
+FIELDS = {'path': '', 'split': 'train', 'weight': 1.0, 'share': 0.0, 'fold': 0, 'label': 'class', 'per_class': 0}  # of an entry of config.data.train
 
 
-def read_from(config) -> tuple[dict[str, dict[str, Any]], str]:
-    """({name: entry} of config.data.train with all fields, path of config.data.eval or ''). An entry without a path reads what
-    config.data.make makes. Raises DataError naming the wrong entry."""
+def read_from(config) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """({name: entry} of config.data.train with all fields, config.data.eval likewise, its path '' if there is none). An entry of the former
+    without a path reads what config.data.make makes. Raises DataError naming the wrong entry."""
     made = config.data.make.get('path', '')
     made = os.path.join(made, 'records') if made else ''
 
@@ -42,7 +43,7 @@ def read_from(config) -> tuple[dict[str, dict[str, Any]], str]:
         mixture[name]['path'] = mixture[name]['path'] or made
         if not mixture[name]['path']:
             raise DataError(f'config.data.train.{name} has no path; give the folder that python -m data_pipelines.prepare made')
-    return mixture, filled('config.data.eval', config.data.eval, {'path': ''})['path']
+    return mixture, filled('config.data.eval', config.data.eval, {'path': '', 'fold': 0})
 
 
 def shards(folder: str | os.PathLike, split: str) -> list[str]:
@@ -57,9 +58,12 @@ def raw_records(paths: Sequence[str]) -> Any:
 
 
 class Prepared:
-    """The folder that `prepare` made. meta: its index.json. Raises DataError if it is missing or incomplete."""
+    """The folder that `prepare` made. meta: its index.json. Raises DataError if it is missing or incomplete.
 
-    def __init__(self, path: str | os.PathLike):
+    fold: which of a dataset's official divisions into splits holds, from 1 (0: the first, where there are several).
+    """
+
+    def __init__(self, path: str | os.PathLike, fold: int = 0):
         self.path = pathlib.Path(path)
         if not self.path.is_dir():
             raise DataError(f'the prepared dataset {self.path} does not exist; make it with python -m data_pipelines.prepare '
@@ -72,7 +76,12 @@ class Prepared:
         if self.meta.get('version') != indices.VERSION:
             raise DataError(f'{self.path} was prepared by another version of this code (index version '
                             f'{self.meta.get("version")}, wanted {indices.VERSION}); prepare it again with --overwrite')
-        self.splits = tuple(self.meta['splits'])
+        self.format = self.meta.get('format', {'kind': 'example'})  # how a record is laid out
+        folds = self.meta.get('folds', [])
+        if fold and not 1 <= fold <= len(folds):
+            raise DataError(f'{self.path} has no fold {fold}; it has ' + (f'the folds 1 to {len(folds)}' if folds else 'none: leave the field out'))
+        self.fold = fold or min(1, len(folds))
+        self.splits = tuple(folds[self.fold - 1] if folds else self.meta['splits'])
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
@@ -86,6 +95,14 @@ class Prepared:
 
     def index(self, split: str) -> Index:
         return Index.load(self.path / f'index-{split}.npz')
+
+    def source(self, split: str) -> Any:
+        """Sequence of a split's raw records (bytes), random access."""
+        if self.format['kind'] == 'dmvr':
+            from data_pipelines.dmvr import TFRecords
+            return TFRecords(self.path, split, self.meta['files'][split])
+        paths = shards(self.path, split)
+        return raw_records(paths) if paths else ()
 
     def check(self, inputs: Mapping[str, Mapping[str, Any]]) -> None:
         """Stored rates against config.model.inputs: frames may be thinned, never invented; sound is taken as it is."""
@@ -110,18 +127,22 @@ class Split:
         self.prepared, self.split, self.name = prepared, split, name or prepared.meta['name']
         if split not in prepared.splits:
             raise DataError(f'{prepared.path} has no split {split!r}; it has {", ".join(prepared.splits)}')
-        self.index = prepared.index(split)
-        paths = shards(prepared.path, split)
+        stored = CLIPS if prepared.fold else split
+        self.index = prepared.index(stored)
+        self._rows = np.arange(len(self.index))  # places of these records among the stored ones
         try:
-            self._source = raw_records(paths) if paths else ()
+            self._source = prepared.source(stored)
+        except DataError:
+            raise
         except Exception as e:  # the library raises many kinds
             raise DataError(f'the shards of {prepared.path}, split {split}, cannot be opened ({e}); prepare it again with '
                             '--overwrite') from None
         if len(self._source) != len(self.index):
             raise DataError(f'{prepared.path}: split {split!r} has {len(self._source)} records and its index '
                             f'{len(self.index)}; some shards are missing, prepare it again with --overwrite')
-        self._lock = threading.Lock()
-        self._bad: dict[int, str] = {}
+        if prepared.fold:
+            self._rows = np.flatnonzero(self.index.folds[:, prepared.fold - 1] == SPLITS.index(split))
+            self.index = self.index.take(self._rows)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -132,7 +153,7 @@ class Split:
         for n in map(int, numbers):
             # One by one: measured faster than the library's batched read, which hands each record to other threads.
             try:
-                one, reason = self._source[n], ''
+                one, reason = self._source[int(self._rows[n])], ''
                 if zlib.crc32(one) != int(self.index.crc[n]):
                     one, reason = b'', 'its bytes are not those that were written (crc32)'
             except Exception as e:  # the library raises many kinds

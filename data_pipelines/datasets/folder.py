@@ -18,14 +18,14 @@ SHARD_BYTES = 512 << 20
 def features(labels: Mapping[str, tuple[int, bool]]) -> tfds.features.FeaturesDict:
     """Features of one record. labels: name -> (number of classes, multi-hot?).
 
-    Frames are JPEG bytes and sound is int16 PCM bytes, both opaque to tfds: readers decode only the moments they want.
+    Frames are JPEG (or H.264) bytes and sound is int16 PCM bytes, both opaque to tfds: readers decode only the moments they want.
     """
     text, seconds, raw = tfds.features.Text(), np.float32, tfds.features.Tensor(shape=(), dtype=np.object_)
     sequence = tfds.features.Sequence
     return tfds.features.FeaturesDict({
         'id': text,                                # path of the file below the folder
         'fps': seconds, 'height': np.int32, 'width': np.int32, 'rate': np.int32,
-        'frames': sequence(raw),                   # [T] JPEG; empty for sound alone
+        'frames': sequence(raw),                   # [T] JPEG, or one H.264 packet a frame; empty for sound alone
         'audio': raw,                              # int16 little-endian mono; empty if the file has no sound
         'caption_text': sequence(text), 'caption_start': sequence(seconds), 'caption_end': sequence(seconds),
         'segment_start': sequence(seconds), 'segment_end': sequence(seconds), 'segment_caption': sequence(text),

@@ -52,6 +52,65 @@ def test_contract_and_clocks(data):
     assert got['text/mask'][~(silent | sound)].all()
 
 
+@pytest.fixture(scope='session')
+def stored_as_video(media_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp('video') / 'set'
+    prepare(str(media_folder / 'videos'), str(media_folder / 'captions.csv'), str(out), processes=1, quiet=True, store='h264', crf=12,
+            annotations=str(media_folder / 'annotations.json'), fps=FPS, size=SIZE, rate=RATE, name='clocks')
+    return out
+
+
+def test_frames_stored_as_video(config, data, stored_as_video, prepared, tmp_path):
+    """One reader for both forms: the same plan, times and sounds, and in one mixture."""
+    jpegs = rows(data.train(0, 13), 1)
+    config.data.train = {'video': {'path': str(stored_as_video)}}
+    config.data.views = (('video.back', {'kind': 'reverse'}),)
+    video_data = data_pipelines.open(config)
+    videos = rows(video_data.train(0, 13), 1)
+    video_data.close()
+    sizes = [sum(p.stat().st_size for p in path.glob('*array_record*')) for path in (stored_as_video, prepared[0])]
+    assert sizes[0] < sizes[1]
+    ids = [[t['id'] for t in d.texts('train', 'records')] for d in (data, video_data)]
+    assert sorted(ids[0]) == sorted(ids[1]) and set(videos['index']) == set(range(13))
+    check_clocks(videos)
+    assert videos['video/valid'].sum() == jpegs['video/valid'].sum() == 12
+    np.testing.assert_array_equal(videos['video.back/data'], videos['video/data'][:, ::-1])
+    config.data.train = {'video': {'path': str(stored_as_video)}, 'jpeg': {'path': str(prepared[0])}}
+    config.data.views = ()
+    both = data_pipelines.open(config)
+    got = rows(both.train(0, 16), 2)
+    both.close()
+    assert {0, 1} == set(got['source'])
+    check_clocks(got)
+    # Frames of several shapes: squares are cut here too.
+    (tmp_path / 'wide').mkdir()
+    for i, width in enumerate((64, 96)):
+        media.write_mp4(tmp_path / 'wide' / f'{i}.mp4', clock(1.0, 64, width)[0], FPS)
+    prepare(str(tmp_path / 'wide'), '', str(tmp_path / 'out'), fps=FPS, size=SIZE, rate=RATE, processes=1, quiet=True, store='h264',
+            validation=0, test=0)
+    config.data.train = {'wide': {'path': str(tmp_path / 'out')}}
+    wide = data_pipelines.open(config)
+    got = rows(wide.train(0, 4), 1)
+    wide.close()
+    assert got['video/data'].shape == (4, 8, 64, 64, 3)
+    np.testing.assert_allclose(video_time(got['video/data']), got['video/start'][:, None] + np.arange(8) / FPS, atol=0.06)
+
+
+def test_any_frame_of_a_stored_video():
+    frames = clock(3.5, 48, 64)[0]
+    frames[:, 10:20, 10:20, 0] += np.arange(35, dtype=np.uint8)[:, None, None]
+    packets = media.h264(frames, FPS, 10)
+    assert len(packets) == 35
+    whole = media.from_h264(packets, np.arange(35))
+    assert np.abs(whole.astype(int) - frames).mean() < 3
+    for numbers in ([34], [9, 10, 11], [20, 3, 3, 34, 0], np.random.default_rng(0).permutation(35)):
+        np.testing.assert_array_equal(media.from_h264(packets, np.array(numbers)), whole[numbers])
+    # Nothing before the last beginning is needed.
+    np.testing.assert_array_equal(media.from_h264([b''] * 20 + packets[20:30] + [b''] * 5, np.array([25])), whole[[25]])
+    with pytest.raises(media.MediaError, match='0 of 1 frames decode'):
+        media.from_h264([b''] * 9 + packets[9:], np.array([5]))
+
+
 def test_sentences_are_those_of_the_window(data):
     got = rows(data.train(0, 13), 2)
     table = data.texts('train', 'records')
