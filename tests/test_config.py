@@ -13,7 +13,8 @@ def changed(**overrides):
     return c
 
 
-@pytest.mark.parametrize('spec', [*(f'configs/demo.py:{v}' for v in demo.VARIANTS), *(f'configs/selavi.py:{v}' for v in selavi.OPTIONS),
+@pytest.mark.parametrize('spec', [*(f'configs/demo.py:{v}' for v in demo.VARIANTS),
+                                  *(f'configs/selavi.py:demo,{v}' for v in (*selavi.METHODS, 'synthetic')),
                                   'configs/finetune.py', 'configs/finetune.py:scratch', 'configs/vatt_finetune.py:demo,20',
                                   'configs/vatt_finetune.py:demo,20,scratch'])
 def test_small_configs_pass_the_checks(spec):
