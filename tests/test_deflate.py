@@ -81,7 +81,8 @@ def test_the_exchange_of_the_release():
     np.testing.assert_array_equal(deflate.exchanged(7, 0.125), range(7))
 
 
-@pytest.mark.parametrize('space_to_depth', [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('space_to_depth', [True, False])
 def test_s3d_sums_over_time(space_to_depth):
     """Kernels are sums over time; where they have one tap, which meets no end of the clip, the video network on equal frames is the deflated one."""
     c = config('s3d', space_to_depth=space_to_depth)

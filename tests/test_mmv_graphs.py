@@ -153,7 +153,7 @@ def tiny(video, head, pairs, audio=None, text=False):
     return c
 
 
-@pytest.mark.parametrize('case', ['s3d', 'tsm', 'r2plus1d'])
+@pytest.mark.parametrize('case', ['tsm', *(pytest.param(c, marks=pytest.mark.slow) for c in ('s3d', 'r2plus1d'))])
 def test_every_tower_trains(case, tmp_path, monkeypatch):
     """Two steps; words are missing in the odd rows. Everything that a pair reads moves, and the loss is the weighted mean of the pairs'.
     Fewer blocks than published: compiling is what takes the time."""
