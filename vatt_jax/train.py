@@ -89,6 +89,7 @@ def build(config: ConfigDict, data) -> Built:
 
 def assemble(config: ConfigDict, data, mesh) -> Built:
     """What `build` builds of a checked config, on a mesh whose devices need not be here (plan.py compiles for machines that are elsewhere)."""
+    resolve(config, data)
     model, objective = models.build(config.model, config.compute_dtype), objectives.build(config.objective)
     process = (jax.process_index(), jax.process_count())
     first = next(iter(data.one_pass('train', process[1], process=process, by='records', limit=1)))
