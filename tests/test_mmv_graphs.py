@@ -1,6 +1,7 @@
 """MMV's graphs against their definition, what each pair's loss may move, and the runs' configs."""
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,7 +85,7 @@ def test_in_training_fac_takes_only_video_to_the_coarse_space():
     assert set(out['vat']) == {'video', 'text'} and set(out['va']) == {'video', 'audio'}
     # the shared norm's statistics are those of valid video rows, whether there is sound or not
     _, alone = module.apply(variables, pooled('video'), VALID, True, mutable=['batch_stats'])
-    jax.tree.map(np.testing.assert_array_equal, both, alone)
+    chex.assert_trees_all_equal(both, alone)
     assert int(both['batch_stats']['va_to_vat_norm']['count']) == 1
     video = {'video_va_hidden', 'video_va_hidden_norm', 'video_va', 'video_va_norm'}
     assert gradients(module, variables, 'va', 'video', 'audio')[0] == video | {'audio_va'}

@@ -1,6 +1,7 @@
 """MMV's towers, R(2+1)D and ResNet-9 in NumPy float64, layer by layer, and their published sizes."""
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -203,7 +204,7 @@ def test_tsm(shallow):
     (one, _), new = apply(module, variables, x, valid, True)
     (other, _), same_stats = apply(module, variables, np.concatenate([x[:1], x[1:] + 1]), valid, True)
     np.testing.assert_allclose(one[0], other[0], rtol=1e-5, atol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), new, same_stats)
+    chex.assert_trees_all_close(new, same_stats, rtol=1e-5, atol=1e-6)
 
 
 def test_the_shift_as_published():

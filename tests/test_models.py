@@ -1,4 +1,5 @@
 """Towers against their definition in NumPy float64, and the equalities that options must keep."""
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -170,7 +171,7 @@ def unrolled(reference):
 def test_scan_and_remat_change_neither_loss_nor_gradient(option, reference, unrolled):
     _, _, variables, batch, rng = reference
     got = forward(model_of(**option)[1], variables, batch, rng)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), unrolled, got)
+    chex.assert_trees_all_close(got, unrolled, rtol=2e-3, atol=2e-4)
 
 
 def test_attention_implementations_agree():

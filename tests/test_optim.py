@@ -1,6 +1,7 @@
 """Optimizers and schedules against their definitions in NumPy float64."""
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,10 +65,10 @@ def test_a_step_that_is_not_applied_leaves_the_state(name):
     before = tx.update(jax.tree.map(lambda x: 3 * x + 1, p), tx.init(p), p)[1]
     for grads in (p, jax.tree.map(lambda x: x * jnp.nan, p)):
         after = tx.update(grads, before, p, apply=jnp.asarray(False))[1]
-        jax.tree.map(np.testing.assert_array_equal, after, before)
+        chex.assert_trees_all_equal(after, before)
     assert len(jax.tree.leaves(before)) > 1
     plain, asked = tx.update(p, before, p), tx.update(p, before, p, apply=jnp.asarray(True))
-    jax.tree.map(np.testing.assert_array_equal, asked, plain)
+    chex.assert_trees_all_equal(asked, plain)
     moved = [not np.array_equal(n, o) for n, o in zip(jax.tree.leaves(plain[1]), jax.tree.leaves(before))]
     assert all(moved), moved
 
