@@ -92,7 +92,10 @@ def read_config(flags, overrides, workdir: pathlib.Path):
     stored = configs.stored(workdir)
     if stored is None and flags.mode not in ('train', 'plan'):
         raise configs.ConfigError(f'--workdir={workdir} holds no run (no config.json); train first, or name another folder')
-    config = configs.load(flags.config) if flags.config else stored or configs.load('configs/demo.py')
+    if flags.config or stored is None:
+        config = configs.load(flags.config or 'configs/demo.py')
+    else:
+        config = configs.complete(stored, default.get_config())
     if flags.machine:
         from configs import machines
         machines.apply(config, flags.machine)

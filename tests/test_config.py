@@ -115,3 +115,14 @@ def test_json_round_trip():
 def test_missing_config_file_lists_the_others():
     with pytest.raises(ConfigError, match='configs/default.py'):
         configs.load('configs/nothing.py')
+
+
+def test_a_run_older_than_a_field_has_its_default():
+    old = changed(batch_size='32', data__crop='(0.5, 1)')
+    del old.augment.volume, old.model.inputs.video.range, old.compiler_options, old.data.flip
+    old.model.towers.video = {'name': 's3d'}           # towers are completed by the model, not by this
+    new = configs.complete(old, default.get_config())
+    configs.check_fields(new, default.get_config())
+    want = default.get_config()
+    want.batch_size, want.data.crop, want.model.towers.video = 32, (0.5, 1), {'name': 's3d'}
+    assert configs.same(new, want) == []

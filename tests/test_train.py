@@ -302,6 +302,19 @@ def test_run_folder_of_another_model_is_refused(whole):
     assert sorted(p.name for p in folder.iterdir()) == before
 
 
+def test_run_folder_older_than_a_field_of_the_model_is_continued(whole, tmp_path):
+    stored = json.loads((whole[0] / 'config.json').read_text())
+    del stored['model']['inputs']['video']['range'], stored['compiler_options']
+    (tmp_path / 'checkpoints' / '6').mkdir(parents=True)
+    (tmp_path / 'checkpoints' / '6' / '_CHECKPOINT_METADATA').touch()
+    (tmp_path / 'config.json').write_text(json.dumps(stored))
+    train.check_run_folder(tiny.config(), tmp_path)
+    with pytest.raises(ConfigError, match='model.head.va'):
+        config = tiny.config()
+        config.model.head.va = 24
+        train.check_run_folder(config, tmp_path)
+
+
 def test_unreadable_checkpoint_is_a_sentence(whole, tmp_path):
     import shutil
     folder, _ = whole

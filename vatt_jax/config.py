@@ -134,6 +134,17 @@ def check_fields(config: ConfigDict, schema: ConfigDict, where: str = 'config', 
             raise ConfigError(f'{where} lacks the field {key!r}; start from configs/default.py, which has them all')
 
 
+def complete(config: ConfigDict, defaults: ConfigDict, path: str = '') -> ConfigDict:
+    """`config` with the fields of `defaults` that it lacks, filled in place: of a run older than they are, whose behaviour the defaults keep."""
+    for key, value in defaults.items():
+        name = f'{path}.{key}' if path else key
+        if key not in config:
+            config[key] = value
+        elif isinstance(value, ConfigDict) and isinstance(config[key], ConfigDict) and name not in OPEN:
+            complete(config[key], value, name)
+    return config
+
+
 def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> ConfigDict:
     """`defaults` overlaid with `config`. Raises ConfigError for a field that has no default, and for wrong types."""
     out = ConfigDict(dict(defaults))

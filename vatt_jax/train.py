@@ -364,13 +364,14 @@ def check_run_folder(config: ConfigDict, workdir: pathlib.Path, evaluating: bool
     old = configs.stored(workdir)
     if old is None:
         return
-    new = dict(configs.flatten(config))
-    changed = [f for f in configs.same(old, config) if f.startswith(('model.', 'objective.', 'optimizer.name', 'optimizer.frozen'))
+    before, new = dict(configs.flatten(old)), dict(configs.flatten(config))
+    told = lambda f: f in before or f.startswith(configs.OPEN)   # else the run is older than the field
+    changed = [f for f in configs.same(old, config) if told(f) and f.startswith(('model.', 'objective.', 'optimizer.name', 'optimizer.frozen'))
                and not f.startswith(('model.attention', 'model.scan', 'model.remat', 'objective.method', 'objective.block'))
                and not (f.endswith('.vocab') and new.get(f) == 0) and not (evaluating and f.startswith('model.inputs.'))]
     if changed:
         f = changed[0]
-        values = [dict(configs.flatten(c)).get(f, 'absent') for c in (old, config)]
+        values = [c.get(f, 'absent') for c in (before, new)]
         raise ConfigError(f'--workdir={workdir} holds a run with config.{f}={values[0]!r} and this config has {values[1]!r}; '
                           'choose another --workdir, or start from its weights with --config.init_from')
 
