@@ -433,3 +433,15 @@ def test_unused_variables_are_listed_and_the_command_line_tells_all(tmp_path, ca
     assert f'{len(tx_fac())} variables' in capsys.readouterr().out and (tmp_path / 'back.index').exists()
     with pytest.raises(ConfigError, match=r'no file .*nothing.index; there are .*ckpt'):
         main([f'--checkpoint={tmp_path / "nothing"}', f'--out={tmp_path / "x"}'])
+
+
+def test_the_layout_knows_linear_text_and_refuses_convolutional_towers():
+    from vatt_jax import config as configs
+    from vatt_jax.models import presets
+    c = configs.load('configs/vatt.py:bbs')
+    c.model.towers.text = presets.tower('linear')
+    names = {e.theirs for e in vatt_tf.layout(vatt_tf.filled(c))}
+    text = 'model/layer_with_weights-0/_base_layer/txt_backbone'
+    assert {f'{text}/embedding/embeddings', f'{text}/base_lm/conv1d/kernel', f'{text}/base_lm/conv1d/bias'} <= names
+    with pytest.raises(ConfigError, match="towers.audio.name='resnet2d': the official layout of vit, wat, spt is known"):
+        list(vatt_tf.layout(vatt_tf.filled(configs.load('configs/vatt.py:mmv'))))

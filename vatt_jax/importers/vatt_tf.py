@@ -43,7 +43,6 @@ def layout(model: Mapping[str, Any], objective: Mapping[str, Any] | None = None,
         width, field = (t['post'], 'post') if t['post'] else (_width(model, modality), 'width')
         yield from _dense(('objective',), f'{ROOT}/_ops/cls', width, classes, (f'model.towers.{modality}.{field}', 'objective.label'))
         return
-    widths = {m: t['post'] or _width(model, m) for m, t in towers.items()}
     if model['shared']:
         unified = f'{ROOT}/_base_layer/unified_backbone/unified_transformer'
         for modality in towers:
@@ -55,7 +54,7 @@ def layout(model: Mapping[str, Any], objective: Mapping[str, Any] | None = None,
                 yield from _text(model, f'{ROOT}/_base_layer/txt_backbone')
             else:
                 yield from _patched(model, modality, f'{ROOT}/_base_layer/{SHORT[modality]}_backbone/_base')
-    yield from _head(model, widths)
+    yield from _head(model, {m: t.get('post') or _width(model, m) for m, t in towers.items()})
 
 
 def _width(model, modality):
@@ -193,7 +192,7 @@ def _head(model, widths) -> Iterator[Entry]:
         raise ConfigError(f'config.model.head.name={head["name"]!r}: official checkpoints have the head fac')
     theirs, ours = f'{ROOT}/_head_layer/_bridge_heads/0', ('params', 'head')
     va, vat = head['va'], head['vat']
-    of = lambda m: f'model.towers.{m}.{"post" if model["towers"][m]["post"] else "width"}'
+    of = lambda m: f'model.towers.{m}.{"post" if model["towers"][m].get("post") else "width"}'
 
     def norm(name, key, width, field):
         for mine, name_ in STATISTICS.items():
