@@ -57,14 +57,13 @@ def resolve(config: ConfigDict, data) -> None:
             tower.vocab = data.info['tokenizer']['size']
 
 
-def parts(config: ConfigDict) -> tuple[Any, Any, Any]:
-    """(mesh, model, objective) of a config. Evaluators are made too, so that a mistake in config.evals shows before training and not after it."""
+def mesh_of(config: ConfigDict) -> Any:
+    """The mesh of a config whose evaluators, compiler options and batch are right; raises ConfigError before anything is built otherwise."""
     for name in config.evals:
         evals.build(name, config.evals[name])
     check_compiler_options(config)
     shape = configs.check_batch(config, jax.device_count(), jax.process_count())
-    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape)))
-    return mesh, models.build(config.model, config.compute_dtype), objectives.build(config.objective)
+    return sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape)))
 
 
 def check(config: ConfigDict) -> None:
@@ -73,7 +72,8 @@ def check(config: ConfigDict) -> None:
     for tower in config.model.towers.values():
         if tower.get('vocab', 1) == 0:
             tower.vocab = 2
-    _, model, objective = parts(config)
+    mesh_of(config)
+    model, objective = models.build(config.model, config.compute_dtype), objectives.build(config.objective)
     optim.check(config.optimizer, config.steps)
     streams = objective.streams() or tuple(config.model.towers)
     train_state.abstract(model, preprocess.abstract(config.model.inputs, streams, 2, config.compute_dtype), 0, {})
@@ -81,8 +81,7 @@ def check(config: ConfigDict) -> None:
 
 def build(config: ConfigDict, data) -> Built:
     """Mesh, model, objective and the state's shape and shardings, of a config that the data complete (`resolve`). Computes nothing on devices."""
-    resolve(config, data)
-    built = assemble(config, data, parts(config)[0])
+    built = assemble(config, data, mesh_of(config))
     evals.check(config.evals, data, built.outputs)
     return built
 
