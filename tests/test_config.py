@@ -1,5 +1,6 @@
 """Config mistakes are one sentence that names field, value and remedy, before anything is built."""
 import pytest
+from ml_collections import ConfigDict
 
 from configs import default, demo, selavi
 from vatt_jax import config as configs
@@ -120,9 +121,9 @@ def test_missing_config_file_lists_the_others():
 def test_a_run_older_than_a_field_has_its_default():
     old = changed(batch_size='32', data__crop='(0.5, 1)')
     del old.augment.volume, old.model.inputs.video.range, old.compiler_options, old.data.flip
-    old.model.towers.video = {'name': 's3d'}           # towers are completed by the model, not by this
+    old.model.head = ConfigDict({'name': 'joint', 'joint': 8})     # of another graph: it has no va and vat to be completed by
     new = configs.complete(old, default.get_config())
     configs.check_fields(new, default.get_config())
     want = default.get_config()
-    want.batch_size, want.data.crop, want.model.towers.video = 32, (0.5, 1), {'name': 's3d'}
+    want.batch_size, want.data.crop, want.model.head = 32, (0.5, 1), ConfigDict({'name': 'joint', 'joint': 8})
     assert configs.same(new, want) == []
