@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 METHODS = ('auto', 'gather', 'ring')
 SIDE = 512                   # rows and keys of a block, where there are enough of both
-KEEP = 2048 * 2048           # up to this many scores per device they are kept for the backward pass: 16 MB, and a matrix product saved
+KEEP = 20 * 2 ** 20         # up to this many scores per device they are kept for the backward pass: 84 MB, and a matrix product saved
 GATHER_BYTES = 256 * 2 ** 20  # auto: the ring once gathered keys and their gradients would take more than this on a device
 
 
