@@ -40,6 +40,7 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from vatt_jax.losses import nce  # noqa: E402
 from vatt_jax.losses.similarity import How  # noqa: E402
+from vatt_jax.losses.sweep import KEEP  # noqa: E402
 
 WIDTH = 512
 RESULTS = ROOT / 'benchmarks' / 'results' / 'loss_memory.json'
@@ -118,7 +119,7 @@ def cpu(sizes, repeats, forms):
             x, y = (jnp.asarray(a / np.linalg.norm(a, axis=-1, keepdims=True), jnp.float32) for a in (x, y))
             losses = {'dense, automatic': dense_automatic(form, 0.07), 'dense, by hand': dense_by_hand(form, 0.07),
                       'blockwise': blockwise(form, How())}
-            if b * b * k <= 2048 * 2048:  # there `auto` keeps its one block of scores
+            if b * b * k <= KEEP:  # there `auto` keeps the scores
                 losses['blockwise, 512'] = blockwise(form, How(block=512))
             compiled = {name: with_gradient(f).lower(x, y).compile() for name, f in losses.items()}
             memory = {name: f.memory_analysis().temp_size_in_bytes for name, f in compiled.items()}

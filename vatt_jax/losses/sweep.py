@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 METHODS = ('auto', 'gather', 'ring')
 SIDE = 512                   # rows and keys of a block, where there are enough of both
-KEEP = 2048 * 2048           # up to this many scores per device they are kept for the backward pass: 16 MB, and a matrix product saved
+KEEP = 20 * 2 ** 20         # up to this many scores per device they are kept for the backward pass: 84 MB, and a matrix product saved
 GATHER_BYTES = 256 * 2 ** 20  # auto: the ring once gathered keys and their gradients would take more than this on a device
 
 
@@ -38,8 +38,7 @@ AUTO = How()
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """axes: those of the mesh that rows and keys are spread over, `devices` devices in all; none: one device. meeting: the rows of a device and
-    the keys that meet them at once (in a ring: at each hop). tile: rows and keys of a block. keep: there is one block, and it is small enough
-    for its scores to be kept."""
+    the keys that meet them at once (in a ring: at each hop). tile: rows and keys of a block. keep: the scores are few enough to be kept."""
     mesh: Any
     axes: tuple[str, ...]
     devices: int
@@ -59,11 +58,8 @@ def choose(m: int, n: int, key_bytes: int, how: How) -> Layout:
     ring = devices > 1 and (how.method == 'ring' or how.method == 'auto' and devices * keys * key_bytes > GATHER_BYTES)
     met = keys if ring else devices * keys
     keep = not ring and not how.block and rows * met <= KEEP
-    if keep:
-        tile = rows, met
-    else:
-        high = _even(rows, how.block or SIDE)
-        tile = high, _even(met, how.block or max(SIDE, SIDE * SIDE // high))
+    high = _even(rows, how.block or SIDE)
+    tile = high, _even(met, how.block or max(SIDE, SIDE * SIDE // high))
     return Layout(mesh if axes else None, axes, devices, ring, (rows, met), tile, keep)
 
 
