@@ -1,7 +1,7 @@
 """MMV: video, sound and words in common spaces (Alayrac et al., 2020), as published and at the size of the playground.
 
     python run.py --config=configs/mmv.py:demo_fac_vat --workdir=runs/mmv_fac_vat         # graph fac | shared | disjoint, from va | vt | vat
-    python run.py --config=configs/mmv.py:demo_fac_vat,tsm50 --workdir=runs/mmv_tsm       # another backbone
+    python run.py --config=configs/mmv.py:demo_fac_vat,s3d --workdir=runs/mmv_demo_s3d    # another backbone than TSM-ResNet18
     python run.py --config=configs/mmv.py:demo_fac_vat,synthetic --workdir=runs/try       # no files, no TensorFlow
     python run.py --config=configs/mmv.py:s3d_fac_vat --workdir=runs/mmv_s3d              # published: HowTo100M and AudioSet, on a pod
 
@@ -69,17 +69,17 @@ def _model(c, backbone, graph, modalities, widths=(512, 256)):
 
 def _demo(graph, modalities, options):
     c = demo.get_config('synthetic' if 'synthetic' in options else '')
-    backbone = next((o for o in options if o in presets.MMV_BACKBONES), 's3d')
+    backbone = next((o for o in options if o in presets.MMV_BACKBONES), None)
     inputs = c.model.inputs.copy_and_resolve_references()
-    pairs = _model(c, backbone, graph, modalities, (128, 64))
+    pairs = _model(c, backbone or 'tsm50', graph, modalities, (128, 64))
     c.steps = 600
-    # XLA's older code generator, which the demo of transformers takes, runs pooling slowly.
-    c.compiler_options = {'xla_llvm_disable_expensive_passes': True}
+    if backbone in ('s3d', 's3d_pixels'):  # XLA's older code generator, which the other demos take, runs their pooling slowly
+        c.compiler_options = {'xla_llvm_disable_expensive_passes': True}
     m = c.model
     m.inputs = inputs
     m.inputs.video.range = (0.0, 1.0)
     m.inputs.audio.mel = {**presets.MMV_MEL, 'bins': 40, 'window': 512, 'hop': 256, 'low': 60.0, 'high': 3800.0}
-    m.towers.video.multiplier = 0.25
+    m.towers.video.update({'multiplier': 0.25} if backbone else {'depth': 18, 'multiplier': 0.25})
     if 'audio' in m.towers:
         m.towers.audio.update({'depth': 18, 'multiplier': 0.25})
     if 'text' in m.towers:               # no word2vec here: the table is learnt

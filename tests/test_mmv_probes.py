@@ -14,7 +14,8 @@ def test_entries_are_taken(task):
     c = configs.load(f'configs/mmv_probes.py:{task}')
     configs.check_fields(c, default.get_config())
     assert c.evals and all(evals.build(name, entry) for name, entry in c.evals.items())
-    assert c.model.towers.video.name == 's3d' and (task == 'demo' or c.data.train[task].path == f'data/{task}/records')
+    assert c.model.towers.video.name == ('tsm_resnet' if task == 'demo' else 's3d')
+    assert task == 'demo' or c.data.train[task].path == f'data/{task}/records'
 
 
 def test_published_values():
