@@ -9,6 +9,7 @@ import pytest
 from flax.linen import meta
 
 from vatt_jax.config import ConfigError
+from vatt_jax.models import conv as convolutions
 from vatt_jax.models import layers, presets, resnet_v2
 from vatt_jax.models.audio_resnet import ResNet2DV2, ResNet9
 from vatt_jax.models.r2plus1d import R2Plus1D, mid_planes
@@ -298,3 +299,40 @@ def test_initial_values():
     x = draw('fan_in', (3, 3, 16, 200)) * 144 ** 0.5   # a normal cut at two deviations has deviation 0.8796
     assert np.abs(x).max() <= 2 + 1e-6 and abs(x.std() - 0.8796) < 0.01
     assert abs(draw('kaiming', (3, 3, 200, 16)).std() - (2 / 144) ** 0.5) < 0.001
+
+
+@pytest.mark.parametrize('shape, kernel, strides, padding', [
+    ((2, 5, 6, 7, 3), (3, 3, 3), (2, 2, 1), 'SAME'),              # few channels: frames become channels
+    ((2, 5, 6, 7, 30), (3, 3, 3), (1, 1, 1), 'SAME'),             # XLA's own
+    ((2, 5, 6, 7, 4), (1, 3, 3), (2, 1, 2), ((0, 0), (1, 1), (1, 1))),
+    ((2, 6, 4, 5, 40), (3, 1, 1), (2, 2, 1), ((1, 1), (0, 0), (0, 0))),
+    ((2, 5, 6, 7, 4), (1, 1, 1), (2, 2, 2), 'SAME'),
+    ((3, 6, 7, 4), (1, 1), (2, 2), 'SAME'), ((3, 6, 7, 4), (3, 3), (2, 2), 'SAME')])
+def test_convolution_in_any_form_is_the_definition_and_so_are_its_derivatives(shape, kernel, strides, padding):
+    noise = np.random.default_rng(1)
+    x, k = noise.normal(size=shape), noise.normal(size=(*kernel, shape[-1], 5))
+    want = conv(x, k, strides, pads=None if padding == 'SAME' else list(padding))
+    g, (dx, dk) = noise.normal(size=want.shape), (noise.normal(size=x.shape), noise.normal(size=k.shape))
+    got, pull = jax.vjp(lambda x, k: convolutions.convolve(x, k, strides, padding), jnp.float32(x), jnp.float32(k))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * abs(want).max())
+    # linear in each argument, so the definition at a direction is the derivative along it
+    for by, grad, direction in ((lambda d: conv(d, k, strides, pads=None if padding == 'SAME' else list(padding)), pull(jnp.float32(g))[0], dx),
+                                (lambda d: conv(x, d, strides, pads=None if padding == 'SAME' else list(padding)), pull(jnp.float32(g))[1], dk)):
+        np.testing.assert_allclose((np.float64(grad) * direction).sum(), (g * by(direction)).sum(), rtol=1e-4, atol=1e-4 * np.sqrt(g.size))
+
+
+@pytest.mark.parametrize('shape, window, strides, padding', [
+    ((2, 5, 6, 7, 3), (3, 3, 3), (1, 1, 1), 'SAME'), ((2, 5, 6, 7, 3), (2, 2, 2), (2, 2, 2), 'SAME'), ((2, 4, 7, 8, 3), (1, 3, 3), (1, 2, 2), 'SAME'),
+    ((2, 7, 6, 3), (3, 3), (2, 2), ((1, 1), (1, 1)))])
+def test_maximum_over_windows_and_where_its_derivative_goes(shape, window, strides, padding):
+    x = np.random.default_rng(2).permutation(math.prod(shape)).reshape(shape) - 100.0     # no ties; mostly negative where padding with 0 would win
+    pads = [same(x.shape[1 + i], a, strides[i]) for i, a in enumerate(window)] if padding == 'SAME' else list(padding)
+    want = windows(x, window, strides, pads, -np.inf).max(tuple(range(-len(window), 0)))
+    got, pull = jax.vjp(lambda x: convolutions.max_pool(x, window, strides, padding), jnp.float32(x))
+    np.testing.assert_array_equal(got, want)
+    g = np.random.default_rng(3).integers(1, 9, want.shape)
+    grad = np.zeros(x.size)
+    place = {v: i for i, v in enumerate(x.reshape(-1))}
+    for value, weight in zip(want.reshape(-1), g.reshape(-1)):
+        grad[place[value]] += weight
+    np.testing.assert_array_equal(pull(jnp.float32(g))[0], grad.reshape(shape))

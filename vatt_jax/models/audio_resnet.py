@@ -4,7 +4,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
-from vatt_jax.models.conv import ConvNorm
+from vatt_jax.models.conv import ConvNorm, max_pool
 from vatt_jax.models.resnet_v2 import ResNetV2
 
 
@@ -34,7 +34,7 @@ class ResNet2D(nn.Module):
     @nn.compact
     def __call__(self, x, valid, train: bool):
         x = ConvNorm(64, (7, 7), (2, 2), 'FIXED', dtype=self.dtype, name='stem')(x[..., None], valid, train)
-        x = nn.max_pool(x, (3, 3), (2, 2), 'SAME')
+        x = max_pool(x, (3, 3), (2, 2), 'SAME')
         for group, count in enumerate(self.blocks):
             for block in range(count):
                 x = Bottleneck(64 << group, 2 if group and not block else 1, not block, self.dtype, name=f'group_{group + 1}_block_{block + 1}')(
@@ -69,7 +69,7 @@ class ResNet9(nn.Module):
                                                                    dtype=self.dtype, name=name, **kw)(x, valid, train)
         scale = lambda width: max(1, round(width * self.multiplier))
         x = unit(x[..., None], scale(64), 7, 2, 'stem')
-        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        x = max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for group in range(4):
             width, stride, name = scale(64 << group), 2 if group else 1, f'group_{group + 1}'
             short = unit(x, width, 1, stride, f'{name}_short', relu=False) if group else x

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 
-from vatt_jax.models.conv import ConvNorm
+from vatt_jax.models.conv import ConvNorm, max_pool
 
 # name -> widths of the branches (1×1; 1×1 before 3×3, 3×3; 1×1 before 3×3, 3×3; 1×1 after the max pool)
 MIXED = {
@@ -30,25 +30,20 @@ class Mixed(nn.Module):
             apply(x, b0, 1, 'b0'),
             apply(apply(x, b1_in, 1, 'b1_in'), b1, 3, 'b1'),
             apply(apply(x, b2_in, 1, 'b2_in'), b2, 3, 'b2'),
-            apply(pool(x, (3, 3, 3), (1, 1, 1)), b3, 1, 'b3')], -1)
-
-
-def pool(x, window, strides):
-    """Maximum over windows, padded as TensorFlow does, with minus infinity."""
-    return nn.max_pool(x, window, strides, 'SAME')
+            apply(max_pool(x, (3, 3, 3), (1, 1, 1)), b3, 1, 'b3')], -1)
 
 
 def trunk(x, unit: Callable, valid, train: bool):
     """From the map of the first layer to that of the last: what every network of this family shares. unit: see Mixed."""
-    x = pool(x, (1, 3, 3), (1, 2, 2))
+    x = max_pool(x, (1, 3, 3), (1, 2, 2))
     x = unit(64, (1, 1, 1), name='conv_2b')(x, valid, train)
     x = unit(192, (3, 3, 3), name='conv_2c')(x, valid, train)
-    x = pool(x, (1, 3, 3), (1, 2, 2))
+    x = max_pool(x, (1, 3, 3), (1, 2, 2))
     for name, widths in MIXED.items():
         if name == 'mixed_4b':
-            x = pool(x, (3, 3, 3), (2, 2, 2))
+            x = max_pool(x, (3, 3, 3), (2, 2, 2))
         if name == 'mixed_5b':
-            x = pool(x, (2, 2, 2), (2, 2, 2))
+            x = max_pool(x, (2, 2, 2), (2, 2, 2))
         x = Mixed(widths, unit, name=name)(x, valid, train)
     return x
 

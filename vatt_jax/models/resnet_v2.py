@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from vatt_jax.config import choose
-from vatt_jax.models.conv import Conv
+from vatt_jax.models.conv import Conv, max_pool
 from vatt_jax.models.layers import BatchNorm
 
 # depth -> (blocks of the four units, bottleneck blocks?, widths of their results)
@@ -58,7 +58,7 @@ class ResNetV2(nn.Module):
         blocks, bottleneck, widths = DEPTHS[choose(self.depth, DEPTHS, 'config.model.towers depth')]
         scale = lambda width: 4 * max(1, round(width * self.multiplier / 4))
         x = Conv(scale(64), (7, 7), (2, 2), init='fan_in', dtype=self.dtype, name='stem')(x)
-        x = nn.max_pool(x, (3, 3), (2, 2), 'SAME')
+        x = max_pool(x, (3, 3), (2, 2), 'SAME')
         for unit, (count, width) in enumerate(zip(blocks, widths)):
             for block in range(count):
                 x = Block(scale(width), 2 if unit and not block else 1, bottleneck, self.mix, self.norm, self.dtype,
