@@ -258,6 +258,17 @@ def config(**changes):
     return c
 
 
+def put(c, values):
+    """c with fields set by dotted names, __ for the dots."""
+    for name, value in values.items():
+        node = c
+        *parents, last = name.split('__')
+        for p in parents:
+            node = node[p]
+        node[last] = value
+    return c
+
+
 def shared_config():
     c = config(model__shared=True)
     c.model.encoder = {'layers': 2, 'width': D, 'mlp': F, 'heads': HEADS, 'head_width': KV}
@@ -354,6 +365,37 @@ def test_finetuned_towers_and_their_classifier(tmp_path, tower):
     assert checkpoint.read_meta(checkpoint.find(tmp_path / 'run'))['info']['labels'] == {'class': list('abcde')}
 
 
+def shared_classifier(modality):
+    """What `configs/vatt_finetune.py:TASK,agnostic_medium` makes of `shared_config`."""
+    c = shared_config()
+    c.model.towers = {modality: c.model.towers[modality]}
+    c.model.head, c.objective = {'name': 'none'}, {'name': 'classification', 'stream': modality}
+    return c
+
+
+@pytest.mark.parametrize('modality', ['video', 'audio'])
+def test_classifiers_from_a_modality_agnostic_model_are_towers_of_their_own_in_the_file(tmp_path, modality):
+    towers = {'video': (vit, 'voxel_to_patch', video_tokens), 'audio': (wat, 'wave_to_patch', audio_tokens)}
+    base, (make, patch, tokens) = f'{R}/_base', towers[modality]
+    shapes = finetuned(make(base) | dense(f'{base}/pre_proj', D, D) | dense(f'{base}/post_proj', D, POST), POST)
+    w = written(tmp_path / 'a', shapes, slots=False)
+    c = shared_classifier(modality)
+    c.model.encoder.layers = 2 if modality == 'video' else 1
+    _, report = vatt_tf.import_checkpoint(str(tmp_path / 'a'), tmp_path / 'run', c)
+    assert (report.read, report.unused) == (len(w), [])
+    data = inputs()[modality]['data']
+    got = ours(tmp_path / 'run', {modality: {'data': data, 'valid': np.ones(2, bool)}}).encoded[modality]
+    for i in range(2):
+        x = own_tower(w, base, *tokens(w, f'{base}/{patch}', data[i]))
+        close(got.pooled[i], x[0])
+        close(got.tokens[i], x[1:])
+    assert vatt_tf.export_checkpoint(tmp_path / 'run', str(tmp_path / 'b')) == len(w)
+    have, read = vatt_tf.open_checkpoint(str(tmp_path / 'b'))
+    assert have == {k: v.shape for k, v in w.items()}
+    for k, v in w.items():
+        np.testing.assert_array_equal(read(k), v.astype(np.float32))
+
+
 @pytest.mark.parametrize('of', ['tx', 'ut', 'wat'])
 def test_round_trip_is_exact(tmp_path, of):
     shapes = {'tx': tx_fac, 'ut': ut_fac, 'wat': lambda: finetuned(wat(f'{R}/_base'))}[of]()
@@ -395,23 +437,58 @@ def test_position_tables_of_another_length_are_resized(tmp_path):
     ({'model__head__va': 15}, r'config.model.head.va'),
     ({'model__towers__text__vocab': 31}, r'embedding/embeddings has shape \[30, 10\].*config.model.towers.text.vocab'),
     ({'model__towers__audio__layers': 2}, r'lacks 16 of the .* variables this config wants: .*/layers/1/layer_norm/gamma'),
-    ({'model__towers__audio': {'name': 'spt', 'patch': (2, 5), 'width': D}}, 'spectrum_to_patch'),
+    ({'model__towers__audio__layers': 2}, r'config.model.towers.audio.layers=2 \(checkpoint: 1\)'),
+    ({'model__towers__video__layers': 1}, r'config.model.towers.video.layers=1 \(checkpoint: 2\)(.|\n)*not used: .*/tx/layers/1/'),
+    ({'model__towers__audio__patch': 32}, r'config.model.towers.audio.patch=32 .*(.|\n)*\[64, 1, 12\].*set config.model.towers.audio.patch'),
+    ({'model__towers__audio__post': 8}, r'config.model.towers.audio.post=8 \(checkpoint: 0\)(.|\n)*post_proj/kernel'),
+    ({'model__towers__audio': {'name': 'spt', 'patch': (2, 5), 'width': D}},
+     r"config.model.towers.audio.name='spt' \(checkpoint: 'wat'\)(.|\n)*lacks .*spectrum_to_patch/kernel(.|\n)*not used: .*wave_to_patch/kernel"),
     ({'objective__name': 'classification'}, 'is pretrained')])
 def test_what_does_not_fit_is_named(tmp_path_factory, spoil, words):
     path = tmp_path_factory.getbasetemp() / 'shared_ckpt'
     if not path.with_suffix('.index').exists():
         written(path, tx_fac())
     c = config()
-    for name, value in spoil.items():
-        node = c
-        *parents, last = name.split('__')
-        for p in parents:
-            node = node[p]
-        node[last] = value
+    put(c, spoil)
     if 'objective__name' in spoil:
         c.objective = {'name': 'classification', 'stream': 'video', 'label': 'class'}
     if c.model.towers.audio.name == 'spt':
         c.model.inputs.audio.mel = {'bins': 10, 'hop': 16, 'window': 32, 'low': 10.0, 'high': 900.0}
+    with pytest.raises(ConfigError, match=words):
+        vatt_tf.import_checkpoint(str(path), tmp_path_factory.mktemp('bad') / 'run', c)
+
+
+def test_every_variable_that_does_not_fit_is_named(tmp_path):
+    """All wrong shapes with their fields, all that is missing and all that nothing took, in one message."""
+    written(tmp_path / 'ckpt', {k: v for k, v in tx_fac().items() if 'txt_backbone/base_lm/layers/1/' not in k} | {'model/odd': (3,)})
+    c = put(config(), {'model__towers__video__width': 16, 'model__head__vat': 7, 'model__towers__audio__layers': 6})
+    with pytest.raises(ConfigError) as error:
+        vatt_tf.import_checkpoint(str(tmp_path / 'ckpt'), tmp_path / 'run', c)
+    first, missing, *wrong, unused = str(error.value).split('\n')
+    for field in ('video.width=16 (checkpoint: 12)', 'audio.layers=6 (checkpoint: 1)', 'text.layers=2 (checkpoint: 1)', 'head.vat=7 (checkpoint: 6)'):
+        assert field in first
+    assert missing.count('/aud_backbone/_base/tx/layers/') == 5 * 16 and missing.count('/txt_backbone/') == 9 and unused == 'not used: model/odd'
+    have = {k: v for k, v in tx_fac().items() if '/vid_backbone/' in k and D in v} | {k: v for k, v in tx_fac().items() if VAT in v}
+    have[f'{R}/_head_layer/_bridge_heads/0/vid_to_hid/kernel'] = (D, VA)
+    assert sorted(line.split(' has shape ')[0] for line in wrong) == sorted(have)
+    assert all(f'has shape {list(have[line.split()[0]])}, this config wants' in line and '; set config.model.' in line for line in wrong)
+
+
+@pytest.mark.parametrize('spoil,words', [
+    ({}, r'config.model.towers.video.pre=False \(checkpoint: True\), config.model.towers.video.post=0 \(checkpoint: 18\)'),
+    ({'model__towers__video__pre': True, 'model__towers__video__post': POST, 'objective__stream': 'audio'},
+     r"config.objective.stream='audio' \(checkpoint: video\)"),
+    ({'model__shared': True, 'model__encoder__layers': 3}, r'config.model.encoder.layers=3 \(checkpoint: 2\)'),
+    ({'model__towers__video__name': 'i3d'}, 'the official layout of vit, wat, spt is known')])
+def test_what_does_not_fit_a_finetuned_checkpoint_is_named(tmp_path_factory, spoil, words):
+    path = tmp_path_factory.getbasetemp() / 'shared_tuned'
+    if not path.with_suffix('.index').exists():
+        written(path, finetuned(vit(f'{R}/_base', projected=True), POST))
+    c = shared_classifier('video') if 'model__shared' in spoil else config()
+    c.model.head, c.objective = {'name': 'none'}, {'name': 'classification', 'stream': 'video', 'label': 'class'}
+    put(c, spoil)
+    if c.model.towers.video.name == 'i3d':
+        c.model.towers.video = {'name': 'i3d'}
     with pytest.raises(ConfigError, match=words):
         vatt_tf.import_checkpoint(str(path), tmp_path_factory.mktemp('bad') / 'run', c)
 

@@ -54,10 +54,11 @@ def test_builds(spec, label):
 
 def test_the_official_layout_covers_published_models():
     """Each parameter of ours is one of theirs, and the other way, for every size the release has."""
-    for name in ('bbs', 'mbs', 'lbs', 'agnostic_medium'):
-        c = configs.load(f'configs/vatt.py:{name}')
-        shape = table.abstract_state(c, {})
-        entries = list(vatt_tf.layout(vatt_tf.filled(c)))
+    tuned = [f'vatt_finetune.py:{t}' for t in ('k400,bbs', 'audioset,bbs', 'k400,agnostic_medium', 'audioset,agnostic_medium')]
+    for name in [*(f'vatt.py:{n}' for n in ('bbs', 'mbs', 'lbs', 'agnostic_medium')), *tuned]:
+        c = configs.load(f'configs/{name}')
+        shape = table.abstract_state(c, {'class': ['a', 'b', 'c']} if name in tuned else {})
+        entries = list(vatt_tf.layout(vatt_tf.filled(c), *((c.objective, 3) if name in tuned else ())))
         ours = table.variables(shape)
         assert {e.ours for e in entries} == set(ours)
         assert len({e.theirs for e in entries}) == len(entries)
