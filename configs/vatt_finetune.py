@@ -3,6 +3,8 @@
     python -m vatt_jax.importers --format=vatt_tf --checkpoint=ckpt-500000 --config=configs/vatt.py:mbs --out=runs/vatt_mbs
     python run.py --config=configs/vatt_finetune.py:k400,mbs --workdir=runs/k400 --config.init_from=runs/vatt_mbs
 
+    python run.py --config=configs/vatt_finetune.py:imagenet,bbs,scratch --workdir=runs/imagenet_scratch      # the same network from nothing
+
     python run.py --config=configs/vatt_finetune.py:demo,20 --workdir=runs/demo20            # from runs/demo, 20 labels of each class
     python run.py --config=configs/vatt_finetune.py:demo,20,scratch --workdir=runs/scratch20 # the same network from nothing
 
@@ -23,24 +25,28 @@ def get_config(arg: str = 'k400'):
     choose(task, [*TASKS, 'demo'], 'configs/vatt_finetune.py: task')
     if task == 'demo':
         return _demo(options)
-    size = options[0] if options else 'mbs'
+    size, *options = options if options and options[0] != 'scratch' else ['mbs', *options]
+    for option in options:
+        choose(option, ['scratch'], f'configs/vatt_finetune.py:{task},{size} option')
     stream, steps = TASKS[task]
     pretrained = vatt.get_config(size)
     c = default.get_config()
-    c.name = f'VATT {size} on {task}'
+    c.name = f'VATT {" ".join([size, *options])} on {task}'
     c.steps, c.batch_size, c.compute_dtype = steps, 64, 'bfloat16'
-    c.init_from = 'runs/vatt_' + size    # an imported or own pretraining run; the classifier alone starts fresh
+    c.init_from = '' if options else 'runs/vatt_' + size    # an imported or own pretraining run; the classifier alone starts fresh
     m = c.model
     m.update(pretrained.model)
     m.towers = {stream: pretrained.model.towers[stream]}
     m.head = {'name': 'none'}
     m.inputs.video.fps = 12.5            # 32 frames at stride 2 of 25
-    if task == 'imagenet':               # one temporal patch: the image four times; the temporal table is resized to one row
-        m.inputs.video.frames, m.towers.video.positions = 4, (1, 14, 14)
-
+    if task == 'imagenet':               # one temporal patch: the image four times
+        # The table keeps its 8 rows, of which the spline reads the first. DropToken keeps half of a table's 1568 places, as in the official
+        # code: with 196 tokens it drops none.
+        m.inputs.video.frames = 4
     _recipe(c, stream)
     if stream == 'audio':
-        c.objective.update({'form': 'sigmoid', 'dropout': 0.0, 'smoothing': 0.0, 'mixup': 5})
+        # Waveforms are mixed; what reads spectrograms (mmv) goes without.
+        c.objective.update({'form': 'sigmoid', 'dropout': 0.0, 'smoothing': 0.0, 'mixup': 0 if m.inputs.audio.mel else 5})
     d = c.data
     d.train[task] = {'path': f'data/{task}/records', 'split': 'train', 'weight': 1.0, 'share': 0.0}
     d.crop, d.aspect, d.flip = (0.08, 1.0), (0.5, 2.0), 0.5    # Inception style

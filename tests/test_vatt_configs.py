@@ -2,18 +2,20 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import default
 from vatt_jax import config as configs
-from vatt_jax import optim
+from vatt_jax import models, optim, preprocess
 from vatt_jax.config import ConfigError
 from vatt_jax.importers import table, vatt_tf
 from vatt_jax.models import presets
+from vatt_jax.rng import Rng
 
 FILES = [f'configs/vatt.py:{n}{o}' for n in presets.MODELS for o in ('', ',paper', ',synthetic')]
 TASKS = ('k400', 'k600', 'k700', 'mit', 'audioset', 'imagenet')
-TUNED = [f'configs/vatt_finetune.py:{task}{size}' for task in TASKS for size in ('', ',bbs', ',agnostic_medium')]
+TUNED = [f'configs/vatt_finetune.py:{task}{size}' for task in TASKS for size in ('', ',bbs', ',agnostic_medium', ',mmv', ',bbs,scratch')]
 TUNED += [f'configs/vatt_finetune.py:demo{o}' for o in ('', ',20', ',5,scratch')]
 
 
@@ -44,12 +46,39 @@ def test_published_values():
 
 
 @pytest.mark.parametrize('spec,label', [('configs/vatt.py:bbs', None), ('configs/vatt.py:agnostic_medium', None), ('configs/vatt.py:mmv', None),
-                                        ('configs/vatt_finetune.py:audioset', 527), ('configs/vatt_finetune.py:imagenet,agnostic_medium', 1000)])
+                                        ('configs/vatt_finetune.py:audioset', 527), ('configs/vatt_finetune.py:imagenet,agnostic_medium', 1000),
+                                        ('configs/vatt_finetune.py:imagenet,mmv', 1000), ('configs/vatt_finetune.py:audioset,mmv', 527),
+                                        ('configs/vatt_finetune.py:k400,mmv', 400)])
 def test_builds(spec, label):
     c = configs.load(spec)
     shape = table.abstract_state(c, {'class': [str(i) for i in range(label)]} if label else {})
     leaves = jax.tree.leaves(shape.params['objective'])
     assert (sorted(x.shape[-1] for x in leaves) == [label, label]) if label else not leaves
+
+
+def test_scratch_is_the_same_network_from_nothing():
+    for spec, size in (('k400,mbs,scratch', 'mbs'), ('imagenet,scratch', 'mbs'), ('audioset,bbs,scratch', 'bbs')):
+        c, start = configs.load(f'configs/vatt_finetune.py:{spec}'), configs.load(f'configs/vatt_finetune.py:{spec.split(",")[0]},{size}')
+        assert not c.init_from and start.init_from == f'runs/vatt_{size}' and c.model == start.model and c.optimizer == start.optimizer
+    with pytest.raises(ConfigError, match="k400,mbs option='scrath': choose one of scratch"):
+        configs.load('configs/vatt_finetune.py:k400,mbs,scrath')
+
+
+def test_an_image_keeps_all_its_patches_in_training():
+    """One temporal patch of 14 × 14: DropToken keeps half of the table's 8 × 14 × 14 places. In a clip of 32 frames it drops half."""
+    kept = {}
+    for task in ('imagenet', 'k400'):
+        c = configs.load(f'configs/vatt_finetune.py:{task},bbs')
+        c.model.towers.video.layers = 1
+        model = models.build(c.model)
+        batch = preprocess.abstract(c.model.inputs, ('video',), 2, 'float32')
+        spec = jax.eval_shape(lambda: Rng.create(0, 0, jnp.zeros(2)))
+
+        def encode(batch, rng):
+            init = model.init(jax.random.key(0), batch, train=False, rng=rng)  # noqa: B023
+            return model.apply(init, 'video', batch['video'], train=True, rng=rng, features=True, method='encode')  # noqa: B023
+        kept[task] = jax.eval_shape(encode, batch, spec).tokens.shape[1]
+    assert kept == {'imagenet': 196, 'k400': 784}
 
 
 def test_the_official_layout_covers_published_models():
