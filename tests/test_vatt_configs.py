@@ -7,7 +7,7 @@ import pytest
 
 from configs import default
 from vatt_jax import config as configs
-from vatt_jax import models, optim, preprocess
+from vatt_jax import evals, models, optim, preprocess
 from vatt_jax.config import ConfigError
 from vatt_jax.importers import table, vatt_tf
 from vatt_jax.models import presets
@@ -16,14 +16,28 @@ from vatt_jax.rng import Rng
 FILES = [f'configs/vatt.py:{n}{o}' for n in presets.MODELS for o in ('', ',paper', ',synthetic')]
 TASKS = ('k400', 'k600', 'k700', 'mit', 'audioset', 'imagenet')
 TUNED = [f'configs/vatt_finetune.py:{task}{size}' for task in TASKS for size in ('', ',bbs', ',agnostic_medium', ',mmv', ',bbs,scratch')]
+PROBES = [f'configs/vatt_probes.py:{t}' for t in ('', 'ucf101', 'hmdb51,bbs,3', 'esc50,agnostic_medium,5', 'youcook2,lbs', 'msrvtt')]
 TUNED += [f'configs/vatt_finetune.py:demo{o}' for o in ('', ',20', ',5,scratch')]
 
 
-@pytest.mark.parametrize('spec', FILES + TUNED)
+@pytest.mark.parametrize('spec', FILES + TUNED + PROBES)
 def test_passes_the_checks(spec):
     c = configs.load(spec)
     configs.check_fields(c, default.get_config())
     optim.schedule(c.optimizer.schedule, c.steps)
+    assert all(evals.build(name, entry) for name, entry in c.evals.items()) and (c.evals or spec in FILES)
+
+
+def test_probes_as_the_release_codes_them():
+    load = lambda arg: configs.load(f'configs/vatt_probes.py:{arg}')
+    c = load('esc50,bbs,4')
+    head = c.evals.head
+    assert c.data.train.esc50.fold == 4 and c.model.inputs.video.fps == 12.5 and c.model.towers == configs.load('configs/vatt.py:bbs').model.towers
+    assert (head.stream, head.windows, head.solver, c.evals.svm.solver) == ('audio', 4, 'head', 'svm') and 'passes' not in head
+    assert {e.pool for e in load('msrvtt').evals.values()} == {'embeddings', 'similarities'}
+    assert load('youcook2').evals.cosines.split == 'validation'
+    with pytest.raises(ConfigError, match="hmdb51,mbs fold='4': choose one of 1, 2, 3"):
+        load('hmdb51,mbs,4')
 
 
 def test_published_values():
