@@ -71,7 +71,7 @@ def test_gradients_of_the_losses_against_finite_differences_in_float64():
         for name, (form, target, options, want) in forms.items():
             with jax.enable_x64(True):
                 f = lambda z: form(z, jnp.array(target), weight=jnp.array(rows), **options)  # noqa: B023
-                value, got = jax.jit(jax.value_and_grad(f))(jnp.array(logits))
+                value, got = jax.device_get(jax.jit(jax.value_and_grad(f))(jnp.array(logits)))
             assert value.dtype == got.dtype == np.float64 and abs(value - want(logits)) < 1e-12 * max(1, abs(value)), name
             step = 1e-5
             for at in np.ndindex(B, P):
