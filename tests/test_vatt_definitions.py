@@ -3,11 +3,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.linen import meta
 
 from vatt_jax.losses import nce
 from vatt_jax.losses.similarity import How
 from vatt_jax.models import embeddings
 from vatt_jax.models.attention import attention
+from vatt_jax.models.transformer import Encoder
 from vatt_jax.optim import scale_by_keras_adam
 from vatt_jax.rng import Rng
 
@@ -79,6 +81,36 @@ def test_attention_of_t5_is_not_scaled_and_masks_keys():
                 s = (q[b, :, h] @ k[b, :, h].T * scale + bias[0, h])[:, mask[b]]
                 p = np.exp(s - s.max(-1, keepdims=True))
                 close(got[b, :, h], p / p.sum(-1, keepdims=True) @ v[b, mask[b], h])
+
+
+def bucket(distance):
+    """Of key minus query, 32 buckets up to a distance of 64: 0-7 exact, 8-15 in steps of a factor 8^(1/8); 16 more for keys behind the query."""
+    a = abs(distance)
+    far = next((8 + k for k in range(7, -1, -1) if a >= 8 * 8 ** (k / 8)), None)
+    return (a if a < 8 else far) + 16 * (distance > 0)
+
+
+def test_relative_bias_of_t5():
+    """An encoder whose queries and keys are zero mixes values by the softmax of the bias alone; 90 tokens, so that all buckets are met."""
+    n, heads, kv = 90, 2, 3
+    noise = np.random.default_rng(5)
+    encoder = Encoder(1, D, 4, heads, kv, bias=False, rms=True, scaled=False, buckets=32, max_distance=64)
+    x, mask, rng = noise.normal(size=(2, n, D)), np.arange(n) < np.array([[90], [70]]), Rng.create(0, 0, jnp.arange(2))
+    shapes = meta.unbox(jax.eval_shape(lambda: encoder.init(jax.random.key(0), jnp.float32(x), None, rng, False)))['params']
+    p = jax.tree.map(lambda a: noise.normal(size=a.shape), shapes)
+    for name in ('query', 'key', 'mlp_out'):
+        p['layers'][name]['kernel'] *= 0
+    got = jax.jit(lambda p: encoder.apply({'params': p}, jnp.float32(x), jnp.array(mask), rng, False, True))(jax.tree.map(jnp.float32, p))
+    rms = lambda a, scale: a / np.sqrt((a ** 2).mean(-1, keepdims=True) + 1e-6) * scale
+    layer = jax.tree.map(lambda a: a[0], p['layers'])
+    rows = np.array([[bucket(k - q) for k in range(n)] for q in range(n)])
+    assert set(rows.ravel()) == set(range(32)) - {16}
+    for b in range(2):
+        s = np.where(mask[b], p['relative_bias'][rows].transpose(2, 0, 1), -1e9)
+        s = np.exp(s - s.max(-1, keepdims=True))
+        v = np.einsum('nd,dhk->hnk', rms(x[b], layer['attention_norm']['scale']), layer['value']['kernel'])
+        y = x[b] + np.einsum('hqn,hnk,hkd->qd', s / s.sum(-1, keepdims=True), v, layer['out']['kernel'])
+        close(got[b], rms(y, p['final_norm']['scale']))
 
 
 def joint_denominator(x, y, valid, replicas, temperature=0.07):
