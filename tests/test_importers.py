@@ -74,6 +74,21 @@ def t5(key):
     return out
 
 
+def bert(key, small=False):
+    """small: `bert_small`, a further token in word space and no final norm."""
+    lm = f'{key}/base_lm'
+    out = {f'{key}/embedding/embeddings': (WORDS, EMBED), f'{key}/pre_proj/kernel': (EMBED, D), f'{lm}/agg_embedding': (D,)}
+    out |= positions(f'{lm}/pos_embedding_lookup', temporal=6) | stack(f'{lm}/tx', 2)
+    return {k: v for k, v in out.items() if 'final_layer_norm' not in k} | {f'{key}/agg_embedding': (EMBED,)} if small else out
+
+
+def linear_text(key):
+    return {f'{key}/embedding/embeddings': (WORDS, EMBED), f'{key}/base_lm/conv1d/kernel': (1, EMBED, D), f'{key}/base_lm/conv1d/bias': (D,)}
+
+
+TEXTS = {'bert_base': bert, 'bert_small': lambda key: bert(key, True), 'linear': linear_text}
+
+
 def head(video, audio, text):
     h = f'{R}/_head_layer/_bridge_heads/0'
     bn = lambda key, n: norm(key, n) | {f'{key}/moving_mean': (n,), f'{key}/moving_variance': (n,)}
@@ -82,9 +97,9 @@ def head(video, audio, text):
             | dense(f'{h}/aud_to_va', audio, VA) | dense(f'{h}/txt_to_vat', text, VAT))
 
 
-def tx_fac():
+def tx_fac(text=t5):
     b = f'{R}/_base_layer'
-    return vit(f'{b}/vid_backbone/_base') | wat(f'{b}/aud_backbone/_base') | t5(f'{b}/txt_backbone') | head(D, D, D)
+    return vit(f'{b}/vid_backbone/_base') | wat(f'{b}/aud_backbone/_base') | text(f'{b}/txt_backbone') | head(D, D, D)
 
 
 def ut_fac():
@@ -151,18 +166,19 @@ def mix(q, k, v, bias, scale):
     return ((p / p.sum(-1, keepdims=True)) @ v).transpose(1, 0, 2).reshape(q.shape[1], -1)
 
 
-def tx(w, key, x, mask=None):
+def tx(w, key, x, mask=None, post_norm=False):
     bias = 0.0 if mask is None else np.where(mask, 0, -1e9)[None, None]
     i = 0
     while f'{key}/layers/{i}/layer_norm/gamma' in w:
         here = f'{key}/layers/{i}'
-        y = layer_norm(w, f'{here}/layer_norm', x)
+        before, after = (lambda n, x: layer_norm(w, f'{here}/{n}', x), lambda n, x: x)[::-1 if post_norm else 1]  # noqa: B023
+        y = before('layer_norm', x)
         q, k, v = (heads(linear(w, f'{here}/mha/{n}', y)) for n in 'qkv')
-        x = x + linear(w, f'{here}/mha/o', mix(q, k, v, bias, KV ** -0.5))
-        y = layer_norm(w, f'{here}/feed_forward/layer_norm', x)
-        x = x + linear(w, f'{here}/feed_forward/mlp/wo', gelu(linear(w, f'{here}/feed_forward/mlp/wi', y)))
+        x = after('layer_norm', x + linear(w, f'{here}/mha/o', mix(q, k, v, bias, KV ** -0.5)))
+        y = before('feed_forward/layer_norm', x)
+        x = after('feed_forward/layer_norm', x + linear(w, f'{here}/feed_forward/mlp/wo', gelu(linear(w, f'{here}/feed_forward/mlp/wi', y))))
         i += 1
-    return layer_norm(w, f'{key}/final_layer_norm', x)
+    return x if post_norm else layer_norm(w, f'{key}/final_layer_norm', x)
 
 
 def place(w, key, ids):
@@ -223,6 +239,25 @@ def text_tower(w, key, ids):
         y = layer_norm(w, f'{here}/feed_forward/layer_norm', x)
         x = x + linear(w, f'{here}/feed_forward/mlp/wo', gelu(linear(w, f'{here}/feed_forward/mlp/wi', y)))
     return rms_norm(w, f'{lm}/final_layer_norm', x)
+
+
+def bert_tower(w, key, ids):
+    """Positions, then the token; `bert_small` has one more word in front of the words, whose table has a row too few."""
+    x, mask, lm = w[f'{key}/embedding/embeddings'][ids], ids != 0, f'{key}/base_lm'
+    small = f'{key}/agg_embedding' in w
+    if small:
+        x, mask = np.concatenate([w[f'{key}/agg_embedding'][None], x]), np.concatenate([[True], mask])
+        scipy = pytest.importorskip('scipy.interpolate')
+        table = f'{lm}/pos_embedding_lookup/temporal_position_embeddings/embeddings'
+        fit = scipy.RBFInterpolator(np.arange(6)[:, None] / 6, w[table], kernel='cubic', degree=1)
+        w = {**w, table: fit(np.arange(7)[:, None] / 7)}
+    x = gelu(linear(w, f'{key}/pre_proj', x)) + place(w, f'{lm}/pos_embedding_lookup', {'temporal': np.arange(len(x))})
+    return tx(w, f'{lm}/tx', np.concatenate([w[f'{lm}/agg_embedding'][None], x]), np.concatenate([[True], mask]), post_norm=small)[0]
+
+
+def linear_tower(w, key, ids):
+    words = w[f'{key}/embedding/embeddings'][ids] @ w[f'{key}/base_lm/conv1d/kernel'][0] + w[f'{key}/base_lm/conv1d/bias']
+    return np.maximum(words, 0).max(0)
 
 
 def unified(w, m, data, mask=None):
@@ -340,6 +375,21 @@ def test_ut_fac_is_read_with_sizes_told_by_the_file(tmp_path):
         close(out.spaces[space][m], x)
 
 
+@pytest.mark.parametrize('name', TEXTS)
+def test_other_text_towers_go_in_and_out(tmp_path, name):
+    w, key = written(tmp_path / 'a', tx_fac(TEXTS[name]), slots=False), f'{R}/_base_layer/txt_backbone'
+    c, report = vatt_tf.import_checkpoint(str(tmp_path / 'a'), tmp_path / 'run', None, tiny.config())
+    assert (report.read, report.unused, report.resized) == (len(w), [], []) and c.model.towers.text.name == name.split('_')[0]
+    text = inputs()['text']
+    got = ours(tmp_path / 'run', {'text': text})
+    want = np.array([[(linear_tower if name == 'linear' else bert_tower)(w, key, ids) for ids in clip] for clip in text['data']])
+    close(got.encoded['text'].pooled, want)
+    close(got.spaces['vat']['text'], linear(w, f'{R}/_head_layer/_bridge_heads/0/txt_to_vat', want))
+    assert vatt_tf.export_checkpoint(tmp_path / 'run', str(tmp_path / 'b')) == len(w)
+    have, read = vatt_tf.open_checkpoint(str(tmp_path / 'b'))
+    assert have == {k: v.shape for k, v in w.items()} and all((read(k) == v.astype(np.float32)).all() for k, v in w.items())
+
+
 @pytest.mark.parametrize('tower', ['vit', 'wat', 'spt'])
 def test_finetuned_towers_and_their_classifier(tmp_path, tower):
     base = f'{R}/_base'
@@ -394,6 +444,36 @@ def test_classifiers_from_a_modality_agnostic_model_are_towers_of_their_own_in_t
     assert have == {k: v.shape for k, v in w.items()}
     for k, v in w.items():
         np.testing.assert_array_equal(read(k), v.astype(np.float32))
+
+
+def test_an_imported_run_is_evaluated_and_fine_tuned(tmp_path):
+    """--mode=eval on what was imported; init_from in a classifier of one modality, whose first step has rate 0: the export of it holds what the
+    release takes over from its modality-agnostic model, and the classifier."""
+    import data_pipelines
+    import run
+    from vatt_jax import train
+    w = written(tmp_path / 'ckpt', ut_fac())
+    c = shared_config()
+    c.evals = {'retrieval': {'type': 'retrieval', 'limit': 12, 'pairs': (('audio', 'video', 'va'),), 'baseline': False}}
+    vatt_tf.import_checkpoint(str(tmp_path / 'ckpt'), tmp_path / 'run', c)
+    run.main(['--mode=eval', f'--workdir={tmp_path / "run"}'])
+    result = json.loads((tmp_path / 'run' / 'evals' / 'step_000000' / 'results.json').read_text())['retrieval']
+    assert 1 <= result['scalars']['audio_to_video/median_rank'] <= 12
+
+    c = shared_classifier('video')
+    c.init_from, c.steps, c.optimizer.name, c.evals = str(tmp_path / 'run'), 1, 'keras_sgd', {}
+    c.optimizer.schedule.update({'name': 'vatt', 'levels': ((1, 1e-3), (2, 0.0))})
+    train.train(c, data_pipelines.open(c), tmp_path / 'tuned', quiet=True)
+    vatt_tf.export_checkpoint(tmp_path / 'tuned', str(tmp_path / 'out'))
+    have, read = vatt_tf.open_checkpoint(str(tmp_path / 'out'))
+    u, base = f'{R}/_base_layer/unified_backbone/unified_transformer', f'{R}/_base'
+    same = {f'{base}/agg_embedding': f'{u}/vid_agg_embedding'}
+    for part, of in (('voxel_to_patch', 'raw_to_embeddings/video'), ('pre_proj', 'pre_proj/video'), ('post_proj', 'post_proj/video'), ('tx', 'tx'),
+                     ('pos_embedding_lookup', 'pos_embedding_lookup/video')):
+        same |= {k.replace(f'{u}/{of}/', f'{base}/{part}/'): k for k in w if k.startswith(f'{u}/{of}/')}
+    assert set(have) == {*same, f'{R}/_ops/cls/kernel', f'{R}/_ops/cls/bias'} and have[f'{R}/_ops/cls/kernel'][0] == POST
+    for theirs, old in same.items():
+        np.testing.assert_array_equal(read(theirs), w[old].astype(np.float32), err_msg=theirs)
 
 
 @pytest.mark.parametrize('of', ['tx', 'ut', 'wat'])
