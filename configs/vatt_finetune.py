@@ -8,9 +8,9 @@
     python run.py --config=configs/vatt_finetune.py:demo,20 --workdir=runs/demo20            # from runs/demo, 20 labels of each class
     python run.py --config=configs/vatt_finetune.py:demo,20,scratch --workdir=runs/scratch20 # the same network from nothing
 
-Tasks: k400, k600, k700, mit, audioset, imagenet. Sizes: those of configs/vatt.py (default mbs). The paper's batch is 64, the code's default 8;
-steps after the release's checkpoints. What each published row needs: docs/vatt.md. `demo` is the same recipe on the playground's classes, from
-the run of `make demo`, minutes on two CPU cores; table over numbers of labels: benchmarks/few_labels.py.
+Tasks: k400, k600, k700, mit, audioset, imagenet. Sizes: those of configs/vatt.py (default mbs). The paper's batch is 64, the code's default 8
+(`k400,mbs,code`); steps after the release's checkpoints. What each published row needs: docs/vatt.md. `demo` is the same recipe on the playground's
+classes, from the run of `make demo`, minutes on two CPU cores; table over numbers of labels: benchmarks/few_labels.py.
 """
 from configs import default, demo, vatt
 from vatt_jax.config import choose
@@ -26,15 +26,15 @@ def get_config(arg: str = 'k400'):
     choose(task, [*TASKS, 'demo'], 'configs/vatt_finetune.py: task')
     if task == 'demo':
         return _demo(options)
-    size, *options = options if options and options[0] != 'scratch' else ['mbs', *options]
+    size, *options = options if options and options[0] not in ('scratch', 'code') else ['mbs', *options]
     for option in options:
-        choose(option, ['scratch'], f'configs/vatt_finetune.py:{task},{size} option')
+        choose(option, ['scratch', 'code'], f'configs/vatt_finetune.py:{task},{size} option')
     stream, steps, split = TASKS[task]
     pretrained = vatt.get_config(size)
     c = default.get_config()
     c.name = f'VATT {" ".join([size, *options])} on {task}'
-    c.steps, c.batch_size, c.compute_dtype = steps, 64, 'bfloat16'
-    c.init_from = '' if options else 'runs/vatt_' + size    # an imported or own pretraining run; the classifier alone starts fresh
+    c.steps, c.batch_size, c.compute_dtype = steps, 8 if 'code' in options else 64, 'bfloat16'
+    c.init_from = '' if 'scratch' in options else 'runs/vatt_' + size    # an imported or own pretraining run; the classifier alone starts fresh
     m = c.model
     m.update(pretrained.model)
     m.towers = {stream: pretrained.model.towers[stream]}

@@ -13,7 +13,7 @@ from vatt_jax.importers import table, vatt_tf
 from vatt_jax.models import presets
 from vatt_jax.rng import Rng
 
-FILES = [f'configs/vatt.py:{n}{o}' for n in presets.MODELS for o in ('', ',paper', ',synthetic')]
+FILES = [f'configs/vatt.py:{n}{o}' for n in presets.MODELS for o in ('', ',paper', ',code', ',synthetic')]
 TASKS = ('k400', 'k600', 'k700', 'mit', 'audioset', 'imagenet')
 TUNED = [f'configs/vatt_finetune.py:{task}{size}' for task in TASKS for size in ('', ',bbs', ',agnostic_medium', ',mmv', ',bbs,scratch')]
 PROBES = [f'configs/vatt_probes.py:{t}' for t in ('', 'ucf101', 'hmdb51,bbs,3', 'esc50,agnostic_medium,5', 'youcook2,lbs', 'msrvtt')]
@@ -47,6 +47,13 @@ def test_published_values():
     assert abs(rate(5_000) - 1e-4) < 1e-9 and abs(rate(500_000) - 5e-5) < 1e-9
     paper = configs.load('configs/vatt.py:mbs,paper').optimizer.schedule
     assert (paper.name, paper.warmup) == ('warmup_quarter_cosine', 10_000)
+    variants = [configs.load(f'configs/vatt.py:mbs{o}') for o in ('', ',paper', ',code')]
+    assert [c.batch_size for c in variants] == [2048, 2048, 8] and variants[2].optimizer == c.optimizer != variants[1].optimizer
+    rate = optim.schedule(paper, 500_000)   # a quarter of a period falls fastest at its end: cos(pi / 4) of the way down at half of it
+    assert abs(rate(10_000) - 1e-4) < 1e-9 and abs(rate(255_000) - (5e-5 + 5e-5 * math.cos(math.pi / 4))) < 1e-9 and abs(rate(500_000) - 5e-5) < 1e-9
+    assert [configs.load(f'configs/vatt_finetune.py:k400,mbs{o}').batch_size for o in ('', ',code')] == [64, 8]
+    with pytest.raises(ConfigError, match='paper and code exclude each other'):
+        configs.load('configs/vatt.py:mbs,paper,code')
     c = configs.load('configs/vatt_finetune.py:k400')
     o, rate = c.optimizer, optim.schedule(c.optimizer.schedule, c.steps)
     assert (o.name, o.clip, o.clip_paths, c.steps) == ('keras_sgd', 0.75, ('^model/',), 100_000)
@@ -74,7 +81,7 @@ def test_scratch_is_the_same_network_from_nothing():
     for spec, size in (('k400,mbs,scratch', 'mbs'), ('imagenet,scratch', 'mbs'), ('audioset,bbs,scratch', 'bbs')):
         c, start = configs.load(f'configs/vatt_finetune.py:{spec}'), configs.load(f'configs/vatt_finetune.py:{spec.split(",")[0]},{size}')
         assert not c.init_from and start.init_from == f'runs/vatt_{size}' and c.model == start.model and c.optimizer == start.optimizer
-    with pytest.raises(ConfigError, match="k400,mbs option='scrath': choose one of scratch"):
+    with pytest.raises(ConfigError, match="k400,mbs option='scrath': choose one of scratch, code"):
         configs.load('configs/vatt_finetune.py:k400,mbs,scrath')
 
 
