@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax.linen import meta
 
-from vatt_jax.losses import nce
+from vatt_jax.losses import dense, nce
 from vatt_jax.losses.similarity import How
 from vatt_jax.models import embeddings
 from vatt_jax.models.attention import attention
@@ -151,6 +151,38 @@ def test_joint_denominator_with_masks_and_two_replicas():
                 moved[which][at] += sign * step
                 ends.append(joint_denominator(*moved, valid, 2))
             assert abs(got[at] - (ends[0] - ends[1]) / (2 * step)) < 1e-6 * max(1, abs(got[at])), (which, at)
+
+
+def two_denominators(x, y, x_valid, y_valid, replicas, temperature=0.07):
+    """The release's symmetric loss: a denominator for each direction over the clips of all replicas, each mask with its own scale."""
+    unit = lambda a: a / np.linalg.norm(a, axis=-1, keepdims=True)
+    s, n = np.einsum('be,ale->bal', unit(x), unit(y)), len(x) // replicas
+    log_sum = lambda a: a.max() + np.log(np.exp(a - a.max()).sum())
+    total = 0.0
+    for r in range(replicas):
+        mine = slice(r * n, r * n + n)
+        scale = [v * n / max(1, v[mine].sum()) for v in (x_valid, y_valid)]
+        for b in range(mine.start, mine.stop):
+            own = log_sum(s[b, b] / temperature)
+            text = log_sum(((s[b] - 1e9 * ~y_valid[:, None]) / temperature).ravel())      # the masks before the temperature
+            video = log_sum(((s[:, b] - 1e9 * ~x_valid[:, None]) / temperature).ravel())
+            total += (text + video - 2 * own) * scale[0][b] * scale[1][b] / n
+    return total / replicas
+
+
+@pytest.mark.parametrize('module', [nce, dense])
+def test_symmetric_loss_with_both_masks_and_two_replicas(module):
+    noise = np.random.default_rng(6)
+    x, y = noise.normal(size=(6, 4)), noise.normal(size=(6, 2, 4))
+    every = np.ones(6, bool)
+    for x_valid, y_valid in (([1, 0, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1]), (every, [1, 1, 0, 0, 1, 1]), (every, [0, 0, 0, 1, 1, 1])):
+        x_valid, y_valid = np.array(x_valid, bool), np.array(y_valid, bool)
+        for replicas in (1, 2):
+            f = lambda each: module.symmetric(jnp.float32(x), jnp.float32(y), x_valid=jnp.array(x_valid), y_valid=jnp.array(y_valid),  # noqa: B023
+                                              replicas=replicas, each_mask=each)  # noqa: B023
+            want = two_denominators(x, y, x_valid, y_valid, replicas)
+            close(f(True), want)
+            assert bool(np.isclose(f(False), want, rtol=1e-3)) == x_valid.all()   # without it: the mean over clips that have both
 
 
 def test_keras_adam():
