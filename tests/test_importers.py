@@ -455,7 +455,11 @@ def test_an_imported_run_is_evaluated_and_fine_tuned(tmp_path):
     w = written(tmp_path / 'ckpt', ut_fac())
     c = shared_config()
     c.evals = {'retrieval': {'type': 'retrieval', 'limit': 12, 'pairs': (('audio', 'video', 'va'),), 'baseline': False}}
+    c.compute_dtype = 'bfloat16'         # as in configs/vatt.py: evaluated in float32 all the same
     vatt_tf.import_checkpoint(str(tmp_path / 'ckpt'), tmp_path / 'run', c)
+    batch = inputs()
+    got = vatt_jax.load(tmp_path / 'run').embed(audio=batch['audio']['data'] / 8)['audio']['pooled']
+    close(got, [unified(w, 'audio', x / 8)[0] for x in batch['audio']['data']])
     run.main(['--mode=eval', f'--workdir={tmp_path / "run"}'])
     result = json.loads((tmp_path / 'run' / 'evals' / 'step_000000' / 'results.json').read_text())['retrieval']
     assert 1 <= result['scalars']['audio_to_video/median_rank'] <= 12

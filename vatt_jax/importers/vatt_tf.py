@@ -431,6 +431,7 @@ def import_checkpoint(prefix: str, out: str | os.PathLike, config: ConfigDict | 
     elif config.objective.name == 'classification':
         raise ConfigError(f'--checkpoint={prefix} is pretrained ({of}) and config.objective.name is classification; choose a config of '
                           'configs/vatt.py here, and fine-tune with --config.init_from')
+    config.compute_dtype = 'float32'     # what the release is evaluated in; published training configs say bfloat16
     model = filled(config)
     if model['shared'] != (of == 'ut_fac') and of != 'finetuned':
         raise ConfigError(f'--checkpoint={prefix} is {of}, and config.model.shared={model["shared"]} makes '
