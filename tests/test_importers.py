@@ -5,12 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 import vatt_jax
 from tests import tiny
-from vatt_jax import checkpoint, models, sharding
+from tests.test_vatt_definitions import joint_denominator
+from vatt_jax import checkpoint, models, objectives, sharding
 from vatt_jax.config import ConfigError
-from vatt_jax.importers import vatt_tf
+from vatt_jax.importers import table, vatt_tf
 from vatt_jax.rng import Rng
 
 R = 'model/layer_with_weights-0'
@@ -444,6 +446,67 @@ def test_classifiers_from_a_modality_agnostic_model_are_towers_of_their_own_in_t
     assert have == {k: v.shape for k, v in w.items()}
     for k, v in w.items():
         np.testing.assert_array_equal(read(k), v.astype(np.float32))
+
+
+@pytest.mark.parametrize('kv', [8, 96])
+def test_heads_of_another_width_need_a_config(tmp_path, monkeypatch, kv):
+    """Two heads of 8 or 96: the shapes do not tell them from one of 16, or three of 64."""
+    monkeypatch.setitem(globals(), 'KV', kv)
+    w = written(tmp_path / 'a', finetuned(wat(f'{R}/_base')))
+    c = config()
+    c.model.head, c.objective = {'name': 'none'}, {'name': 'classification', 'stream': 'audio'}
+    if kv == 8:
+        with pytest.raises(ConfigError, match='queries of audio are not made of heads of 64'):
+            vatt_tf.import_checkpoint(str(tmp_path / 'a'), tmp_path / 'run', None, tiny.config())
+    vatt_tf.import_checkpoint(str(tmp_path / 'a'), tmp_path / 'run', c)
+    data = inputs()['audio']
+    got = ours(tmp_path / 'run', {'audio': data}).encoded['audio'].pooled
+    close(got, [own_tower(w, f'{R}/_base', *audio_tokens(w, f'{R}/_base/wave_to_patch', x))[0] for x in data['data']])
+
+
+def test_training_loss_and_gradient_norm_are_those_of_the_official_weights(tmp_path):
+    """Both losses with statistics of the batch, in NumPy on the official names; and as slope along our gradient its own norm."""
+    w = written(tmp_path / 'ckpt', tx_fac())
+    c = config()
+    for tower in c.model.towers.values():
+        tower.update({'dropout': 0.0, 'attention_dropout': 0.0, 'position_dropout': 0.0, **({} if tower.name == 't5' else {'drop_token': 0.0})})
+    c.objective.update({'padded': True})
+    vatt_tf.import_checkpoint(str(tmp_path / 'ckpt'), tmp_path / 'run', c)
+    noise, n = np.random.default_rng(8), 4
+    there = np.array([True, True, False, True])
+    text = noise.integers(0, WORDS, (n, 2, 6)).astype(np.int32) * there[:, None, None]
+    data = {'video': noise.normal(size=(n, 4, 16, 16, 3)).astype(np.float32), 'audio': noise.normal(size=(n, 1024)).astype(np.float32), 'text': text}
+    batch = {m: {'data': x, 'valid': there if m == 'text' else np.ones(n, bool)} for m, x in data.items()}
+    _, variables, _ = checkpoint.load_model(tmp_path / 'run', sharding.make_mesh({'replica': 1, 'fsdp': 1, 'model': 1, 'seq': 1}))
+    model, objective = models.build(c.model), objectives.build(c.objective)
+
+    @jax.jit
+    def step(params):
+        loss = lambda p: objective.loss(model, {**variables, 'params': p}, {}, {}, batch, Rng.create(0, 0, jnp.arange(n)))
+        return jax.value_and_grad(lambda p: loss(p).value)(params)
+    value, grads = step(variables['params'])
+
+    def loss(w):
+        b, h, pooled = f'{R}/_base_layer', f'{R}/_head_layer/_bridge_heads/0', {}
+        for m, tower, patches in (('video', 'vid_backbone', 'voxel_to_patch'), ('audio', 'aud_backbone', 'wave_to_patch')):
+            base, tokens = f'{b}/{tower}/_base', video_tokens if m == 'video' else audio_tokens
+            pooled[m] = np.array([own_tower(w, base, *tokens(w, f'{base}/{patches}', x))[0] for x in data[m]])
+        pooled['text'] = np.array([[text_tower(w, f'{b}/txt_backbone', ids)[0] for ids in clip] for clip in text])
+        hidden, moments = linear(w, f'{h}/vid_to_hid', pooled['video']), {}
+        for key in ('hid_to_va/pre_bn', 'hid_to_va/bn', 'va_to_vat/bn'):      # of this batch; the first does not depend on the others
+            moments |= {f'{h}/{key}/moving_mean': hidden.mean(0), f'{h}/{key}/moving_variance': hidden.var(0)}
+            y = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5) * w[f'{h}/{key}/gamma'] + w[f'{h}/{key}/beta']
+            after = {'hid_to_va/pre_bn': 'hid_to_va/dense', 'hid_to_va/bn': 'va_to_vat/dense'}.get(key)
+            hidden = linear(w, f'{h}/{after}', np.maximum(y, 0)) if after else y
+        s = spaces({**w, **moments}, **pooled)
+        return (joint_denominator(s['va', 'video'], s['va', 'audio'][:, None], np.ones(n, bool), 1)
+                + joint_denominator(s['vat', 'video'], s['vat', 'text'], there, 1)) / 2
+    np.testing.assert_allclose(value, loss(w), rtol=1e-4)
+    entries = [e for e in vatt_tf.layout(vatt_tf.filled(c)) if e.ours[0] == 'params']
+    theirs = table.to_theirs({('params', *k): np.asarray(v) for k, v in flatten_dict(grads).items()}, entries)
+    norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in theirs.values()))
+    ahead, behind = ({k: v + sign * 1e-5 / norm * theirs[k] if k in theirs else v for k, v in w.items()} for sign in (1, -1))
+    np.testing.assert_allclose(norm, (loss(ahead) - loss(behind)) / 2e-5, rtol=1e-3)
 
 
 def test_an_imported_run_is_evaluated_and_fine_tuned(tmp_path):

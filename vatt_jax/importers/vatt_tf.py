@@ -241,8 +241,9 @@ def infer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     def stack(theirs, query='mha/q', mlp='feed_forward/mlp'):
         layers = {int(m[1]) for m in (re.match(re.escape(theirs) + r'/layers/(\d+)/', k) for k in shapes) if m}
         width, inner = size(f'{theirs}/layers/0/{query}/kernel')
-        return {'layers': len(layers), 'width': width, 'mlp': size(f'{theirs}/layers/0/{mlp}/wi/kernel')[1], 'heads': inner // HEAD_WIDTH,
-                'head_width': HEAD_WIDTH}
+        heads = inner // HEAD_WIDTH if inner % HEAD_WIDTH == 0 else 1
+        return {'layers': len(layers), 'width': width, 'mlp': size(f'{theirs}/layers/0/{mlp}/wi/kernel')[1], 'heads': heads,
+                'head_width': inner // heads}
 
     def patches(theirs, name):
         *patch, _, _ = size(f'{theirs}/kernel')
@@ -271,7 +272,7 @@ def infer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
                     'extra': f'{theirs}/agg_embedding' in shapes}
         buckets, heads = size(f'{lm}/layers/0/self_attention/attention/relative_attention_bias/embeddings')
         s = stack(lm, 'self_attention/attention/q')
-        inner = s['heads'] * HEAD_WIDTH
+        inner = s['heads'] * s['head_width']
         return {'name': 't5', **t, **s, 'heads': heads, 'head_width': inner // heads, 'buckets': buckets}
 
     of = kind(shapes)
@@ -405,6 +406,11 @@ def import_checkpoint(prefix: str, out: str | os.PathLike, config: ConfigDict | 
     of = kind(shapes)
     if config is None:
         told = infer(shapes)
+        odd = [where for where, t in [('encoder', told['encoder']), *told['towers'].items()]
+               if t.get('name') != 't5' and t.get('head_width', HEAD_WIDTH) != HEAD_WIDTH]
+        if odd:
+            raise ConfigError(f'--checkpoint={prefix}: queries of {", ".join(odd)} are not made of heads of {HEAD_WIDTH}, as official ones are, and '
+                              'a checkpoint does not tell how many heads there are; give a --config')
         config = base.copy_and_resolve_references()
         config.name = f'VATT {of}'
         config.model.update({'shared': told['shared'], 'head': ConfigDict(told['head'])})
