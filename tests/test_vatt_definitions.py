@@ -9,6 +9,7 @@ from vatt_jax.losses import dense, nce
 from vatt_jax.losses.similarity import How
 from vatt_jax.models import embeddings
 from vatt_jax.models.attention import attention
+from vatt_jax.models.common_space import CommonSpaces
 from vatt_jax.models.transformer import Encoder
 from vatt_jax.optim import scale_by_keras_adam
 from vatt_jax.rng import Rng
@@ -151,6 +152,28 @@ def test_joint_denominator_with_masks_and_two_replicas():
                 moved[which][at] += sign * step
                 ends.append(joint_denominator(*moved, valid, 2))
             assert abs(got[at] - (ends[0] - ends[1]) / (2 * step)) < 1e-6 * max(1, abs(got[at])), (which, at)
+
+
+def test_joint_head():
+    """One space: ReLU, a matrix without bias and batch norm for each modality, in training and after it; sentences are rows of the batch."""
+    noise = np.random.default_rng(9)
+    head = CommonSpaces({'name': 'joint', 'joint': 5})
+    pooled = {'video': noise.normal(size=(6, 4)), 'audio': noise.normal(size=(6, 3)), 'text': noise.normal(size=(6, 2, 7))}
+    narrow, valid = jax.tree.map(jnp.float32, pooled), {m: jnp.ones(6, bool) for m in pooled}
+    shapes = meta.unbox(jax.eval_shape(lambda: head.init(jax.random.key(0), narrow, valid, False)))
+    v = jax.tree.map(lambda a: np.abs(noise.normal(size=a.shape)), shapes)
+    run = jax.jit(lambda v, train: head.apply(v, narrow, valid, train, mutable=['batch_stats']), static_argnums=1)
+    for train in (False, True):
+        got, new = run(jax.tree.map(jnp.float32, v), train)
+        for m, x in pooled.items():
+            p, s = v['params'][f'{m}_norm'], v['batch_stats'][f'{m}_norm']
+            y = np.maximum(x, 0) @ v['params'][f'{m}_joint']['kernel']
+            rows = y.reshape(-1, 5)
+            mean, var = (rows.mean(0), rows.var(0)) if train else (s['mean'], s['var'])
+            close(got['joint'][m], (y - mean) / np.sqrt(var + 1e-5) * p['scale'] + p['bias'])
+            keep = 0.9 if train else 1.0
+            close(new['batch_stats'][f'{m}_norm']['mean'], keep * s['mean'] + (1 - keep) * rows.mean(0))
+            close(new['batch_stats'][f'{m}_norm']['var'], keep * s['var'] + (1 - keep) * rows.var(0))
 
 
 def two_denominators(x, y, x_valid, y_valid, replicas, temperature=0.07):
