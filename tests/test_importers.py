@@ -392,6 +392,15 @@ def test_other_text_towers_go_in_and_out(tmp_path, name):
     assert have == {k: v.shape for k, v in w.items()} and all((read(k) == v.astype(np.float32)).all() for k, v in w.items())
 
 
+def test_a_final_norm_in_a_file_of_bert_small_is_left_over(tmp_path):
+    """Counts of its variables differ by one norm that a post-LN stack does not use."""
+    text = f'{R}/_base_layer/txt_backbone'
+    final = norm(f'{text}/base_lm/tx/final_layer_norm', D)
+    written(tmp_path / 'a', tx_fac(TEXTS['bert_small']) | final)
+    c, report = vatt_tf.import_checkpoint(str(tmp_path / 'a'), tmp_path / 'run', None, tiny.config())
+    assert report.unused == sorted(final) and not c.model.towers.text.pre_norm and c.model.towers.text.extra
+
+
 @pytest.mark.parametrize('tower', ['vit', 'wat', 'spt'])
 def test_finetuned_towers_and_their_classifier(tmp_path, tower):
     base = f'{R}/_base'

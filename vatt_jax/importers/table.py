@@ -59,7 +59,7 @@ def to_ours(read: Callable[[str], np.ndarray], shapes: Mapping[str, tuple[int, .
     if differences or missing or wrong:
         raise ConfigError('\n'.join([
             f'{where} does not fit this config' + (f': {", ".join(differences)}' if differences else '') +
-            '; set these fields as the checkpoint has them, or leave out --config and let the checkpoint tell its sizes',
+            ('; set these fields as the checkpoint has them, or leave out --config and let it tell its sizes' if differences or wrong else ''),
             *([f'lacks {len(missing)} of the {len(entries)} variables this config wants: {", ".join(missing)}'] if missing else []),
             *(_misfit(e, tuple(shapes[e.theirs])) for e in wrong),
             *([f'not used: {", ".join(unused)}'] if unused else [])]))

@@ -268,8 +268,10 @@ def infer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
             return {'name': 'linear', **t, 'width': size(f'{lm}/conv1d/kernel')[-1]}
         if f'{lm}/pos_embedding_lookup/temporal_position_embeddings/embeddings' in shapes:
             rows = size(f'{lm}/pos_embedding_lookup/temporal_position_embeddings/embeddings')[0]
-            return {'name': 'bert', **t, **stack(f'{lm}/tx'), 'positions': rows, 'pre_norm': f'{lm}/tx/final_layer_norm/gamma' in shapes,
-                    'extra': f'{theirs}/agg_embedding' in shapes}
+            # Official bert_small is told by its second token: it has norms after the sums, whether or not its file holds a final norm.
+            extra = f'{theirs}/agg_embedding' in shapes
+            return {'name': 'bert', **t, **stack(f'{lm}/tx'), 'positions': rows, 'extra': extra,
+                    'pre_norm': not extra and f'{lm}/tx/final_layer_norm/gamma' in shapes}
         buckets, heads = size(f'{lm}/layers/0/self_attention/attention/relative_attention_bias/embeddings')
         s = stack(lm, 'self_attention/attention/q')
         inner = s['heads'] * s['head_width']
