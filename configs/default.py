@@ -49,7 +49,7 @@ def get_config(arg: str = '') -> ConfigDict:
     o.rates = ()                        # ((regex, factor), ...): learning-rate factor by parameter path, first match wins
     o.ema = 0.0                         # decay of an exponential average of the parameters, used by evaluation; 0: off
     s = o.schedule = ConfigDict()
-    s.name = 'warmup_cosine'            # warmup_cosine | warmup_quarter_cosine | constant | vatt (levels below, cosine between them)
+    s.name = 'warmup_cosine'            # warmup_cosine | warmup_quarter_cosine | constant | vatt (levels below, cosine between them and to 0)
     s.peak = 1e-4                       # learning rate after warm-up
     s.warmup = 5000                     # steps of linear warm-up from 0
     s.end = 5e-5                        # learning rate at the last step

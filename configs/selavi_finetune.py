@@ -47,7 +47,8 @@ def get_config(arg: str = 'ucf101'):
     # keras_sgd puts the decay into the velocity, as PyTorch's SGD does
     o.name, o.momentum, o.weight_decay, o.decay_skip, o.clip, o.frozen = 'keras_sgd', 0.9, 5e-3, (), 0.0, ()
     peak = 8 * 2.5e-4
-    levels = ((2 * epoch, peak), (6 * epoch - 1, peak), (6 * epoch, peak / 20), (10 * epoch - 1, peak / 20), (10 * epoch, peak / 400))
+    levels = ((2 * epoch, peak), (6 * epoch - 1, peak), (6 * epoch, peak / 20), (10 * epoch - 1, peak / 20), (10 * epoch, peak / 400),
+              (12 * epoch, peak / 400))
     o.schedule.update({'name': 'vatt', 'levels': levels})
     o.rates = ((r'^objective/', 10.0),)   # the classifier's rate is ten times the backbone's
     c.augment.color = 1.0

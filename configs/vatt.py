@@ -1,18 +1,21 @@
 """VATT's published pretraining runs (Akbari et al., 2021): HowTo100M and AudioSet, prepared as docs/data.md says, on a pod.
 
-    python run.py --config=configs/vatt.py:mbs --workdir=runs/vatt_mbs                      # the released code's values
-    python run.py --config=configs/vatt.py:mbs,paper --workdir=runs/vatt_mbs                # the paper's where they differ
+    python run.py --config=configs/vatt.py:mbs --workdir=runs/vatt_mbs                      # the released code's values, the paper's batch
+    python run.py --config=configs/vatt.py:mbs,paper --workdir=runs/vatt_mbs                # the paper's wherever they differ
+    python run.py --config=configs/vatt.py:mbs,code --workdir=runs/vatt_mbs                 # the code's wherever they differ
     python run.py --config=configs/vatt.py:bbs,synthetic --workdir=runs/try --config.batch_size=4 --config.steps=3 ...  # no data
 
 Sizes: bbs, mbs, lbs (one tower for each modality: Base/Medium/Large video, Base audio, Small text), agnostic_base, agnostic_medium,
 agnostic_large (one shared encoder), mmv (the release's `mmv_fac`: I3D, ResNet-50 on log-mel, linear text).
+The two differ in the batch (paper 2048, code 8, which is for trying it out), the warm-up (10 k steps, 5 k) and the cosine after it (a quarter of a
+period, half of one).
 Published: 500 k steps of 2048 clips, 256 TPU v3, under three days. What differs from the official code, and why: docs/vatt.md.
 """
 from configs import default
 from vatt_jax.config import choose
 from vatt_jax.models import presets
 
-OPTIONS = ('paper', 'synthetic')
+OPTIONS = ('paper', 'code', 'synthetic')
 STEPS = 500_000
 
 
@@ -21,10 +24,12 @@ def get_config(arg: str = 'mbs'):
     choose(name, [*presets.MODELS, *presets.OFFICIAL], 'configs/vatt.py: size')
     for option in options:
         choose(option, OPTIONS, 'configs/vatt.py: option')
+    if {'paper', 'code'} <= set(options):
+        raise ValueError('configs/vatt.py: the options paper and code exclude each other; name one')
     c = default.get_config()
     c.name = f'VATT {" ".join([name, *options])}'
     c.steps = STEPS
-    c.batch_size = 2048                  # the paper's; the code's default, 8, is for trying it out
+    c.batch_size = 8 if 'code' in options else 2048
     c.compute_dtype = 'bfloat16'
     c.model.update(presets.model(name))
     c.model.scan, c.model.remat = True, 'full'

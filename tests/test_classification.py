@@ -22,8 +22,7 @@ def definition(logits, y, rows):
     for b in range(len(y)):
         if not rows[b]:
             continue
-        p = 1 / (1 + np.exp(-logits[b]))
-        bce = -np.sum(y[b] * np.log(p) + (1 - y[b]) * np.log(1 - p))
+        bce = np.sum(y[b] * np.logaddexp(0, -logits[b]) + (1 - y[b]) * np.logaddexp(0, logits[b]))   # -log p, -log (1 - p)
         own = y[b].sum()
         weight = sum(y[b, c] / n[c] for c in range(y.shape[1]) if y[b, c] > 0) / own if own else 0.0
         losses.append(weight * bce)
@@ -53,31 +52,40 @@ def test_balanced_loss_is_its_definition(fractions):
     assert float(loss(logits, y, weight=jnp.zeros(B))) == 0
 
 
+def smoothed(logits, label, rows, smoothing):
+    """-mean over rows of sum over classes of ((1 - a) y + a / P) log p."""
+    target = (1 - smoothing) * np.eye(P)[label] + smoothing / P
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return np.mean(-(target * log_p).sum(-1)[rows])
+
+
 def test_gradients_of_the_losses_against_finite_differences_in_float64():
-    logits, y, rows = case(1)
-    with jax.enable_x64(True):
-        one = jnp.array(y.argmax(-1))
-        forms = {'balanced': lambda z: classification.balanced_binary_cross_entropy(z, y, weight=rows),
-                 'softmax': lambda z: classification.softmax_cross_entropy(z, one, weight=rows, smoothing=0.1)}
-        for name, form in forms.items():
-            got, form = np.asarray(jax.jit(jax.grad(form))(jnp.array(logits))), jax.jit(form)
-            step = 1e-2  # the losses compute in float32 inside
-            for b in range(B):
-                for c in range(P):
-                    shift = np.zeros((B, P))
-                    shift[b, c] = step
-                    want = (float(form(jnp.array(logits + shift))) - float(form(jnp.array(logits - shift)))) / (2 * step)
-                    assert abs(got[b, c] - want) < 2e-4, (name, b, c)
+    """Differences of the definitions, not of the losses; logits of the usual size and of one where a sigmoid in float32 is 0 or 1."""
+    for scale in (1, 8):
+        logits, y, rows = case(1)
+        logits, label = scale * logits, y.argmax(-1)
+        forms = {'balanced': (classification.balanced_binary_cross_entropy, y, {}, lambda z: definition(z, y, rows)),  # noqa: B023
+                 'halves': (classification.balanced_binary_cross_entropy, y, {'replicas': 2},
+                            lambda z: np.mean([definition(z[i:i + 3], y[i:i + 3], rows[i:i + 3]) for i in (0, 3)])),  # noqa: B023
+                 'softmax': (classification.softmax_cross_entropy, label, {'smoothing': 0.1}, lambda z: smoothed(z, label, rows, 0.1))}  # noqa: B023
+        for name, (form, target, options, want) in forms.items():
+            with jax.enable_x64(True):
+                f = lambda z: form(z, jnp.array(target), weight=jnp.array(rows), **options)  # noqa: B023
+                value, got = jax.device_get(jax.jit(jax.value_and_grad(f))(jnp.array(logits)))
+            assert value.dtype == got.dtype == np.float64 and abs(value - want(logits)) < 1e-12 * max(1, abs(value)), name
+            step = 1e-5
+            for at in np.ndindex(B, P):
+                shift = np.zeros((B, P))
+                shift[at] = step
+                assert abs(got[at] - (want(logits + shift) - want(logits - shift)) / (2 * step)) < 1e-8, (name, at)
             assert not got[4].any()
 
 
 def test_smoothing_is_its_definition():
     logits, _, rows = case(2)
     label = np.arange(B) % P
-    target = 0.9 * np.eye(P)[label] + 0.1 / P
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    want = np.mean(-(target * log_p).sum(-1)[rows])
-    np.testing.assert_allclose(classification.softmax_cross_entropy(logits, label, weight=jnp.array(rows), smoothing=0.1), want, rtol=1e-5)
+    got = classification.softmax_cross_entropy(logits, label, weight=jnp.array(rows), smoothing=0.1)
+    np.testing.assert_allclose(got, smoothed(logits, label, rows, 0.1), rtol=1e-5)
 
 
 def test_mixup_mixes_neighbours_by_a_beta_share():

@@ -35,6 +35,17 @@ def test_vatt_schedule():
     assert math.isclose(rate(500_000), 5e-5, rel_tol=1e-6)  # where the official formula is 0/0
 
 
+def test_vatt_schedule_of_several_levels_ends_at_zero():
+    c = config().schedule
+    c.name, c.levels = 'vatt', ((10, 1e-3), (30, 4e-4), (50, 6e-4))
+    rate = optim.schedule(c, 90)
+    cosine = lambda s, s0, l0, s1, l1: l1 + (l0 - l1) * 0.5 * (1 + math.cos(math.pi * (s - s0) / (s1 - s0)))
+    for s in range(95):
+        want = (1e-3 * s / 10 if s < 10 else cosine(s, 10, 1e-3, 30, 4e-4) if s < 30 else cosine(s, 30, 4e-4, 50, 6e-4) if s < 50 else
+                cosine(min(s, 90), 50, 6e-4, 90, 0.0))
+        assert abs(rate(s) - want) < 1e-9, s
+
+
 def test_warmup_must_leave_steps():
     with pytest.raises(ConfigError, match='warmup=5000 leaves nothing of config.steps=100'):
         optim.schedule(config().schedule, 100)

@@ -3,11 +3,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.linen import meta
 
-from vatt_jax.losses import nce
+from vatt_jax.losses import dense, nce
 from vatt_jax.losses.similarity import How
 from vatt_jax.models import embeddings
 from vatt_jax.models.attention import attention
+from vatt_jax.models.common_space import CommonSpaces
+from vatt_jax.models.transformer import Encoder
 from vatt_jax.optim import scale_by_keras_adam
 from vatt_jax.rng import Rng
 
@@ -81,6 +84,36 @@ def test_attention_of_t5_is_not_scaled_and_masks_keys():
                 close(got[b, :, h], p / p.sum(-1, keepdims=True) @ v[b, mask[b], h])
 
 
+def bucket(distance):
+    """Of key minus query, 32 buckets up to a distance of 64: 0-7 exact, 8-15 in steps of a factor 8^(1/8); 16 more for keys behind the query."""
+    a = abs(distance)
+    far = next((8 + k for k in range(7, -1, -1) if a >= 8 * 8 ** (k / 8)), None)
+    return (a if a < 8 else far) + 16 * (distance > 0)
+
+
+def test_relative_bias_of_t5():
+    """An encoder whose queries and keys are zero mixes values by the softmax of the bias alone; 90 tokens, so that all buckets are met."""
+    n, heads, kv = 90, 2, 3
+    noise = np.random.default_rng(5)
+    encoder = Encoder(1, D, 4, heads, kv, bias=False, rms=True, scaled=False, buckets=32, max_distance=64)
+    x, mask, rng = noise.normal(size=(2, n, D)), np.arange(n) < np.array([[90], [70]]), Rng.create(0, 0, jnp.arange(2))
+    shapes = meta.unbox(jax.eval_shape(lambda: encoder.init(jax.random.key(0), jnp.float32(x), None, rng, False)))['params']
+    p = jax.tree.map(lambda a: noise.normal(size=a.shape), shapes)
+    for name in ('query', 'key', 'mlp_out'):
+        p['layers'][name]['kernel'] *= 0
+    got = jax.jit(lambda p: encoder.apply({'params': p}, jnp.float32(x), jnp.array(mask), rng, False, True))(jax.tree.map(jnp.float32, p))
+    rms = lambda a, scale: a / np.sqrt((a ** 2).mean(-1, keepdims=True) + 1e-6) * scale
+    layer = jax.tree.map(lambda a: a[0], p['layers'])
+    rows = np.array([[bucket(k - q) for k in range(n)] for q in range(n)])
+    assert set(rows.ravel()) == set(range(32)) - {16}
+    for b in range(2):
+        s = np.where(mask[b], p['relative_bias'][rows].transpose(2, 0, 1), -1e9)
+        s = np.exp(s - s.max(-1, keepdims=True))
+        v = np.einsum('nd,dhk->hnk', rms(x[b], layer['attention_norm']['scale']), layer['value']['kernel'])
+        y = x[b] + np.einsum('hqn,hnk,hkd->qd', s / s.sum(-1, keepdims=True), v, layer['out']['kernel'])
+        close(got[b], rms(y, p['final_norm']['scale']))
+
+
 def joint_denominator(x, y, valid, replicas, temperature=0.07):
     """The release's default loss: for each clip of a replica, candidates of all replicas in one denominator for both directions."""
     unit = lambda a: a / np.linalg.norm(a, axis=-1, keepdims=True)
@@ -119,6 +152,60 @@ def test_joint_denominator_with_masks_and_two_replicas():
                 moved[which][at] += sign * step
                 ends.append(joint_denominator(*moved, valid, 2))
             assert abs(got[at] - (ends[0] - ends[1]) / (2 * step)) < 1e-6 * max(1, abs(got[at])), (which, at)
+
+
+def test_joint_head():
+    """One space: ReLU, a matrix without bias and batch norm for each modality, in training and after it; sentences are rows of the batch."""
+    noise = np.random.default_rng(9)
+    head = CommonSpaces({'name': 'joint', 'joint': 5})
+    pooled = {'video': noise.normal(size=(6, 4)), 'audio': noise.normal(size=(6, 3)), 'text': noise.normal(size=(6, 2, 7))}
+    narrow, valid = jax.tree.map(jnp.float32, pooled), {m: jnp.ones(6, bool) for m in pooled}
+    shapes = meta.unbox(jax.eval_shape(lambda: head.init(jax.random.key(0), narrow, valid, False)))
+    v = jax.tree.map(lambda a: np.abs(noise.normal(size=a.shape)), shapes)
+    run = jax.jit(lambda v, train: head.apply(v, narrow, valid, train, mutable=['batch_stats']), static_argnums=1)
+    for train in (False, True):
+        got, new = run(jax.tree.map(jnp.float32, v), train)
+        for m, x in pooled.items():
+            p, s = v['params'][f'{m}_norm'], v['batch_stats'][f'{m}_norm']
+            y = np.maximum(x, 0) @ v['params'][f'{m}_joint']['kernel']
+            rows = y.reshape(-1, 5)
+            mean, var = (rows.mean(0), rows.var(0)) if train else (s['mean'], s['var'])
+            close(got['joint'][m], (y - mean) / np.sqrt(var + 1e-5) * p['scale'] + p['bias'])
+            keep = 0.9 if train else 1.0
+            close(new['batch_stats'][f'{m}_norm']['mean'], keep * s['mean'] + (1 - keep) * rows.mean(0))
+            close(new['batch_stats'][f'{m}_norm']['var'], keep * s['var'] + (1 - keep) * rows.var(0))
+
+
+def two_denominators(x, y, x_valid, y_valid, replicas, temperature=0.07):
+    """The release's symmetric loss: a denominator for each direction over the clips of all replicas, each mask with its own scale."""
+    unit = lambda a: a / np.linalg.norm(a, axis=-1, keepdims=True)
+    s, n = np.einsum('be,ale->bal', unit(x), unit(y)), len(x) // replicas
+    log_sum = lambda a: a.max() + np.log(np.exp(a - a.max()).sum())
+    total = 0.0
+    for r in range(replicas):
+        mine = slice(r * n, r * n + n)
+        scale = [v * n / max(1, v[mine].sum()) for v in (x_valid, y_valid)]
+        for b in range(mine.start, mine.stop):
+            own = log_sum(s[b, b] / temperature)
+            text = log_sum(((s[b] - 1e9 * ~y_valid[:, None]) / temperature).ravel())      # the masks before the temperature
+            video = log_sum(((s[:, b] - 1e9 * ~x_valid[:, None]) / temperature).ravel())
+            total += (text + video - 2 * own) * scale[0][b] * scale[1][b] / n
+    return total / replicas
+
+
+@pytest.mark.parametrize('module', [nce, dense])
+def test_symmetric_loss_with_both_masks_and_two_replicas(module):
+    noise = np.random.default_rng(6)
+    x, y = noise.normal(size=(6, 4)), noise.normal(size=(6, 2, 4))
+    every = np.ones(6, bool)
+    for x_valid, y_valid in (([1, 0, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1]), (every, [1, 1, 0, 0, 1, 1]), (every, [0, 0, 0, 1, 1, 1])):
+        x_valid, y_valid = np.array(x_valid, bool), np.array(y_valid, bool)
+        for replicas in (1, 2):
+            f = lambda each: module.symmetric(jnp.float32(x), jnp.float32(y), x_valid=jnp.array(x_valid), y_valid=jnp.array(y_valid),  # noqa: B023
+                                              replicas=replicas, each_mask=each)  # noqa: B023
+            want = two_denominators(x, y, x_valid, y_valid, replicas)
+            close(f(True), want)
+            assert bool(np.isclose(f(False), want, rtol=1e-3)) == x_valid.all()   # without it: the mean over clips that have both
 
 
 def test_keras_adam():

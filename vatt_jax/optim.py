@@ -55,9 +55,9 @@ def check(config, steps: int) -> None:
 def schedule(config, steps: int) -> optax.Schedule:
     """step -> learning rate (float32). config: `config.optimizer.schedule`; steps: of the whole run.
 
-    vatt: linear warm-up to the first level, then a half-period cosine from each level to the next (fact: official VATT
-    pre-training, 1e-4 at 5k to 5e-5 at 500k); from the last level on the rate is constant, where the official formula
-    divides zero by zero at the very last step and returns NaN. warmup_cosine: half a period from peak to end;
+    vatt: linear warm-up to the first level, then a half-period cosine from each level to the next, and from the last one to 0 at the run's end
+    (official VATT; its pre-training has 1e-4 at 5k and 5e-5 at 500k, the end, where the official formula divides zero by zero and returns
+    NaN and this one the last level). warmup_cosine: half a period from peak to end;
     warmup_quarter_cosine: the first quarter, so that it falls fastest at the end (VATT paper, section 4.1).
     """
     choose(config.name, SCHEDULES, 'config.optimizer.schedule.name')
@@ -69,6 +69,8 @@ def schedule(config, steps: int) -> optax.Schedule:
     if config.name == 'constant':
         return lambda step: jnp.where(step < config.warmup, config.peak * step / max(1, config.warmup), config.peak)
     levels = config.levels if config.name == 'vatt' else ((config.warmup, config.peak), (steps, config.end))
+    if config.name == 'vatt' and levels[-1][0] < steps:
+        levels = (*levels, (steps, 0.0))
     if config.name != 'vatt' and config.warmup >= steps:
         raise ConfigError(f'config.optimizer.schedule.warmup={config.warmup} leaves nothing of config.steps={steps}; '
                           f'try {max(1, steps // 10)}')

@@ -42,28 +42,33 @@ class Report:
 
 # ---- the table at work
 def to_ours(read: Callable[[str], np.ndarray], shapes: Mapping[str, tuple[int, ...]], entries: list[Entry], where: str,
-            wanted: Mapping[Path, jax.ShapeDtypeStruct], bookkeeping: Callable[[str], bool]) -> tuple[dict[Path, np.ndarray], Report]:
+            wanted: Mapping[Path, jax.ShapeDtypeStruct], bookkeeping: Callable[[str], bool],
+            differences: Sequence[str] = ()) -> tuple[dict[Path, np.ndarray], Report]:
     """({our path: array}, report). read: key -> array. shapes: of the checkpoint. wanted: ours. bookkeeping: whether an unused key needs no mention.
+    differences: 'config.field=ours (checkpoint: theirs)', known from elsewhere; any of them is an error.
 
-    Position tables of another length are resized by spline. Raises ConfigError that lists missing variables, or names the first one whose
-    shape does not fit, both shapes, and the config field behind the difference; and where the table and `wanted` differ.
+    Position tables of another length are resized by spline. Raises ConfigError that lists all differences, missing variables, those whose shape
+    does not fit (both shapes, the config field behind the difference) and unused ones; and where the table and `wanted` differ.
     """
+    fits = lambda e, have: have == e.shape or e.ours[-1].endswith('_positions') and have[1:] == e.shape[1:]
+    taken = {e.theirs for e in entries}
+    rest = sorted(k for k in shapes if k not in taken)
+    unused = [k for k in rest if not bookkeeping(k)]
     missing = [e.theirs for e in entries if e.theirs not in shapes]
-    if missing:
-        raise ConfigError(f'{where} lacks {len(missing)} of the {len(entries)} variables this config wants: {listed(missing)}')
+    wrong = [e for e in entries if e.theirs in shapes and not fits(e, tuple(shapes[e.theirs]))]
+    if differences or missing or wrong:
+        raise ConfigError('\n'.join([
+            f'{where} does not fit this config' + (f': {", ".join(differences)}' if differences else '') +
+            ('; set these fields as the checkpoint has them, or leave out --config and let it tell its sizes' if differences or wrong else ''),
+            *([f'lacks {len(missing)} of the {len(entries)} variables this config wants: {", ".join(missing)}'] if missing else []),
+            *(_misfit(e, tuple(shapes[e.theirs])) for e in wrong),
+            *([f'not used: {", ".join(unused)}'] if unused else [])]))
     out: dict[Path, np.ndarray] = {}
     resized = []
     for e in entries:
-        have = tuple(shapes[e.theirs])
-        table = e.ours[-1].endswith('_positions')
-        if have != e.shape and not (table and have[1:] == e.shape[1:]):
-            fields = [f for f, a, b in zip(e.fields, have, e.shape) if a != b and f] if len(have) == len(e.shape) else []
-            hint = f'; set config.{" and config.".join(dict.fromkeys(fields))}' if fields else ''
-            raise ConfigError(f'{where}: {e.theirs} has shape {list(have)}, this config wants {list(e.shape)} (for {"/".join(e.ours)}){hint}, '
-                              'or leave out --config and let the checkpoint tell its sizes')
         if e.ours not in wanted:
             continue
-        like = wanted[e.ours]
+        like, have = wanted[e.ours], tuple(shapes[e.theirs])
         x = np.asarray(read(e.theirs), like.dtype)
         if have != e.shape:
             x = (spline_matrix(have[0], e.shape[0]) @ x.astype(np.float64)).astype(like.dtype)
@@ -76,10 +81,13 @@ def to_ours(read: Callable[[str], np.ndarray], shapes: Mapping[str, tuple[int, .
     lost = sorted('/'.join(k) for k in set(wanted) ^ {e.ours for e in entries})
     if lost:
         raise ConfigError(f'this config has parameters that the official layout does not: {listed(lost)}')
-    taken = {e.theirs for e in entries}
-    rest = sorted(k for k in shapes if k not in taken)
-    unused = [k for k in rest if not bookkeeping(k)]
     return out, Report(len(entries), resized, unused, len(rest) - len(unused))
+
+
+def _misfit(e: Entry, have: tuple[int, ...]) -> str:
+    fields = [f for f, a, b in zip(e.fields, have, e.shape) if a != b and f] if len(have) == len(e.shape) else []
+    hint = f'; set config.{" and config.".join(dict.fromkeys(fields))}' if fields else ''
+    return f'{e.theirs} has shape {list(have)}, this config wants {list(e.shape)} (for {"/".join(e.ours)}){hint}'
 
 
 def to_theirs(ours: Mapping[Path, np.ndarray], entries: list[Entry]) -> dict[str, np.ndarray]:

@@ -18,7 +18,8 @@ from vatt_jax import spectrogram
 from vatt_jax.config import ConfigError, choose, with_defaults
 from vatt_jax.importers import table
 from vatt_jax.importers.table import Entry, Report
-from vatt_jax.models.vatt import AXES, SIZE, TOWERS, extent
+from vatt_jax.models.vatt import AXES, SIZE, TOWERS, extent, patch_of
+from vatt_jax.objectives import classification
 
 SUFFIX = '/.ATTRIBUTES/VARIABLE_VALUE'
 ROOT = 'model/layer_with_weights-0'
@@ -39,9 +40,7 @@ def layout(model: Mapping[str, Any], objective: Mapping[str, Any] | None = None,
         modality = objective['stream'].split('.')[0]
         base = f'{ROOT}/_base'
         yield from _patched(model, modality, base)
-        t = towers[modality]
-        width, field = (t['post'], 'post') if t['post'] else (_width(model, modality), 'width')
-        yield from _dense(('objective',), f'{ROOT}/_ops/cls', width, classes, (f'model.towers.{modality}.{field}', 'objective.label'))
+        yield from _dense(('objective',), f'{ROOT}/_ops/cls', (_width(model, modality), classes), (_width_field(model, modality), 'objective.label'))
         return
     if model['shared']:
         unified = f'{ROOT}/_base_layer/unified_backbone/unified_transformer'
@@ -54,19 +53,25 @@ def layout(model: Mapping[str, Any], objective: Mapping[str, Any] | None = None,
                 yield from _text(model, f'{ROOT}/_base_layer/txt_backbone')
             else:
                 yield from _patched(model, modality, f'{ROOT}/_base_layer/{SHORT[modality]}_backbone/_base')
-    yield from _head(model, {m: t.get('post') or _width(model, m) for m, t in towers.items()})
+    yield from _head(model)
 
 
-def _width(model, modality):
-    return model['encoder']['width'] if model['shared'] else model['towers'][modality]['width']
+def _width(model, modality) -> int:
+    """Of the pooled vector."""
+    t = model['towers'][modality]
+    return t.get('post') or (model['encoder'] if model['shared'] else t)['width']
 
 
-def _dense(ours, theirs, i, o, fields, bias=True, shape=None) -> Iterator[Entry]:
-    """shape: of their kernel, when it is not [i o]."""
-    fields = fields if shape is None else ('',) * (len(shape) - 1) + fields[1:]
-    yield Entry((*ours, 'kernel'), None, f'{theirs}/kernel', shape or (i, o), fields)
+def _width_field(model, modality) -> str:
+    where = f'model.towers.{modality}'
+    return f'{where}.post' if model['towers'][modality].get('post') else 'model.encoder.width' if model['shared'] else f'{where}.width'
+
+
+def _dense(ours, theirs, shape, fields, bias=True) -> Iterator[Entry]:
+    """shape: of their kernel; fields: behind its dimensions."""
+    yield Entry((*ours, 'kernel'), None, f'{theirs}/kernel', shape, fields)
     if bias:
-        yield Entry((*ours, 'bias'), None, f'{theirs}/bias', (o,), fields[-1:])
+        yield Entry((*ours, 'bias'), None, f'{theirs}/bias', shape[-1:], fields[-1:])
 
 
 def _norm(ours, theirs, width, field, layer=None, names=('gamma', 'beta')) -> Iterator[Entry]:
@@ -74,10 +79,10 @@ def _norm(ours, theirs, width, field, layer=None, names=('gamma', 'beta')) -> It
         yield Entry((*ours, mine), layer, f'{theirs}/{name}', (width,), (field,))
 
 
-def _positions(ours, theirs, sizes, axes, width, where, field) -> Iterator[Entry]:
+def _positions(ours, theirs, sizes, axes, width, rows, field) -> Iterator[Entry]:
     for size, axis in zip(sizes, axes, strict=True):
         yield Entry((*ours, f'{axis}_positions'), None, f'{theirs}/{AXIS[axis]}_position_embeddings/embeddings', (size, width),
-                    (f'{where}.positions', field))
+                    (rows, field))
     yield from _norm((*ours, 'norm'), f'{theirs}/layernorm', width, field)
 
 
@@ -122,26 +127,29 @@ def _t5(ours, theirs, t, where) -> Iterator[Entry]:
 
 
 def _patched(model, modality, theirs) -> Iterator[Entry]:
-    """A video or audio tower of its own (vit, wat, spt)."""
-    t, where = model['towers'][modality], f'model.towers.{modality}'
-    if t['name'] not in PATCH or model['shared']:
-        raise ConfigError(f'config.{where}.name={t["name"]!r}: the official layout of {", ".join(PATCH)} is known; '
-                          f'{"a shared encoder has no tower of its own" if model["shared"] else "choose one of them"}')
-    d, front = t['width'], ('params', f'fronts_{modality}')
-    yield from _patches(front, f'{theirs}/{PATCH[t["name"]]}', t, d, f'{where}.width')
-    yield Entry((*front, 'agg'), None, f'{theirs}/agg_embedding', (d,), (f'{where}.width',))
-    if t['pre']:
-        yield from _dense((*front, 'projection'), f'{theirs}/pre_proj', d, d, (f'{where}.width',) * 2)
-    yield from _positions((*front, 'positions'), f'{theirs}/pos_embedding_lookup', t['positions'], AXES[t['name']], d, where, f'{where}.width')
-    yield from _encoder(('params', f'encoders_{modality}'), f'{theirs}/tx', t, where, bias=t['name'] != 'spt')
+    """A video or audio tower of its own (vit, wat, spt); or one whose encoder is the shared one: fine-tuned alone, the official code makes it a
+    tower of its own too."""
+    t, where, shared = model['towers'][modality], f'model.towers.{modality}', model['shared']
+    if t['name'] not in PATCH:
+        raise ConfigError(f'config.{where}.name={t["name"]!r}: the official layout of {", ".join(PATCH)} is known; choose one of them')
+    if shared and t['name'] == 'spt':
+        raise ConfigError(f'config.{where}.name="spt" with config.model.shared=True: the official spectrogram tower has no biases and a shared '
+                          'encoder has; choose wat')
+    size, at = (model['encoder'], 'model.encoder') if shared else (t, where)
+    d, front, width = size['width'], ('params', f'fronts_{modality}'), f'{at}.width'
+    yield from _patches(front, f'{theirs}/{PATCH[t["name"]]}', t, d, where, width)
+    yield Entry((*front, 'agg'), None, f'{theirs}/agg_embedding', (d,), (width,))
+    if shared or t['pre']:
+        yield from _dense((*front, 'projection'), f'{theirs}/pre_proj', (d, d), (width, width))
+    yield from _positions((*front, 'positions'), f'{theirs}/pos_embedding_lookup', t['positions'], AXES[t['name']], d, f'{where}.positions', width)
+    yield from _encoder(('params', 'shared_encoder' if shared else f'encoders_{modality}'), f'{theirs}/tx', size, at, bias=t['name'] != 'spt')
     if t['post']:
-        yield from _dense(('params', f'posts_{modality}'), f'{theirs}/post_proj', d, t['post'], (f'{where}.width', f'{where}.post'))
+        yield from _dense(('params', f'posts_{modality}'), f'{theirs}/post_proj', (d, t['post']), (width, f'{where}.post'))
 
 
-def _patches(front, theirs, t, d, field) -> Iterator[Entry]:
-    patch = tuple(t['patch']) if isinstance(t['patch'], (tuple, list)) else (t['patch'],)
-    channels = 3 if t['name'] == 'vit' else 1
-    yield from _dense((*front, 'patch'), theirs, 0, d, ('', field), shape=(*patch, channels, d))
+def _patches(front, theirs, t, d, where, width) -> Iterator[Entry]:
+    shape = (*patch_of(t), 3 if t['name'] == 'vit' else 1, d)
+    yield from _dense((*front, 'patch'), theirs, shape, (f'{where}.patch',) * (len(shape) - 2) + ('', width))
 
 
 def _text(model, theirs) -> Iterator[Entry]:
@@ -153,19 +161,19 @@ def _text(model, theirs) -> Iterator[Entry]:
     table = (t['vocab'], t['word_width'])
     yield Entry((*front, 'word_table'), None, f'{theirs}/embedding/embeddings', table, (f'{where}.vocab', f'{where}.word_width'))
     if t['name'] == 'linear':
-        yield from _dense((*front, 'projection'), f'{theirs}/base_lm/conv1d', t['word_width'], d, (f'{where}.word_width', field),
-                          shape=(1, t['word_width'], d))
+        yield from _dense((*front, 'projection'), f'{theirs}/base_lm/conv1d', (1, t['word_width'], d), ('', f'{where}.word_width', field))
         return
     if t['name'] == 't5' or t['extra']:
         yield Entry((*front, 'agg' if t['name'] == 't5' else 'word_agg'), None, f'{theirs}/agg_embedding', (t['word_width'],),
                     (f'{where}.word_width',))
-    yield from _dense((*front, 'projection'), f'{theirs}/pre_proj', t['word_width'], d, (f'{where}.word_width', field), bias=False)
+    yield from _dense((*front, 'projection'), f'{theirs}/pre_proj', (t['word_width'], d), (f'{where}.word_width', field), bias=False)
     encoder = ('params', 'encoders_text')
     if t['name'] == 't5':
         yield from _t5(encoder, f'{theirs}/base_lm', t, where)
         return
     yield Entry((*front, 'agg'), None, f'{theirs}/base_lm/agg_embedding', (d,), (field,))
-    yield from _positions((*front, 'positions'), f'{theirs}/base_lm/pos_embedding_lookup', (t['positions'],), ('temporal',), d, where, field)
+    yield from _positions((*front, 'positions'), f'{theirs}/base_lm/pos_embedding_lookup', (t['positions'],), ('temporal',), d,
+                          f'{where}.positions', field)
     yield from _encoder(encoder, f'{theirs}/base_lm/tx', t, where, final=t['pre_norm'])
 
 
@@ -177,38 +185,39 @@ def _shared_front(model, modality, theirs) -> Iterator[Entry]:
         yield Entry((*front, 'word_table'), None, f'{raw}/embeddings', (t['vocab'], into), (f'{where}.vocab', of))
     else:
         sizes, axes, into, of = t['positions'], AXES[t['name']], d, 'model.encoder.width'
-        yield from _patches(front, raw, t, d, 'model.encoder.width')
-    yield from _dense((*front, 'projection'), f'{theirs}/pre_proj/{modality}', into, d, (of, 'model.encoder.width'))
-    yield from _positions((*front, 'positions'), f'{theirs}/pos_embedding_lookup/{modality}', sizes, axes, d, where, 'model.encoder.width')
+        yield from _patches(front, raw, t, d, where, 'model.encoder.width')
+    yield from _dense((*front, 'projection'), f'{theirs}/pre_proj/{modality}', (into, d), (of, 'model.encoder.width'))
+    rows = 'model.inputs.text.words' if modality == 'text' else f'{where}.positions'
+    yield from _positions((*front, 'positions'), f'{theirs}/pos_embedding_lookup/{modality}', sizes, axes, d, rows, 'model.encoder.width')
     yield Entry((*front, 'agg'), None, f'{theirs}/{SHORT[modality]}_agg_embedding', (d,), ('model.encoder.width',))
     if t['post']:
-        yield from _dense(('params', f'posts_{modality}'), f'{theirs}/post_proj/{modality}', d, t['post'],
+        yield from _dense(('params', f'posts_{modality}'), f'{theirs}/post_proj/{modality}', (d, t['post']),
                           ('model.encoder.width', f'{where}.post'))
 
 
-def _head(model, widths) -> Iterator[Entry]:
+def _head(model) -> Iterator[Entry]:
     head = model['head']
     if head['name'] != 'fac':
         raise ConfigError(f'config.model.head.name={head["name"]!r}: official checkpoints have the head fac')
     theirs, ours = f'{ROOT}/_head_layer/_bridge_heads/0', ('params', 'head')
-    va, vat = head['va'], head['vat']
-    of = lambda m: f'model.towers.{m}.{"post" if model["towers"][m].get("post") else "width"}'
+    va, vat, towers = head['va'], head['vat'], model['towers']
+    into = lambda modality, space: ((_width(model, modality), head[space]), (_width_field(model, modality), f'model.head.{space}'))
 
     def norm(name, key, width, field):
         for mine, name_ in STATISTICS.items():
             group = 'params' if mine in ('scale', 'bias') else 'batch_stats'
             yield Entry((group, 'head', name, mine), None, f'{theirs}/{key}/{name_}', (width,), (field,))
-    if 'video' in widths:
-        yield from _dense((*ours, 'video_hidden'), f'{theirs}/vid_to_hid', widths['video'], va, (of('video'), 'model.head.va'), bias=False)
+    if 'video' in towers:
+        yield from _dense((*ours, 'video_hidden'), f'{theirs}/vid_to_hid', *into('video', 'va'), bias=False)
         yield from norm('video_va_pre_norm', 'hid_to_va/pre_bn', va, 'model.head.va')
-        yield from _dense((*ours, 'video_va'), f'{theirs}/hid_to_va/dense', va, va, ('model.head.va',) * 2, bias=False)
+        yield from _dense((*ours, 'video_va'), f'{theirs}/hid_to_va/dense', (va, va), ('model.head.va',) * 2, bias=False)
         yield from norm('video_va_norm', 'hid_to_va/bn', va, 'model.head.va')
-        yield from _dense((*ours, 'video_vat'), f'{theirs}/va_to_vat/dense', va, vat, ('model.head.va', 'model.head.vat'), bias=False)
+        yield from _dense((*ours, 'video_vat'), f'{theirs}/va_to_vat/dense', (va, vat), ('model.head.va', 'model.head.vat'), bias=False)
         yield from norm('video_vat_norm', 'va_to_vat/bn', vat, 'model.head.vat')
-    if 'audio' in widths:
-        yield from _dense((*ours, 'audio_va'), f'{theirs}/aud_to_va', widths['audio'], va, (of('audio'), 'model.head.va'))
-    if 'text' in widths:
-        yield from _dense((*ours, 'text_vat'), f'{theirs}/txt_to_vat', widths['text'], vat, (of('text'), 'model.head.vat'))
+    if 'audio' in towers:
+        yield from _dense((*ours, 'audio_va'), f'{theirs}/aud_to_va', *into('audio', 'va'))
+    if 'text' in towers:
+        yield from _dense((*ours, 'text_vat'), f'{theirs}/txt_to_vat', *into('text', 'vat'))
 
 
 # ---- sizes
@@ -232,8 +241,9 @@ def infer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     def stack(theirs, query='mha/q', mlp='feed_forward/mlp'):
         layers = {int(m[1]) for m in (re.match(re.escape(theirs) + r'/layers/(\d+)/', k) for k in shapes) if m}
         width, inner = size(f'{theirs}/layers/0/{query}/kernel')
-        return {'layers': len(layers), 'width': width, 'mlp': size(f'{theirs}/layers/0/{mlp}/wi/kernel')[1], 'heads': inner // HEAD_WIDTH,
-                'head_width': HEAD_WIDTH}
+        heads = inner // HEAD_WIDTH if inner % HEAD_WIDTH == 0 else 1
+        return {'layers': len(layers), 'width': width, 'mlp': size(f'{theirs}/layers/0/{mlp}/wi/kernel')[1], 'heads': heads,
+                'head_width': inner // heads}
 
     def patches(theirs, name):
         *patch, _, _ = size(f'{theirs}/kernel')
@@ -258,11 +268,13 @@ def infer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
             return {'name': 'linear', **t, 'width': size(f'{lm}/conv1d/kernel')[-1]}
         if f'{lm}/pos_embedding_lookup/temporal_position_embeddings/embeddings' in shapes:
             rows = size(f'{lm}/pos_embedding_lookup/temporal_position_embeddings/embeddings')[0]
-            return {'name': 'bert', **t, **stack(f'{lm}/tx'), 'positions': rows, 'pre_norm': f'{lm}/tx/final_layer_norm/gamma' in shapes,
-                    'extra': f'{theirs}/agg_embedding' in shapes}
+            # Official bert_small is told by its second token: it has norms after the sums, whether or not its file holds a final norm.
+            extra = f'{theirs}/agg_embedding' in shapes
+            return {'name': 'bert', **t, **stack(f'{lm}/tx'), 'positions': rows, 'extra': extra,
+                    'pre_norm': not extra and f'{lm}/tx/final_layer_norm/gamma' in shapes}
         buckets, heads = size(f'{lm}/layers/0/self_attention/attention/relative_attention_bias/embeddings')
         s = stack(lm, 'self_attention/attention/q')
-        inner = s['heads'] * HEAD_WIDTH
+        inner = s['heads'] * s['head_width']
         return {'name': 't5', **t, **s, 'heads': heads, 'head_width': inner // heads, 'buckets': buckets}
 
     of = kind(shapes)
@@ -293,10 +305,44 @@ def filled(config) -> dict[str, Any]:
         where = f'config.model.towers.{modality}'
         t = with_defaults(given, TOWERS[choose(given['name'], TOWERS, f'{where}.name')][1], where).to_dict()
         if t['name'] in AXES and not t['positions']:
-            patch = t['patch'] if isinstance(t['patch'], (tuple, list)) else (t['patch'],)
-            t['positions'] = tuple(n // p for n, p in zip(extent(modality, model['inputs']), patch, strict=True))
+            t['positions'] = tuple(n // p for n, p in zip(extent(modality, model['inputs']), patch_of(t), strict=True))
         model['towers'][modality] = t
     return model
+
+
+def differences(told: Mapping[str, Any], model: Mapping[str, Any], objective: Mapping[str, Any] | None = None) -> list[str]:
+    """Where `config.model` (filled) and a classifier's objective are not what `infer` told, as 'config.field=ours (checkpoint: theirs)'. Position
+    tables are resized, so they do not count; nor does how an encoder's heads share their width, save T5's, whose bias has a column for each."""
+    out = []
+    plain = lambda value: tuple(value) if isinstance(value, list) else value
+    if objective is not None and objective['stream'].split('.')[0] not in told['towers']:
+        out.append(f'config.objective.stream={objective["stream"]!r} (checkpoint: {", ".join(told["towers"])})')
+
+    def compare(where, theirs, mine):
+        if theirs.get('name') != mine.get('name'):
+            out.append(f'config.{where}.name={mine.get("name")!r} (checkpoint: {theirs.get("name")!r})')
+            return
+        inner = lambda t: t['heads'] * t['head_width']
+        same_heads = 'heads' in theirs and 'heads' in mine and inner(theirs) == inner(mine) and theirs.get('name') != 't5'
+        for field, value in theirs.items():
+            if field == 'positions' or field in ('heads', 'head_width') and same_heads or field not in mine:
+                continue
+            if plain(mine[field]) != plain(value):
+                out.append(f'config.{where}.{field}={mine[field]!r} (checkpoint: {plain(value)!r})')
+    for modality, theirs in told['towers'].items():
+        if modality in model['towers']:
+            mine = model['towers'][modality]
+            if model['shared'] and not told['shared']:      # fine-tuned: with a projection it comes from a shared encoder
+                compare('model.encoder', {k: v for k, v in theirs.items() if k in SIZE}, model['encoder'])
+                if not theirs['pre']:
+                    out.append('config.model.shared=True (checkpoint: a tower without pre_proj)')
+                theirs = {k: v for k, v in theirs.items() if k not in SIZE and k != 'pre'}
+            compare(f'model.towers.{modality}', theirs, mine)
+    if told['shared'] and model['shared']:
+        compare('model.encoder', told['encoder'], model['encoder'])
+    if model['head']['name'] != 'none' and told['head']['name'] != 'none':
+        compare('model.head', told['head'], model['head'])
+    return out
 
 
 def bookkeeping(key: str) -> bool:
@@ -359,9 +405,14 @@ def import_checkpoint(prefix: str, out: str | os.PathLike, config: ConfigDict | 
     """
     out = table.check_new(out)
     shapes, read = open_checkpoint(prefix)
-    of, told = kind(shapes), None
+    of = kind(shapes)
     if config is None:
         told = infer(shapes)
+        odd = [where for where, t in [('encoder', told['encoder']), *told['towers'].items()]
+               if t.get('name') != 't5' and t.get('head_width', HEAD_WIDTH) != HEAD_WIDTH]
+        if odd:
+            raise ConfigError(f'--checkpoint={prefix}: queries of {", ".join(odd)} are not made of heads of {HEAD_WIDTH}, as official ones are, and '
+                              'a checkpoint does not tell how many heads there are; give a --config')
         config = base.copy_and_resolve_references()
         config.name = f'VATT {of}'
         config.model.update({'shared': told['shared'], 'head': ConfigDict(told['head'])})
@@ -378,23 +429,28 @@ def import_checkpoint(prefix: str, out: str | os.PathLike, config: ConfigDict | 
                               f'{config.objective.name!r}; choose a config of configs/vatt_finetune.py')
         if config.model.head.name != 'none':
             raise ConfigError(f'--checkpoint={prefix} is fine-tuned and has no common spaces; set config.model.head={{"name": "none"}}')
-        objective = config.objective
+        objective = with_defaults(config.objective, classification.DEFAULTS, 'config.objective')
         if f'{ROOT}/_ops/cls/bias' not in shapes:
             raise ConfigError(f'--checkpoint={prefix} lacks {ROOT}/_ops/cls/bias, so the number of its classes is unknown')
         count = shapes[f'{ROOT}/_ops/cls/bias'][0]
         if classes is not None and len(classes) != count:
             raise ConfigError(f'--classes has {len(classes)} names and the checkpoint {count} classes')
-        labels = {objective.get('label', 'class'): list(classes) if classes is not None else [str(i) for i in range(count)]}
+        labels = {objective.label: list(classes) if classes is not None else [str(i) for i in range(count)]}
     elif config.objective.name == 'classification':
         raise ConfigError(f'--checkpoint={prefix} is pretrained ({of}) and config.objective.name is classification; choose a config of '
                           'configs/vatt.py here, and fine-tune with --config.init_from')
+    config.compute_dtype = 'float32'     # what the release is evaluated in; published training configs say bfloat16
     model = filled(config)
-    if model['shared'] != (of == 'ut_fac'):
+    if model['shared'] != (of == 'ut_fac') and of != 'finetuned':
         raise ConfigError(f'--checkpoint={prefix} is {of}, and config.model.shared={model["shared"]} makes '
                           f'{"a modality-agnostic" if model["shared"] else "a modality-specific"} model; choose another config')
     entries = list(layout(model, objective, count))
     state = table.abstract_state(config, labels)
-    arrays, report = table.to_ours(read, shapes, entries, f'--checkpoint={prefix}', table.variables(state), bookkeeping)
+    try:
+        unlike = differences(infer(shapes), model, objective)
+    except ConfigError:     # a variable that tells a size is missing: to_ours lists it
+        unlike = []
+    arrays, report = table.to_ours(read, shapes, entries, f'--checkpoint={prefix}', table.variables(state), bookkeeping, unlike)
     table.write_run(out, config, state, arrays, {'labels': labels, 'sources': [], 'imported': {'from': pathlib.Path(prefix).name, 'kind': of}},
                     vocabulary)
     return config, report
@@ -403,9 +459,11 @@ def import_checkpoint(prefix: str, out: str | os.PathLike, config: ConfigDict | 
 def export_checkpoint(run: str | os.PathLike, prefix: str) -> int:
     """Writes the newest model of a run (or one checkpoint folder) as an official checkpoint of weights; returns the number of variables."""
     config, info, ours = table.read_run(run)
-    tuned = config.objective.name == 'classification'
-    classes = len(info['labels'][config.objective.get('label', 'class')]) if tuned else 0
-    entries = list(layout(filled(config), config.objective if tuned else None, classes))
+    objective, classes = None, 0
+    if config.objective.name == 'classification':
+        objective = with_defaults(config.objective, classification.DEFAULTS, 'config.objective')
+        classes = len(info['labels'][objective.label])
+    entries = list(layout(filled(config), objective, classes))
     table.check_same(run, ours, entries)
     write_checkpoint(prefix, table.to_theirs(ours, entries))
     return len(entries)

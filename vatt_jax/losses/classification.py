@@ -1,4 +1,4 @@
-"""Classification losses."""
+"""Classification losses, computed in float32 (in float64 on logits of that)."""
 from __future__ import annotations
 
 import jax
@@ -10,11 +10,11 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array, *, weight: jax.A
 
     smoothing a: the target is (1 - a) one-hot + a / P (VATT paper, fine-tuning).
     """
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), -1)
+    log_p = jax.nn.log_softmax(_wide(logits), -1)
     # A sum against a one-hot row, not a gather: its gradient needs no scatter.
-    hit = jnp.sum(jax.nn.one_hot(labels, logits.shape[-1]) * log_p, -1)
+    hit = jnp.sum(jax.nn.one_hot(labels, logits.shape[-1], dtype=log_p.dtype) * log_p, -1)
     loss = -((1 - smoothing) * hit + smoothing * log_p.mean(-1))
-    weight = jnp.ones(loss.shape) if weight is None else weight.astype(jnp.float32)
+    weight = jnp.ones(loss.shape, loss.dtype) if weight is None else weight.astype(loss.dtype)
     # Mean over rows that count; the weights' own scale is kept (class balancing).
     return jnp.sum(jnp.where(weight > 0, loss, 0) * weight) / jnp.maximum(jnp.sum(weight > 0), 1)
 
@@ -27,8 +27,9 @@ def balanced_binary_cross_entropy(logits: jax.Array, targets: jax.Array, *, weig
     batch in examples. Mean over the rows that count; a row without any class weighs nothing. replicas > 1: n_c and the mean are of each of
     so many equal parts of the batch, and the parts are averaged (the official code on so many devices).
     """
-    logits, targets = logits.astype(jnp.float32), targets.astype(jnp.float32)
-    weight = jnp.ones(len(logits)) if weight is None else weight.astype(jnp.float32)
+    logits = _wide(logits)
+    targets = jnp.asarray(targets, logits.dtype)
+    weight = jnp.ones(len(logits), logits.dtype) if weight is None else weight.astype(logits.dtype)
     targets = jnp.where(weight[:, None] > 0, targets, 0).reshape(replicas, -1, targets.shape[-1])
     weight, logits = weight.reshape(replicas, -1), logits.reshape(targets.shape)
     each = jnp.sum(jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits))), -1)
@@ -37,3 +38,8 @@ def balanced_binary_cross_entropy(logits: jax.Array, targets: jax.Array, *, weig
     own = targets.sum(-1)
     row = jnp.where(own > 0, rare / jnp.where(own > 0, own, 1), 0) * each
     return jnp.mean(jnp.sum(jnp.where(weight > 0, row, 0), -1) / jnp.maximum(jnp.sum(weight > 0, -1), 1))
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

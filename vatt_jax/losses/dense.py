@@ -40,10 +40,10 @@ def mil_nce(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=1.0, r
     return asymmetric(x, y, x_valid=x_valid, y_valid=y_valid, y_mask=y_mask, temperature=temperature, replicas=replicas, normalise=False, how=how)
 
 
-def symmetric(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=0.07, replicas=1, normalise=True, how=AUTO):
+def symmetric(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=0.07, replicas=1, normalise=True, each_mask=False, how=AUTO):
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
     forward, backward, positive = terms(p, temperature)
-    return mean_over_clips(forward + backward - 2 * positive, p.valid, replicas)
+    return mean_over_clips(forward + backward - 2 * positive, p.valid, replicas, (p.x_valid, p.y_mask.any(-1)) if each_mask else ())
 
 
 def clip(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=0.07, replicas=1, normalise=True, how=AUTO):

@@ -37,11 +37,14 @@ def mil_nce(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=1.0, r
 
 
 def symmetric(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=0.07, replicas: int = 1, normalise: bool = True,
-              how: How = AUTO) -> jax.Array:
-    """NCE or MIL-NCE with a denominator for each direction, their losses added (official VATT's symmetric variant). The infimum is 0."""
+              each_mask: bool = False, how: How = AUTO) -> jax.Array:
+    """NCE or MIL-NCE with a denominator for each direction, their losses added (official VATT's symmetric variant). The infimum is 0.
+
+    each_mask: see `mean_over_clips`; True is the official scale. Where all clips have one of the two modalities both scales agree.
+    """
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
     forward, backward, positive = _both_ways(p, temperature, how)
-    return mean_over_clips(forward + backward - 2 * positive, p.valid, replicas)
+    return mean_over_clips(forward + backward - 2 * positive, p.valid, replicas, (p.x_valid, p.y_mask.any(-1)) if each_mask else ())
 
 
 def clip(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=0.07, replicas: int = 1, normalise: bool = True,
@@ -147,13 +150,22 @@ def unit(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
 
 
-def mean_over_clips(loss, valid, replicas: int):
-    """Mean over valid clips; with replicas, over each replica's valid clips first and then over replicas, as the official code does."""
+def mean_over_clips(loss, valid, replicas: int, masks: tuple = ()):
+    """Mean over valid clips; with replicas, over each replica's valid clips first and then over replicas, as the official code does.
+
+    masks: bool [B] each. Instead of by the number of valid clips the sum of B clips is scaled by B / n for each mask, n clips of which hold,
+    one factor times the other, and divided by B (official VATT where both modalities are masked; no mean, if clips lack different ones).
+    """
     if len(loss) % replicas:
         raise ValueError(f'replicas={replicas} does not divide the batch of {len(loss)} clips')
-    loss = jnp.where(valid, loss, 0).reshape(replicas, -1)
-    count = valid.reshape(replicas, -1).sum(-1)
-    return jnp.mean(loss.sum(-1) / jnp.maximum(count, 1))
+    split = lambda a: a.reshape(replicas, -1)
+    rows, count = len(loss) // replicas, lambda mask: jnp.maximum(split(mask).sum(-1), 1)
+    loss = split(jnp.where(valid, loss, 0)).sum(-1)
+    if not masks:
+        return jnp.mean(loss / count(valid))
+    for mask in masks:
+        loss = loss * (rows / count(mask))
+    return jnp.mean(loss / rows)
 
 
 def _both_ways(p: Prepared, temperature, how):

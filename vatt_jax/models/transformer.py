@@ -4,6 +4,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vatt_jax.models.attention import attention
 from vatt_jax.models.layers import LayerNorm
@@ -136,12 +137,17 @@ class Encoder(nn.Module):
         return rng.at('final').dropout(x, self.dropout) if train else x
 
     def _relative_bias(self, n: int) -> jax.Array:
-        """float32 [1 heads N N]: T5's bidirectional buckets of key minus query, exact up to a quarter of them, then logarithmic."""
+        """float32 [1 heads N N]: T5's, one number for each head and bucket."""
         table = self.param('relative_bias', logical(jax.nn.initializers.normal(self.width ** -0.5), 'buckets', 'heads'),
                            (self.buckets, self.heads), jnp.float32)
-        relative = jnp.arange(n)[None] - jnp.arange(n)[:, None]
-        half = self.buckets // 2
-        exact = half // 2
-        far = exact + (jnp.log(jnp.maximum(jnp.abs(relative), 1) / exact) / jnp.log(self.max_distance / exact) * (half - exact)).astype(int)
-        near = jnp.where(jnp.abs(relative) < exact, jnp.abs(relative), jnp.minimum(far, half - 1))
-        return table[near + half * (relative > 0)].transpose(2, 0, 1)[None]
+        return table[relative_buckets(n, self.buckets, self.max_distance)].transpose(2, 0, 1)[None]
+
+
+def relative_buckets(n: int, buckets: int, max_distance: int) -> np.ndarray:
+    """int [N N], [query, key]: T5's bidirectional buckets of key minus query. Half of them for each sign; of a half, the first half exact, the rest
+    logarithmic up to max_distance."""
+    relative = np.arange(n)[None] - np.arange(n)[:, None]
+    distance, half = np.abs(relative), buckets // 2
+    exact = half // 2
+    far = exact + (np.log(np.maximum(distance, 1) / exact) / np.log(max_distance / exact) * (half - exact)).astype(int)
+    return np.where(distance < exact, distance, np.minimum(far, half - 1)) + half * (relative > 0)

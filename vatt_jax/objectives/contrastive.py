@@ -20,6 +20,7 @@ DEFAULTS = {
     'learn_temperature': False,  # one per pair, as exp(log_scale), kept at or above 0.01 (CLIP, section 2.5)
     'bias': -10.0,               # siglip; learnt with the temperature
     'padded': False,             # True: sentences that are all padding count as candidates too, as in the official code
+    'each_mask': False,          # symmetric: True: scaled by each modality's mask, one factor times the other, as the official code does
     'replicas': 1,               # > 1: the official per-replica normalisation of masked clips, by reshaping
     'method': 'auto',            # auto | gather | ring: how keys meet on a mesh | dense: the definition, with all scores in memory
     'block': 0,                  # rows and keys of one block of scores; 0: chosen by size
@@ -48,6 +49,8 @@ class Contrastive(Objective):
         for field in ('temperature', 'block'):
             if c[field] < 0:
                 raise ConfigError(f'config.objective.{field}={c[field]}: a positive number is wanted, or 0 for the usual one')
+        if c.each_mask and c.form != 'symmetric':
+            raise ConfigError(f'config.objective.each_mask=True goes with form="symmetric", here it is {c.form!r}; leave it False')
         if c.replicas < 1:
             raise ConfigError(f'config.objective.replicas={c.replicas}: a positive number is wanted')
         self.temperature = c.temperature or FORMS[c.form]
@@ -83,8 +86,10 @@ class Contrastive(Objective):
             options = {'temperature': self.temperature}
             if self.config.form == 'siglip':
                 options['bias'] = self.config.bias
+            if self.config.form == 'symmetric':
+                options['each_mask'] = self.config.each_mask
             if self.config.learn_temperature:
-                options = {'temperature': jnp.exp(-params['log_scale'][i])} | ({'bias': params['bias'][i]} if 'bias' in params else {})
+                options |= {'temperature': jnp.exp(-params['log_scale'][i])} | ({'bias': params['bias'][i]} if 'bias' in params else {})
                 metrics |= {f'{name}/{first}-{second}': jax.lax.stop_gradient(v) for name, v in options.items()}
             value = self.form(x, y, x_valid=batch[first]['valid'], y_valid=batch[second]['valid'], y_mask=mask,
                               replicas=self.config.replicas, how=self.how, **options)
