@@ -20,7 +20,6 @@ import shutil
 import sys
 import textwrap
 import time
-import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -29,7 +28,7 @@ from data_pipelines import index as indices
 from data_pipelines import inputs, media, staging
 from data_pipelines.datasets import named
 from data_pipelines.errors import DataError
-from data_pipelines.records import CLIPS, SPLITS
+from data_pipelines.records import CLIPS, SPLITS, note_places, shards
 
 _FOLDERS = {'train': 'train', 'validation': 'validation', 'val': 'validation', 'valid': 'validation', 'test': 'test'}
 _DONE = 'prepare.json'
@@ -303,9 +302,6 @@ def _write(records: list[dict[str, Any]], files: Mapping[str, staging.File], set
 def _publish(produced: pathlib.Path, stage_dir: pathlib.Path, target: pathlib.Path, name: str, settings: staging.Settings,
              given: inputs.Inputs, records: list[dict[str, Any]], skipped: Mapping[str, str]) -> dict[str, Any]:
     """Moves the dataset into place with its sidecars, reading every record back on the way. Returns the summary."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    from data_pipelines.records import raw_records, shards
     known = {r['id']: r for r in records}
     # Everything in this folder is from this run or a killed one: the check in _finished saw to that.
     for old in target.iterdir():
@@ -313,14 +309,12 @@ def _publish(produced: pathlib.Path, stage_dir: pathlib.Path, target: pathlib.Pa
             old.unlink()
     summary: dict[str, Any] = {'splits': {}, 'skipped': dict(skipped), 'labels': {k: list(v) for k, v in given.classes.items()}}
     for split in (*SPLITS, CLIPS):
-        paths = shards(produced, split)
-        if not paths:
+        if not shards(produced, split):
             continue
-        source, rows, crc = raw_records(paths), [], []
-        for i in range(len(source)):
-            raw = source[i]
-            crc.append(zlib.crc32(raw))
-            rows.append(known[tf_example_pb2.Example.FromString(raw).features.feature['id'].bytes_list.value[0].decode()])
+        noted = list(note_places(produced, split, settings.rate))
+        rows, crc = [known[id] for id, _ in noted], [c for _, c in noted]
+        if len(rows) != sum(r['split'] == split for r in records):
+            raise DataError(f'{produced}: {len(rows)} of the records of split {split} can be read back; is the disk sound?')
         table = indices.Index.of(rows, crc, dict(given.multi))
         table.save(stage_dir / f'index-{split}.npz')
         os.replace(stage_dir / f'index-{split}.npz', target / f'index-{split}.npz')
