@@ -184,7 +184,7 @@ def incumbent(path: pathlib.Path, words: list[str], color: bool):
         sound += tf.random.normal([S]) * 0.01 * tf.reduce_max(tf.abs(sound))
         said = tf.strings.lower(tf.strings.regex_replace(tf.sparse.to_dense(captions), r'[[:punct:]]', ''))
         at = tf.random.uniform([], maxval=tf.maximum(1, tf.size(said) - K + 1), dtype=tf.int32)
-        text = table.lookup(tf.strings.split(said[at:at + K]).to_tensor('', [K, L]))
+        text = table.lookup(tf.strings.split(said[at:at + K]).to_tensor('', shape=[K, L]))
         return {'video': tf.ensure_shape(video, [T, SIZE, SIZE, 3]), 'audio': tf.ensure_shape(sound, [S]), 'text': text}
 
     options = tf.data.Options()

@@ -12,7 +12,6 @@ import argparse
 import concurrent.futures as futures
 import hashlib
 import json
-import multiprocessing
 import os
 import pathlib
 import re
@@ -37,7 +36,8 @@ _DONE = 'prepare.json'
 def prepare(videos: str = '', captions: str = '', out: str = '', *, annotations: str = '', dataset: str = '', manual_dir: str = '',
             fps: float = 10.0, size: int = 256, rate: int = 48000, quality: int = 90, store: str = 'jpeg', crf: int = 23, processes: int = 2,
             min_seconds: float | None = None, name: str = '', vocabulary: int = 65536, tokenizer: str = 'words', validation: float = 0.05,
-            test: float = 0.05, require_audio: bool = False, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
+            test: float = 0.05, require_audio: bool = False, beam: str = '', overwrite: bool = False,
+            quiet: bool = False) -> dict[str, Any]:
     """Prepares the folder `videos` (`captions` and `annotations` may be ''), or the named `dataset` below `manual_dir`, into the folder
     `out`. The rest is in `--help`.
 
@@ -71,7 +71,7 @@ def prepare(videos: str = '', captions: str = '', out: str = '', *, annotations:
     stage_dir = target / '.staging'
     stage_dir.mkdir(parents=True, exist_ok=True)
 
-    _stage_all(files, settings, stage_dir, processes, say)
+    _stage_all(files, settings, stage_dir, processes, say, beam)
     records, skipped = [], dict(given.skipped)
     if dataset:
         skipped |= dict.fromkeys(given.missing, 'missing: no such file')
@@ -169,12 +169,20 @@ def _finished(target: pathlib.Path, identity: Mapping[str, Any], overwrite: bool
 # ---- decoding
 
 def _stage_all(files: list[staging.File], settings: staging.Settings, stage_dir: pathlib.Path, processes: int,
-               say: _Console) -> None:
-    """Stages every file that is not staged yet."""
+               say: _Console, beam: str = '') -> None:
+    """Stages every file that is not staged yet, by Beam with these options if there are any."""
     waiting = [f for f in files if not staging.place(stage_dir, f, settings).is_file()]
     if len(waiting) < len(files):
         say(f'continuing: {len(files) - len(waiting)} of {len(files)} files are already decoded.')
     if not waiting:
+        return
+    if beam:
+        try:
+            from data_pipelines import beam as pipelines
+        except ImportError as e:
+            raise DataError(f"--beam={beam} needs apache-beam ({e}); pip install 'vatt_jax[beam]' into an environment of its own") from None
+        counts = pipelines.stage(waiting, settings, stage_dir, beam)
+        say('Beam: ' + ', '.join(f'{count} {what}' for what, count in sorted(counts.items())))
         return
     with say.progress(len(files), len(files) - len(waiting)) as step:
         if processes == 1:
@@ -191,7 +199,7 @@ def _stage_some(waiting: list[staging.File], settings: staging.Settings, stage_d
     """Stages files side by side until done, or until one kills its process; returns what is left."""
     queue, running = list(reversed(waiting)), {}
     place = lambda f: str(staging.place(stage_dir, f, settings))
-    pool = _pool(min(processes, len(waiting)))
+    pool = staging.pool(min(processes, len(waiting)))
     try:
         while queue or running:
             while queue and len(running) < 4 * processes:
@@ -208,22 +216,17 @@ def _stage_some(waiting: list[staging.File], settings: staging.Settings, stage_d
             if pathlib.Path(place(file)).is_file():
                 step()
                 continue
-            alone = _pool(1)
+            alone = staging.pool(1)
             try:
                 alone.submit(staging.stage, file, settings, place(file)).result()
             except BrokenProcessPool:
-                staging.write(place(file), {'id': file.id, 'skipped': 'corrupt: it crashes the decoder'}, [])
+                staging.crashed(file, place(file))
             finally:
                 alone.shutdown()
             step()
         return list(reversed(queue))
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _pool(processes: int) -> futures.ProcessPoolExecutor:
-    # Spawned, not forked: the parent may hold threads of JAX or TensorFlow.
-    return futures.ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), staging.die_with_parent)
 
 
 # ---- what is known about a file
@@ -413,6 +416,7 @@ def main(arguments: list[str] | None = None) -> int:
     add('--store', default='jpeg', choices=('jpeg', 'h264'), help='frames as JPEG, or as short pieces of video (docs/data.md)')
     add('--crf', type=int, default=23, help='quality of h264, 1 (best) to 51')
     add('--processes', type=int, default=2, help='files decoded side by side')
+    add('--beam', default='', metavar='OPTIONS', help="decode in an Apache Beam pipeline with these options: --beam='--runner=DirectRunner'")
     add('--min_seconds', type=float, default=None, help='shorter files are skipped; default: 1, of named datasets 0')
     add('--name', default='', help='name of the dataset; default: from --out')
     add('--vocabulary', type=int, default=65536, help='size of the vocabulary, at most')
