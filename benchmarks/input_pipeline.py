@@ -249,7 +249,7 @@ def needed() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--clips', type=int, default=16)
+    parser.add_argument('--clips', type=int, default=12)
     parser.add_argument('--turns', type=int, default=7)
     parser.add_argument('--batches', type=int, default=3, help='taken in one turn')
     parser.add_argument('--quick', action='store_true', help='few clips and turns, no result file')

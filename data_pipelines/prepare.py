@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures as futures
+import errno
+import functools
 import hashlib
 import json
 import os
@@ -33,6 +35,21 @@ _FOLDERS = {'train': 'train', 'validation': 'validation', 'val': 'validation', '
 _DONE = 'prepare.json'
 
 
+def _say_disk(function):
+    """A disk that takes no more is one sentence too; the library that writes the records says it in its own way."""
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except (OSError, RuntimeError) as e:
+            full = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if getattr(e, 'errno', None) == n or os.strerror(n) in str(e)]
+            if not full:
+                raise
+            raise DataError(f'writing the dataset failed: {full[0]}; what is decoded is kept, so make room and start the same command again') from e
+    return call
+
+
+@_say_disk
 def prepare(videos: str = '', captions: str = '', out: str = '', *, annotations: str = '', dataset: str = '', manual_dir: str = '',
             fps: float = 10.0, size: int = 256, rate: int = 48000, quality: int = 90, store: str = 'jpeg', crf: int = 23, processes: int = 2,
             min_seconds: float | None = None, name: str = '', vocabulary: int = 65536, tokenizer: str = 'words', validation: float = 0.05,
