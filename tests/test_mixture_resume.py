@@ -12,7 +12,7 @@ from data_pipelines.prepare import prepare
 from data_pipelines.records import Prepared, Split
 from tests import runs
 
-STEPS, BATCH = 60, 8
+STEPS, BATCH = 40, 8
 SMALL = {'validation': 1, 'test': 1, 'seconds': 4.5, 'episodes': 2, 'size': 48}
 
 
