@@ -100,7 +100,8 @@ def forms() -> dict:
         @tf.function(autograph=False)
         def read(record, first):
             packets, sound = parse(record, first)
-            return tf.numpy_function(lambda p, f: media.from_h264(p, f + np.arange(WANTED), form=form), [packets, first], tf.uint8), sound
+            decode = lambda p, f: media.decoded(p[f // media.GOP * media.GOP:f + WANTED], f % media.GOP + np.arange(WANTED), form)
+            return tf.numpy_function(decode, [packets, first], tf.uint8), sound
         return read
 
     jpegs = lambda frames: [media.jpeg(f, 90) for f in frames]

@@ -90,6 +90,7 @@ def get_config(arg: str = '') -> ConfigDict:
     c.init_from = ''                    # start from this run folder or checkpoint (when the run has no checkpoint of its own)
     c.init_rename = ()                  # ((regex, replacement), ...): our parameter path -> its path in init_from
     c.init_skip = ()                    # parameter paths (regex) to leave at their initial values
+    c.init_words = ''                   # word vectors (word2vec, text or binary) for the word table of a run that starts; '': random ones
     k = c.checkpoint = ConfigDict()
     k.every = 1000                      # steps between checkpoints; the last step is always saved
     k.keep = 2                          # newest checkpoints kept

@@ -23,6 +23,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 import numpy as np
 
 from data_pipelines import index as indices
+from data_pipelines import places
 from data_pipelines.errors import DataError
 from data_pipelines.records import SPLITS
 
@@ -64,7 +65,7 @@ def index(out: str, train: str = '', validation: str = '', test: str = '', *, fp
     skipped: dict[str, str] = {}
     records = {split: [] for split in files}
     crc = {split: [] for split in files}
-    places = {split: {'shard': [], 'offset': [], 'length': []} for split in files}
+    rows, pieces = ({split: [] for split in files} for _ in range(2))
     for split, paths in files.items():
         for number, path in enumerate(paths):
             say(f'{path} …')
@@ -72,8 +73,11 @@ def index(out: str, train: str = '', validation: str = '', test: str = '', *, fp
                 record = _look(raw, f'{path}, byte {offset}', fps, rate, names, classes)
                 records[split].append({**record, 'split': split, 'id': record['id'] or f'{os.path.basename(path)}:{len(records[split])}'})
                 crc[split].append(zlib.crc32(raw))
-                for key, value in (('shard', number), ('offset', offset), ('length', len(raw))):
-                    places[split][key].append(value)
+                rows[split].append((number, offset + HEADER, len(raw)))
+                try:
+                    pieces[split].append(places.of_sequence_example(raw, names.get('frames', ''), names.get('audio', ''), rate))
+                except ValueError as e:
+                    raise DataError(f'{path}, byte {offset}: {e}') from None
     everything = [r for split in files for r in records[split]]
     if not everything:
         raise DataError(f'no record can be read ({next(iter(skipped.items()), "the files are empty")})')
@@ -88,7 +92,7 @@ def index(out: str, train: str = '', validation: str = '', test: str = '', *, fp
             continue
         table = indices.Index.of(records[split], crc[split], multi)
         table.save(target / f'index-{split}.npz')
-        np.savez(target / f'places-{split}.npz', **{k: np.array(v, np.int64) for k, v in places[split].items()})
+        places.save(target, split, files[split], rows[split], pieces[split])
         summary['splits'][split] = {
             'records': len(table), 'segments': len(table.segment_record), 'sentences': len(table.sentence_start),
             'hours': round(float(table.duration.sum()) / 3600, 3), 'without_audio': int((table.samples == 0).sum()),
@@ -105,25 +109,6 @@ def index(out: str, train: str = '', validation: str = '', test: str = '', *, fp
     shutil.rmtree(stage)
     say.summary(target, {**summary, 'seconds': 0}, [])
     return summary
-
-
-class TFRecords:
-    """Random access to the records of TFRecord files by the places that `index` wrote. Safe from several threads."""
-
-    def __init__(self, folder: pathlib.Path, split: str, files: list[list[Any]]):
-        for path, size in files:
-            if not os.path.isfile(path) or os.path.getsize(path) != size:
-                raise DataError(f'{path} is not the file of {size} bytes that {folder} was made for; run python -m data_pipelines.dmvr again')
-        with np.load(folder / f'places-{split}.npz') as f:
-            self._shard, self._offset, self._length = f['shard'], f['offset'], f['length']
-        self._paths = [path for path, _ in files]
-
-    def __len__(self) -> int:
-        return len(self._offset)
-
-    def __getitem__(self, i: int) -> bytes:
-        with open(self._paths[self._shard[i]], 'rb', buffering=0) as f:
-            return os.pread(f.fileno(), int(self._length[i]), int(self._offset[i]) + HEADER)
 
 
 def _records(path: str, skipped: dict[str, str]) -> Iterator[tuple[int, bytes]]:

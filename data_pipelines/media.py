@@ -291,22 +291,44 @@ def h264(frames: Iterable[np.ndarray], fps: float, crf: int = 23, gop: int = GOP
     return out + [bytes(p) for p in codec.encode()] if codec is not None else []
 
 
-def from_h264(packets: Sequence[bytes], numbers: np.ndarray, gop: int = GOP, form: str = 'rgb24') -> np.ndarray:
-    """uint8 [n H W 3], or [n 3H/2 W] with form 'yuv420p': the frames `numbers` [n] (any order, again and again) of what `h264` made."""
-    wanted, back = np.unique(numbers, return_inverse=True)
+def decoded(packets: Sequence[bytes], shown: Sequence[int], form: str = 'rgb24') -> np.ndarray:
+    """uint8 [n H W 3], or [n 3H/2 W] with form 'yuv420p' (planes Y, U, V below each other): pictures `shown` [n] (any order, again and again) of
+    packets that `h264` made, the first of which, and each after a gap, decodes alone."""
     codec = av.CodecContext.create('h264', 'r')
     codec.thread_count = 1
     codec.flags |= av.codec.context.Flags.low_delay
-    fed, out = [], {}
-    for first in np.unique(wanted // gop) * gop:
-        fed += range(first, wanted[wanted < first + gop][-1] + 1)
-    keep, seen = set(wanted.tolist()), iter(fed)
-    with contextlib.suppress(av.error.FFmpegError, StopIteration):  # the count tells
-        for number in [*fed, None]:
-            for picture in codec.decode(None if number is None else av.Packet(packets[number])):
-                shown = next(seen)
-                if shown in keep:
-                    out[shown] = picture.to_ndarray(format=form)
-    if len(out) != len(wanted):
-        raise MediaError(f'corrupt: {len(out)} of {len(wanted)} frames decode')
-    return np.stack([out[n] for n in wanted.tolist()])[back]
+    wanted: dict[int, list[int]] = {}
+    for i, n in enumerate(shown):
+        wanted.setdefault(int(n), []).append(i)
+    out, number, missing = None, 0, len(wanted)
+    convert = VideoReformatter()  # kept: it caches the tables of the scaler
+    with contextlib.suppress(av.error.FFmpegError):  # the count tells
+        for packet in [*packets, None]:
+            for picture in codec.decode(None if packet is None else av.Packet(packet)):
+                places = wanted.get(number, ())
+                number += 1
+                if not places:
+                    continue
+                if out is None:
+                    shape = (picture.height * 3 // 2, picture.width) if form == 'yuv420p' else (picture.height, picture.width, 3)
+                    out = np.empty((len(shown), *shape), np.uint8)
+                if form == 'yuv420p':
+                    _planes(picture, out[places[0]])
+                else:
+                    out[places[0]] = convert.reformat(picture, format=form, threads=1).to_ndarray()
+                for again in places[1:]:
+                    out[again] = out[places[0]]
+                missing -= 1
+    if missing or out is None:
+        raise MediaError(f'corrupt: {len(wanted) - missing} of {len(wanted)} frames decode')
+    return out
+
+
+def _planes(picture: av.VideoFrame, out: np.ndarray) -> None:
+    """Copies a yuv420p picture into out uint8 [3H/2 W], each colour plane as H/4 rows of W."""
+    flat, at = out.reshape(-1), 0
+    for plane in picture.planes:
+        size = plane.height * plane.width
+        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:plane.height, :plane.width]
+        flat[at:at + size].reshape(plane.height, plane.width)[:] = rows
+        at += size

@@ -1,12 +1,13 @@
 """Prepared records -> host batches, on tf.data.
 
 The index says what every row needs before anything is read, so a batch is planned in NumPy (windows, crops, sentences, labels;
-every draw keyed by the row's position), its raw records are fetched in one call, and TensorFlow's threads parse them and decode
-just the frames that were chosen. Nothing in the graph is random and nothing is shuffled there.
+every draw keyed by the row's position), just the frames and the sound that were chosen are read and checked, and TensorFlow's threads
+decode the frames. Nothing in the graph is random and nothing is shuffled there.
 """
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import threading
@@ -181,12 +182,13 @@ class _Plan:
             np.stack([p.index.height, p.index.width], 1)[p.index.frames > 0], axis=0)}
         size = parts[0].prepared.meta['size']
         # Frames of one shape travel whole and the device crops. Mixed shapes are cut to squares of their common short side here:
-        # anywhere along the long side in training, the middle in evaluation; views may say where. places: of each square that is asked for.
+        # anywhere along the long side in training, the middle in evaluation; views may say where.
         self.square = len(shapes) > 1
         laid_out = [p.prepared.format for p in parts]
         self.formats = [f for i, f in enumerate(laid_out) if f not in laid_out[:i]]
-        self.places = sorted({v.crop for v in self.videos}, key=lambda c: -1 if c is None else c)
         self.height, self.width = (size, size) if self.square or not shapes else next(iter(shapes))
+        # Video goes to the training step as the decoder leaves it, which converts and doubles the colour planes; other passes want RGB.
+        self.planes = request.split == 'train' and not request.segments and not self.square and all(f.get('frames') == 'h264' for f in laid_out)
 
     def gather(self, rows: Rows, pick: Callable[[Any], np.ndarray], dtype) -> np.ndarray:
         """Column of the index for each row, over the sources."""
@@ -247,13 +249,14 @@ class _Plan:
                 own = np.full(b, 0.5)
                 if self.request.augment:
                     own = order.uniform(self.data.config.seed, rows.position, f'{self.request.site}/square', 1)[:, 0]
-                at = np.stack([own if p is None else np.full(b, p) for p in self.places], 1)
+                at = np.stack([own if v.crop is None else np.full(b, v.crop) for v in self.videos], 1)
                 room = np.stack([height, width], 1) - self.height
                 want['corner'] = np.maximum(np.floor(room[:, None] * at[..., None] + 0.5), 0).astype(np.int32)
         if self.audios:
             rate = self.inputs['audio']['rate']
             firsts = [audio.first_samples(starts[x.suffix], samples, rate) for x in self.audios]
             want['samples'] = np.where((samples > 0)[:, None], np.stack(firsts, 1), -1).astype(np.int64)
+            want['total'] = samples
         return want
 
     def _sentences(self, rows: Rows, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -297,15 +300,15 @@ class _Plan:
         return labels
 
 
-def _from_video(size: tuple[int, int], gop: int, places: int, packets: np.ndarray, keys: np.ndarray,
-                corners: np.ndarray | None = None) -> np.ndarray:
-    """uint8 [K size 3]: frames keys // places of a record that stores video, cut at corners [places 2] if there are any."""
-    from data_pipelines import media
-    frames = media.from_h264(packets, keys // places, gop)
-    if corners is None:
-        return frames
-    (height, width), corners = size, corners[keys % places]
-    return np.stack([f[y:y + height, x:x + width] for f, (y, x) in zip(frames, corners)])
+@dataclasses.dataclass
+class _Read:
+    """What was read of one row. packets: of frames; shown: which of them is entry i; corner [n 2]: where entry i is cut; back: the entry of each
+    frame of each view; audio int16 [views S]."""
+    packets: list[bytes]
+    shown: list[int]
+    corner: list[tuple[int, int]]
+    back: list[int]
+    audio: np.ndarray | None
 
 
 class _Batches(Iterator):
@@ -315,124 +318,139 @@ class _Batches(Iterator):
         self._data, self._plan, self._rows, self.closed = data, plan, rows, False
         self._planned: dict[int, dict[str, Any]] = {}
         self._error: BaseException | None = None
-        self._streams = {'video': plan.videos, 'audio': plan.audios}
-        dataset = self._dataset(number)
-        self._iterator = iter(dataset)
+        self._iterator = iter(self._dataset(number))
 
     def _dataset(self, number: int | None) -> tf.data.Dataset:
         d, plan = self._data.config.data, self._plan
-        keys = [k for k, on in (('format', len(plan.formats) > 1), ('frames', plan.videos), ('corner', plan.videos and plan.square),
-                                ('samples', plan.audios)) if on]
-        types = {'format': tf.int32, 'frames': tf.int32, 'corner': tf.int32, 'samples': tf.int64}
-        shapes = {'format': [None], 'frames': [None, len(plan.videos), None], 'corner': [None, len(plan.places), 2],
-                  'samples': [None, len(plan.audios)]}
+        names, types, shapes = ['step'], [tf.int64], [[None]]
+        if plan.videos:
+            names += ['format', 'packets', 'shown', 'corner', 'back']
+            types += [tf.int32, tf.string, tf.int32, tf.int32, tf.int32]
+            shapes += [[None], [None, None], [None, None], [None, None, 2], [None, len(plan.videos) * plan.inputs['video']['frames']]]
 
         def fetch(step):
-            step, raw, *wanted = tf.numpy_function(self._fetch(keys), [step], [tf.int64, tf.string, *(types[k] for k in keys)])
-            out = {'step': tf.ensure_shape(step, [None]), 'raw': tf.ensure_shape(raw, [None])}
-            for key, value in zip(keys, wanted):
-                out[key] = tf.ensure_shape(value, shapes[key])
-            return out
+            return {n: tf.ensure_shape(x, s) for n, x, s in zip(names, tf.numpy_function(self._fetch, [step], types), shapes)}
 
         options = tf.data.Options()
         options.deterministic = True
         options.autotune.enabled = False
         options.threading.private_threadpool_size = max(2, d.threads + 1)
-        steps = tf.data.Dataset.range(number if number is not None else np.iinfo(np.int64).max)
-        # Rows are decoded side by side, across the border of batches too, so that a heavy row keeps nobody waiting.
-        return (steps.map(fetch).prefetch(1).unbatch()
-                .map(self._row, num_parallel_calls=max(1, d.threads), deterministic=True)
-                .batch(len(self._rows(0).index), drop_remainder=True).prefetch(max(1, d.prefetch)).with_options(options))
+        batches = tf.data.Dataset.range(number if number is not None else np.iinfo(np.int64).max).map(fetch)
+        if plan.videos:  # rows are decoded side by side, across the border of batches too, so that a heavy row keeps nobody waiting
+            batches = batches.prefetch(1).unbatch().map(self._row, num_parallel_calls=max(1, d.threads), deterministic=True).batch(
+                len(self._rows(0).index), drop_remainder=True)
+        return batches.prefetch(max(1, d.prefetch)).with_options(options)
 
-    def _fetch(self, keys: list[str]):
-        def fetch(step: np.ndarray):
-            if self.closed:
-                raise RuntimeError('closed')
-            try:
-                rows = self._rows(int(step))
-                batch, wanted = self._plan(rows)
-                raw = self._read(rows, batch)
-                self._planned[int(step)] = batch
-                return [np.full(len(raw), step), np.array(raw, object), *(wanted[k] for k in keys)]
-            except Exception as e:
-                self._error = e
-                raise
-        return fetch
+    def _fetch(self, step: np.ndarray) -> list[np.ndarray]:
+        """Plans a batch and reads its rows; what TensorFlow needs to decode the frames."""
+        if self.closed:
+            raise RuntimeError('closed')
+        try:
+            rows = self._rows(int(step))
+            batch, wanted = self._plan(rows)
+            read = self._read(rows, batch, wanted)
+            for i, v in enumerate(self._plan.audios):
+                sound = np.stack([r.audio[i] for r in read])
+                batch[v.stream]['data'] = sound[:, ::-1] if v.kind == 'reverse' else sound
+            self._planned[int(step)] = batch
+            out = [np.full(len(read), step)]
+            if self._plan.videos:
+                most = [max(1, *(len(getattr(r, name)) for r in read)) for name in ('packets', 'shown')]
+                packets = np.full((len(read), most[0]), b'', object)
+                shown, corner = np.full((len(read), most[1]), -1, np.int32), np.zeros((len(read), most[1], 2), np.int32)
+                for i, r in enumerate(read):
+                    packets[i, :len(r.packets)], shown[i, :len(r.shown)] = r.packets, r.shown
+                    if r.corner:
+                        corner[i, :len(r.corner)] = r.corner
+                out += [wanted['format'], packets, shown, corner, np.array([r.back for r in read], np.int32)]
+            return out
+        except Exception as e:
+            self._error = e
+            raise
 
-    def _read(self, rows: Rows, batch: dict[str, Any]) -> list[bytes]:
-        """Raw records of the rows (b'' where padding or unreadable). Rows that cannot be read are emptied in `batch`."""
+    def _read(self, rows: Rows, batch: dict[str, Any], wanted: dict[str, np.ndarray]) -> list[_Read]:
+        """What of each row is wanted; nothing where padding or unreadable. Rows that cannot be read are emptied in `batch`."""
         if self._plan.request.segments:
             record = self._plan.gather(rows, lambda p: p.index.segment_record, np.int64)
         else:
             record = rows.index
-        raw, bad = [b''] * len(record), ~rows.valid
+        out: list[_Read] = []
+        bad = ~rows.valid
         for i, part in enumerate(self._plan.parts):
-            mine = np.flatnonzero((rows.source == i) & rows.valid)
-            # A record wanted by several rows (segments of one video) is read once.
-            numbers, back = np.unique(record[mine], return_inverse=True)
-            got, reasons = part.read(numbers)
-            self._data._count(part.name, part.split, numbers, reasons, sum(len(p) for p in self._plan.parts))
-            for row, j in zip(mine, back):
-                raw[row], bad[row] = got[j], bool(reasons[j])
+            mine = (rows.source == i) & rows.valid
+            reasons = []
+            for row in np.flatnonzero(mine):
+                try:
+                    got, reason = self._read_row(part, int(record[row]), {k: x[row] for k, x in wanted.items()}), ''
+                except (ValueError, OSError) as e:
+                    got, reason = None, str(e)
+                out.append((row, got))
+                reasons.append(reason)
+                bad[row] = bool(reason)
+            if reasons:
+                self._data._count(part.name, part.split, record[mine], reasons, sum(len(p) for p in self._plan.parts))
         blank(batch, bad)
-        return raw
+        read = dict(out)
+        return [read.get(row) or self._nothing() for row in range(len(record))]
 
-    # ---- in the graph: one row
-    def _row(self, wanted: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        formats = [lambda f=f: self._content(wanted, f) for f in self._plan.formats]
-        return {'step': wanted['step'], **(tf.switch_case(wanted['format'], formats) if len(formats) > 1 else formats[0]())}
+    def _nothing(self) -> _Read:
+        back = len(self._plan.videos) * self._plan.inputs['video']['frames'] if self._plan.videos else 0
+        audio = np.zeros((len(self._plan.audios), self._plan.inputs['audio']['samples']), np.int16) if self._plan.audios else None
+        return _Read([], [], [], [0] * back, audio)
 
-    def _content(self, wanted: dict[str, tf.Tensor], form: dict[str, str]) -> dict[str, tf.Tensor]:
-        """What is wanted of a record of one layout (index.json, `format`)."""
-        raw, out = wanted['raw'], {}
-        readable = tf.strings.length(raw) > 0
-        if form['kind'] == 'dmvr':
-            names = {k: form[k] for k in ('frames', 'audio') if k in form and (k if k == 'frames' else 'samples') in wanted}
-            kinds = {'frames': tf.string, 'audio': tf.float32}
-            parsed = tf.io.parse_single_sequence_example(raw, sequence_features={n: tf.io.RaggedFeature(kinds[k]) for k, n in names.items()})[1]
-            parsed = {k: parsed[names[k]].flat_values if k in names else tf.zeros([0], kind) for k, kind in kinds.items()}
-            total = tf.size(parsed['audio'])
-            samples = lambda first, count: tf.cast(tf.round(tf.clip_by_value(parsed['audio'][first:first + count], -1.0, 1.0) * 32767.0), tf.int16)
-        else:
-            parsed = tf.io.parse_single_example(raw, {'frames': tf.io.RaggedFeature(tf.string), 'audio': tf.io.FixedLenFeature([], tf.string, b'')})
-            total = tf.strings.length(parsed['audio']) // 2
-            samples = lambda first, count: tf.io.decode_raw(tf.strings.substr(parsed['audio'], 2 * first, 2 * count), tf.int16)
-        if 'frames' in wanted:
-            shape = (len(self._plan.videos), self._plan.inputs['video']['frames'], self._plan.height, self._plan.width, 3)
-            pictures = lambda: self._pictures(parsed['frames'], wanted, shape, form)
-            out['video'] = tf.cond(readable & (wanted['frames'][0, 0] >= 0), pictures, lambda: tf.zeros(shape, tf.uint8))
-        if 'samples' in wanted:
+    def _read_row(self, part: Split, record: int, wanted: dict[str, np.ndarray]) -> _Read:
+        out, form, rate = self._nothing(), part.prepared.format, part.prepared.meta['rate']
+        frames: list[int] = []
+        if self._plan.videos and wanted['frames'][0, 0] >= 0:
+            # Overlapping views ask for the same frames: each is decoded once (once for each place it is cut at).
+            entries: dict[tuple[int, ...], int] = {}
+            corner = wanted['corner'].tolist() if self._plan.square else [()] * len(self._plan.videos)
+            out.back = [entries.setdefault((n, *at), len(entries)) for numbers, at in zip(wanted['frames'].tolist(), corner) for n in numbers]
+            frames = sorted({n for n, *_ in entries})
+            if form.get('frames') == 'h264':  # a frame needs those before it, as far back as the last that decodes alone
+                gop, last = form['gop'], {n // form['gop']: n for n in frames}
+                frames = [n for g, end in last.items() for n in range(g * gop, end + 1)]
+            place = {n: i for i, n in enumerate(frames)}
+            out.shown, out.corner = [place[n] for n, *_ in entries], [tuple(at) for _, *at in entries if at]
+        total, spans = int(wanted.get('total', 0)), []
+        if self._plan.audios and total:
             count = self._plan.inputs['audio']['samples']
-            shape = (len(self._plan.audios), count)
-            sounds = lambda: tf.stack([self._sound(samples, total, wanted['samples'][i], count) for i in range(shape[0])])
-            out['audio'] = tf.cond(readable & (wanted['samples'][0] >= 0), sounds, lambda: tf.zeros(shape, tf.int16))
+            spans = [(int(first), count) for first in wanted['samples']]
+        seconds = sorted({s for first, count in spans for s in audio.seconds(first, count, total, rate)})
+        out.packets, sound = part.clip(record, frames, seconds)
+        if spans:
+            kind = '<f4' if form['kind'] == 'dmvr' else '<i2'
+            pieces = {s: np.frombuffer(x, kind) for s, x in zip(seconds, sound)}
+            out.audio = np.stack([audio.to_int16(audio.window(pieces, first, count, total, rate)) for first, count in spans])
         return out
 
-    def _pictures(self, frames: tf.Tensor, wanted: dict[str, tf.Tensor], shape: tuple[int, ...],
-                  form: dict[str, Any]) -> tf.Tensor:
-        # Overlapping views ask for the same frames: each is decoded once (once for each square of it).
-        places = self._plan.places if self._plan.square else [None]
-        of_view = [places.index(v.crop) if self._plan.square else 0 for v in self._plan.videos]
-        keys, back = tf.unique(tf.reshape(wanted['frames'] * len(places) + np.array(of_view, np.int32)[:, None], [-1]))
+    # ---- in the graph: one row
+    def _row(self, row: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        v, plan = self._plan.inputs['video'], self._plan
+        size = (plan.height * 3 // 2, plan.width) if plan.planes else (plan.height, plan.width, 3)
+        shown = tf.boolean_mask(row['shown'], row['shown'] >= 0)
+        shape = (len(plan.videos), v['frames'], *size)
 
-        def decode(key):
-            jpeg = frames[key // len(places)]
-            if not self._plan.square:
-                return tf.image.decode_jpeg(jpeg, channels=3)
-            window = tf.concat([wanted['corner'][key % len(places)], [shape[2], shape[3]]], 0)
-            return tf.image.decode_and_crop_jpeg(jpeg, window, channels=3)
-        if form.get('frames') == 'h264':
-            arguments = [frames, keys] + ([wanted['corner']] if self._plan.square else [])
-            decoded = tf.numpy_function(functools.partial(_from_video, shape[2:4], form['gop'], len(places)), arguments, tf.uint8)
-            return tf.reshape(tf.gather(tf.ensure_shape(decoded, [None, *shape[2:]]), back), shape)
-        decoded = tf.map_fn(decode, keys, fn_output_signature=tf.TensorSpec([shape[2], shape[3], 3], tf.uint8), parallel_iterations=1)
-        return tf.reshape(tf.gather(decoded, back), shape)
+        def of_jpeg():
+            def decode(i):
+                if not plan.square:
+                    return tf.image.decode_jpeg(row['packets'][shown[i]], channels=3)
+                return tf.image.decode_and_crop_jpeg(row['packets'][shown[i]], tf.concat([row['corner'][i], size[:2]], 0), channels=3)
+            return tf.map_fn(decode, tf.range(tf.size(shown)), fn_output_signature=tf.TensorSpec(size, tf.uint8), parallel_iterations=1)
 
-    def _sound(self, samples: Callable[..., tf.Tensor], total: tf.Tensor, first: tf.Tensor, count: int) -> tf.Tensor:
-        first = tf.cast(first, tf.int32)
-        straight = lambda: samples(first, count)
-        around = lambda: tf.gather(samples(0, total), (first + tf.range(count)) % total)
-        return tf.ensure_shape(tf.cond(first + count <= total, straight, around), [count])
+        def of_video():
+            corner = [row['corner']] if plan.square else []
+            decoded = tf.numpy_function(functools.partial(_from_video, size, plan.planes), [row['packets'], shown, *corner], tf.uint8)
+            return tf.ensure_shape(decoded, [None, *size])
+
+        decoders = [of_video if f.get('frames') == 'h264' else of_jpeg for f in plan.formats]
+
+        def pictures():
+            decoded = tf.switch_case(row['format'], decoders) if len(decoders) > 1 else decoders[0]()
+            once = tf.size(shown) == shape[0] * shape[1]  # then the entries are in order already, and copying would cost as much as some decoding
+            return tf.reshape(tf.cond(once, lambda: decoded, lambda: tf.gather(decoded, row['back'])), shape)
+
+        return {'step': row['step'], 'video': tf.cond(tf.size(shown) > 0, pictures, lambda: tf.zeros(shape, tf.uint8))}
 
     # ---- iterator
     def __next__(self) -> dict[str, Any]:
@@ -451,15 +469,19 @@ class _Batches(Iterator):
             raise DataError(f'a record cannot be decoded although its bytes are as written ({str(e).splitlines()[0][:200]}); '
                             'prepare the data again with --overwrite') from e
         batch = self._planned.pop(int(arrays['step'][0]))
-        for modality, views in self._streams.items():
-            for i, v in enumerate(views):
-                data = arrays[modality].numpy()[:, i]
-                if v.kind == 'reverse' and modality == 'audio':
-                    data = data[:, ::-1]
-                batch[v.stream]['data'] = np.ascontiguousarray(data)
+        pictures = np.asarray(memoryview(arrays['video'])) if self._plan.videos else None  # not .numpy(), which copies
+        for i, v in enumerate(self._plan.videos):
+            batch[v.stream]['data'] = np.ascontiguousarray(pictures[:, i])
         return batch
 
     def close(self) -> None:
         self.closed = True
         self._iterator = None
         self._planned.clear()
+
+
+def _from_video(size: tuple[int, ...], planes: bool, packets: np.ndarray, shown: np.ndarray, corners: np.ndarray | None = None) -> np.ndarray:
+    """uint8 [n, *size]: pictures `shown` [n] of packets that begin with one that decodes alone, cut at corners [≥n 2] if there are any."""
+    from data_pipelines import media
+    frames = media.decoded([p for p in packets if p], shown, 'yuv420p' if planes else 'rgb24')
+    return frames if corners is None else np.stack([f[y:y + size[0], x:x + size[1]] for f, (y, x) in zip(frames, corners)])

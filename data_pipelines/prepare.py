@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures as futures
+import errno
+import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import pathlib
 import re
@@ -20,7 +21,6 @@ import shutil
 import sys
 import textwrap
 import time
-import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -29,16 +29,32 @@ from data_pipelines import index as indices
 from data_pipelines import inputs, media, staging
 from data_pipelines.datasets import named
 from data_pipelines.errors import DataError
-from data_pipelines.records import CLIPS, SPLITS
+from data_pipelines.records import CLIPS, SPLITS, note_places, shards
 
 _FOLDERS = {'train': 'train', 'validation': 'validation', 'val': 'validation', 'valid': 'validation', 'test': 'test'}
 _DONE = 'prepare.json'
 
 
+def _say_disk(function):
+    """A disk that takes no more is one sentence too; the library that writes the records says it in its own way."""
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except (OSError, RuntimeError) as e:
+            full = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if getattr(e, 'errno', None) == n or os.strerror(n) in str(e)]
+            if not full:
+                raise
+            raise DataError(f'writing the dataset failed: {full[0]}; what is decoded is kept, so make room and start the same command again') from e
+    return call
+
+
+@_say_disk
 def prepare(videos: str = '', captions: str = '', out: str = '', *, annotations: str = '', dataset: str = '', manual_dir: str = '',
             fps: float = 10.0, size: int = 256, rate: int = 48000, quality: int = 90, store: str = 'jpeg', crf: int = 23, processes: int = 2,
             min_seconds: float | None = None, name: str = '', vocabulary: int = 65536, tokenizer: str = 'words', validation: float = 0.05,
-            test: float = 0.05, require_audio: bool = False, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
+            test: float = 0.05, require_audio: bool = False, beam: str = '', overwrite: bool = False,
+            quiet: bool = False) -> dict[str, Any]:
     """Prepares the folder `videos` (`captions` and `annotations` may be ''), or the named `dataset` below `manual_dir`, into the folder
     `out`. The rest is in `--help`.
 
@@ -72,7 +88,7 @@ def prepare(videos: str = '', captions: str = '', out: str = '', *, annotations:
     stage_dir = target / '.staging'
     stage_dir.mkdir(parents=True, exist_ok=True)
 
-    _stage_all(files, settings, stage_dir, processes, say)
+    _stage_all(files, settings, stage_dir, processes, say, beam)
     records, skipped = [], dict(given.skipped)
     if dataset:
         skipped |= dict.fromkeys(given.missing, 'missing: no such file')
@@ -170,12 +186,20 @@ def _finished(target: pathlib.Path, identity: Mapping[str, Any], overwrite: bool
 # ---- decoding
 
 def _stage_all(files: list[staging.File], settings: staging.Settings, stage_dir: pathlib.Path, processes: int,
-               say: _Console) -> None:
-    """Stages every file that is not staged yet."""
+               say: _Console, beam: str = '') -> None:
+    """Stages every file that is not staged yet, by Beam with these options if there are any."""
     waiting = [f for f in files if not staging.place(stage_dir, f, settings).is_file()]
     if len(waiting) < len(files):
         say(f'continuing: {len(files) - len(waiting)} of {len(files)} files are already decoded.')
     if not waiting:
+        return
+    if beam:
+        try:
+            from data_pipelines import beam as pipelines
+        except ImportError as e:
+            raise DataError(f"--beam={beam} needs apache-beam ({e}); pip install 'vatt_jax[beam]' into an environment of its own") from None
+        counts = pipelines.stage(waiting, settings, stage_dir, beam)
+        say('Beam: ' + ', '.join(f'{count} {what}' for what, count in sorted(counts.items())))
         return
     with say.progress(len(files), len(files) - len(waiting)) as step:
         if processes == 1:
@@ -192,7 +216,7 @@ def _stage_some(waiting: list[staging.File], settings: staging.Settings, stage_d
     """Stages files side by side until done, or until one kills its process; returns what is left."""
     queue, running = list(reversed(waiting)), {}
     place = lambda f: str(staging.place(stage_dir, f, settings))
-    pool = _pool(min(processes, len(waiting)))
+    pool = staging.pool(min(processes, len(waiting)))
     try:
         while queue or running:
             while queue and len(running) < 4 * processes:
@@ -209,22 +233,17 @@ def _stage_some(waiting: list[staging.File], settings: staging.Settings, stage_d
             if pathlib.Path(place(file)).is_file():
                 step()
                 continue
-            alone = _pool(1)
+            alone = staging.pool(1)
             try:
                 alone.submit(staging.stage, file, settings, place(file)).result()
             except BrokenProcessPool:
-                staging.write(place(file), {'id': file.id, 'skipped': 'corrupt: it crashes the decoder'}, [])
+                staging.crashed(file, place(file))
             finally:
                 alone.shutdown()
             step()
         return list(reversed(queue))
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _pool(processes: int) -> futures.ProcessPoolExecutor:
-    # Spawned, not forked: the parent may hold threads of JAX or TensorFlow.
-    return futures.ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), staging.die_with_parent)
 
 
 # ---- what is known about a file
@@ -303,9 +322,6 @@ def _write(records: list[dict[str, Any]], files: Mapping[str, staging.File], set
 def _publish(produced: pathlib.Path, stage_dir: pathlib.Path, target: pathlib.Path, name: str, settings: staging.Settings,
              given: inputs.Inputs, records: list[dict[str, Any]], skipped: Mapping[str, str]) -> dict[str, Any]:
     """Moves the dataset into place with its sidecars, reading every record back on the way. Returns the summary."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    from data_pipelines.records import raw_records, shards
     known = {r['id']: r for r in records}
     # Everything in this folder is from this run or a killed one: the check in _finished saw to that.
     for old in target.iterdir():
@@ -313,14 +329,12 @@ def _publish(produced: pathlib.Path, stage_dir: pathlib.Path, target: pathlib.Pa
             old.unlink()
     summary: dict[str, Any] = {'splits': {}, 'skipped': dict(skipped), 'labels': {k: list(v) for k, v in given.classes.items()}}
     for split in (*SPLITS, CLIPS):
-        paths = shards(produced, split)
-        if not paths:
+        if not shards(produced, split):
             continue
-        source, rows, crc = raw_records(paths), [], []
-        for i in range(len(source)):
-            raw = source[i]
-            crc.append(zlib.crc32(raw))
-            rows.append(known[tf_example_pb2.Example.FromString(raw).features.feature['id'].bytes_list.value[0].decode()])
+        noted = list(note_places(produced, split, settings.rate))
+        rows, crc = [known[id] for id, _ in noted], [c for _, c in noted]
+        if len(rows) != sum(r['split'] == split for r in records):
+            raise DataError(f'{produced}: {len(rows)} of the records of split {split} can be read back; is the disk sound?')
         table = indices.Index.of(rows, crc, dict(given.multi))
         table.save(stage_dir / f'index-{split}.npz')
         os.replace(stage_dir / f'index-{split}.npz', target / f'index-{split}.npz')
@@ -419,6 +433,7 @@ def main(arguments: list[str] | None = None) -> int:
     add('--store', default='jpeg', choices=('jpeg', 'h264'), help='frames as JPEG, or as short pieces of video (docs/data.md)')
     add('--crf', type=int, default=23, help='quality of h264, 1 (best) to 51')
     add('--processes', type=int, default=2, help='files decoded side by side')
+    add('--beam', default='', metavar='OPTIONS', help="decode in an Apache Beam pipeline with these options: --beam='--runner=DirectRunner'")
     add('--min_seconds', type=float, default=None, help='shorter files are skipped; default: 1, of named datasets 0')
     add('--name', default='', help='name of the dataset; default: from --out')
     add('--vocabulary', type=int, default=65536, help='size of the vocabulary, at most')

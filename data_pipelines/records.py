@@ -5,13 +5,14 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines import index as indices
+from data_pipelines import places
 from data_pipelines.errors import DataError
 from data_pipelines.index import Index
 
@@ -51,10 +52,16 @@ def shards(folder: str | os.PathLike, split: str) -> list[str]:
     return sorted(str(p) for p in pathlib.Path(folder).glob(f'*-{split}.array_record-*-of-*'))
 
 
-def raw_records(paths: Sequence[str]) -> Any:
-    """Sequence of raw records (bytes), random access."""
-    from array_record.python import array_record_data_source
-    return array_record_data_source.ArrayRecordDataSource(list(paths))
+def note_places(folder: pathlib.Path, split: str, rate: int) -> Iterator[tuple[str, int]]:
+    """(id, crc32) of each record of a split, in record order; then the tables of `places` are there."""
+    paths, rows, pieces = shards(folder, split), [], []
+    for number, path in enumerate(paths):
+        for offset, raw in places.array_records(path):
+            name, table = places.of_example(raw, rate)
+            rows.append((number, offset, len(raw)))
+            pieces.append(table)
+            yield name, zlib.crc32(raw)
+    places.save(folder, split, paths, rows, pieces)
 
 
 class Prepared:
@@ -96,13 +103,15 @@ class Prepared:
     def index(self, split: str) -> Index:
         return Index.load(self.path / f'index-{split}.npz')
 
-    def source(self, split: str) -> Any:
-        """Sequence of a split's raw records (bytes), random access."""
-        if self.format['kind'] == 'dmvr':
-            from data_pipelines.dmvr import TFRecords
-            return TFRecords(self.path, split, self.meta['files'][split])
-        paths = shards(self.path, split)
-        return raw_records(paths) if paths else ()
+    def pieces(self, split: str, index: Index) -> places.Pieces:
+        """Random access to a stored split's records."""
+        ours = self.format['kind'] == 'example'
+        paths = shards(self.path, split) if ours else [path for path, _ in self.meta['files'][split]]
+        if ours and paths and not (self.path / f'places-{split}.npz').is_file():  # prepared before these tables were there
+            for _ in note_places(self.path, split, self.meta['rate']):
+                pass
+        again = 'prepare it again with --overwrite' if ours else 'run python -m data_pipelines.dmvr again with --overwrite'
+        return places.Pieces(self.path, split, paths, places.firsts(index.frames, index.samples, self.meta['rate']), ours, again)
 
     def check(self, inputs: Mapping[str, Mapping[str, Any]]) -> None:
         """Stored rates against config.model.inputs: frames may be thinned, never invented; sound is taken as it is."""
@@ -130,16 +139,7 @@ class Split:
         stored = CLIPS if prepared.fold else split
         self.index = prepared.index(stored)
         self._rows = np.arange(len(self.index))  # places of these records among the stored ones
-        try:
-            self._source = prepared.source(stored)
-        except DataError:
-            raise
-        except Exception as e:  # the library raises many kinds
-            raise DataError(f'the shards of {prepared.path}, split {split}, cannot be opened ({e}); prepare it again with '
-                            '--overwrite') from None
-        if len(self._source) != len(self.index):
-            raise DataError(f'{prepared.path}: split {split!r} has {len(self._source)} records and its index '
-                            f'{len(self.index)}; some shards are missing, prepare it again with --overwrite')
+        self._pieces = prepared.pieces(stored, self.index)
         if prepared.fold:
             self._rows = np.flatnonzero(self.index.folds[:, prepared.fold - 1] == SPLITS.index(split))
             self.index = self.index.take(self._rows)
@@ -148,16 +148,22 @@ class Split:
         return len(self.index)
 
     def read(self, numbers: np.ndarray) -> tuple[list[bytes], list[str]]:
-        """(raw records, reasons): an unreadable record is b'' with the reason, the others have reason ''."""
+        """(whole records, reasons): an unreadable record is b'' with the reason, the others have reason ''."""
         raw, reasons = [], []
         for n in map(int, numbers):
-            # One by one: measured faster than the library's batched read, which hands each record to other threads.
             try:
-                one, reason = self._source[int(self._rows[n])], ''
+                one, reason = self._pieces[int(self._rows[n])], ''
                 if zlib.crc32(one) != int(self.index.crc[n]):
                     one, reason = b'', 'its bytes are not those that were written (crc32)'
-            except Exception as e:  # the library raises many kinds
-                one, reason = b'', f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else "unreadable"}'
+            except OSError as e:
+                one, reason = b'', str(e)
             raw.append(one)
             reasons.append(reason)
         return raw, reasons
+
+    def clip(self, number: int, frames: Sequence[int], seconds: Sequence[int]) -> tuple[list[bytes], list[bytes]]:
+        """Of one record: the stored frames, and the pieces of sound of a second each, with these numbers (ascending). Raises ValueError or OSError
+        if one is damaged."""
+        own = int(self.index.frames[number])
+        got = self._pieces.read(int(self._rows[number]), [*frames, *(own + s for s in seconds)])
+        return got[:len(frames)], got[len(frames):]

@@ -5,6 +5,7 @@ whole or not at all, and its name tells file and settings apart, so whatever is 
 """
 from __future__ import annotations
 
+import concurrent.futures as futures
 import dataclasses
 import hashlib
 import json
@@ -99,6 +100,16 @@ def content(path: pathlib.Path) -> tuple[list[bytes], bytes]:
     with open(path, 'rb') as f:
         head = json.loads(f.read(int.from_bytes(f.read(8), 'little')))
         return [f.read(n) for n in head['lengths']], f.read()
+
+
+def crashed(file: File, target: str) -> None:
+    """Notes that decoding this file ended the process that did it."""
+    write(target, {'id': file.id, 'skipped': 'corrupt: it crashes the decoder'}, [])
+
+
+def pool(processes: int) -> futures.ProcessPoolExecutor:
+    """Spawned, not forked: the parent may hold threads of JAX or TensorFlow."""
+    return futures.ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), die_with_parent)
 
 
 def die_with_parent() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vatt_jax import spectrogram
 from vatt_jax.config import ConfigError
@@ -52,31 +53,55 @@ def abstract(inputs, streams: tuple[str, ...], rows: int, dtype: str) -> dict[st
 
 
 def video(stream, spec, config, rng: Rng, augment: bool) -> jax.Array:
-    """uint8 [B T H W 3] -> float32 [B T size size 3] in `range`: the box cut out, resized, mirrored where `flip`, jittered.
+    """uint8 [B T H W 3], or planes [B T 3H/2 W], -> float32 [B T size size 3] in `range`: the box cut out, resized, mirrored where `flip`,
+    jittered.
 
-    Two batched matrix products do it all: rows, then columns and colour together (colour jitter is affine in a pixel's channels).
+    Two batched matrix products do it all: rows, and columns and colour together (colour jitter is affine in a pixel's channels, and so is the
+    conversion of planes; a colour plane of half the size is doubled by being resampled with weights of its own).
     """
-    size, (b, t, height, width, c) = spec['size'], stream['data'].shape
-    box = stream['box'].astype(jnp.float32)
-    rows = resample(box[:, 0], box[:, 2], height, size)
-    columns = resample(box[:, 1], box[:, 3], width, size)
-    columns = jnp.where(stream['flip'][:, None, None], columns[:, ::-1], columns)
-    x = stream['data'].astype(jnp.float32) * (2 / 255) - 1
-    if not augment or config['color'] <= 0:
-        matrix, shift = jnp.broadcast_to(jnp.eye(c), (b, c, c)), jnp.zeros((b, c))
+    data, size, box = stream['data'], spec['size'], stream['box'].astype(jnp.float32)
+    b, t = data.shape[:2]
+
+    def weights(height: int, width: int) -> tuple[jax.Array, jax.Array]:
+        columns = resample(box[:, 1], box[:, 3], width, size)
+        return resample(box[:, 0], box[:, 2], height, size), jnp.where(stream['flip'][:, None, None], columns[:, ::-1], columns)
+
+    def jitter(mean: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if augment and config['color'] > 0:
+            return color_jitter(mean, config, rng.at('color'))
+        return jnp.broadcast_to(jnp.eye(3), (b, 3, 3)), jnp.zeros((b, 3))
+
+    # The mean is taken over time, then over the resampled frame: the weights of each source row and column say how much it counts.
+    if data.ndim == 5:
+        height, width = data.shape[2:4]
+        rows, columns = weights(height, width)
+        x = data.astype(jnp.float32) * (2 / 255) - 1
+        matrix, shift = jitter(jnp.einsum('bhwc,bh,bw->bc', x.mean(1), rows.mean(1), columns.mean(1)))
+        mixed = jnp.einsum('bjw,bdc->bwcjd', columns, matrix).reshape(b, width * 3, size * 3)
+        x = jnp.matmul(x.reshape(b, t * height, width * 3), mixed).reshape(b, t, height, size * 3)
+        x = jnp.einsum('bih,bthk->btik', rows, x).reshape(b, t, size, size, 3)
     else:
-        # mean over time, then over the resampled frame: the weights of each source row and column say how much it counts
-        mean = jnp.einsum('bhwc,bh,bw->bc', x.mean(1), rows.mean(1), columns.mean(1))
-        matrix, shift = color_jitter(mean, config, rng.at('color'))
-    mixed = jnp.einsum('bjw,bdc->bwcjd', columns, matrix).reshape(b, width * c, size * c)
-    x = jnp.matmul(x.reshape(b, t * height, width * c), mixed).reshape(b, t, height, size * c)
-    x = jnp.einsum('bih,bthk->btik', rows, x).reshape(b, t, size, size, c)
+        height, width = data.shape[2] * 2 // 3, data.shape[3]
+        x = data.astype(jnp.float32)
+        chroma = x[:, :, height:].reshape(b, t, 2, height // 2, width // 2)
+        planes, axes = [x[:, :, :height], chroma[:, :, 0], chroma[:, :, 1]], [weights(height, width), *[weights(height // 2, width // 2)] * 2]
+        mean = jnp.stack([jnp.einsum('bhw,bh,bw->b', p.mean(1), r.mean(1), c.mean(1)) for p, (r, c) in zip(planes, axes)], -1)
+        matrix, shift = jitter(mean @ _FROM_PLANES.T + _FROM_PLANES_SHIFT)
+        matrix, shift = matrix @ _FROM_PLANES, matrix @ _FROM_PLANES_SHIFT + shift
+        x = jnp.concatenate([jnp.einsum('bih,bthw->btiw', r, p) for p, (r, _) in zip(planes, axes)], -1)
+        mixed = jnp.concatenate([jnp.einsum('bjw,bd->bwjd', c, matrix[..., i]) for i, (_, c) in enumerate(axes)], 1)
+        x = jnp.matmul(x.reshape(b, t * size, 2 * width), mixed.reshape(b, 2 * width, size * 3)).reshape(b, t, size, size, 3)
     x = jnp.clip(x + shift[:, None, None, None], -1, 1)
     wanted = tuple(spec.get('range', (-1.0, 1.0)))  # checkpoints older than this field: VATT's
     if len(wanted) != 2 or wanted[0] >= wanted[1]:
         raise ConfigError(f'config.model.inputs.video.range={wanted}: values of black and of white are wanted, such as (-1.0, 1.0) or (0.0, 1.0)')
     low, high = wanted
     return x if wanted == (-1, 1) else (x + 1) * ((high - low) / 2) + low
+
+
+# Y, U, V of 0 to 255 (ITU-R BT.601, Y from 16 to 235: what data_pipelines stores) -> R, G, B of -1 to 1.
+_FROM_PLANES = np.float32(np.array([[1 / 219, 0, 1.402 / 224], [1 / 219, -0.344136 / 224, -0.714136 / 224], [1 / 219, 1.772 / 224, 0]]) * 2)
+_FROM_PLANES_SHIFT = np.float32(-1 - _FROM_PLANES @ np.array([16, 128, 128]))
 
 
 def resample(low: jax.Array, high: jax.Array, length: int, size: int) -> jax.Array:

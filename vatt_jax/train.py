@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vatt_jax import checkpoint, distributed, encoder, evals, metrics, models, objectives, optim, preprocess, sharding, train_state, train_step
+from vatt_jax import checkpoint, distributed, encoder, evals, metrics, models, objectives, optim, preprocess, sharding, train_state, train_step, words
 from vatt_jax import config as configs
 from vatt_jax.config import ConfigError
 from vatt_jax.evals import base as evals_base
@@ -149,6 +149,13 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, built: Built, quiet:
                 state = state.replace(params={**state.params, 'model': params}, batch_stats=stats,
                                       ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else {})
                 origin = f'starting from {config.init_from}' + (f', {len(left)} parameters fresh' if left else '')
+            frozen = [k for k, t in config.model.towers.items() if t.get('frozen_words')]
+            if config.init_words:
+                params, said = words.fill(config.init_words, state.params['model'], data.info['tokenizer'])
+                state = state.replace(params={**state.params, 'model': params}, ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else {})
+                origin += f', {said}'
+            elif frozen and not config.init_from:
+                origin += f', random word vectors that stay so (config.init_words is empty and config.model.towers.{frozen[0]}.frozen_words is set)'
             workdir.mkdir(parents=True, exist_ok=True)
             keeper = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint)
     step, consumed, order, weights = int(state.step), int(start['consumed']), start['order'], tuple(start['weights'])

@@ -72,9 +72,17 @@ def test_frames_stored_as_video(config, data, stored_as_video, prepared, tmp_pat
     assert sizes[0] < sizes[1]
     ids = [[t['id'] for t in d.texts('train', 'records')] for d in (data, video_data)]
     assert sorted(ids[0]) == sorted(ids[1]) and set(videos['index']) == set(range(13))
-    check_clocks(videos)
-    assert videos['video/valid'].sum() == jpegs['video/valid'].sum() == 12
+    # The training step gets planes and makes RGB of them itself; other passes get RGB.
+    assert videos['video/data'].shape == (13, 8, SIZE * 3 // 2, SIZE)
     np.testing.assert_array_equal(videos['video.back/data'], videos['video/data'][:, ::-1])
+    videos['video/data'] = on_device(videos['video/data'])
+    check_clocks(videos)
+    config.data.eval = {'path': str(stored_as_video)}
+    video_data = data_pipelines.open(config)
+    check_clocks(tested := rows(video_data.one_pass('test', 5), 1))
+    assert tested['video/data'].shape == (5, 8, SIZE, SIZE, 3)
+    video_data.close()
+    assert videos['video/valid'].sum() == jpegs['video/valid'].sum() == 12
     config.data.train = {'video': {'path': str(stored_as_video)}, 'jpeg': {'path': str(prepared[0])}}
     config.data.views = ()
     both = data_pipelines.open(config)
@@ -96,19 +104,45 @@ def test_frames_stored_as_video(config, data, stored_as_video, prepared, tmp_pat
     np.testing.assert_allclose(video_time(got['video/data']), got['video/start'][:, None] + np.arange(8) / FPS, atol=0.06)
 
 
+def on_device(planes):
+    """uint8 [B T H W 3] of planes [B T 3H/2 W] with square frames, by the device stage."""
+    from vatt_jax import preprocess
+    b, size = len(planes), planes.shape[3]
+    stream = {'data': planes, 'box': np.tile(np.float32([0, 0, 1, 1]), (b, 1)), 'flip': np.zeros(b, bool)}
+    x = preprocess.video(stream, {'size': size}, {'color': 0.0}, None, False)
+    return np.rint((np.asarray(x) + 1) * 127.5).astype(np.uint8)
+
+
+def test_planes_are_what_the_decoder_makes_rgb_of():
+    rng = np.random.default_rng(0)
+    patches = np.kron(rng.integers(0, 256, (6, 4, 4, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    packets = media.h264(patches, FPS, 4)
+    rgb, planes = media.decoded(packets, range(6)), media.decoded(packets, range(6), 'yuv420p')
+    assert planes.shape == (6, 96, 64)
+    got = on_device(planes[None])[0].astype(int)
+    # The definition of BT.601, each colour pixel for four: away from the borders of patches, where they may be doubled otherwise.
+    y, (u, v) = planes[:, :64].astype(float), planes[:, 64:].reshape(6, 2, 32, 32).repeat(2, 2).repeat(2, 3).astype(float).swapaxes(0, 1)
+    y, u, v = (y - 16) / 219, (u - 128) / 224, (v - 128) / 224
+    want = 255 * np.stack([y + 1.402 * v, y - (0.114 * 1.772 * u + 0.299 * 1.402 * v) / 0.587, y + 1.772 * u], -1).clip(0, 1)
+    inner = np.kron(np.ones((4, 4), bool), np.pad(np.ones((10, 10), bool), 3))
+    assert np.abs(got - want)[:, inner].max() < 2 and np.abs(got - want)[:, inner].mean() < 0.35
+    assert np.abs(got - rgb)[:, inner].max() <= 3 and np.abs(got - patches)[:, inner].mean() < 5
+
+
 def test_any_frame_of_a_stored_video():
     frames = clock(3.5, 48, 64)[0]
     frames[:, 10:20, 10:20, 0] += np.arange(35, dtype=np.uint8)[:, None, None]
     packets = media.h264(frames, FPS, 10)
     assert len(packets) == 35
-    whole = media.from_h264(packets, np.arange(35))
+    whole = media.decoded(packets, np.arange(35))
     assert np.abs(whole.astype(int) - frames).mean() < 3
     for numbers in ([34], [9, 10, 11], [20, 3, 3, 34, 0], np.random.default_rng(0).permutation(35)):
-        np.testing.assert_array_equal(media.from_h264(packets, np.array(numbers)), whole[numbers])
+        np.testing.assert_array_equal(media.decoded(packets, np.array(numbers)), whole[numbers])
     # Nothing before the last beginning is needed.
-    np.testing.assert_array_equal(media.from_h264([b''] * 20 + packets[20:30] + [b''] * 5, np.array([25])), whole[[25]])
+    np.testing.assert_array_equal(media.decoded(packets[20:30], np.array([5])), whole[[25]])
+    np.testing.assert_array_equal(media.decoded(packets[:3] + packets[20:23], np.array([4, 1])), whole[[21, 1]])
     with pytest.raises(media.MediaError, match='0 of 1 frames decode'):
-        media.from_h264([b''] * 9 + packets[9:], np.array([5]))
+        media.decoded(packets[8:10], np.array([0]))
 
 
 def test_sentences_are_those_of_the_window(data):
@@ -230,20 +264,25 @@ def test_short_records_repeat(config):
             np.testing.assert_array_equal(pcm[n:2 * n][:4 * RATE - n], pcm[:4 * RATE - n][:n])
 
 
-@pytest.fixture(params=['flipped bit', 'other record'])
+@pytest.fixture(params=['flipped bits', 'other record'])
 def damaged(prepared, tmp_path, request):
-    """A copy whose record 4 of the training split has one flipped bit, or is not the one that the index tells of."""
+    """A copy in whose record 4 of the training split each frame and each second of sound has one flipped bit, or is not the one that was noted."""
+    from data_pipelines import places
     from data_pipelines.records import Prepared, Split
     out = tmp_path / 'damaged'
     shutil.copytree(prepared[0], out)
     index = Split(Prepared(out), 'train').index
+    first, last = places.firsts(index.frames, index.samples, RATE)[4:6]
+    pieces = np.load(out / 'pieces-train.npy')
     if request.param == 'other record':
-        index.crc[4] ^= 1
-        index.save(out / 'index-train.npz')
+        pieces[first:last, 2] ^= 1
+        np.save(out / 'pieces-train.npy', pieces)
         return out
     shard = next(out.glob('*-train.array_record*'))
     content = bytearray(shard.read_bytes())
-    content[content.index(index.id[4].encode()) + 1] ^= 0x10
+    begin = int(np.load(out / 'places-train.npz')['offset'][4])
+    for offset, size, _ in pieces[first:last].tolist():
+        content[places._physical(begin + offset + size // 2)] ^= 0x10
     shard.write_bytes(content)
     return out
 
