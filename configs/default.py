@@ -11,7 +11,8 @@ def get_config(arg: str = '') -> ConfigDict:
     c.seed = 0                          # of initial values, order, augmentation and dropout
     c.steps = 100_000                   # optimizer steps of the whole run
     c.batch_size = 128                  # clips per optimizer step, over all devices and hosts
-    c.accumulate = 1                    # gradient accumulation: microbatches per step (losses see one microbatch at a time)
+    c.accumulate = 1                    # microbatches per step, so that the activations of one at a time are in memory
+    c.accumulation = 'plain'            # plain: each microbatch has a loss of its own | exact: one loss of the whole batch, towers run twice
     c.compute_dtype = 'float32'         # of activations: float32 (CPU) or bfloat16 (accelerators); parameters stay float32
 
     # ---- what the model is

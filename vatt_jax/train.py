@@ -31,8 +31,8 @@ class Built:
     """What a config builds, the same in training and in evaluation: a function of the config and `info` alone, so that runs may share it.
 
     init: () -> TrainState and step: (state, device batch) -> (state, metrics), both jitted, to be called inside `jax.set_mesh(mesh)`; step takes
-    its state's memory. shape: abstract TrainState. batch: abstract device batch of one step, from bytes; inputs: one microbatch of it after the
-    device stage; outputs: the model's Outputs of that. info: what the data say of themselves.
+    its state's memory. shape: abstract TrainState. batch: abstract device batch of one step, from bytes; inputs: what of it a loss sees, after
+    the device stage; outputs: the model's Outputs of that. info: what the data say of themselves.
     """
     mesh: Any
     model: Any
@@ -76,7 +76,8 @@ def check(config: ConfigDict) -> None:
     model, objective = models.build(config.model, config.compute_dtype), objectives.build(config.objective)
     optim.check(config.optimizer, config.steps)
     streams = objective.streams() or tuple(config.model.towers)
-    train_state.abstract(model, preprocess.abstract(config.model.inputs, streams, 2, config.compute_dtype), 0, {})
+    spec = train_state.abstract(model, preprocess.abstract(config.model.inputs, streams, 2, config.compute_dtype), 0, {})
+    train_step.check(config, model, objective, spec.batch_stats)
 
 
 def build(config: ConfigDict, data) -> Built:
@@ -99,12 +100,13 @@ def assemble(config: ConfigDict, data, mesh) -> Built:
                           f'{", ".join(k for k, v in first.items() if isinstance(v, dict) and "data" in v)} '
                           '(more views: config.data.views)')
     of_rows = lambda rows: jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)[1:]), np.asarray(x).dtype), encoder.device_part(first))
-    rows = config.batch_size // config.accumulate
+    rows = config.batch_size // (config.accumulate if config.accumulation == 'plain' else 1)   # that a loss sees
     rng = jax.eval_shape(lambda: Rng.create(0, 0, jnp.zeros((rows,), jnp.uint32)))
     inputs = jax.eval_shape(lambda b, r: preprocess.device_stage(b, config.model.inputs, config.augment, r, augment=False,
                                                                  dtype=config.compute_dtype), of_rows(rows), rng)
     labels = {name: len(classes) for name, classes in data.info.get('labels', {}).items()}
     spec = train_state.abstract(model, inputs, data.size('train'), labels)
+    train_step.check(config, model, objective, spec.batch_stats)
     init, shape, shardings, tx = train_state.create(config, model, objective, spec, mesh)
     step = jax.jit(train_step.make(config, model, objective, tx), in_shardings=(shardings, sharding.batch_sharding(mesh)),
                    out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0, compiler_options=dict(config.compiler_options) or None)
