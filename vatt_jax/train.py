@@ -18,6 +18,7 @@ from vatt_jax import checkpoint, distributed, encoder, evals, metrics, models, o
 from vatt_jax import config as configs
 from vatt_jax.config import ConfigError
 from vatt_jax.evals import base as evals_base
+from vatt_jax.models import attention
 from vatt_jax.objectives.base import Records, only
 from vatt_jax.rng import Rng
 
@@ -62,6 +63,7 @@ def mesh_of(config: ConfigDict) -> Any:
     for name in config.evals:
         evals.build(name, config.evals[name])
     check_compiler_options(config)
+    attention.check(config.model, jax.default_backend())
     shape = configs.check_batch(config, jax.device_count(), jax.process_count())
     return sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape)))
 
