@@ -138,7 +138,7 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, built: Built, quiet:
     # Start order: the run's own latest checkpoint; else init_from; else scratch.
     start = {'consumed': 0, 'order': '', 'weights': []}
     columns: dict[str, np.ndarray] = {}
-    saved = newest(workdir)
+    saved = newest_sound(workdir)
     with jax.set_mesh(built.mesh):
         if saved is not None:
             keeper = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint)
@@ -340,9 +340,22 @@ def _tell(results, step: int, writer, progress) -> dict[str, float]:
 
 def newest(workdir: pathlib.Path) -> int | None:
     """Step of the run's newest complete checkpoint, if any."""
-    folder = workdir / 'checkpoints'
-    steps = [int(p.name) for p in folder.glob('*') if p.name.isdigit() and (p / '_CHECKPOINT_METADATA').exists()] if folder.is_dir() else []
-    step = distributed.agree(max(steps, default=-1))
+    step = distributed.agree(max(checkpoint.steps(workdir / 'checkpoints'), default=-1))
+    return None if step < 0 else step
+
+
+def newest_sound(workdir: pathlib.Path) -> int | None:
+    """The same, of those whose files are what was written; newer ones that are not are told and set aside. The main process looks."""
+    told, step = '', -1
+    if distributed.is_main():
+        try:
+            step = checkpoint.newest_sound(workdir / 'checkpoints')
+            step = -1 if step is None else step
+        except ConfigError as error:
+            told, step = str(error), -2
+    step = distributed.agree(step)
+    if step == -2:
+        raise ConfigError(told or f'every checkpoint in {workdir} is damaged')
     return None if step < 0 else step
 
 
