@@ -174,7 +174,7 @@ def compare(config, data, workdir: pathlib.Path, built=None, again: bool = False
     from vatt_jax.config import ConfigError
     built = built or train.build(config, data)
     train.check_run_folder(config, workdir, evaluating=again)
-    step = train.newest(workdir)
+    step = train.newest_sound(workdir)
     if step is None:
         raise ConfigError(f'--workdir={workdir} holds no checkpoint; train first')
     wanted = lambda name: config.evals and (again or not distributed.agree((workdir / 'evals' / name / 'results.json').exists()))
@@ -333,7 +333,7 @@ def entry() -> None:
         print('interrupted; the same command continues from the last checkpoint', file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        told = {'DataError': 2, 'TrainingStopped': 1, 'ShardingError': 2, 'Absent': 1}
+        told = {'DataError': 2, 'TrainingStopped': 1, 'ShardingError': 2, 'Absent': 1, 'Unsaved': 1}
         code = told.get(type(error).__name__)
         if code is None:
             raise

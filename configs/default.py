@@ -11,7 +11,8 @@ def get_config(arg: str = '') -> ConfigDict:
     c.seed = 0                          # of initial values, order, augmentation and dropout
     c.steps = 100_000                   # optimizer steps of the whole run
     c.batch_size = 128                  # clips per optimizer step, over all devices and hosts
-    c.accumulate = 1                    # gradient accumulation: microbatches per step (losses see one microbatch at a time)
+    c.accumulate = 1                    # microbatches per step, so that the activations of one at a time are in memory
+    c.accumulation = 'plain'            # plain: each microbatch has a loss of its own | exact: one loss of the whole batch, towers run twice
     c.compute_dtype = 'float32'         # of activations: float32 (CPU) or bfloat16 (accelerators); parameters stay float32
 
     # ---- what the model is
@@ -29,7 +30,8 @@ def get_config(arg: str = '') -> ConfigDict:
     m.towers = ConfigDict()             # modality -> tower; named sizes: vatt_jax/models/presets.py
     m.encoder = ConfigDict()            # the shared encoder's size when m.shared
     m.head = ConfigDict({'name': 'fac', 'va': 512, 'vat': 256})  # graph (models/common_space.py) and widths of its spaces
-    m.attention = 'dense'               # dense (the definition, with dropout on probabilities) | xla | cudnn
+    m.attention = 'dense'               # dense (the definition, the only one with dropout on probabilities) | xla | cudnn (GPU) | splash (TPU) |
+                                        # auto: the kernel of the machine in towers without attention_dropout, else dense
     m.scan = False                      # scan over layers (fast compile, for deep towers) instead of unrolling; same parameters
     m.remat = 'none'                    # none | dots | full: what the backward pass recomputes
 
@@ -94,6 +96,7 @@ def get_config(arg: str = '') -> ConfigDict:
     k = c.checkpoint = ConfigDict()
     k.every = 1000                      # steps between checkpoints; the last step is always saved
     k.keep = 2                          # newest checkpoints kept
+    k.best = ''                         # 'evaluator/scalar': also keep the checkpoint at which it was highest, such as 'probe/accuracy'
     k.keep_every = 0                    # also keep each checkpoint whose step is a multiple of this; 0: none
     c.log_every = 10                    # steps between lines of metrics.jsonl
     c.max_bad_steps = 5                 # non-finite steps in a row that stop the run

@@ -3,6 +3,7 @@
     python run.py --config=configs/vatt.py:mbs --workdir=runs/vatt_mbs                      # the released code's values, the paper's batch
     python run.py --config=configs/vatt.py:mbs,paper --workdir=runs/vatt_mbs                # the paper's wherever they differ
     python run.py --config=configs/vatt.py:mbs,code --workdir=runs/vatt_mbs                 # the code's wherever they differ
+    python run.py --config=configs/vatt.py:mbs,fused --workdir=runs/vatt_mbs                # attention by the machine's kernel, without its dropout
     python run.py --config=configs/vatt.py:bbs,synthetic --workdir=runs/try --config.batch_size=4 --config.steps=3 ...  # no data
 
 Sizes: bbs, mbs, lbs (one tower for each modality: Base/Medium/Large video, Base audio, Small text), agnostic_base, agnostic_medium,
@@ -14,8 +15,9 @@ Published: 500 k steps of 2048 clips, 256 TPU v3, under three days. What differs
 from configs import default
 from vatt_jax.config import choose
 from vatt_jax.models import presets
+from vatt_jax.models.vatt import NETS
 
-OPTIONS = ('paper', 'code', 'synthetic')
+OPTIONS = ('paper', 'code', 'synthetic', 'fused')
 STEPS = 500_000
 
 
@@ -33,6 +35,11 @@ def get_config(arg: str = 'mbs'):
     c.compute_dtype = 'bfloat16'
     c.model.update(presets.model(name))
     c.model.scan, c.model.remat = True, 'full'
+    if 'fused' in options:               # no dropout on attention probabilities, which no fused kernel has; all other dropout stays
+        c.model.attention = 'auto'
+        for part in (*c.model.towers.values(), c.model.encoder) if c.model.shared else c.model.towers.values():
+            if part.get('name', 'vit') not in NETS:
+                part.attention_dropout = 0.0
     c.objective = {'name': 'contrastive', 'pairs': (('video', 'audio', 'va', 1.0), ('video', 'text', 'vat', 1.0)), 'temperature': 0.07,
                    'form': 'asymmetric', 'padded': True}
 

@@ -9,7 +9,7 @@ from vatt_jax import objectives
 from vatt_jax.config import ConfigError
 from vatt_jax.losses import classification
 from vatt_jax.objectives.base import Spec
-from vatt_jax.objectives.classification import mixed
+from vatt_jax.objectives.classification import mix
 from vatt_jax.rng import Rng
 
 B, P = 6, 5
@@ -92,12 +92,13 @@ def test_mixup_mixes_neighbours_by_a_beta_share():
     scipy = pytest.importorskip('scipy.stats')
     n = 4000
     x = jnp.arange(n, dtype=jnp.float32)[:, None]
-    y = jax.nn.one_hot(jnp.arange(n) % 3, 3)
     rows = jnp.ones(n, bool).at[7].set(False)
-    batch, label, weight = mixed({'audio': {'data': x}}, 'audio', y, rows, 5, Rng.create(0, 0, jnp.arange(n)))
-    share = np.asarray(jnp.arange(1, n) - batch['audio']['data'][:-1, 0])   # data = s·i + (1-s)·(i+1) = i + 1 - s
-    assert share[7] == 1 and share[6] == 1 and (weight == rows).all()
+    batch = {'audio': {'data': x, 'valid': rows}, 'labels': {'class': jnp.arange(n) % 3}}
+    mixed = objective(stream='audio', form='sigmoid', mixup=5).meet(batch, Rng.create(0, 0, jnp.arange(n)))
+    share = np.asarray(jnp.arange(1, n) - mixed['audio']['data'][:-1, 0])   # data = s·i + (1-s)·(i+1) = i + 1 - s
+    assert share[7] == 1 and share[6] == 1
     assert scipy.kstest(np.delete(share, [6, 7]), scipy.beta(5, 5).cdf).pvalue > 1e-3
+    label = mix(jax.nn.one_hot(jnp.arange(n) % 3, 3), jnp.asarray(np.append(share, 1), jnp.float32))
     np.testing.assert_allclose(label[0], [share[0], 1 - share[0], 0], atol=1e-5)
 
 

@@ -144,3 +144,23 @@ def test_a_loop_of_unknown_length_is_told():
     text = TPU.replace('direction=LT', 'direction=GT').replace('LIMIT', '11')
     report = hlo.read(text)
     assert report.unknown == ['loop'] and report.traffic < hlo.read(TPU.replace('LIMIT', '11')).traffic
+
+
+def test_a_kernel_on_several_lines_does_not_end_its_computation():
+    """Pallas kernels carry their parameters as text with line breaks; what comes after them in a loop counts too."""
+    program = '''HloModule jit_step, num_partitions=2
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+ENTRY %main (x: f32[256]) -> f32[256] {
+  %x = f32[256]{0} parameter(0)
+  %kernel = f32[256]{0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{
+ "xprof_metadata":"{\\"block_q\\": 896}"
+}}, metadata={op_name="jit(step)/splash"}
+  ROOT %total = f32[256]{0} all-reduce(%kernel), channel_id=1, replica_groups={{0,1}}, to_apply=%sum
+}
+'''
+    report = hlo.read(program)
+    assert [(c.kind, c.bytes, c.group) for c in report.collectives] == [('all-reduce', 1024.0, 2)] and report.traffic == 4 * 1024

@@ -208,11 +208,10 @@ def test_a_pair_that_training_does_not_compute_is_a_sentence():
 
     class Model:
         @staticmethod
-        def apply(_, batch, **kw):
-            spaces, new = module.apply(variables, pooled(), VALID, True, mutable=['batch_stats'])
-            return type('Outputs', (), {'spaces': spaces}), new
+        def apply(*_, **kw):
+            return module.apply(variables, pooled(), VALID, True, mutable=['batch_stats'])
     with pytest.raises(ConfigError, match="no 'audio' in space 'vat' in training; it has video in va, audio in va, video in vat, text in vat"):
-        Contrastive({'pairs': (('audio', 'text', 'vat', 1.0),)}).loss(Model, {}, {}, {}, {}, None)
+        Contrastive({'pairs': (('audio', 'text', 'vat', 1.0),)}).judge(Model, {}, {}, {}, {}, {}, None)
 
 
 # ---- configs

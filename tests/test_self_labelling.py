@@ -210,12 +210,11 @@ def test_loss_is_the_mean_over_views_and_heads(unit):
     label = rng.integers(-1, 4, (16, 3)).astype(np.int32)
     objective, params, state = built({v: x[v] for v in views}, clusters=4, heads=3, unit_logits=unit)
     encoded = {v: types.SimpleNamespace(pooled=x[v]) for v in views}
-    model = types.SimpleNamespace(apply=lambda *a, **k: (encoded, {}))
     batch = {v: {'data': np.zeros(16), 'valid': valid[v]} for v in views} | {'valid': np.arange(16) != 1}
 
     @jax.jit
     def both(params, state):
-        call = lambda b: objective.loss(model, {'batch_stats': {}}, params, state, b, rng_of(16))
+        call = lambda b: objective.judge(None, {'batch_stats': {}}, params, state, x, b, rng_of(16))
         return [(out.value, out.state, out.apply_update) for out in map(call, ({**batch, 'columns': {'label': label}}, batch))], objective.predict(
             params, state, encoded)
     (got, before), predicted = both(params, state)
@@ -269,8 +268,7 @@ def test_online_codes_are_swavs_swapped_prediction():
     # heads that pass features on
     params = {'projection': {v: {'kernel': np.eye(4, dtype=np.float32), 'bias': np.zeros(4, np.float32)} for v in 'ab'},
               'prototypes': jnp.asarray(prototypes, jnp.float32)}
-    encoded = {v: types.SimpleNamespace(pooled=jnp.asarray(3 * x, jnp.float32)) for v, x in z.items()}
-    model = types.SimpleNamespace(apply=lambda *a, **k: (encoded, {}))
+    pooled = {v: jnp.asarray(3 * x, jnp.float32) for v, x in z.items()}
     batch = {v: {'data': jnp.zeros(8), 'valid': jnp.asarray(valid[v])} for v in 'ab'} | {'valid': jnp.ones(8, bool)}
     state = {'norm': {'a': {}, 'b': {}}, 'seen': jnp.int32(7),
              'queue': {v: {'features': jnp.asarray(x, jnp.float32), 'filled': jnp.full(10, 2.0)} for v, x in old.items()}}
@@ -278,7 +276,7 @@ def test_online_codes_are_swavs_swapped_prediction():
     @jax.jit
     def value_and_grad(params, state):
         def value(params):
-            out = objective.loss(model, {'batch_stats': {}}, params, state, batch, rng_of(8))
+            out = objective.judge(None, {'batch_stats': {}}, params, state, pooled, batch, rng_of(8))
             return out.value, out.state
         return jax.value_and_grad(value, has_aux=True)(params)
     (got, new), grads = value_and_grad(params, state)

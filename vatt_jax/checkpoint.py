@@ -1,15 +1,21 @@
 """Checkpoints through orbax: asynchronous, exact, onto any mesh, partial and renamed. Only this file knows orbax.
 
-Layout of a run folder: `checkpoints/<step>/{state,meta,columns}`. `meta` is JSON: examples consumed, digest of the order so far,
+Layout of a run folder: `checkpoints/<step>/{state,meta,columns}` and `manifest.json`, the digests of these files, without which flipped bits would
+be read as parameters. `meta` is JSON: examples consumed, digest of the order so far,
 the resolved config and the data's info (tokenizer, class names), so a checkpoint folder alone is enough to load a model.
 """
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
+import math
+import os
 import pathlib
 import re
+import shutil
 from typing import Any
 
 import jax
@@ -26,15 +32,50 @@ logging.getLogger('absl').setLevel(logging.ERROR)  # orbax tells each file it wr
 ITEMS = ('state', 'meta', 'columns')
 
 
+MANIFEST = 'manifest.json'
+
+
+class Unsaved(RuntimeError):
+    """A checkpoint could not be written. The message says why and what is left."""
+
+
+@dataclasses.dataclass
+class Best:
+    """Preserves the step with the highest `scalar` ('evaluator/name') among the results in `evals`; the earlier of equal ones."""
+    evals: pathlib.Path
+    scalar: str
+
+    def value(self, step: int) -> float:
+        evaluator, _, name = self.scalar.partition('/')
+        try:
+            found = json.loads((self.evals / f'step_{step:06d}' / 'results.json').read_text())
+            return float(found[evaluator]['scalars'][name])
+        except (OSError, ValueError, KeyError, TypeError):
+            return -math.inf
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        values = [self.value(c.step) for c in checkpoints]
+        best = max(values, default=-math.inf)
+        return [v == best and v > -math.inf and v not in values[:i] for i, v in enumerate(values)]
+
+
 class Checkpoints:
-    """The checkpoints of one run. folder: `<workdir>/checkpoints`. config: `config.checkpoint`."""
+    """The checkpoints of one run. folder: `<workdir>/checkpoints`. config: `config.checkpoint`. Old ones go when a new one is whole."""
 
     def __init__(self, folder: str | pathlib.Path, config: ConfigDict):
-        keep = [managers.LatestN(max(1, config.keep))]
+        folder = pathlib.Path(folder).absolute()
+        keep: list[Any] = [managers.LatestN(max(1, config.keep))]
         if config.keep_every:
             keep.append(managers.EveryNSteps(config.keep_every))
-        options = ocp.CheckpointManagerOptions(preservation_policy=managers.AnyPreservationPolicy(keep),
-                                               enable_async_checkpointing=True)
+        if config.get('best'):
+            keep.append(Best(folder.parent / 'evals', config.best))
+        self.saving = None
+        def seal():   # before the folder takes its name, so that both appear together
+            if jax.process_index() == 0:
+                for temporary in folder.glob(f'{self.saving}.orbax-checkpoint-tmp*'):
+                    write_manifest(temporary)
+        options = ocp.CheckpointManagerOptions(preservation_policy=managers.AnyPreservationPolicy(keep), enable_async_checkpointing=True,
+                                               async_options=ocp.AsyncOptions(post_finalization_callback=seal))
         self.manager = ocp.CheckpointManager(pathlib.Path(folder).absolute(), options=options, item_names=ITEMS)
 
     def latest(self) -> int | None:
@@ -44,9 +85,22 @@ class Checkpoints:
         """Starts an asynchronous save; the previous one is waited for. A step that is already saved is left alone."""
         if self.manager.latest_step() == step:
             return
-        self.manager.save(step, args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta),
-            columns=ocp.args.StandardSave({'_': np.zeros((), np.int8), **columns})), force=True)
+        self.wait()
+        self.saving = step
+        with self._told():
+            self.manager.save(step, args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta),
+                columns=ocp.args.StandardSave({'_': np.zeros((), np.int8), **columns})), force=True)
+
+    @contextlib.contextmanager
+    def _told(self):
+        """Raises Unsaved for whatever goes wrong in writing."""
+        try:
+            yield
+        except Exception as error:
+            rest = [s for s in steps(pathlib.Path(self.manager.directory)) if s != self.saving]
+            left = f'the checkpoint of step {rest[-1]} is whole, and the same command continues from there' if rest else 'there is none before it'
+            raise Unsaved(f'the checkpoint of step {self.saving} could not be written ({_first_line(error)}); {left}. Is the disk full?') from error
 
     def restore(self, step: int, shape: Any, shardings: Any) -> tuple[Any, dict[str, Any], dict[str, np.ndarray]]:
         """(state, meta, columns) of a step, laid out as `shardings` whatever mesh saved it.
@@ -68,10 +122,65 @@ class Checkpoints:
         return state, got.meta, {k: np.array(v) for k, v in got.columns.items() if k != '_'}
 
     def wait(self) -> None:
-        self.manager.wait_until_finished()
+        with self._told():
+            self.manager.wait_until_finished()
 
     def close(self) -> None:
         self.manager.close()
+
+
+def steps(folder: pathlib.Path) -> list[int]:
+    """Steps of the complete checkpoints of a folder, ascending."""
+    return sorted(int(p.name) for p in folder.glob('*') if p.name.isdigit() and (p / '_CHECKPOINT_METADATA').exists()) if folder.is_dir() else []
+
+
+def _files(folder: pathlib.Path) -> dict[str, str]:
+    """Path -> SHA-256 of every file below a checkpoint folder, but the manifest and what orbax notes of the time of saving."""
+    out = {}
+    for path in sorted(p for p in folder.rglob('*') if p.is_file() and p.name not in (MANIFEST, f'{MANIFEST}.tmp', '_CHECKPOINT_METADATA')):
+        with path.open('rb') as file:
+            out[str(path.relative_to(folder))] = hashlib.file_digest(file, 'sha256').hexdigest()
+    return out
+
+
+def write_manifest(folder: pathlib.Path) -> None:
+    """Digests of a finished checkpoint's files, beside them."""
+    temporary = folder / f'{MANIFEST}.tmp'
+    temporary.write_text(json.dumps(_files(folder), indent=0))
+    os.replace(temporary, folder / MANIFEST)
+
+
+def damage(folder: pathlib.Path) -> str:
+    """What is wrong with a checkpoint's files by its manifest, '' if nothing (or if it has none, being older than manifests)."""
+    try:
+        wanted = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        return ''
+    except (OSError, ValueError) as error:
+        return f'{MANIFEST} cannot be read: {_first_line(error)}'
+    there = _files(folder)
+    missing = sorted(set(wanted) - set(there))
+    changed = sorted(f for f in wanted if f in there and wanted[f] != there[f])
+    return f'{missing[0]} is missing' if missing else f'{changed[0]} is not what was written' if changed else ''
+
+
+def newest_sound(folder: pathlib.Path, say=print) -> int | None:
+    """Step of the newest checkpoint whose files are what was written, None when there is no checkpoint. Damaged ones above it are told and set
+    aside as `<step>.damaged`. Raises ConfigError when all are damaged."""
+    found = steps(folder)
+    broken = {}
+    for step in reversed(found):
+        broken[step] = damage(folder / str(step))
+        if not broken[step]:
+            for other in found[found.index(step) + 1:]:
+                say(f'checkpoint {folder / str(other)} is damaged ({broken[other]}): set aside as {other}.damaged, going back to step {step}')
+                shutil.rmtree(folder / f'{other}.damaged', ignore_errors=True)
+                os.replace(folder / str(other), folder / f'{other}.damaged')
+            return step
+    if broken:
+        raise ConfigError(f'every checkpoint in {folder} is damaged ({"; ".join(f"{s}: {why}" for s, why in broken.items())}); restore them from a '
+                          'copy, or choose another --workdir')
+    return None
 
 
 def _first_line(error: BaseException) -> str:
@@ -145,6 +254,8 @@ def load_model(path: str | pathlib.Path, mesh) -> tuple[ConfigDict, dict[str, An
     Raises ConfigError when there is none or it cannot be read.
     """
     path = find(path)
+    if damage(path):
+        raise ConfigError(f'checkpoint {path} is damaged ({damage(path)}); name another one of {path.parent}')
     meta = read_meta(path)
     variables = jax.device_put(read_model(path), sharding.replicated(mesh))
     return from_json(json.dumps(meta['config'])), variables, meta['info']

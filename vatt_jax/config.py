@@ -169,7 +169,8 @@ COUNTS = {  # field -> smallest value
                      'model.inputs.audio.rate', 'model.inputs.text.candidates', 'model.inputs.text.words'), 1),
     **dict.fromkeys(('eval_every', 'checkpoint.keep_every'), 0)}
 SHARES = ('data.flip', 'data.max_corrupt', 'augment.color')
-CHOICES = {'jax_platform': ('', 'cpu', 'cuda', 'tpu'), 'compute_dtype': ('float32', 'bfloat16'), 'data.source': ('records', 'synthetic', 'npz')}
+CHOICES = {'jax_platform': ('', 'cpu', 'cuda', 'tpu'), 'compute_dtype': ('float32', 'bfloat16'), 'data.source': ('records', 'synthetic', 'npz'),
+           'accumulation': ('plain', 'exact')}
 
 
 def check_values(config: ConfigDict) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from vatt_jax import models, preprocess, sharding
 from vatt_jax.config import ConfigError
+from vatt_jax.models import attention
 from vatt_jax.rng import Rng
 
 
@@ -25,7 +26,7 @@ class Encoder:
     def __init__(self, config, variables, mesh, objective=None, objective_params=None, objective_state=None):
         self.config, self.variables, self.mesh = config, variables, mesh
         self.objective, self.heads = objective, (objective_params, objective_state)
-        self.model = models.build(config.model, config.compute_dtype)
+        self.model = models.build(attention.portable(config.model), config.compute_dtype)
         self.modalities = tuple(m for m in config.model.towers if self.model.has_tower(variables['params'], m))
         self._forward = jax.jit(self._features, static_argnums=3, out_shardings=sharding.replicated(mesh))
 

@@ -113,7 +113,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
                 current = computations[found[2]] = Computation(found[2], {})
                 entry = found[2] if found[1] else entry
             continue
-        if line.startswith('}'):
+        if re.match(r'\}(?!\})', line):   # `}}` ends the parameters of a Pallas kernel, which take several lines
             current = None
             continue
         found = _LINE.match(line)

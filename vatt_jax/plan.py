@@ -26,9 +26,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vatt_jax import chips, flops, hlo, sharding, train
+from vatt_jax import chips, flops, hlo, models, sharding, train
 from vatt_jax import config as configs
 from vatt_jax.config import ConfigError
+from vatt_jax.models import attention
+from vatt_jax.models.vatt import NETS, SIZE
 from vatt_jax.objectives.base import streams
 
 # Fields that change nothing of a plan.
@@ -88,6 +90,13 @@ def plan(config: ConfigDict, data, topology: chips.Topology, folder: pathlib.Pat
 def suit(config: ConfigDict, chip: chips.Chip) -> list[str]:
     """Changes in place what cannot be compiled for this chip from here; what was changed, in sentences."""
     notes = []
+    if config.model.attention == 'auto':
+        parts = [*config.model.towers.values(), *([config.model.encoder] if config.model.shared else [])]
+        free = not any(p.get('attention_dropout', SIZE['attention_dropout']) for p in parts if p.get('name') not in NETS)
+        config.model.attention = attention.FUSED.get({'cuda': 'gpu'}.get(chip.platform, chip.platform), 'dense') if free else 'dense'
+    if config.model.attention == 'splash' and chip.platform != 'tpu':
+        config.model.attention = 'dense'
+        notes.append(f'attention: splash is a kernel of TPUs; on {chip.name} dense is planned')
     if config.model.attention == 'cudnn':
         config.model.attention = 'xla'
         notes.append('attention: cuDNN cannot be lowered without its GPU; plain XLA attention is compiled in its place, whose logits take memory '
@@ -193,7 +202,8 @@ def describe(config: ConfigDict, topology: chips.Topology, built: train.Built, e
     """What is known without a compiler."""
     sizes = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
     variables = {'params': built.shape.params['model'], 'batch_stats': built.shape.batch_stats}
-    counts = flops.towers(built.model, variables, two_rows(built.inputs))
+    plain = models.build(ConfigDict(config.model.to_dict() | {'attention': 'dense'}), config.compute_dtype)   # kernels compute padding too
+    counts = flops.towers(plain, variables, two_rows(built.inputs))
     slots = [x for x in jax.tree.leaves(built.shape.opt_state) if x.ndim]
     frozen = {k: v for k, v in _named(built.shape.params).items() if any(re.search(p, k) for p in config.optimizer.frozen)}
     total = sizes(built.shape.params)

@@ -18,6 +18,7 @@ from vatt_jax import checkpoint, distributed, encoder, evals, metrics, models, o
 from vatt_jax import config as configs
 from vatt_jax.config import ConfigError
 from vatt_jax.evals import base as evals_base
+from vatt_jax.models import attention
 from vatt_jax.objectives.base import Records, only
 from vatt_jax.rng import Rng
 
@@ -31,8 +32,8 @@ class Built:
     """What a config builds, the same in training and in evaluation: a function of the config and `info` alone, so that runs may share it.
 
     init: () -> TrainState and step: (state, device batch) -> (state, metrics), both jitted, to be called inside `jax.set_mesh(mesh)`; step takes
-    its state's memory. shape: abstract TrainState. batch: abstract device batch of one step, from bytes; inputs: one microbatch of it after the
-    device stage; outputs: the model's Outputs of that. info: what the data say of themselves.
+    its state's memory. shape: abstract TrainState. batch: abstract device batch of one step, from bytes; inputs: what of it a loss sees, after
+    the device stage; outputs: the model's Outputs of that. info: what the data say of themselves.
     """
     mesh: Any
     model: Any
@@ -62,6 +63,7 @@ def mesh_of(config: ConfigDict) -> Any:
     for name in config.evals:
         evals.build(name, config.evals[name])
     check_compiler_options(config)
+    attention.check(config.model, jax.default_backend())
     shape = configs.check_batch(config, jax.device_count(), jax.process_count())
     return sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape)))
 
@@ -76,7 +78,8 @@ def check(config: ConfigDict) -> None:
     model, objective = models.build(config.model, config.compute_dtype), objectives.build(config.objective)
     optim.check(config.optimizer, config.steps)
     streams = objective.streams() or tuple(config.model.towers)
-    train_state.abstract(model, preprocess.abstract(config.model.inputs, streams, 2, config.compute_dtype), 0, {})
+    spec = train_state.abstract(model, preprocess.abstract(config.model.inputs, streams, 2, config.compute_dtype), 0, {})
+    train_step.check(config, model, objective, spec.batch_stats)
 
 
 def build(config: ConfigDict, data) -> Built:
@@ -99,12 +102,13 @@ def assemble(config: ConfigDict, data, mesh) -> Built:
                           f'{", ".join(k for k, v in first.items() if isinstance(v, dict) and "data" in v)} '
                           '(more views: config.data.views)')
     of_rows = lambda rows: jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)[1:]), np.asarray(x).dtype), encoder.device_part(first))
-    rows = config.batch_size // config.accumulate
+    rows = config.batch_size // (config.accumulate if config.accumulation == 'plain' else 1)   # that a loss sees
     rng = jax.eval_shape(lambda: Rng.create(0, 0, jnp.zeros((rows,), jnp.uint32)))
     inputs = jax.eval_shape(lambda b, r: preprocess.device_stage(b, config.model.inputs, config.augment, r, augment=False,
                                                                  dtype=config.compute_dtype), of_rows(rows), rng)
     labels = {name: len(classes) for name, classes in data.info.get('labels', {}).items()}
     spec = train_state.abstract(model, inputs, data.size('train'), labels)
+    train_step.check(config, model, objective, spec.batch_stats)
     init, shape, shardings, tx = train_state.create(config, model, objective, spec, mesh)
     step = jax.jit(train_step.make(config, model, objective, tx), in_shardings=(shardings, sharding.batch_sharding(mesh)),
                    out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0, compiler_options=dict(config.compiler_options) or None)
@@ -134,7 +138,7 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, built: Built, quiet:
     # Start order: the run's own latest checkpoint; else init_from; else scratch.
     start = {'consumed': 0, 'order': '', 'weights': []}
     columns: dict[str, np.ndarray] = {}
-    saved = newest(workdir)
+    saved = newest_sound(workdir)
     with jax.set_mesh(built.mesh):
         if saved is not None:
             keeper = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint)
@@ -343,9 +347,22 @@ def _tell(results, step: int, writer, progress) -> dict[str, float]:
 
 def newest(workdir: pathlib.Path) -> int | None:
     """Step of the run's newest complete checkpoint, if any."""
-    folder = workdir / 'checkpoints'
-    steps = [int(p.name) for p in folder.glob('*') if p.name.isdigit() and (p / '_CHECKPOINT_METADATA').exists()] if folder.is_dir() else []
-    step = distributed.agree(max(steps, default=-1))
+    step = distributed.agree(max(checkpoint.steps(workdir / 'checkpoints'), default=-1))
+    return None if step < 0 else step
+
+
+def newest_sound(workdir: pathlib.Path) -> int | None:
+    """The same, of those whose files are what was written; newer ones that are not are told and set aside. The main process looks."""
+    told, step = '', -1
+    if distributed.is_main():
+        try:
+            step = checkpoint.newest_sound(workdir / 'checkpoints')
+            step = -1 if step is None else step
+        except ConfigError as error:
+            told, step = str(error), -2
+    step = distributed.agree(step)
+    if step == -2:
+        raise ConfigError(told or f'every checkpoint in {workdir} is damaged')
     return None if step < 0 else step
 
 

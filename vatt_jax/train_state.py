@@ -37,8 +37,8 @@ def abstract(model, batch, size: int, labels) -> Spec:
         outputs, variables = model.init_with_output(key, b, train=False, rng=Rng.create(0, 0, jnp.zeros(b['index'].shape, jnp.uint32)))
         return outputs, dict(variables)
     init = jax.jit(init)  # so that all who ask for its shapes or values share one trace
-    outputs, _ = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), batch)
-    return Spec(model, outputs, batch, size, labels, init)
+    outputs, variables = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), batch)
+    return Spec(model, outputs, batch, size, labels, variables.get('batch_stats', {}), init)
 
 
 def create(config, model, objective, spec: Spec, mesh) -> tuple[Any, Any, Any, optax.GradientTransformation]:

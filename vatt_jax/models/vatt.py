@@ -153,6 +153,10 @@ class VATT(nn.Module):
         """Whether these parameters hold the tower: one that an objective never read in training was not made."""
         return any(f'{kind}_{modality}' in params for kind in ('fronts', 'nets'))
 
+    def batch_normed(self, batch_stats: Mapping[str, Any]) -> list[str]:
+        """Modalities whose tower takes statistics of the batch in training."""
+        return sorted(name.removeprefix('nets_') for name in batch_stats if name.startswith('nets_'))
+
     def encode(self, name: str, stream: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False) -> Encoded:
         """One device stream -> Encoded. Only a stream that meets batch statistics (NETS but linear) needs its `valid`, and only in training."""
         modality = name.split('.')[0]

@@ -30,13 +30,14 @@ class Loss:
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """What an objective may size itself by. model: the Linen module; outputs: `jax.eval_shape` of its Outputs on one
-    global (micro)batch; batch: abstract device batch; size: records of the training set (M); labels: name -> classes.
-    init: (key, batch) -> (Outputs, the model's initial variables, boxed)."""
+    global (micro)batch that a loss sees; batch: abstract device batch of it; size: records of the training set (M); labels: name -> classes.
+    batch_stats: the model's, abstract. init: (key, batch) -> (Outputs, the model's initial variables, boxed)."""
     model: Any
     outputs: Any
     batch: Any
     size: int
     labels: Mapping[str, int]
+    batch_stats: Any = dataclasses.field(default_factory=dict)
     init: Callable[..., Any] | None = None
 
 
@@ -68,7 +69,8 @@ class Records:
 
 
 class Objective:
-    """config: the resolved `config.objective`."""
+    """config: the resolved `config.objective`. mixes: whether `meet` does anything."""
+    mixes = False
 
     def __init__(self, config):
         self.config = config
@@ -81,9 +83,25 @@ class Objective:
         """(params, state): trained parameters (may be boxed with logical axes) and untrained arrays."""
         return {}, {}
 
-    def loss(self, model, variables, params, state, batch: Mapping[str, Any], rng: Rng) -> Loss:
-        """batch: the device batch after `preprocess.device_stage`, joined with `columns`."""
+    def meet(self, batch: Mapping[str, Any], rng: Rng) -> dict[str, Any]:
+        """The batch as the towers see it, where clips meet before them (mixup)."""
+        return dict(batch)
+
+    def encode(self, model, variables, batch: Mapping[str, Any], rng: Rng) -> tuple[dict[str, jax.Array], Any]:
+        """({stream: pooled [B(,K) D]}, the model's new statistics): the towers. Each clip by itself, unless a tower has batch statistics."""
+        pooled, updates = model.apply(variables, only(batch, self.streams()), train=True, rng=rng, mutable=['batch_stats'], method=_pooled)
+        return pooled, updates.get('batch_stats', {})
+
+    def judge(self, model, variables, params, state, pooled: Mapping[str, jax.Array], batch: Mapping[str, Any], rng: Rng) -> Loss:
+        """What follows on `encode`: heads and loss of all clips together. batch: masks, labels and columns are read, streams' data are not."""
         raise NotImplementedError
+
+    def loss(self, model, variables, params, state, batch: Mapping[str, Any], rng: Rng) -> Loss:
+        """batch: the device batch after `preprocess.device_stage`, joined with `columns`. Between `encode` and `judge` is where a step may be
+        cut: towers in microbatches, loss of the whole (config.accumulation)."""
+        batch = self.meet(batch, rng)
+        pooled, stats = self.encode(model, variables, batch, rng)
+        return self.judge(model, {**variables, 'batch_stats': stats}, params, state, pooled, batch, rng)
 
     def predict(self, params, state, encoded: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Outputs of trained heads for evaluators, name -> [B P]; `encoded`: {stream: Encoded} in evaluation mode."""
@@ -108,6 +126,10 @@ class Objective:
     def refresh(self, variables, params, state, step: int, records: Records) -> Refreshed:
         """What training goes on with from `step` on. Every host computes the same from the same `records`."""
         raise NotImplementedError
+
+
+def _pooled(model, batch, *, train: bool, rng: Rng) -> dict[str, jax.Array]:
+    return {name: e.pooled for name, e in model.interact(model.encode_all(batch, train=train, rng=rng)).items()}
 
 
 def streams(batch: Mapping[str, Any]) -> list[str]:

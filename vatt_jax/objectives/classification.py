@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vatt_jax.config import ConfigError, choose, with_defaults
 from vatt_jax.losses.classification import balanced_binary_cross_entropy, softmax_cross_entropy
-from vatt_jax.objectives.base import Loss, Objective, only
+from vatt_jax.objectives.base import Loss, Objective
 from vatt_jax.rng import Rng
 from vatt_jax.sharding import logical
 
@@ -39,6 +39,8 @@ class Classification(Objective):
             raise ConfigError(f'config.objective.mixup={c.mixup}: waveforms are mixed, with multi-hot labels; it wants an audio stream and '
                               f'form="sigmoid", here {c.stream!r} and {c.form!r}; set mixup=0')
 
+        self.mixes = c.mixup > 0
+
     def streams(self):
         return (self.config.stream,)
 
@@ -56,23 +58,28 @@ class Classification(Objective):
         bias = jax.nn.initializers.zeros if softmax else jax.nn.initializers.constant(-math.log(max(classes - 1, 1)))
         return {'kernel': logical(kernel, 'embed', 'classes')(key, (width, classes)), 'bias': logical(bias, 'classes')(key, (classes,))}, {}
 
-    def loss(self, model, variables, params, state, batch, rng) -> Loss:
+    def counted(self, batch) -> jax.Array:
+        """bool [B]: rows that have the label and the modality."""
+        label = batch['labels'][self.config.label]
+        return (label >= 0 if label.ndim == 1 else label.sum(-1) > 0) & batch[self.config.stream]['valid']
+
+    def meet(self, batch, rng):
         c = self.config
-        label = batch['labels'][c.label]
-        if c.form == 'softmax':
-            if label.ndim != 1:
-                raise ConfigError(f'config.objective.label={c.label!r} holds several classes for each clip; set config.objective.form="sigmoid"')
-            known = label >= 0
-        else:
-            classes = params['bias'].shape[0]
-            label = jax.nn.one_hot(label, classes) if label.ndim == 1 else label.astype(jnp.float32)
-            known = label.sum(-1) > 0
-        weight = known & batch[c.stream]['valid']
-        if c.mixup:
-            batch, label, weight = mixed(batch, c.stream, label, weight, c.mixup, rng.at('mixup'))
-        encoded, updates = model.apply(variables, only(batch, self.streams()), train=True, rng=rng, mutable=['batch_stats'],
-                                       method='encode_all')
-        pooled = rng.at('classifier').dropout(encoded[c.stream].pooled.astype(jnp.float32), c.dropout)
+        if not self.mixes:
+            return batch
+        share, stream = own_share(self.counted(batch), c.mixup, rng.at('mixup')), batch[c.stream]
+        return {**batch, c.stream: {**stream, 'data': mix(stream['data'], share)}}
+
+    def judge(self, model, variables, params, state, pooled, batch, rng) -> Loss:
+        c = self.config
+        label, weight = batch['labels'][c.label], self.counted(batch)
+        if c.form == 'softmax' and label.ndim != 1:
+            raise ConfigError(f'config.objective.label={c.label!r} holds several classes for each clip; set config.objective.form="sigmoid"')
+        if c.form == 'sigmoid':
+            label = jax.nn.one_hot(label, params['bias'].shape[0]) if label.ndim == 1 else label.astype(jnp.float32)
+        if self.mixes:
+            label = mix(label, own_share(weight, c.mixup, rng.at('mixup')))
+        pooled = rng.at('classifier').dropout(pooled[c.stream].astype(jnp.float32), c.dropout)
         logits = pooled @ params['kernel'] + params['bias']
         count = jnp.maximum(weight.sum(), 1)
         if c.form == 'softmax':
@@ -82,7 +89,7 @@ class Classification(Objective):
             value = balanced_binary_cross_entropy(logits, label, weight=weight, replicas=c.replicas)
             first = jnp.take_along_axis(label, logits.argmax(-1)[:, None], 1)[:, 0] > 0
             metrics = {'first_is_right': jnp.sum(first & weight) / count}
-        return Loss(value, metrics, {**variables['batch_stats'], **updates.get('batch_stats', {})}, state)
+        return Loss(value, metrics, variables['batch_stats'], state)
 
     def predict(self, params, state, encoded):
         if self.config.stream not in encoded:
@@ -90,11 +97,15 @@ class Classification(Objective):
         return {self.config.label: encoded[self.config.stream].pooled.astype(jnp.float32) @ params['kernel'] + params['bias']}
 
 
-def mixed(batch, stream: str, label: jax.Array, weight: jax.Array, alpha: int, rng: Rng):
-    """(batch, label [B P], weight [B]) with each row's data and label a mixture of its own and the next row's (mixup; Zhang et al., 2018), the
-    own share ~ Beta(alpha, alpha). A row whose own or next clip does not count stays as it is."""
+def own_share(weight: jax.Array, alpha: int, rng: Rng) -> jax.Array:
+    """float32 [B]: how much of each row stays when it is mixed with the next one (mixup; Zhang et al., 2018), ~ Beta(alpha, alpha); all of it
+    where its own or the next clip does not count (weight bool [B])."""
     # Beta(a, a) for whole a: the middle one of 2a - 1 uniform draws
     share = jnp.sort(rng.uniform((2 * alpha - 1,)), -1)[:, alpha - 1]
-    share = jnp.where(weight & jnp.roll(weight, -1), share, 1.0)[:, None]
-    mix = lambda x: share.astype(x.dtype) * x + (1 - share).astype(x.dtype) * jnp.roll(x, -1, 0)
-    return {**batch, stream: {**batch[stream], 'data': mix(batch[stream]['data'])}}, mix(label), weight
+    return jnp.where(weight & jnp.roll(weight, -1), share, 1.0)
+
+
+def mix(x: jax.Array, share: jax.Array) -> jax.Array:
+    """x [B D] with `share` [B] of each row and the rest of the next one."""
+    share = share[:, None]
+    return share.astype(x.dtype) * x + (1 - share).astype(x.dtype) * jnp.roll(x, -1, 0)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 
 from vatt_jax.config import ConfigError, choose, with_defaults
 from vatt_jax.losses import dense, nce, similarity
-from vatt_jax.objectives.base import Loss, Objective, only
+from vatt_jax.models import Encoded
+from vatt_jax.objectives.base import Loss, Objective
 
 # form -> its usual temperature. docs/losses.md says what each is and who trains with it.
 FORMS = {'asymmetric': 0.07, 'symmetric': 0.07, 'clip': 0.07, 'siglip': 0.1, 'nt_xent': 0.1, 'mil_nce': 1.0}
@@ -77,11 +78,12 @@ class Contrastive(Objective):
         params = {'log_scale': -jnp.log(self.temperature) * each}
         return params | ({'bias': self.config.bias * each} if self.config.form == 'siglip' else {}), {}
 
-    def loss(self, model, variables, params, state, batch, rng) -> Loss:
-        outputs, updates = model.apply(variables, only(batch, self.streams()), train=True, rng=rng, mutable=['batch_stats'])
+    def judge(self, model, variables, params, state, pooled, batch, rng) -> Loss:
+        spaces, updates = model.apply(variables, {s: Encoded(x) for s, x in pooled.items()}, valid={s: batch[s]['valid'] for s in pooled},
+                                      train=True, mutable=['batch_stats'], method='project')
         total, weights, metrics = 0.0, 0.0, {}
         for i, (first, second, space, weight) in enumerate(self.config.pairs):
-            x, y = (_embedding(outputs.spaces, space, s, ' in training') for s in (first, second))
+            x, y = (_embedding(spaces, space, s, ' in training') for s in (first, second))
             mask = None if self.config.padded else batch[second].get('mask')
             options = {'temperature': self.temperature}
             if self.config.form == 'siglip':

@@ -67,7 +67,7 @@ class KMeansLabels(Objective):
                             for i, t in enumerate(self.targets[view])}
         return params, {'frequency': {t: jnp.full((p,), 1 / p) for t in self.labelings}}
 
-    def loss(self, model, variables, params, state, batch, rng) -> Loss:
+    def judge(self, model, variables, params, state, pooled, batch, rng) -> Loss:
         c, m = self.config, self.config.momentum
         frequency, weights, labels = {}, {}, {}
         for t in self.labelings:
@@ -79,11 +79,9 @@ class KMeansLabels(Objective):
             frequency[t] = jnp.where(seen.any(), m * before + (1 - m) * share, before)
             weights[t] = jnp.sum(one_hot / (c.clusters * jnp.maximum(before, 1e-3)) if c.balance else one_hot, -1)
 
-        outputs, updates = model.apply(variables, only(batch, self.streams()), train=True, rng=rng, mutable=['batch_stats'],
-                                       method='encode_all')
         total, metrics = 0.0, {}
         for view in c.views:
-            x, valid, values, rights = outputs[view].pooled.astype(jnp.float32), batch[view]['valid'], [], []
+            x, valid, values, rights = pooled[view].astype(jnp.float32), batch[view]['valid'], [], []
             for t in self.targets[view]:
                 logits = x @ params[view][t]['kernel'] + params[view][t]['bias']
                 values.append(softmax_cross_entropy(logits, jnp.maximum(labels[t], 0), weight=weights[t] * valid))
@@ -91,8 +89,7 @@ class KMeansLabels(Objective):
                 rights.append(((logits.argmax(-1) == labels[t]) & seen).sum() / jnp.maximum(seen.sum(), 1))
             metrics[f'loss/{view}'], metrics[f'accuracy/{view}'] = sum(values) / len(values), sum(rights) / len(rights)
             total = total + metrics[f'loss/{view}'] / len(c.views)
-        stats = {**variables['batch_stats'], **updates.get('batch_stats', {})}
-        return Loss(total, metrics, stats, {'frequency': frequency})
+        return Loss(total, metrics, variables['batch_stats'], {'frequency': frequency})
 
     def features(self, model, variables, params, batch, rng):
         """Unit features and validity of every view."""

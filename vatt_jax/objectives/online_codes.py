@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from vatt_jax.clustering.sinkhorn import soft_codes
 from vatt_jax.config import ConfigError, with_defaults
 from vatt_jax.objectives import heads
-from vatt_jax.objectives.base import Loss, Objective, only
+from vatt_jax.objectives.base import Loss, Objective
 from vatt_jax.rng import Rng
 from vatt_jax.sharding import logical
 
@@ -78,12 +78,10 @@ class OnlineCodes(Objective):
                 out |= {v: heads.unit(y, -1) for v, (_, y) in results.items()}
         return out, new
 
-    def loss(self, model, variables, params, state, batch, rng) -> Loss:
+    def judge(self, model, variables, params, state, pooled, batch, rng) -> Loss:
         c = self.config
-        encoded, updates = model.apply(variables, only(batch, self.streams()), train=True, rng=rng, mutable=['batch_stats'],
-                                       method='encode_all')
         valid = {v: batch[v]['valid'] & batch['valid'] for v in c.views}
-        z, norm = self.project(params, state['norm'], {v: encoded[v].pooled for v in c.views}, valid, rng.at('projection'), True)
+        z, norm = self.project(params, state['norm'], {v: pooled[v] for v in c.views}, valid, rng.at('projection'), True)
         prototypes = params['prototypes']
         prototypes = jnp.where(state['seen'] < c.freeze, jax.lax.stop_gradient(prototypes), prototypes)
         scores = {v: x @ prototypes for v, x in z.items()}
@@ -100,8 +98,7 @@ class OnlineCodes(Objective):
             total = total + metrics[f'loss/{a}'] / len(self.assign)
             share = jnp.where(valid[a][:, None], jax.nn.one_hot(scores[a].argmax(-1), c.clusters), 0).sum(0) / jnp.maximum(valid[a].sum(), 1)
             used = used + jnp.exp(-jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1)), 0).sum()) / len(self.assign)
-        stats = {**variables['batch_stats'], **updates.get('batch_stats', {})}
-        return Loss(total, {**metrics, 'prototypes_used': used}, stats, new)
+        return Loss(total, {**metrics, 'prototypes_used': used}, variables['batch_stats'], new)
 
     def codes(self, scores, z, valid, prototypes, state, view):
         """(codes [B P] of the batch's rows, the view's new queue or None)."""

@@ -104,13 +104,10 @@ class SelfLabelling(Objective):
         return x / x.mean()
 
     # ---- a step
-    def loss(self, model, variables, params, state, batch, rng) -> Loss:
+    def judge(self, model, variables, params, state, pooled, batch, rng) -> Loss:
         views = self.config.views
-        encoded, updates = model.apply(variables, only(batch, self.streams()), train=True, rng=rng, mutable=['batch_stats'],
-                                       method='encode_all')
-        pooled = {v: encoded[v].pooled for v in views}
         logits, norm = self.apply(params, state['norm'], pooled, {v: batch[v]['valid'] for v in views}, rng.at('heads'), True)
-        stats = {**variables['batch_stats'], **updates.get('batch_stats', {})}
+        stats = variables['batch_stats']
         state = {**state, 'norm': norm, 'seen': state['seen'] + 1}
         if 'columns' not in batch:  # before the first refresh
             return Loss(jnp.zeros(()), {}, stats, state, jnp.zeros((), bool))
