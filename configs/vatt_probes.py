@@ -24,8 +24,11 @@ def get_config(arg: str = 'hmdb51,mbs,1'):
     task, *rest = (arg or 'hmdb51,mbs,1').split(',')
     stream, of = TASKS[choose(task, TASKS, 'configs/vatt_probes.py: task')]
     size, *fold = rest or ['mbs']
+    if len(fold) > (1 if stream else 0):
+        wanted = f'one fold of {of} is wanted' if stream else f'{task} has no folds'
+        raise ValueError(f'configs/vatt_probes.py:{arg}: {wanted}; leave out {fold[-1]!r}')
     for option in fold:
-        choose(option, [str(i + 1) for i in range(of)] if stream else [], f'configs/vatt_probes.py:{task},{size} fold')
+        choose(option, [str(i + 1) for i in range(of)], f'configs/vatt_probes.py:{task},{size} fold')
     c = vatt.get_config(size)
     c.name = f'VATT {size} on {task}'
     c.compute_dtype, c.batch_size, c.report = 'float32', 32, False     # clips at a time
