@@ -108,8 +108,12 @@ class Prepared:
         ours = self.format['kind'] == 'example'
         paths = shards(self.path, split) if ours else [path for path, _ in self.meta['files'][split]]
         if ours and paths and not (self.path / f'places-{split}.npz').is_file():  # prepared before these tables were there
-            for _ in note_places(self.path, split, self.meta['rate']):
-                pass
+            try:
+                for _ in note_places(self.path, split, self.meta['rate']):
+                    pass
+            except OSError as e:
+                raise DataError(f'{self.path} was prepared before places-{split}.npz was written with it, and it cannot be added now ({e}); '
+                                'make the folder writable once, or prepare it again with --overwrite') from None
         again = 'prepare it again with --overwrite' if ours else 'run python -m data_pipelines.dmvr again with --overwrite'
         return places.Pieces(self.path, split, paths, places.firsts(index.frames, index.samples, self.meta['rate']), ours, again)
 

@@ -76,3 +76,18 @@ def test_pieces_of_messages():
     want = [*frames, sound[:10].tobytes(), sound[10:20].tobytes(), sound[20:].tobytes()]
     assert [other[a:a + n] for a, n, _ in table.tolist()] == want
     assert len(places.of_sequence_example(other, 'image/encoded', '', 10)) == 3
+
+
+def test_a_dataset_without_tables_gets_them_when_opened(prepared, tmp_path, monkeypatch):
+    import shutil
+
+    from data_pipelines.records import Prepared, Split
+    shutil.copytree(prepared[0], tmp_path / 'old')
+    for name in ('places-test.npz', 'pieces-test.npy'):
+        (tmp_path / 'old' / name).unlink()
+    with monkeypatch.context() as m:
+        m.setattr(places.np, 'savez', lambda *a, **k: (_ for _ in ()).throw(OSError('read only')))
+        with pytest.raises(DataError, match='make the folder writable once'):
+            Split(Prepared(tmp_path / 'old'), 'test')
+    old, new = (Split(Prepared(p), 'test') for p in (tmp_path / 'old', prepared[0]))
+    assert old.clip(3, [2, 5], [1]) == new.clip(3, [2, 5], [1])
