@@ -109,18 +109,19 @@ def tables(results: dict[str, dict]) -> str:
         named = [(name, w) for name, w in wanted.items() if w['topology'] == topology]
         named.sort(key=lambda x: (list(TITLES).index(x[1]['model']), x[1]['batch'], x[1]['attention']))
         have = [(name, w) for name, w in named if name in results]
-        out += [f'**{machine}** (`{topology}`)', '', HEAD.format('model, batch')]
+        out += [f'**{machine}** (`{topology}`)', '', *([HEAD.format('model, batch')] if have else [])]
         out += [line(results[name], f'{TITLES[w["model"]]}, {w["batch"]}' + (', dense attention' if w['attention'] == 'dense' and w['model'] != 'mmv'
                                                                             and not topology.startswith('h100') else '')) for name, w in have]
         missing = [f'{w["model"]} {w["batch"]}' + (' dense' if w['attention'] == 'dense' and w['model'] != 'mmv' else '') for name, w in named
                    if name not in results]
-        out += ['', *([f'Not compiled yet (`python benchmarks/plans.py --only={topology.replace("*", "[*]")}`): {", ".join(missing)}.', '']
-                      if missing else [])]
-    out += ['**Weak scaling**: VATT lbs, fused attention, 8 clips a chip, v5e; above 256 chips in slices of 256', '', HEAD.format('chips')]
-    for chips, topology in WEAK.items():
-        name = f'lbs fused {topology} {8 * chips}'
-        out.append(line(results[name], str(chips)) if name in results else f'| {chips} | not compiled yet | | | | | | |')
-    return '\n'.join(out)
+        out += [''] if have else []
+        out += [f'Not compiled yet (`python benchmarks/plans.py --only={topology}`): {", ".join(missing)}.', ''] if missing else []
+    out += ['**Weak scaling**: VATT lbs, fused attention, 8 clips a chip, v5e; above 256 chips in slices of 256', '']
+    weak = {chips: f'lbs fused {topology} {8 * chips}' for chips, topology in WEAK.items()}
+    have = [line(results[name], str(chips)) for chips, name in weak.items() if name in results]
+    missing = [str(chips) for chips, name in weak.items() if name not in results]
+    out += [HEAD.format('chips'), *have, ''] if have else []
+    return '\n'.join(out + ([f'Not compiled yet: {", ".join(missing)} chips.'] if missing else [])).rstrip()
 
 
 BEGIN, END = '<!-- tables of benchmarks/plans.py -->', '<!-- end -->'

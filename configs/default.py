@@ -98,6 +98,7 @@ def get_config(arg: str = '') -> ConfigDict:
     k.keep = 2                          # newest checkpoints kept
     k.best = ''                         # 'evaluator/scalar': also keep the checkpoint at which it was highest, such as 'probe/accuracy'
     k.keep_every = 0                    # also keep each checkpoint whose step is a multiple of this; 0: none
+    c.profile = ()                      # (first, last): steps whose trace the profiler writes to <workdir>/profile; (): none
     c.log_every = 10                    # steps between lines of metrics.jsonl
     c.max_bad_steps = 5                 # non-finite steps in a row that stop the run
 

@@ -15,8 +15,13 @@ from vatt_jax.config import choose
 HMDB_C = {'s3d': 3e-4, 's3d_pixels': 3e-4, 'tsm50': 1e-4, 'tsm50x2': 3e-4}   # published for the released networks
 SVM = {'type': 'linear_probe', 'solver': 'svm', 'standardise': True, 'passes': 10, 'windows': 10, 'train_limit': 1 << 20, 'test_limit': 1 << 20,
        'baseline': False}
-# Segments of all parts are in the split `train`; the labels split1 … (fold) say which are tested.
-SPLITS = tuple((f'split{i}', 'test') for i in (1, 2, 3))
+
+
+def folds(count):
+    """All clips are passed over once; the labels fold1, … say which are tested in each official division (docs/datasets.md)."""
+    return {'train': 'clips', 'folds': tuple((f'fold{i + 1}', 'test') for i in range(count))}
+
+
 RETRIEVAL = {'type': 'retrieval', 'limit': 1 << 20, 'windows': 4, 'pool': 'embeddings', 'pairs': (('text', 'video', 'vat'),), 'baseline': False}
 
 
@@ -39,19 +44,19 @@ def ucf101(c, backbone):
     """32 frames, every other one of 25 a second; 224 pixels. Frames are 320×240: a square of their full height."""
     c.model.inputs.video.update({'fps': 12.5, 'size': 224})
     c.data.crop, c.data.aspect = (0.75, 0.75), (1.0, 1.0)
-    c.evals.svm = {**SVM, 'strengths': (1e-3,), 'folds': SPLITS}
+    c.evals.svm = {**SVM, 'strengths': (1e-3,), **folds(3)}
 
 
 def hmdb51(c, backbone):
     """32 frames one after the other; 200 of 224 pixels, of squares, as frames differ in shape. That the files have 25 a second is our reading."""
     c.model.inputs.video.update({'fps': 25.0, 'size': 200})
     c.data.crop, c.data.aspect = (0.8, 0.8), (1.0, 1.0)
-    c.evals.svm = {**SVM, 'strengths': (HMDB_C.get(backbone, 3e-4),), 'folds': SPLITS}
+    c.evals.svm = {**SVM, 'strengths': (HMDB_C.get(backbone, 3e-4),), **folds(3)}
 
 
 def esc50(c, backbone):
     """Sound alone, five folds."""
-    c.evals.svm = {**SVM, 'stream': 'audio', 'strengths': (1e-3,), 'folds': tuple(('fold', str(i)) for i in range(1, 6))}
+    c.evals.svm = {**SVM, 'stream': 'audio', 'strengths': (1e-3,), **folds(5)}
 
 
 def audioset(c, backbone):

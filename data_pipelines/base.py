@@ -9,7 +9,7 @@ import numpy as np
 
 from data_pipelines import order, video
 from data_pipelines.errors import DataError
-from data_pipelines.records import SPLITS
+from data_pipelines.records import CLIPS, SPLITS
 from data_pipelines.views import View, streams, window_seconds
 from vatt_jax import tokenizer as tokenizers
 
@@ -188,8 +188,8 @@ def _weigh(sources: list[order.Source], columns: Mapping[str, np.ndarray]) -> li
 
 
 def _split(split: str) -> str:
-    if split not in SPLITS:
-        raise DataError(f'split {split!r} is unknown; splits are {", ".join(SPLITS)}')
+    if split not in (*SPLITS, CLIPS):
+        raise DataError(f'split {split!r} is unknown; splits are {", ".join(SPLITS)}, and {CLIPS} of a dataset with folds')
     return split
 
 

@@ -70,7 +70,7 @@ class Records(Data):
         labels: dict[str, list[str]] = {}
         self._multi: dict[str, int | None] = {}
         for prepared in opened.values():
-            for label, names in prepared.meta['labels'].items():
+            for label, names in prepared.labels.items():
                 if labels.setdefault(label, names) != names:
                     raise DataError(f'label {label!r} has other classes in {prepared.path} than in the datasets before it')
                 self._multi[label] = len(names) if label in prepared.meta['multi_hot'] or self._multi.get(label) else None
@@ -159,7 +159,7 @@ def few_labels(part: Split, label: str, per_class: int, seed: int) -> np.ndarray
                         f'{", ".join(k for k, v in part.index.labels.items() if v.ndim == 1) or "none"} (field label)')
     place = order.permute(part.index.segment_record, len(part), seed, 'few labels')
     known = np.zeros(len(stored), bool)
-    for number, name in enumerate(part.prepared.meta['labels'][label]):
+    for number, name in enumerate(part.prepared.labels[label]):
         own = np.flatnonzero(stored == number)
         if len(own) < per_class:
             raise DataError(f'{where}.per_class={per_class}: class {name!r} of label {label!r} has {len(own)} segments in split {part.split!r}')

@@ -1,6 +1,7 @@
 """A prepared folder: random access to its raw records, each checked against the index written with it."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -67,7 +68,8 @@ def note_places(folder: pathlib.Path, split: str, rate: int) -> Iterator[tuple[s
 class Prepared:
     """The folder that `prepare` made. meta: its index.json. Raises DataError if it is missing or incomplete.
 
-    fold: which of a dataset's official divisions into splits holds, from 1 (0: the first, where there are several).
+    fold: which of a dataset's official divisions into splits holds, from 1 (0: the first, where there are several). Such a dataset has the split
+    `clips` too, of all clips, and for every division a label fold1, … with the classes of SPLITS.
     """
 
     def __init__(self, path: str | os.PathLike, fold: int = 0):
@@ -88,7 +90,9 @@ class Prepared:
         if fold and not 1 <= fold <= len(folds):
             raise DataError(f'{self.path} has no fold {fold}; it has ' + (f'the folds 1 to {len(folds)}' if folds else 'none: leave the field out'))
         self.fold = fold or min(1, len(folds))
-        self.splits = tuple(folds[self.fold - 1] if folds else self.meta['splits'])
+        self.splits = (*folds[self.fold - 1], CLIPS) if folds else tuple(self.meta['splits'])
+        # which split a clip is in is a label too, so that one pass over all clips serves every fold
+        self.labels = {**self.meta['labels'], **{f'fold{i}': list(SPLITS) for i, _ in enumerate(folds, 1)}}
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
@@ -145,6 +149,9 @@ class Split:
         self._rows = np.arange(len(self.index))  # places of these records among the stored ones
         self._pieces = prepared.pieces(stored, self.index)
         if prepared.fold:
+            own = {f'fold{i}': of[self.index.segment_record].astype(np.int32) for i, of in enumerate(self.index.folds.T, 1)}
+            self.index = dataclasses.replace(self.index, labels={**self.index.labels, **own})
+        if prepared.fold and split != CLIPS:
             self._rows = np.flatnonzero(self.index.folds[:, prepared.fold - 1] == SPLITS.index(split))
             self.index = self.index.take(self._rows)
 

@@ -68,7 +68,7 @@ def done(workdir: pathlib.Path) -> dict:
 def log_lines(workdir: pathlib.Path) -> list[dict]:
     """metrics.jsonl without what time alone decides."""
     lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ('clips_per_s', 'data_wait')} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ('clips_per_s', 'data_wait', 'goodput', 'mfu')} for line in lines]
 
 
 def snapshot(folder: pathlib.Path) -> dict[str, tuple]:

@@ -163,6 +163,43 @@ def test_what_cannot_be_compiled_here_is_replaced_and_told():
     assert 'plain XLA attention is compiled in its place' in told and 'xla_cpu_use_fusion_emitters' in told and 'that of bfloat16' in told
 
 
+@pytest.mark.parametrize('name', ['lbs', 'agnostic_medium', 'mmv'])
+def test_auto_attention_is_planned_as_the_machine_would_run_it(name):
+    """splash where nothing asks for dropout on probabilities, which the option `fused` states; dense as published."""
+    def planned(config, chip):
+        notes = plan.suit(config, chips.CHIPS[chip])
+        return config.model.attention, ' '.join(notes)
+    fused = lambda: vatt.get_config(f'{name},synthetic,fused')
+    assert planned(fused(), 'v5e')[0] == 'splash' and planned(fused(), 'cpu')[0] == 'dense'
+    assert planned(fused(), 'h100')[0] == 'xla' and 'cuDNN cannot be lowered' in planned(fused(), 'h100')[1]
+    published = vatt.get_config(f'{name},synthetic')
+    published.model.attention = 'auto'
+    assert planned(published, 'v5e')[0] == ('splash' if name == 'mmv' else 'dense')
+    published.model.attention = 'splash'
+    assert 'splash is a kernel of TPUs; on h100 dense is planned' in planned(published, 'h100')[1]
+
+
+@pytest.mark.slow
+def test_no_logits_in_the_compiled_program(tmp_path, monkeypatch):
+    """VATT with fused attention for v5e:2x2: no buffer as large as tokens × tokens for each clip and head, which the dense program has."""
+    pytest.importorskip('libtpu', reason='compiling for TPUs takes libtpu')
+    import subprocess
+    import sys
+    script = ("import os, sys; from vatt_jax import chips; t = chips.parse('v5e:2x2'); os.environ.update(chips.environment(t)); "
+              "import data_pipelines; from configs import vatt; from vatt_jax import hlo, plan; "
+              "c = vatt.get_config('bbs,synthetic' + sys.argv[1]); c.batch_size = 16; "
+              "[t.update({'layers': 2}) for t in c.model.towers.values()]; read = hlo.read; "
+              "hlo.read = lambda text: (open(sys.argv[2], 'w').write(text), read(text))[1]; plan.plan(c, data_pipelines.open(c), t)")
+    found = {}
+    for option in (',fused', ''):
+        file = tmp_path / f'program{option}.txt'
+        done = subprocess.run([sys.executable, '-c', script, option, str(file)], cwd=ROOT, text=True, capture_output=True, timeout=590)
+        assert done.returncode == 0, done.stderr[-3000:]
+        dims = [[int(n) for n in d.split(',')] for d in re.findall(r'\b(?:f32|bf16|pred)\[([\d,]+)\]', file.read_text())]
+        found[option] = [d for d in dims if len(d) >= 3 and sum(n in (785, 896) for n in d) >= 2]
+    assert not found[',fused'] and found['']
+
+
 @pytest.mark.slow
 def test_search_tells_each_and_names_the_fastest():
     config = tiny.config(batch_size=64, mesh__replica=-1)

@@ -159,6 +159,36 @@ def test_non_finite_step_is_skipped_counted_and_named(tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.params)))
 
 
+def test_speed_goodput_and_mfu_of_a_log_line(monkeypatch):
+    """Ten seconds of compiling, then eight of steps with 2 s of waiting and 1 s of saving, five of evaluation, four of steps."""
+    from vatt_jax import chips, metrics
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, 'monotonic', lambda: now[0])
+    meter = metrics.Meter(flops=3e9, peak=1e12)
+    now[0] = 10
+    meter.reset()
+    now[0], meter.waited, meter.lost, meter.clips = 18, 2.0, 1.0, 80
+    assert meter.read() == {'clips_per_s': 10, 'data_wait': 0.25, 'goodput': 5 / 18, 'mfu': pytest.approx(10 * 3e9 / 1e12)}
+    now[0] = 23
+    meter.reset()
+    now[0], meter.clips = 27, 8
+    assert meter.read()['goodput'] == pytest.approx(9 / 27)
+    assert 'mfu' not in metrics.Meter().read()
+    assert chips.peak_of(jax.devices()) is None
+    kind = type('Device', (), {'device_kind': 'TPU v5 lite'})
+    assert chips.peak_of([kind] * 4) == 4 * 197e12
+
+
+@pytest.mark.slow
+def test_chosen_steps_are_traced_and_mfu_is_told_where_the_peak_is_known(tmp_path, monkeypatch):
+    from vatt_jax import chips
+    monkeypatch.setattr(chips, 'peak_of', lambda devices: 1e12)
+    run(tmp_path, tiny.config(steps=4, profile=(2, 3)))
+    assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    assert all(0 < x['mfu'] < 1 and 0 < x['goodput'] <= 1 for x in lines if 'loss' in x)
+
+
 def test_several_non_finite_steps_stop_the_run(tmp_path):
     config = tiny.config()
     with pytest.raises(train.TrainingStopped, match='2 non-finite steps in a row up to step 5; the last good checkpoint is step'):

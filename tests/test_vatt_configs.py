@@ -34,6 +34,7 @@ def test_probes_as_the_release_codes_them():
     head = c.evals.head
     assert c.data.train.esc50.fold == 4 and c.model.inputs.video.fps == 12.5 and c.model.towers == configs.load('configs/vatt.py:bbs').model.towers
     assert (head.stream, head.windows, head.solver, c.evals.svm.solver) == ('audio', 4, 'head', 'svm') and 'passes' not in head
+    assert load('hmdb51').evals.svm.folds == (('fold1', 'test'), ('fold2', 'test'), ('fold3', 'test')) and not head.get('folds')
     assert {e.pool for e in load('msrvtt').evals.values()} == {'embeddings', 'similarities'}
     assert load('youcook2').evals.cosines.split == 'validation'
     with pytest.raises(ConfigError, match="hmdb51,mbs fold='4': choose one of 1, 2, 3"):

@@ -105,6 +105,17 @@ class Topology:
         return None if rate is None else rate / self.chip.devices
 
 
+# JAX's device_kind -> chip
+KINDS = {'TPU v4': 'v4', 'TPU v5 lite': 'v5e', 'TPU v5e': 'v5e', 'TPU v5': 'v5p', 'TPU v5p': 'v5p', 'TPU v6 lite': 'v6e', 'TPU v6e': 'v6e',
+         'TPU7x': 'tpu7x', 'NVIDIA H100 80GB HBM3': 'h100', 'NVIDIA H200': 'h200'}
+
+
+def peak_of(devices) -> float | None:
+    """FLOP/s of these JAX devices together by the data sheet; None where it is not in the table."""
+    chip = CHIPS.get(KINDS.get(devices[0].device_kind, ''))
+    return chip.peak / chip.devices * len(devices) if chip else None
+
+
 def parse(text: str) -> Topology:
     """'v5p:8x8x4', 'v5e:16x16*4' (four slices), 'h100:8x8' (hosts × GPUs), 'cpu:8'. Raises ConfigError that says what would work."""
     flag = f'--topology={text}'

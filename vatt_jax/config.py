@@ -188,6 +188,9 @@ def check_values(config: ConfigDict) -> None:
             raise ConfigError(f'config.{field}={pair}: two numbers are wanted, smaller one first, above 0{" and at most 1" if high == 1 else ""}')
     if not config.model.inputs.video.fps > 0:
         raise ConfigError(f'config.model.inputs.video.fps={config.model.inputs.video.fps:g}: a positive number is wanted')
+    if config.profile and not (len(config.profile) == 2 and all(isinstance(s, int) for s in config.profile)
+                               and 0 < config.profile[0] <= config.profile[1]):
+        raise ConfigError(f'config.profile={config.profile}: (first, last) step to be traced is wanted, such as (20, 22), or () for none')
     for modality in config.data.mismatch:
         choose(modality, config.model.inputs, 'config.data.mismatch')
     for field, options in CHOICES.items():

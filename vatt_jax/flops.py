@@ -127,6 +127,16 @@ def towers(model, variables: Any, batch: Mapping[str, Any]) -> dict[str, dict[st
     return out
 
 
+def per_clip(config, inputs, variables) -> float:
+    """FLOPs that one clip needs in a training step. config: resolved; inputs: abstract batch after the device stage; variables: abstract."""
+    from ml_collections import ConfigDict
+
+    from vatt_jax import models
+    plain = models.build(ConfigDict(config.model.to_dict() | {'attention': 'dense'}), config.compute_dtype)   # kernels compute padding too
+    two = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype), dict(inputs))
+    return model_flops(towers(plain, variables, two))
+
+
 def model_flops(counts: Mapping[str, Mapping[str, float]], kind: str = 'needed') -> float:
     """FLOPs of one clip in a training step: forward, and twice as much backward. `counts`: of `towers`."""
     return 3.0 * sum(c[kind] for c in counts.values())

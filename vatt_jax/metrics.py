@@ -80,8 +80,9 @@ class Progress:
             return
         now = time.monotonic()
         left = (now - self.began) / max(1, step - self.start) * (self.steps - step)
-        line = (f'step {step}/{self.steps}  loss {values["loss"]:.4f}  lr {values["lr"]:.2e}  '
-                f'{values["clips_per_s"]:.0f} clips/s  waiting for data {100 * values["data_wait"]:.0f}%  ETA {duration(left)}')
+        mfu = f'MFU {100 * values["mfu"]:.1f}%  ' if 'mfu' in values else ''
+        line = (f'step {step}/{self.steps}  loss {values["loss"]:.4f}  lr {values["lr"]:.2e}  {values["clips_per_s"]:.0f} clips/s  {mfu}'
+                f'waiting for data {100 * values["data_wait"]:.0f}%  goodput {100 * values["goodput"]:.0f}%  ETA {duration(left)}')
         if self.live:
             self.live.update(Text(line))
         elif now - self.said > self.every or step == self.steps or step == self.start + 1:
@@ -106,16 +107,28 @@ def duration(seconds: float) -> str:
 
 
 class Meter:
-    """Clips per second and the share of time spent waiting for data since the last reading."""
+    """Speed since the last reading, and what of the time since its start went into steps.
 
-    def __init__(self):
+    flops: of one clip's training step as the model needs it. peak: FLOP/s of all chips together by their data sheet. None: unknown, then no MFU.
+    """
+
+    def __init__(self, flops: float | None = None, peak: float | None = None):
+        self.flops, self.peak = flops, peak
+        self.start, self.useful = time.monotonic(), 0.0
         self.reset()
 
     def reset(self) -> None:
-        self.began, self.waited, self.clips = time.monotonic(), 0.0, 0
+        """Begins anew; what went before (compilation, evaluation, a refresh) was no step."""
+        self.began, self.waited, self.lost, self.clips = time.monotonic(), 0.0, 0.0, 0
 
     def read(self) -> dict[str, float]:
-        took = max(1e-9, time.monotonic() - self.began)
-        out = {'clips_per_s': self.clips / took, 'data_wait': self.waited / took}
+        """clips_per_s; data_wait: share of the time; goodput: share of all time since the start that neither waited for data or checkpoints, nor
+        compiled, evaluated or refreshed; mfu: FLOPs that the model needs, of the data sheet's."""
+        now = time.monotonic()
+        took = max(1e-9, now - self.began)
+        self.useful += max(0.0, took - self.waited - self.lost)
+        out = {'clips_per_s': self.clips / took, 'data_wait': self.waited / took, 'goodput': self.useful / max(1e-9, now - self.start)}
+        if self.flops and self.peak:
+            out['mfu'] = self.clips / took * self.flops / self.peak
         self.reset()
         return out

@@ -35,7 +35,7 @@ from vatt_jax.objectives.base import streams
 
 # Fields that change nothing of a plan.
 UNREAD = ('name', 'report', 'init_from', 'init_words', 'init_rename', 'init_skip', 'checkpoint', 'max_bad_steps', 'evals', 'eval_every', 'log_every',
-          'jax_platform')
+          'jax_platform', 'profile')
 
 
 @dataclasses.dataclass

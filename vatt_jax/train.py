@@ -14,7 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vatt_jax import checkpoint, distributed, encoder, evals, metrics, models, objectives, optim, preprocess, sharding, train_state, train_step, words
+from vatt_jax import (
+    checkpoint,
+    chips,
+    distributed,
+    encoder,
+    evals,
+    flops,
+    metrics,
+    models,
+    objectives,
+    optim,
+    preprocess,
+    sharding,
+    train_state,
+    train_step,
+    words,
+)
 from vatt_jax import config as configs
 from vatt_jax.config import ConfigError
 from vatt_jax.evals import base as evals_base
@@ -178,7 +194,11 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, built: Built, quiet:
 
     with jax.set_mesh(built.mesh):
         first_record = data.offsets('train', by='records')
-        meter = metrics.Meter()
+        peak = chips.peak_of(built.mesh.devices.flat)
+        variables = {'params': built.shape.params['model'], 'batch_stats': built.shape.batch_stats}
+        meter = metrics.Meter(flops.per_clip(config, built.inputs, variables) if peak else None, peak)
+        first, last = config.profile or (0, 0)
+        compiled = tracing = False
         batches, pending, scalars, started, unreadable = None, None, {}, time.monotonic(), 0
 
         def save() -> None:
@@ -241,15 +261,28 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, built: Built, quiet:
                     record = first_record[batch['source']] + batch['index']
                     batch['columns'] = {k: v[record] for k, v in columns.items()}
                 meter.waited += time.monotonic() - began
+                if step + 1 == first and main:
+                    jax.profiler.start_trace(str(workdir / 'profile'))
+                    tracing = True
                 state, values = built.step(state, encoder.place(batch, built.mesh))
                 step, consumed = step + 1, consumed + config.batch_size
+                if tracing and step == last:
+                    jax.block_until_ready(values['loss'])
+                    jax.profiler.stop_trace()
+                    tracing = False
+                    progress.say(f'trace of steps {first} to {last} in {workdir / "profile"}; look at it with XProf or TensorBoard')
+                if not compiled:
+                    compiled = True
+                    meter.reset()
                 settle()
                 meter.clips += config.batch_size
                 pending = (step, values)
                 stopping = stop.now(step)
                 if step % config.checkpoint.every == 0 or step == config.steps or stopping:
                     settle()
+                    began = time.monotonic()
                     save()
+                    meter.lost += time.monotonic() - began
                 if stopping and step < config.steps:
                     keeper.wait()
                     progress.say(f'asked to stop: step {step} is saved; the same command continues')
@@ -271,6 +304,8 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, built: Built, quiet:
                 progress.say(f'{problems["corrupt"]} of {problems["read"]} records could not be read: {problems["indices"][:10]}')
             return scalars
         finally:
+            if tracing:
+                jax.profiler.stop_trace()
             # A save under way is finished even when the run fails, so that what was written is whole.
             if batches is not None:
                 batches.close()

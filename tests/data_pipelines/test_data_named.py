@@ -1,5 +1,4 @@
 """Named datasets on miniature copies of their official layouts, with real encodings."""
-import itertools
 import json
 import pathlib
 
@@ -78,7 +77,7 @@ def test_prepared_from_the_official_layout(made, name):
     assert result['labels'] == {label: classes}
     if isinstance(splits, list):
         assert result['folds'] == splits and [dict.fromkeys(Prepared(out, k + 1).splits) for k in range(len(splits))] == [
-            dict.fromkeys(s) for s in splits]
+            dict.fromkeys([*s, 'clips']) for s in splits]
         part = Split(Prepared(out), 'test')
     else:
         assert {k: v['records'] for k, v in result['splits'].items()} == splits
@@ -126,6 +125,12 @@ def test_folds_in_a_run(made):
     batch = next(it := data.train(0, 4))
     it.close()
     assert batch['video']['data'].shape == (4, 4, 32, 48, 3) and batch['valid'].all() and set(batch['labels']['class']) == {0, 1}
+    # all clips at once, and where each is in every fold
+    every = next(data.one_pass('clips', 8))
+    group = {'g01': [], 'g02': [], 'g03': []}
+    for text, *where in zip(data.texts('clips'), *(every['labels'][f'fold{k}'] for k in (1, 2, 3))):
+        group[text['id'][-11:-8]].append([data.info['labels']['fold1'][w] for w in where])
+    assert all(w == ['train', 'test', 'train'] for w in group['g02']) and len(group['g02']) == 2, group
     assert [t['id'].split('/')[1] for t in data.texts('train', 'records')] == [
         ['Archery', 'YoYo'][k] for k in next(data.one_pass('train', 4, by='records'))['labels']['class']]
     data.close()
@@ -342,4 +347,4 @@ def test_tfds_builder(place, tmp_path):
         for e in b.as_data_source('clips'):
             assert e['segment_labels']['class'] == [int(e['id'].startswith(b'wave'))]
             assert len(json.loads(e['ground_truth'])['folds']) == 3
-    assert list(itertools.chain(Prepared(builder.data_dir, 3).splits)) == ['train']
+    assert Prepared(builder.data_dir, 3).splits == ('train', 'clips')
