@@ -181,5 +181,8 @@ def test_unreadable_folders_are_sentences(tiny_run, tmp_path):
     shutil.copytree(tiny_run[0] / 'checkpoints' / '2', tmp_path / '2')
     shutil.rmtree(tmp_path / '2' / 'meta')
     (tmp_path / '2' / 'meta').mkdir()
+    with pytest.raises(ConfigError, match='is damaged .meta/.* is missing'):
+        vatt_jax.load(tmp_path / '2')
+    (tmp_path / '2' / 'manifest.json').unlink()      # as of runs before there were digests
     with pytest.raises(ConfigError, match='cannot be read'):
         vatt_jax.load(tmp_path / '2')

@@ -91,14 +91,14 @@ def test_weights_and_the_scale_of_masks_reach_the_loss():
     noise = np.random.default_rng(0)
     video, audio, text = (jnp.float32(noise.normal(size=s)) for s in ((4, 5), (4, 5), (4, 2, 5)))
     spaces = {'va': {'video': video, 'audio': audio}, 'vat': {'video': video, 'text': text}}
-    model = SimpleNamespace(apply=lambda *_, **__: (SimpleNamespace(spaces=spaces), {}))
+    model = SimpleNamespace(apply=lambda *_, **__: (spaces, {}))
     valid = {'video': [1, 1, 1, 0], 'audio': [1, 0, 1, 1], 'text': [0, 1, 1, 1]}
     batch = {m: {'valid': jnp.array(v, bool), 'data': None} for m, v in valid.items()}
     pairs = (('video', 'audio', 'va', 3.0), ('video', 'text', 'vat', 1.0))
     values = {}
     for each in (False, True):
         objective = Contrastive({'form': 'symmetric', 'pairs': pairs, 'padded': True, 'each_mask': each})
-        values[each] = float(objective.loss(model, {}, {}, {}, batch, Rng.create(0, 0, jnp.arange(4))).value)
+        values[each] = float(objective.judge(model, {}, {}, {}, dict.fromkeys(valid), batch, Rng.create(0, 0, jnp.arange(4))).value)
         each_loss = [nce.symmetric(spaces[s][a], spaces[s][b], x_valid=batch[a]['valid'], y_valid=batch[b]['valid'], each_mask=each)
                      for a, b, s, _ in pairs]
         np.testing.assert_allclose(values[each], (3 * each_loss[0] + each_loss[1]) / 4, rtol=1e-6)

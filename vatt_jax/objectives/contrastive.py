@@ -91,8 +91,9 @@ class Contrastive(Objective):
             if self.config.form == 'symmetric':
                 options['each_mask'] = self.config.each_mask
             if self.config.learn_temperature:
-                options |= {'temperature': jnp.exp(-params['log_scale'][i])} | ({'bias': params['bias'][i]} if 'bias' in params else {})
-                metrics |= {f'{name}/{first}-{second}': jax.lax.stop_gradient(v) for name, v in options.items()}
+                learnt = {'temperature': jnp.exp(-params['log_scale'][i])} | ({'bias': params['bias'][i]} if 'bias' in params else {})
+                options |= learnt
+                metrics |= {f'{name}/{first}-{second}': jax.lax.stop_gradient(v) for name, v in learnt.items()}
             value = self.form(x, y, x_valid=batch[first]['valid'], y_valid=batch[second]['valid'], y_mask=mask,
                               replicas=self.config.replicas, how=self.how, **options)
             metrics[f'loss/{first}-{second}'] = value
