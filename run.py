@@ -336,8 +336,15 @@ def entry() -> None:
         told = {'DataError': 2, 'TrainingStopped': 1, 'ShardingError': 2, 'Absent': 1, 'Unsaved': 1}
         code = told.get(type(error).__name__)
         if code is None:
-            raise
-        print(f'error: {error}', file=sys.stderr, flush=True)
+            import jax
+            if not jax.distributed.is_initialized():
+                raise
+            import traceback
+            traceback.print_exc()   # and out: at its end Python would wait for the other processes, and they for this one
+            code = 1
+        else:
+            print(f'error: {error}', file=sys.stderr)
+        sys.stderr.flush()
         sys.stdout.flush()
         os._exit(code)
 

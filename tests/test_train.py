@@ -2,6 +2,7 @@
 import json
 import pathlib
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 import data_pipelines
 from tests import tiny
-from vatt_jax import checkpoint, objectives, train
+from vatt_jax import checkpoint, encoder, objectives, train
 from vatt_jax.config import ConfigError
 
 
@@ -90,7 +91,6 @@ def test_same_numbers_on_any_mesh(whole, tmp_path, mesh):
 def test_restore_on_another_mesh_and_batch_size(whole, tmp_path):
     """Six steps of 16 on one device, then on with 24 rows a step over fsdp=4 × replica=2: the order continues where it was."""
     folder, _ = whole
-    import shutil
     shutil.copytree(folder, tmp_path / 'run')
     config = tiny.config(steps=8, batch_size=24)
     config.mesh.update({'replica': 2, 'fsdp': 4})
@@ -104,6 +104,47 @@ def test_restore_on_another_mesh_and_batch_size(whole, tmp_path):
     state, _, _ = state_of(tmp_path / 'run', config)
     kernel = max(jax.tree.leaves(state.params), key=lambda x: x.size)
     assert len(kernel.sharding.device_set) == 8 and any(kernel.sharding.spec)
+
+
+def next_loss(folder, config):
+    """(digest of the parameters as restored, loss of the step after) of a run's newest checkpoint under another config."""
+    data = data_pipelines.open(config)
+    built = train.build(config, data)
+    keeper = checkpoint.Checkpoints(folder / 'checkpoints', config.checkpoint)
+    with jax.set_mesh(built.mesh):
+        state, meta, _ = keeper.restore(keeper.latest(), built.shape, built.shardings)
+        keeper.close()
+        assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == built.mesh.size
+        digest = checkpoint.digest(state.params)
+        batch = encoder.place(next(data.train(meta['consumed'], config.batch_size)), built.mesh)
+        return digest, float(built.step(state, batch)[1]['loss'])
+
+
+@pytest.mark.parametrize('devices, mesh', [(1, {}), (2, {'fsdp': 2}), (4, {'fsdp': 2, 'replica': 2}), (8, {'fsdp': 4, 'replica': 2})])
+@pytest.mark.slow
+def test_a_checkpoint_is_restored_on_any_number_of_devices(whole, devices, mesh):
+    """Saved on one device: the same parameters bit for bit, and the next loss up to the order of float32 sums."""
+    folder, want = whole
+    config = tiny.config(steps=7)
+    config.mesh.update(mesh)
+    digest, loss = next_loss(folder, config)
+    assert digest == want['digests']['params']
+    assert loss == pytest.approx(next_loss(folder, tiny.config(steps=7))[1], rel=1e-5)
+
+
+def test_a_checkpoint_is_restored_between_scanned_and_unrolled_layers(whole, tmp_path):
+    """Unrolled, continued scanned, and back: parameters bit for bit, the next loss up to rounding; the same through init_from."""
+    folder, want = whole
+    unrolled, scanned = tiny.config(steps=7), tiny.config(steps=7, model__scan=True)
+    digest, loss = next_loss(folder, scanned)
+    assert digest == want['digests']['params'] and loss == pytest.approx(next_loss(folder, unrolled)[1], rel=1e-5)
+    shutil.copytree(folder, tmp_path / 'run')
+    done = run(tmp_path / 'run', scanned)
+    state, _, _ = state_of(tmp_path / 'run', unrolled)
+    assert done['step'] == 7 and checkpoint.digest(state.params) == done['digests']['params'] != want['digests']['params']
+    fresh = train.build(unrolled, data_pipelines.open(unrolled)).init()
+    params, _, left = checkpoint.init_from(str(tmp_path / 'run'), fresh.params['model'], fresh.batch_stats, (), ())
+    assert not left and checkpoint.digest(params) == checkpoint.digest(state.params['model'])
 
 
 def test_accumulation_averages_microbatches(tmp_path):
@@ -346,7 +387,6 @@ def test_run_folder_older_than_a_field_of_the_model_is_continued(whole, tmp_path
 
 
 def test_unreadable_checkpoint_is_a_sentence(whole, tmp_path):
-    import shutil
     folder, _ = whole
     shutil.copytree(folder, tmp_path / 'run')
     for file in (tmp_path / 'run' / 'checkpoints').rglob('*'):

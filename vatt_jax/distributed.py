@@ -169,6 +169,16 @@ def barrier(name: str, timeout: float = PATIENCE) -> None:
         raise Absent(f'{len(missing)} of {count} processes did not come to {name!r} within {time.monotonic() - began:.0f} s: {told}') from error
 
 
+def look_for_absent(error: BaseException, timeout: float = 20) -> None:
+    """To be called with what a failed collective raised. Raises Absent when not every process comes here within `timeout` seconds: where one of
+    them was killed, the others fail in the step under way."""
+    try:
+        barrier('the end of a failed step', timeout)
+    except Absent as absent:
+        raise Absent(f'{absent}. The step under way failed ({str(error).splitlines()[0][:200]}). The same command, started again on all hosts, '
+                     'continues from the last checkpoint') from error
+
+
 def is_main() -> bool:
     """True on the one process that writes logs."""
     return jax.process_index() == 0

@@ -198,7 +198,7 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, built: Built, quiet:
         variables = {'params': built.shape.params['model'], 'batch_stats': built.shape.batch_stats}
         meter = metrics.Meter(flops.per_clip(config, built.inputs, variables) if peak else None, peak)
         first, last = config.profile or (0, 0)
-        compiled = tracing = False
+        compiled = tracing = absent = False
         batches, pending, scalars, started, unreadable = None, None, {}, time.monotonic(), 0
 
         def save() -> None:
@@ -303,16 +303,22 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, built: Built, quiet:
             if problems['corrupt']:
                 progress.say(f'{problems["corrupt"]} of {problems["read"]} records could not be read: {problems["indices"][:10]}')
             return scalars
+        except jax.errors.JaxRuntimeError as error:
+            absent = True   # until all of them come
+            distributed.look_for_absent(error)
+            absent = False
+            raise
         finally:
             if tracing:
                 jax.profiler.stop_trace()
-            # A save under way is finished even when the run fails, so that what was written is whole.
             if batches is not None:
                 batches.close()
             progress.close()
             writer.close()
-            keeper.wait()
-            keeper.close()
+            # A save under way is finished even when the run fails, so that what was written is whole; without the other processes it cannot be.
+            if not absent:
+                keeper.wait()
+                keeper.close()
 
 
 def refresh(config, built: Built, state, step: int, data, process, columns):
