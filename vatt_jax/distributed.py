@@ -150,7 +150,10 @@ class Absent(RuntimeError):
 
 
 def barrier(name: str, timeout: float = PATIENCE) -> None:
-    """Waits until every process is here. Raises Absent, which names those that did not come within `timeout` seconds."""
+    """Waits until every process is here. Raises Absent, which names those that did not come within `timeout` seconds.
+
+    Wanted too where a process could end: it would close connections on which another one still reads the last collective.
+    """
     count = jax.process_count()
     if count == 1:
         return
