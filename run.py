@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
         train(config, workdir, flags.quiet)
     else:
         {'eval': evaluate, 'embed': embed, 'deflate': deflate}[flags.mode](config, workdir, flags)
+    distributed.leave()
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
@@ -152,7 +153,6 @@ def train(config, workdir: pathlib.Path, quiet: bool) -> None:
         distributed.barrier('data')
     with clock('training'):
         built, _ = training.train(config, data, workdir, quiet=quiet)
-        distributed.barrier('trained')
     clock.save()
     if config.report and distributed.agree((workdir / 'done.json').exists()):
         # All is saved: SIGTERM may end the process where it is, and the same command makes what is missing.
@@ -160,6 +160,7 @@ def train(config, workdir: pathlib.Path, quiet: bool) -> None:
         with clock('evaluation and report'):
             compare(config, data, workdir, built)
         clock.save()
+        distributed.leave()
         if distributed.is_main():
             report(workdir)
 
@@ -187,7 +188,6 @@ def compare(config, data, workdir: pathlib.Path, built=None, again: bool = False
             train.evaluate(config, built, state, data, workdir, step, gallery=True, again=again)
         if wanted('random_init'):
             train.evaluate(config, built, built.init(), data, workdir, 0, tag='random_init', again=again)
-    distributed.barrier('evaluated')
 
 
 def evaluate(config, workdir: pathlib.Path, flags) -> None:
@@ -211,7 +211,6 @@ def embed(config, workdir: pathlib.Path, flags) -> None:
     enc = encoder.Encoder(stored, variables, mesh)
     batches = data.one_pass(flags.split, config.batch_size, process=(jax.process_index(), jax.process_count()), by='segments')
     features = encoder.features_of(enc, batches)
-    distributed.barrier('embedded')
     texts = data.texts(flags.split, by='segments')
     out = {f'pooled/{k}': v for k, v in features['pooled'].items()}
     out |= {f'space/{space}/{k}': v for space, members in features['spaces'].items() for k, v in members.items()}

@@ -150,10 +150,7 @@ class Absent(RuntimeError):
 
 
 def barrier(name: str, timeout: float = PATIENCE) -> None:
-    """Waits until every process is here. Raises Absent, which names those that did not come within `timeout` seconds.
-
-    Wanted too where a process could end: it would close connections on which another one still reads the last collective.
-    """
+    """Waits until every process is here. Raises Absent, which names those that did not come within `timeout` seconds."""
     count = jax.process_count()
     if count == 1:
         return
@@ -170,6 +167,13 @@ def barrier(name: str, timeout: float = PATIENCE) -> None:
         missing = [str(i) for i in range(count) if str(i) not in came]
         told = ', '.join(f'process {i} on {hosts.get(i, "an unknown host")}' for i in missing) or f'none is missing: {error}'
         raise Absent(f'{len(missing)} of {count} processes did not come to {name!r} within {time.monotonic() - began:.0f} s: {told}') from error
+
+
+def leave() -> None:
+    """The last thing that processes do together. One that simply ended would close connections on which another still reads the last collective,
+    and the end of the coordinating one would abort the others."""
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
 
 
 def look_for_absent(error: BaseException, timeout: float = 20) -> None:
