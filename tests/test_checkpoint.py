@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax import checkpoint, sharding
 from vatt_jax.config import ConfigError
+from vatt_jax.importers import table
 
 MESH = sharding.make_mesh({'replica': 1})
 SHARDINGS = {'params': {'w': sharding.replicated(MESH)}}
@@ -57,6 +58,9 @@ def test_a_damaged_checkpoint_is_told_set_aside_and_the_one_before_is_used(tmp_p
     said = []
     assert checkpoint.newest_sound(folder, said.append) == 3 and not said
     harm(folder / '3')
+    for take in (checkpoint.sound, table.read_run, lambda path: checkpoint.init_from(str(path), {}, {}, (), ())):
+        with pytest.raises(ConfigError, match=f'checkpoint .*3 is damaged .*{why}'):
+            take(folder / '3')
     with pytest.raises(ConfigError, match=f'checkpoint .*3 is damaged .*{why}'):
         checkpoint.load_model(folder / '3', MESH)
     assert checkpoint.newest_sound(folder, said.append) == 2 and '3.damaged' in said[0] and why in said[0] and 'going back to step 2' in said[0]

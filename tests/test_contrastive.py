@@ -102,6 +102,11 @@ def test_weights_and_the_scale_of_masks_reach_the_loss():
         each_loss = [nce.symmetric(spaces[s][a], spaces[s][b], x_valid=batch[a]['valid'], y_valid=batch[b]['valid'], each_mask=each)
                      for a, b, s, _ in pairs]
         np.testing.assert_allclose(values[each], (3 * each_loss[0] + each_loss[1]) / 4, rtol=1e-6)
+    learnt = Contrastive({'form': 'symmetric', 'pairs': pairs, 'padded': True, 'learn_temperature': True})
+    metrics = learnt.judge(model, {}, {'log_scale': jnp.log(jnp.array([10.0, 20.0]))}, {}, dict.fromkeys(valid), batch,
+                           Rng.create(0, 0, jnp.arange(4))).metrics
+    assert set(metrics) == {f'{what}/video-{other}' for what in ('loss', 'temperature') for other in ('audio', 'text')}
+    np.testing.assert_allclose([metrics['temperature/video-audio'], metrics['temperature/video-text']], [0.1, 0.05], rtol=1e-6)
     np.testing.assert_allclose(values[True], values[False] * 2 * 4 / (3 * 3), rtol=1e-5)   # two clips of four have both, three have each
     with pytest.raises(ConfigError, match='each_mask=True goes with form="symmetric"'):
         Contrastive({'each_mask': True})

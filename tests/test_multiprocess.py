@@ -151,10 +151,12 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('victim, told', [(1, '1 of 2 processes did not come to .* process 1 on .* continues from the last checkpoint'),
+@pytest.mark.parametrize('victim, told', [(1, '1 of 2 processes did not come to .* process 1 on .* continues from the last checkpoint'
+                                              r'|another task died[^*]*stopped sending heartbeats\):\n1\n'),
                                           (0, 'another task died|the coordinating process cannot be reached')])
 def test_a_killed_process_ends_the_other_and_the_same_command_goes_on_exactly(uninterrupted, tmp_path, victim, told):
-    """kill -9 of one of two. With the coordinating process JAX's own thread ends the other, at times before Python can speak."""
+    """kill -9 of one of two. With the coordinating process JAX's own thread ends the other, at times before Python can speak; with the other one too,
+    where the survivor waits in what notices nothing: after JAX's 100 s without a sign of life, in JAX's words, which number the process."""
     workdir, (started, logs) = tmp_path / 'run', start(tmp_path, f'--workdir={tmp_path / "run"}', *LONG, variant='plain')
     other = 1 - victim
     while started[other].exitcode is None and not (workdir / 'checkpoints' / '4').is_dir():
@@ -164,7 +166,7 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on_exactly(un
     assert started[victim].exitcode is not None or started[victim].join() is None
     said = logs[other].read_text()
     assert re.search(told, said), said[-3000:]
-    if victim == 1:
+    if 'another task died' not in said:
         assert said.rstrip().splitlines()[-1].startswith('error: ') and 'Traceback' not in said
     assert not (workdir / 'done.json').exists() and train.newest(workdir) >= 4
     together(tmp_path, f'--workdir={workdir}', *LONG, variant='plain')

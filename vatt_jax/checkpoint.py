@@ -30,8 +30,6 @@ from vatt_jax.models.embeddings import spline_matrix
 
 logging.getLogger('absl').setLevel(logging.ERROR)  # orbax tells each file it writes, and warns of metadata it does not need
 ITEMS = ('state', 'meta', 'columns')
-
-
 MANIFEST = 'manifest.json'
 
 
@@ -70,13 +68,14 @@ class Checkpoints:
         if config.get('best'):
             keep.append(Best(folder.parent / 'evals', config.best))
         self.saving = None
+
         def seal():   # before the folder takes its name, so that both appear together
             if jax.process_index() == 0:
                 for temporary in folder.glob(f'{self.saving}.orbax-checkpoint-tmp*'):
                     write_manifest(temporary)
         options = ocp.CheckpointManagerOptions(preservation_policy=managers.AnyPreservationPolicy(keep), enable_async_checkpointing=True,
                                                async_options=ocp.AsyncOptions(post_finalization_callback=seal))
-        self.manager = ocp.CheckpointManager(pathlib.Path(folder).absolute(), options=options, item_names=ITEMS)
+        self.manager = ocp.CheckpointManager(folder, options=options, item_names=ITEMS)
 
     def latest(self) -> int | None:
         return self.manager.latest_step()
@@ -219,6 +218,14 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
     return (folder / str(steps[-1])).absolute()
 
 
+def sound(path: str | pathlib.Path) -> pathlib.Path:
+    """The same. Raises ConfigError where its files are not what was written."""
+    path = find(path)
+    if why := damage(path):
+        raise ConfigError(f'checkpoint {path} is damaged ({why}); name another one of {path.parent}')
+    return path
+
+
 def read_meta(path: pathlib.Path) -> dict[str, Any]:
     """`meta` of a checkpoint folder."""
     try:
@@ -253,9 +260,7 @@ def load_model(path: str | pathlib.Path, mesh) -> tuple[ConfigDict, dict[str, An
     info: what the data object told about itself: {'tokenizer': spec, 'labels': {name: [class names]}, …}.
     Raises ConfigError when there is none or it cannot be read.
     """
-    path = find(path)
-    if damage(path):
-        raise ConfigError(f'checkpoint {path} is damaged ({damage(path)}); name another one of {path.parent}')
+    path = sound(path)
     meta = read_meta(path)
     variables = jax.device_put(read_model(path), sharding.replicated(mesh))
     return from_json(json.dumps(meta['config'])), variables, meta['info']
@@ -275,7 +280,7 @@ def init_from(path: str, params: Any, batch_stats: Any, rename, skip) -> tuple[A
             raise ConfigError(f"config.init_rename has {pair!r}; pairs of a pattern and its replacement are wanted, such as "
                               "(('^fronts_', 'patches_'),)")
     optim.check_patterns([p for p, _ in rename], 'config.init_rename')
-    folder = find(path)
+    folder = sound(path)
     other = read_model(folder)
     flat = {f'{group}/{name}': x for group, tree in (('params', other['params']), ('batch_stats', other['batch_stats']))
             for name, x in zip(jax.tree.leaves(optim.paths(tree)), jax.tree.leaves(tree), strict=True)}

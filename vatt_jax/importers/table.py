@@ -149,7 +149,7 @@ def write_run(out: pathlib.Path, config, state, arrays: Mapping[Path, np.ndarray
 
 def read_run(run: str | os.PathLike) -> tuple[ConfigDict, dict[str, Any], dict[Path, np.ndarray]]:
     """(config, info, variables) of the newest model of a run, or of one checkpoint folder."""
-    path = checkpoint.find(run)
+    path = checkpoint.sound(run)
     meta = checkpoint.read_meta(path)
     got = checkpoint.read_model(path, objective=True)
     ours = {(group, *k): v for group in ('params', 'batch_stats', 'objective') for k, v in flatten_dict(got[group]).items()}
