@@ -135,6 +135,17 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     return computations, entry
 
 
+def buffers(text: str) -> dict[str, float]:
+    """{'arguments', 'temporaries', 'outputs' that do not reuse the arguments' memory}: bytes of HBM in the text of a buffer assignment, each with
+    its padding."""
+    out = dict.fromkeys(('arguments', 'temporaries', 'outputs'), 0.0)
+    for size, kind in re.findall(r'^allocation \d+: size (\d+), (.*):$', text, re.M):
+        if re.search(r'color [1-9]|thread-local', kind):   # on the chip; inside one operation
+            continue
+        out['arguments' if kind.startswith('parameter') else 'outputs' if 'maybe-live-out' in kind else 'temporaries'] += int(size)
+    return out
+
+
 def read(text: str) -> Report:
     """Collectives and traffic of a compiled program's text."""
     computations, entry = parse(text)
