@@ -55,6 +55,7 @@ def test_traffic_grows_with_the_loop(program):
     ("replica_groups=mesh['a'=4,'b'=2] {'b'}", [0, 1]),
     ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [0, 1, 4, 5]),
     ("replica_groups=mesh['a'=8] {'a':(2)2}", [0, 2]),
+    ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", [0, 2, 4, 6]),
     ('source_target_pairs={{3,1},{1,3}}', [3, 1]),
     ('replica_groups={}', []),
 ])
