@@ -167,7 +167,7 @@ ENTRY %main (x: f32[256]) -> f32[256] {
     assert [(c.kind, c.bytes, c.group) for c in report.collectives] == [('all-reduce', 1024.0, 2)] and report.traffic == 4 * 1024
 
 
-# A product whose weights are a slice, taken by a fusion within the fusion; an update in place by another one; a cast; a reduce-scatter as TPUs have it.
+# A product whose weights are sliced by a fusion within the fusion; an update in place by another; a cast; a reduce-scatter as TPUs have it.
 NESTED = '''HloModule jit_step, is_scheduled=true, num_partitions=4
 
 %take (p.0: bf16[5,4,4], p.1: s32[]) -> bf16[4,4] {

@@ -131,8 +131,7 @@ def prepend(module: nn.Module, name: str, x: jax.Array, width: int) -> jax.Array
 def look_up(module: nn.Module, ids: jax.Array, vocab: int, width: int, frozen: bool) -> jax.Array:
     """ids [...] -> rows of the word table [... width]. frozen: no gradient reaches it (the official word2vec table)."""
     table = module.param('word_table', logical(jax.nn.initializers.normal(width ** -0.5), 'vocab', 'word'), (vocab, width), jnp.float32)
-    # the barrier: a cast that follows is of the rows, where XLA would cast the table first
-    return jax.lax.optimization_barrier((jax.lax.stop_gradient(table) if frozen else table)[ids])
+    return (jax.lax.stop_gradient(table) if frozen else table)[ids]
 
 
 class Words(nn.Module):
