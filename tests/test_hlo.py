@@ -217,6 +217,7 @@ ENTRY %main (x: f32[8,4], w: bf16[5,4,4], n: s32[], u: f32[5,8,4], g: f32[16,4])
   %fusion.1 = f32[5,8,4]{2,1,0} fusion(%x, %w, %n, %u), kind=kOutput, calls=%product
   %fusion.2 = bf16[16,4]{1,0:S(1)} fusion(%g), kind=kLoop, calls=%cast
   %fusion.3 = bf16[4,4]{1,0:S(1)} fusion(%fusion.2), kind=kCustom, calls=%all-reduce-scatter.1
+  %fusion.4 = bf16[4,4]{1,0:S(1)} fusion(%fusion.2), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %out = (f32[5,8,4]{2,1,0}, bf16[4,4]{1,0:S(1)}) tuple(%fusion.1, %fusion.3)
 }
 '''
@@ -226,8 +227,8 @@ def test_fusions_within_fusions():
     report = hlo.read(NESTED)
     counter, product, cast = 4, 8 * 4 * 4 + 4 * 4 * 2 + 8 * 4 * 4, 16 * 4 * 4
     # the all-reduce's own buffer in the fusion is not marked as on-chip
-    assert report.traffic == pytest.approx(product + cast + counter + 16 * 4 * 2 * 2)
-    (scatter,) = report.collectives
+    assert report.traffic == pytest.approx(product + cast + counter + 2 * 16 * 4 * 2 * 2)
+    scatter, _ = report.collectives   # two on the channel of collectives that were put together
     assert (scatter.kind, scatter.group, scatter.bytes, scatter.received) == ('reduce-scatter', 4, 128.0, 96.0)
 
 

@@ -17,6 +17,7 @@ COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'coll
 FREE = frozenset({'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id', 'replica-id', 'opt-barrier', 'while',
                   'conditional', 'call', 'copy-done', 'async-update', 'async-done', 'add-dependency', 'domain', 'custom-call-done', 'send-done',
                   'recv-done', *(f'{c}-done' for c in COLLECTIVES)})
+SCATTER = re.compile('all-reduce-scatter')   # a TPU's reduce-scatter, written as a fusion of the sum and of the slice that a device keeps
 THROUGH = frozenset({'bitcast', 'convert', 'copy', 'reshape', 'transpose'})   # of a fusion: what reads only what is read of it
 
 
@@ -201,7 +202,9 @@ def _walk(computations, name: str, times: float, report: Report, spread: dict) -
             elif i.opcode == 'fusion' and (inner := computations.get(i.called('calls') or '')):
                 for j in _collectives_in(inner):
                     one = _collective(inner, j, j.opcode.removesuffix('-start'), times, report.devices)
-                    chain = tuple(re.findall(r'channel_id=(\d+)|chain_id="(\d+)"', j.attributes)) or (i.name, j.name)
+                    # collectives that were put together share channel 1
+                    chain = (i.name, j.name) if SCATTER.match(inner.name) else \
+                        tuple(re.findall(r'channel_id=(\d+)|chain_id="(\d+)"', j.attributes)) or (i.name, j.name)
                     before = spread.get(chain)
                     if before is None or before[0].times > times:
                         spread[chain] = one, sum(s.bytes for n in (j, *(inner.instructions[o] for o in j.operands)) for s in n.shapes if not s.fast)
@@ -305,7 +308,7 @@ def _collective(computation: Computation, i: Instruction, kind: str, times: floa
     results = sum(s.bytes for s in _result(computation, i))
     members = first_group(i.attributes) or list(range(devices))
     group = len(members)
-    if computation.name.startswith('all-reduce-scatter'):   # how a TPU's reduce-scatter is written: of the sum, each device takes a slice
+    if SCATTER.match(computation.name):
         kind = 'reduce-scatter'
     if kind == 'collective-permute':
         group = 2
