@@ -66,6 +66,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     parser.add_argument('--machine', default='', help='entry of configs/machines.py, whose mesh the config takes')
     parser.add_argument('--topology', default='', help='plan: v5p:8x8x4 | v5e:16x16 | v6e:16x16 | tpu7x:4x4x4 | v5e:16x16*4 (four slices) | '
                         'h100:8x8 (hosts × GPUs) | cpu:8; default: that of --machine')
+    parser.add_argument('--quick', action='store_true', help='plan, TPU: stop before code is generated; several times faster, memory is that of the '
+                        'buffer assignment')
     parser.add_argument('--search', action='store_true', help='plan: vary the batch per device, rematerialisation and FSDP width')
     parser.add_argument('--compare', default='', help='report: other run folders, separated by commas, shown beside this one')
     parser.add_argument('--out', default='', help='deflate: the run folder to make')
@@ -289,7 +291,9 @@ def plan(config, workdir: pathlib.Path, flags) -> None:
     if flags.search:
         plans.search(config, data, topology, workdir / 'plan', notes)
         return
-    print(plans.table(plans.plan(config, data, topology, workdir / 'plan', notes)), end='')
+    print(plans.table(plans.plan(config, data, topology, workdir / 'plan', notes, flags.quick)), end='', flush=True)
+    if flags.quick:
+        os._exit(0)   # the compiler is still at work
 
 
 def report(workdir: pathlib.Path, others: tuple[str, ...] = ()) -> None:

@@ -59,7 +59,7 @@ def plan(row: dict, extra: list[str]) -> dict:
     """The plan of a row in short, or {'error': …}."""
     config = MODELS[row['model']] + (',fused' if row['attention'] == 'fused' else '')
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, 'run.py', '--mode=plan', f'--config={config}', f'--topology={row["topology"]}', f'--workdir={folder}',
+        command = [sys.executable, 'run.py', '--mode=plan', f'--config={config}', f'--topology={row["topology"]}', f'--workdir={folder}', '--quick',
                    f'--config.batch_size={row["batch"]}', *(['--config.mesh.fsdp=8'] if row['topology'].startswith('h100') else []), *extra]
         done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=os.environ)
         found = list(pathlib.Path(folder).glob('plan/*.json'))

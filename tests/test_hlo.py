@@ -55,6 +55,7 @@ def test_traffic_grows_with_the_loop(program):
     ("replica_groups=mesh['a'=4,'b'=2] {'b'}", [0, 1]),
     ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [0, 1, 4, 5]),
     ("replica_groups=mesh['a'=8] {'a':(2)2}", [0, 2]),
+    ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", [0, 2, 4, 6]),
     ('source_target_pairs={{3,1},{1,3}}', [3, 1]),
     ('replica_groups={}', []),
 ])
@@ -164,3 +165,84 @@ ENTRY %main (x: f32[256]) -> f32[256] {
 '''
     report = hlo.read(program)
     assert [(c.kind, c.bytes, c.group) for c in report.collectives] == [('all-reduce', 1024.0, 2)] and report.traffic == 4 * 1024
+
+
+# A product whose weights are sliced by a fusion within the fusion; an update in place by another; a cast; a reduce-scatter as TPUs have it.
+NESTED = '''HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%take (p.0: bf16[5,4,4], p.1: s32[]) -> bf16[4,4] {
+  %p.0 = bf16[5,4,4]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice.1 = bf16[1,4,4]{2,1,0} dynamic-slice(%p.0, %p.1, %zero, %zero), dynamic_slice_sizes={1,4,4}
+  ROOT %one = bf16[4,4]{1,0} bitcast(%slice.1)
+}
+
+%put (q.0: f32[5,8,4], q.1: f32[1,8,4], q.2: s32[]) -> f32[5,8,4] {
+  %q.0 = f32[5,8,4]{2,1,0} parameter(0)
+  %q.1 = f32[1,8,4]{2,1,0} parameter(1)
+  %q.2 = s32[] parameter(2)
+  ROOT %update = f32[5,8,4]{2,1,0} dynamic-update-slice(%q.0, %q.1, %q.2, %q.2, %q.2)
+}
+
+%product (r.0: f32[8,4], r.1: bf16[5,4,4], r.2: s32[], r.3: f32[5,8,4]) -> f32[5,8,4] {
+  %r.0 = f32[8,4]{1,0} parameter(0)
+  %r.1 = bf16[5,4,4]{2,1,0} parameter(1)
+  %r.2 = s32[] parameter(2)
+  %r.3 = f32[5,8,4]{2,1,0} parameter(3)
+  %weights = bf16[4,4]{1,0} fusion(%r.1, %r.2), kind=kLoop, calls=%take
+  %y = f32[8,4]{1,0} convolution(%r.0, %weights), dim_labels=bf_io->bf
+  %rows = f32[1,8,4]{2,1,0} bitcast(%y)
+  ROOT %stacked = f32[5,8,4]{2,1,0} fusion(%r.3, %rows, %r.2), kind=kLoop, calls=%put
+}
+
+%cast (s.0: f32[16,4]) -> bf16[16,4] {
+  %s.0 = f32[16,4]{1,0} parameter(0)
+  ROOT %narrow = bf16[16,4]{1,0} convert(%s.0)
+}
+
+%all-reduce-scatter.1 (t.0: bf16[16,4]) -> bf16[4,4] {
+  %t.0 = bf16[16,4]{1,0} parameter(0)
+  %all-reduce.1 = bf16[16,4]{1,0} all-reduce(%t.0), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %at = s32[] constant(0)
+  ROOT %mine = bf16[4,4]{1,0} dynamic-slice(%all-reduce.1, %at, %at), dynamic_slice_sizes={4,4}
+}
+
+ENTRY %main (x: f32[8,4], w: bf16[5,4,4], n: s32[], u: f32[5,8,4], g: f32[16,4]) -> (f32[5,8,4], bf16[4,4]) {
+  %x = f32[8,4]{1,0} parameter(0)
+  %w = bf16[5,4,4]{2,1,0} parameter(1)
+  %n = s32[] parameter(2)
+  %u = f32[5,8,4]{2,1,0} parameter(3)
+  %g = f32[16,4]{1,0} parameter(4)
+  %fusion.1 = f32[5,8,4]{2,1,0} fusion(%x, %w, %n, %u), kind=kOutput, calls=%product
+  %fusion.2 = bf16[16,4]{1,0:S(1)} fusion(%g), kind=kLoop, calls=%cast
+  %fusion.3 = bf16[4,4]{1,0:S(1)} fusion(%fusion.2), kind=kCustom, calls=%all-reduce-scatter.1
+  %fusion.4 = bf16[4,4]{1,0:S(1)} fusion(%fusion.2), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %out = (f32[5,8,4]{2,1,0}, bf16[4,4]{1,0:S(1)}) tuple(%fusion.1, %fusion.3)
+}
+'''
+
+
+def test_fusions_within_fusions():
+    report = hlo.read(NESTED)
+    counter, product, cast = 4, 8 * 4 * 4 + 4 * 4 * 2 + 8 * 4 * 4, 16 * 4 * 4
+    # the all-reduce's own buffer in the fusion is not marked as on-chip
+    assert report.traffic == pytest.approx(product + cast + counter + 2 * 16 * 4 * 2 * 2)
+    scatter, _ = report.collectives   # two on the channel of collectives that were put together
+    assert (scatter.kind, scatter.group, scatter.bytes, scatter.received) == ('reduce-scatter', 4, 128.0, 96.0)
+
+
+def test_buffers_of_hbm():
+    text = '''BufferAssignment:
+allocation 0: size 512, thread-local:
+ value: <119 sum @0> (size=512,offset=0): f32[]{:T(128)}
+allocation 1: size 4096, parameter 0, shape |f32[8,128]| at ShapeIndex {}, maybe-live-out:
+ value: <1 param @0> (size=4096,offset=0): f32[8,128]
+allocation 2: size 1024, parameter 1, shape |bf16[4,128]| at ShapeIndex {}:
+allocation 3: size 2048, output shape is |(f32[])|, maybe-live-out:
+allocation 4: size 64, constant:
+allocation 5: size 8192, preallocated-temp:
+ value: <27 fusion @0> (size=512,offset=0): f32[128]
+allocation 6: size 99999, color 1, preallocated-temp:
+'''
+    assert hlo.buffers(text) == {'arguments': 5120, 'temporaries': 8192 + 64, 'outputs': 2048}

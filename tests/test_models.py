@@ -267,3 +267,24 @@ def test_a_shared_encoder_has_default_sizes():
     params = jax.eval_shape(lambda: models.build(config.model, 'float32').init(
         jax.random.key(0), inputs(config), train=False, rng=Rng.create(0, 0, jnp.arange(B))))['params']
     assert meta.unbox(params)['shared_encoder']['final_norm']['scale'].shape == (768,)
+
+
+def test_gradients_of_scanned_kernels_are_stacked_in_the_compute_type(reference):
+    """[layers - 1, …] of float32 would take twice the memory of the largest buffer of a step; what is no kernel stays float32."""
+    config, _, variables, batch, rng = reference
+    config = config.copy_and_resolve_references()
+    config.model.scan, config.model.remat = True, 'full'
+    model = models.build(config.model, 'bfloat16')
+
+    stacked = set()
+
+    def walk(jaxpr):
+        for e in jaxpr.eqns:
+            if e.primitive.name == 'scan':
+                stacked.update((v.aval.shape, str(v.aval.dtype)) for v in e.outvars)
+            for p in e.params.values():
+                if inner := getattr(p, 'jaxpr', p if hasattr(p, 'eqns') else None):
+                    walk(inner)
+    walk(jax.make_jaxpr(lambda: forward(model, variables, batch, rng))().jaxpr)
+    kernel, scale = (1, *variables['params']['encoders_video']['layers']['mlp_in']['kernel'].shape[1:]), (1, config.model.towers.video.width)
+    assert (kernel, 'bfloat16') in stacked and (kernel, 'float32') not in stacked and (scale, 'float32') in stacked

@@ -189,7 +189,8 @@ def test_no_logits_in_the_compiled_program(tmp_path, monkeypatch):
               "import data_pipelines; from configs import vatt; from vatt_jax import hlo, plan; "
               "c = vatt.get_config('bbs,synthetic' + sys.argv[1]); c.batch_size = 16; "
               "[t.update({'layers': 2}) for t in c.model.towers.values()]; read = hlo.read; "
-              "hlo.read = lambda text: (open(sys.argv[2], 'w').write(text), read(text))[1]; plan.plan(c, data_pipelines.open(c), t)")
+              "hlo.read = lambda text: (open(sys.argv[2], 'w').write(text), read(text))[1]; plan.plan(c, data_pipelines.open(c), t, quick=True); "
+              "os._exit(0)")
     found = {}
     for option in (',fused', ''):
         file = tmp_path / f'program{option}.txt'
@@ -270,15 +271,35 @@ def test_slurm_script_agrees_with_machines():
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['bbs', 'mmv'])
 def test_published_configs_compile_for_a_tpu(name, tmp_path):
-    """The real step of a published config for v5e:2x2, in a process of its own."""
+    """The real step of a published config for v5e:2x2, to its buffer assignment, in a process of its own."""
     pytest.importorskip('libtpu', reason='compiling for TPUs takes libtpu')
     import subprocess
     import sys
     done = subprocess.run([sys.executable, 'run.py', '--mode=plan', f'--config=configs/vatt.py:{name},synthetic', '--topology=v5e:2x2',
-                           '--config.batch_size=16', f'--workdir={tmp_path}'], cwd=ROOT, text=True, capture_output=True, timeout=590)
+                           '--config.batch_size=16', '--quick', f'--workdir={tmp_path}'], cwd=ROOT, text=True, capture_output=True, timeout=590)
     assert done.returncode == 0 and 'clips/s' in done.stdout, done.stdout + done.stderr
     (p,) = [json.loads(f.read_text()) for f in (tmp_path / 'plan').glob('*.json')]
-    assert p['memory']['peak'] > p['memory']['state'] and p['notes'] == []
+    assert p['memory']['peak'] > p['memory']['state'] and p['notes'] == [plan.QUICK]
     reduced = sum(c['bytes'] for c in p['collectives'] if c['kind'] == 'all-reduce')
     assert reduced > 2 * 0.95 * p['parameters']['trained']      # every gradient, in bfloat16
     assert 0 < p['roofline']['mfu'] < 1
+
+
+@pytest.mark.slow
+def test_a_quick_plan_is_that_of_the_whole_compile(tmp_path):
+    """The same program and arguments; of the temporaries all but what the generation of code adds."""
+    pytest.importorskip('libtpu', reason='compiling for TPUs takes libtpu')
+    import subprocess
+    import sys
+    script = ("import os, sys, json; from vatt_jax import chips; t = chips.parse('v5e:2x2'); os.environ.update(chips.environment(t)); "
+              "import data_pipelines; from tests import tiny; from vatt_jax import plan; "
+              "c = tiny.config(batch_size=64, mesh__replica=2, mesh__fsdp=2, compute_dtype='bfloat16', model__scan=True); "
+              "made = [plan.plan(c, data_pipelines.open(c), t, quick=quick) for quick in (False, True)]; "
+              "print(json.dumps(made), flush=True); os._exit(0)")
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, text=True, capture_output=True, timeout=590)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, quick = json.loads(done.stdout.splitlines()[-1])
+    assert quick['notes'] == [*whole['notes'], plan.QUICK]
+    assert quick['collectives'] == whole['collectives'] and quick['roofline']['bytes'] == whole['roofline']['bytes']
+    assert quick['memory']['arguments'] == whole['memory']['arguments']
+    assert 0 < quick['memory']['temporaries'] <= whole['memory']['temporaries'] and quick['memory']['live'] is None

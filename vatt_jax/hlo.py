@@ -5,6 +5,7 @@ XLA's own cost analysis counts a loop's body once. The text is that of `compiled
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -16,6 +17,7 @@ COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'coll
 FREE = frozenset({'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id', 'replica-id', 'opt-barrier', 'while',
                   'conditional', 'call', 'copy-done', 'async-update', 'async-done', 'add-dependency', 'domain', 'custom-call-done', 'send-done',
                   'recv-done', *(f'{c}-done' for c in COLLECTIVES)})
+SCATTER = re.compile('all-reduce-scatter')   # a TPU's reduce-scatter, written as a fusion of the sum and of the slice that a device keeps
 THROUGH = frozenset({'bitcast', 'convert', 'copy', 'reshape', 'transpose'})   # of a fusion: what reads only what is read of it
 
 
@@ -50,6 +52,17 @@ class Instruction:
 class Computation:
     name: str
     instructions: dict[str, Instruction]
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        out: dict[str, list[Instruction]] = {}
+        for i in self.instructions.values():
+            for o in dict.fromkeys(i.operands):
+                out.setdefault(o, []).append(i)
+        return out
+
+    def parameter(self, number: int) -> Instruction | None:
+        return next((i for i in self.instructions.values() if i.opcode == 'parameter' and int(i.operands[0]) == number), None)
 
     @property
     def root(self) -> Instruction:
@@ -135,6 +148,17 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     return computations, entry
 
 
+def buffers(text: str) -> dict[str, float]:
+    """{'arguments', 'temporaries', 'outputs' that do not reuse the arguments' memory}: bytes of HBM in the text of a buffer assignment, each with
+    its padding."""
+    out = dict.fromkeys(('arguments', 'temporaries', 'outputs'), 0.0)
+    for size, kind in re.findall(r'^allocation \d+: size (\d+), (.*):$', text, re.M):
+        if re.search(r'color [1-9]|thread-local', kind):   # on the chip; inside one operation
+            continue
+        out['arguments' if kind.startswith('parameter') else 'outputs' if 'maybe-live-out' in kind else 'temporaries'] += int(size)
+    return out
+
+
 def read(text: str) -> Report:
     """Collectives and traffic of a compiled program's text."""
     computations, entry = parse(text)
@@ -178,7 +202,9 @@ def _walk(computations, name: str, times: float, report: Report, spread: dict) -
             elif i.opcode == 'fusion' and (inner := computations.get(i.called('calls') or '')):
                 for j in _collectives_in(inner):
                     one = _collective(inner, j, j.opcode.removesuffix('-start'), times, report.devices)
-                    chain = tuple(re.findall(r'channel_id=(\d+)|chain_id="(\d+)"', j.attributes)) or (i.name, j.name)
+                    # collectives that were put together share channel 1
+                    chain = (i.name, j.name) if SCATTER.match(inner.name) else \
+                        tuple(re.findall(r'channel_id=(\d+)|chain_id="(\d+)"', j.attributes)) or (i.name, j.name)
                     before = spread.get(chain)
                     if before is None or before[0].times > times:
                         spread[chain] = one, sum(s.bytes for n in (j, *(inner.instructions[o] for o in j.operands)) for s in n.shapes if not s.fast)
@@ -225,7 +251,7 @@ def traffic(computations, computation: Computation, i: Instruction) -> float:
     if i.opcode == 'broadcast' or i.opcode == 'iota':
         return sum(read) + written
     if i.opcode == 'fusion' and (inner := computations.get(i.called('calls') or '')):
-        return _fusion(inner, i, read, written)
+        return _fusion(computations, inner, read, i.shapes)
     return sum(read) + written
 
 
@@ -237,41 +263,44 @@ def _result(computation: Computation, i: Instruction) -> list[Shape]:
     return i.shapes[n:2 * n] if len(i.shapes) >= 2 * n else i.shapes[-n:]
 
 
-def _fusion(inner: Computation, i: Instruction, read: list[float], written: float) -> float:
+def _fusion(computations, inner: Computation, read: list[float], written: list[Shape]) -> float:
     """A fusion reads of a parameter that it only slices the slices, and writes of a buffer that it only updates the update."""
-    users: dict[str, list[Instruction]] = {}
-    for j in inner.instructions.values():
-        for o in j.operands:
-            users.setdefault(o, []).append(j)
     # what a collective behind this fusion moves is counted with its chain
     carried = {(s.dtype, s.dims) for c in _collectives_in(inner) for n in (c, *(inner.instructions[o] for o in c.operands)) for s in n.shapes}
-    total, saved = written - sum(s.bytes for s in i.shapes if not s.fast and (s.dtype, s.dims) in carried), 0.0
-    for j in inner.instructions.values():
-        if j.opcode != 'parameter':
+    total, saved = sum(s.bytes for s in written if not s.fast and (s.dtype, s.dims) not in carried), 0.0
+    for number, whole in enumerate(read):
+        parameter = inner.parameter(number)
+        if not whole or parameter is None or any((s.dtype, s.dims) in carried for s in parameter.shapes):
             continue
-        number = int(j.operands[0])
-        whole = read[number] if number < len(read) else 0.0
-        if not whole or any((s.dtype, s.dims) in carried for s in j.shapes):
-            continue
-        part = 0.0
-        waiting, seen = [j.name], set()
-        while waiting:
-            name = waiting.pop()
-            for user in users.get(name, []):
-                if user.opcode in ('dynamic-slice', 'slice', 'gather') and user.operands[0] == name:
-                    part += user.shapes[0].bytes
-                elif user.opcode == 'dynamic-update-slice' and user.operands[0] == name and user.name not in seen:
-                    # in place: neither read nor written but for the update
-                    saved += user.shapes[0].bytes - inner.instructions[user.operands[1]].shapes[0].bytes
-                    seen.add(user.name)
-                elif user.opcode in THROUGH:
-                    waiting.append(user.name)
-                else:
-                    part = whole
-                    waiting.clear()
-                    break
-        total += min(part, whole)
+        part, kept, all_of_it = _touched(computations, inner, parameter.name)
+        total += whole if all_of_it else min(part, whole)
+        saved += kept
     return max(total - saved, 0.0)
+
+
+def _touched(computations, inner: Computation, name: str) -> tuple[float, float, bool]:
+    """(bytes that slices of a value take, bytes of it that are updated in place and so neither read nor written, whether all of it is read or
+    returned) within a fusion and the fusions in it."""
+    part = kept = 0.0
+    for user in inner.users.get(name, ()):
+        if user.opcode in ('dynamic-slice', 'slice', 'gather') and user.operands[0] == name:
+            part += user.shapes[0].bytes
+        elif user.opcode == 'dynamic-update-slice' and user.operands[0] == name:
+            kept += user.shapes[0].bytes - inner.instructions[user.operands[1]].shapes[0].bytes
+        elif user.opcode in THROUGH and not user.root:
+            more, in_place, all_of_it = _touched(computations, inner, user.name)
+            part, kept = part + more, kept + in_place
+            if all_of_it:
+                return part, kept, True
+        elif user.opcode == 'fusion' and (nested := computations.get(user.called('calls') or '')):
+            for number in (n for n, o in enumerate(user.operands) if o == name):
+                more, in_place, all_of_it = _touched(computations, nested, nested.parameter(number).name)
+                part, kept = part + more, kept + in_place
+                if all_of_it:
+                    return part, kept, True
+        else:
+            return part, kept, True
+    return part, kept, False
 
 
 def _collective(computation: Computation, i: Instruction, kind: str, times: float, devices: int) -> Collective:
@@ -279,6 +308,8 @@ def _collective(computation: Computation, i: Instruction, kind: str, times: floa
     results = sum(s.bytes for s in _result(computation, i))
     members = first_group(i.attributes) or list(range(devices))
     group = len(members)
+    if SCATTER.match(computation.name):
+        kind = 'reduce-scatter'
     if kind == 'collective-permute':
         group = 2
     full = results if kind == 'all-gather' else operands
@@ -293,15 +324,17 @@ def first_group(attributes: str) -> list[int]:
         ids = np.arange(math.prod(numbers(found[2]))).reshape(numbers(found[2]))
         ids = ids.transpose(numbers(found[3])) if found[3] else ids
         return ids.reshape(numbers(found[1]))[0].tolist()
-    found = re.search(r"replica_groups=mesh\[([^\]]*)\](?:[^{]*)\{([^}]*)\}", attributes)
-    if found:                                            # mesh['a'=4,'b'=2] {'a'}; part of an axis: 'a':(1)2
+    found = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))?[^{]*\{([^}]*)\}", attributes)
+    if found:                                            # mesh['a'=4,'b'=2] {'a'}; part of an axis: 'a':(1)2; device_ids: their order in it
         sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", found[1])}
         parts = {name: [1, n, 1] for name, n in sizes.items()}
-        chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[2])
+        chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[4])
         for name, before, size in chosen:
             if size:
                 parts[name] = [int(before), int(size), sizes[name] // int(before) // int(size)]
-        ids = np.arange(math.prod(sizes.values())).reshape([n for part in parts.values() for n in part])
+        ids = np.arange(math.prod(sizes.values()))
+        ids = ids.reshape(numbers(found[2])).transpose(numbers(found[3])) if found[2] else ids
+        ids = ids.reshape([n for part in parts.values() for n in part])
         taken = {name for name, _, _ in chosen}
         at = tuple(slice(None) if name in taken and k == 1 else 0 for name in parts for k in range(3))
         return ids[at].reshape(-1).tolist()

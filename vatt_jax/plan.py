@@ -18,6 +18,7 @@ import math
 import pathlib
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -36,6 +37,7 @@ from vatt_jax.objectives.base import streams
 # Fields that change nothing of a plan.
 UNREAD = ('name', 'report', 'init_from', 'init_words', 'init_rename', 'init_skip', 'checkpoint', 'max_bad_steps', 'evals', 'eval_every', 'log_every',
           'jax_platform', 'profile')
+QUICK = 'no code was generated: memory is that of the buffer assignment'
 
 
 @dataclasses.dataclass
@@ -49,16 +51,18 @@ class Compiled:
     limit: float | None = None
 
 
-def plan(config: ConfigDict, data, topology: chips.Topology, folder: pathlib.Path | None = None, notes: Iterable[str] = ()) -> dict[str, Any]:
+def plan(config: ConfigDict, data, topology: chips.Topology, folder: pathlib.Path | None = None, notes: Iterable[str] = (),
+         quick: bool = False) -> dict[str, Any]:
     """The plan of `config` on `topology` as a JSON-able dict; read from `folder` if one of the same config, code and libraries is there.
 
-    data: the data object, of which shapes, sizes and vocabulary are read. notes: to be told with the result. Raises ConfigError where config
-    and topology do not fit.
+    data: the data object, of which shapes, sizes and vocabulary are read. notes: to be told with the result. quick: see `compile_step`. Raises
+    ConfigError where config and topology do not fit.
     """
     config = config.copy_and_resolve_references()
     train.resolve(config, data)
     configs.check_batch(config, topology.devices, 1)
-    notes = [*notes, *suit(config, topology.chip)]
+    quick = quick and topology.chip.platform == 'tpu'
+    notes = [*notes, *suit(config, topology.chip), *([QUICK] if quick else [])]
     key = digest(config, topology, data, notes)
     path = folder / f'{str(topology).replace(":", "_").replace("*", "_slices")}_{key}.json' if folder else None
     if path and path.exists():
@@ -72,7 +76,7 @@ def plan(config: ConfigDict, data, topology: chips.Topology, folder: pathlib.Pat
     if devices:
         with jax.set_mesh(mesh):
             traced = built.step.trace(built.shape, built.batch)
-            compiled = compile_step(traced, topology)
+            compiled = compile_step(traced, topology, quick)
         executed = flops.count(traced.jaxpr.jaxpr)
     result['flops']['executed_step'] = executed.flops if executed else None
     if executed and executed.unknown:
@@ -164,27 +168,52 @@ def abstract_mesh(config: ConfigDict, topology: chips.Topology):
     return jax.sharding.AbstractMesh(shape, sharding.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
 
 
-def compile_step(traced, topology: chips.Topology) -> Compiled:
-    """Compiles a traced step for the devices it was traced for, and reads the result."""
+def compile_step(traced, topology: chips.Topology, quick: bool = False) -> Compiled:
+    """Compiles a traced step for the devices it was traced for, and reads the result.
+
+    quick (TPU): reads the scheduled program and its buffer assignment as soon as the compiler has written them, and leaves it alone with the
+    generation of code, most of its work, of which a plan reads next to nothing. The thread cannot be stopped: to be called by a process that ends
+    soon (os._exit).
+    """
     began = time.monotonic()
     platform = topology.chip.platform
-    with tempfile.TemporaryDirectory() as dump:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as dump:
         # The text comes from XLA's own dump: as_text() fails for some TPU programs (word tables that it gathers on the SparseCores).
         options = {'xla_dump_to': dump, 'xla_dump_hlo_as_text': True, 'xla_dump_hlo_module_re': 'jit_step.*'}
-        try:
-            compiled = traced.lower(lowering_platforms=(platform,)).compile(compiler_options=options)
-        except Exception as error:   # XLA's errors have one type
+        lowered = traced.lower(lowering_platforms=(platform,))
+        result: dict[str, Any] = {}
+
+        def work() -> None:
+            try:
+                result['compiled'] = lowered.compile(compiler_options=options)
+            except Exception as error:   # XLA's errors have one type
+                result['error'] = error
+        find = lambda ending: next(iter(pathlib.Path(dump).glob(f'*{ending}')), None)
+        if quick:
+            thread = threading.Thread(target=work, daemon=True)
+            thread.start()
+            while thread.is_alive() and not find('after_buffer_assignment.txt'):   # written after what is read here
+                thread.join(0.5)
+            thread.join(2.0)   # a program that does not fit is refused here
+        else:
+            work()
+        if error := result.get('error'):
             needed = out_of_memory(str(error))
             if needed is None:
-                raise
+                raise error
             return Compiled(time.monotonic() - began, None, None, *needed)
-        found = sorted(pathlib.Path(dump).glob('*after_optimizations.txt'), key=lambda p: p.stat().st_size)
-        text = found[-1].read_text() if found else compiled.as_text()
-    m = compiled.memory_analysis()
-    memory = {'arguments': m.argument_size_in_bytes, 'temporaries': m.temp_size_in_bytes, 'outputs': m.output_size_in_bytes - m.alias_size_in_bytes}
+        compiled, found = result.get('compiled'), find('after_optimizations.txt')
+        text = found.read_text() if found else compiled.as_text()
+        if compiled is None:
+            memory = hlo.buffers(find('buffer-assignment.txt').read_text())
+        else:
+            m = compiled.memory_analysis()
+            memory = {'arguments': m.argument_size_in_bytes, 'temporaries': m.temp_size_in_bytes,
+                      'outputs': m.output_size_in_bytes - m.alias_size_in_bytes}
     memory['peak'] = sum(memory.values())   # what is reserved; the compiler's own peak leaves out the gaps between buffers
-    memory['live'] = getattr(m, 'peak_memory_in_bytes', 0)
-    return Compiled(time.monotonic() - began, {k: float(v) for k, v in memory.items()}, hlo.read(text))
+    memory['live'] = getattr(m, 'peak_memory_in_bytes', 0) if compiled else None
+    seconds = time.monotonic() - began
+    return Compiled(seconds, {k: None if v is None else float(v) for k, v in memory.items()}, hlo.read(text))
 
 
 def out_of_memory(message: str) -> tuple[float | None, float | None] | None:
@@ -250,7 +279,7 @@ def add_memory(result: dict[str, Any], topology: chips.Topology, built: train.Bu
         out |= {'arguments': state + batch, 'temporaries': None, 'peak': compiled.needed, 'limit': compiled.limit or limit, 'fits': False}
     else:
         out |= {k: compiled.memory[k] for k in ('arguments', 'temporaries', 'peak', 'live')}
-        out['fits'] = None if limit is None else True   # the compiler refuses what does not
+        out['fits'] = None if limit is None else compiled.memory['live'] is not None or out['peak'] <= limit   # a whole compile refuses what does not
     if out['fits'] is False:
         out['would_fit'] = would_fit(result, out)
     result['memory'] = out

@@ -79,7 +79,7 @@ def video(stream, spec, config, rng: Rng, augment: bool) -> jax.Array:
         matrix, shift = jitter(jnp.einsum('bhwc,bh,bw->bc', x.mean(1), rows.mean(1), columns.mean(1)))
         mixed = jnp.einsum('bjw,bdc->bwcjd', columns, matrix).reshape(b, width * 3, size * 3)
         x = jnp.matmul(x.reshape(b, t * height, width * 3), mixed).reshape(b, t, height, size * 3)
-        x = jnp.einsum('bih,bthk->btik', rows, x).reshape(b, t, size, size, 3)
+        x = jnp.einsum('bih,bthk->btik', rows, x)
     else:
         height, width = data.shape[2] * 2 // 3, data.shape[3]
         x = data.astype(jnp.float32)
@@ -90,8 +90,9 @@ def video(stream, spec, config, rng: Rng, augment: bool) -> jax.Array:
         matrix, shift = matrix @ _FROM_PLANES, matrix @ _FROM_PLANES_SHIFT + shift
         x = jnp.concatenate([jnp.einsum('bih,bthw->btiw', r, p) for p, (r, _) in zip(planes, axes)], -1)
         mixed = jnp.concatenate([jnp.einsum('bjw,bd->bwjd', c, matrix[..., i]) for i, (_, c) in enumerate(axes)], 1)
-        x = jnp.matmul(x.reshape(b, t * size, 2 * width), mixed.reshape(b, 2 * width, size * 3)).reshape(b, t, size, size, 3)
-    x = jnp.clip(x + shift[:, None, None, None], -1, 1)
+        x = jnp.matmul(x.reshape(b, t * size, 2 * width), mixed.reshape(b, 2 * width, size * 3)).reshape(b, t, size, size * 3)
+    # colours stay beside columns until the end: as a last axis of their own TPUs pad them from 3 to 128
+    x = jnp.clip(x + jnp.tile(shift, size)[:, None, None], -1, 1).reshape(b, t, size, size, 3)
     wanted = tuple(spec.get('range', (-1.0, 1.0)))  # checkpoints older than this field: VATT's
     if len(wanted) != 2 or wanted[0] >= wanted[1]:
         raise ConfigError(f'config.model.inputs.video.range={wanted}: values of black and of white are wanted, such as (-1.0, 1.0) or (0.0, 1.0)')

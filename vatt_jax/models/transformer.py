@@ -121,7 +121,9 @@ class Encoder(nn.Module):
         step = wrap(apply)
         if self.scan:
             last = jax.tree.map(lambda p: p[-1], stacked)
-            before = jax.tree.map(lambda p: p[:-1], stacked)
+            # Kernels are cast before the loop, so that their gradients, stacked by it, are of the compute type and half as large.
+            cast = lambda path, p: p[:-1].astype(self.dtype) if path[-1].key == 'kernel' else p[:-1]
+            before = jax.tree_util.tree_map_with_path(cast, stacked)
             x, _ = jax.lax.scan(lambda x, at: (step(x, at[0], at[1], False), None), x, (before, jnp.arange(self.layers - 1)))
             x = step(x, last, self.layers - 1, not features)
         else:
