@@ -87,6 +87,7 @@ def get_config(arg: str = '') -> ConfigDict:
     # ---- machine
     c.jax_platform = ''                 # '' (what JAX finds) | cpu | cuda | tpu
     c.compiler_options = ConfigDict()   # of the training step: name -> value of XLA options (jax.jit's compiler_options)
+    c.compilation_cache = ''            # folder of compiled programs for the next start; '': <workdir>/compiled, on a CPU none
     c.mesh = ConfigDict({'replica': -1, 'fsdp': 1, 'model': 1, 'seq': 1})  # -1: all devices that are left
 
     # ---- start, save, watch
