@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
         jax.config.update('jax_platforms', config.jax_platform)
     distributed.initialize()
     configs.check_batch(config, *machine())
+    keep_compiled(config, workdir)
     if flags.mode == 'train':
         train(config, workdir, flags.quiet)
     else:
@@ -114,6 +115,17 @@ def machine() -> tuple[int, int]:
     except RuntimeError as error:
         from vatt_jax.config import ConfigError
         raise ConfigError(f'no device could be used ({str(error).splitlines()[0]}); --config.jax_platform=cpu runs on the CPU') from error
+
+
+def keep_compiled(config, workdir: pathlib.Path) -> None:
+    """Programs that take more than a second to compile are kept, and found by the next start of the same run: in config.compilation_cache, else where
+    JAX was told to (JAX_COMPILATION_CACHE_DIR), else in the run folder. Without being asked not on a CPU, whose programs are for one processor."""
+    import jax
+    folder = config.compilation_cache
+    if not folder and not jax.config.jax_compilation_cache_dir and jax.default_backend() != 'cpu':
+        folder = workdir.absolute() / 'compiled'
+    if folder:
+        jax.config.update('jax_compilation_cache_dir', str(folder))
 
 
 def keep_freed_memory() -> None:

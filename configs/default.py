@@ -33,6 +33,7 @@ def get_config(arg: str = '') -> ConfigDict:
     m.attention = 'dense'               # dense (the definition, the only one with dropout on probabilities) | xla | cudnn (GPU) | splash (TPU) |
                                         # auto: the kernel of the machine in towers without attention_dropout, else dense
     m.scan = False                      # scan over layers (fast compile, for deep towers) instead of unrolling; same parameters
+    m.packed = False                    # one pass of the shared encoder for all modalities, instead of one each; same parameters, same values
     m.remat = 'none'                    # none | dots | full: what the backward pass recomputes
 
     # ---- what is learnt
@@ -86,6 +87,7 @@ def get_config(arg: str = '') -> ConfigDict:
     # ---- machine
     c.jax_platform = ''                 # '' (what JAX finds) | cpu | cuda | tpu
     c.compiler_options = ConfigDict()   # of the training step: name -> value of XLA options (jax.jit's compiler_options)
+    c.compilation_cache = ''            # folder of compiled programs for the next start; '': <workdir>/compiled, on a CPU none
     c.mesh = ConfigDict({'replica': -1, 'fsdp': 1, 'model': 1, 'seq': 1})  # -1: all devices that are left
 
     # ---- start, save, watch

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import run
-from tests import runs
+from tests import runs, tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = '--config=tests/configs/tiny.py'
@@ -256,3 +256,18 @@ def test_trains_and_embeds_without_tensorflow(tmp_path):
     done = shell('-c', WITHOUT, TINY, '--quiet', '--config.steps=3', '--config.report=true', f'--workdir={tmp_path / "run"}')
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'embedded (8,)' in done.stdout and (tmp_path / 'run' / 'report' / 'index.html').exists()
+
+
+@pytest.mark.parametrize('platform, told, field, want', [
+    ('tpu', None, '', 'RUN/compiled'), ('tpu', '/told', '', '/told'), ('tpu', '/told', '/own', '/own'), ('cpu', None, '', None),
+    ('cpu', None, '/own', '/own')])
+def test_compiled_programs_are_kept_for_the_next_start(tmp_path, monkeypatch, platform, told, field, want):
+    import jax
+    before, config = jax.config.jax_compilation_cache_dir, tiny.config(compilation_cache=field)
+    monkeypatch.setattr(jax, 'default_backend', lambda: platform)
+    try:
+        jax.config.update('jax_compilation_cache_dir', told)
+        run.keep_compiled(config, tmp_path)
+        assert jax.config.jax_compilation_cache_dir == (want and want.replace('RUN', str(tmp_path)))
+    finally:
+        jax.config.update('jax_compilation_cache_dir', before)

@@ -188,16 +188,48 @@ def test_dropping_before_projection_is_dropping_after(per_example):
     assert (len({tuple(sorted(row)) for row in kept.tolist()}) > 1) == per_example
 
 
-def test_agnostic_shares_one_encoder():
-    config = tiny.config(model__shared=True)
-    config.model.encoder = {k: v for k, v in config.model.towers.video.items() if k in ('layers', 'width', 'mlp', 'heads', 'head_width', 'dropout')}
+def agnostic(**fields):
+    config = tiny.config(model__shared=True, **fields)
+    config.model.encoder = {'layers': 2, 'width': 32, 'mlp': 64, 'heads': 2, 'head_width': 16, 'dropout': 0.1}
     config.model.towers.text.vocab = 30
-    model = models.build(config.model, 'float32')
+    return config, models.build(config.model, 'float32')
+
+
+@pytest.fixture(scope='module')
+def shared():
+    """(config, model, variables, batch, rng) of a modality-agnostic model, for reading."""
+    config, model = agnostic()
     batch, rng = inputs(config), Rng.create(0, 0, jnp.arange(B))
-    variables = meta.unbox(jax.jit(lambda: model.init(jax.random.key(1), batch, train=False, rng=rng))())
+    return config, model, meta.unbox(jax.jit(lambda: model.init(jax.random.key(1), batch, train=False, rng=rng))()), batch, rng
+
+
+def test_agnostic_shares_one_encoder(shared):
+    _, model, variables, batch, rng = shared
     assert [k for k in variables['params'] if 'encoder' in k] == ['shared_encoder']
     value, grads = forward(model, variables, batch, rng)
     assert np.isfinite(value) and all(np.abs(g).sum() > 0 for g in jax.tree.leaves(grads['shared_encoder']['layers']['mlp_in']))
+
+
+@pytest.mark.parametrize('features', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_packed_pass_is_three_passes(shared, features):
+    """Dropout, DropToken and dropout on probabilities included, value and gradients; padded words, two sentences a clip and a second video too."""
+    _, _, variables, batch, rng = shared
+    batch = {**batch, 'video.second': {**batch['video'], 'data': batch['video']['data'][::-1]}}
+
+    def of(packed):
+        model = agnostic(model__packed=packed)[1]
+
+        def total(params):
+            apply = lambda how, **k: model.apply({**variables, 'params': params}, **k, train=True, rng=rng, features=features, method=how)
+            out = apply('encode_all', batch=batch) if packed else {n: apply('encode', name=n, stream=s) for n, s in batch.items()}
+            return sum(jnp.sin(3 * x).sum() for e in out.values() for x in (e.pooled, e.tokens) if x is not None), out
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(variables['params'])
+    (value, got), grads = of(True)
+    (want_value, want), want_grads = of(False)
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(value, want_value, rtol=1e-5)
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(want_grads))
+    chex.assert_trees_all_close(grads, want_grads, rtol=1e-4, atol=1e-5 * scale)
 
 
 def test_spline_passes_through_its_knots_and_is_a_cubic_spline_between():

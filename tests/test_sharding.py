@@ -1,5 +1,6 @@
 """Logical names become mesh axes by the rules of one file, and what is said to be sharded is sharded."""
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from tests import tiny
 from vatt_jax import sharding
 from vatt_jax.models.transformer import Block
 from vatt_jax.rng import Rng
@@ -130,6 +132,24 @@ def test_a_pinned_activation_is_sharded_inside_a_program():
     assert y.sharding.spec[0] == ('replica', 'fsdp') and y.addressable_shards[0].data.shape == (2, 6)
     assert odd.addressable_shards[0].data.shape == (12, 6)
     assert jax.jit(lambda x: constrain(x * 2, 'batch', None))(x).sharding.is_fully_replicated
+
+
+def test_tokens_that_do_not_divide_are_split_all_the_same():
+    """Five over four devices: no device holds a whole hidden layer, keys and values come from the others, numbers as on one device."""
+    mesh = sharding.make_mesh({'replica': 2, 'seq': 4})
+    forward, _, params = block_on(mesh)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 5, 32)), jnp.float32)
+    of = jax.value_and_grad(lambda params, x: jnp.sin(forward(params, x)).sum())
+    with jax.set_mesh(mesh):
+        on_mesh = jax.device_put(x, sharding.batch_sharding(mesh))
+        compiled = jax.jit(of).lower(params, on_mesh).compile()
+        (value, grads), y = compiled(params, on_mesh), jax.jit(forward)(params, on_mesh)
+    assert {'seq'} in tiny.axes_of_collectives(compiled, mesh) and not re.search(r'f32\[8,5,64\]|f32\[40,64\]', compiled.as_text())
+    want, want_grads = jax.jit(of)(jax.device_get(params), x)
+    np.testing.assert_allclose(value, want, rtol=2e-5)
+    np.testing.assert_allclose(y, forward(jax.device_get(params), x), atol=1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads)):
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_leaves_without_names_are_replicated():

@@ -1,7 +1,9 @@
 """A config that trains in seconds: towers of two layers (video) and one on the synthetic source."""
+import numpy as np
 from ml_collections import ConfigDict
 
 from configs import default
+from vatt_jax import hlo
 
 
 def config(**overrides):
@@ -30,3 +32,9 @@ def config(**overrides):
             node = node[p]
         node[last] = value
     return c
+
+
+def axes_of_collectives(compiled, mesh) -> list[set[str]]:
+    """Of each collective of a compiled program, the mesh axes along which the devices of a group differ."""
+    places = [np.stack(np.unravel_index(c.members, mesh.devices.shape)) for c in hlo.read(compiled.as_text()).collectives]
+    return [{axis for axis, along in zip(mesh.axis_names, place) if len(set(along)) > 1} for place in places]

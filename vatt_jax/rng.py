@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
+from typing import Any
 
 import flax
 import jax
@@ -64,11 +66,7 @@ class Rng:
 
     def bits(self, shape: tuple[int, ...]) -> jax.Array:
         """uint32 [B, *shape]: bits of each example."""
-        row = mix(self.examples * jnp.uint32(0x9E3779B1) + self.key)
-        row = row.reshape(row.shape + (1,) * len(shape))
-        # The row enters before and after the first round: two rows whose words differ by a small number would
-        # otherwise be shifted copies of one another.
-        return mix(mix(_counter(shape)[None] + row) ^ (row * jnp.uint32(_GOLDEN) + self.key))
+        return _draw(self.examples, self.key, _counter(shape))
 
     def shared_bits(self, shape: tuple[int, ...]) -> jax.Array:
         """uint32 shape: the same bits whatever the batch holds."""
@@ -99,6 +97,47 @@ class Rng:
             return x
         keep = self.bits(x.shape[1:]) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
         return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.zeros((), x.dtype))
+
+
+@flax.struct.dataclass
+class Packed(Rng):
+    """Rows of several places of the tree end to end: each draws what it would draw by itself.
+
+    key: uint32 [N], the path of each column's place. examples: uint32 [B N]. column: uint32 [N], where in its row each column is.
+    """
+    column: jax.Array
+
+    @staticmethod
+    def of(parts: Sequence[Rng], layout: Sequence[tuple[int, int]]) -> Packed:
+        """parts: of [B·K] rows each, b-major; layout: (K, n) of each, K rows of n columns for every example."""
+        spread = lambda r, k, n: jnp.repeat(r.examples.reshape(-1, k), n, axis=1)
+        return Packed(jnp.concatenate([jnp.broadcast_to(r.key, (k * n,)) for r, (k, n) in zip(parts, layout, strict=True)]),
+                      jnp.concatenate([spread(r, k, n) for r, (k, n) in zip(parts, layout)], 1),
+                      jnp.concatenate([jnp.tile(jnp.arange(n, dtype=jnp.uint32), k) for k, n in layout]))
+
+    def parts(self, layout: Sequence[tuple[int, int]]) -> list[Rng]:
+        """What `of` was given."""
+        starts = [sum(k * n for k, n in layout[:i]) for i in range(len(layout))]
+        return [Rng(self.key[at], self.examples[:, at:at + k * n:n].reshape(-1)) for at, (k, n) in zip(starts, layout)]
+
+    def take(self, columns: Any) -> Packed:
+        """That of some columns."""
+        return Packed(self.key[columns], self.examples[:, columns], self.column[columns])
+
+    def bits(self, shape: tuple[int, ...]) -> jax.Array:
+        """uint32 [B, *shape], shape [N, …]."""
+        rest = shape[1:]
+        wide = lambda x: x.reshape(x.shape + (1,) * len(rest))
+        return _draw(self.examples, wide(self.key), wide(self.column * jnp.uint32(math.prod(rest))) + _counter(rest))
+
+
+def _draw(examples: jax.Array, key: jax.Array, counter: jax.Array) -> jax.Array:
+    """uint32: a bit pattern for each example and counter under a path. examples: its leading axes; key: a number, or of the counter's rank."""
+    lead = examples.shape + (1,) * (counter.ndim + 1 - examples.ndim)
+    row = mix(examples.reshape(lead) * jnp.uint32(0x9E3779B1) + key)
+    # The row enters before and after the first round: two rows whose words differ by a small number would
+    # otherwise be shifted copies of one another.
+    return mix(mix(counter + row) ^ (row * jnp.uint32(_GOLDEN) + key))
 
 
 def _counter(shape: tuple[int, ...]) -> jax.Array:

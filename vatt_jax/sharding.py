@@ -47,13 +47,15 @@ def logical(init, *names: str | None):
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pin an activation's sharding by logical names when a mesh is set; dimensions that do not divide stay free."""
+    """Pin an activation's sharding by logical names when a mesh is set. Dimensions that do not divide stay free; tokens need not, for with an
+    aggregate token they seldom do (785, 601, 17), and XLA pads them inside a program."""
     _check(names)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh is None or mesh.empty or mesh.size == 1:
         return x
-    spec = mesh_spec(names, dict(mesh.shape), x.shape)
-    return jax.lax.with_sharding_constraint(x, spec)
+    parts = math.prod(mesh.shape.get(axis, 1) for axis in RULES['length'])
+    padded = [math.ceil(n / parts) * parts if name == 'length' and n >= parts else n for name, n in zip(names, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, mesh_spec(names, dict(mesh.shape), padded))
 
 
 def as_rows(x: jax.Array) -> jax.Array:

@@ -431,7 +431,7 @@ def check_run_folder(config: ConfigDict, workdir: pathlib.Path, evaluating: bool
     before, new = dict(configs.flatten(old)), dict(configs.flatten(config))
     told = lambda f: f in before or f.startswith(configs.OPEN)   # else the run is older than the field
     changed = [f for f in configs.same(old, config) if told(f) and f.startswith(('model.', 'objective.', 'optimizer.name', 'optimizer.frozen'))
-               and not f.startswith(('model.attention', 'model.scan', 'model.remat', 'objective.method', 'objective.block'))
+               and not f.startswith(('model.attention', 'model.scan', 'model.remat', 'model.packed', 'objective.method', 'objective.block'))
                and not (f.endswith('.vocab') and new.get(f) == 0) and not (evaluating and f.startswith('model.inputs.'))]
     if changed:
         f = changed[0]

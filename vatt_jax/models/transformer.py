@@ -1,6 +1,8 @@
 """The transformer encoder of VATT (pre-LN; post-LN as an option), its layers stacked in one parameter tree whether scanned or unrolled."""
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,24 @@ from vatt_jax.rng import Rng
 from vatt_jax.sharding import as_rows, constrain, logical
 
 REMAT = ('none', 'dots', 'full')
+Layout = tuple[tuple[int, int], ...]   # of each stream (K, n): K rows of n tokens for every example
+
+
+def pack(parts, examples: int) -> jax.Array:
+    """[B·K n …] of each stream -> [B N …]: an example's rows end to end, N the sum of all K·n. Of no two examples, so a mesh moves nothing."""
+    return jnp.concatenate([x.reshape(examples, -1, *x.shape[2:]) for x in parts], 1)
+
+
+def unpack(x: jax.Array, layout: Layout) -> list[jax.Array]:
+    """The inverse of `pack`."""
+    ends = np.cumsum([rows * n for rows, n in layout])[:-1]
+    return [part.reshape(-1, n, *x.shape[2:]) for part, (_, n) in zip(jnp.split(x, ends, 1), layout, strict=True)]
+
+
+def first_tokens(layout: Layout) -> np.ndarray:
+    """Columns of the first token of each row."""
+    lengths = [n for rows, n in layout for _ in range(rows)]
+    return np.cumsum([0, *lengths[:-1]])
 
 
 class Projection(nn.Module):
@@ -57,18 +77,26 @@ class Block(nn.Module):
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x, mask, bias, rng: Rng, train: bool, first_only: bool = False):
-        """x [B N D] -> [B N D], or [B 1 D] for the first token alone: its keys and values are all tokens'."""
+    def __call__(self, x, mask, bias, rng: Rng, train: bool, first_only: bool = False, layout: Layout | None = None):
+        """x [B N D] -> [B N D], or [B 1 D] for the first token alone: its keys and values are all tokens'. layout: see Encoder."""
         h, k, d = self.heads, self.head_width, self.width
         into = lambda name: Projection('...d,dhk->...hk', (d, h, k), ('embed', 'heads', 'kv'), (d, h * k), self.bias, self.dtype, name=name)
         drop = lambda y, site: rng.at(site).dropout(y, self.dropout) if train else y
         attention_norm, mlp_norm = LayerNorm(self.rms, name='attention_norm'), LayerNorm(name='mlp_norm')
         before, after = (lambda norm, x: norm(x), lambda norm, x: x) if self.pre_norm else (lambda norm, x: x, lambda norm, x: norm(x))
         y = before(attention_norm, x)
-        x, asking = (x[:, :1], y[:, :1]) if first_only else (x, y)
-        out = attention(into('query')(asking), into('key')(y), into('value')(y), mask=mask,
-                        bias=bias[:, :, :1] if bias is not None and first_only else bias, scale=k ** -0.5 if self.scaled else 1.0,
-                        dropout=self.attention_dropout if train else 0.0, rng=rng, implementation=self.implementation)
+        first = slice(0, 1) if layout is None else first_tokens(layout)
+        x, asking = (x[:, first], y[:, first]) if first_only else (x, y)
+        qkv = into('query')(asking), into('key')(y), into('value')(y)
+        attend = functools.partial(attention, scale=k ** -0.5 if self.scaled else 1.0, dropout=self.attention_dropout if train else 0.0,
+                                   implementation=self.implementation)
+        if layout is None:
+            out = attend(*qkv, mask=mask, bias=bias[:, :, :1] if bias is not None and first_only else bias, rng=rng)
+        else:
+            asked = tuple((rows, 1) for rows, _ in layout) if first_only else layout
+            parts = zip(*(unpack(a, of) for a, of in zip(qkv, (asked, layout, layout))), mask, rng.parts(layout), strict=True)
+            out = pack([attend(*part, mask=m, rng=r) for *part, m, r in parts], len(x))
+            rng = rng.take(first) if first_only else rng
         out = Projection('...hk,hkd->...d', (h, k, d), ('heads', 'kv', 'embed'), (h * k, d), self.bias, self.dtype, name='out')(out)
         x = after(attention_norm, x + drop(out, 'attention'))
         y = before(mlp_norm, x)
@@ -100,9 +128,12 @@ class Encoder(nn.Module):
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x, mask, rng: Rng, train: bool, features: bool = False):
+    def __call__(self, x, mask, rng: Rng, train: bool, features: bool = False, layout: Layout | None = None):
         """x [B N D], mask bool [B N] or None. features False: only the first token is read, so the last layer computes keys and values
-        for all tokens and everything else for the first: [B 1 D]. Exact, since no other token of the last layer reaches it."""
+        for all tokens and everything else for the first: [B 1 D]. Exact, since no other token of the last layer reaches it.
+
+        layout: several streams in one pass, their rows end to end along N (`pack`), each attending to itself; mask is then a tuple of theirs, rng an
+        rng.Packed, and without features the result is [B ΣK D]. Everything but attention reads the weights once for all of them."""
         block = Block(self.width, self.mlp, self.heads, self.head_width, self.dropout, self.attention_dropout, self.bias, self.rms,
                       self.scaled, self.pre_norm, self.implementation, self.dtype, parent=None)
         bias = self._relative_bias(x.shape[1]) if self.buckets else None
@@ -114,7 +145,7 @@ class Encoder(nn.Module):
         stacked = self.param('layers', init)
 
         def apply(x, params, layer, first_only):
-            return block.apply({'params': params}, x, mask, bias, rng.at(layer), train, first_only)
+            return block.apply({'params': params}, x, mask, bias, rng.at(layer), train, first_only, layout)
         wrap = lambda f: f if self.remat == 'none' else jax.checkpoint(
             f, prevent_cse=not self.scan, static_argnums=(3,),
             policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == 'dots' else None)
@@ -136,7 +167,8 @@ class Encoder(nn.Module):
         if not self.pre_norm:
             return x
         x = LayerNorm(self.rms, name='final_norm')(x)
-        return rng.at('final').dropout(x, self.dropout) if train else x
+        rng = rng.at('final') if layout is None or features else rng.at('final').take(first_tokens(layout))
+        return rng.dropout(x, self.dropout) if train else x
 
     def _relative_bias(self, n: int) -> jax.Array:
         """float32 [1 heads N N]: T5's, one number for each head and bucket."""

@@ -22,9 +22,9 @@ from vatt_jax.models.i3d import I3D
 from vatt_jax.models.layers import INITS, NORMS, Dense
 from vatt_jax.models.r2plus1d import R2Plus1D
 from vatt_jax.models.s3d import S3D
-from vatt_jax.models.transformer import REMAT, Encoder
+from vatt_jax.models.transformer import REMAT, Encoder, pack, unpack
 from vatt_jax.models.tsm_resnet import TSMResNet
-from vatt_jax.rng import Rng
+from vatt_jax.rng import Packed, Rng
 
 
 @flax.struct.dataclass
@@ -160,29 +160,36 @@ class VATT(nn.Module):
     def encode(self, name: str, stream: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False) -> Encoded:
         """One device stream -> Encoded. Only a stream that meets batch statistics (NETS but linear) needs its `valid`, and only in training."""
         modality = name.split('.')[0]
-        rng = rng.at(name)
-        data, lead = jnp.asarray(stream['data']), None
-        if modality == 'text':
-            lead = data.shape[:2]
-            data, rng = data.reshape(-1, data.shape[-1]), rng.repeat(data.shape[1])
-        shape = lambda y: y if lead is None else y.reshape(*lead, *y.shape[1:])
+        rows, shape, rng = as_rows(name, stream, rng)
         if modality in self.nets:
-            pooled, tokens = self.nets[modality](data, stream.get('valid'), train)
+            pooled, tokens = self.nets[modality](rows, stream.get('valid'), train)
             grid = tokens.shape[1:-1]
             tokens = shape(tokens.reshape(len(tokens), -1, tokens.shape[-1])) if features else None
-            return Encoded(shape(pooled), tokens, shape(data != 0) if modality == 'text' else None, grid)
-        tokens = self.fronts[modality](data, rng, train)
+            return Encoded(shape(pooled), tokens, shape(rows != 0) if modality == 'text' else None, grid)
+        tokens = self.fronts[modality](rows, rng, train)
         encoder = self.shared_encoder if self.config['shared'] else self.encoders[modality]
-        x = encoder(tokens.x, tokens.mask, rng.at('encoder'), train, features)
+        return self._after(modality, tokens, encoder(tokens.x, tokens.mask, rng.at('encoder'), train, features), shape, features)
+
+    def _after(self, modality: str, tokens, x, shape, features: bool) -> Encoded:
+        """What the encoder made of a stream's tokens -> Encoded."""
         if modality in self.posts:
             x = jax.nn.gelu(self.posts[modality](x), approximate=False)
         mask = None if tokens.mask is None else shape(tokens.mask[:, 1:])
         return Encoded(shape(x[:, 0]), shape(x[:, 1:]) if features else None, mask, tokens.grid, tokens.kept)
 
     def encode_all(self, batch: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False) -> dict[str, Encoded]:
-        """Every stream of the batch -> {stream: Encoded}."""
-        return {name: self.encode(name, s, train=train, rng=rng, features=features) for name, s in batch.items()
-                if isinstance(s, Mapping) and 'data' in s}
+        """Every stream of the batch -> {stream: Encoded}: what `encode` makes of each, a shared encoder in one pass if config.model.packed."""
+        streams = {name: s for name, s in batch.items() if isinstance(s, Mapping) and 'data' in s}
+        if not (self.config['shared'] and self.config.get('packed')):
+            return {name: self.encode(name, s, train=train, rng=rng, features=features) for name, s in streams.items()}
+        rows, shapes, rngs = zip(*(as_rows(name, s, rng) for name, s in streams.items()))
+        tokens = [self.fronts[name.split('.')[0]](x, r, train) for name, x, r in zip(streams, rows, rngs)]
+        examples = len(rng.examples)
+        layout = tuple((t.x.shape[0] // examples, t.x.shape[1]) for t in tokens)
+        x = self.shared_encoder(pack([t.x for t in tokens], examples), tuple(t.mask for t in tokens),
+                                Packed.of([r.at('encoder') for r in rngs], layout), train, features, layout)
+        parts = unpack(x, layout if features else tuple((k, 1) for k, _ in layout))
+        return {name: self._after(name.split('.')[0], t, part, shape, features) for name, t, part, shape in zip(streams, tokens, parts, shapes)}
 
     def interact(self, encoded: dict[str, Encoded]) -> dict[str, Encoded]:
         """VATT's modalities meet only in the loss."""
@@ -197,6 +204,15 @@ class VATT(nn.Module):
     def __call__(self, batch: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False) -> Outputs:
         encoded = self.interact(self.encode_all(batch, train=train, rng=rng, features=features))
         return Outputs(encoded, self.project(encoded, valid={s: batch[s]['valid'] for s in encoded}, train=train))
+
+
+def as_rows(name: str, stream: Mapping[str, Any], rng: Rng):
+    """(rows of a stream [R …], what gives an array of rows the stream's leading axes, rng of the rows): a sentence of a clip is a row of its own."""
+    data, rng = jnp.asarray(stream['data']), rng.at(name)
+    if name.split('.')[0] != 'text':
+        return data, lambda y: y, rng
+    lead = data.shape[:2]
+    return data.reshape(-1, data.shape[-1]), lambda y: y.reshape(*lead, *y.shape[1:]), rng.repeat(lead[1])
 
 
 def check_sizes(fields: Mapping[str, Any], where: str) -> None:
