@@ -6,6 +6,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 
+from vatt_jax.config import ConfigError
 from vatt_jax.models.conv import ConvNorm, max_pool
 
 # name -> widths of the branches (1×1; 1×1 before 3×3, 3×3; 1×1 before 3×3, 3×3; 1×1 after the max pool)
@@ -33,27 +34,39 @@ class Mixed(nn.Module):
             apply(max_pool(x, (3, 3, 3), (1, 1, 1)), b3, 1, 'b3')], -1)
 
 
-def trunk(x, unit: Callable, valid, train: bool):
-    """From the map of the first layer to that of the last: what every network of this family shares. unit: see Mixed."""
-    x = max_pool(x, (1, 3, 3), (1, 2, 2))
+def trunk(x, unit: Callable, valid, train: bool, pools: int = 4):
+    """From the map of the first layer to that of the last: what every network of this family shares. unit: see Mixed. pools: how many of the four
+    max pools that halve the map are there, from the first on.
+
+    The published size is made for 200 pixels and more. With fewer, leave out the last: on maps of one place nothing is averaged, and a network as
+    deep as this, without shortcuts, hardly begins to learn (docs/mmv.md).
+    """
+    if pools not in range(5):
+        raise ConfigError(f'config.model.towers.video.pools={pools!r}: from 0 to 4 of the four max pools are wanted')
+
+    def pool(number, x, window, strides):
+        return max_pool(x, window, strides) if number <= pools else x
+    x = pool(1, x, (1, 3, 3), (1, 2, 2))
     x = unit(64, (1, 1, 1), name='conv_2b')(x, valid, train)
     x = unit(192, (3, 3, 3), name='conv_2c')(x, valid, train)
-    x = max_pool(x, (1, 3, 3), (1, 2, 2))
+    x = pool(2, x, (1, 3, 3), (1, 2, 2))
     for name, widths in MIXED.items():
         if name == 'mixed_4b':
-            x = max_pool(x, (3, 3, 3), (2, 2, 2))
+            x = pool(3, x, (3, 3, 3), (2, 2, 2))
         if name == 'mixed_5b':
-            x = max_pool(x, (2, 2, 2), (2, 2, 2))
+            x = pool(4, x, (2, 2, 2), (2, 2, 2))
         x = Mixed(widths, unit, name=name)(x, valid, train)
     return x
 
 
 class I3D(nn.Module):
-    """Video [B T H W 3] -> (pooled [B 1024], map [B T/8 H/32 W/32 1024]). The official width multiplier has no effect and is left out."""
+    """Video [B T H W 3] -> (pooled [B 1024], map [B T/8 H/32 W/32 1024]). The official width multiplier has no effect and is left out.
+    pools: see trunk."""
+    pools: int = 4
     dtype: str = 'float32'
 
     @nn.compact
     def __call__(self, x, valid, train: bool):
         unit = lambda features, kernel, strides=(1, 1, 1), name=None: ConvNorm(features, kernel, strides, dtype=self.dtype, name=name)
-        x = trunk(unit(64, (7, 7, 7), (2, 2, 2), name='conv_1a')(x, valid, train), unit, valid, train)
+        x = trunk(unit(64, (7, 7, 7), (2, 2, 2), name='conv_1a')(x, valid, train), unit, valid, train, self.pools)
         return x.mean((1, 2, 3)), x

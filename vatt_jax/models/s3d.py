@@ -63,10 +63,11 @@ class S3D(nn.Module):
 
     space_to_depth: blocks of 2×2×2 pixels become one of 24 channels, and the first kernel is 2×4×4 on these instead of 7×7×7 on pixels (what was
     trained and released). Input that has 24 channels already is taken as it is. still: every kernel sees one frame (a network for images, which
-    deflate.py makes out of one for video).
+    deflate.py makes out of one for video). pools: how many of the four max pools there are (i3d.trunk); with 2, the map is [B T/2 H/8 W/8 1024·w].
     """
     space_to_depth: bool = True
     multiplier: float = 1.0
+    pools: int = 4
     still: bool = False
     norm: str = 'debiased'
     dtype: str = 'float32'
@@ -81,5 +82,5 @@ class S3D(nn.Module):
         if self.space_to_depth and x.shape[-1] == 3:
             x = space_to_depth(x, (1, *BLOCK[1:]) if self.still else BLOCK)
         stem = ((2, 4, 4), (1, 1, 1)) if self.space_to_depth else ((7, 7, 7), (2, 2, 2))
-        x = trunk(unit(64, *stem, separable=False, name='conv_1a')(x, valid, train), unit, valid, train)
+        x = trunk(unit(64, *stem, separable=False, name='conv_1a')(x, valid, train), unit, valid, train, self.pools)
         return x.mean((1, 2, 3)), x
