@@ -5,7 +5,8 @@
     python benchmarks/deflation.py --run=runs/mmv_fac_vat --fit=300 --pictures=256,128
 
 For each: mean absolute difference (L1) and cosine to the tiled video network's pooled vectors on pictures of the test split, accuracy of a logistic
-regression from the pictures' own features (train to test), and seconds for all pictures. Writes benchmarks/results/deflation.json.
+regression from the pictures' own features (train to test), and seconds for all pictures. Writes benchmarks/results/deflation.json: one entry for
+each pretrained model by name, the others are kept.
 """
 from __future__ import annotations
 
@@ -45,12 +46,12 @@ def pictures(model, split: str, count: int):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--run', default='runs/mmv_fac_vat', help='a run whose video tower is s3d or tsm_resnet')
-    parser.add_argument('--out', default='runs/deflation', help='where the deflated models go')
+    parser.add_argument('--out', default='', help='where the deflated models go, or are already; default: RUN_deflated')
     parser.add_argument('--fit', type=int, default=500, help='steps of the fit')
     parser.add_argument('--rate', type=float, default=1e-3)
     parser.add_argument('--pictures', default='1024,512', help='to learn from and to test')
     args = parser.parse_args()
-    out = pathlib.Path(args.out)
+    out = pathlib.Path(args.out or f'{args.run.rstrip("/")}_deflated')
     kinds = {'naive': ['--naive'], 'fitted': [f'--fit={args.fit}', f'--rate={args.rate}']}
     seconds = {}
     for kind, flags in kinds.items():
@@ -86,8 +87,9 @@ def main():
                      'loss': models['fitted'].info['deflated']['loss']},
              'pictures': [len(x), len(x_test)], 'mean_magnitude': float(np.abs(reference).mean()),
              'chance': float(np.bincount(y_test).max() / len(y_test))}
+    kept = [entry for entry in json.loads(RESULTS.read_text()) if entry['model'] != about['model']] if RESULTS.exists() else []
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({**about, 'models': rows}, indent=1) + '\n')
+    RESULTS.write_text(json.dumps([*kept, {**about, 'models': rows}], indent=1) + '\n')
     print('| | L1 | cosine | accuracy | seconds |\n|---|---|---|---|---|')
     for name, r in rows.items():
         print(f'| {name} | {r["l1"]:.4f} | {r["cosine"]:.4f} | {100 * r["accuracy"]:.1f} % | {r["seconds"]:.1f} |')

@@ -80,6 +80,8 @@ def _demo(graph, modalities, options):
     m.inputs.video.range = (0.0, 1.0)
     m.inputs.audio.mel = {**presets.MMV_MEL, 'bins': 40, 'window': 512, 'hop': 256, 'low': 60.0, 'high': 3800.0}
     m.towers.video.update({'multiplier': 0.25} if backbone else {'depth': 18, 'multiplier': 0.25})
+    if backbone in ('s3d', 's3d_pixels'):  # 4×4×4 places to the end, and four blocks: all pools would leave one place, which learns next to nothing
+        m.towers.video.update({'pools': 2, 'blocks': (1, 2, 1)})
     if 'audio' in m.towers:
         m.towers.audio.update({'depth': 18, 'multiplier': 0.25})
     if 'text' in m.towers:               # no word2vec here: the table is learnt

@@ -14,8 +14,9 @@ from configs import default
 from vatt_jax import config as configs
 from vatt_jax import optim, train
 from vatt_jax.config import ConfigError
-from vatt_jax.models import i3d, presets, resnet_v2
+from vatt_jax.models import i3d, layers, presets, resnet_v2
 from vatt_jax.models.common_space import GRAPHS, CommonSpaces
+from vatt_jax.models.vatt import NETS
 
 B, K = 5, 3
 WIDTHS = {'video': 7, 'audio': 6, 'text': 4}
@@ -241,6 +242,19 @@ def test_published_values():
     assert {s: d.share for s, d in c.data.train.items()} == {'howto100m': 0.5, 'audioset': 0.5}
     alone = configs.load('configs/mmv.py:tsm50_fac_vat,howto100m')
     assert list(alone.data.train) == ['howto100m'] and [p[3] for p in alone.objective.pairs] == [1.0, 10.0]
+
+
+@pytest.mark.parametrize('backbone,places', [('s3d', (4, 4, 4)), ('s3d_pixels', (4, 4, 4)), ('tsm50', (8, 1, 1)), ('r2plus1d', (1, 2, 2))])
+def test_a_demo_network_ends_on_several_places(backbone, places, monkeypatch):
+    """With the four pools of the published S3D, eight frames of 32 pixels are one place from mixed_5b on, and 600 steps taught it next to nothing."""
+    for init in layers.INITS:  # cheaper to trace
+        monkeypatch.setitem(layers.INITS, init, jax.nn.initializers.zeros)
+    m = configs.load(f'configs/mmv.py:demo_fac_vat,{backbone}').model
+    fields = m.towers.video.to_dict()
+    module = NETS[fields.pop('name')][1](**fields)
+    x = jax.ShapeDtypeStruct((2, m.inputs.video.frames, m.inputs.video.size, m.inputs.video.size, 3), jnp.float32)
+    (_, last), _ = jax.eval_shape(lambda x: module.init_with_output(jax.random.key(0), x, jnp.ones(2, bool), False), x)
+    assert last.shape[1:-1] == places
 
 
 @pytest.mark.parametrize('name,told', [('s3d_fuc_vat', "graph='fuc': choose one of fac"),

@@ -68,7 +68,7 @@ class Reference:
         x = self.norm(f'{path}/norm', conv(x, self.at(f'{path}/conv')[0]['kernel'], strides, even))
         return np.maximum(x, 0) if relu else x
 
-    def s3d(self, frames):
+    def s3d(self, frames, pools=4, blocks=('3b', '3c', '4b', '4c', '4d', '4e', '4f', '5b', '5c')):
         def unit(path, x):
             parts = self.at(path)[0]
             for i in range(2 if 'conv_1' in parts else 1):
@@ -83,8 +83,9 @@ class Reference:
         x = np.maximum(self.norm('conv_1a/conv_0/norm', conv(frames, raw, (2, 2, 2), pads=[(0, 2), (2, 4), (2, 4)])), 0)
         x = pool(x, (1, 3, 3), (1, 2, 2))
         x = pool(unit('conv_2c', unit('conv_2b', x)), (1, 3, 3), (1, 2, 2))
-        for block in ('3b', '3c', '4b', '4c', '4d', '4e', '4f', '5b', '5c'):
-            x = pool(x, (3, 3, 3), (2, 2, 2)) if block == '4b' else pool(x, (2, 2, 2), (2, 2, 2)) if block == '5b' else x
+        between = {'4b': ((3, 3, 3), (2, 2, 2)), '5b': ((2, 2, 2), (2, 2, 2))} if pools == 4 else {}
+        for block in blocks:
+            x = pool(x, *between[block]) if block in between else x
             u = lambda branch, x: unit(f'mixed_{block}/{branch}', x)  # noqa: B023
             x = np.concatenate([u('b0', x), u('b1', u('b1_in', x)), u('b2', u('b2_in', x)), u('b3', pool(x, (3, 3, 3), (1, 1, 1)))], -1)
         return x
@@ -167,13 +168,22 @@ def frames(*shape):
 
 
 # ---- towers
-def test_s3d_and_its_first_kernel_on_raw_frames():
-    module, x = S3D(multiplier=1 / 16), frames(2, 6, 38, 34, 3)
+@pytest.mark.parametrize('shape,fields,reference', [((2, 6, 38, 34, 3), {}, ()),
+                                                    ((2, 4, 18, 14, 3), {'pools': 2, 'blocks': (1, 2, 1)}, (2, ('3b', '4b', '4c', '5b')))])
+def test_s3d_and_its_first_kernel_on_raw_frames(shape, fields, reference):
+    module, x = S3D(multiplier=1 / 16, **fields), frames(*shape)
     variables = variables_of(module, x)
     pooled, last = apply(module, variables, x)
-    want = Reference(variables).s3d(np.asarray(x, np.float64))
+    want = Reference(variables).s3d(np.asarray(x, np.float64), *reference)
     close(last, want)
     close(pooled, want.mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize('fields,told', [({'pools': 5}, 'pools=5'), ({'blocks': (2, 6, 2)}, r'blocks=\(2, 6, 2\)'),
+                                         ({'blocks': (2, 5)}, r'blocks=\(2, 5\)')])
+def test_s3d_that_does_not_exist(fields, told):
+    with pytest.raises(ConfigError, match=f'config.model.towers.video: .*{told}.*0 to 4 pools'):
+        jax.eval_shape(lambda x: S3D(**fields).init(jax.random.key(0), x, jnp.ones(2, bool), False), frames(2, 4, 16, 16, 3))
 
 
 def test_space_to_depth_order():

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from vatt_jax.config import ConfigError
 from vatt_jax.models.conv import ConvNorm
 from vatt_jax.models.embeddings import fold
-from vatt_jax.models.i3d import trunk
+from vatt_jax.models.i3d import BLOCKS, trunk
 from vatt_jax.models.layers import Dense
 
-BLOCK = (2, 2, 2)  # frames, rows and columns that space-to-depth puts into one pixel
+FOLD = (2, 2, 2)  # frames, rows and columns that space-to-depth puts into one pixel
 
 
-def space_to_depth(x: jax.Array, block: tuple[int, int, int] = BLOCK) -> jax.Array:
+def space_to_depth(x: jax.Array, block: tuple[int, int, int] = FOLD) -> jax.Array:
     """[B T H W C] -> [B T/2 H/2 W/2 8C], new channels in the order (time, row, column, colour), colour fastest."""
     if any(n % b for n, b in zip(x.shape[1:4], block)):
         raise ConfigError(f'config.model.inputs.video: {x.shape[1]} frames of {x.shape[2]}×{x.shape[3]} do not fold into blocks of '
@@ -63,10 +63,13 @@ class S3D(nn.Module):
 
     space_to_depth: blocks of 2×2×2 pixels become one of 24 channels, and the first kernel is 2×4×4 on these instead of 7×7×7 on pixels (what was
     trained and released). Input that has 24 channels already is taken as it is. still: every kernel sees one frame (a network for images, which
-    deflate.py makes out of one for video).
+    deflate.py makes out of one for video). pools, blocks: how many of the max pools and Inception blocks there are (i3d.trunk); with 2 pools, the
+    map is [B T/2 H/8 W/8 …], with one block of the last stage instead of two it has 832·w channels.
     """
     space_to_depth: bool = True
     multiplier: float = 1.0
+    pools: int = 4
+    blocks: tuple[int, int, int] = BLOCKS
     still: bool = False
     norm: str = 'debiased'
     dtype: str = 'float32'
@@ -79,7 +82,7 @@ class S3D(nn.Module):
             return Unit(max(1, round(features * self.multiplier)), kernel, strides, separable, gated, self.still, self.norm, self.dtype,
                         name=name)
         if self.space_to_depth and x.shape[-1] == 3:
-            x = space_to_depth(x, (1, *BLOCK[1:]) if self.still else BLOCK)
+            x = space_to_depth(x, (1, *FOLD[1:]) if self.still else FOLD)
         stem = ((2, 4, 4), (1, 1, 1)) if self.space_to_depth else ((7, 7, 7), (2, 2, 2))
-        x = trunk(unit(64, *stem, separable=False, name='conv_1a')(x, valid, train), unit, valid, train)
+        x = trunk(unit(64, *stem, separable=False, name='conv_1a')(x, valid, train), unit, valid, train, self.pools, self.blocks)
         return x.mean((1, 2, 3)), x
