@@ -82,7 +82,6 @@ def get_config(arg: str = '') -> ConfigDict:
     a.brightness, a.contrast, a.saturation, a.hue = 32 / 255, 0.4, 0.4, 0.2
     a.audio_noise = 0.01                # gaussian, as a share of the clip's maximum
     a.volume = 0.0                      # sound times a factor within 1 ± this, drawn for each clip
-    a.speed = 0.0                       # sound played faster (and higher) or slower by a factor within 1 ± this, around the clip's middle
 
     # ---- machine
     c.jax_platform = ''                 # '' (what JAX finds) | cpu | cuda | tpu

@@ -120,7 +120,7 @@ def test_missing_config_file_lists_the_others():
 
 def test_a_run_older_than_a_field_has_its_default():
     old = changed(batch_size='32', data__crop='(0.5, 1)')
-    del old.augment.volume, old.augment.speed, old.model.inputs.video.range, old.compiler_options, old.data.flip
+    del old.augment.volume, old.model.inputs.video.range, old.compiler_options, old.data.flip
     old.model.head = ConfigDict({'name': 'joint', 'joint': 8})     # of another graph: it has no va and vat to be completed by
     new = configs.complete(old, default.get_config())
     configs.check_fields(new, default.get_config())

@@ -150,27 +150,14 @@ def _hue(turn: jax.Array) -> jax.Array:
 
 def audio(stream, spec, config, rng: Rng, augment: bool) -> jax.Array:
     """int16 [B S] -> float32 [B S] in [-1, 1], with gaussian noise of `audio_noise` times the clip's peak, louder or softer by up to a share
-    `volume` (and then perhaps beyond 1), and faster or slower by up to a share `speed`; its log-mel [B T F] where the model's inputs ask for one
-    (after all)."""
+    `volume` (and then perhaps beyond 1); its log-mel [B T F] where the model's inputs ask for one (after both)."""
     x = stream['data'].astype(jnp.float32) / 32768
-    speed, volume = config.get('speed', 0.0), config.get('volume', 0.0)  # runs from before they were there do not have them
-    if augment and speed > 0:
-        x = played(x, rng.at('speed').uniform((), 1 - speed, 1 + speed))
+    volume = config.get('volume', 0.0)  # runs from before it was there do not have it
     if augment and volume > 0:
         x = x * rng.at('volume').uniform((), 1 - volume, 1 + volume)[:, None]
     if augment and config['audio_noise'] > 0:
         x = x + rng.at('noise').normal(x.shape[1:]) * config['audio_noise'] * jnp.abs(x).max(-1, keepdims=True)
     return spectrogram.log_mel(x, spec['rate'], spec['mel']) if spec.get('mel') else x
-
-
-def played(x: jax.Array, speed: jax.Array) -> jax.Array:
-    """[B S]: sound x [B S] around its middle at speed [B], higher as it is faster; between samples on a straight line, silence beyond the ends."""
-    last = x.shape[1] - 1
-    at = last / 2 + (jnp.arange(x.shape[1]) - last / 2) * speed[:, None]
-    low = jnp.floor(at)
-    take = lambda i: jnp.take_along_axis(x, jnp.clip(i, 0, last).astype(jnp.int32), 1)
-    y = take(low) + (at - low) * (take(low + 1) - take(low))
-    return jnp.where((at >= 0) & (at <= last), y, 0)
 
 
 STAGES = {'video': video, 'audio': audio}
