@@ -6,6 +6,7 @@
     python run.py --config=configs/selavi.py:demo,xdc --workdir=runs/xdc              # k-means labels of the other modality; sdc: its own,
                                                                                       # mdc: both, cdc: of both together
     python run.py --config=configs/selavi.py:demo,swav --workdir=runs/swav            # online codes of pairs of views
+    python run.py --config=configs/selavi.py:demo,vatt --workdir=runs/selavi_vatt     # VATT's transformers instead of MMV's convolutions
     python run.py --config=configs/selavi.py:demo,synthetic --workdir=runs/synthetic  # no files, no TensorFlow
 
 Videos there hold one scene each, because a record has one label. The results' table compares with k-means of the features, and with both at
@@ -19,7 +20,7 @@ where it departs from the paper.
 """
 from ml_collections import ConfigDict
 
-from configs import default, mmv
+from configs import default, demo, mmv
 from vatt_jax.models import presets
 
 CLASSES = 16
@@ -34,7 +35,7 @@ def get_config(arg: str = 'demo'):
     name, *options = (arg or 'demo').split(',')
     if name not in ('demo', *DATASETS):
         raise ValueError(f'configs/selavi.py has no setting {name!r}; there are demo, {", ".join(DATASETS)}')
-    known = (*METHODS, 'synthetic') if name == 'demo' else (*METHODS, 'code')
+    known = (*METHODS, 'vatt', 'synthetic') if name == 'demo' else (*METHODS, 'code')
     for o in options:
         if o not in known:
             raise ValueError(f'configs/selavi.py:{name} has no option {o!r}; there are {", ".join(known)}')
@@ -71,8 +72,16 @@ def get_config(arg: str = 'demo'):
 
 
 def _demo(options):
-    c = mmv.get_config('demo_fac_va' + (',synthetic' if 'synthetic' in options else ''))
-    c.steps = 300
+    source = ['synthetic'] * ('synthetic' in options)
+    if 'vatt' in options:
+        c = demo.get_config(*source)
+        c.steps = 500
+        del c.model.towers.text
+        for tower in c.model.towers.values():
+            tower.drop_token = 0.5
+    else:
+        c = mmv.get_config(','.join(['demo_fac_va', *source]))
+        c.steps = 300
     c.model.head = ConfigDict({'name': 'none'})
     c.objective = ConfigDict({
         'name': 'self_labelling', 'views': ('video', 'audio'), 'clusters': CLASSES, 'heads': 4, 'groups': 2, 'hidden': 128, 'dropout': 0.1,

@@ -6,7 +6,7 @@ from configs import default, selavi
 from vatt_jax import config as configs
 from vatt_jax import evals, models, objectives, optim, preprocess, sharding, train_state
 
-DEMO = ['configs/selavi.py:demo', *(f'configs/selavi.py:demo,{o}' for o in (*selavi.METHODS, 'synthetic'))]
+DEMO = ['configs/selavi.py:demo', *(f'configs/selavi.py:demo,{o}' for o in (*selavi.METHODS, 'vatt', 'synthetic'))]
 PUBLISHED = [f'configs/selavi.py:{o}' for o in ('vggsound', 'kinetics', 'kinetics_sound,code', 'ave,sela', 'ave,xdc', 'ave,swav')]
 TUNED = [f'configs/selavi_finetune.py:{o}' for o in ('ucf101', 'hmdb51,3', 'ucf101,2,scratch', 'demo', 'demo,scratch')]
 
