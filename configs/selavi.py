@@ -3,8 +3,10 @@
     python run.py --config=configs/selavi.py:demo --workdir=runs/selavi               # SeLaVi: alignment, Gaussian sizes, 4 heads in 2 groups
     python run.py --config=configs/selavi.py:demo,one_head --workdir=runs/one_head    # one ingredient less: one_head | unaligned | uniform
     python run.py --config=configs/selavi.py:demo,sela --workdir=runs/sela            # video alone
-    python run.py --config=configs/selavi.py:demo,xdc --workdir=runs/xdc              # k-means labels of the other modality
+    python run.py --config=configs/selavi.py:demo,xdc --workdir=runs/xdc              # k-means labels of the other modality; sdc: its own,
+                                                                                      # mdc: both, cdc: of both together
     python run.py --config=configs/selavi.py:demo,swav --workdir=runs/swav            # online codes of pairs of views
+    python run.py --config=configs/selavi.py:demo,vatt --workdir=runs/selavi_vatt     # VATT's transformers instead of MMV's convolutions
     python run.py --config=configs/selavi.py:demo,synthetic --workdir=runs/synthetic  # no files, no TensorFlow
 
 Videos there hold one scene each, because a record has one label. The results' table compares with k-means of the features, and with both at
@@ -18,11 +20,12 @@ where it departs from the paper.
 """
 from ml_collections import ConfigDict
 
-from configs import default, demo
+from configs import default, demo, mmv
 from vatt_jax.models import presets
 
 CLASSES = 16
-METHODS = ('one_head', 'unaligned', 'uniform', 'sela', 'xdc', 'swav')
+METHODS = ('one_head', 'unaligned', 'uniform', 'sela', 'xdc', 'sdc', 'mdc', 'cdc', 'swav')
+TARGETS = {'xdc': 'other', 'sdc': 'own', 'mdc': 'both', 'cdc': 'joint'}
 # dataset -> (clusters, training videos) as published
 DATASETS = {'vggsound': (309, 170_752), 'kinetics': (400, 230_976), 'kinetics_sound': (32, 22_408), 'ave': (28, 3_328)}
 GPUS = 64
@@ -32,7 +35,7 @@ def get_config(arg: str = 'demo'):
     name, *options = (arg or 'demo').split(',')
     if name not in ('demo', *DATASETS):
         raise ValueError(f'configs/selavi.py has no setting {name!r}; there are demo, {", ".join(DATASETS)}')
-    known = (*METHODS, 'synthetic') if name == 'demo' else (*METHODS, 'code')
+    known = (*METHODS, 'vatt', 'synthetic') if name == 'demo' else (*METHODS, 'code')
     for o in options:
         if o not in known:
             raise ValueError(f'configs/selavi.py:{name} has no option {o!r}; there are {", ".join(known)}')
@@ -49,9 +52,9 @@ def get_config(arg: str = 'demo'):
     if 'sela' in options:
         o.views = ('video',)
         del c.model.towers['audio']
-    if 'xdc' in options:
-        every = max(1, c.steps // 10)
-        c.objective = ConfigDict({'name': 'kmeans_labels', 'views': ('video', 'audio'), 'targets': 'other', 'clusters': o.clusters, 'every': every})
+    for method in TARGETS.keys() & set(options):
+        c.objective = ConfigDict({'name': 'kmeans_labels', 'views': ('video', 'audio'), 'targets': TARGETS[method], 'clusters': o.clusters,
+                                  'every': max(1, c.steps // 10)})
     if 'swav' in options:
         c.objective = ConfigDict({'name': 'online_codes', 'views': ('video', 'audio'), 'clusters': 4 * o.clusters, 'width': 64, 'hidden': o.hidden})
 
@@ -69,15 +72,20 @@ def get_config(arg: str = 'demo'):
 
 
 def _demo(options):
-    c = demo.get_config('synthetic' if 'synthetic' in options else '')
-    c.steps = 500
-    del c.model.towers['text']
+    source = ['synthetic'] * ('synthetic' in options)
+    if 'vatt' in options:
+        c = demo.get_config(*source)
+        c.steps = 500
+        del c.model.towers.text
+        for tower in c.model.towers.values():
+            tower.drop_token = 0.5
+    else:
+        c = mmv.get_config(','.join(['demo_fac_va', *source]))
+        c.steps = 300
     c.model.head = ConfigDict({'name': 'none'})
-    for tower in c.model.towers.values():
-        tower.drop_token = 0.5
     c.objective = ConfigDict({
         'name': 'self_labelling', 'views': ('video', 'audio'), 'clusters': CLASSES, 'heads': 4, 'groups': 2, 'hidden': 128, 'dropout': 0.1,
-        'prior': 'gaussian', 'refreshes': 13, 'warmup': 10})
+        'prior': 'gaussian', 'refreshes': 11, 'warmup': 10})
     c.optimizer.schedule.warmup = 50
     c.checkpoint.every = 100
     # Clusters are of whatever survives augmentation. With the demo's mild one they are colours: 8 easy classes that video alone can see.

@@ -2,11 +2,11 @@
 import jax
 import pytest
 
-from configs import default
+from configs import default, selavi
 from vatt_jax import config as configs
 from vatt_jax import evals, models, objectives, optim, preprocess, sharding, train_state
 
-DEMO = [f'configs/selavi.py:demo{o}' for o in ('', ',one_head', ',unaligned', ',uniform', ',sela', ',xdc', ',swav', ',synthetic')]
+DEMO = ['configs/selavi.py:demo', *(f'configs/selavi.py:demo,{o}' for o in (*selavi.METHODS, 'vatt', 'synthetic'))]
 PUBLISHED = [f'configs/selavi.py:{o}' for o in ('vggsound', 'kinetics', 'kinetics_sound,code', 'ave,sela', 'ave,xdc', 'ave,swav')]
 TUNED = [f'configs/selavi_finetune.py:{o}' for o in ('ucf101', 'hmdb51,3', 'ucf101,2,scratch', 'demo', 'demo,scratch')]
 
@@ -31,6 +31,7 @@ def test_published_values():
     rate = optim.schedule(c.optimizer.schedule, c.steps)
     assert abs(rate(1660) - 0.64) < 1e-6 and abs(rate(33_000) - 0.64) < 1e-6 and abs(rate(830) - 0.32) < 1e-6
     assert [configs.load(f'configs/selavi.py:{d}').objective.clusters for d in ('kinetics', 'kinetics_sound', 'ave')] == [400, 32, 28]
+    assert [configs.load(f'configs/selavi.py:demo,{m}').objective.targets for m in ('xdc', 'sdc', 'mdc', 'cdc')] == ['other', 'own', 'both', 'joint']
     with pytest.raises(ValueError, match="no option 'two_heads'; there are one_head"):
         configs.load('configs/selavi.py:demo,two_heads')
     with pytest.raises(ValueError, match="no setting 'vgg'; there are demo, vggsound"):
