@@ -1,7 +1,7 @@
 """MMV: video, sound and words in common spaces (Alayrac et al., 2020), as published and at the size of the playground.
 
     python run.py --config=configs/mmv.py:demo_fac_vat --workdir=runs/mmv_fac_vat         # graph fac | shared | disjoint, from va | vt | vat
-    python run.py --config=configs/mmv.py:demo_fac_vat,s3d --workdir=runs/mmv_demo_s3d    # another backbone than TSM-ResNet18
+    python run.py --config=configs/mmv.py:demo_fac_vat,s3d --workdir=runs/mmv_demo_s3d    # another backbone than TSM-ResNet18; S3D for small clips
     python run.py --config=configs/mmv.py:demo_fac_vat,synthetic --workdir=runs/try       # no files, no TensorFlow
     python run.py --config=configs/mmv.py:s3d_fac_vat --workdir=runs/mmv_s3d              # published: HowTo100M and AudioSet, on a pod
 
