@@ -87,7 +87,8 @@ def line(r: dict, name: str) -> str:
     each = f'{r["per_device_batch"]:g}'
     peak = f'{amount(m["peak"], 1e9)}' if m['peak'] else f'> {amount(m["arguments"], 1e9)}'
     if m['fits'] is False:
-        return f'| {name} | {each} | {peak}: does not fit in {amount(m["limit"], 1e9)} | | | | | |'
+        would = ' or '.join(x.partition(':')[0] for x in m['would_fit'] if 'alone are' not in x)
+        return f'| {name} | {each} | {peak} | does not fit in {amount(m["limit"], 1e9)}; would, by estimate: {would} | | | | |'
     if 'bound' not in roof:
         return f'| {name} | {each} | {peak} | | | | | |'
     s = roof['seconds']
