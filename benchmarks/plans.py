@@ -43,7 +43,8 @@ def rows() -> dict[str, dict]:
                     add(model, machine, topology, batch, 'dense')
     for machine in ('v5e-256', 'v5p-256', 'v6e-256'):
         add('lbs', machine, MACHINES[machine], 2048, 'fused')
-    add('lbs', 'v5e-256', MACHINES['v5e-256'], 2048, 'dense')
+    for model in ('lbs', 'mbs'):
+        add(model, 'v5e-256', MACHINES['v5e-256'], 2048, 'dense')
     for model in ('mbs', 'bbs', 'agnostic', 'mmv'):
         add(model, 'v5e-256', MACHINES['v5e-256'], 2048, 'dense' if model == 'mmv' else 'fused')
     for chips in (1024, 4096, 64, 16):

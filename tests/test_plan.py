@@ -218,6 +218,7 @@ def test_search_tells_each_and_names_the_fastest():
 
 @pytest.mark.parametrize('arguments, words', [
     (['--topology=v7:4x4'], ["--topology=v7:4x4: no chip 'v7'", 'v5e']), ([], ['--mode=plan wants --topology']),
+    (['--topology=v5e:4x4', '--search', '--quick'], ['--search has further plans', 'drop one']),
     (['--machine=laptop'], ["--machine='laptop'", 'v5e_256']),
     (['--topology=h100:1x8', '--config.batch_size=12', '--config.mesh.replica=-1'], ['config.batch_size=12']),
     (['--topology=h100:1x8', '--config.mesh.replica=3', '--config.mesh.fsdp=16'], ['config.mesh', 'there are 8'])])
