@@ -288,6 +288,8 @@ def plan(config, workdir: pathlib.Path, flags) -> None:
     text = flags.topology or (machines.MACHINES[flags.machine].topology if flags.machine else '')
     if not text:
         raise ConfigError('--mode=plan wants --topology, such as v5p:4x4x4, v5e:16x16, h100:8x8 or cpu:8, or --machine')
+    if flags.search and flags.quick:
+        raise ConfigError('--quick leaves the compiler at work when its plan is made, and --search has further plans to make; drop one of them')
     topology = chips.parse(text)
     os.environ.update(chips.environment(topology))  # before JAX is imported
     import data_pipelines

@@ -43,7 +43,8 @@ def rows() -> dict[str, dict]:
                     add(model, machine, topology, batch, 'dense')
     for machine in ('v5e-256', 'v5p-256', 'v6e-256'):
         add('lbs', machine, MACHINES[machine], 2048, 'fused')
-    add('lbs', 'v5e-256', MACHINES['v5e-256'], 2048, 'dense')
+    for model in ('lbs', 'mbs'):
+        add(model, 'v5e-256', MACHINES['v5e-256'], 2048, 'dense')
     for model in ('mbs', 'bbs', 'agnostic', 'mmv'):
         add(model, 'v5e-256', MACHINES['v5e-256'], 2048, 'dense' if model == 'mmv' else 'fused')
     for chips in (1024, 4096, 64, 16):
@@ -87,7 +88,8 @@ def line(r: dict, name: str) -> str:
     each = f'{r["per_device_batch"]:g}'
     peak = f'{amount(m["peak"], 1e9)}' if m['peak'] else f'> {amount(m["arguments"], 1e9)}'
     if m['fits'] is False:
-        return f'| {name} | {each} | {peak}: does not fit in {amount(m["limit"], 1e9)} | | | | | |'
+        would = ' or '.join(x.partition(':')[0] for x in m['would_fit'] if 'alone are' not in x)
+        return f'| {name} | {each} | {peak} | does not fit in {amount(m["limit"], 1e9)}; would, by estimate: {would} | | | | |'
     if 'bound' not in roof:
         return f'| {name} | {each} | {peak} | | | | | |'
     s = roof['seconds']

@@ -63,11 +63,14 @@ def test_out_of_memory_is_understood():
                'capacity by 4.75G.')
     assert plan.out_of_memory(message) == (20.5 * 2 ** 30, 15.75 * 2 ** 30)
     assert plan.out_of_memory('INVALID_ARGUMENT: something else') is None
-    result = {'mesh': {'replica': 4, 'fsdp': 1, 'model': 1, 'seq': 1}, 'model': {'remat': 'none'}, 'per_device_batch': 32.0, 'accumulate': 1}
+    result = {'mesh': {'replica': 4, 'fsdp': 1, 'model': 1, 'seq': 1}, 'model': {'remat': 'none', 'layers': True}, 'per_device_batch': 32.0,
+              'accumulate': 1}
     told = '\n'.join(plan.would_fit(result, {'limit': 16e9, 'state': 4e9, 'peak': 28e9}))
     # 24 GB for 32 clips, and nine tenths of 12 GB to spend: 14 clips
     assert 'config.mesh.fsdp=4' in told and "config.model.remat='full'" in told and 'about 14 clips' in told and 'config.batch_size=56' in told
     assert 'config.accumulate=4' in told
+    without = plan.would_fit({**result, 'model': {'remat': 'none', 'layers': False}}, {'limit': 16e9, 'state': 4e9, 'peak': 28e9})
+    assert not any('remat' in t for t in without)   # convolutional towers have no layers to compute again
     told = '\n'.join(plan.would_fit({**result, 'mesh': {'replica': 1, 'fsdp': 4}}, {'limit': 3e9, 'state': 4e9, 'peak': None}))
     assert 'alone are 4.0 GB of 3.0' in told and 'config.mesh' not in told
 
@@ -215,6 +218,7 @@ def test_search_tells_each_and_names_the_fastest():
 
 @pytest.mark.parametrize('arguments, words', [
     (['--topology=v7:4x4'], ["--topology=v7:4x4: no chip 'v7'", 'v5e']), ([], ['--mode=plan wants --topology']),
+    (['--topology=v5e:4x4', '--search', '--quick'], ['--search has further plans', 'drop one']),
     (['--machine=laptop'], ["--machine='laptop'", 'v5e_256']),
     (['--topology=h100:1x8', '--config.batch_size=12', '--config.mesh.replica=-1'], ['config.batch_size=12']),
     (['--topology=h100:1x8', '--config.mesh.replica=3', '--config.mesh.fsdp=16'], ['config.mesh', 'there are 8'])])

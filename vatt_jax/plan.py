@@ -242,7 +242,8 @@ def describe(config: ConfigDict, topology: chips.Topology, built: train.Built, e
         'config': config.name, 'topology': str(topology), 'devices': topology.devices, 'chips': topology.chips, 'hosts': topology.hosts,
         'mesh': dict(zip(sharding.MESH_AXES, built.mesh.axis_sizes)), 'batch': batch, 'accumulate': config.accumulate,
         'per_device_batch': batch / (built.mesh.axis_sizes[0] * built.mesh.axis_sizes[1]), 'steps': config.steps, 'examples': examples,
-        'model': {k: config.model[k] for k in ('attention', 'scan', 'remat')} | {'compute_dtype': config.compute_dtype},
+        'model': {k: config.model[k] for k in ('attention', 'scan', 'remat')} | {'compute_dtype': config.compute_dtype, 'layers': any(
+            name.startswith('encoder') for name in built.shape.params['model'])},
         'parameters': {'total': total, 'trained': total - sum(frozen.values()), 'optimizer_slots': sizes(slots),
                        'of': {k: sizes(v) for k, v in sorted(built.shape.params['model'].items())}},
         'flops': {'forward_per_clip': counts, 'model_per_clip': per_clip, 'model_step': per_clip['needed'] * batch}}
@@ -294,7 +295,7 @@ def would_fit(result: Mapping[str, Any], memory: Mapping[str, Any]) -> list[str]
     if mesh['fsdp'] < spread:
         out.append(f'config.mesh.fsdp={spread}: parameters and optimizer over all data-parallel devices, about '
                    f'{state * mesh["fsdp"] / spread / 1e9:.1f} GB each instead of {state / 1e9:.1f}')
-    if result['model']['remat'] != 'full':
+    if result['model']['remat'] != 'full' and result['model']['layers']:
         out.append("config.model.remat='full': the backward pass recomputes each layer")
     if memory['peak'] and state < limit:
         # what is not the state grows with the rows of a microbatch
