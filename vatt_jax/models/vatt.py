@@ -160,7 +160,7 @@ class VATT(nn.Module):
     def encode(self, name: str, stream: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False) -> Encoded:
         """One device stream -> Encoded. Only a stream that meets batch statistics (NETS but linear) needs its `valid`, and only in training."""
         modality = name.split('.')[0]
-        rows, shape, rng = as_rows(name, stream, rng)
+        rows, shape, rng = rows_of(name, stream, rng)
         if modality in self.nets:
             pooled, tokens = self.nets[modality](rows, stream.get('valid'), train)
             grid = tokens.shape[1:-1]
@@ -182,7 +182,7 @@ class VATT(nn.Module):
         streams = {name: s for name, s in batch.items() if isinstance(s, Mapping) and 'data' in s}
         if not (self.config['shared'] and self.config.get('packed')):
             return {name: self.encode(name, s, train=train, rng=rng, features=features) for name, s in streams.items()}
-        rows, shapes, rngs = zip(*(as_rows(name, s, rng) for name, s in streams.items()))
+        rows, shapes, rngs = zip(*(rows_of(name, s, rng) for name, s in streams.items()))
         tokens = [self.fronts[name.split('.')[0]](x, r, train) for name, x, r in zip(streams, rows, rngs)]
         examples = len(rng.examples)
         layout = tuple((t.x.shape[0] // examples, t.x.shape[1]) for t in tokens)
@@ -206,7 +206,7 @@ class VATT(nn.Module):
         return Outputs(encoded, self.project(encoded, valid={s: batch[s]['valid'] for s in encoded}, train=train))
 
 
-def as_rows(name: str, stream: Mapping[str, Any], rng: Rng):
+def rows_of(name: str, stream: Mapping[str, Any], rng: Rng):
     """(rows of a stream [R …], what gives an array of rows the stream's leading axes, rng of the rows): a sentence of a clip is a row of its own."""
     data, rng = jnp.asarray(stream['data']), rng.at(name)
     if name.split('.')[0] != 'text':
