@@ -291,7 +291,11 @@ def plan(config, workdir: pathlib.Path, flags) -> None:
     if flags.search and flags.quick:
         raise ConfigError('--quick leaves the compiler at work when its plan is made, and --search has further plans to make; drop one of them')
     topology = chips.parse(text)
-    os.environ.update(chips.environment(topology))  # before JAX is imported
+    os.environ.update(chips.environment(topology))  # before JAX starts; a config may have imported it
+    import jax
+    jax.config.update('jax_platforms', 'cpu')
+    if topology.chip.platform == 'cpu':
+        jax.config.update('jax_num_cpu_devices', topology.devices)
     import data_pipelines
     from vatt_jax import plan as plans
     notes = []

@@ -105,6 +105,19 @@ class Topology:
         return None if rate is None else rate / self.chip.devices
 
 
+def gpu_target(chip: Chip) -> str:
+    """What XLA's compiler for GPUs has to know of a Hopper GPU that is not here, in its text format (GpuTargetConfigProto). Limits of compute
+    capability 9.0: CUDA programming guide, table of technical specifications; 132 multiprocessors, 50 MiB of L2, 1.98 GHz: data sheets."""
+    info = {'threads_per_block_limit': 1024, 'threads_per_warp': 32, 'shared_memory_per_block': 48 * 1024, 'shared_memory_per_core': 228 * 1024,
+            'shared_memory_per_block_optin': 227 * 1024, 'threads_per_core_limit': 2048, 'core_count': 132, 'fpus_per_core': 128,
+            'block_dim_limit_x': 2 ** 31 - 1, 'block_dim_limit_y': 65535, 'block_dim_limit_z': 65535, 'registers_per_core_limit': 65536,
+            'registers_per_block_limit': 65536, 'l2_cache_size': 50 * 2 ** 20, 'clock_rate_ghz': 1.98,
+            'memory_bandwidth': int(chip.bandwidth), 'device_memory_size': int(chip.memory)}
+    kind = next(kind for kind, name in KINDS.items() if name == chip.name)
+    return (f'gpu_device_info {{ {" ".join(f"{k}: {v}" for k, v in info.items())} cuda_compute_capability {{ major: 9 }} }} platform_name: "CUDA" '
+            f'dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 8 }} device_description_str: "{kind}"')
+
+
 # JAX's device_kind -> chip
 KINDS = {'TPU v4': 'v4', 'TPU v5 lite': 'v5e', 'TPU v5e': 'v5e', 'TPU v5': 'v5p', 'TPU v5p': 'v5p', 'TPU v6 lite': 'v6e', 'TPU v6e': 'v6e',
          'TPU7x': 'tpu7x', 'NVIDIA H100 80GB HBM3': 'h100', 'NVIDIA H200': 'h200'}
@@ -141,9 +154,9 @@ def parse(text: str) -> Topology:
 
 
 def environment(topology: Topology) -> dict[str, str]:
-    """What JAX is to find when it is imported in order to compile for this topology: no accelerator of this machine is touched, and libtpu
-    neither looks for hardware nor keeps others from being loaded."""
-    cpu = {'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '3'}
+    """What JAX is to find when it starts in order to compile for this topology: no accelerator of this machine is touched, libtpu
+    neither looks for hardware nor keeps others from being loaded, and the plugin for GPUs does not miss their libraries."""
+    cpu = {'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '3', 'ABSL_MIN_LOG_LEVEL': '3'}
     if topology.chip.platform == 'cpu':
         return cpu | {'JAX_NUM_CPU_DEVICES': str(topology.devices)}
     return cpu | {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0',

@@ -4,8 +4,8 @@
 
 What is exact: parameters, FLOPs (flops.py), what the compiler reserves on each device, the collectives and the memory traffic of its program
 (hlo.py). What is a bound: the roofline, each of compute, memory, links and network at its data sheet's rate (chips.py); a step takes at least
-the longest of them, and no longer than their sum where everything else is free. Where no compiler is to be had (GPUs), the parts that need one
-are left out and the plan says so. docs/scaling.md
+the longest of them, and no longer than their sum where everything else is free. Where no compiler is to be had (GPUs without JAX's plugin for
+them), the parts that need one are left out and the plan says so. docs/scaling.md
 """
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ from vatt_jax.objectives.base import streams
 # Fields that change nothing of a plan.
 UNREAD = ('name', 'report', 'init_from', 'init_words', 'init_rename', 'init_skip', 'checkpoint', 'max_bad_steps', 'evals', 'eval_every', 'log_every',
           'jax_platform', 'profile')
+PLUGIN = 'jax_cuda12_plugin'
+PLUGIN_WANTED = (f'To compile without a GPU: pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__} '
+                 '(0.5 GB, no other NVIDIA library)')
 QUICK = 'no code was generated: memory is that of the buffer assignment'
 
 
@@ -101,10 +104,13 @@ def suit(config: ConfigDict, chip: chips.Chip) -> list[str]:
     if config.model.attention == 'splash' and chip.platform != 'tpu':
         config.model.attention = 'dense'
         notes.append(f'attention: splash is a kernel of TPUs; on {chip.name} dense is planned')
+    if config.model.attention == 'triton' and chip.platform != 'cuda':
+        config.model.attention = 'dense'
+        notes.append(f'attention: triton is a kernel of GPUs; on {chip.name} dense is planned')
     if config.model.attention == 'cudnn':
-        config.model.attention = 'xla'
-        notes.append('attention: cuDNN cannot be lowered without its GPU; plain XLA attention is compiled in its place, whose logits take memory '
-                     'and traffic that the fused kernel does not')
+        config.model.attention = 'triton' if chip.platform == 'cuda' else 'dense'
+        notes.append('attention: cuDNN cannot be lowered without its GPU; ' + (
+            'another fused kernel (triton) is compiled in its place' if chip.platform == 'cuda' else f'on {chip.name} dense is planned'))
     alien = [k for k in config.compiler_options if k.startswith(('xla_cpu', 'xla_llvm')) and chip.platform != 'cpu'
              or k.startswith('xla_gpu') and chip.platform != 'cuda' or k.startswith('xla_tpu') and chip.platform != 'tpu']
     if alien:
@@ -121,7 +127,7 @@ def digest(config: ConfigDict, topology: chips.Topology, data, notes) -> str:
     for file in sorted(pathlib.Path(__file__).parent.rglob('*.py')):
         source.update(file.read_bytes())
     read = {k: v for k, v in configs.flatten(config) if k.split('.')[0] not in UNREAD}
-    versions = [jax.__version__, jax.lib.__version__, _version('libtpu')]
+    versions = [jax.__version__, jax.lib.__version__, _version('libtpu'), _version('jax-cuda12-plugin')]
     return hashlib.sha256(json.dumps([read, str(topology), data.size('train'), data.info, list(notes), source.hexdigest(), versions], sort_keys=True,
                                      default=str).encode()).hexdigest()[:12]
 
@@ -137,18 +143,26 @@ def _version(package: str) -> str:
 def devices_of(topology: chips.Topology) -> tuple[list | None, str]:
     """(devices to compile for, ''), or (None, why there are none)."""
     chip = topology.chip
-    if chip.platform == 'cuda':
-        return None, (f'{chip.name}: this JAX has no compiler for GPUs that are not here, so nothing was compiled: no temporaries, no memory '
-                      'traffic, no recomputation; collectives are the least that the sharding asks for')
+    if chip.platform == 'cuda' and importlib.util.find_spec(PLUGIN) is None:
+        return None, (f'{chip.name}: this JAX has no compiler for GPUs, so nothing was compiled: no temporaries, no memory traffic, no '
+                      f'recomputation; collectives are the least that the sharding asks for. {PLUGIN_WANTED}')
     if chip.platform == 'cpu':
         here = jax.devices('cpu')
         if len(here) < topology.devices:
             raise ConfigError(f'--topology={topology}: JAX was started with {len(here)} CPU devices; set JAX_NUM_CPU_DEVICES={topology.devices}')
         return here[:topology.devices], ''
-    if importlib.util.find_spec('libtpu') is None:
+    if chip.platform == 'tpu' and importlib.util.find_spec('libtpu') is None:
         raise ConfigError(f'--topology={topology}: compiling for TPUs takes the package libtpu, which is not installed; '
                           "pip install 'vatt_jax[tpu]' (or pip install -e '.[tpu]' in a clone)")
     from jax.experimental import topologies
+    if chip.platform == 'cuda':
+        hosts, gpus = topology.shape
+        try:
+            return list(topologies.get_topology_desc(platform='cuda', topology_name=chip.name, topology=f'1x{hosts}x{gpus}',
+                                                     target_config=chips.gpu_target(chip)).devices), ''
+        except Exception as error:
+            raise ConfigError(f'--topology={topology}: JAX {jax.__version__} with jax-cuda12-plugin {_version("jax-cuda12-plugin") or "?"} '
+                              f'cannot compile for it ({str(error).splitlines()[0]}). {PLUGIN_WANTED}') from error
     more: dict[str, Any] = {'num_slices': topology.slices} if topology.slices > 1 else {}
     if math.prod(topology.shape) == 1:
         more['chips_per_host_bounds'] = (1, 1, 1)
@@ -180,6 +194,8 @@ def compile_step(traced, topology: chips.Topology, quick: bool = False) -> Compi
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as dump:
         # The text comes from XLA's own dump: as_text() fails for some TPU programs (word tables that it gathers on the SparseCores).
         options = {'xla_dump_to': dump, 'xla_dump_hlo_as_text': True, 'xla_dump_hlo_module_re': 'jit_step.*'}
+        if platform == 'cuda':   # products as calls of cuBLAS: to choose tiles of its own, the compiler would have to time them on the GPU
+            options |= {'xla_gpu_enable_triton_gemm': False, 'xla_gpu_autotune_level': 0}
         lowered = traced.lower(lowering_platforms=(platform,))
         result: dict[str, Any] = {}
 
@@ -280,7 +296,8 @@ def add_memory(result: dict[str, Any], topology: chips.Topology, built: train.Bu
         out |= {'arguments': state + batch, 'temporaries': None, 'peak': compiled.needed, 'limit': compiled.limit or limit, 'fits': False}
     else:
         out |= {k: compiled.memory[k] for k in ('arguments', 'temporaries', 'peak', 'live')}
-        out['fits'] = None if limit is None else compiled.memory['live'] is not None or out['peak'] <= limit   # a whole compile refuses what does not
+        compiler_agrees = topology.chip.platform == 'tpu' and compiled.memory['live'] is not None   # else it had refused
+        out['fits'] = None if limit is None else compiler_agrees or out['peak'] <= limit
     if out['fits'] is False:
         out['would_fit'] = would_fit(result, out)
     result['memory'] = out
@@ -352,7 +369,8 @@ def add_roofline(result: dict[str, Any], topology: chips.Topology, config: Confi
 def islands(mesh, topology: chips.Topology) -> np.ndarray:
     """int [devices]: which slice (or GPU host) each device of the mesh, in its order, belongs to."""
     if isinstance(mesh, jax.sharding.Mesh):
-        return np.array([getattr(d, 'slice_index', 0) or 0 for d in mesh.devices.flat])
+        of = (lambda d: d.process_index) if topology.chip.platform == 'cuda' else lambda d: getattr(d, 'slice_index', 0) or 0
+        return np.array([of(d) for d in mesh.devices.flat])
     return np.arange(topology.devices) // topology.island
 
 

@@ -9,9 +9,10 @@ from vatt_jax import sharding
 from vatt_jax.config import ConfigError
 from vatt_jax.rng import Rng
 
-IMPLEMENTATIONS = ('auto', 'dense', 'xla', 'cudnn', 'splash')
-FUSED = {'gpu': 'cudnn', 'tpu': 'splash'}   # platform -> its kernel
-LANES = 128                                 # of a TPU: splash pads tokens to a multiple, and fewer are not worth it
+IMPLEMENTATIONS = ('auto', 'dense', 'xla', 'cudnn', 'triton', 'splash')
+HOME = {'cudnn': 'gpu', 'triton': 'gpu', 'splash': 'tpu'}   # kernel -> its platform
+FUSED = {'gpu': 'cudnn', 'tpu': 'splash'}                   # platform -> the kernel that `auto` takes
+LANES = 128                                                 # kernels in Pallas pad tokens to a multiple, and fewer are not worth it
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | None = None, bias: jax.Array | None = None,
@@ -21,7 +22,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | Non
     mask: bool [B Nk] (keys) or [B Nq Nk]; False gets -1e9, so a row without any key is uniform, not NaN. bias: [1|B heads Nq Nk].
     `dense` is the definition and the only one with dropout on probabilities. `splash` (TPU) is used where it saves something and can do it: from
     128 queries and keys on, without bias and with a mask of keys at most; what is smaller (words, the last layer's one query) or has a bias is
-    dense. `auto`: the platform's kernel where there is one and no dropout, else dense.
+    dense. `triton` (GPU, Pallas) likewise, for as many queries as keys and without any mask: it needs no cuDNN. `auto`: the platform's kernel where
+    there is one and no dropout, else dense.
     """
     if implementation == 'auto':
         implementation = 'dense' if dropout else FUSED.get(jax.default_backend(), 'dense')
@@ -32,6 +34,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | Non
                           'attention_dropout=0.0 in every tower, or use dense')
     if implementation == 'splash' and bias is None and min(q.shape[1], k.shape[1]) >= LANES and (mask is None or mask.ndim == 2):
         return splash(q, k, v, mask, scale)
+    if implementation == 'triton' and bias is None and mask is None and q.shape[1] == k.shape[1] >= LANES:
+        return triton(q, k, v, scale)
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None]
     if implementation in ('xla', 'cudnn'):
@@ -50,7 +54,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | Non
 
 def portable(config):
     """`config.model` for evaluation on any machine: instead of the kernel of the platform that it was trained on, whatever there is here."""
-    if config.attention in FUSED.values():
+    if config.attention in HOME:
         config = config.copy_and_resolve_references()
         config.attention = 'auto'
     return config
@@ -58,9 +62,8 @@ def portable(config):
 
 def check(config, platform: str) -> None:
     """Raises ConfigError for a kernel of another platform (of JAX's names) than this one."""
-    if config.attention in FUSED.values() and FUSED.get(platform) != config.attention:
-        home = next(p for p, name in FUSED.items() if name == config.attention)
-        raise ConfigError(f"config.model.attention={config.attention!r} is a kernel of {home.upper()}s and this is {platform}; set "
+    if HOME.get(config.attention, platform) != platform:
+        raise ConfigError(f"config.model.attention={config.attention!r} is a kernel of {HOME[config.attention].upper()}s and this is {platform}; set "
                           "config.model.attention='auto' for whatever the machine has, or 'dense'")
 
 
@@ -80,11 +83,29 @@ def splash(q, k, v, mask, scale: float, interpret: bool = False) -> jax.Array:
         ids = lambda s: kernel.SegmentIds(jnp.ones(rows, jnp.int32), s)
         return jax.vmap(lambda q, k, v, s: run(q, k, v, ids(s)))(q, k, v, segment)
     arguments = pad(q * jnp.asarray(scale, q.dtype), rows), pad(k, keys), pad(v, keys), segment
+    return _on_each_device(local, arguments, ('batch', 'heads', None, None)).swapaxes(1, 2)[:, :n]
+
+
+def triton(q, k, v, scale: float, interpret: bool = False) -> jax.Array:
+    """A fused kernel of GPUs (Pallas, Triton): logits stay on the chip. As many queries as keys. On a mesh and interpret: as splash."""
+    from jax.experimental.pallas.ops.gpu import attention as kernel
+    b, n = q.shape[:2]
+    rows = -(-n // LANES) * LANES
+    sizes = kernel.BlockSizes(block_q=128, block_k=128, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64)
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, rows - n), (0, 0), (0, 0)))
+    # Padding is a segment of its own.
+    segment = jnp.broadcast_to(jnp.arange(rows) < n, (b, rows)).astype(jnp.int32)
+    local = lambda q, k, v, s: kernel.mha(q, k, v, s, sm_scale=scale, block_sizes=sizes, interpret=interpret)
+    return _on_each_device(local, (pad(q), pad(k), pad(v), segment), ('batch', None, 'heads', None))[:, :n]
+
+
+def _on_each_device(local, arguments, names):
+    """local(q, k, v, segments [B N]) of each device's own clips and heads: no partitioner can split a kernel. names: of the axes of q, k and v."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
-        spec = sharding.mesh_spec(('batch', 'heads', None, None), dict(mesh.shape), arguments[0].shape)
+        spec = sharding.mesh_spec(names, dict(mesh.shape), arguments[0].shape)
         local = jax.shard_map(local, in_specs=(spec, spec, spec, P(spec[0])), out_specs=spec, check_vma=False)
-    return local(*arguments).swapaxes(1, 2)[:, :n]
+    return local(*arguments)
 
 
 def _tile(n: int) -> int:
