@@ -67,8 +67,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     parser.add_argument('--machine', default='', help='entry of configs/machines.py, whose mesh the config takes')
     parser.add_argument('--topology', default='', help='plan: v5p:8x8x4 | v5e:16x16 | v6e:16x16 | tpu7x:4x4x4 | v5e:16x16*4 (four slices) | '
                         'h100:8x8 (hosts × GPUs) | cpu:8; default: that of --machine')
-    parser.add_argument('--quick', action='store_true', help='plan, TPU: stop before code is generated; several times faster, memory is that of the '
-                        'buffer assignment')
+    parser.add_argument('--quick', action='store_true', help='plan, TPU and GPU: stop before code is generated; several times faster, memory is that '
+                        'of the buffer assignment')
     parser.add_argument('--search', action='store_true', help='plan: vary the batch per device, rematerialisation and FSDP width')
     parser.add_argument('--compare', default='', help='report: other run folders, separated by commas, shown beside this one')
     parser.add_argument('--out', default='', help='deflate: the run folder to make')

@@ -1,12 +1,12 @@
 """Plans of the published models on pods: compiled here, without the pods, into benchmarks/results/plans.json and the tables of docs/scaling.md.
 
-    PYTHONPATH=<folder with libtpu> python benchmarks/plans.py            # what is missing, one plan after another; minutes each on two cores
+    PYTHONPATH=<folder with libtpu and JAX's plugin for GPUs> python benchmarks/plans.py    # what is missing, one plan after another
     python benchmarks/plans.py --only='lbs.*v5e' --again                  # some of them, anew
     python benchmarks/plans.py --tables                                   # docs/scaling.md from the results there are
 
 A row is a model, a machine, a global batch and the kind of attention: `fused` has no dropout on attention probabilities and runs the platform's
 kernel, `dense` is the published step. Each is `run.py --mode=plan` in a process of its own, so that a crash or a kill costs one row, and is
-written when it is known. Rows of GPUs are not compiled (vatt_jax/plan.py) and say less.
+written when it is known. On GPUs, Pallas' Triton kernel stands in for cuDNN's (vatt_jax/plan.py).
 """
 from __future__ import annotations
 
@@ -36,12 +36,7 @@ def rows() -> dict[str, dict]:
     def add(model, machine, topology, batch, attention):
         out.setdefault(f'{model} {attention} {topology} {batch}', {'model': model, 'machine': machine, 'topology': topology, 'batch': batch,
                                                                   'attention': attention})
-    for machine, topology in MACHINES.items():
-        if topology.startswith('h100'):
-            for batch in (2048, 16384):
-                for model in MODELS:
-                    add(model, machine, topology, batch, 'dense')
-    for machine in ('v5e-256', 'v5p-256', 'v6e-256'):
+    for machine in ('v5e-256', 'v5p-256', 'v6e-256', '8 × H100', '64 × H100'):
         add('lbs', machine, MACHINES[machine], 2048, 'fused')
     for model in ('lbs', 'mbs'):
         add(model, 'v5e-256', MACHINES['v5e-256'], 2048, 'dense')
@@ -50,7 +45,7 @@ def rows() -> dict[str, dict]:
     for chips in (1024, 4096, 64, 16):
         add('lbs', f'v5e-{chips}', WEAK[chips], 8 * chips, 'fused')
     for batch in (2048, 16384):
-        for machine in ('v5e-256', 'v5p-256', 'v6e-256'):
+        for machine in MACHINES:
             for model in MODELS:
                 add(model, machine, MACHINES[machine], batch, 'dense' if model == 'mmv' else 'fused')
     return out

@@ -37,6 +37,7 @@ from vatt_jax.objectives.base import streams
 # Fields that change nothing of a plan.
 UNREAD = ('name', 'report', 'init_from', 'init_words', 'init_rename', 'init_skip', 'checkpoint', 'max_bad_steps', 'evals', 'eval_every', 'log_every',
           'jax_platform', 'profile')
+CODE = {'tpu': 'after_buffer_assignment.txt', 'cuda': '.ptx'}   # what a compiler writes next after what a quick plan reads
 PLUGIN = 'jax_cuda12_plugin'
 PLUGIN_WANTED = (f'To compile without a GPU: pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__} '
                  '(0.5 GB, no other NVIDIA library)')
@@ -64,7 +65,7 @@ def plan(config: ConfigDict, data, topology: chips.Topology, folder: pathlib.Pat
     config = config.copy_and_resolve_references()
     train.resolve(config, data)
     configs.check_batch(config, topology.devices, 1)
-    quick = quick and topology.chip.platform == 'tpu'
+    quick = quick and topology.chip.platform in CODE
     notes = [*notes, *suit(config, topology.chip), *([QUICK] if quick else [])]
     key = digest(config, topology, data, notes)
     path = folder / f'{str(topology).replace(":", "_").replace("*", "_slices")}_{key}.json' if folder else None
@@ -185,7 +186,7 @@ def abstract_mesh(config: ConfigDict, topology: chips.Topology):
 def compile_step(traced, topology: chips.Topology, quick: bool = False) -> Compiled:
     """Compiles a traced step for the devices it was traced for, and reads the result.
 
-    quick (TPU): reads the scheduled program and its buffer assignment as soon as the compiler has written them, and leaves it alone with the
+    quick: reads the scheduled program and its buffer assignment as soon as the compiler has written them, and leaves it alone with the
     generation of code, most of its work, of which a plan reads next to nothing. The thread cannot be stopped: to be called by a process that ends
     soon (os._exit).
     """
@@ -208,7 +209,7 @@ def compile_step(traced, topology: chips.Topology, quick: bool = False) -> Compi
         if quick:
             thread = threading.Thread(target=work, daemon=True)
             thread.start()
-            while thread.is_alive() and not find('after_buffer_assignment.txt'):   # written after what is read here
+            while thread.is_alive() and not find(CODE[platform]):
                 thread.join(0.5)
             thread.join(2.0)   # a program that does not fit is refused here
         else:
