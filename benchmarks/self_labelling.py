@@ -1,12 +1,13 @@
 """Which classes of the playground does each method find without labels? Every option of configs/selavi.py:demo, beside k-means baselines.
 
-    python benchmarks/self_labelling.py                                  # an hour and a half on two CPU cores; runs/demo (make demo) is a baseline
+    python benchmarks/self_labelling.py                                  # an hour on two idle CPU cores; runs/demo (make demo) is a baseline
     python benchmarks/self_labelling.py --only=selavi,xdc --seeds=0      # some of them
 
-Each row is a run of its own, kept in --runs and not repeated when it is there. All are judged on the training videos, by classes that none of
-them saw. Rows: selavi (alignment, Gaussian sizes, four heads in two groups), the same less one ingredient, sela (video alone), xdc, swav; their
-k-means rows cluster unit features of video and sound together, sela's of video. Baselines: k-means of the same towers before training and of a
-VATT that was trained on other videos of this world (--from). Writes benchmarks/results/self_labelling.json and prints the table.
+Each row is a run of its own, kept in --runs and not repeated when it is there; results are written after each. All are judged on the training
+videos, by classes that none of them saw. Rows: selavi (alignment, Gaussian sizes, four heads in two groups), the same less one ingredient, sela
+(video alone), xdc, swav; their k-means rows cluster unit features of video and sound together, sela's of video. Baselines: k-means of the same
+towers before training and of a VATT that was trained on other videos of this world (--from). Writes benchmarks/results/self_labelling.json and
+prints the table.
 """
 from __future__ import annotations
 

@@ -167,6 +167,7 @@ def test_launch_refuses_in_a_sentence(flags, sentence, capsys, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_training_by_the_launcher(tmp_path):
     """Two processes of four devices train, one speaks; SIGTERM to the launcher saves one step on both, the same command ends the run."""
     command = [sys.executable, '-m', 'vatt_jax.launch', '--processes=2', '--each=4', 'run.py', '--config=tests/configs/tiny.py:plain', '--quiet',
