@@ -16,17 +16,21 @@ def operands(n, m, heads=2, rows=2):
     return (q, k, v), g, mask
 
 
+@pytest.mark.parametrize('kernel', ['splash', 'triton'])
 @pytest.mark.parametrize('mesh', [{}, {'replica': 2, 'model': 2}])
-def test_splash_is_dense_attention(mesh):
-    """140 queries and 150 keys, padded to 256; value and gradients, keys masked; on a mesh too. The kernel runs in Python."""
-    qkv, g, mask = operands(140, 150)
+def test_kernels_are_dense_attention(mesh, kernel):
+    """140 queries and 150 keys (triton: 140), padded to 256; value and gradients, keys masked (splash); on a mesh too. Kernels run in Python."""
+    qkv, g, mask = operands(140, 150 if kernel == 'splash' else 140)
+    mask = mask if kernel == 'splash' else None
+    fused = {'splash': lambda q, k, v: attention.splash(q, k, v, mask, 0.25, interpret=True),
+             'triton': lambda q, k, v: attention.triton(q, k, v, 0.25, interpret=True)}[kernel]
 
     def of(function):
         call = jax.jit(jax.value_and_grad(lambda q, k, v: (function(q, k, v) * g).sum(), argnums=(0, 1, 2)))
         with jax.set_mesh(sharding.make_mesh({'replica': 1, **mesh}, jax.devices()[:4])):
             return call(*qkv)
     want = of(lambda q, k, v: attention.attention(q, k, v, mask=mask, scale=0.25))
-    got = of(lambda q, k, v: attention.splash(q, k, v, mask, 0.25, interpret=True))
+    got = of(fused)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     for a, b in zip(got[1], want[1]):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
@@ -47,6 +51,13 @@ def test_what_splash_takes_and_what_stays_dense(monkeypatch):
         ask(140, 140, dropout=0.1)
 
 
+def test_what_triton_takes_and_what_stays_dense(monkeypatch):
+    monkeypatch.setattr(attention, 'triton', lambda *a: 'fused')
+    is_fused = lambda n, m, **k: isinstance(attention.attention(*operands(n, m)[0], implementation='triton', **k), str)
+    assert is_fused(140, 140) and not is_fused(140, 150) and not is_fused(17, 17)
+    assert not is_fused(140, 140, mask=jnp.ones((2, 140), bool)) and not is_fused(140, 140, bias=jnp.zeros((1, 2, 140, 140)))
+
+
 def test_auto_takes_the_kernel_of_the_platform(monkeypatch):
     monkeypatch.setattr(attention, 'splash', lambda *a: 'fused')
     ask = lambda **k: isinstance(attention.attention(*operands(140, 140)[0], implementation='auto', **k), str)
@@ -56,6 +67,8 @@ def test_auto_takes_the_kernel_of_the_platform(monkeypatch):
 
 
 def test_a_kernel_of_another_platform():
+    with pytest.raises(ConfigError, match="config.model.attention='triton' is a kernel of GPUs and this is cpu"):
+        train.mesh_of(tiny.config(model__attention='triton'))
     c = tiny.config(model__attention='splash')
     with pytest.raises(ConfigError, match="config.model.attention='splash' is a kernel of TPUs and this is cpu; set config.model.attention='auto'"):
         train.mesh_of(c)

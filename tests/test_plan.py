@@ -124,8 +124,9 @@ def test_a_plan_is_kept_and_shown(planned, monkeypatch):
     assert plan.digest(config, chips.parse('cpu:4'), data, []) != plan.digest(named, chips.parse('cpu:4'), data, [])
 
 
-def test_a_plan_without_a_compiler():
-    """GPUs that are not here: the state is exact, collectives are the least there can be, and the plan says what it lacks."""
+def test_a_plan_without_a_compiler(monkeypatch):
+    """GPUs that are not here: the state is exact, collectives are the least there can be, and the plan says what it lacks and what would help."""
+    monkeypatch.setattr(plan, 'PLUGIN', 'not_installed')
     config = tiny.config(batch_size=128, mesh__replica=-1, compute_dtype='bfloat16')
     data = data_pipelines.open(config)
     p = plan.plan(config, data, chips.parse('h100:8x8'))
@@ -141,6 +142,7 @@ def test_a_plan_without_a_compiler():
     assert p['roofline']['mfu'] == pytest.approx(seconds['compute'] / p['roofline']['bound'])
     assert p['run']['chip_hours'] == pytest.approx(config.steps * p['roofline']['bound'] * 64 / 3600)
     shown = plan.table(p)
+    assert 'pip install --no-deps jax-cuda12-plugin==' in shown
     assert 'nothing was compiled' in shown and 'without recomputation' in shown and 'chip-hours' in shown
     config.mesh.fsdp = 8
     sharded = plan.plan(config, data, chips.parse('h100:8x8'))
@@ -162,8 +164,9 @@ def test_what_cannot_be_compiled_here_is_replaced_and_told():
     config = tiny.config(model__attention='cudnn')
     config.compiler_options = {'xla_cpu_use_fusion_emitters': False, 'xla_tpu_x': 1}
     told = ' '.join(plan.suit(config, chips.CHIPS['v5e']))
-    assert config.model.attention == 'xla' and dict(config.compiler_options) == {'xla_tpu_x': 1}
-    assert 'plain XLA attention is compiled in its place' in told and 'xla_cpu_use_fusion_emitters' in told and 'that of bfloat16' in told
+    assert config.model.attention == 'dense' and dict(config.compiler_options) == {'xla_tpu_x': 1}
+    assert 'cuDNN cannot be lowered without its GPU; on v5e dense is planned' in told
+    assert 'xla_cpu_use_fusion_emitters' in told and 'that of bfloat16' in told
 
 
 @pytest.mark.parametrize('name', ['lbs', 'agnostic_medium', 'mmv'])
@@ -174,7 +177,7 @@ def test_auto_attention_is_planned_as_the_machine_would_run_it(name):
         return config.model.attention, ' '.join(notes)
     fused = lambda: vatt.get_config(f'{name},synthetic,fused')
     assert planned(fused(), 'v5e')[0] == 'splash' and planned(fused(), 'cpu')[0] == 'dense'
-    assert planned(fused(), 'h100')[0] == 'xla' and 'cuDNN cannot be lowered' in planned(fused(), 'h100')[1]
+    assert planned(fused(), 'h100')[0] == 'triton' and 'another fused kernel (triton) is compiled in its place' in planned(fused(), 'h100')[1]
     published = vatt.get_config(f'{name},synthetic')
     published.model.attention = 'auto'
     assert planned(published, 'v5e')[0] == ('splash' if name == 'mmv' else 'dense')
@@ -205,7 +208,8 @@ def test_no_logits_in_the_compiled_program(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_search_tells_each_and_names_the_fastest():
+def test_search_tells_each_and_names_the_fastest(monkeypatch):
+    monkeypatch.setattr(plan, 'PLUGIN', 'not_installed')
     config = tiny.config(batch_size=64, mesh__replica=-1)
     lines = []
     best = plan.search(config, data_pipelines.open(config), chips.parse('h100:1x8'), None, tell=lines.append)
@@ -272,30 +276,36 @@ def test_slurm_script_agrees_with_machines():
     assert value('ntasks-per-node') == 1 and '#SBATCH --signal=TERM@' in script
 
 
+COMPILERS = [('libtpu', 'v5e:2x2'), ('jax_cuda12_plugin', 'h100:2x2')]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['bbs', 'mmv'])
-def test_published_configs_compile_for_a_tpu(name, tmp_path):
-    """The real step of a published config for v5e:2x2, to its buffer assignment, in a process of its own."""
-    pytest.importorskip('libtpu', reason='compiling for TPUs takes libtpu')
+@pytest.mark.parametrize('compiler, topology', COMPILERS)
+def test_published_configs_compile(name, compiler, topology, tmp_path):
+    """The real step of a published config for v5e:2x2 or two hosts of two H100, to its buffer assignment, in a process of its own."""
+    pytest.importorskip(compiler, reason=f'compiling for {topology} takes {compiler}')
     import subprocess
     import sys
-    done = subprocess.run([sys.executable, 'run.py', '--mode=plan', f'--config=configs/vatt.py:{name},synthetic', '--topology=v5e:2x2',
+    done = subprocess.run([sys.executable, 'run.py', '--mode=plan', f'--config=configs/vatt.py:{name},synthetic', f'--topology={topology}',
                            '--config.batch_size=16', '--quick', f'--workdir={tmp_path}'], cwd=ROOT, text=True, capture_output=True, timeout=590)
     assert done.returncode == 0 and 'clips/s' in done.stdout, done.stdout + done.stderr
     (p,) = [json.loads(f.read_text()) for f in (tmp_path / 'plan').glob('*.json')]
     assert p['memory']['peak'] > p['memory']['state'] and p['notes'] == [plan.QUICK]
     reduced = sum(c['bytes'] for c in p['collectives'] if c['kind'] == 'all-reduce')
     assert reduced > 2 * 0.95 * p['parameters']['trained']      # every gradient, in bfloat16
+    assert (p['roofline']['bytes']['network'] > 0) == (compiler != 'libtpu')   # two hosts of GPUs, one slice
     assert 0 < p['roofline']['mfu'] < 1
 
 
 @pytest.mark.slow
-def test_a_quick_plan_is_that_of_the_whole_compile(tmp_path):
+@pytest.mark.parametrize('compiler, topology', COMPILERS)
+def test_a_quick_plan_is_that_of_the_whole_compile(tmp_path, compiler, topology):
     """The same program and arguments; of the temporaries all but what the generation of code adds."""
-    pytest.importorskip('libtpu', reason='compiling for TPUs takes libtpu')
+    pytest.importorskip(compiler, reason=f'compiling for {topology} takes {compiler}')
     import subprocess
     import sys
-    script = ("import os, sys, json; from vatt_jax import chips; t = chips.parse('v5e:2x2'); os.environ.update(chips.environment(t)); "
+    script = (f"import os, sys, json; from vatt_jax import chips; t = chips.parse('{topology}'); os.environ.update(chips.environment(t)); "
               "import data_pipelines; from tests import tiny; from vatt_jax import plan; "
               "c = tiny.config(batch_size=64, mesh__replica=2, mesh__fsdp=2, compute_dtype='bfloat16', model__scan=True); "
               "made = [plan.plan(c, data_pipelines.open(c), t, quick=quick) for quick in (False, True)]; "
@@ -306,4 +316,4 @@ def test_a_quick_plan_is_that_of_the_whole_compile(tmp_path):
     assert quick['notes'] == [*whole['notes'], plan.QUICK]
     assert quick['collectives'] == whole['collectives'] and quick['roofline']['bytes'] == whole['roofline']['bytes']
     assert quick['memory']['arguments'] == whole['memory']['arguments']
-    assert 0 < quick['memory']['temporaries'] <= whole['memory']['temporaries'] and quick['memory']['live'] is None
+    assert 0 < quick['memory']['temporaries'] <= 1.001 * whole['memory']['temporaries'] and quick['memory']['live'] is None

@@ -36,7 +36,7 @@ from vatt_jax.objectives.base import streams
 
 # Fields that change nothing of a plan.
 UNREAD = ('name', 'report', 'init_from', 'init_words', 'init_rename', 'init_skip', 'checkpoint', 'max_bad_steps', 'evals', 'eval_every', 'log_every',
-          'jax_platform', 'profile')
+          'jax_platform', 'profile', 'compilation_cache')
 CODE = {'tpu': 'after_buffer_assignment.txt', 'cuda': '.ptx'}   # what a compiler writes next after what a quick plan reads
 PLUGIN = 'jax_cuda12_plugin'
 PLUGIN_WANTED = (f'To compile without a GPU: pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__} '
