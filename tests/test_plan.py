@@ -126,7 +126,7 @@ def test_a_plan_is_kept_and_shown(planned, monkeypatch):
 
 def test_a_plan_without_a_compiler(monkeypatch):
     """GPUs that are not here: the state is exact, collectives are the least there can be, and the plan says what it lacks and what would help."""
-    monkeypatch.setattr(plan, 'PLUGIN', 'not_installed')
+    monkeypatch.setattr(plan, 'PLUGINS', ())
     config = tiny.config(batch_size=128, mesh__replica=-1, compute_dtype='bfloat16')
     data = data_pipelines.open(config)
     p = plan.plan(config, data, chips.parse('h100:8x8'))
@@ -209,7 +209,7 @@ def test_no_logits_in_the_compiled_program(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_search_tells_each_and_names_the_fastest(monkeypatch):
-    monkeypatch.setattr(plan, 'PLUGIN', 'not_installed')
+    monkeypatch.setattr(plan, 'PLUGINS', ())
     config = tiny.config(batch_size=64, mesh__replica=-1)
     lines = []
     best = plan.search(config, data_pipelines.open(config), chips.parse('h100:1x8'), None, tell=lines.append)

@@ -38,7 +38,7 @@ from vatt_jax.objectives.base import streams
 UNREAD = ('name', 'report', 'init_from', 'init_words', 'init_rename', 'init_skip', 'checkpoint', 'max_bad_steps', 'evals', 'eval_every', 'log_every',
           'jax_platform', 'profile', 'compilation_cache')
 CODE = {'tpu': 'after_buffer_assignment.txt', 'cuda': '.ptx'}   # what a compiler writes next after what a quick plan reads
-PLUGIN = 'jax_cuda12_plugin'
+PLUGINS = ('jax_cuda13_plugin', 'jax_cuda12_plugin')
 PLUGIN_WANTED = (f'To compile without a GPU: pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__} '
                  '(0.5 GB, no other NVIDIA library)')
 QUICK = 'no code was generated: memory is that of the buffer assignment'
@@ -128,7 +128,7 @@ def digest(config: ConfigDict, topology: chips.Topology, data, notes) -> str:
     for file in sorted(pathlib.Path(__file__).parent.rglob('*.py')):
         source.update(file.read_bytes())
     read = {k: v for k, v in configs.flatten(config) if k.split('.')[0] not in UNREAD}
-    versions = [jax.__version__, jax.lib.__version__, _version('libtpu'), _version('jax-cuda12-plugin')]
+    versions = [jax.__version__, jax.lib.__version__, *map(_version, ('libtpu', *PLUGINS))]
     return hashlib.sha256(json.dumps([read, str(topology), data.size('train'), data.info, list(notes), source.hexdigest(), versions], sort_keys=True,
                                      default=str).encode()).hexdigest()[:12]
 
@@ -144,7 +144,7 @@ def _version(package: str) -> str:
 def devices_of(topology: chips.Topology) -> tuple[list | None, str]:
     """(devices to compile for, ''), or (None, why there are none)."""
     chip = topology.chip
-    if chip.platform == 'cuda' and importlib.util.find_spec(PLUGIN) is None:
+    if chip.platform == 'cuda' and not any(importlib.util.find_spec(p) for p in PLUGINS):
         return None, (f'{chip.name}: this JAX has no compiler for GPUs, so nothing was compiled: no temporaries, no memory traffic, no '
                       f'recomputation; collectives are the least that the sharding asks for. {PLUGIN_WANTED}')
     if chip.platform == 'cpu':
@@ -162,8 +162,8 @@ def devices_of(topology: chips.Topology) -> tuple[list | None, str]:
             return list(topologies.get_topology_desc(platform='cuda', topology_name=chip.name, topology=f'1x{hosts}x{gpus}',
                                                      target_config=chips.gpu_target(chip)).devices), ''
         except Exception as error:
-            raise ConfigError(f'--topology={topology}: JAX {jax.__version__} with jax-cuda12-plugin {_version("jax-cuda12-plugin") or "?"} '
-                              f'cannot compile for it ({str(error).splitlines()[0]}). {PLUGIN_WANTED}') from error
+            raise ConfigError(f'--topology={topology}: JAX {jax.__version__} and its plugin for GPUs cannot compile for it '
+                              f'({str(error).splitlines()[0]}). {PLUGIN_WANTED}') from error
     more: dict[str, Any] = {'num_slices': topology.slices} if topology.slices > 1 else {}
     if math.prod(topology.shape) == 1:
         more['chips_per_host_bounds'] = (1, 1, 1)
