@@ -146,7 +146,8 @@ def main() -> None:
             print(name, 'there' if name in results and 'error' not in results[name] else 'missing')
         elif not flags.tables and (flags.again or name not in results or 'error' in results[name]):
             print(name, flush=True)
-            results = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | {name: plan(row, extra)}
+            made = plan(row, extra)   # minutes, in which another process may have written
+            results = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | {name: made}
             RESULTS.write_text(json.dumps(results, indent=1) + '\n')
             print('  ', line(results[name], name), flush=True)
     if not flags.list:
