@@ -1,6 +1,6 @@
 """Which classes of the playground does each method find without labels? Every option of configs/selavi.py:demo, beside k-means baselines.
 
-    python benchmarks/self_labelling.py                                  # an hour on two idle CPU cores; runs/demo (make demo) is a baseline
+    python benchmarks/self_labelling.py                                  # over an hour of CPU time; runs/demo (make demo) is a baseline
     python benchmarks/self_labelling.py --only=selavi,xdc --seeds=0      # some of them
 
 Each row is a run of its own, kept in --runs and not repeated when it is there; results are written after each. All are judged on the training
