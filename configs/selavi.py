@@ -5,7 +5,7 @@
     python run.py --config=configs/selavi.py:demo,sela --workdir=runs/sela            # video alone
     python run.py --config=configs/selavi.py:demo,xdc --workdir=runs/xdc              # k-means labels of the other modality; sdc: its own,
                                                                                       # mdc: both, cdc: of both together
-    python run.py --config=configs/selavi.py:demo,swav --workdir=runs/swav            # online codes of pairs of views
+    python run.py --config=configs/selavi.py:demo,swav --workdir=runs/swav            # online codes of two views of a video
     python run.py --config=configs/selavi.py:demo,vatt --workdir=runs/selavi_vatt     # VATT's transformers instead of MMV's convolutions
     python run.py --config=configs/selavi.py:demo,synthetic --workdir=runs/synthetic  # no files, no TensorFlow
 
@@ -56,7 +56,14 @@ def get_config(arg: str = 'demo'):
         c.objective = ConfigDict({'name': 'kmeans_labels', 'views': ('video', 'audio'), 'targets': TARGETS[method], 'clusters': o.clusters,
                                   'every': max(1, c.steps // 10)})
     if 'swav' in options:
-        c.objective = ConfigDict({'name': 'online_codes', 'views': ('video', 'audio'), 'clusters': 4 * o.clusters, 'width': 64, 'hidden': o.hidden})
+        # Two views of the video, as in the paper: a code of the sound tells an untrained video network nothing, and then both collapse.
+        c.objective = ConfigDict({'name': 'online_codes', 'views': ('video', 'video.second'), 'clusters': 4 * o.clusters, 'width': 64,
+                                  'hidden': o.hidden})
+        c.data.views = (('video.second', {'kind': 'clip'}),)
+        del c.model.towers['audio']
+        if name == 'demo':   # small batches: fewer prototypes, sharper codes
+            c.objective.update({'clusters': 2 * o.clusters, 'epsilon': 0.01, 'freeze': 40})
+            c.optimizer.schedule.peak = 5e-4
 
     e = c.evals = ConfigDict()
     if c.objective.name != 'kmeans_labels':
