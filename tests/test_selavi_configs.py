@@ -19,7 +19,8 @@ def test_passes_the_checks(spec):
     objective = objectives.build(c.objective)
     for name, entry in c.evals.items():
         evals.build(name, entry)
-    assert set(objective.streams()) <= set(c.model.towers)
+    made = {name for name, _ in c.data.views}
+    assert set(objective.streams()) <= set(c.model.towers) | made and {name.split('.')[0] for name in made} <= set(c.model.towers)
 
 
 def test_published_values():
