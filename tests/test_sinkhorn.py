@@ -230,6 +230,15 @@ def test_any_shape_and_prior(m, p, strength, seed):
     np.testing.assert_array_equal(got.labels, (z + got.potentials).argmax(1))
 
 
+@pytest.mark.parametrize('seed', [192, 193])
+def test_a_cluster_that_takes_a_part_of_one_row(seed):
+    """Rows nearly decided: Sinkhorn's steps are tiny and Newton's jump over the solution; these two stalled."""
+    rng = np.random.default_rng(seed)
+    r = rng.dirichlet(np.ones(2) * 3) * 0.9 + 0.05
+    got = sinkhorn.solve([rng.standard_normal((5, 2)).astype(np.float32)], r, 25.0, tolerance=1e-5)
+    assert got.converged and got.residual <= 1e-5
+
+
 def swav(scores, epsilon, iterations=3):
     """The published code's order of operations on Q = exp(scores / eps)ᵀ [K B]."""
     q = np.exp(scores.astype(np.float64) / epsilon).T

@@ -34,6 +34,7 @@ SOFT = 10.0            # nats between a row's best and mean cluster at which ann
 EAGER = 512            # up to as many clusters Newton's matrix is also built for the guess; on a CPU it costs P / 50 passes over its rows
 NEAR = 1e-2            # residual at which the matrix is built where it will be used
 DAMPING = 0.5          # of Newton's matrix, in units of P / rows it was summed over
+HALVINGS = 12          # of a step that failed, before it is given up
 MEMORY = 10            # steps that Anderson mixing looks back on
 LONGEST = 8.0          # nats: longest accelerated step of one potential
 LOST = 1e-3            # a search that ends above this has lost its way: all rows are annealed
@@ -331,7 +332,7 @@ def search(marginal: Callable[[np.ndarray], np.ndarray], g: np.ndarray, prior: n
     weight, log_prior = np.sqrt(prior), np.log(prior)
     best, best_c, best_residual, history = g, prior, np.inf, []
     past: list[tuple[np.ndarray, np.ndarray]] = []  # (g, step) of the points since the last restart
-    since = failures = 0
+    since = failures = halved = 0
     plain_step = lambda c: log_prior - np.log(np.maximum(c, 1e-300))
     while len(history) < max_passes:
         c = marginal(g)
@@ -346,13 +347,18 @@ def search(marginal: Callable[[np.ndarray], np.ndarray], g: np.ndarray, prior: n
         if not memory:
             g = g + plain
             continue
+        if residual > 2 * best_residual and halved < HALVINGS and failures:
+            # It is not the first step that fails: rows are nearly decided, the way is right and its length is not.
+            halved, g = halved + 1, (g + best) / 2
+            continue
         if residual > 2 * best_residual:
             # Back to the best point and a plain step from there; a preconditioner that misleads three times is dropped.
-            failures += 1
+            failures, halved = failures + 1, 0
             inverse = inverse if failures < 3 else None
             past = []
             g = best + np.clip(plain_step(best_c), -LONGEST, LONGEST)
             continue
+        halved = 0
         if rebuild is not None and residual < NEAR:
             inverse, rebuild, past = rebuild(g), None, []
         step = plain if inverse is None else inverse @ plain
