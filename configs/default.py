@@ -30,8 +30,8 @@ def get_config(arg: str = '') -> ConfigDict:
     m.towers = ConfigDict()             # modality -> tower; named sizes: vatt_jax/models/presets.py
     m.encoder = ConfigDict()            # the shared encoder's size when m.shared
     m.head = ConfigDict({'name': 'fac', 'va': 512, 'vat': 256})  # graph (models/common_space.py) and widths of its spaces
-    m.attention = 'dense'               # dense (the definition, the only one with dropout on probabilities) | xla | cudnn (GPU) | splash (TPU) |
-                                        # auto: the kernel of the machine in towers without attention_dropout, else dense
+    m.attention = 'dense'               # dense (the definition, the only one with dropout on probabilities) | xla | cudnn, triton (GPU) |
+                                        # splash (TPU) | auto: the kernel of the machine in towers without attention_dropout, else dense
     m.scan = False                      # scan over layers (fast compile, for deep towers) instead of unrolling; same parameters
     m.packed = False                    # one pass of the shared encoder for all modalities, instead of one each; same parameters, same values
     m.remat = 'none'                    # none | dots | full: what the backward pass recomputes

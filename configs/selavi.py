@@ -39,6 +39,9 @@ def get_config(arg: str = 'demo'):
     for o in options:
         if o not in known:
             raise ValueError(f'configs/selavi.py:{name} has no option {o!r}; there are {", ".join(known)}')
+    chosen = [o for o in options if o in ('sela', 'swav', *TARGETS)]
+    if len(chosen) > 1:
+        raise ValueError(f'configs/selavi.py:{name} takes one method, {len(chosen)} given: {", ".join(chosen)}')
     c = _demo(options) if name == 'demo' else _published(name, options)
     c.name = f'selavi {" ".join([name, *options])}'
 

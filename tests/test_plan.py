@@ -165,7 +165,7 @@ def test_what_cannot_be_compiled_here_is_replaced_and_told():
     config.compiler_options = {'xla_cpu_use_fusion_emitters': False, 'xla_tpu_x': 1}
     told = ' '.join(plan.suit(config, chips.CHIPS['v5e']))
     assert config.model.attention == 'dense' and dict(config.compiler_options) == {'xla_tpu_x': 1}
-    assert 'cuDNN cannot be lowered without its GPU; on v5e dense is planned' in told
+    assert 'cudnn is a kernel of GPUs; on v5e dense is planned' in told
     assert 'xla_cpu_use_fusion_emitters' in told and 'that of bfloat16' in told
 
 

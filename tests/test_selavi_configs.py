@@ -57,3 +57,8 @@ def test_builds():
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     assert count(params['objective']) == 20 * (512 * 512 + 2 * 512 + 513 * 309)
     assert count(params['model']) == pytest.approx(31.3e6 + 4.9e6, rel=0.01)
+
+
+def test_two_methods_are_refused():
+    with pytest.raises(ValueError, match='takes one method, 2 given: xdc, swav'):
+        configs.load('configs/selavi.py:demo,xdc,swav')

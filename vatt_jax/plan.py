@@ -97,21 +97,18 @@ def plan(config: ConfigDict, data, topology: chips.Topology, folder: pathlib.Pat
 
 def suit(config: ConfigDict, chip: chips.Chip) -> list[str]:
     """Changes in place what cannot be compiled for this chip from here; what was changed, in sentences."""
-    notes = []
+    notes, here = [], {'cuda': 'gpu'}.get(chip.platform, chip.platform)
     if config.model.attention == 'auto':
         parts = [*config.model.towers.values(), *([config.model.encoder] if config.model.shared else [])]
         free = not any(p.get('attention_dropout', SIZE['attention_dropout']) for p in parts if p.get('name') not in NETS)
-        config.model.attention = attention.FUSED.get({'cuda': 'gpu'}.get(chip.platform, chip.platform), 'dense') if free else 'dense'
-    if config.model.attention == 'splash' and chip.platform != 'tpu':
+        config.model.attention = attention.FUSED.get(here, 'dense') if free else 'dense'
+    kernel = config.model.attention
+    if attention.HOME.get(kernel, here) != here:
         config.model.attention = 'dense'
-        notes.append(f'attention: splash is a kernel of TPUs; on {chip.name} dense is planned')
-    if config.model.attention == 'triton' and chip.platform != 'cuda':
-        config.model.attention = 'dense'
-        notes.append(f'attention: triton is a kernel of GPUs; on {chip.name} dense is planned')
-    if config.model.attention == 'cudnn':
-        config.model.attention = 'triton' if chip.platform == 'cuda' else 'dense'
-        notes.append('attention: cuDNN cannot be lowered without its GPU; ' + (
-            'another fused kernel (triton) is compiled in its place' if chip.platform == 'cuda' else f'on {chip.name} dense is planned'))
+        notes.append(f'attention: {kernel} is a kernel of {attention.HOME[kernel].upper()}s; on {chip.name} dense is planned')
+    elif kernel == 'cudnn':
+        config.model.attention = 'triton'
+        notes.append('attention: cuDNN cannot be lowered without its GPU; another fused kernel (triton) is compiled in its place')
     alien = [k for k in config.compiler_options if k.startswith(('xla_cpu', 'xla_llvm')) and chip.platform != 'cpu'
              or k.startswith('xla_gpu') and chip.platform != 'cuda' or k.startswith('xla_tpu') and chip.platform != 'tpu']
     if alien:

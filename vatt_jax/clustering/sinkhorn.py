@@ -347,11 +347,11 @@ def search(marginal: Callable[[np.ndarray], np.ndarray], g: np.ndarray, prior: n
         if not memory:
             g = g + plain
             continue
-        if residual > 2 * best_residual and halved < HALVINGS and failures:
-            # It is not the first step that fails: rows are nearly decided, the way is right and its length is not.
-            halved, g = halved + 1, (g + best) / 2
-            continue
         if residual > 2 * best_residual:
+            if failures and halved < HALVINGS:
+                # Not the first that fails: rows are nearly decided, so the way is right and its length is not.
+                halved, g = halved + 1, (g + best) / 2
+                continue
             # Back to the best point and a plain step from there; a preconditioner that misleads three times is dropped.
             failures, halved = failures + 1, 0
             inverse = inverse if failures < 3 else None
