@@ -73,6 +73,11 @@ def test_out_of_memory_is_understood():
     assert not any('remat' in t for t in without)   # convolutional towers have no layers to compute again
     told = '\n'.join(plan.would_fit({**result, 'mesh': {'replica': 1, 'fsdp': 4}}, {'limit': 3e9, 'state': 4e9, 'peak': None}))
     assert 'alone are 4.0 GB of 3.0' in told and 'config.mesh' not in told
+    # where activations fill the memory, sharing 4 GB of parameters is no advice
+    assert not any('fsdp' in t for t in plan.would_fit(result, {'limit': 16e9, 'state': 4e9, 'peak': 100e9}))
+    assert any('fsdp' in t for t in plan.would_fit(result, {'limit': 99e9, 'state': 4e9, 'peak': 100e9}))   # it is enough here
+    (few,) = plan.would_fit({**result, 'model': {'remat': 'full', 'layers': False}}, {'limit': 100e9, 'state': 4e9, 'peak': None})
+    assert few.startswith('fewer clips a device at a time')
 
 
 @pytest.fixture(scope='module')

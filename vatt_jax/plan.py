@@ -307,9 +307,11 @@ def would_fit(result: Mapping[str, Any], memory: Mapping[str, Any]) -> list[str]
     limit, state, mesh = memory['limit'], memory['state'], result['mesh']
     out = []
     spread = mesh['replica'] * mesh['fsdp']
-    if mesh['fsdp'] < spread:
+    shared = state * mesh['fsdp'] / spread
+    # else it is not the state that fills the memory
+    if state - shared >= (min(0.1 * memory['peak'], memory['peak'] - limit) if memory['peak'] else 0.2 * limit):
         out.append(f'config.mesh.fsdp={spread}: parameters and optimizer over all data-parallel devices, about '
-                   f'{state * mesh["fsdp"] / spread / 1e9:.1f} GB each instead of {state / 1e9:.1f}')
+                   f'{shared / 1e9:.1f} GB each instead of {state / 1e9:.1f}')
     if result['model']['remat'] != 'full' and result['model']['layers']:
         out.append("config.model.remat='full': the backward pass recomputes each layer")
     if memory['peak'] and state < limit:
@@ -320,6 +322,9 @@ def would_fit(result: Mapping[str, Any], memory: Mapping[str, Any]) -> list[str]
             parts = 2 ** math.ceil(math.log2(result['per_device_batch'] / rows))
             out.append(f'about {rows} clips a device at a time: config.batch_size={rows * spread}, or config.accumulate={parts} where the loss '
                        'may see one microbatch at a time')
+    if not memory['peak'] and state < limit:
+        out.append('fewer clips a device at a time: a smaller config.batch_size, or config.accumulate where the loss may see one microbatch at a '
+                   'time')
     if state >= limit:
         out.append(f'parameters and optimizer alone are {state / 1e9:.1f} GB of {limit / 1e9:.1f}: a batch of any size is too much without a '
                    'wider fsdp or model axis')
