@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     if flags.mode == 'plan':
         plan(read_config(flags, overrides, workdir), workdir, flags)
         return
-    from vatt_jax import distributed
+    from vatt_jax.parallel import distributed
     config = read_config(flags, overrides, workdir)
     if config.jax_platform == 'cpu':
         keep_freed_memory()
@@ -143,23 +143,23 @@ def open_data(config):
     """The data object; makes the playground first where the config asks for it and it is not there yet. That takes minutes, so whatever is
     wrong with the config without regard to data is told before."""
     import data_pipelines
-    from vatt_jax import train
+    from vatt_jax.training import loop
     if config.data.source == 'records' and config.data.make:
         from data_pipelines.datasets import playground
-        from data_pipelines.records import read_from
+        from data_pipelines.storage.records import read_from
         made = config.data.make.get('path', '')
         mixture, evaluated = read_from(config)
         read = [*(entry['path'] for entry in mixture.values()), evaluated['path']]
         if not made or os.path.join(made, 'records') in read:
             if not playground.is_made(made):
-                train.check(config)
+                loop.check(config)
             playground.make(**config.data.make)
     return data_pipelines.open(config)
 
 
 def train(config, workdir: pathlib.Path, quiet: bool) -> None:
-    from vatt_jax import distributed
-    from vatt_jax import train as training
+    from vatt_jax.parallel import distributed
+    from vatt_jax.training import loop as training
     training.check_run_folder(config, workdir)
     clock = Clock(workdir)
     with clock('data'):
@@ -186,11 +186,12 @@ def compare(config, data, workdir: pathlib.Path, built=None, again: bool = False
     """
     import jax
 
-    from vatt_jax import checkpoint, distributed, train
     from vatt_jax.config import ConfigError
-    built = built or train.build(config, data)
-    train.check_run_folder(config, workdir, evaluating=again)
-    step = train.newest_sound(workdir)
+    from vatt_jax.parallel import distributed
+    from vatt_jax.training import checkpoint, loop
+    built = built or loop.build(config, data)
+    loop.check_run_folder(config, workdir, evaluating=again)
+    step = loop.newest_sound(workdir)
     if step is None:
         raise ConfigError(f'--workdir={workdir} holds no checkpoint; train first')
     wanted = lambda name: config.evals and (again or not distributed.agree((workdir / 'evals' / name / 'results.json').exists()))
@@ -199,17 +200,18 @@ def compare(config, data, workdir: pathlib.Path, built=None, again: bool = False
             keeper = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint)
             state, _, _ = keeper.restore(step, built.shape, built.shardings)
             keeper.close()
-            train.evaluate(config, built, state, data, workdir, step, gallery=True, again=again)
+            loop.evaluate(config, built, state, data, workdir, step, gallery=True, again=again)
         if wanted('random_init'):
-            train.evaluate(config, built, built.init(), data, workdir, 0, tag='random_init', again=again)
+            loop.evaluate(config, built, built.init(), data, workdir, 0, tag='random_init', again=again)
 
 
 def evaluate(config, workdir: pathlib.Path, flags) -> None:
-    from vatt_jax import checkpoint, distributed
+    from vatt_jax.parallel import distributed
+    from vatt_jax.training import checkpoint
     checkpoint.find(workdir)  # before the data are made
     compare(config, open_data(config), workdir, again=True)
     if distributed.is_main():
-        from vatt_jax import report as reports
+        from vatt_jax.reporting import report as reports
         print(reports.table(workdir), flush=True)
 
 
@@ -218,7 +220,9 @@ def embed(config, workdir: pathlib.Path, flags) -> None:
     import jax
     import numpy as np
 
-    from vatt_jax import checkpoint, distributed, encoder, sharding
+    from vatt_jax.inference import encoder
+    from vatt_jax.parallel import distributed, sharding
+    from vatt_jax.training import checkpoint
     mesh = sharding.make_mesh(dict(config.mesh))
     stored, variables, _ = checkpoint.load_model(workdir, mesh)
     data = open_data(config)
@@ -246,18 +250,18 @@ def deflate(config, workdir: pathlib.Path, flags) -> None:
     import numpy as np
     from flax.traverse_util import flatten_dict
 
-    from vatt_jax import deflate as deflation
-    from vatt_jax import sharding
+    from vatt_jax.adaptation import deflation
     from vatt_jax.config import ConfigError
-    from vatt_jax.importers import table
+    from vatt_jax.importers import parameter_map
+    from vatt_jax.parallel import sharding
     if not flags.out:
         raise ConfigError('--mode=deflate makes a new run folder; name it with --out')
     if jax.process_count() > 1:
         raise ConfigError(f'--mode=deflate works in one process, this is one of {jax.process_count()}; all devices of one machine are used')
     if flags.fit < 1 or flags.rate <= 0:
         raise ConfigError(f'--fit={flags.fit} --rate={flags.rate:g}: positive numbers are wanted; --naive fits nothing')
-    out = table.check_new(flags.out)
-    stored, info, ours = table.read_run(workdir)
+    out = parameter_map.check_new(flags.out)
+    stored, info, ours = parameter_map.read_run(workdir)
     stored.data, stored.mesh, stored.batch_size = config.data, config.mesh, config.batch_size
     still = deflation.still_config(stored)
     tree = lambda group: deflation.unflatten_dict({k[1:]: v for k, v in ours.items() if k[0] == group})
@@ -276,15 +280,15 @@ def deflate(config, workdir: pathlib.Path, flags) -> None:
     arrays = {k: v for k, v in ours.items() if k[0] != 'params'} | {('params', *k): v for k, v in flatten_dict(params).items()}
     info = {**info, 'deflated': {'fitted': not flags.naive, 'from': workdir.name, 'steps': len(losses),
                                  'loss': [float(np.mean(x)) for x in (losses[:10], losses[-10:])] if losses else []}}
-    table.write_run(out, still, table.abstract_state(still, info.get('labels', {})), arrays, info)
+    parameter_map.write_run(out, still, parameter_map.abstract_state(still, info.get('labels', {})), arrays, info)
     print(f'{"naively " if flags.naive else ""}deflated {workdir} → {out}')
 
 
 def plan(config, workdir: pathlib.Path, flags) -> None:
     """Prints the plan of a run on --topology and keeps it in <workdir>/plan/, as a table and as JSON."""
     from configs import machines
-    from vatt_jax import chips
     from vatt_jax.config import ConfigError
+    from vatt_jax.performance import chips
     text = flags.topology or (machines.MACHINES[flags.machine].topology if flags.machine else '')
     if not text:
         raise ConfigError('--mode=plan wants --topology, such as v5p:4x4x4, v5e:16x16, h100:8x8 or cpu:8, or --machine')
@@ -297,7 +301,7 @@ def plan(config, workdir: pathlib.Path, flags) -> None:
     if topology.chip.platform == 'cpu':
         jax.config.update('jax_num_cpu_devices', topology.devices)
     import data_pipelines
-    from vatt_jax import plan as plans
+    from vatt_jax.planning import plan as plans
     notes = []
     try:
         data = data_pipelines.open(config)
@@ -315,7 +319,7 @@ def plan(config, workdir: pathlib.Path, flags) -> None:
 
 
 def report(workdir: pathlib.Path, others: tuple[str, ...] = ()) -> None:
-    from vatt_jax import report as reports
+    from vatt_jax.reporting import report as reports
     path = reports.build(workdir, others)
     print(reports.table(workdir, others))
     print(f'report: {path}')
@@ -338,11 +342,12 @@ class Clock:
         return timed()
 
     def save(self) -> None:
-        from vatt_jax import distributed, train
+        from vatt_jax.parallel import distributed
+        from vatt_jax.training import loop
         if distributed.is_main():
             before = json.loads(self.path.read_text()) if self.path.exists() else {}
             total = {k: round(before.get(k, 0) + self.seconds.get(k, 0), 1) for k in {**before, **self.seconds}}
-            train.write_atomically(self.path, json.dumps(total, indent=1))
+            loop.write_atomically(self.path, json.dumps(total, indent=1))
         self.seconds = {}
 
 

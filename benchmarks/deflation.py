@@ -25,16 +25,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / 'benchmarks' / 'results' / 'deflation.json'
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-import run  # noqa: E402
-import vatt_jax  # noqa: E402
-from vatt_jax import deflate  # noqa: E402
+import run
+import vatt_jax
+from vatt_jax.adaptation import deflation
 
 
 def pictures(model, split: str, count: int):
     """(uint8 [N H W 3], labels [N]): the middle frame of the first segments that have a class."""
-    config = deflate.still_config(model.config)
+    config = deflation.still_config(model.config)
     images, labels = [], []
     for batch in run.open_data(config).one_pass(split, 32, limit=count):
         use = batch['valid'] & batch['video']['valid'] & (batch['labels']['class'] >= 0)

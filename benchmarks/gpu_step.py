@@ -5,7 +5,7 @@
     python benchmarks/gpu_step.py --tiny                   # on a CPU: small towers, float32; that both sides compute the same, and that it runs
 
 Ours is the step of --mode=train (device stage from bytes, loss, Adam, finite guard) with DropToken 0.5 and the platform's fused attention, so without
-dropout on attention probabilities; all other dropout is on. FLOPs are those the model needs, counted from shapes (vatt_jax/flops.py):
+dropout on attention probabilities; all other dropout is on. FLOPs are those the model needs, counted from shapes (vatt_jax/performance/flops.py):
 `needed` for ours and, for both, `all tokens`, as published counts have it. MFU is against the data sheet; the matmul peak is the best of 8192³
 products in bf16 in the same run.
 PyTorch (`torch.compile`, scaled_dot_product_attention, fused Adam): the same transformers, DropToken, heads with batch norm and NCE, from float
@@ -32,14 +32,17 @@ if TINY:
     os.environ['JAX_PLATFORMS'], os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'cpu', '1'
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')   # PyTorch runs in the same process
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+import jax
+import jax.numpy as jnp
 
-import data_pipelines  # noqa: E402
-from vatt_jax import chips, encoder, flops, preprocess, train  # noqa: E402
-from vatt_jax import config as configs  # noqa: E402
-from vatt_jax.models.transformer import relative_buckets  # noqa: E402
-from vatt_jax.rng import Rng  # noqa: E402
+import data_pipelines
+from vatt_jax import config as configs
+from vatt_jax.inference import encoder
+from vatt_jax.inputs import preprocess
+from vatt_jax.models.transformer import relative_buckets
+from vatt_jax.performance import chips, flops
+from vatt_jax.rng import Rng
+from vatt_jax.training import loop
 
 RESULTS = ROOT / 'benchmarks' / 'results' / 'gpu_step.json'
 MODELS = {'bbs': 'configs/vatt.py:bbs,synthetic,fused', 'lbs': 'configs/vatt.py:lbs,synthetic,fused',
@@ -97,11 +100,11 @@ def ours(name: str, batch: int) -> dict:
     """Seconds of a step, FLOPs of a clip and peak memory. Raises XLA's error when it does not fit."""
     c = config(name, batch)
     data = data_pipelines.open(c)
-    built = train.build(c, data)
+    built = loop.build(c, data)
     variables = {'params': built.shape.params['model'], 'batch_stats': built.shape.batch_stats}
     plain = configs.ConfigDict(c.to_dict())
     plain.model.attention = 'dense'
-    counts = flops.towers(train.models.build(plain.model, c.compute_dtype), variables,
+    counts = flops.towers(loop.models.build(plain.model, c.compute_dtype), variables,
                           jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype), dict(built.inputs)))
     with jax.set_mesh(built.mesh):
         on_device = encoder.place(next(data.train(0, batch)), built.mesh)
@@ -306,7 +309,7 @@ def check(name: str) -> None:
     import numpy as np
     import torch
     data = data_pipelines.open(c)
-    built = train.build(c, data)
+    built = loop.build(c, data)
     with jax.set_mesh(built.mesh):
         state = built.init()
         noise = iter(jax.random.split(jax.random.key(1), 1000))   # zeros and ones would hide what is left out

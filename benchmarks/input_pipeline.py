@@ -40,22 +40,27 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import run  # noqa: E402
+import run
 
 run.keep_freed_memory()  # as every run on the CPU does; all variants share the heap. Before threads begin
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
-from PIL import Image  # noqa: E402
+import jax
+import numpy as np
+import tensorflow as tf
+from PIL import Image
 
-import data_pipelines  # noqa: E402
-from configs import vatt  # noqa: E402
-from data_pipelines import dmvr, media, order  # noqa: E402
-from data_pipelines.prepare import prepare  # noqa: E402
-from data_pipelines.records import Prepared, Split  # noqa: E402
-from vatt_jax import chips, encoder, flops, plan, preprocess, train  # noqa: E402
-from vatt_jax.rng import Rng  # noqa: E402
+import data_pipelines
+from configs import vatt
+from data_pipelines import dmvr, media
+from data_pipelines.loading import order
+from data_pipelines.prepare import prepare
+from data_pipelines.storage.records import Prepared, Split
+from vatt_jax.inference import encoder
+from vatt_jax.inputs import preprocess
+from vatt_jax.performance import chips, flops
+from vatt_jax.planning import plan
+from vatt_jax.rng import Rng
+from vatt_jax.training import loop
 
 RESULTS = ROOT / 'benchmarks' / 'results' / 'input_pipeline.json'
 FRAMES, HEIGHT, WIDTH, FPS, RATE = 100, 256, 340, 10, 48000
@@ -239,7 +244,7 @@ def needed() -> dict:
     """What chips at half their peak take in: VATT bbs, FLOPs of one clip's step."""
     c = vatt.get_config('bbs,synthetic')
     c.batch_size, c.mesh.replica = 2, 1
-    built = train.build(c, data_pipelines.open(c))
+    built = loop.build(c, data_pipelines.open(c))
     variables = {'params': built.shape.params['model'], 'batch_stats': built.shape.batch_stats}
     one = flops.model_flops(flops.towers(built.model, variables, plan.two_rows(built.inputs)))
     rates = {name: 0.5 * chip.peak / one for name, chip in chips.CHIPS.items() if chip.peak}

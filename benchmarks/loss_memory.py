@@ -32,15 +32,15 @@ for name, value in {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepo
                     'TPU_STDERR_LOG_LEVEL': '3', 'TPU_MIN_LOG_LEVEL': '3', 'TF_CPP_MIN_LOG_LEVEL': '3', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}.items():
     os.environ.setdefault(name, value)
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.sharding import AxisType, NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from vatt_jax.losses import nce  # noqa: E402
-from vatt_jax.losses.similarity import How  # noqa: E402
-from vatt_jax.losses.sweep import KEEP  # noqa: E402
+from vatt_jax.losses import nce
+from vatt_jax.losses.blockwise import KEEP
+from vatt_jax.losses.similarity import How
 
 WIDTH = 512
 RESULTS = ROOT / 'benchmarks' / 'results' / 'loss_memory.json'

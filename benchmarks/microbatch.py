@@ -23,17 +23,18 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
-import run  # noqa: E402
+import run
 
 run.keep_freed_memory()
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from ml_collections import ConfigDict  # noqa: E402
+import jax
+import numpy as np
+from ml_collections import ConfigDict
 
-import data_pipelines  # noqa: E402
-from configs import default  # noqa: E402
-from vatt_jax import encoder, train  # noqa: E402
+import data_pipelines
+from configs import default
+from vatt_jax.inference import encoder
+from vatt_jax.training import loop
 
 RESULTS = ROOT / 'benchmarks' / 'results' / 'microbatch.json'
 
@@ -53,7 +54,7 @@ def config(accumulate: int, accumulation: str, remat: str):
 class Step:
     def __init__(self, c):
         data = data_pipelines.open(c)
-        built = train.build(c, data)
+        built = loop.build(c, data)
         with jax.set_mesh(built.mesh):
             self.batch = encoder.place(next(data.train(0, c.batch_size)), built.mesh)
             self.state = built.init()

@@ -25,18 +25,18 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
-import run  # noqa: E402
+import run
 
 run.keep_freed_memory()   # as every run on the CPU does; both sides share the heap
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from flax.linen import meta  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen import meta
 
-from vatt_jax.models.resnet_v2 import DEPTHS  # noqa: E402
-from vatt_jax.models.s3d import S3D  # noqa: E402
-from vatt_jax.models.tsm_resnet import TSMResNet  # noqa: E402
+from vatt_jax.models.towers.resnet_v2 import DEPTHS
+from vatt_jax.models.towers.s3d import S3D
+from vatt_jax.models.towers.tsm_resnet import TSMResNet
 
 RESULTS = ROOT / 'benchmarks' / 'results' / 'mmv_step.json'
 B, FRAMES, SIZE, EPS = 2, 16, 112, 1e-5

@@ -25,21 +25,22 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
-import run  # noqa: E402
+import run
 
 run.keep_freed_memory()
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from flax.linen import meta  # noqa: E402
-from ml_collections import ConfigDict  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen import meta
+from ml_collections import ConfigDict
 
-import data_pipelines  # noqa: E402
-from configs import default  # noqa: E402
-from vatt_jax import hlo, train  # noqa: E402
-from vatt_jax.models.transformer import Encoder, pack, unpack  # noqa: E402
-from vatt_jax.rng import Packed, Rng  # noqa: E402
+import data_pipelines
+from configs import default
+from vatt_jax.models.transformer import Encoder, pack, unpack
+from vatt_jax.performance import hlo
+from vatt_jax.rng import Packed, Rng
+from vatt_jax.training import loop
 
 RESULTS = ROOT / 'benchmarks' / 'results' / 'packed.json'
 WIDTH = 256
@@ -101,7 +102,7 @@ def collectives() -> dict:
         c.model.encoder = {'layers': 4, 'width': 64, 'mlp': 256, 'heads': 4, 'head_width': 16}
         c.model.shared, c.model.scan, c.model.remat, c.model.packed = True, True, 'full', packed
         c.data.source, c.data.synthetic_size = 'synthetic', 16
-        built = train.build(c, data_pipelines.open(c))
+        built = loop.build(c, data_pipelines.open(c))
         with jax.set_mesh(built.mesh):
             rows = hlo.summary(hlo.read(built.step.lower(built.shape, built.batch).compile().as_text()).collectives)
         out['packed' if packed else 'separate'] = rows

@@ -6,7 +6,7 @@
 
 A row is a model, a machine, a global batch and the kind of attention: `fused` has no dropout on attention probabilities and runs the platform's
 kernel, `dense` is the published step. Each is `run.py --mode=plan` in a process of its own, so that a crash or a kill costs one row, and is
-written when it is known. On GPUs, Pallas' Triton kernel stands in for cuDNN's (vatt_jax/plan.py).
+written when it is known. On GPUs, Pallas' Triton kernel stands in for cuDNN's (vatt_jax/planning/plan.py).
 """
 from __future__ import annotations
 

@@ -25,12 +25,12 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 
-import av  # noqa: E402
-import input_pipeline  # noqa: E402
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
+import av
+import input_pipeline
+import numpy as np
+from PIL import Image
 
-from data_pipelines import staging  # noqa: E402
+from data_pipelines.preparation import decoded_files
 
 # name -> (container, video codec, width, height, fps, sound codec, sound rate, seconds of a clip, seconds measured)
 WEB = ('mp4', 'libx264', 340, 256, 30, 'aac', 44100)
@@ -89,11 +89,11 @@ def main() -> None:
                     path = f'{folder}/{name[:4]}{i}.{form[0]}'
                     if not os.path.exists(path):
                         write(path, form, i)
-                    settings, target = staging.Settings(10.0, 256, 48000, 90, 0.0, crf), f'{folder}/staged/{store}'
+                    settings, target = decoded_files.Settings(10.0, 256, 48000, 90, 0.0, crf), f'{folder}/staged/{store}'
                     began = input_pipeline.cpu()
-                    staging.stage(staging.File(path, path, 0, 0), settings, target)
+                    decoded_files.stage(decoded_files.File(path, path, 0, 0), settings, target)
                     spent.append(input_pipeline.cpu() - began)
-                    head = staging.header(pathlib.Path(target))
+                    head = decoded_files.header(pathlib.Path(target))
                     if 'skipped' in head:
                         raise SystemExit(f'{path}: {head["skipped"]}')
                     size.append(os.path.getsize(target))

@@ -26,10 +26,10 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+from PIL import Image
 
-from data_pipelines import media  # noqa: E402
+from data_pipelines import media
 
 FRAMES, HEIGHT, WIDTH, FPS, RATE, WANTED = 100, 256, 384, 10, 48000, 32
 
@@ -114,16 +114,16 @@ def forms() -> dict:
 
 def staged(clips: list[np.ndarray], pcm: np.ndarray) -> dict:
     """What data_pipelines.prepare spends on one clip: {store: {'cpu_ms', 'bytes'}}."""
-    from data_pipelines import staging
+    from data_pipelines.preparation import decoded_files
     out = {}
     with tempfile.TemporaryDirectory() as folder:
         for i, c in enumerate(clips):
             media.write_mp4(f'{folder}/{i}.mp4', c, FPS, pcm, RATE)
         for store, crf in (('jpeg', 0), ('h264', 23)):
-            settings = staging.Settings(FPS, HEIGHT, RATE, 90, 0.0, crf)
+            settings = decoded_files.Settings(FPS, HEIGHT, RATE, 90, 0.0, crf)
             began = cpu()
             for i in range(len(clips)):
-                staging.stage(staging.File(f'{i}.mp4', f'{folder}/{i}.mp4', 0, 0), settings, f'{folder}/{store}/{i}')
+                decoded_files.stage(decoded_files.File(f'{i}.mp4', f'{folder}/{i}.mp4', 0, 0), settings, f'{folder}/{store}/{i}')
             spent = (cpu() - began) / len(clips)
             sizes = [p.stat().st_size for p in pathlib.Path(folder, store).iterdir()]
             out[store] = {'cpu_ms': round(1e3 * spent, 1), 'bytes': round(statistics.mean(sizes))}

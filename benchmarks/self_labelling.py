@@ -22,7 +22,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configs import selavi  # noqa: E402
+from configs import selavi
 
 RESULTS = ROOT / 'benchmarks' / 'results' / 'self_labelling.json'
 # row -> (options of configs/selavi.py:demo, seeds it is run with of those asked for)

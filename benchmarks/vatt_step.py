@@ -34,22 +34,25 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')   # the faster setting for the official step
 
-import run  # noqa: E402
+import run
 
 run.keep_freed_memory()   # as every run on the CPU does; both sides share the heap. Before threads begin
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
-from flax.traverse_util import flatten_dict  # noqa: E402
-from ml_collections import ConfigDict  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorflow as tf
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
-import data_pipelines  # noqa: E402
-from configs import default  # noqa: E402
-from vatt_jax import encoder, preprocess, sharding, train, train_step  # noqa: E402
-from vatt_jax.importers import table, vatt_tf  # noqa: E402
-from vatt_jax.rng import Rng  # noqa: E402
+import data_pipelines
+from configs import default
+from vatt_jax.importers import parameter_map, vatt_tf
+from vatt_jax.inference import encoder
+from vatt_jax.inputs import preprocess
+from vatt_jax.parallel import sharding
+from vatt_jax.rng import Rng
+from vatt_jax.training import loop, train_step
 
 RESULTS = ROOT / 'benchmarks' / 'results' / 'vatt_step.json'
 B, FRAMES, SIZE, SAMPLES, K, W = 4, 16, 112, 32768, 5, 16
@@ -212,7 +215,7 @@ class Ours:
     """every_token: the last layer computes all tokens, as the official one does. floats: without the device stage."""
 
     def __init__(self, c, data, every_token=False, floats=True):
-        built = train.build(c, data_pipelines.open(c))
+        built = loop.build(c, data_pipelines.open(c))
         self.built, self.floats = built, floats
         self.mesh, self.state = built.mesh, built.init()
         model = types.SimpleNamespace(apply=functools.partial(built.model.apply, features=True)) if every_token else built.model
@@ -233,7 +236,7 @@ class Ours:
 def official_weights(c, state):
     ours = {('params', *k): v for k, v in flatten_dict(jax.device_get(state.params['model'])).items()}
     ours |= {('batch_stats', *k): v for k, v in flatten_dict(jax.device_get(state.batch_stats)).items()}
-    return table.to_theirs(ours, list(vatt_tf.layout(vatt_tf.filled(c))))
+    return parameter_map.to_theirs(ours, list(vatt_tf.layout(vatt_tf.filled(c))))
 
 
 def same_loss(c, data, ours):
@@ -302,7 +305,7 @@ def main():
                 continue
             began = time.perf_counter()
             if options is None:
-                start = train.build(c, data_pipelines.open(c)).init()
+                start = loop.build(c, data_pipelines.open(c)).init()
                 official = Official(official_weights(c, start), drop_token)
                 f = lambda official=official: float(official.step(*tensors))
                 counted = None

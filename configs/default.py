@@ -23,7 +23,7 @@ def get_config(arg: str = '') -> ConfigDict:
         'video': ConfigDict({'frames': 32, 'size': 224, 'fps': 10.0,
                              'range': (-1.0, 1.0)}),  # of pixels, black to white: VATT -1 to 1, MMV 0 to 1
         'audio': ConfigDict({'samples': 153600, 'rate': 48000,
-                             'mel': ConfigDict()}),  # empty: waveform; else log-mel, fields of vatt_jax/spectrogram.py
+                             'mel': ConfigDict()}),  # empty: waveform; else log-mel, fields of vatt_jax/inputs/spectrogram.py
         'text': ConfigDict({'candidates': 5, 'words': 16,
                             'tokenizer': 'words'}),  # words | wordpiece | sentencepiece; the data's vocabulary
     })

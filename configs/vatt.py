@@ -15,7 +15,7 @@ Published: 500 k steps of 2048 clips, 256 TPU v3, under three days. What differs
 from configs import default
 from vatt_jax.config import choose
 from vatt_jax.models import presets
-from vatt_jax.models.vatt import NETS
+from vatt_jax.models.multimodal import NETS
 
 OPTIONS = ('paper', 'code', 'synthetic', 'fused')
 STEPS = 500_000

@@ -15,12 +15,12 @@ def open(config) -> Any:
     """
     source = config.data.source
     if source == 'records':
-        from data_pipelines.pipeline import Records
+        from data_pipelines.loading.records_source import Records
         return Records(config)
     if source == 'synthetic':
-        from data_pipelines.synthetic import Synthetic
+        from data_pipelines.loading.synthetic import Synthetic
         return Synthetic(config)
     if source == 'npz':
-        from data_pipelines.synthetic import Npz
+        from data_pipelines.loading.synthetic import Npz
         return Npz(config)
     raise DataError(f'config.data.source is {source!r}; it is one of records, synthetic, npz')

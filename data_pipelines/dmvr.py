@@ -22,10 +22,10 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import numpy as np
 
-from data_pipelines import index as indices
-from data_pipelines import places
 from data_pipelines.errors import DataError
-from data_pipelines.records import SPLITS
+from data_pipelines.storage import byte_offsets
+from data_pipelines.storage import record_index as indices
+from data_pipelines.storage.records import SPLITS
 
 FRAMES = ('image/encoded',)
 AUDIO = ('WAVEFORM/feature/floats', 'waveform/floats')
@@ -42,8 +42,8 @@ def index(out: str, train: str = '', validation: str = '', test: str = '', *, fp
     Returns {'splits': {split: {'records', 'sentences', 'hours', 'without_audio', 'without_video'}}, 'skipped': {place: reason}}. What
     follows a damaged record in its file is skipped. Raises DataError for what no file can be read of, and for rates that contradict the records.
     """
+    from data_pipelines.preparation.decoded_files import Settings
     from data_pipelines.prepare import _check_arguments, _Console, _dataset_name, _tokenizer
-    from data_pipelines.staging import Settings
     say, target = _Console(quiet), pathlib.Path(out)
     name = name or _dataset_name(target)
     _check_arguments(Settings(float(fps), 256, int(rate), 90, 0.0), name, vocabulary, 0.0, 0.0, 1)
@@ -75,7 +75,7 @@ def index(out: str, train: str = '', validation: str = '', test: str = '', *, fp
                 crc[split].append(zlib.crc32(raw))
                 rows[split].append((number, offset + HEADER, len(raw)))
                 try:
-                    pieces[split].append(places.of_sequence_example(raw, names.get('frames', ''), names.get('audio', ''), rate))
+                    pieces[split].append(byte_offsets.of_sequence_example(raw, names.get('frames', ''), names.get('audio', ''), rate))
                 except ValueError as e:
                     raise DataError(f'{path}, byte {offset}: {e}') from None
     everything = [r for split in files for r in records[split]]
@@ -92,7 +92,7 @@ def index(out: str, train: str = '', validation: str = '', test: str = '', *, fp
             continue
         table = indices.Index.of(records[split], crc[split], multi)
         table.save(target / f'index-{split}.npz')
-        places.save(target, split, files[split], rows[split], pieces[split])
+        byte_offsets.save(target, split, files[split], rows[split], pieces[split])
         summary['splits'][split] = {
             'records': len(table), 'segments': len(table.segment_record), 'sentences': len(table.sentence_start),
             'hours': round(float(table.duration.sum()) / 3600, 3), 'without_audio': int((table.samples == 0).sum()),

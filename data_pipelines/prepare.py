@@ -25,11 +25,12 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from data_pipelines import index as indices
-from data_pipelines import inputs, media, staging
+from data_pipelines import media
 from data_pipelines.datasets import named
 from data_pipelines.errors import DataError
-from data_pipelines.records import CLIPS, SPLITS, note_places, shards
+from data_pipelines.preparation import decoded_files, media_catalog
+from data_pipelines.storage import record_index as indices
+from data_pipelines.storage.records import CLIPS, SPLITS, note_places, shards
 
 _FOLDERS = {'train': 'train', 'validation': 'validation', 'val': 'validation', 'valid': 'validation', 'test': 'test'}
 _DONE = 'prepare.json'
@@ -70,10 +71,10 @@ def prepare(videos: str = '', captions: str = '', out: str = '', *, annotations:
         raise DataError(f'--dataset={dataset} brings its own captions and annotations; leave --captions and --annotations out')
     target = pathlib.Path(out)
     min_seconds = (0.0 if dataset else 1.0) if min_seconds is None else min_seconds
-    settings = staging.Settings(float(fps), int(size), int(rate), int(quality), float(min_seconds), _crf(store, crf))
+    settings = decoded_files.Settings(float(fps), int(size), int(rate), int(quality), float(min_seconds), _crf(store, crf))
     name = name or _dataset_name(target)
     _check_arguments(settings, name, vocabulary, validation, test, processes)
-    given = named.read(dataset, manual_dir, videos) if dataset else inputs.mine(videos, captions, annotations)
+    given = named.read(dataset, manual_dir, videos) if dataset else media_catalog.mine(videos, captions, annotations)
     files = given.files
 
     identity = {  # all that decides what comes out
@@ -93,7 +94,7 @@ def prepare(videos: str = '', captions: str = '', out: str = '', *, annotations:
     if dataset:
         skipped |= dict.fromkeys(given.missing, 'missing: no such file')
     for file in files:
-        head = staging.header(staging.place(stage_dir, file, settings))
+        head = decoded_files.header(decoded_files.place(stage_dir, file, settings))
         reason = head.get('skipped') or ('no audio' if require_audio and not head['samples'] else None)
         if reason:
             skipped[file.id] = reason
@@ -131,7 +132,7 @@ def prepare(videos: str = '', captions: str = '', out: str = '', *, annotations:
 
 # ---- what there is
 
-def _check_arguments(s: staging.Settings, name: str, vocabulary: int, validation: float, test: float, processes: int) -> None:
+def _check_arguments(s: decoded_files.Settings, name: str, vocabulary: int, validation: float, test: float, processes: int) -> None:
     for what, value, right in (
             ('fps', s.fps, 0 < s.fps <= 120), ('rate', s.rate, 1000 <= s.rate <= 192000),
             ('size', s.size, 8 <= s.size <= 4096 and not (s.crf and s.size % 2)),
@@ -185,17 +186,17 @@ def _finished(target: pathlib.Path, identity: Mapping[str, Any], overwrite: bool
 
 # ---- decoding
 
-def _stage_all(files: list[staging.File], settings: staging.Settings, stage_dir: pathlib.Path, processes: int,
+def _stage_all(files: list[decoded_files.File], settings: decoded_files.Settings, stage_dir: pathlib.Path, processes: int,
                say: _Console, beam: str = '') -> None:
     """Stages every file that is not staged yet, by Beam with these options if there are any."""
-    waiting = [f for f in files if not staging.place(stage_dir, f, settings).is_file()]
+    waiting = [f for f in files if not decoded_files.place(stage_dir, f, settings).is_file()]
     if len(waiting) < len(files):
         say(f'continuing: {len(files) - len(waiting)} of {len(files)} files are already decoded.')
     if not waiting:
         return
     if beam:
         try:
-            from data_pipelines import beam as pipelines
+            from data_pipelines.preparation import beam as pipelines
         except ImportError as e:
             raise DataError(f"--beam={beam} needs apache-beam ({e}); pip install 'vatt_jax[beam]' into an environment of its own") from None
         counts = pipelines.stage(waiting, settings, stage_dir, beam)
@@ -204,24 +205,24 @@ def _stage_all(files: list[staging.File], settings: staging.Settings, stage_dir:
     with say.progress(len(files), len(files) - len(waiting)) as step:
         if processes == 1:
             for file in waiting:
-                staging.stage(file, settings, str(staging.place(stage_dir, file, settings)))
+                decoded_files.stage(file, settings, str(decoded_files.place(stage_dir, file, settings)))
                 step()
             return
         while waiting:
             waiting = _stage_some(waiting, settings, stage_dir, processes, step)
 
 
-def _stage_some(waiting: list[staging.File], settings: staging.Settings, stage_dir: pathlib.Path, processes: int,
-                step: Any) -> list[staging.File]:
+def _stage_some(waiting: list[decoded_files.File], settings: decoded_files.Settings, stage_dir: pathlib.Path, processes: int,
+                step: Any) -> list[decoded_files.File]:
     """Stages files side by side until done, or until one kills its process; returns what is left."""
     queue, running = list(reversed(waiting)), {}
-    place = lambda f: str(staging.place(stage_dir, f, settings))
-    pool = staging.pool(min(processes, len(waiting)))
+    place = lambda f: str(decoded_files.place(stage_dir, f, settings))
+    pool = decoded_files.pool(min(processes, len(waiting)))
     try:
         while queue or running:
             while queue and len(running) < 4 * processes:
                 file = queue.pop()
-                running[pool.submit(staging.stage, file, settings, place(file))] = file
+                running[pool.submit(decoded_files.stage, file, settings, place(file))] = file
             for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
                 future.result()
                 del running[future]
@@ -233,11 +234,11 @@ def _stage_some(waiting: list[staging.File], settings: staging.Settings, stage_d
             if pathlib.Path(place(file)).is_file():
                 step()
                 continue
-            alone = staging.pool(1)
+            alone = decoded_files.pool(1)
             try:
-                alone.submit(staging.stage, file, settings, place(file)).result()
+                alone.submit(decoded_files.stage, file, settings, place(file)).result()
             except BrokenProcessPool:
-                staging.crashed(file, place(file))
+                decoded_files.crashed(file, place(file))
             finally:
                 alone.shutdown()
             step()
@@ -248,7 +249,7 @@ def _stage_some(waiting: list[staging.File], settings: staging.Settings, stage_d
 
 # ---- what is known about a file
 
-def _record(file: staging.File, head: Mapping[str, Any], sentences: list[dict] | None, marks: Mapping[str, Any] | None,
+def _record(file: decoded_files.File, head: Mapping[str, Any], sentences: list[dict] | None, marks: Mapping[str, Any] | None,
             multi: Mapping[str, int | None]) -> dict[str, Any]:
     """Times cut to the record; entries that lie behind its end are dropped; without segments, one spans it."""
     duration = head['duration']
@@ -271,7 +272,7 @@ def _label(value: int | list[int], classes: int | None) -> int | list[int]:
     return [int(i in chosen) for i in range(classes)]
 
 
-def _folders(files: list[staging.File]) -> bool:
+def _folders(files: list[decoded_files.File]) -> bool:
     return any('/' in f.id and f.id.split('/')[0].lower() in _FOLDERS for f in files)
 
 
@@ -284,7 +285,7 @@ def _split_of(file: str, folders: bool, validation: float, test: float) -> str:
 
 
 def _tokenizer(records: list[dict[str, Any]], kind: str, size: int, stage_dir: pathlib.Path) -> None:
-    from vatt_jax import tokenizer as tokenizers
+    from vatt_jax.inputs import tokenizer as tokenizers
     texts = [s['text'] for r in records if r['split'] == 'train' for s in r['sentences']]
     texts += [s['caption'] for r in records if r['split'] == 'train' for s in r['segments'] if s['caption']]
     try:
@@ -296,7 +297,7 @@ def _tokenizer(records: list[dict[str, Any]], kind: str, size: int, stage_dir: p
 
 # ---- writing
 
-def _write(records: list[dict[str, Any]], files: Mapping[str, staging.File], settings: staging.Settings,
+def _write(records: list[dict[str, Any]], files: Mapping[str, decoded_files.File], settings: decoded_files.Settings,
            stage_dir: pathlib.Path, name: str, multi: Mapping[str, int | None]) -> pathlib.Path:
     """The tfds dataset, below the staging folder; returns its folder."""
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -306,7 +307,7 @@ def _write(records: list[dict[str, Any]], files: Mapping[str, staging.File], set
     def examples(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for r in records:
             if r['split'] == split:
-                frames, pcm = staging.content(staging.place(stage_dir, files[r['id']], settings))
+                frames, pcm = decoded_files.content(decoded_files.place(stage_dir, files[r['id']], settings))
                 yield r['id'], {
                     'id': r['id'], 'fps': settings.fps, 'height': r['height'], 'width': r['width'], 'rate': settings.rate,
                     'frames': frames, 'audio': pcm, **{f'caption_{k}': [s[k] for s in r['sentences']] for k in ('text', 'start', 'end')},
@@ -319,8 +320,8 @@ def _write(records: list[dict[str, Any]], files: Mapping[str, staging.File], set
     return pathlib.Path(folder.write(str(stage_dir / 'tfds'), name, labels, splits))
 
 
-def _publish(produced: pathlib.Path, stage_dir: pathlib.Path, target: pathlib.Path, name: str, settings: staging.Settings,
-             given: inputs.Inputs, records: list[dict[str, Any]], skipped: Mapping[str, str]) -> dict[str, Any]:
+def _publish(produced: pathlib.Path, stage_dir: pathlib.Path, target: pathlib.Path, name: str, settings: decoded_files.Settings,
+             given: media_catalog.Inputs, records: list[dict[str, Any]], skipped: Mapping[str, str]) -> dict[str, Any]:
     """Moves the dataset into place with its sidecars, reading every record back on the way. Returns the summary."""
     known = {r['id']: r for r in records}
     # Everything in this folder is from this run or a killed one: the check in _finished saw to that.
@@ -343,7 +344,7 @@ def _publish(produced: pathlib.Path, stage_dir: pathlib.Path, target: pathlib.Pa
             'hours': round(float(table.duration.sum()) / 3600, 3), 'without_audio': int((table.samples == 0).sum()),
             'without_video': int((table.frames == 0).sum())}
     if given.folds:
-        summary['folds'] = [inputs.counts(SPLITS[r['folds'][k]] for r in records if r['folds'][k] >= 0) for k in range(given.folds)]
+        summary['folds'] = [media_catalog.counts(SPLITS[r['folds'][k]] for r in records if r['folds'][k] >= 0) for k in range(given.folds)]
     for file in produced.iterdir():
         os.replace(file, target / file.name)
     os.replace(stage_dir / 'tokenizer.json', target / 'tokenizer.json')

@@ -24,5 +24,5 @@ workdir=${2:-runs/mbs}
 shift $(($# < 2 ? $# : 2))
 
 cd "${SLURM_SUBMIT_DIR:-.}"
-# One task a host: it takes all GPUs of the host. run.py reads its place from SLURM's variables (vatt_jax/distributed.py).
+# One task a host: it takes all GPUs of the host. run.py reads its place from SLURM's variables (vatt_jax/parallel/distributed.py).
 srun --kill-on-bad-exit=1 .venv/bin/python run.py --config="$config" --workdir="$workdir" --machine=gpu_64 --quiet "$@"

@@ -19,7 +19,7 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
-UNREAD = ('name', 'report', 'init_from', 'init_rename', 'init_skip', 'checkpoint', 'max_bad_steps')   # by train.build
+UNREAD = ('name', 'report', 'init_from', 'init_rename', 'init_skip', 'checkpoint', 'max_bad_steps')   # by loop.build
 _built = {}
 
 
@@ -28,19 +28,19 @@ def share_what_is_built():
     """Runs of one config in one process share its traced and compiled functions; the command line's own processes do not."""
     from ml_collections import ConfigDict
 
-    from vatt_jax import train
     from vatt_jax.config import to_json
-    build = train.build
+    from vatt_jax.training import loop
+    build = loop.build
 
     def shared(config, data):
-        train.resolve(config, data)
+        loop.resolve(config, data)
         key = to_json(ConfigDict({k: v for k, v in config.items() if k not in UNREAD})), json.dumps(data.info, sort_keys=True, default=str)
         if key not in _built:
             _built[key] = build(config, data)
         return _built[key]
-    train.build = shared
+    loop.build = shared
     yield
-    train.build = build
+    loop.build = build
 
 
 @pytest.fixture(scope='session')
@@ -50,7 +50,8 @@ def tiny_run(tmp_path_factory):
     import data_pipelines
     import run
     from tests import tiny
-    from vatt_jax import report, train
+    from vatt_jax.reporting import report
+    from vatt_jax.training import loop
     config = tiny.config(name='tiny <run>', steps=2, report=True, optimizer__schedule__warmup=1)
     gallery = {'type': 'retrieval', 'limit': 29, 'pairs': (('text', 'video', 'vat'), ('audio', 'video', 'va'))}
     probe = {'type': 'linear_probe', 'train_limit': 48, 'test_limit': 32, 'strengths': (0.1,)}
@@ -59,7 +60,7 @@ def tiny_run(tmp_path_factory):
                     'simple_probe_spectrum': {**probe, 'type': 'simple_probe', 'stream': 'audio', 'baseline': False}}
     folder = tmp_path_factory.mktemp('tiny_run')
     data = data_pipelines.open(config)
-    train.train(config, data, folder, quiet=True)
+    loop.train(config, data, folder, quiet=True)
     run.compare(config, data, folder)
     report.build(folder)
     return folder, config, data

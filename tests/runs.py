@@ -15,9 +15,9 @@ import threading
 
 CACHE = pathlib.Path(__file__).parent.parent / '.jax_cache'
 _server = multiprocessing.get_context('forkserver')
-_server.set_forkserver_preload(['run', 'configs.demo', 'data_pipelines.synthetic', 'tensorboardX', 'tests.tiny', 'tests.runs',
+_server.set_forkserver_preload(['run', 'configs.demo', 'data_pipelines.loading.synthetic', 'tensorboardX', 'tests.tiny', 'tests.runs',
                                 'sklearn.linear_model', 'sklearn.model_selection', 'sklearn.pipeline', 'sklearn.preprocessing',
-                                'vatt_jax.api', 'vatt_jax.evals', 'vatt_jax.report', 'vatt_jax.train'])
+                                'vatt_jax.api', 'vatt_jax.evals', 'vatt_jax.reporting.report', 'vatt_jax.training.loop'])
 
 
 def enter(argv: list[str], log: str, cache: str, devices: int, environment: dict[str, str]) -> None:

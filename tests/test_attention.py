@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vatt_jax import sharding, train
 from vatt_jax.config import ConfigError
 from vatt_jax.models import attention
+from vatt_jax.parallel import sharding
+from vatt_jax.training import loop
 
 
 def operands(n, m, heads=2, rows=2):
@@ -68,9 +69,9 @@ def test_auto_takes_the_kernel_of_the_platform(monkeypatch):
 
 def test_a_kernel_of_another_platform():
     with pytest.raises(ConfigError, match="config.model.attention='triton' is a kernel of GPUs and this is cpu"):
-        train.mesh_of(tiny.config(model__attention='triton'))
+        loop.mesh_of(tiny.config(model__attention='triton'))
     c = tiny.config(model__attention='splash')
     with pytest.raises(ConfigError, match="config.model.attention='splash' is a kernel of TPUs and this is cpu; set config.model.attention='auto'"):
-        train.mesh_of(c)
+        loop.mesh_of(c)
     assert attention.portable(c.model).attention == 'auto' and c.model.attention == 'splash'   # for evaluation
     assert attention.portable(tiny.config().model).attention == 'dense'

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vatt_jax import checkpoint, sharding
 from vatt_jax.config import ConfigError
-from vatt_jax.importers import table
+from vatt_jax.importers import parameter_map
+from vatt_jax.parallel import sharding
+from vatt_jax.training import checkpoint
 
 MESH = sharding.make_mesh({'replica': 1})
 SHARDINGS = {'params': {'w': sharding.replicated(MESH)}}
@@ -58,7 +59,7 @@ def test_a_damaged_checkpoint_is_told_set_aside_and_the_one_before_is_used(tmp_p
     said = []
     assert checkpoint.newest_sound(folder, said.append) == 3 and not said
     harm(folder / '3')
-    for take in (checkpoint.sound, table.read_run, lambda path: checkpoint.init_from(str(path), {}, {}, (), ())):
+    for take in (checkpoint.sound, parameter_map.read_run, lambda path: checkpoint.init_from(str(path), {}, {}, (), ())):
         with pytest.raises(ConfigError, match=f'checkpoint .*3 is damaged .*{why}'):
             take(folder / '3')
     with pytest.raises(ConfigError, match=f'checkpoint .*3 is damaged .*{why}'):

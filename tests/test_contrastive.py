@@ -9,9 +9,9 @@ import pytest
 
 import data_pipelines
 from tests import tiny
-from vatt_jax import train
 from vatt_jax.config import ConfigError
 from vatt_jax.objectives.contrastive import Contrastive
+from vatt_jax.training import loop
 
 
 def run(workdir, mesh=None, **fields):
@@ -19,7 +19,7 @@ def run(workdir, mesh=None, **fields):
     config = tiny.config(steps=3)
     config.objective = type(config)({'name': 'contrastive', **fields})
     config.mesh.update(mesh or {})
-    train.train(config, data_pipelines.open(config), workdir, quiet=True)
+    loop.train(config, data_pipelines.open(config), workdir, quiet=True)
     lines = [json.loads(line) for line in (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()]
     lines = [line for line in lines if 'loss' in line]
     return [line['loss'] for line in lines], lines[-1]

@@ -10,10 +10,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import vatt_jax
 from tests import tiny
-from vatt_jax import deflate, models, sharding
+from vatt_jax import models
+from vatt_jax.adaptation import deflation
 from vatt_jax.config import ConfigError
-from vatt_jax.importers import table
-from vatt_jax.models import resnet_v2
+from vatt_jax.importers import parameter_map
+from vatt_jax.models.towers import resnet_v2
+from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
 
 MESH = {'replica': 1, 'fsdp': 1, 'model': 1, 'seq': 1}
@@ -64,8 +66,8 @@ def test_tsm_without_shift_is_the_video_network_on_interior_frames(shallow):
     c = config('tsm_resnet')
     c.model.inputs.video.frames = 11
     variables = random_variables(c)
-    still = deflate.still_config(c)
-    params = deflate.naive(c, variables['params'])
+    still = deflation.still_config(c)
+    params = deflation.naive(c, variables['params'])
     video = encode(c, variables, np.repeat(PICTURES, 11, 1), features=True)
     maps = np.asarray(video.tokens).reshape(3, *video.grid, -1)
     image = encode(still, {**variables, 'params': params}, PICTURES, features=True)
@@ -77,8 +79,8 @@ def test_tsm_without_shift_is_the_video_network_on_interior_frames(shallow):
 
 
 def test_the_exchange_of_the_release():
-    np.testing.assert_array_equal(deflate.exchanged(16, 0.125), [14, 15, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 0, 1])
-    np.testing.assert_array_equal(deflate.exchanged(7, 0.125), range(7))
+    np.testing.assert_array_equal(deflation.exchanged(16, 0.125), [14, 15, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 0, 1])
+    np.testing.assert_array_equal(deflation.exchanged(7, 0.125), range(7))
 
 
 @pytest.mark.slow
@@ -87,7 +89,7 @@ def test_s3d_sums_over_time(space_to_depth):
     """Kernels are sums over time; where they have one tap, which meets no end of the clip, the video network on equal frames is the deflated one."""
     c = config('s3d', space_to_depth=space_to_depth)
     variables = random_variables(c)
-    params = deflate.naive(c, variables['params'])
+    params = deflation.naive(c, variables['params'])
     have, was = (flatten_dict(p['nets_video'], sep='/') for p in (params, variables['params']))
     np.testing.assert_allclose(have['mixed_4b/b1/conv_1/conv/kernel'][0], was['mixed_4b/b1/conv_1/conv/kernel'].sum(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(have['mixed_4b/b1/conv_0/conv/kernel'], was['mixed_4b/b1/conv_0/conv/kernel'])
@@ -107,7 +109,7 @@ def test_s3d_sums_over_time(space_to_depth):
     flat = flatten_dict(variables['params'])
     timeless = {**variables, 'params': unflatten_dict({p: one_tap(p, x) for p, x in flat.items()})}
     video = encode(c, timeless, np.repeat(PICTURES, 8, 1)).pooled
-    image = encode(deflate.still_config(c), {**variables, 'params': deflate.naive(c, timeless['params'])}, PICTURES).pooled
+    image = encode(deflation.still_config(c), {**variables, 'params': deflation.naive(c, timeless['params'])}, PICTURES).pooled
     assert np.std(video) > 1e-3
     np.testing.assert_allclose(image, video, rtol=1e-4, atol=1e-5)
 
@@ -115,15 +117,15 @@ def test_s3d_sums_over_time(space_to_depth):
 @pytest.mark.parametrize('name', [pytest.param('s3d', marks=pytest.mark.slow), 'tsm_resnet'])
 def test_the_fit_brings_it_nearer_to_the_video_network_and_touches_norms_alone(shallow, name):
     c = config(name)
-    variables, still = random_variables(c), deflate.still_config(c)
-    params = deflate.naive(c, variables['params'])
+    variables, still = random_variables(c), deflation.still_config(c)
+    params = deflation.naive(c, variables['params'])
     noise = np.random.default_rng(2)
 
     def pictures():
         while True:
             yield {'video': {'data': noise.integers(0, 256, (8, 1, 32, 32, 3), dtype=np.uint8), 'valid': np.arange(8) < 7, 'flip': np.zeros(8, bool),
                              'box': np.tile(np.array([0, 0, 1, 1], np.float32), (8, 1))}, 'position': np.arange(8)}
-    fitted, losses = deflate.refit(c, variables, still, params, pictures(), 40, 2e-2, sharding.make_mesh(MESH))
+    fitted, losses = deflation.refit(c, variables, still, params, pictures(), 40, 2e-2, sharding.make_mesh(MESH))
     assert np.mean(losses[-5:]) < 0.6 * losses[0]
     want = encode(c, variables, np.repeat(PICTURES, 8, 1)).pooled
     before, after = (float(np.abs(encode(still, {**variables, 'params': p}, PICTURES).pooled - want).mean()) for p in (params, fitted))
@@ -139,12 +141,12 @@ def test_a_run_is_deflated_by_the_command_and_embeds_pictures(tmp_path, shallow,
     c = config('tsm_resnet', depth=50)
     c.name, c.batch_size = 'tiny tsm', 4
     variables = random_variables(c)
-    state = table.abstract_state(c, {'class': list('abcd')})
+    state = parameter_map.abstract_state(c, {'class': list('abcd')})
     arrays = {('params', *k): v for k, v in flatten_dict(variables['params']).items()}
     arrays |= {('batch_stats', *k): v for k, v in flatten_dict(variables['batch_stats']).items()}
-    arrays |= {k: np.zeros(v.shape, v.dtype) for k, v in table.variables(state).items() if k[0] == 'objective'}
+    arrays |= {k: np.zeros(v.shape, v.dtype) for k, v in parameter_map.variables(state).items() if k[0] == 'objective'}
     (tmp_path / 'video').mkdir()
-    table.write_run(tmp_path / 'video', c, state, arrays, {'labels': {'class': list('abcd')}, 'sources': []})
+    parameter_map.write_run(tmp_path / 'video', c, state, arrays, {'labels': {'class': list('abcd')}, 'sources': []})
     run.main(['--mode=deflate', f'--workdir={tmp_path / "video"}', f'--out={tmp_path / "image"}', '--fit=2', '--config.jax_platform='])
     assert 'step 2: mean |difference|' in capsys.readouterr().out
     run.main(['--mode=deflate', f'--workdir={tmp_path / "video"}', f'--out={tmp_path / "plain"}', '--naive', '--config.jax_platform='])
@@ -155,7 +157,7 @@ def test_a_run_is_deflated_by_the_command_and_embeds_pictures(tmp_path, shallow,
     np.testing.assert_allclose(tiled, video.embed(video=np.repeat(picture[None], 8, 0))['video']['pooled'], rtol=1e-5, atol=1e-6)
     got = plain.embed(image=np.stack([picture, picture[::-1]]))['image']['pooled']
     assert got.shape == (2, len(tiled))
-    want = encode(plain.config, {'params': deflate.naive(c, variables['params']), 'batch_stats': variables['batch_stats']}, picture[None, None] / 255)
+    want = encode(plain.config, {'params': deflation.naive(c, variables['params']), 'batch_stats': variables['batch_stats']}, picture[None, None] / 255)
     np.testing.assert_allclose(got[0], want.pooled[0], rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigError, match=r'embed\(image=…\): uint8 \[8, 8\] found'):
         plain.embed(image=[np.zeros((8, 8), np.uint8)])
@@ -167,4 +169,4 @@ def test_a_run_is_deflated_by_the_command_and_embeds_pictures(tmp_path, shallow,
 
 def test_other_towers_are_refused():
     with pytest.raises(ConfigError, match="towers.video.name='vit': s3d and tsm_resnet can be deflated"):
-        deflate.still_config(copy.deepcopy(tiny.config()))
+        deflation.still_config(copy.deepcopy(tiny.config()))

@@ -10,9 +10,10 @@ import time
 import pytest
 
 from tests import runs
-from vatt_jax import distributed, launch
+from vatt_jax import launch
 from vatt_jax.config import ConfigError
-from vatt_jax.distributed import Place
+from vatt_jax.parallel import distributed
+from vatt_jax.parallel.distributed import Place
 
 ROOT = pathlib.Path(__file__).parent.parent
 SLURM = {'SLURM_JOB_ID': '70000', 'SLURM_NTASKS': '4', 'SLURM_PROCID': '2', 'SLURM_LOCALID': '0', 'SLURM_STEP_NODELIST': 'gpu[007-009,12]',
@@ -74,7 +75,7 @@ def test_first_host(nodes, want):
 COMING = '''
 import sys, time, jax
 jax.config.update('jax_platforms', 'cpu')
-from vatt_jax import distributed
+from vatt_jax.parallel import distributed
 distributed.initialize(timeout=60)
 own = jax.process_index()
 distributed.barrier('both', 60)

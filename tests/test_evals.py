@@ -10,11 +10,15 @@ from ml_collections import ConfigDict
 
 import data_pipelines
 from tests import tiny
-from vatt_jax import api, encoder, evals, preprocess, sharding, train
+from vatt_jax import api, evals
 from vatt_jax.config import ConfigError
 from vatt_jax.evals import Result, View, solvers, statistics
 from vatt_jax.evals.linear_probe import mean_color, mean_spectrum
+from vatt_jax.inference import encoder
+from vatt_jax.inputs import preprocess
+from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
+from vatt_jax.training import loop
 
 
 class Known:
@@ -682,10 +686,10 @@ def test_fine_tuning_from_a_run_trains_and_classifies(tiny_run, tmp_path):
     config.evals = {'classification': {'type': 'classification', 'split': 'test'},
                     'multi_view': {'type': 'classification', 'split': 'test', 'windows': 2, 'crops': 3}}
     data = data_pipelines.open(config)
-    _, scalars = train.train(config, data, tmp_path, quiet=True)
+    _, scalars = loop.train(config, data, tmp_path, quiet=True)
     assert scalars['multi_view/accuracy'] > 3 / 16
     assert scalars['classification/accuracy'] > 3 / 16 and scalars['classification/top5'] >= scalars['classification/accuracy']
-    assert train.newest(tmp_path) == 300
+    assert loop.newest(tmp_path) == 300
     # what was not read was not made, and says so
     tuned = api.load(tmp_path)
     assert not [p for p in tuned.paths() if 'audio' in p] and tuned.embed(video=np.zeros((4, 16, 16, 3), np.uint8))['video']['pooled'].shape == (32,)

@@ -8,8 +8,11 @@ from ml_collections import ConfigDict
 
 from configs import default, vatt
 from tests import tiny
-from vatt_jax import flops, models, preprocess, sharding
+from vatt_jax import models
+from vatt_jax.inputs import preprocess
 from vatt_jax.models.transformer import Encoder
+from vatt_jax.parallel import sharding
+from vatt_jax.performance import flops
 from vatt_jax.rng import Rng
 
 

@@ -12,9 +12,12 @@ import pytest
 
 import data_pipelines
 from tests import tiny
-from vatt_jax import encoder, optim, preprocess, train, train_step
+from vatt_jax import optim
+from vatt_jax.inference import encoder
+from vatt_jax.inputs import preprocess
 from vatt_jax.objectives.base import only
 from vatt_jax.rng import Rng
+from vatt_jax.training import loop, train_step
 
 RATE = 2e-3
 ROWS = 8
@@ -112,7 +115,7 @@ def three_steps():
     for tower in config.model.towers.values():
         tower.layers = 1
     data = data_pipelines.open(config)
-    built = train.build(config, data)
+    built = loop.build(config, data)
     out = []
     with jax.set_mesh(built.mesh):
         state = built.init()

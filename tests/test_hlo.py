@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from vatt_jax import hlo, sharding
+from vatt_jax.parallel import sharding
+from vatt_jax.performance import hlo
 
 
 @pytest.fixture(scope='module')

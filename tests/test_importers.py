@@ -10,10 +10,12 @@ from flax.traverse_util import flatten_dict
 import vatt_jax
 from tests import tiny
 from tests.test_vatt_definitions import joint_denominator
-from vatt_jax import checkpoint, models, objectives, sharding
+from vatt_jax import models, objectives
 from vatt_jax.config import ConfigError
-from vatt_jax.importers import table, vatt_tf
+from vatt_jax.importers import parameter_map, vatt_tf
+from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
+from vatt_jax.training import checkpoint
 
 R = 'model/layer_with_weights-0'
 D, F, HEADS, KV = 12, 20, 2, 64          # width, mlp; official heads are 64 wide
@@ -512,7 +514,7 @@ def test_training_loss_and_gradient_norm_are_those_of_the_official_weights(tmp_p
                 + joint_denominator(s['vat', 'video'], s['vat', 'text'], there, 1)) / 2
     np.testing.assert_allclose(value, loss(w), rtol=1e-4)
     entries = [e for e in vatt_tf.layout(vatt_tf.filled(c)) if e.ours[0] == 'params']
-    theirs = table.to_theirs({('params', *k): np.asarray(v) for k, v in flatten_dict(grads).items()}, entries)
+    theirs = parameter_map.to_theirs({('params', *k): np.asarray(v) for k, v in flatten_dict(grads).items()}, entries)
     norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in theirs.values()))
     ahead, behind = ({k: v + sign * 1e-5 / norm * theirs[k] if k in theirs else v for k, v in w.items()} for sign in (1, -1))
     np.testing.assert_allclose(norm, (loss(ahead) - loss(behind)) / 2e-5, rtol=1e-3)
@@ -523,7 +525,7 @@ def test_an_imported_run_is_evaluated_and_fine_tuned(tmp_path):
     release takes over from its modality-agnostic model, and the classifier."""
     import data_pipelines
     import run
-    from vatt_jax import train
+    from vatt_jax.training import loop
     w = written(tmp_path / 'ckpt', ut_fac())
     c = shared_config()
     c.evals = {'retrieval': {'type': 'retrieval', 'limit': 12, 'pairs': (('audio', 'video', 'va'),), 'baseline': False}}
@@ -539,7 +541,7 @@ def test_an_imported_run_is_evaluated_and_fine_tuned(tmp_path):
     c = shared_classifier('video')
     c.init_from, c.steps, c.optimizer.name, c.evals = str(tmp_path / 'run'), 1, 'keras_sgd', {}
     c.optimizer.schedule.update({'name': 'vatt', 'levels': ((1, 1e-3), (2, 0.0))})
-    train.train(c, data_pipelines.open(c), tmp_path / 'tuned', quiet=True)
+    loop.train(c, data_pipelines.open(c), tmp_path / 'tuned', quiet=True)
     vatt_tf.export_checkpoint(tmp_path / 'tuned', str(tmp_path / 'out'))
     have, read = vatt_tf.open_checkpoint(str(tmp_path / 'out'))
     u, base = f'{R}/_base_layer/unified_backbone/unified_transformer', f'{R}/_base'

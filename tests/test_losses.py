@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vatt_jax import sharding
 from vatt_jax.losses import dense, nce, similarity
 from vatt_jax.losses.similarity import NEVER, How
+from vatt_jax.parallel import sharding
 
 FORMS = ('asymmetric', 'symmetric', 'clip', 'mil_nce', 'siglip', 'nt_xent', 'info_nce')
 quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})  # compiling takes longer than running here
@@ -376,7 +376,7 @@ def test_two_processes_compute_the_same_loss(method):
         jax.config.update('jax_platforms', 'cpu'); jax.config.update('jax_num_cpu_devices', 4)
         jax.distributed.initialize(f'127.0.0.1:{port}', 2, process, initialization_timeout=120)
         import jax.numpy as jnp
-        from vatt_jax import sharding
+        from vatt_jax.parallel import sharding
         from vatt_jax.losses import nce
         from vatt_jax.losses.similarity import How
         rng = np.random.default_rng(0)

@@ -9,9 +9,11 @@ import pytest
 import data_pipelines
 from tests import tiny
 from vatt_jax import config as configs
-from vatt_jax import encoder, models, objectives, train, train_step
+from vatt_jax import models, objectives
 from vatt_jax.config import ConfigError
+from vatt_jax.inference import encoder
 from vatt_jax.rng import Rng
+from vatt_jax.training import loop, train_step
 
 
 def config(**fields):
@@ -24,7 +26,7 @@ def config(**fields):
 def gradients(c):
     """(gradients by path, Loss) of the first step; a clip lacks its video and one its words."""
     data = data_pipelines.open(c)
-    built = train.build(c, data)
+    built = loop.build(c, data)
     with jax.set_mesh(built.mesh):
         state = built.init()
         batch = next(data.train(0, c.batch_size))
@@ -46,7 +48,7 @@ def test_training_in_microbatches(tmp_path):
     curves = {}
     for accumulate in (1, 8):
         c = config(accumulate=accumulate, steps=3, model__scan=True, model__remat='full')
-        train.train(c, data_pipelines.open(c), tmp_path / str(accumulate), quiet=True)
+        loop.train(c, data_pipelines.open(c), tmp_path / str(accumulate), quiet=True)
         lines = (tmp_path / str(accumulate) / 'metrics.jsonl').read_text().splitlines()
         curves[accumulate] = [x['loss'] for x in map(json.loads, lines) if 'loss' in x]
     np.testing.assert_allclose(curves[8], curves[1], rtol=1e-4)
@@ -56,9 +58,9 @@ def test_what_meets_before_the_cut_is_refused():
     c = config()
     c.model.towers.video = {'name': 's3d'}
     with pytest.raises(ConfigError, match=r"config.accumulation='exact': the video tower \(s3d\) normalises by statistics of the batch.*'plain'"):
-        train.check(c)
+        loop.check(c)
     c.accumulation = 'plain'
-    train.check(c)
+    loop.check(c)
     mixing = objectives.build(type(c)({'name': 'classification', 'stream': 'audio', 'form': 'sigmoid', 'mixup': 5}))
     with pytest.raises(ConfigError, match="config.objective.mixup mixes clips of the whole batch"):
         train_step.check(config(), models.build(c.model), mixing, {})

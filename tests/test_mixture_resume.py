@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from data_pipelines import order
 from data_pipelines.datasets import playground
+from data_pipelines.loading import order
 from data_pipelines.prepare import prepare
-from data_pipelines.records import Prepared, Split
+from data_pipelines.storage.records import Prepared, Split
 from tests import runs
 
 STEPS, BATCH = 40, 8

@@ -12,11 +12,13 @@ import data_pipelines
 import vatt_jax
 from configs import default
 from vatt_jax import config as configs
-from vatt_jax import optim, train
+from vatt_jax import optim
 from vatt_jax.config import ConfigError
-from vatt_jax.models import i3d, layers, presets, resnet_v2
+from vatt_jax.models import layers, presets
 from vatt_jax.models.common_space import GRAPHS, CommonSpaces
-from vatt_jax.models.vatt import NETS
+from vatt_jax.models.multimodal import NETS
+from vatt_jax.models.towers import i3d, resnet_v2
+from vatt_jax.training import loop
 
 B, K = 5, 3
 WIDTHS = {'video': 7, 'audio': 6, 'text': 4}
@@ -187,13 +189,13 @@ def test_every_tower_trains(case, tmp_path, monkeypatch):
                 return batch
         return Iterator()
     data.train = some_without_words
-    train.train(c, data, tmp_path, quiet=True)
+    loop.train(c, data, tmp_path, quiet=True)
     lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
     line = [x for x in lines if 'loss' in x][-1]
     weights = {f'loss/{a}-{b}': w for a, b, _, w in c.objective.pairs}
     assert line['skipped'] == 0 and line['loss'] == pytest.approx(sum(w * line[k] for k, w in weights.items()) / sum(weights.values()), rel=1e-4)
-    built = train.build(c, data)
-    from vatt_jax import checkpoint
+    built = loop.build(c, data)
+    from vatt_jax.training import checkpoint
     moved = jax.tree.map(lambda a, b: bool(np.any(a != np.asarray(b))), checkpoint.read_model(checkpoint.find(tmp_path))['params'],
                          built.init().params['model'])
     still = [p for p, m in zip(jax.tree.leaves(optim.paths(moved)), jax.tree.leaves(moved)) if not m and 'word_table' not in p]

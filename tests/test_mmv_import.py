@@ -10,12 +10,13 @@ import vatt_jax
 from configs import default, mmv
 from tests.test_mmv_towers import conv, pool, shifted
 from tests.test_pickles import Flat, stand_in
-from vatt_jax import checkpoint
 from vatt_jax.config import ConfigError
 from vatt_jax.importers import mmv as importer
-from vatt_jax.importers import table
-from vatt_jax.models import presets, resnet_v2
-from vatt_jax.spectrogram import log_mel
+from vatt_jax.importers import parameter_map
+from vatt_jax.inputs.spectrogram import log_mel
+from vatt_jax.models import presets
+from vatt_jax.models.towers import resnet_v2
+from vatt_jax.training import checkpoint
 
 R = 'text_audio_video'
 BN = '__cross_replica_batch_norm'
@@ -252,7 +253,7 @@ def test_the_layout_is_the_released_one(monkeypatch):
 def test_published_sizes():
     """Ours are the same without the four of two unused heads, and with one counter for each norm's two."""
     for name, params, states in (('s3d_fac_vat', 475, 768), ('tsm50_fac_vat', 324, 606)):
-        ours = table.variables(table.abstract_state(mmv.get_config(name), {}))
+        ours = parameter_map.variables(parameter_map.abstract_state(mmv.get_config(name), {}))
         entries = importer.layout(ours)
         assert {e.ours for e in entries} == set(ours) and len({e.theirs for e in entries}) == len(entries)
         assert sum(e.ours[0] == 'params' for e in entries) == params - 4
@@ -380,7 +381,7 @@ def test_sizes_told_by_the_file(imported):
 
 def test_each_dimension_has_its_field(imported):
     backbone, _, folder, _, _ = imported
-    fields = {'/'.join(e.ours[1:]): [f.removeprefix('model.') for f in e.fields] for e in importer.layout(table.read_run(folder / 'run')[2])}
+    fields = {'/'.join(e.ours[1:]): [f.removeprefix('model.') for f in e.fields] for e in importer.layout(parameter_map.read_run(folder / 'run')[2])}
     assert fields['head/text_vat/kernel'] == ['towers.text.width', 'head.vat'] and fields['head/va_to_vat_norm/scale'] == ['', 'head.vat']
     assert fields['nets_text/word_table'] == ['towers.text.vocab', 'towers.text.word_width']
     assert fields['nets_text/projection/kernel'] == ['', 'towers.text.word_width', 'towers.text.width']

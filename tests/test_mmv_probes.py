@@ -3,8 +3,9 @@ import pytest
 
 from configs import default
 from vatt_jax import config as configs
-from vatt_jax import evals, train
+from vatt_jax import evals
 from vatt_jax.config import ConfigError
+from vatt_jax.training import loop
 
 TASKS = ('ucf101', 'hmdb51', 'esc50', 'audioset', 'youcook2', 'msrvtt', 'demo')
 
@@ -33,11 +34,11 @@ def test_published_values():
 def test_a_run_may_be_evaluated_at_another_frame_rate_and_is_not_trained_so(tmp_path, monkeypatch):
     c = configs.load('configs/mmv.py:s3d_fac_vat')
     (tmp_path / 'config.json').write_text(configs.to_json(c))
-    monkeypatch.setattr(train, 'newest', lambda workdir: 0)
+    monkeypatch.setattr(loop, 'newest', lambda workdir: 0)
     other = configs.load('configs/mmv_probes.py:ucf101,s3d_fac_vat')
-    train.check_run_folder(other, tmp_path, evaluating=True)
+    loop.check_run_folder(other, tmp_path, evaluating=True)
     with pytest.raises(ConfigError, match='holds a run with config.model.inputs.video.fps=10.0 and this config has 12.5'):
-        train.check_run_folder(other, tmp_path)
+        loop.check_run_folder(other, tmp_path)
     other.model.towers.video.multiplier = 0.5
     with pytest.raises(ConfigError, match='config.model.towers.video.multiplier'):
-        train.check_run_folder(other, tmp_path, evaluating=True)
+        loop.check_run_folder(other, tmp_path, evaluating=True)

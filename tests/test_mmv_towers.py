@@ -9,13 +9,13 @@ import pytest
 from flax.linen import meta
 
 from vatt_jax.config import ConfigError
-from vatt_jax.models import conv as convolutions
-from vatt_jax.models import layers, presets, resnet_v2
-from vatt_jax.models.audio_resnet import ResNet2DV2, ResNet9
-from vatt_jax.models.r2plus1d import R2Plus1D, mid_planes
-from vatt_jax.models.s3d import S3D, space_to_depth
-from vatt_jax.models.tsm_resnet import TSMResNet, shift
-from vatt_jax.models.vatt import NETS
+from vatt_jax.models import layers, presets
+from vatt_jax.models.multimodal import NETS
+from vatt_jax.models.towers import convolutions, resnet_v2
+from vatt_jax.models.towers.audio_resnet import ResNet2DV2, ResNet9
+from vatt_jax.models.towers.r2plus1d import R2Plus1D, mid_planes
+from vatt_jax.models.towers.s3d import S3D, space_to_depth
+from vatt_jax.models.towers.tsm_resnet import TSMResNet, shift
 
 NOISE = np.random.default_rng(0)
 

@@ -12,7 +12,9 @@ import data_pipelines
 from tests import runs
 from tests.configs import tiny
 from tests.test_train import state_of
-from vatt_jax import checkpoint, encoder, sharding, train
+from vatt_jax.inference import encoder
+from vatt_jax.parallel import sharding
+from vatt_jax.training import checkpoint, loop
 
 TEST = 37  # records of the test split: a prime
 
@@ -44,7 +46,7 @@ def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp('processes')
     logs = together(folder, f'--workdir={folder / "two"}')
     config = tiny.get_config('prime')
-    train.train(config, data_pipelines.open(config), folder / 'one', quiet=True)
+    loop.train(config, data_pipelines.open(config), folder / 'one', quiet=True)
     return folder / 'two', logs, folder / 'one'
 
 
@@ -112,7 +114,7 @@ def test_labels_of_the_whole_set(tmp_path):
     together(tmp_path, f'--workdir={tmp_path / "two"}', variant='labels')
     config = tiny.get_config('labels')
     data = data_pipelines.open(config)
-    train.train(config, data, tmp_path / 'one', quiet=True)
+    loop.train(config, data, tmp_path / 'one', quiet=True)
     one, two = (state_of(tmp_path / name, config) for name in ('one', 'two'))
     labels, other = one[2]['label'], two[2]['label']
     assert labels.shape == (data.size('train'), 2) and (labels >= 0).all() and (labels[:, 0] != labels[:, 1]).any()
@@ -135,7 +137,7 @@ def test_sigterm_to_one_process_stops_both_and_both_continue(tmp_path):
     for process, log in zip(started, logs, strict=True):
         assert runs.finish(process, log) == 0, [f.read_text()[-3000:] for f in logs]
     assert 'asked to stop: step' in logs[0].read_text() and not (workdir / 'done.json').exists()
-    saved = train.newest(workdir)
+    saved = loop.newest(workdir)
     together(tmp_path, f'--workdir={workdir}', f'--config.steps={saved + 2}')
     assert [line['step'] for line in runs.log_lines(workdir) if 'loss' in line] == list(range(1, saved + 3))
 
@@ -168,7 +170,7 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on_exactly(un
     assert re.search(told, said), said[-3000:]
     if 'another task died' not in said:
         assert said.rstrip().splitlines()[-1].startswith('error: ') and 'Traceback' not in said
-    assert not (workdir / 'done.json').exists() and train.newest(workdir) >= 4
+    assert not (workdir / 'done.json').exists() and loop.newest(workdir) >= 4
     together(tmp_path, f'--workdir={workdir}', *LONG, variant='plain')
     assert 'continuing from step' in logs[0].read_text()
     assert runs.done(workdir)['order'] == runs.done(uninterrupted)['order'] and runs.log_lines(workdir) == runs.log_lines(uninterrupted)

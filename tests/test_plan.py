@@ -13,10 +13,12 @@ from configs import default, machines, vatt
 from tests import tiny
 from tests.configs import tiny as tiny_cli
 from tests.test_cli import cli  # noqa: F401
-from vatt_jax import chips, flops, hlo, plan, sharding
 from vatt_jax import config as configs
 from vatt_jax.config import ConfigError
 from vatt_jax.models import presets
+from vatt_jax.parallel import sharding
+from vatt_jax.performance import chips, flops, hlo
+from vatt_jax.planning import plan
 
 ROOT = pathlib.Path(__file__).parent.parent
 

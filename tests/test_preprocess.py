@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vatt_jax import preprocess
 from vatt_jax.config import ConfigError
+from vatt_jax.inputs import preprocess
 from vatt_jax.rng import Rng
 
 B, T, H, W, SIZE = 4, 3, 20, 26, 8

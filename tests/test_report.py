@@ -7,8 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from vatt_jax import evals, report
+from vatt_jax import evals
 from vatt_jax.config import ConfigError
+from vatt_jax.reporting import report
 
 EVIL = '<script>alert("x")</script> & \'a\' "red" stripe</div>'
 VOID = {'meta', 'img', 'br', 'hr', 'link', 'input', 'line', 'polyline'}

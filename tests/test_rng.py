@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vatt_jax import sharding
+from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
 
 B, N = 256, 1024  # examples × counters: 2^18 draws, so a mean of uniforms has a standard error of 0.0006

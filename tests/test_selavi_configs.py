@@ -4,7 +4,10 @@ import pytest
 
 from configs import default, selavi
 from vatt_jax import config as configs
-from vatt_jax import evals, models, objectives, optim, preprocess, sharding, train_state
+from vatt_jax import evals, models, objectives, optim
+from vatt_jax.inputs import preprocess
+from vatt_jax.parallel import sharding
+from vatt_jax.training import train_state
 
 DEMO = ['configs/selavi.py:demo', *(f'configs/selavi.py:demo,{o}' for o in (*selavi.METHODS, 'vatt', 'synthetic'))]
 PUBLISHED = [f'configs/selavi.py:{o}' for o in ('vggsound', 'kinetics', 'kinetics_sound,code', 'ave,sela', 'ave,xdc', 'ave,swav')]

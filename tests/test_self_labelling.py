@@ -15,7 +15,7 @@ import data_pipelines
 from tests import tiny
 from tests.test_sinkhorn import column_means, converged, log_softmax, swav
 from tests.test_train import losses, run, state_of, stop_at
-from vatt_jax import evals, objectives, report, sharding
+from vatt_jax import evals, objectives
 from vatt_jax.clustering.kmeans import kmeans, labels_of
 from vatt_jax.config import ConfigError
 from vatt_jax.evals import gallery
@@ -23,6 +23,8 @@ from vatt_jax.evals.base import Result
 from vatt_jax.evals.clustering import Clustering
 from vatt_jax.objectives import Records
 from vatt_jax.objectives.self_labelling import schedule
+from vatt_jax.parallel import sharding
+from vatt_jax.reporting import report
 from vatt_jax.rng import Rng
 
 FIELDS = {'self_labelling': {'views': ('video', 'audio'), 'clusters': 4, 'heads': 2, 'groups': 2, 'hidden': 8, 'dropout': 0.1,

@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests import tiny
-from vatt_jax import sharding
 from vatt_jax.models.transformer import Block
+from vatt_jax.parallel import sharding
+from vatt_jax.parallel.sharding import ShardingError, constrain, logical, mesh_shape, mesh_spec
 from vatt_jax.rng import Rng
-from vatt_jax.sharding import ShardingError, constrain, logical, mesh_shape, mesh_spec
 
 
 @pytest.mark.parametrize('names, sizes, shape, want', [
@@ -51,7 +51,7 @@ def test_every_rule_names_mesh_axes():
 
 def test_an_unknown_logical_axis_is_an_error():
     """Wherever it is named, also where no mesh is set and nothing would be sharded."""
-    with pytest.raises(ShardingError, match=r"logical axis 'embde' has no rule in vatt_jax/sharding.py; known: batch, embed"):
+    with pytest.raises(ShardingError, match=r"logical axis 'embde' has no rule in vatt_jax/parallel/sharding.py; known: batch, embed"):
         logical(nn.initializers.zeros, 'embde', 'mlp')
     with pytest.raises(ShardingError, match="'tokens' has no rule"):
         constrain(jnp.zeros((2, 2)), 'batch', 'tokens')

@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 
-from vatt_jax import preprocess, spectrogram
 from vatt_jax.config import ConfigError
+from vatt_jax.inputs import preprocess, spectrogram
 from vatt_jax.rng import Rng
 
 

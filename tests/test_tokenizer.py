@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from vatt_jax import tokenizer
+from vatt_jax.inputs import tokenizer
 
 TEXTS = ["It's a DOG, a big dog!", 'the cat sat', 'a dog and a cat', '...']
 

@@ -11,13 +11,15 @@ import pytest
 
 import data_pipelines
 from tests import tiny
-from vatt_jax import checkpoint, encoder, objectives, train
+from vatt_jax import objectives
 from vatt_jax.config import ConfigError
+from vatt_jax.inference import encoder
+from vatt_jax.training import checkpoint, loop
 
 
 def run(workdir, config):
     data = data_pipelines.open(config)
-    train.train(config, data, workdir, quiet=True)
+    loop.train(config, data, workdir, quiet=True)
     file = pathlib.Path(workdir) / 'done.json'
     return json.loads(file.read_text()) if file.exists() else None
 
@@ -29,7 +31,7 @@ def losses(workdir):
 
 def state_of(workdir, config, step=None):
     data = data_pipelines.open(config)
-    built = train.build(config, data)
+    built = loop.build(config, data)
     keeper = checkpoint.Checkpoints(pathlib.Path(workdir) / 'checkpoints', config.checkpoint)
     state, meta, columns = keeper.restore(keeper.latest() if step is None else step, built.shape, built.shardings)
     keeper.close()
@@ -70,11 +72,11 @@ class stop_at:
         self.step = step
 
     def __enter__(self):
-        self.original = train.distributed.Stop.now
-        train.distributed.Stop.now = lambda stop, step: step >= self.step
+        self.original = loop.distributed.Stop.now
+        loop.distributed.Stop.now = lambda stop, step: step >= self.step
 
     def __exit__(self, *_):
-        train.distributed.Stop.now = self.original
+        loop.distributed.Stop.now = self.original
 
 
 @pytest.mark.parametrize('mesh', [{'replica': 2, 'fsdp': 2, 'model': 2}, *(
@@ -92,7 +94,7 @@ def test_same_numbers_on_any_mesh(whole, tmp_path, mesh):
     mine, theirs = (jax.tree.leaves(state_of(*of)[0].params) for of in ((tmp_path, config), (folder, tiny.config())))
     norm = lambda xs: sum((np.asarray(x) ** 2).sum() for x in xs) ** 0.5
     assert norm([np.asarray(x) - np.asarray(y) for x, y in zip(mine, theirs, strict=True)]) < 1e-3 * norm(theirs)
-    built = train.build(config, data_pipelines.open(config))
+    built = loop.build(config, data_pipelines.open(config))
     with jax.set_mesh(built.mesh):
         found = tiny.axes_of_collectives(built.step.lower(built.shape, built.batch).compile(), built.mesh)
     assert all({axis} in found for axis, size in mesh.items() if size > 1)
@@ -108,7 +110,7 @@ def test_restore_on_another_mesh_and_batch_size(whole, tmp_path):
     seen = []
     original = data.train
     data.train = lambda consumed, *a, **k: seen.append(consumed) or original(consumed, *a, **k)
-    train.train(config, data, tmp_path / 'run', quiet=True)
+    loop.train(config, data, tmp_path / 'run', quiet=True)
     done = json.loads((tmp_path / 'run' / 'done.json').read_text())
     assert seen == [96] and done['step'] == 8 and done['consumed'] == 96 + 48
     state, _, _ = state_of(tmp_path / 'run', config)
@@ -119,7 +121,7 @@ def test_restore_on_another_mesh_and_batch_size(whole, tmp_path):
 def next_loss(folder, config):
     """(digests of the state as restored, loss of the step after) of a run's newest checkpoint under another config."""
     data = data_pipelines.open(config)
-    built = train.build(config, data)
+    built = loop.build(config, data)
     keeper = checkpoint.Checkpoints(folder / 'checkpoints', config.checkpoint)
     with jax.set_mesh(built.mesh):
         state, meta, _ = keeper.restore(keeper.latest(), built.shape, built.shardings)
@@ -152,18 +154,20 @@ def test_a_checkpoint_is_restored_between_scanned_and_unrolled_layers(whole, tmp
     done = run(tmp_path / 'run', scanned)
     state, _, _ = state_of(tmp_path / 'run', unrolled)
     assert done['step'] == 7 and checkpoint.digest(state.params) == done['digests']['params'] != want['digests']['params']
-    fresh = train.build(unrolled, data_pipelines.open(unrolled)).init()
+    fresh = loop.build(unrolled, data_pipelines.open(unrolled)).init()
     params, _, left = checkpoint.init_from(str(tmp_path / 'run'), fresh.params['model'], fresh.batch_stats, (), ())
     assert not left and checkpoint.digest(params) == checkpoint.digest(state.params['model'])
 
 
 def test_accumulation_averages_microbatches(tmp_path):
     """The loss of a step of two microbatches of 8 is the mean of theirs, each with the random bits of its own rows."""
-    from vatt_jax import encoder, preprocess, train_step
+    from vatt_jax.inference import encoder
+    from vatt_jax.inputs import preprocess
     from vatt_jax.rng import Rng
+    from vatt_jax.training import train_step
     config = tiny.config(accumulate=2)
     data = data_pipelines.open(config)
-    built = train.build(config, data)
+    built = loop.build(config, data)
     with jax.set_mesh(built.mesh):
         state = built.init()
         batch = encoder.place(next(data.train(0, 16)), built.mesh)
@@ -197,7 +201,7 @@ def test_non_finite_step_is_skipped_counted_and_named(tmp_path):
     config = tiny.config()
     data = poisoned(data_pipelines.open(config), {2})
     data.problems = lambda: {'corrupt': 2, 'read': 96, 'indices': [('synthetic/train', 7, 'crc32')]}
-    train.train(config, data, tmp_path, quiet=True)
+    loop.train(config, data, tmp_path, quiet=True)
     strict = {'parse_constant': lambda name: pytest.fail(f'{name} is no JSON')}
     lines = [json.loads(line, **strict) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
     assert [(line['step'], line['records']) for line in lines if line.get('event') == 'unreadable records'] == [(1, ['synthetic/train:7 crc32'])]
@@ -212,7 +216,8 @@ def test_non_finite_step_is_skipped_counted_and_named(tmp_path):
 
 def test_speed_goodput_and_mfu_of_a_log_line(monkeypatch):
     """Ten seconds of compiling, then eight of steps with 2 s of waiting and 1 s of saving, five of evaluation, four of steps."""
-    from vatt_jax import chips, metrics
+    from vatt_jax.performance import chips
+    from vatt_jax.training import metrics
     now = [0.0]
     monkeypatch.setattr(metrics.time, 'monotonic', lambda: now[0])
     meter = metrics.Meter(flops=3e9, peak=1e12)
@@ -232,7 +237,7 @@ def test_speed_goodput_and_mfu_of_a_log_line(monkeypatch):
 
 @pytest.mark.slow
 def test_chosen_steps_are_traced_and_mfu_is_told_where_the_peak_is_known(tmp_path, monkeypatch):
-    from vatt_jax import chips
+    from vatt_jax.performance import chips
     monkeypatch.setattr(chips, 'peak_of', lambda devices: 1e12)
     run(tmp_path, tiny.config(steps=4, profile=(2, 3)))
     assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
@@ -242,8 +247,8 @@ def test_chosen_steps_are_traced_and_mfu_is_told_where_the_peak_is_known(tmp_pat
 
 def test_several_non_finite_steps_stop_the_run(tmp_path):
     config = tiny.config()
-    with pytest.raises(train.TrainingStopped, match='2 non-finite steps in a row up to step 5; the last good checkpoint is step'):
-        train.train(config, poisoned(data_pipelines.open(config), {3, 4}), tmp_path, quiet=True)
+    with pytest.raises(loop.TrainingStopped, match='2 non-finite steps in a row up to step 5; the last good checkpoint is step'):
+        loop.train(config, poisoned(data_pipelines.open(config), {3, 4}), tmp_path, quiet=True)
 
 
 @pytest.fixture(scope='module')
@@ -258,7 +263,7 @@ def averaged(tmp_path_factory):
 def test_parameter_averaging(averaged):
     folder, _, state = averaged
     # After k steps the average is sum of 0.5^i-weighted parameters: it differs from both ends and is what load_model returns.
-    from vatt_jax import sharding
+    from vatt_jax.parallel import sharding
     _, variables, _ = checkpoint.load_model(folder, sharding.make_mesh({'replica': -1}))
     for a, b in zip(jax.tree.leaves(variables['params']), jax.tree.leaves(state.ema), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
@@ -274,8 +279,8 @@ def test_compiler_options_are_checked_and_reach_the_step(tmp_path, monkeypatch):
     assert not (tmp_path / 'run').exists()
     config.compiler_options = {'xla_llvm_disable_expensive_passes': True}
     compiled, jit = [], jax.jit
-    monkeypatch.setattr(train.jax, 'jit', lambda f, **k: compiled.append((f.__name__, k.get('compiler_options'))) or jit(f, **k))
-    train.build(config, data_pipelines.open(config))
+    monkeypatch.setattr(loop.jax, 'jit', lambda f, **k: compiled.append((f.__name__, k.get('compiler_options'))) or jit(f, **k))
+    loop.build(config, data_pipelines.open(config))
     assert ('step', {'xla_llvm_disable_expensive_passes': True}) in compiled
 
 
@@ -320,17 +325,17 @@ def test_refresh_gives_fresh_optimizer_slots(kmeans):
 
 def test_evaluations_of_a_run_are_compiled_once(whole, tmp_path, monkeypatch):
     """The second one, of other weights, traces nothing, and its numbers are of those weights."""
-    from vatt_jax import encoder
+    from vatt_jax.inference import encoder
     config = tiny.config()
     config.evals = {'retrieval': {'type': 'retrieval', 'limit': 16, 'pairs': (('audio', 'video', 'va'),)}}
     data = data_pipelines.open(config)
-    built = train.build(config, data)
+    built = loop.build(config, data)
     keeper = checkpoint.Checkpoints(whole[0] / 'checkpoints', config.checkpoint)
     traced, stage = [], encoder.preprocess.device_stage
     monkeypatch.setattr(encoder.preprocess, 'device_stage', lambda *a, **k: traced.append(1) or stage(*a, **k))
     with jax.set_mesh(built.mesh):
         for step in (4, 6):
-            train.evaluate(config, built, keeper.restore(step, built.shape, built.shardings)[0], data, tmp_path, step)
+            loop.evaluate(config, built, keeper.restore(step, built.shape, built.shardings)[0], data, tmp_path, step)
     keeper.close()
     assert len(traced) == 1
     similarity = [np.load(tmp_path / 'evals' / f'step_00000{i}' / 'arrays.npz')['retrieval/audio_to_video/similarity'] for i in (4, 6)]
@@ -338,7 +343,7 @@ def test_evaluations_of_a_run_are_compiled_once(whole, tmp_path, monkeypatch):
 
 
 def test_training_files_name_no_objective():
-    root = pathlib.Path(train.__file__).parent
+    root = pathlib.Path(loop.__file__).parent
     names = [*objectives.OBJECTIVES, 'nce', 'kmeans', 'contrast', 'cluster', 'sinkhorn']
     for file in ('train.py', 'train_step.py', 'train_state.py', 'checkpoint.py', 'encoder.py', 'optim.py'):
         text = (root / file).read_text().lower()
@@ -350,7 +355,7 @@ def test_init_from_takes_leaves_and_renames(whole, tmp_path):
     folder, _ = whole
     config = tiny.config(init_from=str(folder), init_skip=('^head/',))
     data = data_pipelines.open(config)
-    built = train.build(config, data)
+    built = loop.build(config, data)
     state = built.init()
     params, _, left = checkpoint.init_from(config.init_from, state.params['model'], state.batch_stats, (), config.init_skip)
     source = checkpoint.read_model(checkpoint.find(folder))['params']
@@ -389,11 +394,11 @@ def test_run_folder_older_than_a_field_of_the_model_is_continued(whole, tmp_path
     (tmp_path / 'checkpoints' / '6').mkdir(parents=True)
     (tmp_path / 'checkpoints' / '6' / '_CHECKPOINT_METADATA').touch()
     (tmp_path / 'config.json').write_text(json.dumps(stored))
-    train.check_run_folder(tiny.config(), tmp_path)
+    loop.check_run_folder(tiny.config(), tmp_path)
     with pytest.raises(ConfigError, match='model.head.va'):
         config = tiny.config()
         config.model.head.va = 24
-        train.check_run_folder(config, tmp_path)
+        loop.check_run_folder(config, tmp_path)
 
 
 def test_unreadable_checkpoint_is_a_sentence(whole, tmp_path):
@@ -420,10 +425,10 @@ def test_missing_modalities_train(tmp_path):
                     batch[stream][part] = np.where(gone.reshape(-1, *[1] * (x.ndim - 1)), np.zeros((), x.dtype), x)
             yield batch
     data.train = batches
-    train.train(config, data, tmp_path, quiet=True)
+    loop.train(config, data, tmp_path, quiet=True)
     assert all(np.isfinite(v) for v in losses(tmp_path).values())
     state, _, _ = state_of(tmp_path, config)
-    built = train.build(config, data_pipelines.open(config))
+    built = loop.build(config, data_pipelines.open(config))
     start = built.init()
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), jax.device_get(state.params['model']), jax.device_get(start.params['model']))
     flat = {jax.tree_util.keystr(p): v for p, v in jax.tree_util.tree_leaves_with_path(moved)}
@@ -434,7 +439,7 @@ def test_missing_modalities_train(tmp_path):
 def test_frozen_parameters_stay_and_have_no_slots(averaged):
     _, config, state = averaged
     data = data_pipelines.open(config)
-    first = train.build(config, data).init()
+    first = loop.build(config, data).init()
     table = lambda s: s.params['model']['fronts_text']['word_table']
     np.testing.assert_array_equal(table(state), table(first))
     assert table(state).shape not in [x.shape for x in jax.tree.leaves(state.opt_state)]

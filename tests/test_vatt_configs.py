@@ -7,9 +7,10 @@ import pytest
 
 from configs import default
 from vatt_jax import config as configs
-from vatt_jax import evals, models, optim, preprocess
+from vatt_jax import evals, models, optim
 from vatt_jax.config import ConfigError
-from vatt_jax.importers import table, vatt_tf
+from vatt_jax.importers import parameter_map, vatt_tf
+from vatt_jax.inputs import preprocess
 from vatt_jax.models import presets
 from vatt_jax.rng import Rng
 
@@ -75,7 +76,7 @@ def test_published_values():
                                         ('configs/vatt_finetune.py:k400,mmv', 400)])
 def test_builds(spec, label):
     c = configs.load(spec)
-    shape = table.abstract_state(c, {'class': [str(i) for i in range(label)]} if label else {})
+    shape = parameter_map.abstract_state(c, {'class': [str(i) for i in range(label)]} if label else {})
     leaves = jax.tree.leaves(shape.params['objective'])
     assert (sorted(x.shape[-1] for x in leaves) == [label, label]) if label else not leaves
 
@@ -110,9 +111,9 @@ def test_the_official_layout_covers_published_models():
     tuned = [f'vatt_finetune.py:{t}' for t in ('k400,bbs', 'audioset,bbs', 'k400,agnostic_medium', 'audioset,agnostic_medium')]
     for name in [*(f'vatt.py:{n}' for n in ('bbs', 'mbs', 'lbs', 'agnostic_medium')), *tuned]:
         c = configs.load(f'configs/{name}')
-        shape = table.abstract_state(c, {'class': ['a', 'b', 'c']} if name in tuned else {})
+        shape = parameter_map.abstract_state(c, {'class': ['a', 'b', 'c']} if name in tuned else {})
         entries = list(vatt_tf.layout(vatt_tf.filled(c), *((c.objective, 3) if name in tuned else ())))
-        ours = table.variables(shape)
+        ours = parameter_map.variables(shape)
         assert {e.ours for e in entries} == set(ours)
         assert len({e.theirs for e in entries}) == len(entries)
         assert sum(math.prod(e.shape) for e in entries) == sum(x.size for x in ours.values())

@@ -8,8 +8,8 @@ from flax.linen import meta
 from tests.test_models import B, encode, encoder, f64, gelu, inputs, layer_norm
 from vatt_jax import models
 from vatt_jax.models import embeddings
-from vatt_jax.models.audio_resnet import ResNet2D
-from vatt_jax.models.i3d import I3D, MIXED
+from vatt_jax.models.towers.audio_resnet import ResNet2D
+from vatt_jax.models.towers.i3d import I3D, MIXED
 from vatt_jax.rng import Rng
 
 

@@ -6,8 +6,9 @@ import pytest
 import data_pipelines
 from tests import tiny
 from tests.test_train import state_of
-from vatt_jax import tokenizer, train, words
 from vatt_jax.config import ConfigError
+from vatt_jax.inputs import tokenizer, word_vectors
+from vatt_jax.training import loop
 
 
 def write(path, names, vectors, form):
@@ -30,10 +31,10 @@ def test_both_tables_in_every_form(tmp_path, form, count):
     vectors[7] = np.frombuffer(b'\n \n 0 1\n 2 3 4\n\n', '<f4')[:4]  # bytes that look like separators
     vectors[7] = np.where(np.isfinite(vectors[7]), vectors[7], 0)
     names = ['<pad>', '<unk>', 'été', *(f'w{i}' for i in range(count - 3))]
-    got, table = words.read(write(tmp_path / 'v', names, vectors, form))
+    got, table = word_vectors.read(write(tmp_path / 'v', names, vectors, form))
     assert got == names and table.dtype == np.float32
     np.testing.assert_array_equal(table, vectors)
-    own = words.tokenizer(tmp_path / 'v')
+    own = word_vectors.tokenizer(tmp_path / 'v')
     assert own.size == count and own.encode(['Été w0 nowhere'], 4).tolist() == [[2, 3, 1, 0]]
 
 
@@ -43,12 +44,12 @@ def test_damaged_files_are_one_sentence(tmp_path):
         path = write(tmp_path / form, 'abcde', vectors, form)
         path.write_bytes(path.read_bytes()[:-20])
         with pytest.raises(ConfigError, match='config.init_words=.*(cut off|ends in vector 4|is not a word)'):
-            words.read(path)
+            word_vectors.read(path)
     (tmp_path / 'x').write_text('one two three\nfour five six\n')
     with pytest.raises(ConfigError, match='vector 1 is not a word and 2 numbers'):
-        words.read(tmp_path / 'x')
+        word_vectors.read(tmp_path / 'x')
     with pytest.raises(ConfigError, match='cannot be read'):
-        words.read(tmp_path / 'none')
+        word_vectors.read(tmp_path / 'none')
 
 
 def test_rows_by_word_others_stay(tmp_path):
@@ -56,7 +57,7 @@ def test_rows_by_word_others_stay(tmp_path):
     table = jnp.asarray(np.random.default_rng(0).normal(size=(9, 3)), jnp.float32)  # more rows than words
     params = {'text': {'word_table': table}, 'video': {'kernel': jnp.ones(2)}}
     path = write(tmp_path / 'v', ['knife', 'fork', 'soup'], np.arange(9.0).reshape(3, 3), 'binary')
-    got, said = words.fill(path, params, own.to_spec())
+    got, said = word_vectors.fill(path, params, own.to_spec())
     want = np.array(table)
     want[2], want[4] = [6, 7, 8], [0, 1, 2]
     np.testing.assert_array_equal(got['text']['word_table'], want)
@@ -65,7 +66,7 @@ def test_rows_by_word_others_stay(tmp_path):
                         (dict(params={'video': params['video']}), 'has no word table'),
                         (dict(spec=tokenizer.Words(['spoon']).to_spec()), 'none of its 3 words')):
         with pytest.raises(ConfigError, match=say):
-            words.fill(**{'path': path, 'params': params, 'spec': own.to_spec(), **change})
+            word_vectors.fill(**{'path': path, 'params': params, 'spec': own.to_spec(), **change})
 
 
 def test_a_run_starts_from_the_file_and_says_so_without_one(tmp_path, capsys):
@@ -75,11 +76,11 @@ def test_a_run_starts_from_the_file_and_says_so_without_one(tmp_path, capsys):
     vocabulary = data.info['tokenizer']['vocabulary']
     vectors = np.random.default_rng(0).normal(size=(len(vocabulary), 16)).astype(np.float32)
     c.init_words = str(write(tmp_path / 'v', vocabulary, vectors, 'text'))
-    train.train(c, data, tmp_path / 'run')
+    loop.train(c, data, tmp_path / 'run')
     tables = [v for k, v in flat(state_of(tmp_path / 'run', c)[0].params).items() if k.endswith('word_table')]
     np.testing.assert_array_equal(tables[0][2:2 + len(vocabulary)], vectors)
     c.init_words = ''
-    train.train(c, data_pipelines.open(c), tmp_path / 'random')
+    loop.train(c, data_pipelines.open(c), tmp_path / 'random')
     assert 'random word vectors that stay so' in capsys.readouterr().out
 
 

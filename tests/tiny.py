@@ -3,7 +3,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import default
-from vatt_jax import hlo
+from vatt_jax.performance import hlo
 
 
 def config(**overrides):

@@ -9,8 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from vatt_jax import checkpoint, encoder, optim, sharding, tokenizer
+from vatt_jax import optim
 from vatt_jax.config import ConfigError
+from vatt_jax.inference import encoder
+from vatt_jax.inputs import tokenizer
+from vatt_jax.parallel import sharding
+from vatt_jax.training import checkpoint
 
 FILES = (str, os.PathLike)
 TOWER = {'image': 'video'}   # what a kind of input is encoded by, where it is not called the same

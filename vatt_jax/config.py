@@ -199,7 +199,7 @@ def check_values(config: ConfigDict) -> None:
 
 def check_batch(config: ConfigDict, devices: int, processes: int) -> tuple[int, ...]:
     """Mesh shape of this config on `devices`; the batch divides over microbatches, hosts and data-parallel devices."""
-    from vatt_jax import sharding
+    from vatt_jax.parallel import sharding
     try:
         shape = sharding.mesh_shape(config.mesh, devices)
     except sharding.ShardingError as error:

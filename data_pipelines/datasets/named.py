@@ -17,9 +17,10 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_pipelines import inputs, media, notes
+from data_pipelines import media
 from data_pipelines.errors import DataError
-from data_pipelines.inputs import Clip
+from data_pipelines.preparation import annotation_files, media_catalog
+from data_pipelines.preparation.media_catalog import Clip
 
 INF = float('inf')
 
@@ -27,7 +28,7 @@ INF = float('inf')
 class Place:
     """The folder of a dataset: finds and reads its annotation files. files: ids of the media files; names: which file a name means."""
 
-    def __init__(self, dataset: str, root: pathlib.Path, files: Sequence[str], names: notes.Names):
+    def __init__(self, dataset: str, root: pathlib.Path, files: Sequence[str], names: annotation_files.Names):
         self.dataset, self.root, self.files, self.names = dataset, root, files, names
         self.read: dict[pathlib.Path, str] = {}  # annotation files and their digests
 
@@ -556,17 +557,17 @@ DATASETS: dict[str, Dataset] = {d.name: d for d in (
     VGGSound(), AVE(), YouCook2(), MSRVTT(False), MSRVTT(True), HowTo100M(), ImageNet())}
 
 
-def read(name: str, manual_dir: str, videos: str = '') -> inputs.Inputs:
+def read(name: str, manual_dir: str, videos: str = '') -> media_catalog.Inputs:
     """What the annotation files of a named dataset say of the media files below manual_dir (or the folder `videos`). Raises DataError."""
     dataset = of(name)
     root = pathlib.Path(manual_dir)
     if not manual_dir or not root.is_dir():
         raise DataError(f'--manual_dir={manual_dir} is not a folder; it holds the files of {name} (--dataset={name} --help says which)')
-    files = inputs.scan(pathlib.Path(videos or manual_dir), dataset.suffixes)
-    names = notes.Names(f.id for f in files)
+    files = media_catalog.scan(pathlib.Path(videos or manual_dir), dataset.suffixes)
+    names = annotation_files.Names(f.id for f in files)
     at = Place(name, root, [f.id for f in files], names)
     clips, classes = dataset.clips(at)
-    out = inputs.resolve(clips, files, names, classes, dataset.folds)
+    out = media_catalog.resolve(clips, files, names, classes, dataset.folds)
     if not out.files:
         raise DataError(f'{name}: none of the {len(clips)} clips of its annotation files is below {videos or root} (the first would be '
                         f'{out.missing[0]!r}, a file is {files[0].id!r})' if clips else f'{name}: its annotation files list no clip')

@@ -9,9 +9,10 @@ from clocks import FPS, RATE, clock
 from test_data_prepare import SMALL, crashing_stage, folder_of
 
 import data_pipelines
-from data_pipelines import media, prepare, staging
+from data_pipelines import media, prepare
 from data_pipelines.errors import DataError
-from data_pipelines.records import Prepared, Split
+from data_pipelines.preparation import decoded_files
+from data_pipelines.storage.records import Prepared, Split
 
 HAVE = pytest.mark.skipif('not __import__("importlib.util").util.find_spec("apache_beam")', reason='apache-beam is not installed')
 RUNNER = '--runner=DirectRunner'
@@ -38,7 +39,7 @@ def test_the_same_records_faults_counted_work_kept(videos, tmp_path, monkeypatch
     assert len(staged) == 5
     gone = next(iter(staged))
     gone.unlink()
-    from data_pipelines import beam
+    from data_pipelines.preparation import beam
     done, original = [], beam.stage
     monkeypatch.setattr(beam, 'stage', lambda files, *a: (done.extend(files), original(files, *a))[1])
     result = prepare.prepare(videos, '', str(tmp_path / 'out'), **SMALL, name='clocks', beam=RUNNER)
@@ -53,7 +54,7 @@ def test_the_same_records_faults_counted_work_kept(videos, tmp_path, monkeypatch
 @HAVE
 def test_a_file_that_crashes_the_decoder_ends_no_worker(videos, tmp_path, monkeypatch):
     (tmp_path / 'videos' / 'bomb.mp4').write_bytes(b'x')
-    monkeypatch.setattr(staging, 'stage', crashing_stage)
+    monkeypatch.setattr(decoded_files, 'stage', crashing_stage)
     result = prepare.prepare(videos, '', str(tmp_path / 'out'), **SMALL, beam=RUNNER)
     assert result['skipped'] == {'bomb.mp4': 'corrupt: it crashes the decoder'} and sum(s['records'] for s in result['splits'].values()) == 5
 
@@ -66,7 +67,7 @@ def test_a_pipeline_that_fails_is_one_sentence(videos, tmp_path):
 
 def test_without_beam_it_is_said(videos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'apache_beam', None)
-    monkeypatch.delitem(sys.modules, 'data_pipelines.beam', raising=False)
+    monkeypatch.delitem(sys.modules, 'data_pipelines.preparation.beam', raising=False)
     monkeypatch.delattr(data_pipelines, 'beam', raising=False)
     with pytest.raises(DataError, match='needs apache-beam'):
         prepare.prepare(videos, '', str(tmp_path / 'out'), **SMALL, beam=RUNNER)

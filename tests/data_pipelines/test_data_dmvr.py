@@ -10,7 +10,7 @@ from test_data_synthetic import equal, rows
 import data_pipelines
 from data_pipelines import dmvr
 from data_pipelines.errors import DataError
-from data_pipelines.records import Prepared, Split
+from data_pipelines.storage.records import Prepared, Split
 
 KINDS = ('early', 'late', 'never')
 

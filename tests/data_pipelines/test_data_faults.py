@@ -8,9 +8,10 @@ import pytest
 from clocks import FPS, RATE, SIZE, clock, write_wav
 from test_data_prepare import SMALL, folder_of
 
-from data_pipelines import media, notes, prepare, staging
+from data_pipelines import media, prepare
 from data_pipelines.errors import DataError
-from data_pipelines.records import Prepared, Split
+from data_pipelines.preparation import annotation_files, decoded_files
+from data_pipelines.storage.records import Prepared, Split
 
 
 def test_zero_bytes_and_wrong_extensions(tmp_path):
@@ -67,7 +68,7 @@ def test_captions_beyond_the_end(tmp_path):
 def test_captions_that_are_not_utf8_are_one_sentence(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode('latin-1'))
     with pytest.raises(DataError, match=rf'{name}.*utf-?8'):
-        notes.read_captions(tmp_path / name)
+        annotation_files.read_captions(tmp_path / name)
 
 
 def test_truncated_shard(tmp_path):
@@ -107,7 +108,7 @@ def test_full_disk_while_decoding_and_while_writing(tmp_path, monkeypatch, capsy
     assert len(staged()) == 4 and not (out / 'prepare.json').exists()
     with pytest.raises(DataError, match='not finished'):
         Prepared(out)
-    monkeypatch.setattr(staging, 'stage', None)  # nothing is decoded again
+    monkeypatch.setattr(decoded_files, 'stage', None)  # nothing is decoded again
     assert prepare.main(arguments) == 0
     part = Split(Prepared(out), 'train')
     assert len(part) == 4 and not any(part.read(np.arange(4))[1])

@@ -11,7 +11,7 @@ import data_pipelines
 from data_pipelines import media, prepare
 from data_pipelines.datasets import named
 from data_pipelines.errors import DataError
-from data_pipelines.records import Prepared, Split
+from data_pipelines.storage.records import Prepared, Split
 
 SMALL = dict(fps=FPS, size=32, rate=RATE, quiet=True, processes=1)
 LABEL = {'youcook2': 'recipe', 'msrvtt': 'category', 'msrvtt_full': 'category', 'howto100m': 'category'}

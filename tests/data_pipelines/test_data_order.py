@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines import order
 from data_pipelines.errors import DataError
-from data_pipelines.order import Order, Source
+from data_pipelines.loading import order
+from data_pipelines.loading.order import Order, Source
 
 sizes = st.integers(1, 700)
 seeds = st.integers(0, 2**40)

@@ -7,8 +7,9 @@ from clocks import FPS, RATE, SIZE, audio_time, clock, video_time
 from test_data_synthetic import equal, rows
 
 import data_pipelines
-from data_pipelines import media, video
+from data_pipelines import media
 from data_pipelines.errors import DataError
+from data_pipelines.loading import frame_windows
 from data_pipelines.prepare import prepare
 
 
@@ -106,7 +107,7 @@ def test_frames_stored_as_video(config, data, stored_as_video, prepared, tmp_pat
 
 def on_device(planes):
     """uint8 [B T H W 3] of planes [B T 3H/2 W] with square frames, by the device stage."""
-    from vatt_jax import preprocess
+    from vatt_jax.inputs import preprocess
     b, size = len(planes), planes.shape[3]
     stream = {'data': planes, 'box': np.tile(np.float32([0, 0, 1, 1]), (b, 1)), 'flip': np.zeros(b, bool)}
     x = preprocess.video(stream, {'size': size}, {'color': 0.0}, None, False)
@@ -267,12 +268,12 @@ def test_short_records_repeat(config):
 @pytest.fixture(params=['flipped bits', 'other record'])
 def damaged(prepared, tmp_path, request):
     """A copy in whose record 4 of the training split each frame and each second of sound has one flipped bit, or is not the one that was noted."""
-    from data_pipelines import places
-    from data_pipelines.records import Prepared, Split
+    from data_pipelines.storage import byte_offsets
+    from data_pipelines.storage.records import Prepared, Split
     out = tmp_path / 'damaged'
     shutil.copytree(prepared[0], out)
     index = Split(Prepared(out), 'train').index
-    first, last = places.firsts(index.frames, index.samples, RATE)[4:6]
+    first, last = byte_offsets.firsts(index.frames, index.samples, RATE)[4:6]
     pieces = np.load(out / 'pieces-train.npy')
     if request.param == 'other record':
         pieces[first:last, 2] ^= 1
@@ -282,7 +283,7 @@ def damaged(prepared, tmp_path, request):
     content = bytearray(shard.read_bytes())
     begin = int(np.load(out / 'places-train.npz')['offset'][4])
     for offset, size, _ in pieces[first:last].tolist():
-        content[places._physical(begin + offset + size // 2)] ^= 0x10
+        content[byte_offsets._physical(begin + offset + size // 2)] ^= 0x10
     shard.write_bytes(content)
     return out
 
@@ -383,7 +384,7 @@ def test_squares_along_the_longer_side():
     height, width = np.array([60, 90, 50]), np.array([120, 60, 50])
     for place, want in ((0.0, [[0, 0, 1, 0.5], [0, 0, 2 / 3, 1], [0, 0, 1, 1]]), (0.5, [[0, 0.25, 1, 0.75], [1 / 6, 0, 5 / 6, 1], [0, 0, 1, 1]]),
                         (1.0, [[0, 0.5, 1, 1], [1 / 3, 0, 1, 1], [0, 0, 1, 1]])):
-        np.testing.assert_allclose(video.square_boxes(height, width, place), want, atol=1e-6)
+        np.testing.assert_allclose(frame_windows.square_boxes(height, width, place), want, atol=1e-6)
 
 
 def test_frames_of_different_shapes_are_cut_to_squares(config, tmp_path):
@@ -441,7 +442,7 @@ def test_what_does_not_fit_is_named(config, change, say):
 
 
 def test_a_trained_models_tokenizer_is_kept(config):
-    from vatt_jax import tokenizer
+    from vatt_jax.inputs import tokenizer
     spec = tokenizer.train('words', ['video yes'], 10).to_spec()
     with config.unlocked(), config.ignore_type():
         config.model.inputs.text.tokenizer = spec

@@ -6,13 +6,13 @@ import pytest
 import tensorflow as tf
 from test_data_dmvr import sequence_example
 
-from data_pipelines import places
 from data_pipelines.errors import DataError
+from data_pipelines.storage import byte_offsets
 
 
 def sizes(n):
     rng = np.random.default_rng(0)
-    return [0, 1, 3, places.BLOCK - 24 - 24 - 40 - 3, *(10 ** rng.uniform(0, 5.5, n)).astype(int).tolist()]
+    return [0, 1, 3, byte_offsets.BLOCK - 24 - 24 - 40 - 3, *(10 ** rng.uniform(0, 5.5, n)).astype(int).tolist()]
 
 
 def array_record(path, records, options='group_size:1,uncompressed'):
@@ -27,7 +27,7 @@ def test_records_of_a_file_and_any_part_of_them(tmp_path):
     rng = np.random.default_rng(1)
     records = [rng.bytes(n) for n in sizes(40)]
     array_record(tmp_path / 'x', records)
-    got = list(places.array_records(tmp_path / 'x'))
+    got = list(byte_offsets.array_records(tmp_path / 'x'))
     assert [r for _, r in got] == records
     # Three pieces of each record, the first behind the second, far ones read by calls of their own.
     tables, firsts = [], [0]
@@ -36,9 +36,9 @@ def test_records_of_a_file_and_any_part_of_them(tmp_path):
         spans = [(cuts[1], cuts[2]), (cuts[0], cuts[1]), (cuts[2], cuts[3])]
         tables.append(np.array([(a, b - a, zlib.crc32(r[a:b])) for a, b in spans], np.uint32))
         firsts.append(firsts[-1] + 3)
-    places.save(tmp_path, 'train', [tmp_path / 'x'], [(0, at, len(r)) for at, r in got], tables)
-    pieces = places.Pieces(tmp_path, 'train', [tmp_path / 'x'], np.array(firsts), True, 'again')
-    assert max(map(len, records)) > places._APART + 1000
+    byte_offsets.save(tmp_path, 'train', [tmp_path / 'x'], [(0, at, len(r)) for at, r in got], tables)
+    pieces = byte_offsets.Pieces(tmp_path, 'train', [tmp_path / 'x'], np.array(firsts), True, 'again')
+    assert max(map(len, records)) > byte_offsets._APART + 1000
     for i, r in enumerate(records):
         assert pieces[i] == r
         for numbers in ([0, 1, 2], [2, 0], [1], []):
@@ -47,17 +47,17 @@ def test_records_of_a_file_and_any_part_of_them(tmp_path):
     with pytest.raises(ValueError, match='crc32'):
         pieces.read(10, [1])
     with pytest.raises(DataError, match='2 records and its index.*again|has 44 records'):
-        places.Pieces(tmp_path, 'train', [tmp_path / 'x'], np.array(firsts[:-1]), True, 'again')
+        byte_offsets.Pieces(tmp_path, 'train', [tmp_path / 'x'], np.array(firsts[:-1]), True, 'again')
     with open(tmp_path / 'x', 'ab') as f:
         f.write(b'x')
     with pytest.raises(DataError, match='is not the file of .* bytes that .*again'):
-        places.Pieces(tmp_path, 'train', [tmp_path / 'x'], np.array(firsts), True, 'again')
+        byte_offsets.Pieces(tmp_path, 'train', [tmp_path / 'x'], np.array(firsts), True, 'again')
 
 
 def test_other_files_are_refused(tmp_path):
     array_record(tmp_path / 'x', [b'a' * 1000] * 3, 'group_size:1,zstd')
     with pytest.raises(DataError, match='compressed'):
-        list(places.array_records(tmp_path / 'x'))
+        list(byte_offsets.array_records(tmp_path / 'x'))
 
 
 def test_pieces_of_messages():
@@ -66,27 +66,27 @@ def test_pieces_of_messages():
     example = tf.train.Example(features=tf.train.Features(feature={
         'id': bytes_(b'me'), 'frames': bytes_(*frames), 'audio': bytes_(pcm.tobytes()), 'rate': tf.train.Feature(
             int64_list=tf.train.Int64List(value=[10])), 'fps': tf.train.Feature(float_list=tf.train.FloatList(value=[1.5]))})).SerializeToString()
-    name, table = places.of_example(example, 10)
+    name, table = byte_offsets.of_example(example, 10)
     want = [*frames, pcm[:10].tobytes(), pcm[10:20].tobytes(), pcm[20:].tobytes()]
     assert name == 'me' and [example[a:a + n] for a, n, _ in table.tolist()] == want
     assert [c for *_, c in table.tolist()] == list(map(zlib.crc32, want))
     sound = np.linspace(-1, 1, 25).astype('<f4')
     other = sequence_example(frames, sound)
-    table = places.of_sequence_example(other, 'image/encoded', 'WAVEFORM/feature/floats', 10)
+    table = byte_offsets.of_sequence_example(other, 'image/encoded', 'WAVEFORM/feature/floats', 10)
     want = [*frames, sound[:10].tobytes(), sound[10:20].tobytes(), sound[20:].tobytes()]
     assert [other[a:a + n] for a, n, _ in table.tolist()] == want
-    assert len(places.of_sequence_example(other, 'image/encoded', '', 10)) == 3
+    assert len(byte_offsets.of_sequence_example(other, 'image/encoded', '', 10)) == 3
 
 
 def test_a_dataset_without_tables_gets_them_when_opened(prepared, tmp_path, monkeypatch):
     import shutil
 
-    from data_pipelines.records import Prepared, Split
+    from data_pipelines.storage.records import Prepared, Split
     shutil.copytree(prepared[0], tmp_path / 'old')
     for name in ('places-test.npz', 'pieces-test.npy'):
         (tmp_path / 'old' / name).unlink()
     with monkeypatch.context() as m:
-        m.setattr(places.np, 'savez', lambda *a, **k: (_ for _ in ()).throw(OSError('read only')))
+        m.setattr(byte_offsets.np, 'savez', lambda *a, **k: (_ for _ in ()).throw(OSError('read only')))
         with pytest.raises(DataError, match='make the folder writable once'):
             Split(Prepared(tmp_path / 'old'), 'test')
     old, new = (Split(Prepared(p), 'test') for p in (tmp_path / 'old', prepared[0]))

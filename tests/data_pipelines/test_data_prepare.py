@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from clocks import FPS, RATE, SIZE, audio_time, clock, video_time, write_wav
 
-from data_pipelines import media, notes, prepare, staging
+from data_pipelines import media, prepare
 from data_pipelines.errors import DataError
-from data_pipelines.index import Index, Strings
-from data_pipelines.records import Prepared, Split
+from data_pipelines.preparation import annotation_files, decoded_files
+from data_pipelines.storage.record_index import Index, Strings
+from data_pipelines.storage.records import Prepared, Split
 
 SMALL = dict(fps=FPS, size=SIZE, rate=RATE, quiet=True, processes=1, min_seconds=0.5)
 
@@ -116,8 +117,8 @@ def test_killed_run_goes_on(tmp_path, monkeypatch):
     assert 3 <= len(staged()) < 30 and not (out / 'prepare.json').exists()
     with pytest.raises(DataError, match='not finished'):
         Prepared(out)
-    done, original = [], staging.stage
-    monkeypatch.setattr(staging, 'stage', lambda *a: (done.append(a[0].id), original(*a)))
+    done, original = [], decoded_files.stage
+    monkeypatch.setattr(decoded_files, 'stage', lambda *a: (done.append(a[0].id), original(*a)))
     left = 30 - len(staged())
     result = prepare.prepare(videos, '', str(out), **SMALL)
     assert len(done) == left and sum(s['records'] for s in result['splits'].values()) == 30
@@ -141,7 +142,7 @@ def test_killed_while_writing(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             prepare.prepare(videos, '', str(out), **SMALL)
     assert (out / 'dataset_info.json').exists() and not (out / 'prepare.json').exists()
-    monkeypatch.setattr(staging, 'stage', None)  # nothing is decoded again
+    monkeypatch.setattr(decoded_files, 'stage', None)  # nothing is decoded again
     result = prepare.prepare(videos, '', str(out), **SMALL)
     assert sum(s['records'] for s in result['splits'].values()) == 3
     assert all(len(Split(Prepared(out), s)) for s in result['splits'])
@@ -161,14 +162,14 @@ def test_overwrite(tmp_path):
 def crashing_stage(file, settings, target):
     if 'bomb' in file.id:
         os._exit(11)
-    staging.write(target, {'id': file.id, 'lengths': [], 'samples': 8000, 'height': 0, 'width': 0, 'duration': 1.0}, [bytes(16000)])
+    decoded_files.write(target, {'id': file.id, 'lengths': [], 'samples': 8000, 'height': 0, 'width': 0, 'duration': 1.0}, [bytes(16000)])
 
 
 def test_a_file_that_crashes_the_decoder_is_skipped(tmp_path, monkeypatch):
     (tmp_path / 'videos').mkdir()
     for name in ('a', 'bomb', 'c', 'd'):
         write_wav(tmp_path / 'videos' / f'{name}.wav', np.zeros(8000, np.int16))
-    monkeypatch.setattr(staging, 'stage', crashing_stage)
+    monkeypatch.setattr(decoded_files, 'stage', crashing_stage)
     result = prepare.prepare(str(tmp_path / 'videos'), '', str(tmp_path / 'out'), **{**SMALL, 'processes': 2})
     assert result['skipped'] == {'bomb.wav': 'corrupt: it crashes the decoder'}
     assert sum(s['records'] for s in result['splits'].values()) == 3
@@ -224,11 +225,11 @@ def test_caption_formats_agree(tmp_path):
         {'video': 'a.mp4', 'text': 'one, two', 'end': 1.5}, {'video': 'a.mp4', 'start': 2, 'end': 3, 'text': 'three'},
         {'video': 'b', 'text': 'ÅÄÖ'}]))
     for name in ('c.csv', 'd.json', 'l.json'):
-        assert notes.read_captions(tmp_path / name) == want, name
+        assert annotation_files.read_captions(tmp_path / name) == want, name
 
 
 def test_names_mean_files():
-    names = notes.Names(['train/a.mp4', 'test/a.mp4', 'train/deep/b.webm', 'c.mp4'])
+    names = annotation_files.Names(['train/a.mp4', 'test/a.mp4', 'train/deep/b.webm', 'c.mp4'])
     assert names('train/a.mp4') == 'train/a.mp4' and names('train/a') == 'train/a.mp4'
     assert names('b') == names('deep/b.webm') == names('./train/deep/b') == 'train/deep/b.webm' and names('c') == 'c.mp4'
     assert names('a.mp4') is None and names('zzz') is None  # two answer, none answers
@@ -236,12 +237,12 @@ def test_names_mean_files():
 
 def test_label_csv(tmp_path):
     (tmp_path / 'l.csv').write_text('video,label\na.mp4,run\nb.mp4,jump\n')
-    classes, videos = notes.read_annotations(tmp_path / 'l.csv')
+    classes, videos = annotation_files.read_annotations(tmp_path / 'l.csv')
     assert classes == {'class': ['jump', 'run']} and videos['a.mp4']['segments'][0]['labels'] == {'class': 1}
-    assert notes.several(classes, videos) == {'class': None}
+    assert annotation_files.several(classes, videos) == {'class': None}
     (tmp_path / 'l.csv').write_text('video,label\na.mp4,run\na.mp4,jump\nb.mp4,jump\n')
-    classes, videos = notes.read_annotations(tmp_path / 'l.csv')
-    assert notes.several(classes, videos) == {'class': 2} and videos['a.mp4']['segments'][0]['labels'] == {'class': [1, 0]}
+    classes, videos = annotation_files.read_annotations(tmp_path / 'l.csv')
+    assert annotation_files.several(classes, videos) == {'class': 2} and videos['a.mp4']['segments'][0]['labels'] == {'class': [1, 0]}
 
 
 @pytest.mark.parametrize('text, say', [
@@ -252,7 +253,7 @@ def test_label_csv(tmp_path):
 def test_wrong_annotations_name_the_place(tmp_path, text, say):
     (tmp_path / 'a.json').write_text(text)
     with pytest.raises(DataError, match=say):
-        notes.read_annotations(tmp_path / 'a.json')
+        annotation_files.read_annotations(tmp_path / 'a.json')
 
 
 def test_strings():

@@ -7,7 +7,7 @@ import pytest
 import data_pipelines
 from configs.default import get_config
 from data_pipelines.errors import DataError
-from data_pipelines.synthetic import save_npz
+from data_pipelines.loading.synthetic import save_npz
 
 
 def config(**data):
@@ -133,7 +133,7 @@ import sys
 for name in ('tensorflow', 'tensorflow_datasets', 'array_record', 'av'):
     sys.modules[name] = None
 import data_pipelines, data_pipelines.order
-from data_pipelines.synthetic import save_npz
+from data_pipelines.loading.synthetic import save_npz
 from configs.default import get_config
 c = get_config()
 c.data.source = 'synthetic'

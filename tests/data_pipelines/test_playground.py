@@ -244,7 +244,7 @@ def test_sine_of_sum_is_its_definition():
 def test_narrations_are_partly_about_now():
     """Several sentences a video, in order of time. Of the three nearest to a clip of two seconds about half tell of what it shows, some of
     another scene of its video, and some of nothing."""
-    from data_pipelines import text
+    from data_pipelines.loading import sentence_windows
     config = Config(train=150)
     nouns = {word: kind for kind in KINDS for word in narration.NOUNS[kind]}
     about = []
@@ -256,7 +256,7 @@ def test_narrations_are_partly_about_now():
             assert 0 <= s['start'] < s['end'] and s['text'] == s['text'].lower() and s['text'].replace(' ', '').isalpha()
         begin, end = (np.array([s[k] for s in said]) for k in ('start', 'end'))
         for e in episodes:
-            for i in text.candidates(begin, end, (e.begin + e.end) / 2 - 1, 2.0, 3):
+            for i in sentence_windows.candidates(begin, end, (e.begin + e.end) / 2 - 1, 2.0, 3):
                 told = {kind for noun, kind in nouns.items() if f' {noun} ' in f' {said[i]["text"]} '}
                 if said[i]['text'] in narration.CHATTER:
                     about.append('nothing')

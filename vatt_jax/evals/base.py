@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vatt_jax.config import ConfigError
-from vatt_jax.encoder import Encoder, features_of
+from vatt_jax.inference.encoder import Encoder, features_of
 
 
 @dataclasses.dataclass

@@ -124,7 +124,7 @@ class SimpleProbe(LinearProbe):
         c = self.config
         xs, labels, keep = [], [], []
         batches = view.data.one_pass(split, view.batch_size, process=view.process, limit=limit)
-        from vatt_jax.encoder import gather_rows
+        from vatt_jax.inference.encoder import gather_rows
         for batch in map(CHANGES[c.change], batches) if c.change else batches:
             if c.stream not in batch:
                 raise ConfigError(f'simple probe: the data has no stream {c.stream!r}')

@@ -16,8 +16,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vatt_jax.config import ConfigError
-from vatt_jax.importers import pickles, table
-from vatt_jax.importers.table import Entry, Path, Report
+from vatt_jax.importers import parameter_map, pickles
+from vatt_jax.importers.parameter_map import Entry, Path, Report
 from vatt_jax.models import presets
 
 ROOT = 'text_audio_video'
@@ -205,7 +205,7 @@ def import_checkpoint(path: str | os.PathLike, out: str | os.PathLike, config: C
     vocabulary: words in the order of the word table, <pad> first. Running statistics are the `average`s, with the number of their batches.
     Raises ConfigError when anything does not fit, before anything is written.
     """
-    out = table.check_new(out)
+    out = parameter_map.check_new(out)
     arrays = open_checkpoint(path)
     shapes = {k: v.shape for k, v in arrays.items()}
     if config is None:
@@ -220,11 +220,11 @@ def import_checkpoint(path: str | os.PathLike, out: str | os.PathLike, config: C
         config.objective = ConfigDict({'name': 'contrastive', 'pairs': pairs, 'temperature': 0.07, 'form': 'asymmetric'})
     _check_graph(config)
     config.compute_dtype = 'float32'     # what the release is evaluated in; published training configs say bfloat16
-    state = table.abstract_state(config, {})
-    entries = layout(table.variables(state))
+    state = parameter_map.abstract_state(config, {})
+    entries = layout(parameter_map.variables(state))
     spelled = [Entry(e.ours, e.layer, _canonical(e.theirs), e.shape, e.fields) for e in entries]
-    ours, report = table.to_ours(arrays.__getitem__, shapes, spelled, f'--checkpoint={path}', table.variables(state), bookkeeping)
-    table.write_run(out, config, state, ours, {'labels': {}, 'sources': [], 'imported': {'from': pathlib.Path(path).name, 'kind': 'mmv'}}, vocabulary)
+    ours, report = parameter_map.to_ours(arrays.__getitem__, shapes, spelled, f'--checkpoint={path}', parameter_map.variables(state), bookkeeping)
+    parameter_map.write_run(out, config, state, ours, {'labels': {}, 'sources': [], 'imported': {'from': pathlib.Path(path).name, 'kind': 'mmv'}}, vocabulary)
     return config, report
 
 
@@ -240,12 +240,12 @@ def export_checkpoint(run: str | os.PathLike, path: str | os.PathLike) -> int:
 
     The running sums (`hidden`) are those that the averages come from. The two heads between sound and words, which FAC does not use, are not made.
     """
-    config, _, ours = table.read_run(run)
+    config, _, ours = parameter_map.read_run(run)
     _check_graph(config)
     entries = layout(ours)
-    table.check_same(run, ours, entries)
+    parameter_map.check_same(run, ours, entries)
     tree: dict[str, dict[str, dict[str, np.ndarray]]] = {'params': {}, 'state': {}}
-    theirs = table.to_theirs(ours, entries)
+    theirs = parameter_map.to_theirs(ours, entries)
     for key, value in theirs.items():
         group, rest = key.split('/', 1)
         module, name = rest.rsplit('/', 1)

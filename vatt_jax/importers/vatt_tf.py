@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vatt_jax import spectrogram
 from vatt_jax.config import ConfigError, choose, with_defaults
-from vatt_jax.importers import table
-from vatt_jax.importers.table import Entry, Report
-from vatt_jax.models.vatt import AXES, SIZE, TOWERS, extent, patch_of
+from vatt_jax.importers import parameter_map
+from vatt_jax.importers.parameter_map import Entry, Report
+from vatt_jax.inputs import spectrogram
+from vatt_jax.models.multimodal import AXES, SIZE, TOWERS, extent, patch_of
 from vatt_jax.objectives import classification
 
 SUFFIX = '/.ATTRIBUTES/VARIABLE_VALUE'
@@ -403,7 +403,7 @@ def import_checkpoint(prefix: str, out: str | os.PathLike, config: ConfigDict | 
     order of the word table, <pad> first. classes: names of a fine-tuned model's classes. Optimizer slots are not taken: training goes
     on with fresh ones. Raises ConfigError when anything does not fit, before anything is written.
     """
-    out = table.check_new(out)
+    out = parameter_map.check_new(out)
     shapes, read = open_checkpoint(prefix)
     of = kind(shapes)
     if config is None:
@@ -445,25 +445,25 @@ def import_checkpoint(prefix: str, out: str | os.PathLike, config: ConfigDict | 
         raise ConfigError(f'--checkpoint={prefix} is {of}, and config.model.shared={model["shared"]} makes '
                           f'{"a modality-agnostic" if model["shared"] else "a modality-specific"} model; choose another config')
     entries = list(layout(model, objective, count))
-    state = table.abstract_state(config, labels)
+    state = parameter_map.abstract_state(config, labels)
     try:
         unlike = differences(infer(shapes), model, objective)
     except ConfigError:     # a variable that tells a size is missing: to_ours lists it
         unlike = []
-    arrays, report = table.to_ours(read, shapes, entries, f'--checkpoint={prefix}', table.variables(state), bookkeeping, unlike)
-    table.write_run(out, config, state, arrays, {'labels': labels, 'sources': [], 'imported': {'from': pathlib.Path(prefix).name, 'kind': of}},
+    arrays, report = parameter_map.to_ours(read, shapes, entries, f'--checkpoint={prefix}', parameter_map.variables(state), bookkeeping, unlike)
+    parameter_map.write_run(out, config, state, arrays, {'labels': labels, 'sources': [], 'imported': {'from': pathlib.Path(prefix).name, 'kind': of}},
                     vocabulary)
     return config, report
 
 
 def export_checkpoint(run: str | os.PathLike, prefix: str) -> int:
     """Writes the newest model of a run (or one checkpoint folder) as an official checkpoint of weights; returns the number of variables."""
-    config, info, ours = table.read_run(run)
+    config, info, ours = parameter_map.read_run(run)
     objective, classes = None, 0
     if config.objective.name == 'classification':
         objective = with_defaults(config.objective, classification.DEFAULTS, 'config.objective')
         classes = len(info['labels'][objective.label])
     entries = list(layout(filled(config), objective, classes))
-    table.check_same(run, ours, entries)
-    write_checkpoint(prefix, table.to_theirs(ours, entries))
+    parameter_map.check_same(run, ours, entries)
+    write_checkpoint(prefix, parameter_map.to_theirs(ours, entries))
     return len(entries)

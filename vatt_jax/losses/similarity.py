@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from vatt_jax.losses.sweep import AUTO, METHODS, How, Layout, at, blocks, choose, collect, loop, on_shares, padded, put, share, sweep
+from vatt_jax.losses.blockwise import AUTO, METHODS, How, Layout, at, blocks, choose, collect, loop, on_shares, padded, put, share, sweep
 
 __all__ = ['AUTO', 'METHODS', 'NEVER', 'How', 'Sums', 'log_sum_exp', 'sigmoid_sum']
 

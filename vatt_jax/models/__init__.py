@@ -4,7 +4,7 @@ from __future__ import annotations
 from flax.core import freeze
 
 from vatt_jax.config import choose
-from vatt_jax.models.vatt import VATT, Encoded, Outputs
+from vatt_jax.models.multimodal import VATT, Encoded, Outputs
 
 MODELS = {'vatt': VATT}
 

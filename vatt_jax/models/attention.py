@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from vatt_jax import sharding
 from vatt_jax.config import ConfigError
+from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
 
 IMPLEMENTATIONS = ('auto', 'dense', 'xla', 'cudnn', 'triton', 'splash')

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vatt_jax.models.layers import Dense, LayerNorm
+from vatt_jax.parallel.sharding import logical
 from vatt_jax.rng import Rng
-from vatt_jax.sharding import logical
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vatt_jax.config import choose
-from vatt_jax.sharding import as_rows, logical
+from vatt_jax.parallel.sharding import as_rows, logical
 
 # Initial values of kernels. glorot: Keras's default, VATT's. fan_in: Haiku's default, MMV's (a normal cut at two deviations and not rescaled).
 # kaiming: He et al. (2015), fan-out, of PyTorch's ResNets.

@@ -10,8 +10,8 @@ import numpy as np
 
 from vatt_jax.models.attention import attention
 from vatt_jax.models.layers import LayerNorm
+from vatt_jax.parallel.sharding import as_rows, constrain, logical
 from vatt_jax.rng import Rng
-from vatt_jax.sharding import as_rows, constrain, logical
 
 REMAT = ('none', 'dots', 'full')
 Layout = tuple[tuple[int, int], ...]   # of each stream (K, n): K rows of n tokens for every example

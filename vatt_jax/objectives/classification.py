@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from vatt_jax.config import ConfigError, choose, with_defaults
 from vatt_jax.losses.classification import balanced_binary_cross_entropy, softmax_cross_entropy
 from vatt_jax.objectives.base import Loss, Objective
+from vatt_jax.parallel.sharding import logical
 from vatt_jax.rng import Rng
-from vatt_jax.sharding import logical
 
 DEFAULTS = {
     'name': 'classification',

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from vatt_jax.config import ConfigError
 from vatt_jax.models.layers import BatchNorm
+from vatt_jax.parallel.sharding import logical
 from vatt_jax.rng import Rng
-from vatt_jax.sharding import logical
 
 
 class Head(nn.Module):

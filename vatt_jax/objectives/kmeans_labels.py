@@ -13,7 +13,7 @@ from vatt_jax.clustering.kmeans import labels_of
 from vatt_jax.config import ConfigError, choose, with_defaults
 from vatt_jax.losses.classification import softmax_cross_entropy
 from vatt_jax.objectives.base import Loss, Objective, Refreshed, only
-from vatt_jax.sharding import logical
+from vatt_jax.parallel.sharding import logical
 
 DEFAULTS = {
     'name': 'kmeans_labels',

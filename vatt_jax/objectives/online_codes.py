@@ -8,8 +8,8 @@ from vatt_jax.clustering.sinkhorn import soft_codes
 from vatt_jax.config import ConfigError, with_defaults
 from vatt_jax.objectives import heads
 from vatt_jax.objectives.base import Loss, Objective
+from vatt_jax.parallel.sharding import logical
 from vatt_jax.rng import Rng
-from vatt_jax.sharding import logical
 
 DEFAULTS = {
     'name': 'online_codes',
