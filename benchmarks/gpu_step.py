@@ -13,6 +13,7 @@ inputs that already lie on the device, which favours it. --tiny gives both sides
 gradient's norm (to 1e-3). Without torch, and for MMV, the row is empty.
 Each run adds its rows to benchmarks/results/gpu_step.json.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 TINY = '--tiny' in sys.argv
 if TINY:
     os.environ['JAX_PLATFORMS'], os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'cpu', '1'
-os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')   # PyTorch runs in the same process
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # PyTorch runs in the same process
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +46,13 @@ from vatt_jax.rng import Rng
 from vatt_jax.training import loop
 
 RESULTS = ROOT / 'benchmarks' / 'results' / 'gpu_step.json'
-MODELS = {'bbs': 'configs/vatt.py:bbs,synthetic,fused', 'lbs': 'configs/vatt.py:lbs,synthetic,fused',
-          'agnostic': 'configs/vatt.py:agnostic_medium,synthetic,fused', 'tsm50': 'configs/mmv.py:tsm50_fac_vat,synthetic',
-          's3d': 'configs/mmv.py:s3d_fac_vat,synthetic'}
+MODELS = {
+    'bbs': 'configs/vatt.py:bbs,synthetic,fused',
+    'lbs': 'configs/vatt.py:lbs,synthetic,fused',
+    'agnostic': 'configs/vatt.py:agnostic_medium,synthetic,fused',
+    'tsm50': 'configs/mmv.py:tsm50_fac_vat,synthetic',
+    's3d': 'configs/mmv.py:s3d_fac_vat,synthetic',
+}
 BATCHES = (512, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 8)
 BLOCK, ROUNDS = (1, 1) if TINY else (10, 5)
 
@@ -62,7 +67,18 @@ def config(name: str, batch: int):
         size = {'layers': 2, 'width': 64, 'mlp': 128, 'heads': 2, 'head_width': 32}
         c.model.encoder.update(size if c.model.shared else {})
         for t in c.model.towers.values():
-            t.update({k: v for k, v in {'positions': (), 'post': 48, 'depth': 18, 'multiplier': 0.25}.items() if k in t})
+            t.update(
+                {
+                    k: v
+                    for k, v in {
+                        'positions': (),
+                        'post': 48,
+                        'depth': 18,
+                        'multiplier': 0.25,
+                    }.items()
+                    if k in t
+                }
+            )
             t.update(size if t.name in ('vit', 'wat', 't5') and not c.model.shared else {})
             t.update({'vocab': 1000} if t.name in ('t5', 'linear') else {})
     return c
@@ -93,7 +109,7 @@ def matmul_peak() -> float:
             x = f(a, x)
         x.block_until_ready()
         best = min(best, (time.perf_counter() - began) / 10)
-    return 2 * n ** 3 / best
+    return 2 * n**3 / best
 
 
 def ours(name: str, batch: int) -> dict:
@@ -104,8 +120,13 @@ def ours(name: str, batch: int) -> dict:
     variables = {'params': built.shape.params['model'], 'batch_stats': built.shape.batch_stats}
     plain = configs.ConfigDict(c.to_dict())
     plain.model.attention = 'dense'
-    counts = flops.towers(loop.models.build(plain.model, c.compute_dtype), variables,
-                          jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype), dict(built.inputs)))
+    counts = flops.towers(
+        loop.models.build(plain.model, c.compute_dtype),
+        variables,
+        jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype), dict(built.inputs)
+        ),
+    )
     with jax.set_mesh(built.mesh):
         on_device = encoder.place(next(data.train(0, batch)), built.mesh)
         state = built.init()
@@ -116,13 +137,19 @@ def ours(name: str, batch: int) -> dict:
             nonlocal state
             state, metrics = step(state, on_device)
             return metrics['loss'].block_until_ready
+
         once()()
         took = seconds(once)
-    return {'seconds': took, 'flops_needed': flops.model_flops(counts, 'needed'), 'flops_all_tokens': flops.model_flops(counts, 'all_tokens'),
-            'memory_GB': (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9}
+    return {
+        'seconds': took,
+        'flops_needed': flops.model_flops(counts, 'needed'),
+        'flops_all_tokens': flops.model_flops(counts, 'all_tokens'),
+        'memory_GB': (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9,
+    }
 
 
 # ---- the same towers and loss in PyTorch
+
 
 def torch_model(c, rate: float):
     """The VATT of a resolved config as a PyTorch module, (video, audio, text, kept) -> loss; None without torch or where a tower is no transformer.
@@ -143,7 +170,10 @@ def torch_model(c, rate: float):
     class Patches(nn.Module):
         def __init__(self, patch, grid, width):
             super().__init__()
-            self.patch, self.projection = nn.Linear(patch, width), nn.Linear(width, width) if shared else None
+            self.patch, self.projection = (
+                nn.Linear(patch, width),
+                nn.Linear(width, width) if shared else None,
+            )
             self.places = nn.ParameterList(0.02 * torch.randn(n, width) for n in grid)
             self.norm, self.agg = nn.LayerNorm(width, 1e-6), nn.Parameter(0.02 * torch.randn(width))
 
@@ -151,7 +181,10 @@ def torch_model(c, rate: float):
             x = self.patch(x[:, kept])
             x = F.gelu(self.projection(x)) if shared else x
             axes = len(self.places)
-            places = sum(p.view(*(-1 if i == axis else 1 for i in range(axes)), p.shape[1]) for axis, p in enumerate(self.places))
+            places = sum(
+                p.view(*(-1 if i == axis else 1 for i in range(axes)), p.shape[1])
+                for axis, p in enumerate(self.places)
+            )
             x = F.dropout(x + self.norm(places.reshape(-1, x.shape[-1]))[kept], rate)
             return torch.cat([self.agg.expand(len(x), 1, -1), x], 1), None
 
@@ -160,8 +193,15 @@ def torch_model(c, rate: float):
             super().__init__()
             self.table = nn.Embedding(t.get('vocab') or 1 << 16, 300)
             self.table.weight.requires_grad_(False)
-            self.projection, self.agg = nn.Linear(300, width, shared), nn.Parameter(0.02 * torch.randn(width if shared else 300))
-            self.places, self.norm = (nn.Parameter(0.02 * torch.randn(words, width)), nn.LayerNorm(width, 1e-6)) if shared else (None, None)
+            self.projection, self.agg = (
+                nn.Linear(300, width, shared),
+                nn.Parameter(0.02 * torch.randn(width if shared else 300)),
+            )
+            self.places, self.norm = (
+                (nn.Parameter(0.02 * torch.randn(words, width)), nn.LayerNorm(width, 1e-6))
+                if shared
+                else (None, None)
+            )
 
         def forward(self, ids):
             first = lambda x: torch.cat([self.agg.expand(len(x), 1, -1), x], 1)
@@ -173,10 +213,23 @@ def torch_model(c, rate: float):
     class Block(nn.Module):
         def __init__(self, t, t5):
             super().__init__()
-            self.heads, inner, self.scale = t.heads, t.heads * t.get('head_width', 64), 1.0 if t5 else None
-            self.norm, self.norm2 = (nn.RMSNorm if t5 else nn.LayerNorm)(t.width, 1e-6), nn.LayerNorm(t.width, 1e-6)
-            self.q, self.kv, self.out = (nn.Linear(*size, not t5) for size in ((t.width, inner), (t.width, 2 * inner), (inner, t.width)))
-            self.up, self.down = nn.Linear(t.width, t.mlp, not t5), nn.Linear(t.mlp, t.width, not t5)
+            self.heads, inner, self.scale = (
+                t.heads,
+                t.heads * t.get('head_width', 64),
+                1.0 if t5 else None,
+            )
+            self.norm, self.norm2 = (
+                (nn.RMSNorm if t5 else nn.LayerNorm)(t.width, 1e-6),
+                nn.LayerNorm(t.width, 1e-6),
+            )
+            self.q, self.kv, self.out = (
+                nn.Linear(*size, not t5)
+                for size in ((t.width, inner), (t.width, 2 * inner), (inner, t.width))
+            )
+            self.up, self.down = (
+                nn.Linear(t.width, t.mlp, not t5),
+                nn.Linear(t.mlp, t.width, not t5),
+            )
 
         def forward(self, x, mask, last):
             b, n, _ = x.shape
@@ -184,8 +237,16 @@ def torch_model(c, rate: float):
             k, v = self.kv(y).view(b, n, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
             x, y = (x[:, :1], y[:, :1]) if last else (x, y)
             q = self.q(y).view(b, -1, self.heads, k.shape[-1]).transpose(1, 2)
-            mask = mask if mask is None or mask.dtype == torch.bool else mask[:, :, :q.shape[2]].to(q.dtype)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale).transpose(1, 2).flatten(2)
+            mask = (
+                mask
+                if mask is None or mask.dtype == torch.bool
+                else mask[:, :, : q.shape[2]].to(q.dtype)
+            )
+            y = (
+                F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+                .transpose(1, 2)
+                .flatten(2)
+            )
             x = x + F.dropout(self.out(y), rate)
             return x + F.dropout(self.down(F.dropout(F.gelu(self.up(self.norm2(x))), rate)), rate)
 
@@ -200,7 +261,9 @@ def torch_model(c, rate: float):
         def forward(self, x, mask):
             mask = None if mask is None else mask[:, None, None]
             if self.bias is not None:
-                mask = self.bias[self.buckets.to(x.device)].permute(2, 0, 1)[None] + torch.where(mask, 0.0, -1e9)
+                mask = self.bias[self.buckets.to(x.device)].permute(2, 0, 1)[None] + torch.where(
+                    mask, 0.0, -1e9
+                )
             for i, block in enumerate(self.blocks):
                 x = block(x, mask, i == len(self.blocks) - 1)
             return F.dropout(self.norm(x), rate)[:, 0]
@@ -210,18 +273,39 @@ def torch_model(c, rate: float):
             super().__init__()
             i, head = c.model.inputs, c.model.head
             width = {m: c.model.encoder.width if shared else t.width for m, t in towers.items()}
-            self.grid, words = (i.video.frames // 4, i.video.size // 16, i.video.size // 16), i.text.words
-            self.fronts = nn.ModuleDict({'video': Patches(4 * 16 * 16 * 3, self.grid, width['video']),
-                                         'audio': Patches(128, (i.audio.samples // 128,), width['audio']),
-                                         'text': Words(towers.text, words, width['text'])})
+            self.grid, words = (
+                (i.video.frames // 4, i.video.size // 16, i.video.size // 16),
+                i.text.words,
+            )
+            self.fronts = nn.ModuleDict(
+                {
+                    'video': Patches(4 * 16 * 16 * 3, self.grid, width['video']),
+                    'audio': Patches(128, (i.audio.samples // 128,), width['audio']),
+                    'text': Words(towers.text, words, width['text']),
+                }
+            )
             one = Encoder(c.model.encoder) if shared else None
-            self.encoders = nn.ModuleDict({m: one or Encoder(t, m == 'text', words + 1) for m, t in towers.items()})
-            self.posts = nn.ModuleDict({m: nn.Linear(width[m], t.post) for m, t in towers.items() if t.get('post')})
+            self.encoders = nn.ModuleDict(
+                {m: one or Encoder(t, m == 'text', words + 1) for m, t in towers.items()}
+            )
+            self.posts = nn.ModuleDict(
+                {m: nn.Linear(width[m], t.post) for m, t in towers.items() if t.get('post')}
+            )
             out = {m: t.get('post') or width[m] for m, t in towers.items()}
-            self.va = nn.Sequential(nn.Linear(out['video'], head.va, False), nn.BatchNorm1d(head.va), nn.ReLU(),
-                                    nn.Linear(head.va, head.va, False), nn.BatchNorm1d(head.va))
-            self.vat = nn.Sequential(nn.ReLU(), nn.Linear(head.va, head.vat, False), nn.BatchNorm1d(head.vat))
-            self.heard, self.read = nn.Linear(out['audio'], head.va), nn.Linear(out['text'], head.vat)
+            self.va = nn.Sequential(
+                nn.Linear(out['video'], head.va, False),
+                nn.BatchNorm1d(head.va),
+                nn.ReLU(),
+                nn.Linear(head.va, head.va, False),
+                nn.BatchNorm1d(head.va),
+            )
+            self.vat = nn.Sequential(
+                nn.ReLU(), nn.Linear(head.va, head.vat, False), nn.BatchNorm1d(head.vat)
+            )
+            self.heard, self.read = (
+                nn.Linear(out['audio'], head.va),
+                nn.Linear(out['text'], head.vat),
+            )
 
         def pooled(self, m, *stream):
             x = self.encoders[m](*self.fronts[m](*stream))
@@ -229,18 +313,26 @@ def torch_model(c, rate: float):
 
         def forward(self, video, audio, text, kept):
             b, (t, h, w) = len(video), self.grid
-            voxels = video.view(b, t, 4, h, 16, w, 16, 3).permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, t * h * w, -1)
+            voxels = (
+                video.view(b, t, 4, h, 16, w, 16, 3)
+                .permute(0, 1, 3, 5, 2, 4, 6, 7)
+                .reshape(b, t * h * w, -1)
+            )
             va = self.va(self.pooled('video', voxels, kept['video']))
             heard = self.heard(self.pooled('audio', audio.view(b, -1, 128), kept['audio']))
             vat, read = self.vat(va), self.read(self.pooled('text', text.flatten(0, 1)))
-            with torch.autocast(va.device.type, enabled=False):   # scores in float32, as in ours
-                return nce(va.float(), heard.float()[:, None]) / 2 + nce(vat.float(), read.float().view(b, -1, read.shape[-1])) / 2
+            with torch.autocast(va.device.type, enabled=False):  # scores in float32, as in ours
+                return (
+                    nce(va.float(), heard.float()[:, None]) / 2
+                    + nce(vat.float(), read.float().view(b, -1, read.shape[-1])) / 2
+                )
 
     def nce(x, y):
         scores = torch.einsum('be,ake->bak', F.normalize(x, dim=-1), F.normalize(y, dim=-1)) / 0.07
         own = torch.diagonal(scores, dim1=0, dim2=1).T.logsumexp(-1)
         every = torch.cat([scores.flatten(1), scores.transpose(0, 1).flatten(1)], 1).logsumexp(-1)
         return (every - own).mean()
+
     return Model()
 
 
@@ -248,6 +340,7 @@ def load(model, params) -> None:
     """Our parameters into a torch_model."""
     import numpy as np
     import torch
+
     p = jax.tree.map(np.asarray, params)
     left = {id(x) for x in model.parameters()}
 
@@ -265,6 +358,7 @@ def load(model, params) -> None:
             put(module.weight, tree['scale'])
         if 'bias' in tree:
             put(module.bias, tree['bias'].reshape(-1))
+
     for m, front in model.fronts.items():
         f = p[f'fronts_{m}']
         for name in ('patch', 'projection'):
@@ -275,8 +369,14 @@ def load(model, params) -> None:
             put(front.table.weight, f['word_table'])
         if 'positions' in f:
             part(front.norm, f['positions']['norm'])
-            places = [f['positions'][f'{axis}_positions'] for axis in ('temporal', 'vertical', 'horizontal') if f'{axis}_positions' in f['positions']]
-            for target, value in zip([front.places] if m == 'text' else front.places, places, strict=True):
+            places = [
+                f['positions'][f'{axis}_positions']
+                for axis in ('temporal', 'vertical', 'horizontal')
+                if f'{axis}_positions' in f['positions']
+            ]
+            for target, value in zip(
+                [front.places] if m == 'text' else front.places, places, strict=True
+            ):
                 put(target, value)
         e, encoder_ = p.get(f'encoders_{m}') or p['shared_encoder'], model.encoders[m]
         part(encoder_.norm, e['final_norm'])
@@ -284,15 +384,36 @@ def load(model, params) -> None:
             put(encoder_.bias, e['relative_bias'])
         for i, block in enumerate(encoder_.blocks):
             one = jax.tree.map(lambda x, i=i: x[i], e['layers'])
-            flat = {n: {k: v.reshape(len(v), -1) if k == 'kernel' else v.reshape(-1) for k, v in one[n].items()} for n in ('query', 'key', 'value')}
+            flat = {
+                n: {
+                    k: v.reshape(len(v), -1) if k == 'kernel' else v.reshape(-1)
+                    for k, v in one[n].items()
+                }
+                for n in ('query', 'key', 'value')
+            }
             both = {k: np.concatenate([flat['key'][k], flat['value'][k]], -1) for k in flat['key']}
-            for module, tree in ((block.norm, one['attention_norm']), (block.norm2, one['mlp_norm']), (block.q, flat['query']), (block.kv, both),
-                                 (block.out, one['out']), (block.up, one['mlp_in']), (block.down, one['mlp_out'])):
+            for module, tree in (
+                (block.norm, one['attention_norm']),
+                (block.norm2, one['mlp_norm']),
+                (block.q, flat['query']),
+                (block.kv, both),
+                (block.out, one['out']),
+                (block.up, one['mlp_in']),
+                (block.down, one['mlp_out']),
+            ):
                 part(module, tree)
         if m in model.posts:
             part(model.posts[m], p[f'posts_{m}'])
-    heads = {'video_hidden': model.va[0], 'video_va_pre_norm': model.va[1], 'video_va': model.va[3], 'video_va_norm': model.va[4],
-             'video_vat': model.vat[1], 'video_vat_norm': model.vat[2], 'audio_va': model.heard, 'text_vat': model.read}
+    heads = {
+        'video_hidden': model.va[0],
+        'video_va_pre_norm': model.va[1],
+        'video_va': model.va[3],
+        'video_va_norm': model.va[4],
+        'video_vat': model.vat[1],
+        'video_vat_norm': model.vat[2],
+        'audio_va': model.heard,
+        'text_vat': model.read,
+    }
     for name, module in heads.items():
         part(module, p['head'][name])
     assert not left, f'{len(left)} parameters of the PyTorch model were not set'
@@ -302,34 +423,58 @@ def check(name: str) -> None:
     """Exits where both sides, given the same weights, clips and tokens that DropToken leaves, differ in loss or gradient. Float32, no dropout."""
     c = config(name, 4)
     for t in (*c.model.towers.values(), c.model.encoder):
-        t.update(dict.fromkeys(('dropout', 'attention_dropout', *(['position_dropout'] if 'name' in t else [])), 0.0))
+        t.update(
+            dict.fromkeys(
+                ('dropout', 'attention_dropout', *(['position_dropout'] if 'name' in t else [])),
+                0.0,
+            )
+        )
     theirs = torch_model(c, 0.0)
     if theirs is None:
         return print(f'{name}: no PyTorch side to compare with', flush=True)
     import numpy as np
     import torch
+
     data = data_pipelines.open(c)
     built = loop.build(c, data)
     with jax.set_mesh(built.mesh):
         state = built.init()
-        noise = iter(jax.random.split(jax.random.key(1), 1000))   # zeros and ones would hide what is left out
-        params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), state.params)
+        noise = iter(
+            jax.random.split(jax.random.key(1), 1000)
+        )  # zeros and ones would hide what is left out
+        params = jax.tree.map(
+            lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), state.params
+        )
         rng = Rng.create(0, 0, np.arange(4))
-        batch = preprocess.device_stage(encoder.place(next(data.train(0, 4)), built.mesh), c.model.inputs, c.augment, rng, augment=False,
-                                        dtype='float32')
+        batch = preprocess.device_stage(
+            encoder.place(next(data.train(0, 4)), built.mesh),
+            c.model.inputs,
+            c.augment,
+            rng,
+            augment=False,
+            dtype='float32',
+        )
 
         def loss(params):
             variables = {'params': params['model'], 'batch_stats': state.batch_stats}
-            return built.objective.loss(built.model, variables, {}, {}, batch, rng).value, built.model.apply(
-                variables, batch, train=True, rng=rng, method='encode_all')
+            return built.objective.loss(
+                built.model, variables, {}, {}, batch, rng
+            ).value, built.model.apply(variables, batch, train=True, rng=rng, method='encode_all')
+
         (value, encoded), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     load(theirs, params['model'])
     tensor = lambda x: torch.tensor(np.asarray(x))
-    other = theirs(*(tensor(batch[s]['data']) for s in ('video', 'audio', 'text')), {m: tensor(encoded[m].kept).long() for m in ('video', 'audio')})
+    other = theirs(
+        *(tensor(batch[s]['data']) for s in ('video', 'audio', 'text')),
+        {m: tensor(encoded[m].kept).long() for m in ('video', 'audio')},
+    )
     other.backward()
     both = jax.tree.leaves(grads), [p.grad for p in theirs.parameters() if p.requires_grad]
-    norms = [sum(float((g ** 2).sum()) for g in gs) ** 0.5 for gs in both]
-    print(f'{name}: loss {float(value):.6f}, PyTorch {other.item():.6f}; norm of the gradient {norms[0]:.6f}, {norms[1]:.6f}', flush=True)
+    norms = [sum(float((g**2).sum()) for g in gs) ** 0.5 for gs in both]
+    print(
+        f'{name}: loss {float(value):.6f}, PyTorch {other.item():.6f}; norm of the gradient {norms[0]:.6f}, {norms[1]:.6f}',
+        flush=True,
+    )
     if abs(other.item() / float(value) - 1) > 1e-4 or abs(norms[1] / norms[0] - 1) > 1e-3:
         sys.exit(f'error: {name}: the two sides do not compute the same')
 
@@ -341,23 +486,30 @@ def torch_step(name: str, batch: int):
     if model is None:
         return None
     import torch
+
     place = 'cpu' if TINY else 'cuda'
     model = model.to(place)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-4, fused=place == 'cuda')
+    optimizer = torch.optim.Adam(
+        [p for p in model.parameters() if p.requires_grad], 1e-4, fused=place == 'cuda'
+    )
     run = model if TINY else torch.compile(model)
     i = c.model.inputs
     video = torch.rand(batch, i.video.frames, i.video.size, i.video.size, 3, device=place) * 2 - 1
-    audio, text = torch.rand(batch, i.audio.samples, device=place), torch.randint(1, 1000, (batch, i.text.candidates, i.text.words), device=place)
+    audio, text = (
+        torch.rand(batch, i.audio.samples, device=place),
+        torch.randint(1, 1000, (batch, i.text.candidates, i.text.words), device=place),
+    )
     tokens = {'video': math.prod(model.grid), 'audio': i.audio.samples // 128}
 
     def once():
-        kept = {m: torch.randperm(n, device=place)[:n // 2] for m, n in tokens.items()}
+        kept = {m: torch.randperm(n, device=place)[: n // 2] for m, n in tokens.items()}
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(place, torch.bfloat16, enabled=not TINY):
             loss = run(video, audio, text, kept)
         loss.backward()
         optimizer.step()
         return torch.cuda.synchronize if place == 'cuda' else lambda: None
+
     return once
 
 
@@ -367,7 +519,7 @@ def largest(name: str, batches, measure):
     for batch in batches:
         try:
             return batch, measure(name, batch)
-        except Exception as error:   # out of memory has a type of its own in each library
+        except Exception as error:  # out of memory has a type of its own in each library
             why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             if 'memory' not in str(error).lower() and 'RESOURCE_EXHAUSTED' not in str(error):
                 raise
@@ -384,9 +536,13 @@ def in_torch(name: str, batch: int):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--only', default='', help='one of ' + ', '.join(MODELS))
-    parser.add_argument('--batch', type=int, default=0, help='clips; default: the largest of a list that fits')
+    parser.add_argument(
+        '--batch', type=int, default=0, help='clips; default: the largest of a list that fits'
+    )
     parser.add_argument('--tiny', action='store_true')
     flags = parser.parse_args()
     device = jax.devices()[0]
@@ -394,24 +550,45 @@ def main() -> None:
         sys.exit(f'error: this is {device.device_kind}, no GPU; --tiny shows that it runs')
     batches = (flags.batch,) if flags.batch else (4,) if TINY else BATCHES
     sheet, peak = chips.peak_of([device]), matmul_peak()
-    print(f'{device.device_kind}: data sheet {sheet and sheet / 1e12} TFLOP/s, measured {peak / 1e12:.1f}', flush=True)
-    git = lambda *c: subprocess.run(['git', *c], cwd=ROOT, text=True, capture_output=True).stdout.strip()
+    print(
+        f'{device.device_kind}: data sheet {sheet and sheet / 1e12} TFLOP/s, measured {peak / 1e12:.1f}',
+        flush=True,
+    )
+    git = lambda *c: subprocess.run(
+        ['git', *c], cwd=ROOT, text=True, capture_output=True
+    ).stdout.strip()
     for name in [flags.only] if flags.only else MODELS:
         if TINY:
             check(name)
         batch, got = largest(name, batches, ours)
-        row = {'model': name, 'device': device.device_kind, 'date': datetime.date.today().isoformat(), 'commit': git('rev-parse', '--short', 'HEAD'),
-               'jax': jax.__version__, 'matmul_peak': peak, 'data_sheet': sheet, 'batch': batch}
+        row = {
+            'model': name,
+            'device': device.device_kind,
+            'date': datetime.date.today().isoformat(),
+            'commit': git('rev-parse', '--short', 'HEAD'),
+            'jax': jax.__version__,
+            'matmul_peak': peak,
+            'data_sheet': sheet,
+            'batch': batch,
+        }
         if batch is None:
             row['error'] = got
         else:
             rate = batch / got['seconds']
-            row |= got | {'clips_per_s': rate, 'share_of_matmul_peak': rate * got['flops_needed'] / peak,
-                          'share_all_tokens': rate * got['flops_all_tokens'] / peak, 'mfu': sheet and rate * got['flops_needed'] / sheet}
+            row |= got | {
+                'clips_per_s': rate,
+                'share_of_matmul_peak': rate * got['flops_needed'] / peak,
+                'share_all_tokens': rate * got['flops_all_tokens'] / peak,
+                'mfu': sheet and rate * got['flops_needed'] / sheet,
+            }
             jax.clear_caches()
             theirs, took = largest(name, [b for b in batches if b <= batch], in_torch)
             if theirs and took:
-                row |= {'torch_batch': theirs, 'torch_clips_per_s': theirs / took, 'times_torch': rate * took / theirs}
+                row |= {
+                    'torch_batch': theirs,
+                    'torch_clips_per_s': theirs / took,
+                    'times_torch': rate * took / theirs,
+                }
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
         if not TINY:
             rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []

@@ -7,6 +7,7 @@ The model of benchmarks/vatt_step.py in small (towers of 4 layers, width 256, Dr
 rematerialisation and without. Variants take turns; a ratio is that of the minima of CPU seconds, and of the medians of each turn's ratio.
 Memory: temporaries of the compiled step. Writes benchmarks/results/microbatch.json.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -41,11 +42,23 @@ RESULTS = ROOT / 'benchmarks' / 'results' / 'microbatch.json'
 
 def config(accumulate: int, accumulation: str, remat: str):
     c = default.get_config()
-    c.name, c.steps, c.batch_size, c.accumulate, c.accumulation = 'microbatch', 1000, 16, accumulate, accumulation
+    c.name, c.steps, c.batch_size, c.accumulate, c.accumulation = (
+        'microbatch',
+        1000,
+        16,
+        accumulate,
+        accumulation,
+    )
     c.model.inputs.video.update({'frames': 16, 'size': 112})
     c.model.inputs.audio.update({'samples': 32768})
     size = {'layers': 4, 'width': 256, 'mlp': 1024, 'heads': 4, 'head_width': 64}
-    c.model.towers = ConfigDict({'video': {'name': 'vit', **size}, 'audio': {'name': 'wat', **size}, 'text': {'name': 't5', **size, 'vocab': 1000}})
+    c.model.towers = ConfigDict(
+        {
+            'video': {'name': 'vit', **size},
+            'audio': {'name': 'wat', **size},
+            'text': {'name': 't5', **size, 'vocab': 1000},
+        }
+    )
     c.model.remat, c.optimizer.schedule.warmup = remat, 10
     c.data.source, c.data.synthetic_size, c.mesh.replica = 'synthetic', 16, 1
     return c
@@ -71,7 +84,9 @@ class Step:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--rounds', type=int, default=6)
     parser.add_argument('--block', type=int, default=3)
     flags = parser.parse_args()
@@ -86,18 +101,47 @@ def main() -> None:
             for name, step in variants.items():
                 times[name].append(step(flags.block))
         cpu = {name: np.array(t)[:, 1] for name, t in times.items()}
-        ratio = {'minima': float(cpu['exact'].min() / cpu['plain'].min()), 'median': float(np.median(cpu['exact'] / cpu['plain']))}
+        ratio = {
+            'minima': float(cpu['exact'].min() / cpu['plain'].min()),
+            'median': float(np.median(cpu['exact'] / cpu['plain'])),
+        }
         memory = {name: step.temporaries / 1e6 for name, step in variants.items()}
-        rows.append({'remat': remat,
-                     'cpu_seconds': {k: float(v.min()) for k, v in cpu.items()},
-                     'wall_seconds': {k: float(np.array(t)[:, 0].min()) for k, t in times.items()},
-                     'exact_over_plain': ratio, 'temporary_MB': memory})
-        print(f'remat {remat}: CPU s ' + '  '.join(f'{k} {v.min():.3f}' for k, v in cpu.items()) + f'  exact / plain {ratio["minima"]:.2f} (median '
-              f'{ratio["median"]:.2f})  temporaries MB ' + '  '.join(f'{k} {v:.0f}' for k, v in memory.items()), flush=True)
-    git = lambda *c: subprocess.run(['git', *c], cwd=ROOT, text=True, capture_output=True).stdout.strip()
-    RESULTS.write_text(json.dumps({'commit': git('rev-parse', '--short', 'HEAD'), 'date': datetime.date.today().isoformat(), 'jax': jax.__version__,
-                                   'hardware': f'{os.cpu_count()} × {platform.processor() or platform.machine()}', 'load_average': os.getloadavg(),
-                                   'rounds': flags.rounds, 'block': flags.block, 'rows': rows}, indent=1) + '\n')
+        rows.append(
+            {
+                'remat': remat,
+                'cpu_seconds': {k: float(v.min()) for k, v in cpu.items()},
+                'wall_seconds': {k: float(np.array(t)[:, 0].min()) for k, t in times.items()},
+                'exact_over_plain': ratio,
+                'temporary_MB': memory,
+            }
+        )
+        print(
+            f'remat {remat}: CPU s '
+            + '  '.join(f'{k} {v.min():.3f}' for k, v in cpu.items())
+            + f'  exact / plain {ratio["minima"]:.2f} (median '
+            f'{ratio["median"]:.2f})  temporaries MB '
+            + '  '.join(f'{k} {v:.0f}' for k, v in memory.items()),
+            flush=True,
+        )
+    git = lambda *c: subprocess.run(
+        ['git', *c], cwd=ROOT, text=True, capture_output=True
+    ).stdout.strip()
+    RESULTS.write_text(
+        json.dumps(
+            {
+                'commit': git('rev-parse', '--short', 'HEAD'),
+                'date': datetime.date.today().isoformat(),
+                'jax': jax.__version__,
+                'hardware': f'{os.cpu_count()} × {platform.processor() or platform.machine()}',
+                'load_average': os.getloadavg(),
+                'rounds': flags.rounds,
+                'block': flags.block,
+                'rows': rows,
+            },
+            indent=1,
+        )
+        + '\n'
+    )
     print(f'written: {RESULTS.relative_to(ROOT)}')
 
 

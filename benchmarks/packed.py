@@ -9,6 +9,7 @@ configs/demo.py:agnostic, through 4 layers of width 256 with dropout 0.1, float3
 minima of CPU seconds, and the median of each turn's. Collectives: a small agnostic model on eight simulated devices that share its parameters,
 layers scanned and rematerialised as published. Writes benchmarks/results/packed.json.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -45,7 +46,10 @@ from vatt_jax.training import loop
 RESULTS = ROOT / 'benchmarks' / 'results' / 'packed.json'
 WIDTH = 256
 # clips, and rows and tokens of each clip's streams: video, audio, text
-SIZES = {'published tokens': (2, ((1, 785), (1, 601), (5, 17))), 'demo': (32, ((1, 49), (1, 32), (3, 13)))}
+SIZES = {
+    'published tokens': (2, ((1, 785), (1, 601), (5, 17))),
+    'demo': (32, ((1, 49), (1, 32), (3, 13))),
+}
 
 
 def passes(clips: int, layout, packed: bool):
@@ -55,17 +59,34 @@ def passes(clips: int, layout, packed: bool):
     xs = [jax.random.normal(k, (clips * rows, n, WIDTH)) for k, (rows, n) in zip(keys, layout)]
     masks = [None, None, jnp.ones((clips * layout[2][0], layout[2][1]), bool).at[:, 12:].set(False)]
     base = Rng.create(0, 0, jnp.arange(clips))
-    rngs = [base.at(str(i)).repeat(rows) if rows > 1 else base.at(str(i)) for i, (rows, _) in enumerate(layout)]
+    rngs = [
+        base.at(str(i)).repeat(rows) if rows > 1 else base.at(str(i))
+        for i, (rows, _) in enumerate(layout)
+    ]
     params = jax.jit(lambda k: meta.unbox(encoder.init(k, xs[0], None, rngs[0], False)))(keys[-1])
 
     def loss(params, xs):
         if packed:
-            out = unpack(encoder.apply(params, pack(xs, clips), tuple(masks), Packed.of(rngs, layout), True, False, layout),
-                         tuple((rows, 1) for rows, _ in layout))
+            out = unpack(
+                encoder.apply(
+                    params,
+                    pack(xs, clips),
+                    tuple(masks),
+                    Packed.of(rngs, layout),
+                    True,
+                    False,
+                    layout,
+                ),
+                tuple((rows, 1) for rows, _ in layout),
+            )
         else:
             out = [encoder.apply(params, x, m, r, True) for x, m, r in zip(xs, masks, rngs)]
         return sum(jnp.sin(x).sum() for x in out)
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, xs).compile(), (params, xs)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, xs).compile(), (
+        params,
+        xs,
+    )
 
 
 def timed(rounds: int, block: int) -> list[dict]:
@@ -82,11 +103,23 @@ def timed(rounds: int, block: int) -> list[dict]:
                     jax.block_until_ready(f(*args))
                 cpu[kind].append((time.process_time() - began) / block)
         a, b = (np.array(cpu[kind]) for kind in ('packed', 'separate'))
-        memory = {kind: f.memory_analysis().temp_size_in_bytes / 1e6 for kind, (f, _) in made.items()}
+        memory = {
+            kind: f.memory_analysis().temp_size_in_bytes / 1e6 for kind, (f, _) in made.items()
+        }
         ratio = {'minima': float(a.min() / b.min()), 'median': float(np.median(a / b))}
-        rows.append({'size': name, 'cpu_seconds': {k: min(v) for k, v in cpu.items()}, 'packed_over_separate': ratio, 'temporary_MB': memory})
-        print(f'{name}: CPU s packed {a.min():.3f} separate {b.min():.3f}, ratio {ratio["minima"]:.3f} (median {ratio["median"]:.3f}); '
-              'temporaries MB ' + '  '.join(f'{k} {v:.0f}' for k, v in memory.items()), flush=True)
+        rows.append(
+            {
+                'size': name,
+                'cpu_seconds': {k: min(v) for k, v in cpu.items()},
+                'packed_over_separate': ratio,
+                'temporary_MB': memory,
+            }
+        )
+        print(
+            f'{name}: CPU s packed {a.min():.3f} separate {b.min():.3f}, ratio {ratio["minima"]:.3f} (median {ratio["median"]:.3f}); '
+            'temporaries MB ' + '  '.join(f'{k} {v:.0f}' for k, v in memory.items()),
+            flush=True,
+        )
     return rows
 
 
@@ -98,35 +131,71 @@ def collectives() -> dict:
         c.batch_size, c.mesh.replica, c.mesh.fsdp = 16, 1, 8
         c.model.inputs.video.update({'frames': 4, 'size': 32})
         c.model.inputs.audio.samples = 2048
-        c.model.towers = ConfigDict({'video': {'name': 'vit'}, 'audio': {'name': 'wat'}, 'text': {'name': 't5', 'vocab': 100}})
+        c.model.towers = ConfigDict(
+            {
+                'video': {'name': 'vit'},
+                'audio': {'name': 'wat'},
+                'text': {'name': 't5', 'vocab': 100},
+            }
+        )
         c.model.encoder = {'layers': 4, 'width': 64, 'mlp': 256, 'heads': 4, 'head_width': 16}
         c.model.shared, c.model.scan, c.model.remat, c.model.packed = True, True, 'full', packed
         c.data.source, c.data.synthetic_size = 'synthetic', 16
         built = loop.build(c, data_pipelines.open(c))
         with jax.set_mesh(built.mesh):
-            rows = hlo.summary(hlo.read(built.step.lower(built.shape, built.batch).compile().as_text()).collectives)
+            rows = hlo.summary(
+                hlo.read(built.step.lower(built.shape, built.batch).compile().as_text()).collectives
+            )
         out['packed' if packed else 'separate'] = rows
-        print('packed' if packed else 'separate', f'{sum(r["received"] for r in rows) / 1e6:.2f} MB received by each device')
+        print(
+            'packed' if packed else 'separate',
+            f'{sum(r["received"] for r in rows) / 1e6:.2f} MB received by each device',
+        )
         for r in rows:
-            print(f'  {r["kind"]} {r["group"]} devices, {r["count"]:.0f} times, {r["bytes"] / 1e6:.2f} MB')
+            print(
+                f'  {r["kind"]} {r["group"]} devices, {r["count"]:.0f} times, {r["bytes"] / 1e6:.2f} MB'
+            )
     return out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--rounds', type=int, default=10)
     parser.add_argument('--block', type=int, default=2)
     parser.add_argument('--collectives', action='store_true')
     flags = parser.parse_args()
     if flags.collectives:
         jax.config.update('jax_num_cpu_devices', 8)
-    found = {'collectives': collectives()} if flags.collectives else {'rows': timed(flags.rounds, flags.block), 'rounds': flags.rounds,
-                                                                      'block': flags.block, 'load_average': os.getloadavg()}
-    git = lambda *c: subprocess.run(['git', *c], cwd=ROOT, text=True, capture_output=True).stdout.strip()
+    found = (
+        {'collectives': collectives()}
+        if flags.collectives
+        else {
+            'rows': timed(flags.rounds, flags.block),
+            'rounds': flags.rounds,
+            'block': flags.block,
+            'load_average': os.getloadavg(),
+        }
+    )
+    git = lambda *c: subprocess.run(
+        ['git', *c], cwd=ROOT, text=True, capture_output=True
+    ).stdout.strip()
     before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps(before | {'commit': git('rev-parse', '--short', 'HEAD'), 'date': datetime.date.today().isoformat(),
-                                            'jax': jax.__version__, 'hardware': f'{os.cpu_count()} × {platform.processor() or platform.machine()}',
-                                            **found}, indent=1) + '\n')
+    RESULTS.write_text(
+        json.dumps(
+            before
+            | {
+                'commit': git('rev-parse', '--short', 'HEAD'),
+                'date': datetime.date.today().isoformat(),
+                'jax': jax.__version__,
+                'hardware': f'{os.cpu_count()} × {platform.processor() or platform.machine()}',
+                **found,
+            },
+            indent=1,
+        )
+        + '\n'
+    )
     print(f'written: {RESULTS.relative_to(ROOT)}')
 
 

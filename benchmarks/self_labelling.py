@@ -9,6 +9,7 @@ videos, by classes that none of them saw. Rows: selavi (alignment, Gaussian size
 towers before training and of a VATT that was trained on other videos of this world (--from). Writes benchmarks/results/self_labelling.json and
 prints the table.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,15 +27,37 @@ from configs import selavi
 
 RESULTS = ROOT / 'benchmarks' / 'results' / 'self_labelling.json'
 # row -> (options of configs/selavi.py:demo, seeds it is run with of those asked for)
-ROWS = {'selavi': ('', 2), 'one_head': (',one_head', 2), 'unaligned': (',unaligned', 2), 'uniform': (',uniform', 2), 'sela': (',sela', 1),
-        'xdc': (',xdc', 1), 'swav': (',swav', 1)}
-KEPT = ('NMI', 'AMI', 'ARI', 'accuracy', 'mean_entropy', 'mean_max_purity', 'shots_1', 'shots_10', 'NMI_between_heads')
+ROWS = {
+    'selavi': ('', 2),
+    'one_head': (',one_head', 2),
+    'unaligned': (',unaligned', 2),
+    'uniform': (',uniform', 2),
+    'sela': (',sela', 1),
+    'xdc': (',xdc', 1),
+    'swav': (',swav', 1),
+}
+KEPT = (
+    'NMI',
+    'AMI',
+    'ARI',
+    'accuracy',
+    'mean_entropy',
+    'mean_max_purity',
+    'shots_1',
+    'shots_10',
+    'NMI_between_heads',
+)
 
 
 def run(folder: pathlib.Path, *arguments: str) -> None:
     """The runs differ in little, so most of what one compiles serves the next."""
     cache = {'JAX_COMPILATION_CACHE_DIR': str(folder.parent / 'compiled')}
-    subprocess.run([sys.executable, 'run.py', f'--workdir={folder}', *arguments, '--quiet'], cwd=ROOT, check=True, env=os.environ | cache)
+    subprocess.run(
+        [sys.executable, 'run.py', f'--workdir={folder}', *arguments, '--quiet'],
+        cwd=ROOT,
+        check=True,
+        env=os.environ | cache,
+    )
 
 
 def entries(name: str, seed: int, folder: pathlib.Path, results: pathlib.Path) -> list[dict]:
@@ -48,8 +71,18 @@ def entries(name: str, seed: int, folder: pathlib.Path, results: pathlib.Path) -
         for prefix in ('', 'chosen/'):
             scalars = {k: r['scalars'][prefix + k] for k in KEPT if prefix + k in r['scalars']}
             if scalars:
-                out.append({'row': name, 'seed': seed, 'clusters': entry + (' (least loss)' if prefix else ''), **scalars,
-                            'chance_NMI': r['artifacts'].get('NMI/chance'), 'steps': done['step'], 'seconds': done['seconds'], **probes})
+                out.append(
+                    {
+                        'row': name,
+                        'seed': seed,
+                        'clusters': entry + (' (least loss)' if prefix else ''),
+                        **scalars,
+                        'chance_NMI': r['artifacts'].get('NMI/chance'),
+                        'steps': done['step'],
+                        'seconds': done['seconds'],
+                        **probes,
+                    }
+                )
     return out
 
 
@@ -57,7 +90,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--only', default=','.join(ROWS))
     parser.add_argument('--seeds', default='0,1', help='rows of one seed take the first')
-    parser.add_argument('--from', dest='origin', default='runs/demo', help='a run of configs/demo.py; left out where it is not there')
+    parser.add_argument(
+        '--from',
+        dest='origin',
+        default='runs/demo',
+        help='a run of configs/demo.py; left out where it is not there',
+    )
     parser.add_argument('--runs', default='runs/self_labelling')
     args = parser.parse_args()
     runs, origin, found = (ROOT / args.runs).resolve(), (ROOT / args.origin).resolve(), []
@@ -71,16 +109,31 @@ def main() -> None:
             folder, spec = runs / f'{name}_seed{seed}', f'configs/selavi.py:demo{options}'
             if not list((folder / 'evals').glob('step_*/results.json')):
                 # What random values give is the same for every row of a seed.
-                evals = {k: {**e, 'baseline': name == 'selavi'} for k, e in selavi.get_config(f'demo{options}').evals.items()}
+                evals = {
+                    k: {**e, 'baseline': name == 'selavi'}
+                    for k, e in selavi.get_config(f'demo{options}').evals.items()
+                }
                 run(folder, f'--config={spec}', f'--config.seed={seed}', f'--config.evals={evals}')
-            found += entries(name, int(seed), folder, max((folder / 'evals').glob('step_*/results.json')))
+            found += entries(
+                name, int(seed), folder, max((folder / 'evals').glob('step_*/results.json'))
+            )
             if name == 'selavi':
-                found += entries('random initialisation', int(seed), folder, folder / 'evals' / 'random_init' / 'results.json')
+                found += entries(
+                    'random initialisation',
+                    int(seed),
+                    folder,
+                    folder / 'evals' / 'random_init' / 'results.json',
+                )
             write(found)
-    print('| run, seed | clusters | NMI | AMI | ARI | accuracy | entropy | purity |\n|---|---|---|---|---|---|---|---|')
+    print(
+        '| run, seed | clusters | NMI | AMI | ARI | accuracy | entropy | purity |\n|---|---|---|---|---|---|---|---|'
+    )
     for e in found:
-        print(f'| {e["row"]}, {e["seed"]} | {e["clusters"]} | ' + ' | '.join(f'{100 * e[k]:.1f}' for k in ('NMI', 'AMI', 'ARI', 'accuracy'))
-              + f' | {e["mean_entropy"]:.2f} | {100 * e["mean_max_purity"]:.1f} |')
+        print(
+            f'| {e["row"]}, {e["seed"]} | {e["clusters"]} | '
+            + ' | '.join(f'{100 * e[k]:.1f}' for k in ('NMI', 'AMI', 'ARI', 'accuracy'))
+            + f' | {e["mean_entropy"]:.2f} | {100 * e["mean_max_purity"]:.1f} |'
+        )
     print(f'written: {RESULTS.relative_to(ROOT)}')
 
 
@@ -90,19 +143,44 @@ def contrastive(origin: pathlib.Path, folder: pathlib.Path) -> list[dict]:
         folder.mkdir(parents=True, exist_ok=True)
         for part in ('checkpoints', 'config.json', 'done.json'):
             subprocess.run(['cp', '-r', str(origin / part), str(folder)], check=True)
-        kmeans = {n: {'type': 'clustering', 'of': 'features', 'streams': s, 'baseline': False} for n, s in
-                  (('kmeans', ('video', 'audio')), ('kmeans_video', ('video',)), ('kmeans_audio', ('audio',)))}
-        probes = {f'probe_{s}': {'type': 'linear_probe', 'stream': s, 'train_limit': 1 << 20, 'test_limit': 1 << 20, 'baseline': False}
-                  for s in ('video', 'audio')}
-        run(folder, '--mode=eval', f'--config.evals={kmeans | probes}', '--config.data.make={}',
-            "--config.data.train={'scenes': {'path': 'runs/data/scenes/records'}}")
+        kmeans = {
+            n: {'type': 'clustering', 'of': 'features', 'streams': s, 'baseline': False}
+            for n, s in (
+                ('kmeans', ('video', 'audio')),
+                ('kmeans_video', ('video',)),
+                ('kmeans_audio', ('audio',)),
+            )
+        }
+        probes = {
+            f'probe_{s}': {
+                'type': 'linear_probe',
+                'stream': s,
+                'train_limit': 1 << 20,
+                'test_limit': 1 << 20,
+                'baseline': False,
+            }
+            for s in ('video', 'audio')
+        }
+        run(
+            folder,
+            '--mode=eval',
+            f'--config.evals={kmeans | probes}',
+            '--config.data.make={}',
+            "--config.data.train={'scenes': {'path': 'runs/data/scenes/records'}}",
+        )
     return entries('VATT demo', 0, folder, max((folder / 'evals').glob('step_*/results.json')))
 
 
 def write(found: list[dict]) -> None:
-    told = lambda *command: subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    about = {'commit': told('git', 'rev-parse', '--short', 'HEAD') + ('+' if told('git', 'status', '--porcelain', 'vatt_jax', 'configs') else ''),
-             'date': datetime.date.today().isoformat(), 'hardware': f'{os.cpu_count()} CPU cores'}
+    told = lambda *command: subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
+    about = {
+        'commit': told('git', 'rev-parse', '--short', 'HEAD')
+        + ('+' if told('git', 'status', '--porcelain', 'vatt_jax', 'configs') else ''),
+        'date': datetime.date.today().isoformat(),
+        'hardware': f'{os.cpu_count()} CPU cores',
+    }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({**about, 'entries': found}, indent=1) + '\n')
 

@@ -11,6 +11,7 @@ to compare on a shared machine. "warm" starts from the potentials and the precon
 after a drift; its ratio is to the published procedure on the drifted problem, which it cannot start warm in any useful way.
 Problems that are not asked for keep their former results.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -51,13 +52,21 @@ def logits(m: int, p: int, kind: str, drift: bool) -> np.ndarray:
         share = 1 / (np.arange(p) + 10)
         x[np.arange(m), rng.choice(p, m, p=share / share.sum())] += 8
     if drift:
-        x += np.sqrt(2, dtype=np.float32) * np.float32(DRIFT) * np.random.default_rng(1).standard_normal((m, p), dtype=np.float32)
+        x += (
+            np.sqrt(2, dtype=np.float32)
+            * np.float32(DRIFT)
+            * np.random.default_rng(1).standard_normal((m, p), dtype=np.float32)
+        )
     x *= 0.5
     return x
 
 
 def shares(p: int, kind: str) -> np.ndarray:
-    x = {'uniform': np.ones(p), 'zipf': 1 / (1.0 + np.arange(p)), 'gaussian': 1 + 0.1 * np.random.default_rng(1).standard_normal(p)}[kind]
+    x = {
+        'uniform': np.ones(p),
+        'zipf': 1 / (1.0 + np.arange(p)),
+        'gaussian': 1 + 0.1 * np.random.default_rng(1).standard_normal(p),
+    }[kind]
     return x / x.sum()
 
 
@@ -103,16 +112,24 @@ def ours(x, prior, start):
     import jax
 
     from vatt_jax.clustering import sinkhorn
+
     x = jax.block_until_ready(jax.device_put(x))
     begin = None if start is None else sinkhorn.Start(start['potentials'], start['preconditioner'])
     call = lambda **k: sinkhorn.solve([x], prior, STRENGTH, tolerance='published', start=begin, **k)
     call()  # compiles
     with Meter() as meter:
         found = call()
-    told = {'passes': found.passes, 'work': round(found.work, 2), 'converged': found.converged, 'error_float32': found.published_error}
+    told = {
+        'passes': found.passes,
+        'work': round(found.work, 2),
+        'converged': found.converged,
+        'error_float32': found.published_error,
+    }
     if start is None:
         with Meter() as build:
-            rows = sinkhorn.Rows([x], None, len(prior), 'float32', None).sample(sinkhorn.FINE * len(prior))
+            rows = sinkhorn.Rows([x], None, len(prior), 'float32', None).sample(
+                sinkhorn.FINE * len(prior)
+            )
             sinkhorn.preconditioner(rows, found.potentials, STRENGTH)
         told['preconditioner_cpu'] = round(build.cpu, 3)
     with Meter() as floor:
@@ -131,19 +148,39 @@ def ott(x, prior, start):
     from ott.geometry import geometry
     from ott.problems.linear import linear_problem
     from ott.solvers.linear import acceleration, sinkhorn
+
     cost = jax.block_until_ready(-jax.nn.log_softmax(jnp.asarray(x), -1))
     threshold = max(0.1 / len(x), 2e-6)
 
     @jax.jit
     def run(cost):
         geom = geometry.Geometry(cost_matrix=cost, epsilon=1 / STRENGTH)
-        out = sinkhorn.Sinkhorn(threshold=threshold, inner_iterations=10, max_iterations=2000, momentum=acceleration.Momentum(start=20))(
-            linear_problem.LinearProblem(geom, a=jnp.full(len(cost), 1 / len(cost)), b=jnp.asarray(prior, jnp.float32)))
-        return jnp.argmax(STRENGTH * (out.g[None] - cost), -1), out.g * STRENGTH, out.n_iters, out.converged
+        out = sinkhorn.Sinkhorn(
+            threshold=threshold,
+            inner_iterations=10,
+            max_iterations=2000,
+            momentum=acceleration.Momentum(start=20),
+        )(
+            linear_problem.LinearProblem(
+                geom, a=jnp.full(len(cost), 1 / len(cost)), b=jnp.asarray(prior, jnp.float32)
+            )
+        )
+        return (
+            jnp.argmax(STRENGTH * (out.g[None] - cost), -1),
+            out.g * STRENGTH,
+            out.n_iters,
+            out.converged,
+        )
+
     compiled = run.lower(cost).compile()
     with Meter() as meter:
         labels, g, count, converged = jax.block_until_ready(compiled(cost))
-    return meter, np.asarray(labels), np.asarray(g, np.float64), {'iterations': int(count), 'converged': bool(converged), 'threshold': threshold}
+    return (
+        meter,
+        np.asarray(labels),
+        np.asarray(g, np.float64),
+        {'iterations': int(count), 'converged': bool(converged), 'threshold': threshold},
+    )
 
 
 SOLVERS = {'published': published, 'ours': ours, 'ott': ott}
@@ -152,21 +189,55 @@ SOLVERS = {'published': published, 'ours': ours, 'ott': ott}
 def child(args) -> None:
     m, p, kind, prior = PROBLEMS[args.problem]
     start = dict(np.load(args.start, allow_pickle=False)) if args.start else None
-    meter, labels, potentials, told = SOLVERS[args.solver](logits(m, p, kind, args.drift), shares(p, prior), start)
+    meter, labels, potentials, told = SOLVERS[args.solver](
+        logits(m, p, kind, args.drift), shares(p, prior), start
+    )
     matrix = told.pop('preconditioner', None)
-    np.savez(args.out, labels=labels, potentials=potentials, **({} if matrix is None else {'preconditioner': matrix}))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-    print(json.dumps({'cpu_s': round(meter.cpu, 3), 'wall_s': round(meter.wall, 3), 'peak_GB': round(peak, 2), **told}))
+    np.savez(
+        args.out,
+        labels=labels,
+        potentials=potentials,
+        **({} if matrix is None else {'preconditioner': matrix}),
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        json.dumps(
+            {
+                'cpu_s': round(meter.cpu, 3),
+                'wall_s': round(meter.wall, 3),
+                'peak_GB': round(peak, 2),
+                **told,
+            }
+        )
+    )
 
 
 def launch(python, solver, problem, threads, out, drift=False, start='') -> dict:
-    env = {**os.environ, **{f'{n}_NUM_THREADS': str(threads) for n in ('OMP', 'OPENBLAS', 'MKL')}, 'JAX_PLATFORMS': 'cpu'}
+    env = {
+        **os.environ,
+        **{f'{n}_NUM_THREADS': str(threads) for n in ('OMP', 'OPENBLAS', 'MKL')},
+        'JAX_PLATFORMS': 'cpu',
+    }
     if threads == 1:
         env['XLA_FLAGS'] = '--xla_cpu_multi_thread_eigen=false'
-    command = [python, __file__, '--child', f'--solver={solver}', f'--problem={problem}', f'--out={out}', f'--start={start}']
+    command = [
+        python,
+        __file__,
+        '--child',
+        f'--solver={solver}',
+        f'--problem={problem}',
+        f'--out={out}',
+        f'--start={start}',
+    ]
     command += ['--drift'] if drift else []
     cores = set(range(threads))
-    done = subprocess.run(command, env=env, capture_output=True, text=True, preexec_fn=lambda: os.sched_setaffinity(0, cores))
+    done = subprocess.run(
+        command,
+        env=env,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )
     if done.returncode:
         raise SystemExit(f'{solver} on {problem} failed:\n{done.stderr[-2000:]}')
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -190,9 +261,16 @@ def compare(problem, drift, reference, other) -> dict:
         mass += softmax(z + b['potentials']).sum(0)
     ratio = r / (mass / m)
     for part in blocks:
-        error += np.abs(softmax(STRENGTH * x[part].astype(np.float64) + b['potentials']) @ ratio - 1).sum()
-    return {'labels_different': different, 'unexcused': unexcused, 'potential_gap': float(gap), 'published_error_float64': float(error),
-            'column_L1_float64': float(np.abs(mass / m - r).sum())}
+        error += np.abs(
+            softmax(STRENGTH * x[part].astype(np.float64) + b['potentials']) @ ratio - 1
+        ).sum()
+    return {
+        'labels_different': different,
+        'unexcused': unexcused,
+        'potential_gap': float(gap),
+        'published_error_float64': float(error),
+        'column_L1_float64': float(np.abs(mass / m - r).sum()),
+    }
 
 
 def softmax(x):
@@ -212,15 +290,25 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return child(args)
-    names = {'all': list(PROBLEMS), 'small': list(SMALL)}.get(args.problems) or args.problems.split(';')
+    names = {'all': list(PROBLEMS), 'small': list(SMALL)}.get(args.problems) or args.problems.split(
+        ';'
+    )
     cores = len(os.sched_getaffinity(0))
     threads = [t for t in map(int, args.threads.split(',')) if t <= cores]
     if not args.ott:
-        print('OTT-JAX is left out: make it an environment of its own (python -m venv V; V/bin/pip install ott-jax) and give --ott=V/bin/python')
-    commit = subprocess.run(['git', '-C', ROOT, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()
+        print(
+            'OTT-JAX is left out: make it an environment of its own (python -m venv V; V/bin/pip install ott-jax) and give --ott=V/bin/python'
+        )
+    commit = subprocess.run(
+        ['git', '-C', ROOT, 'rev-parse', 'HEAD'], capture_output=True, text=True
+    ).stdout.strip()
     file = ROOT / 'benchmarks' / 'results' / 'sinkhorn.json'
     file.parent.mkdir(exist_ok=True)
-    results = json.loads(file.read_text()) if file.exists() else {'strength': STRENGTH, 'drift': DRIFT, 'problems': {}}
+    results = (
+        json.loads(file.read_text())
+        if file.exists()
+        else {'strength': STRENGTH, 'drift': DRIFT, 'problems': {}}
+    )
     machine = f'{platform.processor() or platform.machine()}, {cores} cores'
     with tempfile.TemporaryDirectory() as folder:
         at = lambda name: f'{folder}/{name}.npz'
@@ -228,20 +316,36 @@ def main() -> None:
             here = results['problems'].setdefault(problem, {})
             for t in threads:
                 row = {}
-                here[f'{t} threads'] = {'commit': commit, 'machine': machine, 'load': os.getloadavg(), 'solvers': row}
+                here[f'{t} threads'] = {
+                    'commit': commit,
+                    'machine': machine,
+                    'load': os.getloadavg(),
+                    'solvers': row,
+                }
                 row['published'] = launch(sys.executable, 'published', problem, t, at('published'))
-                row['ours, cold'] = launch(sys.executable, 'ours', problem, t, at('cold')) | compare(problem, False, at('published'), at('cold'))
-                row['published, drifted'] = launch(sys.executable, 'published', problem, t, at('published_drifted'), drift=True)
-                row['ours, warm'] = launch(sys.executable, 'ours', problem, t, at('warm'), drift=True, start=at('cold'))
+                row['ours, cold'] = launch(
+                    sys.executable, 'ours', problem, t, at('cold')
+                ) | compare(problem, False, at('published'), at('cold'))
+                row['published, drifted'] = launch(
+                    sys.executable, 'published', problem, t, at('published_drifted'), drift=True
+                )
+                row['ours, warm'] = launch(
+                    sys.executable, 'ours', problem, t, at('warm'), drift=True, start=at('cold')
+                )
                 row['ours, warm'] |= compare(problem, True, at('published_drifted'), at('warm'))
                 if args.ott:
-                    row['ott'] = launch(args.ott, 'ott', problem, t, at('ott')) | compare(problem, False, at('published'), at('ott'))
+                    row['ott'] = launch(args.ott, 'ott', problem, t, at('ott')) | compare(
+                        problem, False, at('published'), at('ott')
+                    )
                 base, drifted = row['published']['cpu_s'], row['published, drifted']['cpu_s']
                 for name, against in (('ours, cold', base), ('ours, warm', drifted), ('ott', base)):
                     if name in row:
                         row[name]['times_faster'] = round(against / row[name]['cpu_s'], 2)
                 for name, values in row.items():
-                    told = ', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in values.items())
+                    told = ', '.join(
+                        f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}'
+                        for k, v in values.items()
+                    )
                     print(f'{problem}, {t} thread(s), {name}: {told}', flush=True)
                 file.write_text(json.dumps(results, indent=1))
     print(f'→ {file.relative_to(ROOT)}')

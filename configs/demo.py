@@ -1,11 +1,12 @@
 """VATT on the playground, small enough for two CPU cores.
 
-    python run.py                                          # this config, into runs/demo
-    python run.py --config=configs/demo.py:agnostic        # one shared encoder for all modalities
-    python run.py --config=configs/demo.py:shuffled        # control: audio and text of other clips; must stay at chance
-    python run.py --config=configs/demo.py:synthetic       # no files, no TensorFlow
-    python run.py --config=configs/demo.py:controls --mode=eval   # the finished run, without motion, without synchrony, without learning
+python run.py                                          # this config, into runs/demo
+python run.py --config=configs/demo.py:agnostic        # one shared encoder for all modalities
+python run.py --config=configs/demo.py:shuffled        # control: audio and text of other clips; must stay at chance
+python run.py --config=configs/demo.py:synthetic       # no files, no TensorFlow
+python run.py --config=configs/demo.py:controls --mode=eval   # the finished run, without motion, without synchrony, without learning
 """
+
 from configs import default
 
 VARIANTS = ('', 'agnostic', 'shuffled', 'synthetic', 'controls')
@@ -14,23 +15,57 @@ STEPS = 1250
 
 def get_config(arg: str = ''):
     if arg not in VARIANTS:
-        raise ValueError(f'configs/demo.py has no variant {arg!r}; there are {", ".join(v for v in VARIANTS if v)}')
+        raise ValueError(
+            f'configs/demo.py has no variant {arg!r}; there are {", ".join(v for v in VARIANTS if v)}'
+        )
     c = default.get_config()
     c.name = f'demo {arg}'.strip()
     c.steps, c.batch_size = STEPS, 64
     c.jax_platform = 'cpu'
     # A step of these sizes runs faster from XLA's older code generator, and LLVM's expensive passes only make it compile longer.
-    c.compiler_options = {'xla_cpu_use_fusion_emitters': False, 'xla_llvm_disable_expensive_passes': True}
+    c.compiler_options = {
+        'xla_cpu_use_fusion_emitters': False,
+        'xla_llvm_disable_expensive_passes': True,
+    }
     c.report = True
 
     m = c.model
     m.inputs.video.update({'frames': 8, 'size': 32, 'fps': 4.0})
     m.inputs.audio.update({'samples': 16000, 'rate': 8000})
     m.inputs.text.update({'candidates': 3, 'words': 12})
-    size = {'layers': 3, 'width': 128, 'mlp': 256, 'heads': 4, 'head_width': 32, 'dropout': 0.0, 'attention_dropout': 0.0}
-    m.towers.video = {'name': 'vit', **size, 'patch': (2, 8, 8), 'drop_token': 0.25, 'position_dropout': 0.0, 'patch_init': 5.0}
-    m.towers.audio = {'name': 'wat', **size, 'patch': 256, 'drop_token': 0.5, 'position_dropout': 0.0, 'patch_init': 4.0}
-    m.towers.text = {'name': 't5', **size, 'layers': 2, 'vocab': 0, 'word_width': 64, 'frozen_words': False}
+    size = {
+        'layers': 3,
+        'width': 128,
+        'mlp': 256,
+        'heads': 4,
+        'head_width': 32,
+        'dropout': 0.0,
+        'attention_dropout': 0.0,
+    }
+    m.towers.video = {
+        'name': 'vit',
+        **size,
+        'patch': (2, 8, 8),
+        'drop_token': 0.25,
+        'position_dropout': 0.0,
+        'patch_init': 5.0,
+    }
+    m.towers.audio = {
+        'name': 'wat',
+        **size,
+        'patch': 256,
+        'drop_token': 0.5,
+        'position_dropout': 0.0,
+        'patch_init': 4.0,
+    }
+    m.towers.text = {
+        'name': 't5',
+        **size,
+        'layers': 2,
+        'vocab': 0,
+        'word_width': 64,
+        'frozen_words': False,
+    }
     m.head.update({'va': 128, 'vat': 64})
     if arg == 'agnostic':
         m.shared = True
@@ -44,9 +79,23 @@ def get_config(arg: str = ''):
     if arg == 'synthetic':
         d.source = 'synthetic'
     else:
-        d.make = {'path': 'runs/data/playground', 'train': 1200, 'validation': 128, 'test': 256, 'seconds': 8.0, 'size': 64,
-                  'fps': 8.0, 'rate': 8000, 'seed': 0}
-        d.train.playground = {'path': '', 'split': 'train', 'weight': 1.0, 'share': 0.0}  # what d.make makes
+        d.make = {
+            'path': 'runs/data/playground',
+            'train': 1200,
+            'validation': 128,
+            'test': 256,
+            'seconds': 8.0,
+            'size': 64,
+            'fps': 8.0,
+            'rate': 8000,
+            'seed': 0,
+        }
+        d.train.playground = {
+            'path': '',
+            'split': 'train',
+            'weight': 1.0,
+            'share': 0.0,
+        }  # what d.make makes
     if arg == 'shuffled':
         d.mismatch = ('audio', 'text')
     # Milder than the official jitter: here a colour is a word, and a run is short.
@@ -59,13 +108,27 @@ def get_config(arg: str = ''):
     e.retrieval = gallery
     e.sync = {'type': 'sync', 'limit': 768, 'seconds': 1.0}
     for stream in ('video', 'audio'):
-        e[f'probe_{stream}'] = {'type': 'linear_probe', 'stream': stream, 'label': 'class', 'strengths': (0.1, 1.0)}
+        e[f'probe_{stream}'] = {
+            'type': 'linear_probe',
+            'stream': stream,
+            'label': 'class',
+            'strengths': (0.1, 1.0),
+        }
     if arg == 'controls':
         pairs = (('text', 'video', 'vat'), ('audio', 'video', 'va'))
-        e.single_frame_retrieval = {**gallery, 'change': 'single_frame', 'pairs': pairs, 'baseline': False}
+        e.single_frame_retrieval = {
+            **gallery,
+            'change': 'single_frame',
+            'pairs': pairs,
+            'baseline': False,
+        }
         e.single_frame_probe = {**e.probe_video, 'change': 'single_frame', 'baseline': False}
-        e.shifted_retrieval = {**gallery, 'views': (('audio.shifted', {'kind': 'shift', 'seconds': 1.0}),),
-                               'pairs': (('audio.shifted', 'video', 'va'),), 'baseline': False}
+        e.shifted_retrieval = {
+            **gallery,
+            'views': (('audio.shifted', {'kind': 'shift', 'seconds': 1.0}),),
+            'pairs': (('audio.shifted', 'video', 'va'),),
+            'baseline': False,
+        }
         e.simple_probe_color = {**e.probe_video, 'type': 'simple_probe', 'baseline': False}
         e.simple_probe_spectrum = {**e.probe_audio, 'type': 'simple_probe', 'baseline': False}
     return c

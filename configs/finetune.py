@@ -1,8 +1,9 @@
 """Classifying the playground's events and objects from few labels, starting from the run of `make demo`.
 
-    python run.py --config=configs/finetune.py --workdir=runs/finetune                    # from runs/demo
-    python run.py --config=configs/finetune.py:scratch --workdir=runs/finetune_scratch    # the same network from nothing
+python run.py --config=configs/finetune.py --workdir=runs/finetune                    # from runs/demo
+python run.py --config=configs/finetune.py:scratch --workdir=runs/finetune_scratch    # the same network from nothing
 """
+
 from configs import demo
 
 
@@ -18,7 +19,9 @@ def get_config(arg: str = ''):
 
     o = c.optimizer
     o.schedule.update({'peak': 3e-4, 'warmup': 30, 'end': 1e-6})
-    o.rates = ((r'^objective/', 5.0),)  # the new classifier learns faster than what is already trained
+    o.rates = (
+        (r'^objective/', 5.0),
+    )  # the new classifier learns faster than what is already trained
 
     # The validation split, never seen in pretraining, is the labelled set: 8 videos' worth of segments for each class.
     c.data.train.playground.split = 'validation'

@@ -5,6 +5,7 @@
 
 Another width is one flag away: --machine=v5e_256 --config.mesh.fsdp=16.
 """
+
 import dataclasses
 
 from vatt_jax.config import choose
@@ -13,6 +14,7 @@ from vatt_jax.config import choose
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """topology: for --mode=plan. platform: config.jax_platform. mesh: sizes by axis; -1: all devices that are left."""
+
     topology: str
     platform: str
     replica: int = -1
@@ -24,14 +26,16 @@ class Machine:
 MACHINES = {
     'cpu': Machine('cpu:1', 'cpu', replica=1),
     'gpu': Machine('h100:1x1', 'cuda', replica=1),
-    'gpu_8': Machine('h100:1x8', 'cuda'),            # one host
-    'gpu_64': Machine('h100:8x8', 'cuda', fsdp=8),   # eight hosts; parameters are shared inside each, gradients summed between them
+    'gpu_8': Machine('h100:1x8', 'cuda'),  # one host
+    'gpu_64': Machine(
+        'h100:8x8', 'cuda', fsdp=8
+    ),  # eight hosts; parameters are shared inside each, gradients summed between them
     'v5e_16': Machine('v5e:4x4', 'tpu'),
     'v5e_256': Machine('v5e:16x16', 'tpu'),
     'v5p_64': Machine('v5p:4x4x4', 'tpu'),
     'v5p_256': Machine('v5p:4x8x8', 'tpu'),
     'v6e_256': Machine('v6e:16x16', 'tpu'),
-    'v5e_1024': Machine('v5e:16x16*4', 'tpu'),       # four slices: only gradients cross between them
+    'v5e_1024': Machine('v5e:16x16*4', 'tpu'),  # four slices: only gradients cross between them
 }
 
 

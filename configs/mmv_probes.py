@@ -7,14 +7,28 @@
 Tasks: ucf101, hmdb51, esc50, audioset, youcook2, msrvtt, demo; records are looked for in data/TASK/records. The second part is the network, an
 argument of configs/mmv.py. What of the protocols is published, and what is our choice: docs/mmv.md.
 """
+
 from ml_collections import ConfigDict
 
 from configs import mmv
 from vatt_jax.config import choose
 
-HMDB_C = {'s3d': 3e-4, 's3d_pixels': 3e-4, 'tsm50': 1e-4, 'tsm50x2': 3e-4}   # published for the released networks
-SVM = {'type': 'linear_probe', 'solver': 'svm', 'standardise': True, 'passes': 10, 'windows': 10, 'train_limit': 1 << 20, 'test_limit': 1 << 20,
-       'baseline': False}
+HMDB_C = {
+    's3d': 3e-4,
+    's3d_pixels': 3e-4,
+    'tsm50': 1e-4,
+    'tsm50x2': 3e-4,
+}  # published for the released networks
+SVM = {
+    'type': 'linear_probe',
+    'solver': 'svm',
+    'standardise': True,
+    'passes': 10,
+    'windows': 10,
+    'train_limit': 1 << 20,
+    'test_limit': 1 << 20,
+    'baseline': False,
+}
 
 
 def folds(count):
@@ -22,7 +36,14 @@ def folds(count):
     return {'train': 'clips', 'folds': tuple((f'fold{i + 1}', 'test') for i in range(count))}
 
 
-RETRIEVAL = {'type': 'retrieval', 'limit': 1 << 20, 'windows': 4, 'pool': 'embeddings', 'pairs': (('text', 'video', 'vat'),), 'baseline': False}
+RETRIEVAL = {
+    'type': 'retrieval',
+    'limit': 1 << 20,
+    'windows': 4,
+    'pool': 'embeddings',
+    'pairs': (('text', 'video', 'vat'),),
+    'baseline': False,
+}
 
 
 def get_config(arg: str = 'ucf101,s3d_fac_vat'):
@@ -33,8 +54,10 @@ def get_config(arg: str = 'ucf101,s3d_fac_vat'):
     c.report = False
     c.evals = ConfigDict()
     if task != 'demo':
-        c.compute_dtype, c.batch_size = 'float32', 32        # as the release evaluates; clips at a time
-        c.data.train = {task: {'path': f'data/{task}/records', 'split': 'train', 'weight': 1.0, 'share': 0.0}}
+        c.compute_dtype, c.batch_size = 'float32', 32  # as the release evaluates; clips at a time
+        c.data.train = {
+            task: {'path': f'data/{task}/records', 'split': 'train', 'weight': 1.0, 'share': 0.0}
+        }
         c.data.flip = 0.5
     TASKS[task](c, network.partition('_')[0])
     return c
@@ -60,7 +83,15 @@ def esc50(c, backbone):
 
 
 def audioset(c, backbone):
-    c.evals.mlp = {**SVM, 'solver': 'mlp', 'standardise': False, 'stream': 'audio', 'strengths': (), 'passes': 1, 'epochs': 30}
+    c.evals.mlp = {
+        **SVM,
+        'solver': 'mlp',
+        'standardise': False,
+        'stream': 'audio',
+        'strengths': (),
+        'passes': 1,
+        'epochs': 30,
+    }
 
 
 def youcook2(c, backbone):
@@ -77,7 +108,15 @@ def demo(c, backbone):
     for stream in ('video', 'audio'):
         if stream in c.model.towers:
             c.evals[f'svm_{stream}'] = {**SVM, **some, 'stream': stream, 'strengths': (1e-3,)}
-            c.evals[f'mlp_{stream}'] = {**SVM, **some, 'stream': stream, 'solver': 'mlp', 'standardise': False, 'strengths': (), 'epochs': 30}
+            c.evals[f'mlp_{stream}'] = {
+                **SVM,
+                **some,
+                'stream': stream,
+                'solver': 'mlp',
+                'standardise': False,
+                'strengths': (),
+                'epochs': 30,
+            }
     if 'vat' in c.model.head:
         c.evals.zero_shot = {**RETRIEVAL, 'limit': 512}
 

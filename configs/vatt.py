@@ -12,6 +12,7 @@ The two differ in the batch (paper 2048, code 8, which is for trying it out), th
 period, half of one).
 Published: 500 k steps of 2048 clips, 256 TPU v3, under three days. What differs from the official code, and why: docs/vatt.md.
 """
+
 from configs import default
 from vatt_jax.config import choose
 from vatt_jax.models import presets
@@ -35,31 +36,54 @@ def get_config(arg: str = 'mbs'):
     c.compute_dtype = 'bfloat16'
     c.model.update(presets.model(name))
     c.model.scan, c.model.remat = True, 'full'
-    if 'fused' in options:               # no dropout on attention probabilities, which no fused kernel has; all other dropout stays
+    if (
+        'fused' in options
+    ):  # no dropout on attention probabilities, which no fused kernel has; all other dropout stays
         c.model.attention = 'auto'
-        for part in (*c.model.towers.values(), c.model.encoder) if c.model.shared else c.model.towers.values():
+        for part in (
+            (*c.model.towers.values(), c.model.encoder)
+            if c.model.shared
+            else c.model.towers.values()
+        ):
             if part.get('name', 'vit') not in NETS:
                 part.attention_dropout = 0.0
-    c.objective = {'name': 'contrastive', 'pairs': (('video', 'audio', 'va', 1.0), ('video', 'text', 'vat', 1.0)), 'temperature': 0.07,
-                   'form': 'asymmetric', 'padded': True}
+    c.objective = {
+        'name': 'contrastive',
+        'pairs': (('video', 'audio', 'va', 1.0), ('video', 'text', 'vat', 1.0)),
+        'temperature': 0.07,
+        'form': 'asymmetric',
+        'padded': True,
+    }
 
     o = c.optimizer
     o.name, o.b1, o.b2, o.eps = 'keras_adam', 0.9, 0.999, 1e-7
     o.clip, o.weight_decay, o.ema = 0.0, 0.0, 0.0
     s = o.schedule
-    if 'paper' in options:               # quarter of a cosine period after 10 k steps of warm-up
+    if 'paper' in options:  # quarter of a cosine period after 10 k steps of warm-up
         s.name, s.peak, s.end, s.warmup = 'warmup_quarter_cosine', 1e-4, 5e-5, 10_000
-    else:                                # half a period after 5 k
+    else:  # half a period after 5 k
         s.name, s.levels = 'vatt', ((5_000, 1e-4), (STEPS, 5e-5))
 
     d = c.data
     if 'synthetic' in options:
         d.source = 'synthetic'
-    else:                                # each example from either set with equal probability
+    else:  # each example from either set with equal probability
         for source in ('howto100m', 'audioset'):
-            d.train[source] = {'path': f'data/{source}/records', 'split': 'train', 'weight': 1.0, 'share': 0.0}
+            d.train[source] = {
+                'path': f'data/{source}/records',
+                'split': 'train',
+                'weight': 1.0,
+                'share': 0.0,
+            }
     a = c.augment
-    a.color, a.brightness, a.contrast, a.saturation, a.hue, a.audio_noise = 0.8, 32 / 255, 0.4, 0.4, 0.2, 0.01
+    a.color, a.brightness, a.contrast, a.saturation, a.hue, a.audio_noise = (
+        0.8,
+        32 / 255,
+        0.4,
+        0.4,
+        0.2,
+        0.01,
+    )
     c.mesh.update({'replica': -1, 'fsdp': 1})
     c.checkpoint.every, c.log_every = 10_000, 50
     return c

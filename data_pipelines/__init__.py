@@ -1,4 +1,5 @@
 """Everything that touches files. TensorFlow is imported only for prepared records, never by importing this package."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -16,11 +17,14 @@ def open(config) -> Any:
     source = config.data.source
     if source == 'records':
         from data_pipelines.loading.records_source import Records
+
         return Records(config)
     if source == 'synthetic':
         from data_pipelines.loading.synthetic import Synthetic
+
         return Synthetic(config)
     if source == 'npz':
         from data_pipelines.loading.synthetic import Npz
+
         return Npz(config)
     raise DataError(f'config.data.source is {source!r}; it is one of records, synthetic, npz')

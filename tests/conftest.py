@@ -1,4 +1,5 @@
 """Eight simulated CPU devices and a compilation cache for every test."""
+
 import json
 import os
 import pathlib
@@ -19,7 +20,15 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
-UNREAD = ('name', 'report', 'init_from', 'init_rename', 'init_skip', 'checkpoint', 'max_bad_steps')   # by loop.build
+UNREAD = (
+    'name',
+    'report',
+    'init_from',
+    'init_rename',
+    'init_skip',
+    'checkpoint',
+    'max_bad_steps',
+)  # by loop.build
 _built = {}
 
 
@@ -30,14 +39,19 @@ def share_what_is_built():
 
     from vatt_jax.config import to_json
     from vatt_jax.training import loop
+
     build = loop.build
 
     def shared(config, data):
         loop.resolve(config, data)
-        key = to_json(ConfigDict({k: v for k, v in config.items() if k not in UNREAD})), json.dumps(data.info, sort_keys=True, default=str)
+        key = (
+            to_json(ConfigDict({k: v for k, v in config.items() if k not in UNREAD})),
+            json.dumps(data.info, sort_keys=True, default=str),
+        )
         if key not in _built:
             _built[key] = build(config, data)
         return _built[key]
+
     loop.build = shared
     yield
     loop.build = build
@@ -52,12 +66,26 @@ def tiny_run(tmp_path_factory):
     from tests import tiny
     from vatt_jax.reporting import report
     from vatt_jax.training import loop
+
     config = tiny.config(name='tiny <run>', steps=2, report=True, optimizer__schedule__warmup=1)
-    gallery = {'type': 'retrieval', 'limit': 29, 'pairs': (('text', 'video', 'vat'), ('audio', 'video', 'va'))}
+    gallery = {
+        'type': 'retrieval',
+        'limit': 29,
+        'pairs': (('text', 'video', 'vat'), ('audio', 'video', 'va')),
+    }
     probe = {'type': 'linear_probe', 'train_limit': 48, 'test_limit': 32, 'strengths': (0.1,)}
-    config.evals = {'retrieval': gallery, 'single_frame_retrieval': {**gallery, 'change': 'single_frame', 'baseline': False},
-                    'sync': {'type': 'sync', 'limit': 29, 'seconds': 0.5}, 'probe_video': {**probe, 'stream': 'video'},
-                    'simple_probe_spectrum': {**probe, 'type': 'simple_probe', 'stream': 'audio', 'baseline': False}}
+    config.evals = {
+        'retrieval': gallery,
+        'single_frame_retrieval': {**gallery, 'change': 'single_frame', 'baseline': False},
+        'sync': {'type': 'sync', 'limit': 29, 'seconds': 0.5},
+        'probe_video': {**probe, 'stream': 'video'},
+        'simple_probe_spectrum': {
+            **probe,
+            'type': 'simple_probe',
+            'stream': 'audio',
+            'baseline': False,
+        },
+    }
     folder = tmp_path_factory.mktemp('tiny_run')
     data = data_pipelines.open(config)
     loop.train(config, data, folder, quiet=True)

@@ -1,4 +1,5 @@
 """The contrastive objective: every form through the loop, learnt temperature, and mistakes as sentences."""
+
 import json
 import pathlib
 
@@ -20,17 +21,31 @@ def run(workdir, mesh=None, **fields):
     config.objective = type(config)({'name': 'contrastive', **fields})
     config.mesh.update(mesh or {})
     loop.train(config, data_pipelines.open(config), workdir, quiet=True)
-    lines = [json.loads(line) for line in (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()
+    ]
     lines = [line for line in lines if 'loss' in line]
     return [line['loss'] for line in lines], lines[-1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('fields', [{'form': 'clip', 'learn_temperature': True}, {'form': 'siglip', 'learn_temperature': True},
-                                    {'form': 'symmetric', 'replicas': 4}, {'form': 'mil_nce'}])
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'form': 'clip', 'learn_temperature': True},
+        {'form': 'siglip', 'learn_temperature': True},
+        {'form': 'symmetric', 'replicas': 4},
+        {'form': 'mil_nce'},
+    ],
+)
 def test_training_is_the_same_dense_gathered_and_in_a_ring(tmp_path, fields):
     want, dense = run(tmp_path / 'dense', method='dense', **fields)
-    for method, mesh in (('auto', {}), ('gather', {'replica': 8}), ('ring', {'replica': 2, 'fsdp': 2, 'model': 2})):
+    for method, mesh in (
+        ('auto', {}),
+        ('gather', {'replica': 8}),
+        ('ring', {'replica': 2, 'fsdp': 2, 'model': 2}),
+    ):
         got, last = run(tmp_path / method, mesh, method=method, **fields)
         np.testing.assert_allclose(got, want, rtol=2e-4)
         for name in ('temperature/video-text', 'bias/video-text'):
@@ -47,36 +62,66 @@ def test_the_learnt_scale_stops_at_a_hundred():
     np.testing.assert_allclose(params['log_scale'], [np.log(100), 1.0], rtol=1e-6)
 
 
-@pytest.mark.parametrize('fields, told', [
-    ({'form': 'triplet'}, "config.objective.form='triplet': choose one of asymmetric, symmetric, clip"),
-    ({'method': 'rign'}, "config.objective.method='rign': choose one of auto, gather, ring, dense"),
-    ({'dtype': 'float16'}, "config.objective.dtype='float16': choose one of float32, bfloat16"),
-    ({'temperature': -1.0}, 'config.objective.temperature=-1.0: a positive number'),
-    ({'replicas': 0}, 'config.objective.replicas=0'),
-    ({'blok': 3}, "config.objective.blok=3: no such field; did you mean 'block'"),
-    ({'pairs': ()}, 'config.objective.pairs is empty'),
-    ({'pairs': (('video', 'audio', 'va'),)}, "config.objective.pairs has ('video', 'audio', 'va'); (stream, stream, space, weight above 0)"),
-])
+@pytest.mark.parametrize(
+    'fields, told',
+    [
+        (
+            {'form': 'triplet'},
+            "config.objective.form='triplet': choose one of asymmetric, symmetric, clip",
+        ),
+        (
+            {'method': 'rign'},
+            "config.objective.method='rign': choose one of auto, gather, ring, dense",
+        ),
+        ({'dtype': 'float16'}, "config.objective.dtype='float16': choose one of float32, bfloat16"),
+        ({'temperature': -1.0}, 'config.objective.temperature=-1.0: a positive number'),
+        ({'replicas': 0}, 'config.objective.replicas=0'),
+        ({'blok': 3}, "config.objective.blok=3: no such field; did you mean 'block'"),
+        ({'pairs': ()}, 'config.objective.pairs is empty'),
+        (
+            {'pairs': (('video', 'audio', 'va'),)},
+            "config.objective.pairs has ('video', 'audio', 'va'); (stream, stream, space, weight above 0)",
+        ),
+    ],
+)
 def test_mistakes_in_the_config_are_sentences(fields, told):
     with pytest.raises(ConfigError) as error:
         Contrastive(fields)
     assert told in str(error.value)
 
 
-@pytest.mark.parametrize('fields, told', [
-    ({'pairs': (('video', 'audio', 'vat', 1.0),)}, "no 'audio' in space 'vat'; it has video in va"),
-    ({'form': 'nt_xent'}, "does not fit form='nt_xent'"),
-    ({'pairs': (('text', 'video', 'vat', 1.0),)}, 'the first stream has one embedding per clip'),
-    ({'replicas': 5}, 'config.objective.replicas=5 does not divide the (micro)batch of 16 clips'),
-])
+@pytest.mark.parametrize(
+    'fields, told',
+    [
+        (
+            {'pairs': (('video', 'audio', 'vat', 1.0),)},
+            "no 'audio' in space 'vat'; it has video in va",
+        ),
+        ({'form': 'nt_xent'}, "does not fit form='nt_xent'"),
+        (
+            {'pairs': (('text', 'video', 'vat', 1.0),)},
+            'the first stream has one embedding per clip',
+        ),
+        (
+            {'replicas': 5},
+            'config.objective.replicas=5 does not divide the (micro)batch of 16 clips',
+        ),
+    ],
+)
 def test_what_the_model_or_the_batch_does_not_have_is_a_sentence(fields, told):
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
 
     class spec:
         """An objective sizes itself by abstract shapes alone."""
+
         class outputs:
-            spaces = {'va': {'video': shape(16, 8), 'audio': shape(16, 8)}, 'vat': {'video': shape(16, 4), 'text': shape(16, 2, 4)}}
+            spaces = {
+                'va': {'video': shape(16, 8), 'audio': shape(16, 8)},
+                'vat': {'video': shape(16, 4), 'text': shape(16, 2, 4)},
+            }
+
         batch = {'index': shape(16)}
+
     with pytest.raises(ConfigError) as error:
         Contrastive(fields).init(jax.random.key(0), spec)
     assert told in str(error.value)
@@ -88,6 +133,7 @@ def test_weights_and_the_scale_of_masks_reach_the_loss():
 
     from vatt_jax.losses import nce
     from vatt_jax.rng import Rng
+
     noise = np.random.default_rng(0)
     video, audio, text = (jnp.float32(noise.normal(size=s)) for s in ((4, 5), (4, 5), (4, 2, 5)))
     spaces = {'va': {'video': video, 'audio': audio}, 'vat': {'video': video, 'text': text}}
@@ -97,16 +143,47 @@ def test_weights_and_the_scale_of_masks_reach_the_loss():
     pairs = (('video', 'audio', 'va', 3.0), ('video', 'text', 'vat', 1.0))
     values = {}
     for each in (False, True):
-        objective = Contrastive({'form': 'symmetric', 'pairs': pairs, 'padded': True, 'each_mask': each})
-        values[each] = float(objective.judge(model, {}, {}, {}, dict.fromkeys(valid), batch, Rng.create(0, 0, jnp.arange(4))).value)
-        each_loss = [nce.symmetric(spaces[s][a], spaces[s][b], x_valid=batch[a]['valid'], y_valid=batch[b]['valid'], each_mask=each)
-                     for a, b, s, _ in pairs]
+        objective = Contrastive(
+            {'form': 'symmetric', 'pairs': pairs, 'padded': True, 'each_mask': each}
+        )
+        values[each] = float(
+            objective.judge(
+                model, {}, {}, {}, dict.fromkeys(valid), batch, Rng.create(0, 0, jnp.arange(4))
+            ).value
+        )
+        each_loss = [
+            nce.symmetric(
+                spaces[s][a],
+                spaces[s][b],
+                x_valid=batch[a]['valid'],
+                y_valid=batch[b]['valid'],
+                each_mask=each,
+            )
+            for a, b, s, _ in pairs
+        ]
         np.testing.assert_allclose(values[each], (3 * each_loss[0] + each_loss[1]) / 4, rtol=1e-6)
-    learnt = Contrastive({'form': 'symmetric', 'pairs': pairs, 'padded': True, 'learn_temperature': True})
-    metrics = learnt.judge(model, {}, {'log_scale': jnp.log(jnp.array([10.0, 20.0]))}, {}, dict.fromkeys(valid), batch,
-                           Rng.create(0, 0, jnp.arange(4))).metrics
-    assert set(metrics) == {f'{what}/video-{other}' for what in ('loss', 'temperature') for other in ('audio', 'text')}
-    np.testing.assert_allclose([metrics['temperature/video-audio'], metrics['temperature/video-text']], [0.1, 0.05], rtol=1e-6)
-    np.testing.assert_allclose(values[True], values[False] * 2 * 4 / (3 * 3), rtol=1e-5)   # two clips of four have both, three have each
+    learnt = Contrastive(
+        {'form': 'symmetric', 'pairs': pairs, 'padded': True, 'learn_temperature': True}
+    )
+    metrics = learnt.judge(
+        model,
+        {},
+        {'log_scale': jnp.log(jnp.array([10.0, 20.0]))},
+        {},
+        dict.fromkeys(valid),
+        batch,
+        Rng.create(0, 0, jnp.arange(4)),
+    ).metrics
+    assert set(metrics) == {
+        f'{what}/video-{other}' for what in ('loss', 'temperature') for other in ('audio', 'text')
+    }
+    np.testing.assert_allclose(
+        [metrics['temperature/video-audio'], metrics['temperature/video-text']],
+        [0.1, 0.05],
+        rtol=1e-6,
+    )
+    np.testing.assert_allclose(
+        values[True], values[False] * 2 * 4 / (3 * 3), rtol=1e-5
+    )  # two clips of four have both, three have each
     with pytest.raises(ConfigError, match='each_mask=True goes with form="symmetric"'):
         Contrastive({'each_mask': True})

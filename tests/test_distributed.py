@@ -1,4 +1,5 @@
 """Where an environment puts a process, barriers that name who did not come, and the launcher of several processes on one machine."""
+
 import os
 import pathlib
 import signal
@@ -16,63 +17,143 @@ from vatt_jax.parallel import distributed
 from vatt_jax.parallel.distributed import Place
 
 ROOT = pathlib.Path(__file__).parent.parent
-SLURM = {'SLURM_JOB_ID': '70000', 'SLURM_NTASKS': '4', 'SLURM_PROCID': '2', 'SLURM_LOCALID': '0', 'SLURM_STEP_NODELIST': 'gpu[007-009,12]',
-         'SLURM_STEP_NUM_TASKS': '4', 'SLURM_STEP_TASKS_PER_NODE': '1(x4)'}
-OMPI = {'OMPI_COMM_WORLD_SIZE': '4', 'OMPI_COMM_WORLD_RANK': '3', 'OMPI_COMM_WORLD_LOCAL_SIZE': '2', 'OMPI_COMM_WORLD_LOCAL_RANK': '1',
-        'OMPI_MCA_orte_hnp_uri': '1531576320.0;tcp://10.96.0.1,10.148.0.1:34911'}
+SLURM = {
+    'SLURM_JOB_ID': '70000',
+    'SLURM_NTASKS': '4',
+    'SLURM_PROCID': '2',
+    'SLURM_LOCALID': '0',
+    'SLURM_STEP_NODELIST': 'gpu[007-009,12]',
+    'SLURM_STEP_NUM_TASKS': '4',
+    'SLURM_STEP_TASKS_PER_NODE': '1(x4)',
+}
+OMPI = {
+    'OMPI_COMM_WORLD_SIZE': '4',
+    'OMPI_COMM_WORLD_RANK': '3',
+    'OMPI_COMM_WORLD_LOCAL_SIZE': '2',
+    'OMPI_COMM_WORLD_LOCAL_RANK': '1',
+    'OMPI_MCA_orte_hnp_uri': '1531576320.0;tcp://10.96.0.1,10.148.0.1:34911',
+}
 GKE = {'TPU_WORKER_HOSTNAMES': 'mbs-0.mbs,mbs-1.mbs', 'TPU_WORKER_ID': '1'}
 
 
-@pytest.mark.parametrize('environment, want', [
-    ({}, None),
-    ({'VATT_COORDINATOR': 'node1:8476', 'VATT_PROCESSES': '3', 'VATT_PROCESS': '2'}, Place('node1:8476', 3, 2)),
-    ({'VATT_COORDINATOR': 'node1:8476', 'VATT_PROCESSES': '2', 'VATT_PROCESS': '0', 'VATT_DEVICES': '4,5'}, Place('node1:8476', 2, 0, (4, 5))),
-    ({'VATT_COORDINATOR': 'node1:8476', 'VATT_PROCESSES': '1', 'VATT_PROCESS': '0'}, None),
-    # a Kubernetes indexed job
-    ({'VATT_COORDINATOR': 'mbs-0.mbs:8476', 'VATT_PROCESSES': '8', 'JOB_COMPLETION_INDEX': '5'}, Place('mbs-0.mbs:8476', 8, 5)),
-    # what is said by hand comes first
-    ({**SLURM, 'VATT_COORDINATOR': 'node1:8476', 'VATT_PROCESSES': '2', 'VATT_PROCESS': '1'}, Place('node1:8476', 2, 1)),
-    # srun with one task a node: all of its GPUs; with several: one each
-    (SLURM, Place('gpu007:61808', 4, 2)),
-    ({**SLURM, 'SLURM_STEP_TASKS_PER_NODE': '2(x2)', 'SLURM_LOCALID': '1'}, Place('gpu007:61808', 4, 2, (1,))),
-    ({**SLURM, 'SLURM_STEP_TASKS_PER_NODE': '1,3', 'SLURM_LOCALID': '0'}, Place('gpu007:61808', 4, 2, (0,))),
-    # salloc or a batch script without srun is one process
-    ({k: v for k, v in SLURM.items() if not k.startswith('SLURM_STEP')}, None),
-    ({**SLURM, 'SLURM_STEP_NUM_TASKS': '1', 'SLURM_PROCID': '0'}, None),
-    (OMPI, Place('10.96.0.1:62624', 4, 3, (1,))),
-    ({**OMPI, 'OMPI_COMM_WORLD_LOCAL_SIZE': '1', 'OMPI_MCA_orte_hnp_uri': '4096.0;tcp6://[fe80::b9b,2620::2]:43370'},
-     Place('[fe80::b9b]:61441', 4, 3)),
-    ({**OMPI, 'OMPI_COMM_WORLD_LOCAL_SIZE': '4'}, Place('127.0.0.1:62624', 4, 3, (1,))),
-    ({**OMPI, 'OMPI_COMM_WORLD_SIZE': '1', 'OMPI_COMM_WORLD_RANK': '0'}, None),
-    (GKE, Place('mbs-0.mbs:8482', 2, 1)),
-    ({**GKE, 'MEGASCALE_NUM_SLICES': '4', 'MEGASCALE_SLICE_ID': '3', 'MEGASCALE_COORDINATOR_ADDRESS': 'mbs-slice-0-0.mbs:8080'},
-     Place('mbs-slice-0-0.mbs:8482', 8, 7)),
-    ({'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0'}, None),
-])
+@pytest.mark.parametrize(
+    'environment, want',
+    [
+        ({}, None),
+        (
+            {'VATT_COORDINATOR': 'node1:8476', 'VATT_PROCESSES': '3', 'VATT_PROCESS': '2'},
+            Place('node1:8476', 3, 2),
+        ),
+        (
+            {
+                'VATT_COORDINATOR': 'node1:8476',
+                'VATT_PROCESSES': '2',
+                'VATT_PROCESS': '0',
+                'VATT_DEVICES': '4,5',
+            },
+            Place('node1:8476', 2, 0, (4, 5)),
+        ),
+        ({'VATT_COORDINATOR': 'node1:8476', 'VATT_PROCESSES': '1', 'VATT_PROCESS': '0'}, None),
+        # a Kubernetes indexed job
+        (
+            {
+                'VATT_COORDINATOR': 'mbs-0.mbs:8476',
+                'VATT_PROCESSES': '8',
+                'JOB_COMPLETION_INDEX': '5',
+            },
+            Place('mbs-0.mbs:8476', 8, 5),
+        ),
+        # what is said by hand comes first
+        (
+            {**SLURM, 'VATT_COORDINATOR': 'node1:8476', 'VATT_PROCESSES': '2', 'VATT_PROCESS': '1'},
+            Place('node1:8476', 2, 1),
+        ),
+        # srun with one task a node: all of its GPUs; with several: one each
+        (SLURM, Place('gpu007:61808', 4, 2)),
+        (
+            {**SLURM, 'SLURM_STEP_TASKS_PER_NODE': '2(x2)', 'SLURM_LOCALID': '1'},
+            Place('gpu007:61808', 4, 2, (1,)),
+        ),
+        (
+            {**SLURM, 'SLURM_STEP_TASKS_PER_NODE': '1,3', 'SLURM_LOCALID': '0'},
+            Place('gpu007:61808', 4, 2, (0,)),
+        ),
+        # salloc or a batch script without srun is one process
+        ({k: v for k, v in SLURM.items() if not k.startswith('SLURM_STEP')}, None),
+        ({**SLURM, 'SLURM_STEP_NUM_TASKS': '1', 'SLURM_PROCID': '0'}, None),
+        (OMPI, Place('10.96.0.1:62624', 4, 3, (1,))),
+        (
+            {
+                **OMPI,
+                'OMPI_COMM_WORLD_LOCAL_SIZE': '1',
+                'OMPI_MCA_orte_hnp_uri': '4096.0;tcp6://[fe80::b9b,2620::2]:43370',
+            },
+            Place('[fe80::b9b]:61441', 4, 3),
+        ),
+        ({**OMPI, 'OMPI_COMM_WORLD_LOCAL_SIZE': '4'}, Place('127.0.0.1:62624', 4, 3, (1,))),
+        ({**OMPI, 'OMPI_COMM_WORLD_SIZE': '1', 'OMPI_COMM_WORLD_RANK': '0'}, None),
+        (GKE, Place('mbs-0.mbs:8482', 2, 1)),
+        (
+            {
+                **GKE,
+                'MEGASCALE_NUM_SLICES': '4',
+                'MEGASCALE_SLICE_ID': '3',
+                'MEGASCALE_COORDINATOR_ADDRESS': 'mbs-slice-0-0.mbs:8080',
+            },
+            Place('mbs-slice-0-0.mbs:8482', 8, 7),
+        ),
+        ({'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0'}, None),
+    ],
+)
 def test_places(environment, want):
     assert distributed.place(environment) == want
 
 
-@pytest.mark.parametrize('environment, sentence', [
-    ({'VATT_PROCESSES': '2'}, 'VATT_PROCESSES=2 without VATT_COORDINATOR'),
-    ({'VATT_COORDINATOR': 'node1'}, 'VATT_COORDINATOR=node1: host:port is wanted'),
-    ({'VATT_COORDINATOR': 'node1:1', 'VATT_PROCESSES': '2', 'VATT_PROCESS': '2'}, "VATT_PROCESS='2': give the number of processes"),
-    ({'VATT_COORDINATOR': 'node1:1', 'VATT_PROCESSES': '2', 'VATT_PROCESS': '0', 'VATT_DEVICES': 'all'}, 'VATT_DEVICES=all: numbers'),
-    ({**SLURM, 'SLURM_PROCID': '4'}, 'this is process 4 of 4'),
-    ({k: v for k, v in OMPI.items() if 'orte' not in k}, 'Open MPI does not say where process 0 is; name it: mpirun -x VATT_COORDINATOR'),
-])
+@pytest.mark.parametrize(
+    'environment, sentence',
+    [
+        ({'VATT_PROCESSES': '2'}, 'VATT_PROCESSES=2 without VATT_COORDINATOR'),
+        ({'VATT_COORDINATOR': 'node1'}, 'VATT_COORDINATOR=node1: host:port is wanted'),
+        (
+            {'VATT_COORDINATOR': 'node1:1', 'VATT_PROCESSES': '2', 'VATT_PROCESS': '2'},
+            "VATT_PROCESS='2': give the number of processes",
+        ),
+        (
+            {
+                'VATT_COORDINATOR': 'node1:1',
+                'VATT_PROCESSES': '2',
+                'VATT_PROCESS': '0',
+                'VATT_DEVICES': 'all',
+            },
+            'VATT_DEVICES=all: numbers',
+        ),
+        ({**SLURM, 'SLURM_PROCID': '4'}, 'this is process 4 of 4'),
+        (
+            {k: v for k, v in OMPI.items() if 'orte' not in k},
+            'Open MPI does not say where process 0 is; name it: mpirun -x VATT_COORDINATOR',
+        ),
+    ],
+)
 def test_contradictions_are_sentences(environment, sentence):
     with pytest.raises(ConfigError, match=sentence):
         distributed.place(environment)
 
 
-@pytest.mark.parametrize('nodes, want', [('node1', 'node1'), ('node1,node2', 'node1'), ('n[01-04]', 'n01'), ('n[7,9-12],m3', 'n7'),
-                                         ('rack[2-3]-a', 'rack2-a')])
+@pytest.mark.parametrize(
+    'nodes, want',
+    [
+        ('node1', 'node1'),
+        ('node1,node2', 'node1'),
+        ('n[01-04]', 'n01'),
+        ('n[7,9-12],m3', 'n7'),
+        ('rack[2-3]-a', 'rack2-a'),
+    ],
+)
 def test_first_host(nodes, want):
     assert distributed.first_host(nodes) == want
 
 
-COMING = '''
+COMING = """
 import sys, time, jax
 jax.config.update('jax_platforms', 'cpu')
 from vatt_jax.parallel import distributed
@@ -88,7 +169,7 @@ if own == 0:
     distributed._client().key_value_set('told', 'yes')
 else:
     distributed._client().blocking_key_value_get('told', 60_000)
-'''
+"""
 
 
 def test_a_barrier_names_the_host_that_did_not_come(tmp_path):
@@ -96,26 +177,50 @@ def test_a_barrier_names_the_host_that_did_not_come(tmp_path):
     script = tmp_path / 'coming.py'
     script.write_text(COMING)
     port = runs.free_port()
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(('XLA_', 'JAX_', 'VATT_', 'SLURM_'))} | {'PYTHONPATH': str(ROOT)}
-    own = [{'VATT_COORDINATOR': f'127.0.0.1:{port}', 'VATT_PROCESSES': '2', 'VATT_PROCESS': str(i)} for i in range(2)]
-    started = [subprocess.Popen([sys.executable, str(script)], env=clean | own[i], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-               for i in range(2)]
+    clean = {
+        k: v for k, v in os.environ.items() if not k.startswith(('XLA_', 'JAX_', 'VATT_', 'SLURM_'))
+    } | {'PYTHONPATH': str(ROOT)}
+    own = [
+        {'VATT_COORDINATOR': f'127.0.0.1:{port}', 'VATT_PROCESSES': '2', 'VATT_PROCESS': str(i)}
+        for i in range(2)
+    ]
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env=clean | own[i],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for i in range(2)
+    ]
     try:
         said = [p.communicate(timeout=300)[0] for p in started]
     finally:
         for p in started:
             p.kill()
     (result,) = [line for line in said[0].splitlines() if line.startswith('RESULT')] or [said[0]]
-    assert "1 of 2 processes did not come to 'one' within" in result and f'process 1 on {socket.gethostname()}' in result, said
+    assert (
+        "1 of 2 processes did not come to 'one' within" in result
+        and f'process 1 on {socket.gethostname()}' in result
+    ), said
     assert 'past both' in said[1]
 
 
 def launched(tmp_path, body: str, *flags: str, **popen) -> subprocess.Popen:
     """`python -m vatt_jax.launch` of a script that imports nothing slow."""
     script = tmp_path / 'script.py'
-    script.write_text('import os, signal, sys, time\nown = int(os.environ["VATT_PROCESS"])\n' + body)
-    return subprocess.Popen([sys.executable, '-m', 'vatt_jax.launch', *flags, str(script), 'an argument'], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+    script.write_text(
+        'import os, signal, sys, time\nown = int(os.environ["VATT_PROCESS"])\n' + body
+    )
+    return subprocess.Popen(
+        [sys.executable, '-m', 'vatt_jax.launch', *flags, str(script), 'an argument'],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **popen,
+    )
 
 
 def test_launch_tells_each_its_place_and_one_speaks(tmp_path):
@@ -123,7 +228,9 @@ def test_launch_tells_each_its_place_and_one_speaks(tmp_path):
     process = launched(tmp_path, body, '--processes=3', '--each=4')
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (0, '0 3 127.0.0.1 4 an argument\n', '')
-    assert launch.environment(5, 8, 1, 'gpu')['VATT_DEVICES'] == '5' and 'VATT_DEVICES' not in launch.environment(5, 8, 1, '')
+    assert launch.environment(5, 8, 1, 'gpu')[
+        'VATT_DEVICES'
+    ] == '5' and 'VATT_DEVICES' not in launch.environment(5, 8, 1, '')
 
 
 def test_launch_ends_with_the_code_of_the_first_to_fail(tmp_path, monkeypatch):
@@ -138,17 +245,23 @@ def test_launch_ends_with_the_code_of_the_first_to_fail(tmp_path, monkeypatch):
 
 
 def test_launch_tells_a_killed_process(tmp_path):
-    process = launched(tmp_path, 'if own == 0: os.kill(os.getpid(), signal.SIGKILL)', '--processes=2')
+    process = launched(
+        tmp_path, 'if own == 0: os.kill(os.getpid(), signal.SIGKILL)', '--processes=2'
+    )
     _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + 9 and 'process 0 of 2 ended with signal 9' in err
 
 
 def test_launch_forwards_sigterm_to_all(tmp_path):
-    body = ('def leave(*_):\n    open(os.path.join(os.path.dirname(__file__), f"left{own}"), "w").close()\n    sys.exit(0)\n'
-            'signal.signal(signal.SIGTERM, leave)\nopen(os.path.join(os.path.dirname(__file__), f"ready{own}"), "w").close()\ntime.sleep(600)')
+    body = (
+        'def leave(*_):\n    open(os.path.join(os.path.dirname(__file__), f"left{own}"), "w").close()\n    sys.exit(0)\n'
+        'signal.signal(signal.SIGTERM, leave)\nopen(os.path.join(os.path.dirname(__file__), f"ready{own}"), "w").close()\ntime.sleep(600)'
+    )
     process = launched(tmp_path, body, '--processes=2')
     deadline = time.monotonic() + 120
-    while not all((tmp_path / f'ready{i}').exists() for i in range(2)) and time.monotonic() < deadline:
+    while (
+        not all((tmp_path / f'ready{i}').exists() for i in range(2)) and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     process.terminate()
     _, err = process.communicate(timeout=120)
@@ -156,10 +269,15 @@ def test_launch_forwards_sigterm_to_all(tmp_path):
     assert all((tmp_path / f'left{i}').exists() for i in range(2))
 
 
-@pytest.mark.parametrize('flags, sentence', [
-    (['--processes=0', 'run.py'], '--processes=0: a positive number'), (['--processes=2', '--each=all', 'run.py'], '--each=all: gpu or a positive'),
-    (['--processes=2', 'ran.py'], 'ran.py is no file'), (['--processes=2'], 'nothing is no file'),
-])
+@pytest.mark.parametrize(
+    'flags, sentence',
+    [
+        (['--processes=0', 'run.py'], '--processes=0: a positive number'),
+        (['--processes=2', '--each=all', 'run.py'], '--each=all: gpu or a positive'),
+        (['--processes=2', 'ran.py'], 'ran.py is no file'),
+        (['--processes=2'], 'nothing is no file'),
+    ],
+)
 def test_launch_refuses_in_a_sentence(flags, sentence, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as error:
@@ -171,17 +289,50 @@ def test_launch_refuses_in_a_sentence(flags, sentence, capsys, monkeypatch):
 @pytest.mark.timeout(1800)
 def test_training_by_the_launcher(tmp_path):
     """Two processes of four devices train, one speaks; SIGTERM to the launcher saves one step on both, the same command ends the run."""
-    command = [sys.executable, '-m', 'vatt_jax.launch', '--processes=2', '--each=4', 'run.py', '--config=tests/configs/tiny.py:plain', '--quiet',
-               f'--workdir={tmp_path / "run"}', '--config.mesh.replica=8']
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(('XLA_', 'VATT_', 'SLURM_'))} | {
-        'JAX_COMPILATION_CACHE_DIR': str(runs.CACHE), 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
-    first = subprocess.Popen([*command, '--config.steps=4000'], cwd=ROOT, env=clean, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [
+        sys.executable,
+        '-m',
+        'vatt_jax.launch',
+        '--processes=2',
+        '--each=4',
+        'run.py',
+        '--config=tests/configs/tiny.py:plain',
+        '--quiet',
+        f'--workdir={tmp_path / "run"}',
+        '--config.mesh.replica=8',
+    ]
+    clean = {
+        k: v for k, v in os.environ.items() if not k.startswith(('XLA_', 'VATT_', 'SLURM_'))
+    } | {'JAX_COMPILATION_CACHE_DIR': str(runs.CACHE), 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+    first = subprocess.Popen(
+        [*command, '--config.steps=4000'],
+        cwd=ROOT,
+        env=clean,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     while first.poll() is None and not (tmp_path / 'run' / 'checkpoints' / '2').is_dir():
         time.sleep(0.05)
     first.terminate()
     out, err = first.communicate(timeout=500)
-    assert first.returncode == 0 and out.count('asked to stop: step') == 1 and out.count('starting from scratch') == 1, out + err
-    saved = max(int(p.name) for p in (tmp_path / 'run' / 'checkpoints').iterdir() if p.name.isdigit())
-    second = subprocess.run([*command, f'--config.steps={saved + 2}'], cwd=ROOT, env=clean, text=True, capture_output=True, timeout=550)
-    assert second.returncode == 0 and f'continuing from step {saved}' in second.stdout, second.stdout + second.stderr
+    assert (
+        first.returncode == 0
+        and out.count('asked to stop: step') == 1
+        and out.count('starting from scratch') == 1
+    ), out + err
+    saved = max(
+        int(p.name) for p in (tmp_path / 'run' / 'checkpoints').iterdir() if p.name.isdigit()
+    )
+    second = subprocess.run(
+        [*command, f'--config.steps={saved + 2}'],
+        cwd=ROOT,
+        env=clean,
+        text=True,
+        capture_output=True,
+        timeout=550,
+    )
+    assert second.returncode == 0 and f'continuing from step {saved}' in second.stdout, (
+        second.stdout + second.stderr
+    )
     assert runs.done(tmp_path / 'run')['step'] == saved + 2

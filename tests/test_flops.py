@@ -1,4 +1,5 @@
 """FLOPs counted from traces: equal to hand counts and to the published models', and to XLA's own where XLA counts right (nothing scanned)."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +33,12 @@ def layer(n, d, mlp, heads, width):
 
 def last_layer(n, d, mlp, heads, width):
     """The same where one token alone is asked for: keys and values of all, everything else of one."""
-    return 2 * 2 * n * d * heads * width + 2 * 2 * d * heads * width + 2 * 2 * n * heads * width + 2 * 2 * d * mlp
+    return (
+        2 * 2 * n * d * heads * width
+        + 2 * 2 * d * heads * width
+        + 2 * 2 * n * heads * width
+        + 2 * 2 * d * mlp
+    )
 
 
 def test_a_small_model_by_hand():
@@ -67,7 +73,11 @@ def encoder_gradient(**options):
     """(function, abstract arguments): gradient of a transformer of three layers, wide enough for matrix products to be nearly all there is."""
     encoder = Encoder(3, 256, 1024, 4, dropout=0.0, attention_dropout=0.0, **options)
     rng = Rng.create(0, 0, jnp.zeros(2))
-    params = jax.eval_shape(lambda: meta.unbox(encoder.init(jax.random.key(0), jnp.zeros((2, 64, 256)), None, rng, False, True)))
+    params = jax.eval_shape(
+        lambda: meta.unbox(
+            encoder.init(jax.random.key(0), jnp.zeros((2, 64, 256)), None, rng, False, True)
+        )
+    )
     loss = lambda p, x: encoder.apply(p, x, None, rng, True, True).sum()
     return jax.grad(loss, argnums=(0, 1)), (params, jax.ShapeDtypeStruct((2, 64, 256), jnp.float32))
 
@@ -94,31 +104,49 @@ def test_recomputation_is_executed():
 def test_convolutions_and_their_gradients():
     """A strided one: forward, gradient of the kernel and of the input are the same number of products, zeros between not counted."""
     x, k = jnp.zeros((2, 12, 12, 5)), jnp.zeros((3, 3, 5, 7))
-    conv = lambda x, k: jax.lax.conv_general_dilated(x, k, (3, 3), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    conv = lambda x, k: jax.lax.conv_general_dilated(
+        x, k, (3, 3), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
     once = 2 * (2 * 4 * 4) * 7 * (3 * 3 * 5)
     assert flops.of(conv, x, k).flops == once
-    assert flops.of(jax.grad(lambda x, k: conv(x, k).sum(), argnums=(0, 1)), x, k).flops == pytest.approx(3 * once)
-    grouped = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), 'VALID', feature_group_count=5, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    assert flops.of(
+        jax.grad(lambda x, k: conv(x, k).sum(), argnums=(0, 1)), x, k
+    ).flops == pytest.approx(3 * once)
+    grouped = lambda x, k: jax.lax.conv_general_dilated(
+        x, k, (1, 1), 'VALID', feature_group_count=5, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
     assert flops.of(grouped, x, jnp.zeros((3, 3, 1, 10))).flops == 2 * (2 * 10 * 10) * 10 * (3 * 3)
 
 
 def test_control_flow():
     a = jnp.zeros((4, 4))
-    one = 2 * 4 ** 3
-    assert flops.of(lambda a: jax.lax.scan(lambda c, _: (c @ a, None), a, None, length=7)[0], a).flops == 7 * one
+    one = 2 * 4**3
+    assert (
+        flops.of(lambda a: jax.lax.scan(lambda c, _: (c @ a, None), a, None, length=7)[0], a).flops
+        == 7 * one
+    )
     assert flops.of(lambda a: jax.lax.fori_loop(0, 3, lambda _, c: c @ a, a), a).flops == 3 * one
-    assert flops.of(lambda a: jax.lax.cond(a[0, 0] > 0, lambda: a @ a @ a, lambda: a @ a), a).flops == 2 * one
+    assert (
+        flops.of(lambda a: jax.lax.cond(a[0, 0] > 0, lambda: a @ a @ a, lambda: a @ a), a).flops
+        == 2 * one
+    )
     endless = flops.of(lambda a: jax.lax.while_loop(lambda c: c[0, 0] > 0, lambda c: c @ a, a), a)
     assert endless.flops == one and endless.unknown == ('while loop',)
     mesh = sharding.make_mesh({'replica': 4})
-    spread = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=jax.P('replica'), out_specs=jax.P('replica'))
+    spread = jax.shard_map(
+        lambda x: x @ x.T, mesh=mesh, in_specs=jax.P('replica'), out_specs=jax.P('replica')
+    )
     assert flops.of(spread, jnp.zeros((8, 4))).flops == 4 * 2 * 2 * 2 * 4
 
 
 def test_fused_kernels_count_their_products():
     """What stands in a jaxpr as one operation: the products it does inside."""
+
     class Eqn:
-        invars = [type('V', (), {'aval': jnp.zeros(shape)}) for shape in ((2, 5, 3, 8), (2, 7, 3, 8))]
+        invars = [
+            type('V', (), {'aval': jnp.zeros(shape)}) for shape in ((2, 5, 3, 8), (2, 7, 3, 8))
+        ]
+
     assert flops.RULES['dot_product_attention_fwd'](Eqn).flops == 2 * 2 * (2 * 3) * 5 * 7 * 8
 
 
@@ -126,7 +154,17 @@ def test_every_part_of_a_config_is_counted():
     """Streams of one modality are towers of their own; the default config's names are those of the table."""
     c = default.get_config().model
     c.inputs.audio.samples = 256
-    c.towers.audio = ConfigDict({'name': 'wat', 'layers': 1, 'width': 32, 'mlp': 64, 'heads': 2, 'head_width': 16, 'patch': 64})
+    c.towers.audio = ConfigDict(
+        {
+            'name': 'wat',
+            'layers': 1,
+            'width': 32,
+            'mlp': 64,
+            'heads': 2,
+            'head_width': 16,
+            'patch': 64,
+        }
+    )
     c.head = ConfigDict({'name': 'none'})
     got = towers_of(c)
     assert set(got) == {'audio', 'heads'} and got['heads']['needed'] == 0

@@ -1,4 +1,5 @@
 """A run that is killed (-9) again and again ends with the numbers of one that never was; SIGTERM saves and leaves with code 0."""
+
 import pathlib
 import random
 import time
@@ -12,7 +13,11 @@ CONFIG = '--config=tests/configs/tiny.py'
 
 def losses_told(workdir: pathlib.Path) -> list[int]:
     file = workdir / 'metrics.jsonl'
-    return [line['step'] for line in runs.log_lines(workdir) if 'loss' in line] if file.exists() and file.read_text().endswith('\n') else []
+    return (
+        [line['step'] for line in runs.log_lines(workdir) if 'loss' in line]
+        if file.exists() and file.read_text().endswith('\n')
+        else []
+    )
 
 
 class Watch:
@@ -31,7 +36,7 @@ class Watch:
 
     def compiling(self) -> bool:
         """The first thing said comes when the state is there and the step is about to be compiled."""
-        return 'training records' in self.text()[self.said:]
+        return 'training records' in self.text()[self.said :]
 
     def stepping(self) -> bool:
         """Another step is logged than those that were kept of before."""
@@ -49,17 +54,30 @@ class Watch:
     def evaluating(self) -> bool:
         """A step is done after which an evaluation is due, and its results are not there."""
         steps = losses_told(self.workdir)
-        return self.compiling() and bool(steps) and steps[-1] % 4 == 0 and not (self.workdir / 'evals' / f'step_{steps[-1]:06d}').exists()
+        return (
+            self.compiling()
+            and bool(steps)
+            and steps[-1] % 4 == 0
+            and not (self.workdir / 'evals' / f'step_{steps[-1]:06d}').exists()
+        )
 
     def writing_results(self) -> bool:
         return any((self.workdir / 'evals').glob('*.tmp'))
 
     def refreshing(self) -> bool:
-        return 'refresh' in self.text()[self.said:]
+        return 'refresh' in self.text()[self.said :]
 
 
 # phase -> seconds after it begins in which the kill falls
-DELAYS = {'starting': 3.0, 'compiling': 1.5, 'stepping': 0.05, 'saving': 0.03, 'evaluating': 0.4, 'writing_results': 0.005, 'refreshing': 0.5}
+DELAYS = {
+    'starting': 3.0,
+    'compiling': 1.5,
+    'stepping': 0.05,
+    'saving': 0.03,
+    'evaluating': 0.4,
+    'writing_results': 0.005,
+    'refreshing': 0.5,
+}
 
 
 def reaches(process, watch: Watch, phase: str, timeout: float = 550) -> bool:
@@ -96,12 +114,14 @@ def stop_at(process, watch: Watch, phase: str) -> bool:
     if (watch.workdir / 'done.json').exists():
         return False
     steps = losses_told(watch.workdir)
-    assert f'asked to stop: step {steps[-1]} is saved' in watch.text()[watch.said:]
+    assert f'asked to stop: step {steps[-1]} is saved' in watch.text()[watch.said :]
     assert (watch.workdir / 'checkpoints' / str(steps[-1])).is_dir()
     return True
 
 
-def survive(folder: pathlib.Path, variant: str, phases: list[str], seed: int) -> tuple[list[pathlib.Path], list[str]]:
+def survive(
+    folder: pathlib.Path, variant: str, phases: list[str], seed: int
+) -> tuple[list[pathlib.Path], list[str]]:
     """Finished run folders, and the phases in which a run was killed, or with a leading ~ asked to stop. A run that ends before that is
     followed by a fresh one."""
     rng, killed, workdirs = random.Random(seed), [], []
@@ -114,8 +134,13 @@ def survive(folder: pathlib.Path, variant: str, phases: list[str], seed: int) ->
         phase = phases[0] if phases else None
         watch = Watch(workdir, log, rng)
         # what shall be caught in compilation is compiled anew
-        process = runs.start(f'{CONFIG}{variant}', f'--workdir={workdir}', '--quiet', log=log,
-                             cache=None if phase == 'compiling' else runs.CACHE)
+        process = runs.start(
+            f'{CONFIG}{variant}',
+            f'--workdir={workdir}',
+            '--quiet',
+            log=log,
+            cache=None if phase == 'compiling' else runs.CACHE,
+        )
         if phase is None:
             assert runs.finish(process, log) == 0, log.read_text()[-3000:]
         elif (stop_at if phase[0] == '~' else kill_at)(process, watch, phase.lstrip('~')):
@@ -144,7 +169,9 @@ def assert_same(workdir: pathlib.Path, whole: pathlib.Path) -> None:
         assert got[key] == want[key], key
     assert set(got['digests']) == {'params', 'batch_stats', 'opt_state', 'objective'}
     assert runs.log_lines(workdir) == runs.log_lines(whole)
-    results = lambda folder: {p.parent.name: p.read_text() for p in (folder / 'evals').glob('*/results.json')}
+    results = lambda folder: {
+        p.parent.name: p.read_text() for p in (folder / 'evals').glob('*/results.json')
+    }
     assert results(workdir) == results(whole)
 
 
@@ -160,7 +187,15 @@ def test_killed_and_asked_to_stop_in_each_phase(whole, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_fourteen_kills(whole, tmp_path):
-    phases = ['starting', 'compiling', 'saving', 'stepping', 'evaluating', 'writing_results', 'saving'] * 2
+    phases = [
+        'starting',
+        'compiling',
+        'saving',
+        'stepping',
+        'evaluating',
+        'writing_results',
+        'saving',
+    ] * 2
     random.Random(7).shuffle(phases)
     workdirs, killed = survive(tmp_path, '', phases, seed=7)
     assert killed == phases

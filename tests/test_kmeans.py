@@ -1,4 +1,5 @@
 """k-means against closed forms."""
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from vatt_jax.clustering.kmeans import kmeans
 @pytest.mark.parametrize('seed', range(5))
 def test_the_start_is_drawn_by_squared_distance(seed):
     """A hundred points some units apart and one a thousand away: of two first centroids it is one, but for odds of 1 in 10^4."""
-    x = np.concatenate([np.random.default_rng(seed).uniform(-3, 3, (100, 2)), [[1000.0, 0.0]]]).astype(np.float32)
+    x = np.concatenate(
+        [np.random.default_rng(seed).uniform(-3, 3, (100, 2)), [[1000.0, 0.0]]]
+    ).astype(np.float32)
     _, centroids = kmeans(jax.random.key(seed), x, clusters=2, iterations=0)
     assert (np.asarray(centroids)[:, 0] > 900).sum() == 1
 

@@ -1,4 +1,5 @@
 """Microbatches under one loss of the whole batch (config.accumulation='exact'): the gradient is that of the batch in one go, random bits included."""
+
 import json
 
 import jax
@@ -30,16 +31,35 @@ def gradients(c):
     with jax.set_mesh(built.mesh):
         state = built.init()
         batch = next(data.train(0, c.batch_size))
-        batch['video']['valid'][3], batch['text']['valid'][5], batch['text']['mask'][5] = False, False, False
+        batch['video']['valid'][3], batch['text']['valid'][5], batch['text']['mask'][5] = (
+            False,
+            False,
+            False,
+        )
         batch = encoder.place(batch, built.mesh)
-        of = jax.jit(train_step.gradients(c, built.model, built.objective), out_shardings=(built.shardings.params, None))
-        grads, out = of(state.params, state.batch_stats, state.objective, batch, Rng.create(c.seed, 0, batch['position']))
-    return {jax.tree_util.keystr(k): np.asarray(x, np.float64) for k, x in jax.tree_util.tree_leaves_with_path(grads)}, out
+        of = jax.jit(
+            train_step.gradients(c, built.model, built.objective),
+            out_shardings=(built.shardings.params, None),
+        )
+        grads, out = of(
+            state.params,
+            state.batch_stats,
+            state.objective,
+            batch,
+            Rng.create(c.seed, 0, batch['position']),
+        )
+    return {
+        jax.tree_util.keystr(k): np.asarray(x, np.float64)
+        for k, x in jax.tree_util.tree_leaves_with_path(grads)
+    }, out
 
 
 def distance(got, want):
     """Of gradients, relative to the whole one's norm."""
-    return np.sqrt(sum(((got[k] - want[k]) ** 2).sum() for k in want) / sum((x ** 2).sum() for x in want.values()))
+    return np.sqrt(
+        sum(((got[k] - want[k]) ** 2).sum() for k in want)
+        / sum((x**2).sum() for x in want.values())
+    )
 
 
 @pytest.mark.slow
@@ -57,12 +77,17 @@ def test_training_in_microbatches(tmp_path):
 def test_what_meets_before_the_cut_is_refused():
     c = config()
     c.model.towers.video = {'name': 's3d'}
-    with pytest.raises(ConfigError, match=r"config.accumulation='exact': the video tower \(s3d\) normalises by statistics of the batch.*'plain'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"config.accumulation='exact': the video tower \(s3d\) normalises by statistics of the batch.*'plain'",
+    ):
         loop.check(c)
     c.accumulation = 'plain'
     loop.check(c)
-    mixing = objectives.build(type(c)({'name': 'classification', 'stream': 'audio', 'form': 'sigmoid', 'mixup': 5}))
-    with pytest.raises(ConfigError, match="config.objective.mixup mixes clips of the whole batch"):
+    mixing = objectives.build(
+        type(c)({'name': 'classification', 'stream': 'audio', 'form': 'sigmoid', 'mixup': 5})
+    )
+    with pytest.raises(ConfigError, match='config.objective.mixup mixes clips of the whole batch'):
         train_step.check(config(), models.build(c.model), mixing, {})
 
 
@@ -86,8 +111,11 @@ def test_the_gradient_is_that_of_the_whole_batch(double, whole):
     want, loss = whole
     got, other = gradients(config(**double))
     assert distance(got, want) < 1e-12 and max(np.abs(got[k] - want[k]).max() for k in want) < 1e-10
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10), (other.value, other.batch_stats, other.metrics),
-                 (loss.value, loss.batch_stats, loss.metrics))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10),
+        (other.value, other.batch_stats, other.metrics),
+        (loss.value, loss.batch_stats, loss.metrics),
+    )
 
 
 def test_on_eight_devices_that_share_the_parameters(double, whole):

@@ -1,4 +1,5 @@
 """configs/mmv_probes.py: what is published stands in the entries, and every entry is one that an evaluator takes."""
+
 import pytest
 
 from configs import default
@@ -22,11 +23,22 @@ def test_entries_are_taken(task):
 def test_published_values():
     load = lambda arg: configs.load(f'configs/mmv_probes.py:{arg}')
     ucf = load('ucf101,tsm50_fac_vat')
-    assert (ucf.model.inputs.video.fps, ucf.model.inputs.video.frames, ucf.model.inputs.video.size) == (12.5, 32, 224)
+    assert (
+        ucf.model.inputs.video.fps,
+        ucf.model.inputs.video.frames,
+        ucf.model.inputs.video.size,
+    ) == (12.5, 32, 224)
     e = ucf.evals.svm
-    assert (e.solver, e.standardise, e.passes, e.windows, e.strengths) == ('svm', True, 10, 10, (1e-3,)) and len(e.folds) == 3
-    assert {n: load(f'hmdb51,{n}_fac_vat').evals.svm.strengths for n in ('s3d', 'tsm50', 'tsm50x2')} == {
-        's3d': (3e-4,), 'tsm50': (1e-4,), 'tsm50x2': (3e-4,)}
+    assert (e.solver, e.standardise, e.passes, e.windows, e.strengths) == (
+        'svm',
+        True,
+        10,
+        10,
+        (1e-3,),
+    ) and len(e.folds) == 3
+    assert {
+        n: load(f'hmdb51,{n}_fac_vat').evals.svm.strengths for n in ('s3d', 'tsm50', 'tsm50x2')
+    } == {'s3d': (3e-4,), 'tsm50': (1e-4,), 'tsm50x2': (3e-4,)}
     with pytest.raises(ConfigError, match="task='ucf': choose one of ucf101"):
         load('ucf')
 
@@ -37,7 +49,10 @@ def test_a_run_may_be_evaluated_at_another_frame_rate_and_is_not_trained_so(tmp_
     monkeypatch.setattr(loop, 'newest', lambda workdir: 0)
     other = configs.load('configs/mmv_probes.py:ucf101,s3d_fac_vat')
     loop.check_run_folder(other, tmp_path, evaluating=True)
-    with pytest.raises(ConfigError, match='holds a run with config.model.inputs.video.fps=10.0 and this config has 12.5'):
+    with pytest.raises(
+        ConfigError,
+        match='holds a run with config.model.inputs.video.fps=10.0 and this config has 12.5',
+    ):
         loop.check_run_folder(other, tmp_path)
     other.model.towers.video.multiplier = 0.5
     with pytest.raises(ConfigError, match='config.model.towers.video.multiplier'):

@@ -1,4 +1,5 @@
 """Towers against their definition in NumPy float64, and the equalities that options must keep."""
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -30,17 +31,25 @@ def reference():
     config, model = model_of()
     batch = inputs(config)
     rng = Rng.create(0, 0, jnp.arange(B))
-    variables = meta.unbox(jax.jit(lambda: model.init(jax.random.key(1), batch, train=False, rng=rng))())
+    variables = meta.unbox(
+        jax.jit(lambda: model.init(jax.random.key(1), batch, train=False, rng=rng))()
+    )
     # Initial biases and scales of 0 and 1 would hide their being left out.
     noise = np.random.default_rng(0)
-    variables = jax.tree.map(lambda x: x + 0.1 * noise.normal(size=x.shape).astype(np.float32), variables)
+    variables = jax.tree.map(
+        lambda x: x + 0.1 * noise.normal(size=x.shape).astype(np.float32), variables
+    )
     variables['batch_stats'] = jax.tree.map(jnp.abs, variables['batch_stats'])
     return config, model, variables, batch, rng
 
 
 def encode(model, variables, modality, stream, rng, features=False):
     """One compilation instead of one for each operation."""
-    return jax.jit(lambda v: model.apply(v, modality, stream, train=False, rng=rng, features=features, method='encode'))(variables)
+    return jax.jit(
+        lambda v: model.apply(
+            v, modality, stream, train=False, rng=rng, features=features, method='encode'
+        )
+    )(variables)
 
 
 def inputs(config):
@@ -48,9 +57,16 @@ def inputs(config):
     i, ok = config.model.inputs, np.ones(B, bool)
     text = noise.integers(1, 30, (B, i.text.candidates, i.text.words)).astype(np.int32)
     text[0, 0, 3:] = 0
-    return {'video': {'data': noise.normal(size=(B, i.video.frames, i.video.size, i.video.size, 3)).astype(np.float32), 'valid': ok},
-            'audio': {'data': noise.normal(size=(B, i.audio.samples)).astype(np.float32), 'valid': ok},
-            'text': {'data': text, 'mask': (text != 0).any(-1), 'valid': ok}}
+    return {
+        'video': {
+            'data': noise.normal(size=(B, i.video.frames, i.video.size, i.video.size, 3)).astype(
+                np.float32
+            ),
+            'valid': ok,
+        },
+        'audio': {'data': noise.normal(size=(B, i.audio.samples)).astype(np.float32), 'valid': ok},
+        'text': {'data': text, 'mask': (text != 0).any(-1), 'valid': ok},
+    }
 
 
 # ---- the definition
@@ -59,6 +75,7 @@ f64 = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
 def erf(x):
     from math import erf as one
+
     return np.vectorize(one)(x)
 
 
@@ -78,7 +95,10 @@ def encoder(p, x, mask=None, rms=False, scaled=True, bias=0.0):
     for i in range(len(stacked['attention_norm']['scale'])):
         one = jax.tree.map(lambda a, i=i: a[i], stacked)
         y = layer_norm(one['attention_norm'], x, rms)
-        lin = lambda name: np.einsum('nd,dhk->hnk', y, one[name]['kernel']) + (one[name]['bias'][:, None] if 'bias' in one[name] else 0)  # noqa: B023
+        lin = lambda name: (
+            np.einsum('nd,dhk->hnk', y, one[name]['kernel'])
+            + (one[name]['bias'][:, None] if 'bias' in one[name] else 0)
+        )  # noqa: B023
         q, k, v = lin('query'), lin('key'), lin('value')
         logits = np.einsum('hqk,hnk->hqn', q, k) / (np.sqrt(q.shape[-1]) if scaled else 1) + bias
         if mask is not None:
@@ -87,7 +107,12 @@ def encoder(p, x, mask=None, rms=False, scaled=True, bias=0.0):
         w /= w.sum(-1, keepdims=True)
         x = x + np.einsum('hqn,hnk,hkd->qd', w, v, one['out']['kernel']) + one['out'].get('bias', 0)
         y = layer_norm(one['mlp_norm'], x)
-        x = x + gelu(y @ one['mlp_in']['kernel'] + one['mlp_in'].get('bias', 0)) @ one['mlp_out']['kernel'] + one['mlp_out'].get('bias', 0)
+        x = (
+            x
+            + gelu(y @ one['mlp_in']['kernel'] + one['mlp_in'].get('bias', 0))
+            @ one['mlp_out']['kernel']
+            + one['mlp_out'].get('bias', 0)
+        )
     return layer_norm(p['final_norm'], x, rms)
 
 
@@ -103,10 +128,18 @@ def test_video_tower_is_its_definition(reference):
         for i in range(t):
             for j in range(h):
                 for k in range(w):
-                    voxel = x[2 * i:2 * i + 2, 8 * j:8 * j + 8, 8 * k:8 * k + 8].reshape(-1)
+                    voxel = x[2 * i : 2 * i + 2, 8 * j : 8 * j + 8, 8 * k : 8 * k + 8].reshape(-1)
                     table = front['positions']
-                    place = table['temporal_positions'][i] + table['vertical_positions'][j] + table['horizontal_positions'][k]
-                    tokens.append(voxel @ front['patch']['kernel'] + front['patch']['bias'] + layer_norm(table['norm'], place))
+                    place = (
+                        table['temporal_positions'][i]
+                        + table['vertical_positions'][j]
+                        + table['horizontal_positions'][k]
+                    )
+                    tokens.append(
+                        voxel @ front['patch']['kernel']
+                        + front['patch']['bias']
+                        + layer_norm(table['norm'], place)
+                    )
         out = encoder(p['encoders_video'], np.stack([front['agg'], *tokens]))
         np.testing.assert_allclose(got.pooled[b], out[0], rtol=2e-4, atol=2e-4)
         np.testing.assert_allclose(got.tokens[b], out[1:], rtol=2e-4, atol=2e-4)
@@ -133,8 +166,13 @@ def test_text_tower_is_its_definition(reference):
     for b in range(B):
         for c in range(2):
             ids = batch['text']['data'][b, c]
-            x = gelu(np.concatenate([front['agg'][None], front['word_table'][ids]]) @ front['projection']['kernel'])
-            out = encoder(tower, x, np.concatenate([[True], ids != 0]), rms=True, scaled=False, bias=bias)
+            x = gelu(
+                np.concatenate([front['agg'][None], front['word_table'][ids]])
+                @ front['projection']['kernel']
+            )
+            out = encoder(
+                tower, x, np.concatenate([[True], ids != 0]), rms=True, scaled=False, bias=bias
+            )
             np.testing.assert_allclose(got.pooled[b, c], out[0], rtol=3e-4, atol=3e-4)
 
 
@@ -146,8 +184,11 @@ def test_buckets_far_away():
 # ---- equalities
 def forward(model, variables, batch, rng, train=True):
     def loss(params):
-        out, _ = model.apply({**variables, 'params': params}, batch, train=train, rng=rng, mutable=['batch_stats'])
+        out, _ = model.apply(
+            {**variables, 'params': params}, batch, train=train, rng=rng, mutable=['batch_stats']
+        )
         return sum(jnp.sum(jnp.sin(x)) for s in out.spaces.values() for x in s.values())
+
     return jax.jit(jax.value_and_grad(loss))(variables['params'])
 
 
@@ -157,7 +198,14 @@ def unrolled(reference):
     return forward(model, variables, batch, rng)
 
 
-@pytest.mark.parametrize('option', [{'model__scan': True}, {'model__remat': 'full'}, {'model__scan': True, 'model__remat': 'dots'}])
+@pytest.mark.parametrize(
+    'option',
+    [
+        {'model__scan': True},
+        {'model__remat': 'full'},
+        {'model__scan': True, 'model__remat': 'dots'},
+    ],
+)
 def test_scan_and_remat_change_neither_loss_nor_gradient(option, reference, unrolled):
     _, _, variables, batch, rng = reference
     got = forward(model_of(**option)[1], variables, batch, rng)
@@ -168,18 +216,29 @@ def test_attention_implementations_agree():
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 5, 3, 4)) for i in range(3))
     mask = jnp.array([[True] * 5, [True, True, False, True, False]])
     from vatt_jax.models.attention import attention
+
     a, b = (attention(q, k, v, mask=mask, scale=0.5, implementation=i) for i in ('dense', 'xla'))
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('per_example', [False, True])
 def test_dropping_before_projection_is_dropping_after(per_example):
-    make = lambda rate: embeddings.Patches((2, 4), (4, 4), ('temporal', 'vertical'), 8, drop_token=rate, per_example=per_example,
-                                           position_dropout=0.0)
+    make = lambda rate: embeddings.Patches(
+        (2, 4),
+        (4, 4),
+        ('temporal', 'vertical'),
+        8,
+        drop_token=rate,
+        per_example=per_example,
+        position_dropout=0.0,
+    )
     data = jax.random.normal(jax.random.key(0), (B, 8, 16, 3))
     rng = Rng.create(0, 0, jnp.arange(B))
     variables = make(0.0).init(jax.random.key(1), data, rng, True)
-    every, some = make(0.0).apply(variables, data, rng, True), make(0.4).apply(variables, data, rng, True)
+    every, some = (
+        make(0.0).apply(variables, data, rng, True),
+        make(0.4).apply(variables, data, rng, True),
+    )
     assert some.kept.shape[-1] == int(0.6 * 16) and some.x.shape[1] == 1 + some.kept.shape[-1]
     kept = np.broadcast_to(some.kept, (B, some.kept.shape[-1]))
     for b in range(B):
@@ -190,7 +249,14 @@ def test_dropping_before_projection_is_dropping_after(per_example):
 
 def agnostic(**fields):
     config = tiny.config(model__shared=True, **fields)
-    config.model.encoder = {'layers': 2, 'width': 32, 'mlp': 64, 'heads': 2, 'head_width': 16, 'dropout': 0.1}
+    config.model.encoder = {
+        'layers': 2,
+        'width': 32,
+        'mlp': 64,
+        'heads': 2,
+        'head_width': 16,
+        'dropout': 0.1,
+    }
     config.model.towers.text.vocab = 30
     return config, models.build(config.model, 'float32')
 
@@ -200,14 +266,22 @@ def shared():
     """(config, model, variables, batch, rng) of a modality-agnostic model, for reading."""
     config, model = agnostic()
     batch, rng = inputs(config), Rng.create(0, 0, jnp.arange(B))
-    return config, model, meta.unbox(jax.jit(lambda: model.init(jax.random.key(1), batch, train=False, rng=rng))()), batch, rng
+    return (
+        config,
+        model,
+        meta.unbox(jax.jit(lambda: model.init(jax.random.key(1), batch, train=False, rng=rng))()),
+        batch,
+        rng,
+    )
 
 
 def test_agnostic_shares_one_encoder(shared):
     _, model, variables, batch, rng = shared
     assert [k for k in variables['params'] if 'encoder' in k] == ['shared_encoder']
     value, grads = forward(model, variables, batch, rng)
-    assert np.isfinite(value) and all(np.abs(g).sum() > 0 for g in jax.tree.leaves(grads['shared_encoder']['layers']['mlp_in']))
+    assert np.isfinite(value) and all(
+        np.abs(g).sum() > 0 for g in jax.tree.leaves(grads['shared_encoder']['layers']['mlp_in'])
+    )
 
 
 @pytest.mark.parametrize('features', [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -220,10 +294,28 @@ def test_a_packed_pass_is_three_passes(shared, features):
         model = agnostic(model__packed=packed)[1]
 
         def total(params):
-            apply = lambda how, **k: model.apply({**variables, 'params': params}, **k, train=True, rng=rng, features=features, method=how)
-            out = apply('encode_all', batch=batch) if packed else {n: apply('encode', name=n, stream=s) for n, s in batch.items()}
-            return sum(jnp.sin(3 * x).sum() for e in out.values() for x in (e.pooled, e.tokens) if x is not None), out
+            apply = lambda how, **k: model.apply(
+                {**variables, 'params': params},
+                **k,
+                train=True,
+                rng=rng,
+                features=features,
+                method=how,
+            )
+            out = (
+                apply('encode_all', batch=batch)
+                if packed
+                else {n: apply('encode', name=n, stream=s) for n, s in batch.items()}
+            )
+            return sum(
+                jnp.sin(3 * x).sum()
+                for e in out.values()
+                for x in (e.pooled, e.tokens)
+                if x is not None
+            ), out
+
         return jax.jit(jax.value_and_grad(total, has_aux=True))(variables['params'])
+
     (value, got), grads = of(True)
     (want_value, want), want_grads = of(False)
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
@@ -239,7 +331,9 @@ def test_spline_passes_through_its_knots_and_is_a_cubic_spline_between():
     np.testing.assert_allclose(fine[::2], table, atol=1e-8)
     # radial cubics plus a line: exact on straight lines, and the natural cubic spline in between
     line = np.arange(6)[:, None] * 2.0 + 1
-    np.testing.assert_allclose(embeddings.spline_matrix(6, 12) @ line, np.arange(12)[:, None] + 1.0, atol=1e-8)
+    np.testing.assert_allclose(
+        embeddings.spline_matrix(6, 12) @ line, np.arange(12)[:, None] + 1.0, atol=1e-8
+    )
     scipy = pytest.importorskip('scipy.interpolate')
     natural = scipy.CubicSpline(np.arange(6), table, bc_type='natural')(np.arange(11) / 2)
     np.testing.assert_allclose(fine[:11], natural, atol=1e-6)
@@ -252,7 +346,9 @@ def test_batch_norm_counts_valid_rows_only():
     variables = module.init(jax.random.key(0), x, valid, True)
     y, new = module.apply(variables, x, valid, True, mutable=['batch_stats'])
     real = x[valid].astype(np.float64)
-    np.testing.assert_allclose(y[valid], (real - real.mean(0)) / np.sqrt(real.var(0) + 1e-5), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        y[valid], (real - real.mean(0)) / np.sqrt(real.var(0) + 1e-5), rtol=1e-4, atol=1e-5
+    )
     np.testing.assert_allclose(new['batch_stats']['mean'], 0.1 * real.mean(0), rtol=1e-5)
     np.testing.assert_allclose(new['batch_stats']['var'], 0.9 + 0.1 * real.var(0), rtol=1e-5)
     _, kept = module.apply(variables, x, np.zeros(6, bool), True, mutable=['batch_stats'])
@@ -263,10 +359,18 @@ def test_fac_head_is_its_definition(reference):
     config, model, variables, batch, rng = reference
     out = jax.jit(lambda v: model.apply(v, batch, train=False, rng=rng))(variables)
     p, s = f64(variables['params']['head']), f64(variables['batch_stats']['head'])
-    bn = lambda n, x: (x - s[n]['mean']) / np.sqrt(s[n]['var'] + 1e-5) * p[n]['scale'] + p[n]['bias']
+    bn = lambda n, x: (
+        (x - s[n]['mean']) / np.sqrt(s[n]['var'] + 1e-5) * p[n]['scale'] + p[n]['bias']
+    )
     dense = lambda n, x: x @ p[n]['kernel'] + p[n].get('bias', 0)
     pooled = {k: np.asarray(e.pooled, np.float64) for k, e in out.encoded.items()}
-    va = bn('video_va_norm', dense('video_va', np.maximum(bn('video_va_pre_norm', dense('video_hidden', pooled['video'])), 0)))
+    va = bn(
+        'video_va_norm',
+        dense(
+            'video_va',
+            np.maximum(bn('video_va_pre_norm', dense('video_hidden', pooled['video'])), 0),
+        ),
+    )
     vat = bn('video_vat_norm', dense('video_vat', np.maximum(va, 0)))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
     close(out.spaces['va']['video'], va)
@@ -275,29 +379,50 @@ def test_fac_head_is_its_definition(reference):
     close(out.spaces['vat']['text'], dense('text_vat', pooled['text']))
 
 
-@pytest.mark.parametrize('fields, told', [
-    ({'towers__video__patch': (2, 8)}, r'config.model.towers.video.patch=\(2, 8\) does not fit inputs of \(4, 16, 16\); 3 numbers'),
-    ({'towers__video__patch': (2, 32, 8)}, 'does not fit'),
-    ({'towers__audio__patch': 5000}, r'config.model.towers.audio.patch=5000 does not fit inputs of \(1024,\)'),
-    ({'towers__video__layers': 0}, 'config.model.towers.video.layers=0: a positive number'),
-    ({'towers__video__drop_token': 1.0}, 'config.model.towers.video.drop_token=1: a number of at least 0 and below 1'),
-    ({'towers__audio__drop_token': 0.99}, 'drop_token=0.99 leaves none of 16 tokens'),
-    ({'towers__text__dropout': -0.1}, 'config.model.towers.text.dropout=-0.1'),
-    ({'shared': True, 'encoder': {'heads': 0}}, 'config.model.encoder.heads=0'),
-])
+@pytest.mark.parametrize(
+    'fields, told',
+    [
+        (
+            {'towers__video__patch': (2, 8)},
+            r'config.model.towers.video.patch=\(2, 8\) does not fit inputs of \(4, 16, 16\); 3 numbers',
+        ),
+        ({'towers__video__patch': (2, 32, 8)}, 'does not fit'),
+        (
+            {'towers__audio__patch': 5000},
+            r'config.model.towers.audio.patch=5000 does not fit inputs of \(1024,\)',
+        ),
+        ({'towers__video__layers': 0}, 'config.model.towers.video.layers=0: a positive number'),
+        (
+            {'towers__video__drop_token': 1.0},
+            'config.model.towers.video.drop_token=1: a number of at least 0 and below 1',
+        ),
+        ({'towers__audio__drop_token': 0.99}, 'drop_token=0.99 leaves none of 16 tokens'),
+        ({'towers__text__dropout': -0.1}, 'config.model.towers.text.dropout=-0.1'),
+        ({'shared': True, 'encoder': {'heads': 0}}, 'config.model.encoder.heads=0'),
+    ],
+)
 def test_sizes_that_make_no_sense_are_sentences(fields, told):
-    config, model = model_of(**{f'model__{k}': v for k, v in fields.items() if k != 'towers__video__layers'})
+    config, model = model_of(
+        **{f'model__{k}': v for k, v in fields.items() if k != 'towers__video__layers'}
+    )
     if 'towers__video__layers' in fields:
         config.model.towers.video.layers = 0
         model = models.build(config.model, 'float32')
     with pytest.raises(ConfigError, match=told):
-        jax.eval_shape(lambda: model.init(jax.random.key(0), inputs(config), train=False, rng=Rng.create(0, 0, jnp.arange(B))))
+        jax.eval_shape(
+            lambda: model.init(
+                jax.random.key(0), inputs(config), train=False, rng=Rng.create(0, 0, jnp.arange(B))
+            )
+        )
 
 
 def test_a_shared_encoder_has_default_sizes():
     config, _ = model_of(model__shared=True)
-    params = jax.eval_shape(lambda: models.build(config.model, 'float32').init(
-        jax.random.key(0), inputs(config), train=False, rng=Rng.create(0, 0, jnp.arange(B))))['params']
+    params = jax.eval_shape(
+        lambda: models.build(config.model, 'float32').init(
+            jax.random.key(0), inputs(config), train=False, rng=Rng.create(0, 0, jnp.arange(B))
+        )
+    )['params']
     assert meta.unbox(params)['shared_encoder']['final_norm']['scale'].shape == (768,)
 
 
@@ -317,6 +442,14 @@ def test_gradients_of_scanned_kernels_are_stacked_in_the_compute_type(reference)
             for p in e.params.values():
                 if inner := getattr(p, 'jaxpr', p if hasattr(p, 'eqns') else None):
                     walk(inner)
+
     walk(jax.make_jaxpr(lambda: forward(model, variables, batch, rng))().jaxpr)
-    kernel, scale = (1, *variables['params']['encoders_video']['layers']['mlp_in']['kernel'].shape[1:]), (1, config.model.towers.video.width)
-    assert (kernel, 'bfloat16') in stacked and (kernel, 'float32') not in stacked and (scale, 'float32') in stacked
+    kernel, scale = (
+        (1, *variables['params']['encoders_video']['layers']['mlp_in']['kernel'].shape[1:]),
+        (1, config.model.towers.video.width),
+    )
+    assert (
+        (kernel, 'bfloat16') in stacked
+        and (kernel, 'float32') not in stacked
+        and (scale, 'float32') in stacked
+    )

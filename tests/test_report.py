@@ -1,4 +1,5 @@
 """The report page of a real tiny run: one file, well-formed, nothing loaded from elsewhere, nothing a caption says is executed."""
+
 import html.parser
 import json
 import re
@@ -58,15 +59,26 @@ def read(path):
 def cells(text):
     """The results table: rows of unescaped cells, header first."""
     table = re.search(r'<table><thead>.*?</table>', text, re.S)[0]
-    return [[html.unescape(c) for c in re.findall(r'<t[hd]>(.*?)</t[hd]>', row)] for row in re.findall(r'<tr>(.*?)</tr>', table)]
+    return [
+        [html.unescape(c) for c in re.findall(r'<t[hd]>(.*?)</t[hd]>', row)]
+        for row in re.findall(r'<tr>(.*?)</tr>', table)
+    ]
 
 
 def test_the_page_stands_alone(tiny_run):
     text, page = read(tiny_run[0] / 'report' / 'index.html')
     assert sorted(p.name for p in (tiny_run[0] / 'report').iterdir()) == ['index.html']
-    assert 'http' not in text and '@import' not in text and 'url(' not in text and 'script' not in page.tags and 'link' not in page.tags
+    assert (
+        'http' not in text
+        and '@import' not in text
+        and 'url(' not in text
+        and 'script' not in page.tags
+        and 'link' not in page.tags
+    )
     sources = page.values('src') + page.values('href')
-    assert sources and all(s.startswith(('data:image/png;base64,', 'data:audio/wav;base64,')) for s in sources)
+    assert sources and all(
+        s.startswith(('data:image/png;base64,', 'data:audio/wav;base64,')) for s in sources
+    )
     assert not [n for _, n, _ in page.attributes if n.startswith('on')]
     assert page.texts[0] == 'tiny <run>' and ('meta', 'charset', 'utf-8') in page.attributes
 
@@ -77,8 +89,14 @@ def test_sections_and_curves(tiny_run):
     assert titles == ['Results', 'Curves', 'Retrievals', 'Similarity', 'Confusions']
     drawn = re.findall(r'<figcaption>([^<]*?) .*?points="(.*?)"', text)
     names = [n.strip() for n, _ in drawn]
-    assert {'loss', 'learning rate', 'gradient norm'} <= set(names) | set(re.findall(r'<figcaption>(.*?) <', text))
-    losses = [json.loads(line)['loss'] for line in (tiny_run[0] / 'metrics.jsonl').read_text().splitlines() if '"loss"' in line]
+    assert {'loss', 'learning rate', 'gradient norm'} <= set(names) | set(
+        re.findall(r'<figcaption>(.*?) <', text)
+    )
+    losses = [
+        json.loads(line)['loss']
+        for line in (tiny_run[0] / 'metrics.jsonl').read_text().splitlines()
+        if '"loss"' in line
+    ]
     points = re.search(r'stroke="#2563eb"[^>]*points="(.*?)"', text)[1].split()
     assert len(points) == len(losses) == 2
     (_, y0), (_, y1) = (map(float, p.split(',')) for p in points)
@@ -92,16 +110,27 @@ def test_the_table_has_trained_random_and_chance(tiny_run):
     header, *body = cells(text)
     assert header == ['', 'pretrained', '95 % interval', 'random init', 'chance']
     rows = {r[0]: r[1:] for r in body}
-    trained, random = evals.load(folder / 'evals' / 'step_000002'), evals.load(folder / 'evals' / 'random_init')
+    trained, random = (
+        evals.load(folder / 'evals' / 'step_000002'),
+        evals.load(folder / 'evals' / 'random_init'),
+    )
     percent = lambda x: f'{100 * x:.1f} %'
     key = 'text_to_video/R@10'
     low, high = trained['retrieval'].artifacts[f'{key}/interval']
-    assert rows['retrieval text → video R@10'] == [percent(trained['retrieval'].scalars[key]), f'{percent(low)} … {percent(high)}',
-                                                   percent(random['retrieval'].scalars[key]), percent(10 / 29)]
+    assert rows['retrieval text → video R@10'] == [
+        percent(trained['retrieval'].scalars[key]),
+        f'{percent(low)} … {percent(high)}',
+        percent(random['retrieval'].scalars[key]),
+        percent(10 / 29),
+    ]
     assert rows['retrieval audio → video median rank'][-1] == '15.0'
-    assert rows['sync'][-1] == '50.0 %' and rows['simple probe spectrum'][2] == '–'  # a control needs no random initialisation
+    assert (
+        rows['sync'][-1] == '50.0 %' and rows['simple probe spectrum'][2] == '–'
+    )  # a control needs no random initialisation
     assert len(rows) == len(body)
-    for line in (l for l in report.table(folder, width=160).splitlines() if 'median rank' in l or 'sync' in l):
+    for line in (
+        l for l in report.table(folder, width=160).splitlines() if 'median rank' in l or 'sync' in l
+    ):
         name = next(r for r in rows if line.strip().startswith(r + ' '))
         assert [c for c in re.split(r'\s{2,}', line.strip())][1:] == rows[name]
 
@@ -115,12 +144,25 @@ def test_the_gallery_shows_the_clips_found(tiny_run):
         own = document['entries'][0]
         batch = next(iter(data.one_pass('test', 16, limit=16)))
         np.testing.assert_array_equal(stored['frames/0'], batch['video']['data'][0])
-    assert {e['query'] for e in document['entries']} == {'text', 'audio'} and len(document['entries']) == 16 and own['index'] == 0
+    assert (
+        {e['query'] for e in document['entries']} == {'text', 'audio'}
+        and len(document['entries']) == 16
+        and own['index'] == 0
+    )
     result = evals.load(folder / 'evals' / 'step_000002')['retrieval'].artifacts
-    assert own['top'] == result['text_to_video/top'][0].tolist() and own['rank'] == result['text_to_video/rank'][0]
+    assert (
+        own['top'] == result['text_to_video/top'][0].tolist()
+        and own['rank'] == result['text_to_video/rank'][0]
+    )
     assert {f'frames/{i}' for e in document['entries'] for i in (e['index'], *e['top'])} == shown
-    assert text.count('<section class="query">') == 16 and text.count('class="clip') == 80 and page.tags.count('audio') == 8
-    assert f'own clip came at rank {own["rank"]:g}' in text and data.texts('test')[0]['caption'] in ''.join(page.texts)
+    assert (
+        text.count('<section class="query">') == 16
+        and text.count('class="clip') == 80
+        and page.tags.count('audio') == 8
+    )
+    assert f'own clip came at rank {own["rank"]:g}' in text and data.texts('test')[0][
+        'caption'
+    ] in ''.join(page.texts)
 
 
 def test_captions_are_escaped(tiny_run, tmp_path):
@@ -135,7 +177,10 @@ def test_captions_are_escaped(tiny_run, tmp_path):
     np.savez(step / 'gallery.npz', entries=np.array(json.dumps(document)), **arrays)
     results = json.loads((step / 'results.json').read_text())
     results['probe_video']['artifacts']['classes'] = [EVIL] * 16
-    results[EVIL] = {'scalars': {'accuracy': 0.5}, 'artifacts': {'accuracy/interval': [0, 1], 'accuracy/chance': 0.1}}
+    results[EVIL] = {
+        'scalars': {'accuracy': 0.5},
+        'artifacts': {'accuracy/interval': [0, 1], 'accuracy/chance': 0.1},
+    }
     (step / 'results.json').write_text(json.dumps(results))
     config = json.loads((folder / 'config.json').read_text())
     config['name'] = EVIL
@@ -173,7 +218,9 @@ def test_a_run_without_gallery_evaluation_or_metrics(tiny_run, tmp_path):
     text, _ = read(report.build(folder))
     assert 'Retrievals' not in text and all(r[3] == '–' for r in cells(text)[1:])
     with (folder / 'metrics.jsonl').open('a') as f:
-        f.write('{"step": 3, "loss": NaN}\n{"step": 4, "lo')  # a step that was not finite, and a line that a kill cut short
+        f.write(
+            '{"step": 3, "loss": NaN}\n{"step": 4, "lo'
+        )  # a step that was not finite, and a line that a kill cut short
     assert 'nan' not in ' '.join(re.findall(r'points="(.*?)"', read(report.build(folder))[0]))
     shutil.rmtree(folder / 'evals')
     for name in ('metrics.jsonl', 'done.json'):
@@ -196,10 +243,13 @@ def test_pictures_and_sounds_survive_the_page():
     import wave
 
     from PIL import Image
+
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     raw = base64.b64decode(report._png(image).partition('base64,')[2])
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(raw))), image)
     sound = np.array([0, 1, -1, 32767, -32768], np.int16)
-    with wave.open(io.BytesIO(base64.b64decode(report._wav(sound, 8000).partition('base64,')[2]))) as f:
+    with wave.open(
+        io.BytesIO(base64.b64decode(report._wav(sound, 8000).partition('base64,')[2]))
+    ) as f:
         assert (f.getframerate(), f.getnchannels(), f.getsampwidth()) == (8000, 1, 2)
         np.testing.assert_array_equal(np.frombuffer(f.readframes(9), '<i2'), sound)

@@ -1,4 +1,5 @@
 """Keyed random bits: good statistics in every direction of the key, and the same bits however a batch is laid out."""
+
 import types
 
 import jax
@@ -11,7 +12,10 @@ from jax.sharding import PartitionSpec as P
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
 
-B, N = 256, 1024  # examples × counters: 2^18 draws, so a mean of uniforms has a standard error of 0.0006
+B, N = (
+    256,
+    1024,
+)  # examples × counters: 2^18 draws, so a mean of uniforms has a standard error of 0.0006
 
 
 def rng(step=0, seed=0, examples=B):
@@ -41,16 +45,26 @@ def test_bytes_are_uniform():
         expected = bits.size / 256
         assert 150 < ((counts - expected) ** 2 / expected).sum() < 380
     # the low byte of the shared draws, and of one draw per example, where only the key or only the example varies
-    for few in (rng().at('site').shared_bits((B * N,)), Rng.create(0, 0, jnp.arange(B * N)).bits(())):
+    for few in (
+        rng().at('site').shared_bits((B * N,)),
+        Rng.create(0, 0, jnp.arange(B * N)).bits(()),
+    ):
         counts = np.bincount(np.asarray(few).ravel() & 255, minlength=256)
         assert 150 < ((counts - expected) ** 2 / expected).sum() < 380
 
 
 def test_uniform_and_normal_moments():
-    u, z = np.asarray(rng().uniform((N,)), np.float64), np.asarray(rng().at('z').normal((N,)), np.float64)
+    u, z = (
+        np.asarray(rng().uniform((N,)), np.float64),
+        np.asarray(rng().at('z').normal((N,)), np.float64),
+    )
     assert 0 <= u.min() < 1e-4 and 1 - 1e-4 < u.max() < 1
-    np.testing.assert_allclose([u.mean(), u.var(), ((u - 0.5) ** 4).mean()], [1 / 2, 1 / 12, 1 / 80], atol=0.003)
-    np.testing.assert_allclose([z.mean(), z.var(), (z**3).mean(), (z**4).mean()], [0, 1, 0, 3], atol=0.06)
+    np.testing.assert_allclose(
+        [u.mean(), u.var(), ((u - 0.5) ** 4).mean()], [1 / 2, 1 / 12, 1 / 80], atol=0.003
+    )
+    np.testing.assert_allclose(
+        [z.mean(), z.var(), (z**3).mean(), (z**4).mean()], [0, 1, 0, 3], atol=0.06
+    )
     assert np.isfinite(z).all() and 4 < np.abs(z).max() < 5.5
     v = np.asarray(rng().uniform((N,), -3.0, 5.0))
     np.testing.assert_allclose(v, -3 + 8 * u, atol=1e-5)
@@ -61,7 +75,9 @@ def test_uniform_and_normal_moments():
     low, high = np.asarray(Rng.normal(ends))
     assert -6 < low == -high < -5
     # each example and each counter by itself: means of N and B draws, 5.5 standard errors for the worst of them
-    assert np.abs(u.mean(1) - 0.5).max() < 5.5 / np.sqrt(12 * N) and np.abs(u.mean(0) - 0.5).max() < 5.5 / np.sqrt(12 * B)
+    assert np.abs(u.mean(1) - 0.5).max() < 5.5 / np.sqrt(12 * N) and np.abs(
+        u.mean(0) - 0.5
+    ).max() < 5.5 / np.sqrt(12 * B)
 
 
 @pytest.mark.parametrize('direction', NEIGHBOURS)
@@ -72,7 +88,9 @@ def test_neighbouring_keys_are_independent(direction):
     x, y = a / 2.0**32 - 0.5, b / 2.0**32 - 0.5
     error = 1 / np.sqrt(a.size)
     for shift in range(-3, 4):
-        for axis in (0, 1) if direction != 'example' else (1,):  # an example further down is the other set's own
+        for axis in (
+            (0, 1) if direction != 'example' else (1,)
+        ):  # an example further down is the other set's own
             assert abs((x * np.roll(y, shift, axis)).mean() * 12) < 5.5 * error
             assert (a == np.roll(b, shift, axis)).mean() < 1e-4
     agree = [((((a ^ b) >> bit) & 1) == 0).mean() for bit in range(32)]
@@ -85,7 +103,9 @@ def test_neighbouring_counters_are_independent():
         for shift in (1, 2, 3, 16):
             assert abs((x * np.roll(x, shift, axis)).mean() * 12) < 5.5 / np.sqrt(x.size)
     bits = np.asarray(rng().at('site').bits((N,)))
-    assert len(np.unique(bits)) > bits.size - 60  # 8 collisions are expected of 2^18 draws among 2^32
+    assert (
+        len(np.unique(bits)) > bits.size - 60
+    )  # 8 collisions are expected of 2^18 draws among 2^32
 
 
 def test_no_example_is_a_shifted_copy_of_another():
@@ -107,7 +127,9 @@ def test_permutations_are_uniform():
     assert len(counts) == 24 and ((counts - 1000) ** 2 / 1000).sum() < 60
     long = np.asarray(rng().permutation(100))
     assert (np.sort(long, -1) == np.arange(100)).all()
-    assert abs((long == np.arange(100)).sum(-1).mean() - 1) < 0.35  # one fixed point on average, standard error 1/16
+    assert (
+        abs((long == np.arange(100)).sum(-1).mean() - 1) < 0.35
+    )  # one fixed point on average, standard error 1/16
     shared = np.asarray(rng().permutation(100, per_example=False))
     np.testing.assert_array_equal(shared, rng(examples=3).permutation(100, per_example=False))
     assert sorted(shared) == list(range(100)) and not (shared == np.arange(100)).all()
@@ -131,17 +153,26 @@ def test_an_example_keeps_its_bits_in_any_batch():
     whole = rng().at('site').at(3)
     picked = jnp.array([7, 200, 7, 0])
     some = Rng.create(0, 0, picked).at('site').at(3)
-    for draw in (lambda r: r.bits((5, 7)), lambda r: r.uniform((9,)), lambda r: r.normal((9,)), lambda r: r.permutation(11),
-                 lambda r: r.dropout(jnp.ones((len(r.examples), 40)), 0.3)):
+    for draw in (
+        lambda r: r.bits((5, 7)),
+        lambda r: r.uniform((9,)),
+        lambda r: r.normal((9,)),
+        lambda r: r.permutation(11),
+        lambda r: r.dropout(jnp.ones((len(r.examples), 40)), 0.3),
+    ):
         np.testing.assert_array_equal(draw(some), np.asarray(draw(whole))[picked])
     np.testing.assert_array_equal(some.shared_bits((9,)), whole.shared_bits((9,)))
     # parts of an example: row b·n + j depends on (b, j) alone
     parts = np.asarray(whole.repeat(3).bits((6,))).reshape(B, 3, 6)
-    np.testing.assert_array_equal(np.asarray(some.repeat(3).bits((6,))).reshape(4, 3, 6), parts[picked])
+    np.testing.assert_array_equal(
+        np.asarray(some.repeat(3).bits((6,))).reshape(4, 3, 6), parts[picked]
+    )
     assert len(np.unique(parts)) == parts.size
     # positions beyond 2^31, as uint32 and as the int32 with the same bits
     high = jnp.array([2**32 - 2, 2**31], jnp.uint32)
-    np.testing.assert_array_equal(Rng.create(0, 0, high).bits((4,)), Rng.create(0, 0, high.astype(jnp.int32)).bits((4,)))
+    np.testing.assert_array_equal(
+        Rng.create(0, 0, high).bits((4,)), Rng.create(0, 0, high.astype(jnp.int32)).bits((4,))
+    )
 
 
 def test_same_bits_on_eight_devices():
@@ -149,9 +180,14 @@ def test_same_bits_on_eight_devices():
     want = np.asarray(rng().at('drop').normal((33,)))
     for sizes in ({'replica': 8}, {'replica': 2, 'fsdp': 4}):
         mesh = sharding.make_mesh(sizes)
-        draw = jax.jit(lambda e: Rng.create(0, 0, e).at('drop').normal((33,)), out_shardings=NamedSharding(mesh, P(('replica', 'fsdp'))))
+        draw = jax.jit(
+            lambda e: Rng.create(0, 0, e).at('drop').normal((33,)),
+            out_shardings=NamedSharding(mesh, P(('replica', 'fsdp'))),
+        )
         got = draw(jax.device_put(jnp.arange(B), sharding.batch_sharding(mesh)))
-        assert len({s.data.shape for s in got.addressable_shards}) == 1 and got.addressable_shards[0].data.shape == (B // 8, 33)
+        assert len({s.data.shape for s in got.addressable_shards}) == 1 and got.addressable_shards[
+            0
+        ].data.shape == (B // 8, 33)
         np.testing.assert_array_equal(got, want)
 
 
@@ -180,7 +216,15 @@ def test_drawing_fetches_nothing_from_the_device():
     @jax.jit
     def step(r, layer):
         r = r.at('site').at(layer)
-        return r.bits((4,)), r.shared_bits((4,)), r.uniform((4,)), r.normal((4,)), r.permutation(4), r.dropout(jnp.ones((8, 4)), 0.5)
+        return (
+            r.bits((4,)),
+            r.shared_bits((4,)),
+            r.uniform((4,)),
+            r.normal((4,)),
+            r.permutation(4),
+            r.dropout(jnp.ones((8, 4)), 0.5),
+        )
+
     layer = jax.device_put(jnp.int32(1))
     with jax.transfer_guard('disallow'):
         jax.block_until_ready(step(r, layer))

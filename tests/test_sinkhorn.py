@@ -1,4 +1,5 @@
 """The labelling solver against the published loop and against plain Sinkhorn run to convergence, both written out in NumPy float64."""
+
 import jax
 import numpy as np
 import pytest
@@ -26,7 +27,10 @@ def published(log_p, prior, strength, tolerance=0.1, cap=2000):
 
 def converged(z, prior, rounds=20000, tolerance=1e-12):
     """Potentials of the exact solution by plain log-domain iterations: log column sums through their own maxima, so nothing underflows."""
-    lse = lambda x, axis: (x.max(axis, keepdims=True) + np.log(np.exp(x - x.max(axis, keepdims=True)).sum(axis, keepdims=True)))
+    lse = lambda x, axis: (
+        x.max(axis, keepdims=True)
+        + np.log(np.exp(x - x.max(axis, keepdims=True)).sum(axis, keepdims=True))
+    )
     g = np.zeros(z.shape[1])
     for _ in range(rounds):
         log_c = lse(z + g - lse(z + g, 1), 0)[0] - np.log(len(z))
@@ -60,8 +64,12 @@ def problem(m, p, kind, seed=0):
 
 
 def priors(p, kind):
-    share = {'uniform': np.ones(p), 'zipf': 1 / (1 + np.arange(p)), 'exponential': np.exp(-np.arange(p) / p * 4),
-             'gaussian': 1 + 0.1 * np.random.default_rng(1).standard_normal(p)}[kind]
+    share = {
+        'uniform': np.ones(p),
+        'zipf': 1 / (1 + np.arange(p)),
+        'exponential': np.exp(-np.arange(p) / p * 4),
+        'gaussian': 1 + 0.1 * np.random.default_rng(1).standard_normal(p),
+    }[kind]
     return share / share.sum()
 
 
@@ -77,7 +85,15 @@ def check_labels(labels, z, g, gap):
 
 
 @pytest.mark.parametrize('method', ['newton', 'anderson'])
-@pytest.mark.parametrize('kind, prior', [('random', 'uniform'), ('structured', 'uniform'), ('structured', 'zipf'), ('structured', 'gaussian')])
+@pytest.mark.parametrize(
+    'kind, prior',
+    [
+        ('random', 'uniform'),
+        ('structured', 'uniform'),
+        ('structured', 'zipf'),
+        ('structured', 'gaussian'),
+    ],
+)
 def test_labels_are_those_of_the_published_loop(kind, prior, method):
     m, p = 3000, 24
     views, r = problem(m, p, kind), priors(p, prior)
@@ -116,7 +132,7 @@ def test_one_device_is_eight(mesh):
     """M not divisible by 8: padding rows must weigh nothing."""
     views, r = problem(1501, 16, 'structured'), priors(16, 'zipf')
     one = sinkhorn.solve(views, r, 20)
-    eight = sinkhorn.solve(views, r, 20, mesh=jax.make_mesh(mesh, ('a', 'b')[:len(mesh)]))
+    eight = sinkhorn.solve(views, r, 20, mesh=jax.make_mesh(mesh, ('a', 'b')[: len(mesh)]))
     assert len(eight.labels) == 1501
     np.testing.assert_allclose(eight.potentials, one.potentials, atol=2e-3)
     z = 10 * sum(v.astype(np.float64) for v in views)
@@ -127,7 +143,13 @@ def test_one_device_is_eight(mesh):
 def test_features_and_head_weights_give_the_labels_of_their_logits():
     rng = np.random.default_rng(3)
     features = [rng.standard_normal((1300, 20)).astype(np.float32) for _ in range(2)]
-    heads = [(rng.standard_normal((20, 10)).astype(np.float32) * 0.4, rng.standard_normal(10).astype(np.float32)) for _ in range(2)]
+    heads = [
+        (
+            rng.standard_normal((20, 10)).astype(np.float32) * 0.4,
+            rng.standard_normal(10).astype(np.float32),
+        )
+        for _ in range(2)
+    ]
     logits = [x @ k + b for x, (k, b) in zip(features, heads)]
     r = priors(10, 'exponential')
     a = sinkhorn.solve(logits, r, 20)
@@ -142,8 +164,16 @@ def test_no_array_of_samples_times_clusters_is_made_from_features():
     heads = ((jax.ShapeDtypeStruct((d, p), 'float32'), jax.ShapeDtypeStruct((p,), 'float32')),)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('rows',))
     for want in ('marginal', 'label'):
-        lowered = sinkhorn._sweep.lower(x, heads, jax.ShapeDtypeStruct((3, p), 'float32'), jax.ShapeDtypeStruct((), 'float32'),
-                                        jax.ShapeDtypeStruct((), 'int32'), want=want, mesh=mesh, chunk=sinkhorn.chunk_rows(p))
+        lowered = sinkhorn._sweep.lower(
+            x,
+            heads,
+            jax.ShapeDtypeStruct((3, p), 'float32'),
+            jax.ShapeDtypeStruct((), 'float32'),
+            jax.ShapeDtypeStruct((), 'int32'),
+            want=want,
+            mesh=mesh,
+            chunk=sinkhorn.chunk_rows(p),
+        )
         assert lowered.compile().memory_analysis().temp_size_in_bytes < m * p * 4 / 8
 
 
@@ -158,23 +188,38 @@ def test_blocks_are_the_whole():
 def hard(kind, m=400, p=8, seed=0):
     rng = np.random.default_rng(seed)
     z = rng.integers(0, p, m)
-    return {'one-hot': 60.0 * np.eye(p)[z] + 1e-3 * rng.standard_normal((m, p)),  # gaps of 1200 nats at λ = 20
-            'one cluster': 50.0 * np.eye(p)[np.zeros(m, int)] + rng.standard_normal((m, p)),  # all rows want the same cluster
-            'huge': 1e4 * rng.standard_normal((m, p)),
-            'constant': np.zeros((m, p)),
-            'forbidden': np.where(rng.uniform(size=(m, p)) < 0.3, -np.inf, rng.standard_normal((m, p))),
-            'tiny': 1e-6 * rng.standard_normal((m, p))}[kind].astype(np.float32)
+    return {
+        'one-hot': 60.0 * np.eye(p)[z]
+        + 1e-3 * rng.standard_normal((m, p)),  # gaps of 1200 nats at λ = 20
+        'one cluster': 50.0 * np.eye(p)[np.zeros(m, int)]
+        + rng.standard_normal((m, p)),  # all rows want the same cluster
+        'huge': 1e4 * rng.standard_normal((m, p)),
+        'constant': np.zeros((m, p)),
+        'forbidden': np.where(rng.uniform(size=(m, p)) < 0.3, -np.inf, rng.standard_normal((m, p))),
+        'tiny': 1e-6 * rng.standard_normal((m, p)),
+    }[kind].astype(np.float32)
 
 
-@pytest.mark.parametrize('kind', ['one-hot', 'huge', 'forbidden', *[pytest.param(k, marks=pytest.mark.slow)
-                                                                    for k in ('one cluster', 'constant', 'tiny')]])
+@pytest.mark.parametrize(
+    'kind',
+    [
+        'one-hot',
+        'huge',
+        'forbidden',
+        *[pytest.param(k, marks=pytest.mark.slow) for k in ('one cluster', 'constant', 'tiny')],
+    ],
+)
 def test_hard_inputs_end_finite(kind):
     """No NaN, overflow or endless loop, and the sizes are met where float precision lets them."""
     logits, r = hard(kind), priors(8, 'zipf')
     got = sinkhorn.solve([logits], r, 20, max_passes=3000)
-    assert np.isfinite(got.potentials).all() and np.isfinite([got.residual, got.published_error]).all()
+    assert (
+        np.isfinite(got.potentials).all() and np.isfinite([got.residual, got.published_error]).all()
+    )
     assert got.residual < {'huge': 1e-3}.get(kind, 1e-4), got.residual
-    exact = sinkhorn.solve([logits.astype(np.float64)], r, 20, dtype='float64', tolerance=1e-6, max_passes=3000)
+    exact = sinkhorn.solve(
+        [logits.astype(np.float64)], r, 20, dtype='float64', tolerance=1e-6, max_passes=3000
+    )
     assert exact.residual < {'huge': 1e-3}.get(kind, 1e-6), exact.residual
     if kind == 'one-hot':
         z = logits.argmax(1)
@@ -194,7 +239,9 @@ def test_huge_strength():
 
 def test_mistakes_are_sentences():
     views = problem(50, 4, 'random')
-    with pytest.raises(ValueError, match=r'prior\[1\]=0.0 \(2 such of 4\): every cluster needs a positive share'):
+    with pytest.raises(
+        ValueError, match=r'prior\[1\]=0.0 \(2 such of 4\): every cluster needs a positive share'
+    ):
         sinkhorn.solve(views, np.array([0.5, 0, 0, 0.5]), 20)
     with pytest.raises(ValueError, match='prior sums to 2'):
         sinkhorn.solve(views, np.full(4, 0.5), 20)
@@ -209,7 +256,10 @@ def test_mistakes_are_sentences():
 def test_warm_start_needs_fewer_passes():
     views, r = problem(6000, 40, 'structured'), priors(40, 'uniform')
     cold = sinkhorn.solve(views, r, 20, tolerance='published')
-    drift = [v + 0.2 * np.random.default_rng(9).standard_normal(v.shape).astype(np.float32) for v in views]
+    drift = [
+        v + 0.2 * np.random.default_rng(9).standard_normal(v.shape).astype(np.float32)
+        for v in views
+    ]
     warm = sinkhorn.solve(drift, r, 20, tolerance='published', start=cold)
     plain = sinkhorn.solve(drift, r, 20, tolerance='published', method='plain')
     assert warm.converged and plain.converged and warm.work < plain.work / 4
@@ -218,7 +268,12 @@ def test_warm_start_needs_fewer_passes():
 
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
-@given(m=st.sampled_from([5, 333]), p=st.sampled_from([2, 7]), strength=st.sampled_from([1.0, 25.0]), seed=st.integers(0, 1000))
+@given(
+    m=st.sampled_from([5, 333]),
+    p=st.sampled_from([2, 7]),
+    strength=st.sampled_from([1.0, 25.0]),
+    seed=st.integers(0, 1000),
+)
 def test_any_shape_and_prior(m, p, strength, seed):
     rng = np.random.default_rng(seed)
     r = rng.dirichlet(np.ones(p) * 3) * 0.9 + 0.1 / p
@@ -262,4 +317,6 @@ def test_soft_codes_are_swavs():
     assert np.isfinite(np.asarray(sinkhorn.soft_codes(1000 * scores))).all()
     assert np.isfinite(np.asarray(sinkhorn.soft_codes(scores, valid=np.zeros(24, bool)))).all()
     rows = jax.NamedSharding(jax.make_mesh((8,), ('rows',)), jax.sharding.PartitionSpec('rows'))
-    np.testing.assert_allclose(jax.jit(sinkhorn.soft_codes)(jax.device_put(scores, rows)), got, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        jax.jit(sinkhorn.soft_codes)(jax.device_put(scores, rows)), got, rtol=1e-5, atol=1e-7
+    )

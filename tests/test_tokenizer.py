@@ -12,7 +12,9 @@ TEXTS = ["It's a DOG, a big dog!", 'the cat sat', 'a dog and a cat', '...']
 
 def test_words_as_in_the_paper():
     t = tokenizer.train('words', TEXTS, 100)
-    assert t.vocabulary[:3] == ['a', 'dog', 'cat'] and 'its' in t.vocabulary  # by frequency, punctuation deleted not split
+    assert (
+        t.vocabulary[:3] == ['a', 'dog', 'cat'] and 'its' in t.vocabulary
+    )  # by frequency, punctuation deleted not split
     assert t.vocabulary[3:] == sorted(t.vocabulary[3:])
     got = t.encode(['A dog, barks', 'a ' * 9, ''], 4)
     assert got.dtype == np.int32
@@ -50,8 +52,12 @@ def test_errors_name_the_kinds():
 
 
 def test_missing_library_is_one_clear_sentence():
-    code = ("import sys; sys.modules['tokenizers'] = None\n"
-            "from vatt_jax import tokenizer\ntokenizer.train('words', ['a b'], 9)\n"
-            "try: tokenizer.train('wordpiece', ['a b'], 9)\nexcept ImportError as e: print(e)")
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    code = (
+        "import sys; sys.modules['tokenizers'] = None\n"
+        "from vatt_jax import tokenizer\ntokenizer.train('words', ['a b'], 9)\n"
+        "try: tokenizer.train('wordpiece', ['a b'], 9)\nexcept ImportError as e: print(e)"
+    )
+    out = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=True
+    ).stdout
     assert "needs the package 'tokenizers'" in out

@@ -1,4 +1,5 @@
 """Self-supervised pretraining of video, audio and text encoders: `vatt_jax.load(checkpoint).embed(video=…, audio=…, text=…)`."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -10,4 +11,5 @@ __all__ = ['load']
 def load(path: Any):
     """A trained model (vatt_jax.api.Model) from a run folder or a checkpoint folder."""
     from vatt_jax import api  # late: importing the package must not start JAX
+
     return api.load(path)

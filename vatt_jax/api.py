@@ -1,4 +1,5 @@
 """What a user of trained encoders calls: vatt_jax.load(checkpoint).embed(video=…, audio=…, text=…)."""
+
 from __future__ import annotations
 
 import os
@@ -17,7 +18,7 @@ from vatt_jax.parallel import sharding
 from vatt_jax.training import checkpoint
 
 FILES = (str, os.PathLike)
-TOWER = {'image': 'video'}   # what a kind of input is encoded by, where it is not called the same
+TOWER = {'image': 'video'}  # what a kind of input is encoded by, where it is not called the same
 
 
 def load(path: str | os.PathLike) -> Model:
@@ -41,17 +42,32 @@ class Model:
 
     def __repr__(self) -> str:
         count = sum(np.size(x) for x in jax.tree.leaves(self.variables['params']))
-        wants = {'video': '{frames} frames of {size}×{size} at {fps:g} fps', 'audio': '{samples} samples at {rate} Hz',
-                 'text': 'sentences of up to {words} words'}
-        told = [f'{m}: {wants[m].format(**spec)}' for m, spec in self.inputs.items() if m in self._encoder.modalities]
+        wants = {
+            'video': '{frames} frames of {size}×{size} at {fps:g} fps',
+            'audio': '{samples} samples at {rate} Hz',
+            'text': 'sentences of up to {words} words',
+        }
+        told = [
+            f'{m}: {wants[m].format(**spec)}'
+            for m, spec in self.inputs.items()
+            if m in self._encoder.modalities
+        ]
         return f'<{self.config.name}: {count / 1e6:.2f} M parameters; {"; ".join(told)}>'
 
     def paths(self) -> list[str]:
         """Parameter paths, as the patterns of config.optimizer and config.init_skip see them."""
         return jax.tree.leaves(optim.paths(self.variables['params']))
 
-    def embed(self, video: Any = None, audio: Any = None, text: Any = None, image: Any = None, *, rate: int | None = None,
-              batch_size: int = 32) -> dict[str, dict[str, np.ndarray]]:
+    def embed(
+        self,
+        video: Any = None,
+        audio: Any = None,
+        text: Any = None,
+        image: Any = None,
+        *,
+        rate: int | None = None,
+        batch_size: int = 32,
+    ) -> dict[str, dict[str, np.ndarray]]:
         """{modality: {'pooled': [B D], <common space>: [B E] of unit length}}, float32; without B where a single item was given.
 
         video: uint8 frames [T H W 3] at the model's own rate (`inputs['video']['fps']`), a batch [B T H W 3], or a list of clips of
@@ -67,10 +83,14 @@ class Model:
         given = {'video': video, 'audio': audio, 'text': text, 'image': image}
         given = {k: v for k, v in given.items() if v is not None}
         if not given:
-            raise ConfigError('embed() was given nothing; name at least one of video=, audio=, text=, image=')
+            raise ConfigError(
+                'embed() was given nothing; name at least one of video=, audio=, text=, image='
+            )
         for name in given:
             if TOWER.get(name, name) not in self._encoder.modalities:
-                raise ConfigError(f'embed({name}=…): this model has no {TOWER.get(name, name)} tower; it has {", ".join(self._encoder.modalities)}')
+                raise ConfigError(
+                    f'embed({name}=…): this model has no {TOWER.get(name, name)} tower; it has {", ".join(self._encoder.modalities)}'
+                )
         items, single = {}, {}
         for name, value in given.items():
             items[name], single[name] = _listed(name, value)
@@ -80,7 +100,12 @@ class Model:
         for name, values in items.items():
             if not values:
                 raise ConfigError(f'embed({name}=[]): the list is empty')
-            rows[name] = [getattr(self, f'_{name}')(v, rate) if name == 'audio' else getattr(self, f'_{name}')(v) for v in values]
+            rows[name] = [
+                getattr(self, f'_{name}')(v, rate)
+                if name == 'audio'
+                else getattr(self, f'_{name}')(v)
+                for v in values
+            ]
         out = {}
         for name, parts in rows.items():
             features = self._run(name, parts, batch_size)
@@ -96,10 +121,12 @@ class Model:
                 for k, v in self._run(name, [parts[i] for i in at], batch_size).items():
                     out.setdefault(k, np.zeros((len(parts), *v.shape[1:]), v.dtype))[at] = v
             return out
-        batch_size = min(batch_size, 1 << (len(parts) - 1).bit_length())  # few sizes, few compilations
+        batch_size = min(
+            batch_size, 1 << (len(parts) - 1).bit_length()
+        )  # few sizes, few compilations
         outs = []
         for begin in range(0, len(parts), batch_size):
-            data = np.stack(parts[begin:begin + batch_size])
+            data = np.stack(parts[begin : begin + batch_size])
             n = len(data)
             data = np.concatenate([data, np.zeros((batch_size - n, *data.shape[1:]), data.dtype)])
             stream: dict[str, Any] = {'data': data, 'valid': np.arange(batch_size) < n}
@@ -107,12 +134,29 @@ class Model:
             if tower == 'video':
                 h, w = data.shape[2:4]
                 side = min(h, w)
-                box = [(1 - side / h) / 2, (1 - side / w) / 2, (1 + side / h) / 2, (1 + side / w) / 2]
-                stream |= {'box': np.tile(np.array(box, np.float32), (batch_size, 1)), 'flip': np.zeros(batch_size, bool)}
+                box = [
+                    (1 - side / h) / 2,
+                    (1 - side / w) / 2,
+                    (1 + side / h) / 2,
+                    (1 + side / w) / 2,
+                ]
+                stream |= {
+                    'box': np.tile(np.array(box, np.float32), (batch_size, 1)),
+                    'flip': np.zeros(batch_size, bool),
+                }
             if name == 'text':
                 stream['mask'] = (data != 0).any(-1)
-            f = self._encoder({tower: stream, 'position': np.arange(batch_size), 'valid': stream['valid']})
-            flat = {'pooled': f['pooled'][tower], **{space: members[tower] for space, members in f['spaces'].items() if tower in members}}
+            f = self._encoder(
+                {tower: stream, 'position': np.arange(batch_size), 'valid': stream['valid']}
+            )
+            flat = {
+                'pooled': f['pooled'][tower],
+                **{
+                    space: members[tower]
+                    for space, members in f['spaces'].items()
+                    if tower in members
+                },
+            }
             outs.append({k: (v[:n, 0] if name == 'text' else v[:n]) for k, v in flat.items()})
         return {k: np.concatenate([o[k] for o in outs]) for k in outs[0]}
 
@@ -120,7 +164,9 @@ class Model:
     def _video(self, frames: Any) -> np.ndarray:
         x = np.asarray(frames)
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or 0 in x.shape:
-            raise ConfigError(f'embed(video=…): {x.dtype} {list(x.shape)} found, uint8 frames [T H W 3] wanted (0…255, RGB)')
+            raise ConfigError(
+                f'embed(video=…): {x.dtype} {list(x.shape)} found, uint8 frames [T H W 3] wanted (0…255, RGB)'
+            )
         x = _window(x, self.inputs['video']['frames'])
         side = 2 * self.inputs['video']['size']
         if x.shape[1:3] != (side // 2, side // 2):
@@ -130,7 +176,9 @@ class Model:
     def _image(self, picture: Any) -> np.ndarray:
         x = np.asarray(picture)
         if x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] != 3 or 0 in x.shape:
-            raise ConfigError(f'embed(image=…): {x.dtype} {list(x.shape)} found, uint8 pixels [H W 3] wanted (0…255, RGB)')
+            raise ConfigError(
+                f'embed(image=…): {x.dtype} {list(x.shape)} found, uint8 pixels [H W 3] wanted (0…255, RGB)'
+            )
         return self._video(x[None])
 
     def _audio(self, samples: Any, rate: int | None) -> np.ndarray:
@@ -144,21 +192,32 @@ class Model:
                 raise ConfigError(f'embed(audio={os.fspath(samples)!r}): the file has no sound')
             samples, rate = heard, None
         x = np.asarray(samples)
-        if x.ndim != 1 or not len(x) or not (x.dtype == np.int16 or np.issubdtype(x.dtype, np.floating)):
-            raise ConfigError(f'embed(audio=…): {x.dtype} {list(x.shape)} found, int16 or float samples [S] wanted (mono)')
+        if (
+            x.ndim != 1
+            or not len(x)
+            or not (x.dtype == np.int16 or np.issubdtype(x.dtype, np.floating))
+        ):
+            raise ConfigError(
+                f'embed(audio=…): {x.dtype} {list(x.shape)} found, int16 or float samples [S] wanted (mono)'
+            )
         if np.issubdtype(x.dtype, np.floating):
             if not np.isfinite(x).all() or np.abs(x).max() > 1.001:
-                raise ConfigError(f'embed(audio=…): floats must be finite and in [-1, 1]; the largest magnitude is {np.abs(x).max():g}')
+                raise ConfigError(
+                    f'embed(audio=…): floats must be finite and in [-1, 1]; the largest magnitude is {np.abs(x).max():g}'
+                )
             x = np.clip(np.round(x * 32768), -32768, 32767).astype(np.int16)
         own = self.inputs['audio']['rate']
         if rate is not None and rate != own:
             if rate <= 0:
-                raise ConfigError(f'embed(audio=…, rate={rate}): a positive number of samples per second is wanted')
+                raise ConfigError(
+                    f'embed(audio=…, rate={rate}): a positive number of samples per second is wanted'
+                )
             try:
                 import soxr
             except ImportError as error:
-                raise ConfigError(f'embed(audio=…, rate={rate}): the model wants {own} Hz, and resampling needs soxr; install the video extra') \
-                    from error
+                raise ConfigError(
+                    f'embed(audio=…, rate={rate}): the model wants {own} Hz, and resampling needs soxr; install the video extra'
+                ) from error
             x = soxr.resample(x, rate, own)
         return _window(x, self.inputs['audio']['samples'])
 
@@ -166,13 +225,18 @@ class Model:
         if not isinstance(sentence, str):
             raise ConfigError(f'embed(text=…): {type(sentence).__name__} found, strings are wanted')
         if self.tokenizer is None:
-            raise ConfigError('embed(text=…): this checkpoint carries no tokenizer; import it again with --vocabulary=FILE')
+            raise ConfigError(
+                'embed(text=…): this checkpoint carries no tokenizer; import it again with --vocabulary=FILE'
+            )
         return self.tokenizer.encode([sentence], self.inputs['text']['words'])
 
     def _decode(self, items: dict[str, list], single: dict[str, bool]) -> None:
         """Paths among the videos -> frames, and their sound where no other was given, cut to the same middle window."""
         media = _media()
-        spec, sound = self.inputs['video'], 'audio' not in items and 'audio' in self._encoder.modalities
+        spec, sound = (
+            self.inputs['video'],
+            'audio' not in items and 'audio' in self._encoder.modalities,
+        )
         rate = self.inputs['audio']['rate'] if 'audio' in self.inputs else 8000
         clips, sounds = [], []
         for value in items['video']:
@@ -185,12 +249,14 @@ class Model:
             except (media.MediaError, OSError) as error:
                 raise ConfigError(f'embed(video={os.fspath(value)!r}): {error}') from error
             if frames is None:
-                raise ConfigError(f'embed(video={os.fspath(value)!r}): the file has no pictures; embed(audio=…) takes its sound')
+                raise ConfigError(
+                    f'embed(video={os.fspath(value)!r}): the file has no pictures; embed(audio=…) takes its sound'
+                )
             clips.append(frames)
             heard = media.fit(file.audio, len(frames), spec['fps'], rate)
             if sound and heard is not None:
                 begin = max(0, len(frames) - spec['frames']) // 2 / spec['fps']
-                sounds.append(heard[round(begin * rate):][:self.inputs['audio']['samples']])
+                sounds.append(heard[round(begin * rate) :][: self.inputs['audio']['samples']])
         items['video'] = clips
         if sound and len(sounds) == len(clips):
             items['audio'], single['audio'] = sounds, single['video']
@@ -200,7 +266,9 @@ def _listed(name: str, value: Any) -> tuple[list, bool]:
     """(items, whether a single one was given)."""
     if isinstance(value, FILES):
         return [value], True
-    if isinstance(value, Sequence) and not (name == 'audio' and len(value) and np.isscalar(value[0])):
+    if isinstance(value, Sequence) and not (
+        name == 'audio' and len(value) and np.isscalar(value[0])
+    ):
         return list(value), False
     x = np.asarray(value)
     alone = {'video': 4, 'audio': 1, 'text': 0, 'image': 3}[name]
@@ -211,7 +279,7 @@ def _window(x: np.ndarray, length: int) -> np.ndarray:
     """The middle `length` of the first axis; what is shorter repeats."""
     if len(x) >= length:
         begin = (len(x) - length) // 2
-        return x[begin:begin + length]
+        return x[begin : begin + length]
     return x[np.arange(length) % len(x)]
 
 
@@ -219,7 +287,7 @@ def _square(frame: np.ndarray, side: int) -> np.ndarray:
     """uint8 [H W 3] -> the central square, at most `side` pixels: whole ratios are averaged, so nothing aliases; the device does the rest."""
     h, w = frame.shape[:2]
     n = min(h, w)
-    frame = frame[(h - n) // 2:(h - n) // 2 + n, (w - n) // 2:(w - n) // 2 + n]
+    frame = frame[(h - n) // 2 : (h - n) // 2 + n, (w - n) // 2 : (w - n) // 2 + n]
     at = (np.arange(side) + 0.5) * n / side
     if n <= side:
         index = np.minimum(at.astype(int), n - 1)
@@ -234,5 +302,7 @@ def _media():
     try:
         from data_pipelines import media
     except ImportError as error:
-        raise ConfigError(f'reading media files needs PyAV ({error}); install the video extra, or pass arrays') from error
+        raise ConfigError(
+            f'reading media files needs PyAV ({error}); install the video extra, or pass arrays'
+        ) from error
     return media

@@ -5,6 +5,7 @@ hash of *which example* and *which place of the network* asks, so a mask is the 
 or unrolled, microbatched or not (DESIGN §4). The hash is a counter through two multiply-xorshift rounds: it is
 elementwise, so XLA fuses it into its consumer, which makes dropout several times cheaper than with threefry on CPU.
 """
+
 from __future__ import annotations
 
 import math
@@ -32,7 +33,9 @@ def _word(value: str | int | jax.Array) -> jax.Array:
     if isinstance(value, str):
         return jnp.uint32(zlib.crc32(value.encode()))
     if isinstance(value, int):
-        return jnp.uint32(value & 0xFFFFFFFF)  # a seed may be any integer; JAX would refuse one beyond int32
+        return jnp.uint32(
+            value & 0xFFFFFFFF
+        )  # a seed may be any integer; JAX would refuse one beyond int32
     return jnp.asarray(value).astype(jnp.uint32)
 
 
@@ -47,13 +50,16 @@ class Rng:
     key: uint32 [], the path so far (seed, step, sites, layers).
     examples: uint32 [B], identity of each example of the batch.
     """
+
     key: jax.Array
     examples: jax.Array
 
     @staticmethod
     def create(seed: int | jax.Array, step: int | jax.Array, examples: jax.Array) -> Rng:
         """`examples`: integers [B], the global position of each example."""
-        return Rng(_fold(_fold(jnp.uint32(0), seed), step), jnp.asarray(examples).astype(jnp.uint32))
+        return Rng(
+            _fold(_fold(jnp.uint32(0), seed), step), jnp.asarray(examples).astype(jnp.uint32)
+        )
 
     def at(self, site: str | int | jax.Array) -> Rng:
         """The rng of a named site or of a (possibly traced) layer number below this one."""
@@ -61,7 +67,11 @@ class Rng:
 
     def repeat(self, n: int) -> Rng:
         """For rows [B*n] made of n parts per example (sentences of a clip): part j of example b, b-major."""
-        parts = mix(self.examples[:, None] * jnp.uint32(n) + jnp.arange(n, dtype=jnp.uint32) + jnp.uint32(_GOLDEN))
+        parts = mix(
+            self.examples[:, None] * jnp.uint32(n)
+            + jnp.arange(n, dtype=jnp.uint32)
+            + jnp.uint32(_GOLDEN)
+        )
         return self.replace(examples=parts.reshape(-1))
 
     def bits(self, shape: tuple[int, ...]) -> jax.Array:
@@ -72,9 +82,13 @@ class Rng:
         """uint32 shape: the same bits whatever the batch holds."""
         return mix(mix(_counter(shape) + self.key) ^ (self.key * jnp.uint32(_GOLDEN)))
 
-    def uniform(self, shape: tuple[int, ...] = (), low: float = 0.0, high: float = 1.0) -> jax.Array:
+    def uniform(
+        self, shape: tuple[int, ...] = (), low: float = 0.0, high: float = 1.0
+    ) -> jax.Array:
         """float32 [B, *shape] in [low, high)."""
-        return low + (high - low) * ((self.bits(shape) >> 8).astype(jnp.float32) * (1.0 / (1 << 24)))
+        return low + (high - low) * (
+            (self.bits(shape) >> 8).astype(jnp.float32) * (1.0 / (1 << 24))
+        )
 
     def normal(self, shape: tuple[int, ...] = ()) -> jax.Array:
         """float32 [B, *shape], standard normal (inverse error function of a uniform in (-1, 1))."""
@@ -88,8 +102,14 @@ class Rng:
         parts > 1, without per_example: [B, n], one permutation for each of that many equal runs of rows, which must divide B.
         """
         if per_example or parts == 1:
-            return jnp.argsort(self.bits((n,)) if per_example else self.shared_bits((n,)), axis=-1).astype(jnp.int32)
-        return jnp.repeat(jnp.argsort(self.shared_bits((parts, n)), axis=-1).astype(jnp.int32), len(self.examples) // parts, axis=0)
+            return jnp.argsort(
+                self.bits((n,)) if per_example else self.shared_bits((n,)), axis=-1
+            ).astype(jnp.int32)
+        return jnp.repeat(
+            jnp.argsort(self.shared_bits((parts, n)), axis=-1).astype(jnp.int32),
+            len(self.examples) // parts,
+            axis=0,
+        )
 
     def dropout(self, x: jax.Array, rate: float) -> jax.Array:
         """x [B, ...] with each element zeroed with probability `rate` and the rest scaled by 1/(1-rate)."""
@@ -105,20 +125,28 @@ class Packed(Rng):
 
     key: uint32 [N], the path of each column's place. examples: uint32 [B N]. column: uint32 [N], where in its row each column is.
     """
+
     column: jax.Array
 
     @staticmethod
     def of(parts: Sequence[Rng], layout: Sequence[tuple[int, int]]) -> Packed:
         """parts: of [B·K] rows each, b-major; layout: (K, n) of each, K rows of n columns for every example."""
         spread = lambda r, k, n: jnp.repeat(r.examples.reshape(-1, k), n, axis=1)
-        return Packed(jnp.concatenate([jnp.broadcast_to(r.key, (k * n,)) for r, (k, n) in zip(parts, layout, strict=True)]),
-                      jnp.concatenate([spread(r, k, n) for r, (k, n) in zip(parts, layout)], 1),
-                      jnp.concatenate([jnp.tile(jnp.arange(n, dtype=jnp.uint32), k) for k, n in layout]))
+        return Packed(
+            jnp.concatenate(
+                [jnp.broadcast_to(r.key, (k * n,)) for r, (k, n) in zip(parts, layout, strict=True)]
+            ),
+            jnp.concatenate([spread(r, k, n) for r, (k, n) in zip(parts, layout)], 1),
+            jnp.concatenate([jnp.tile(jnp.arange(n, dtype=jnp.uint32), k) for k, n in layout]),
+        )
 
     def parts(self, layout: Sequence[tuple[int, int]]) -> list[Rng]:
         """What `of` was given."""
         starts = [sum(k * n for k, n in layout[:i]) for i in range(len(layout))]
-        return [Rng(self.key[at], self.examples[:, at:at + k * n:n].reshape(-1)) for at, (k, n) in zip(starts, layout)]
+        return [
+            Rng(self.key[at], self.examples[:, at : at + k * n : n].reshape(-1))
+            for at, (k, n) in zip(starts, layout)
+        ]
 
     def take(self, columns: Any) -> Packed:
         """That of some columns."""
@@ -128,7 +156,11 @@ class Packed(Rng):
         """uint32 [B, *shape], shape [N, …]."""
         rest = shape[1:]
         wide = lambda x: x.reshape(x.shape + (1,) * len(rest))
-        return _draw(self.examples, wide(self.key), wide(self.column * jnp.uint32(math.prod(rest))) + _counter(rest))
+        return _draw(
+            self.examples,
+            wide(self.key),
+            wide(self.column * jnp.uint32(math.prod(rest))) + _counter(rest),
+        )
 
 
 def _draw(examples: jax.Array, key: jax.Array, counter: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ What holds when things change between two runs of one seed:
 - another batch size: the same, if no source has a `share`. With shares a batch holds exact counts, so its boundaries enter:
   the records already seen of each source are carried over (to within one), the interleaving from there on is new.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -20,8 +21,10 @@ import numpy as np
 from data_pipelines.errors import DataError
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ROUNDS = 6          # 4 rounds already decorrelate; two more cost little and help very small sets
-_MAX_BLOCK = 4096    # weights are exact when they are fractions of at most this denominator, else to 1/4096
+_ROUNDS = 6  # 4 rounds already decorrelate; two more cost little and help very small sets
+_MAX_BLOCK = (
+    4096  # weights are exact when they are fractions of at most this denominator, else to 1/4096
+)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -85,6 +88,7 @@ class Source:
     size: records. weight: relative frequency among the sources without a share. share: exact fraction of every batch (0: none).
     sampling: float [size] or None; given, records are drawn with these relative weights, with replacement, instead of in epochs.
     """
+
     size: int
     weight: float = 1.0
     share: float = 0.0
@@ -113,20 +117,28 @@ class Order:
         if any(w < 0 for w in weights):
             raise DataError('config.data.train: weights must not be negative')
         if self._rest < 0:
-            raise DataError(f'config.data.train: the shares sum to {sum(s.share for s in sources):g}, more than a whole batch')
+            raise DataError(
+                f'config.data.train: the shares sum to {sum(s.share for s in sources):g}, more than a whole batch'
+            )
         if self._rest and not any(weights):
-            raise DataError(f'config.data.train: the shares sum to {sum(s.share for s in sources):g} and no source without a '
-                            'share has weight, so part of every batch would be empty')
+            raise DataError(
+                f'config.data.train: the shares sum to {sum(s.share for s in sources):g} and no source without a '
+                'share has weight, so part of every batch would be empty'
+            )
         if not self._rest and any(weights):
-            raise DataError('config.data.train: the shares fill the batch, so sources without a share would never be read')
+            raise DataError(
+                'config.data.train: the shares fill the batch, so sources without a share would never be read'
+            )
         self._quotas = _quotas(weights) if self._rest else np.zeros(len(sources), np.int64)
         self._cumulative = [None if s.sampling is None else _cumulative(s) for s in sources]
 
     def _rows_of(self, s: Source) -> int:
         rows = s.share * self._batch
         if abs(rows - round(rows)) > 1e-6 or not 0 <= s.share <= 1:
-            raise DataError(f'config.data.train: share {s.share:g} of source {s.name!r} is {rows:g} rows of a batch of '
-                            f'{self._batch}; it must be a whole number of rows (a fraction of the batch between 0 and 1)')
+            raise DataError(
+                f'config.data.train: share {s.share:g} of source {s.name!r} is {rows:g} rows of a batch of '
+                f'{self._batch}; it must be a whole number of rows (a fraction of the batch between 0 and 1)'
+            )
         return round(rows)
 
     def rows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -140,7 +152,9 @@ class Order:
             epoch[mine], within = np.divmod(draw[mine], s.size)
             if self._cumulative[i] is not None:
                 u = uniform(self.seed, draw[mine], f'sampling/{i}', 1)[:, 0]
-                index[mine] = np.minimum(np.searchsorted(self._cumulative[i], u, side='right'), s.size - 1)
+                index[mine] = np.minimum(
+                    np.searchsorted(self._cumulative[i], u, side='right'), s.size - 1
+                )
                 continue
             for e in np.unique(epoch[mine]):
                 now = epoch[mine] == e
@@ -157,17 +171,23 @@ class Order:
         batch, row = np.divmod(positions - self._offset, self._batch)
         slots = np.arange(self._batch)
         # Stratum of each slot before the rows of the batch are permuted: the sources with a share, then the rest (-1).
-        strata = np.concatenate([np.full(c, i) for i, c in enumerate(self._counts)] + [np.full(self._rest, -1)])
+        strata = np.concatenate(
+            [np.full(c, i) for i, c in enumerate(self._counts)] + [np.full(self._rest, -1)]
+        )
         for b in np.unique(batch):
             mine = np.flatnonzero(batch == b)
             of_row = strata[permute(slots, self._batch, self.seed, 'strata', int(b))]
             begin = int(b) * self._batch + self._offset
             # Integer rounding of share * begin: the same number whatever the batch size that led here.
-            before = [max(0, (2 * begin * c + self._batch) // (2 * self._batch)) for c in self._counts]
+            before = [
+                max(0, (2 * begin * c + self._batch) // (2 * self._batch)) for c in self._counts
+            ]
             rank = np.zeros(self._batch, np.int64)
             for i in {*np.unique(of_row).tolist()}:
                 here = np.flatnonzero(of_row == i)
-                rank[here] = np.arange(len(here)) + (max(0, begin - sum(before)) if i < 0 else before[i])
+                rank[here] = np.arange(len(here)) + (
+                    max(0, begin - sum(before)) if i < 0 else before[i]
+                )
             source[mine], draw[mine] = of_row[row[mine]], rank[row[mine]]
         rest = np.flatnonzero(source < 0)
         if len(rest):
@@ -209,16 +229,23 @@ def _quotas(weights: Sequence[float]) -> np.ndarray:
         return np.array([int(share * length) for share in shares], np.int64)
     quotas = np.array([int(share * _MAX_BLOCK) for share in shares], np.int64)
     remainders = [float(share * _MAX_BLOCK - q) for share, q in zip(shares, quotas)]
-    for i in np.argsort(remainders)[::-1][:_MAX_BLOCK - int(quotas.sum())]:
+    for i in np.argsort(remainders)[::-1][: _MAX_BLOCK - int(quotas.sum())]:
         quotas[i] += 1
     return np.maximum(quotas, np.asarray(weights) > 0)  # a tiny weight is rare, not never
 
 
 def _cumulative(s: Source) -> np.ndarray:
     weights = np.asarray(s.sampling, np.float64)
-    if weights.shape != (s.size,) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum() > 0:
-        raise DataError(f'sampling weights of source {s.name!r} must be {s.size} finite numbers, none negative and not all '
-                        f'zero; got an array of shape {weights.shape}')
+    if (
+        weights.shape != (s.size,)
+        or not np.isfinite(weights).all()
+        or (weights < 0).any()
+        or not weights.sum() > 0
+    ):
+        raise DataError(
+            f'sampling weights of source {s.name!r} must be {s.size} finite numbers, none negative and not all '
+            f'zero; got an array of shape {weights.shape}'
+        )
     total = np.cumsum(weights)
     return total / total[-1]
 
@@ -227,11 +254,15 @@ def host_rows(batch_size: int, process: tuple[int, int]) -> tuple[int, int]:
     """(first, last+1): the rows of every global batch that host i of n owns. Raises DataError if they do not divide."""
     i, n = process
     if not 0 <= i < n or batch_size % n:
-        raise DataError(f'batch_size={batch_size} does not divide over {n} hosts (host {i}); make it a multiple of {n}')
+        raise DataError(
+            f'batch_size={batch_size} does not divide over {n} hosts (host {i}); make it a multiple of {n}'
+        )
     return i * batch_size // n, (i + 1) * batch_size // n
 
 
-def train_positions(step: int, consumed: int, batch_size: int, process: tuple[int, int] = (0, 1)) -> np.ndarray:
+def train_positions(
+    step: int, consumed: int, batch_size: int, process: tuple[int, int] = (0, 1)
+) -> np.ndarray:
     """int64 [B/n]: positions of this host's rows in the `step`-th batch (from 0) after `consumed` examples."""
     first, last = host_rows(batch_size, process)
     return consumed + step * batch_size + np.arange(first, last, dtype=np.int64)
@@ -241,7 +272,9 @@ def one_pass_batches(size: int, batch_size: int) -> int:
     return -(-size // batch_size)
 
 
-def one_pass(step: int, size: int, batch_size: int, process: tuple[int, int] = (0, 1)) -> tuple[np.ndarray, np.ndarray]:
+def one_pass(
+    step: int, size: int, batch_size: int, process: tuple[int, int] = (0, 1)
+) -> tuple[np.ndarray, np.ndarray]:
     """(positions int64 [B/n], valid bool [B/n]) of the `step`-th batch of one pass over `size` examples: each exactly once
     over all hosts, the last batch filled up with rows that are not valid. The example at a position is its number."""
     positions = train_positions(step, 0, batch_size, process)

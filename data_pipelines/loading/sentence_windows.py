@@ -1,4 +1,5 @@
 """Which sentences of a record belong to a window, and their numbers."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -24,7 +25,9 @@ def candidates(begin: np.ndarray, end: np.ndarray, start: float, window: float, 
     return range(first, first + k)
 
 
-def encode(tokenizer: Tokenizer, sentences: Sequence[Sequence[str]], k: int, words: int) -> tuple[np.ndarray, np.ndarray]:
+def encode(
+    tokenizer: Tokenizer, sentences: Sequence[Sequence[str]], k: int, words: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Sentences of each row -> (data int32 [B k words], mask bool [B k]); a sentence without any word is masked."""
     data = np.zeros((len(sentences), k, words), np.int32)
     places = [(b, j) for b, row in enumerate(sentences) for j in range(min(k, len(row)))]

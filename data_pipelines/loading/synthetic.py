@@ -4,6 +4,7 @@ The synthetic world: every record has a class and an instance. The class decides
 of a tone and the words; the instance decides when the grating flashes and the tone swells, so video and audio of one moment of
 one record belong together. There is something to learn for every objective, and it costs a few milliseconds per clip.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -20,14 +21,25 @@ from data_pipelines.loading import views as view_rules
 from data_pipelines.loading.data_source import SPLITS, Data, Request, Rows, blank, tokenizer_of
 from vatt_jax.inputs import tokenizer as tokenizers
 
-_COLOURS = {'red': (230, 60, 50), 'green': (70, 210, 80), 'blue': (60, 90, 235), 'yellow': (235, 215, 60)}
+_COLOURS = {
+    'red': (230, 60, 50),
+    'green': (70, 210, 80),
+    'blue': (60, 90, 235),
+    'yellow': (235, 215, 60),
+}
 _MOTIONS = {'left': (0, -1), 'right': (0, 1), 'up': (-1, 0), 'down': (1, 0)}
 _TONES = ('deep', 'low', 'high', 'shrill')
 CLASSES = [f'{c} {m}' for c, m in itertools.product(_COLOURS, _MOTIONS)]
-_PHRASES = ('{c} stripes move {m} with a {t} tone', 'a {t} sound while {c} bars go {m}', 'watch the {c} pattern drift {m}',
-            'you hear something {t} and see {c}', 'moving {m} in {c} again', 'now everything flows {m}')
-_SENTENCES = 8        # per record, equally long
-_LEVELS = 256         # of the phase tables
+_PHRASES = (
+    '{c} stripes move {m} with a {t} tone',
+    'a {t} sound while {c} bars go {m}',
+    'watch the {c} pattern drift {m}',
+    'you hear something {t} and see {c}',
+    'moving {m} in {c} again',
+    'now everything flows {m}',
+)
+_SENTENCES = 8  # per record, equally long
+_LEVELS = 256  # of the phase tables
 
 
 class Synthetic(Data):
@@ -41,9 +53,15 @@ class Synthetic(Data):
         self._count = dict(zip(SPLITS, (train, max(32, train // 8), max(32, train // 8))))
         self._first = dict(zip(SPLITS, (0, 1 << 40, 2 << 40)))
         self._length = 2 * max(self.window, 1.0)
-        words = tokenizers.Words.train((s for i in range(len(CLASSES)) for s in _sentences(i)), 1 << 16)
+        words = tokenizers.Words.train(
+            (s for i in range(len(CLASSES)) for s in _sentences(i)), 1 << 16
+        )
         self.tokenizer = tokenizer_of(self.inputs, words.to_spec(), 'the synthetic source')
-        self.info = {'tokenizer': self.tokenizer.to_spec(), 'labels': {'class': list(CLASSES)}, 'sources': ['synthetic']}
+        self.info = {
+            'tokenizer': self.tokenizer.to_spec(),
+            'labels': {'class': list(CLASSES)},
+            'sources': ['synthetic'],
+        }
 
     def _sources(self, split, by):
         return [order.Source(self._count[split], name='synthetic')]
@@ -54,8 +72,16 @@ class Synthetic(Data):
         return index % len(CLASSES), u
 
     def texts(self, split, by='segments'):
-        return [{'id': f'{split}/{i}', 'start': 0.0, 'end': self._length, 'caption': _caption(i % len(CLASSES)),
-                 'sentences': _sentences(i % len(CLASSES))} for i in range(self._count[split])]
+        return [
+            {
+                'id': f'{split}/{i}',
+                'start': 0.0,
+                'end': self._length,
+                'caption': _caption(i % len(CLASSES)),
+                'sentences': _sentences(i % len(CLASSES)),
+            }
+            for i in range(self._count[split])
+        ]
 
     def _batches(self, request, rows, number):
         steps = itertools.count() if number is None else range(number)
@@ -67,23 +93,38 @@ class Synthetic(Data):
         duration = np.full(b, self._length)
         fps = self.inputs['video']['fps'] if 'video' in self.inputs else 10.0
         segments = (np.zeros(b), duration) if request.centred else None
-        starts = view_rules.starts(request.views, self.window, duration, self._draw(request, rows), segments, 1.0 / fps)
-        batch: dict[str, Any] = {'index': rows.index.astype(np.int32), 'source': rows.source, 'position': rows.position,
-                                 'valid': rows.valid.copy(), 'labels': {'class': kind.astype(np.int32)}}
+        starts = view_rules.starts(
+            request.views, self.window, duration, self._draw(request, rows), segments, 1.0 / fps
+        )
+        batch: dict[str, Any] = {
+            'index': rows.index.astype(np.int32),
+            'source': rows.source,
+            'position': rows.position,
+            'valid': rows.valid.copy(),
+            'labels': {'class': kind.astype(np.int32)},
+        }
         for v in request.views:
             start = starts[v.suffix]
             stream = {'valid': np.ones(b, bool), 'start': start.astype(np.float32)}
             if v.modality == 'video':
                 n, size = self.inputs['video']['frames'], self.inputs['video']['size']
                 at = start[:, None] + np.arange(n) / fps
-                stream['data'] = np.stack([_frames(k, u, t, size) for k, u, t in zip(kind, instance, at)])
-                stream['box'], stream['flip'] = self._crops(request, rows, v, np.full(b, size), np.full(b, size))
+                stream['data'] = np.stack(
+                    [_frames(k, u, t, size) for k, u, t in zip(kind, instance, at)]
+                )
+                stream['box'], stream['flip'] = self._crops(
+                    request, rows, v, np.full(b, size), np.full(b, size)
+                )
                 # A mirrored grating moves the other way: here direction is the class, so nothing is ever flipped.
                 stream['flip'] = np.zeros(b, bool)
             elif v.modality == 'audio':
                 n, rate = self.inputs['audio']['samples'], self.inputs['audio']['rate']
-                stream['data'] = np.stack([_sound(k, u, t + np.arange(n) / rate, rate)
-                                           for k, u, t in zip(kind, instance, start)])
+                stream['data'] = np.stack(
+                    [
+                        _sound(k, u, t + np.arange(n) / rate, rate)
+                        for k, u, t in zip(kind, instance, start)
+                    ]
+                )
             else:
                 stream['data'], stream['mask'] = self._text(kind, start)
                 stream['valid'] = stream['mask'].any(-1)
@@ -91,15 +132,25 @@ class Synthetic(Data):
                 stream['data'] = np.ascontiguousarray(stream['data'][:, ::-1])
             batch[v.stream] = stream
         if request.segments and 'text' in self.inputs:
-            data, mask = sentence_windows.encode(self.tokenizer, [[_caption(k)] for k in kind], 1, self.inputs['text']['words'])
-            batch['text.caption'] = {'data': data, 'mask': mask, 'valid': mask[:, 0].copy(), 'start': np.zeros(b, np.float32)}
+            data, mask = sentence_windows.encode(
+                self.tokenizer, [[_caption(k)] for k in kind], 1, self.inputs['text']['words']
+            )
+            batch['text.caption'] = {
+                'data': data,
+                'mask': mask,
+                'valid': mask[:, 0].copy(),
+                'start': np.zeros(b, np.float32),
+            }
         return blank(batch, ~rows.valid)
 
     def _text(self, kind: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         k, words = self.inputs['text']['candidates'], self.inputs['text']['words']
         begin = np.arange(_SENTENCES) * self._length / _SENTENCES
         end = begin + self._length / _SENTENCES
-        chosen = [[_sentences(c)[i] for i in sentence_windows.candidates(begin, end, t, self.window, k)] for c, t in zip(kind, start)]
+        chosen = [
+            [_sentences(c)[i] for i in sentence_windows.candidates(begin, end, t, self.window, k)]
+            for c, t in zip(kind, start)
+        ]
         return sentence_windows.encode(self.tokenizer, chosen, k, words)
 
 
@@ -127,11 +178,11 @@ def _frames(kind: int, u: np.ndarray, t: np.ndarray, size: int) -> np.ndarray:
     c, m = CLASSES[kind].split()
     dy, dx = _MOTIONS[m]
     wave = 0.5 + 0.5 * np.sin(2 * np.pi * np.arange(_LEVELS) / _LEVELS)
-    table = (wave[:, None] * np.array(_COLOURS[c]))                                       # [levels 3]
-    along = np.arange(size) * int(_LEVELS * (2 + 3 * u[2]) / size)                        # stripes across the frame
-    table = (table[None] * _envelope(u, t)[:, None, None] + 12).astype(np.uint8)          # [T levels 3]
+    table = wave[:, None] * np.array(_COLOURS[c])  # [levels 3]
+    along = np.arange(size) * int(_LEVELS * (2 + 3 * u[2]) / size)  # stripes across the frame
+    table = (table[None] * _envelope(u, t)[:, None, None] + 12).astype(np.uint8)  # [T levels 3]
     phase = along[None] - (_LEVELS * (u[3] + 1.5 * t)).astype(np.int64)[:, None] * (dy + dx)
-    line = table[np.arange(len(t))[:, None], phase % _LEVELS]                             # [T size 3]
+    line = table[np.arange(len(t))[:, None], phase % _LEVELS]  # [T size 3]
     line = line[:, :, None] if dy else line[:, None]
     return np.broadcast_to(line, (len(t), size, size, 3))
 
@@ -147,8 +198,12 @@ def _sound(kind: int, u: np.ndarray, t: np.ndarray, rate: int) -> np.ndarray:
 
 # ---- prepared batches in a file
 
-def save_npz(batches: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]], path: str,
-             info: Mapping[str, Any] | None = None) -> None:
+
+def save_npz(
+    batches: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]],
+    path: str,
+    info: Mapping[str, Any] | None = None,
+) -> None:
     """Host batches -> one file that `config.data.source = 'npz'` reads.
 
     batches: for all splits, or {split: batches}. Arrays are stored as 'video/data' … (or 'train:video/data' …) with all rows
@@ -163,7 +218,9 @@ def save_npz(batches: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mappin
         keep = np.concatenate([b['valid'] for b in flat])
         for name in flat[0]:
             if name not in ('index', 'source', 'position', 'valid'):
-                out[f'{split}:{name}' if split else name] = np.concatenate([b[name] for b in flat])[keep]
+                out[f'{split}:{name}' if split else name] = np.concatenate([b[name] for b in flat])[
+                    keep
+                ]
     with open(path, 'wb') as f:
         np.savez(f, **out)
 
@@ -189,8 +246,10 @@ class Npz(Data):
         super().__init__(config)
         path = pathlib.Path(config.data.npz)
         if not config.data.npz or not path.is_file():
-            raise DataError(f'config.data.npz is {str(config.data.npz)!r}, which is not a file; make one with '
-                            'data_pipelines.loading.synthetic.save_npz')
+            raise DataError(
+                f'config.data.npz is {str(config.data.npz)!r}, which is not a file; make one with '
+                'data_pipelines.loading.synthetic.save_npz'
+            )
         try:
             with np.load(path, allow_pickle=False) as f:
                 stored = {name: f[name] for name in f.files}
@@ -208,53 +267,88 @@ class Npz(Data):
         if not any(self._rows.values()):
             raise DataError(f'{path} holds no batches')
         self._check(path)
-        words = tokenizers.from_spec(info['tokenizer']) if info.get('tokenizer') else tokenizers.Words([])
-        self.tokenizer = tokenizer_of(self.inputs, words.to_spec(), str(path)) if info.get('tokenizer') else words
+        words = (
+            tokenizers.from_spec(info['tokenizer'])
+            if info.get('tokenizer')
+            else tokenizers.Words([])
+        )
+        self.tokenizer = (
+            tokenizer_of(self.inputs, words.to_spec(), str(path))
+            if info.get('tokenizer')
+            else words
+        )
         labels = info.get('labels') or {}
         for rows in self._rows.values():
             for name in [k.partition('/')[2] for k in rows if k.startswith('labels/')]:
                 values = rows[f'labels/{name}']
                 count = values.shape[1] if values.ndim > 1 else int(values.max(initial=-1)) + 1
                 labels.setdefault(name, [str(i) for i in range(count)])
-        self.info = {'tokenizer': self.tokenizer.to_spec(), 'labels': labels, 'sources': [path.name]}
+        self.info = {
+            'tokenizer': self.tokenizer.to_spec(),
+            'labels': labels,
+            'sources': [path.name],
+        }
 
     def _check(self, path: pathlib.Path) -> None:
         i = self.inputs
-        want = {'video': lambda: (i['video']['frames'], None, None, 3), 'audio': lambda: (i['audio']['samples'],),
-                'text': lambda: (i['text']['candidates'], i['text']['words'])}
+        want = {
+            'video': lambda: (i['video']['frames'], None, None, 3),
+            'audio': lambda: (i['audio']['samples'],),
+            'text': lambda: (i['text']['candidates'], i['text']['words']),
+        }
         for split, rows in self._rows.items():
             for v in self._views if rows else ():
                 name = v.stream if f'{v.stream}/data' in rows else v.modality
                 if name != v.stream and v.kind != 'reverse' or f'{name}/data' not in rows:
-                    raise DataError(f'{path} has no array {v.stream}/data for split {split!r}; a file of prepared batches cannot '
-                                    'make other windows')
+                    raise DataError(
+                        f'{path} has no array {v.stream}/data for split {split!r}; a file of prepared batches cannot '
+                        'make other windows'
+                    )
                 shape, wanted = rows[f'{name}/data'].shape[1:], want[v.modality]()
-                if len(shape) != len(wanted) or any(w not in (None, s) for s, w in zip(shape, wanted)):
-                    raise DataError(f'{path}: {name}/data has rows of shape {shape}, config.model.inputs.{v.modality} wants '
-                                    f'{wanted}'.replace('None', 'any'))
+                if len(shape) != len(wanted) or any(
+                    w not in (None, s) for s, w in zip(shape, wanted)
+                ):
+                    raise DataError(
+                        f'{path}: {name}/data has rows of shape {shape}, config.model.inputs.{v.modality} wants '
+                        f'{wanted}'.replace('None', 'any')
+                    )
 
     def _sources(self, split, by):
         rows = self._rows[split]
         return [order.Source(len(next(iter(rows.values()))) if rows else 0, name='npz')]
 
     def texts(self, split, by='segments'):
-        return [{'id': f'{split}/{i}', 'start': 0.0, 'end': self.window, 'caption': '', 'sentences': []}
-                for i in range(self.size(split, by))]
+        return [
+            {'id': f'{split}/{i}', 'start': 0.0, 'end': self.window, 'caption': '', 'sentences': []}
+            for i in range(self.size(split, by))
+        ]
 
-    def _batches(self, request: Request, rows: Callable[[int], Rows], number: int | None) -> Iterator[dict[str, Any]]:
+    def _batches(
+        self, request: Request, rows: Callable[[int], Rows], number: int | None
+    ) -> Iterator[dict[str, Any]]:
         for v in request.views:
             moved = not v.suffix and v.kind == 'window' and v.of > 1
-            if (moved or f'{v.stream}/data' not in self._rows[request.split] and v.kind != 'reverse') and number != 0:
-                raise DataError(f'the npz has no {"other window of" if moved else "stream"} {v.stream!r}; a file of prepared batches cannot make '
-                                'other windows')
+            if (
+                moved or f'{v.stream}/data' not in self._rows[request.split] and v.kind != 'reverse'
+            ) and number != 0:
+                raise DataError(
+                    f'the npz has no {"other window of" if moved else "stream"} {v.stream!r}; a file of prepared batches cannot make '
+                    'other windows'
+                )
         steps = itertools.count() if number is None else range(number)
         return (self._make(request, rows(step)) for step in steps)
 
     def _make(self, request: Request, rows: Rows) -> dict[str, Any]:
         stored, b = self._rows[request.split], len(rows.position)
-        batch: dict[str, Any] = {'index': rows.index.astype(np.int32), 'source': rows.source, 'position': rows.position,
-                                 'valid': rows.valid.copy()}
-        labels = {k.partition('/')[2]: v[rows.index] for k, v in stored.items() if k.startswith('labels/')}
+        batch: dict[str, Any] = {
+            'index': rows.index.astype(np.int32),
+            'source': rows.source,
+            'position': rows.position,
+            'valid': rows.valid.copy(),
+        }
+        labels = {
+            k.partition('/')[2]: v[rows.index] for k, v in stored.items() if k.startswith('labels/')
+        }
         if labels:
             batch['labels'] = labels
         wanted = list(request.views)
@@ -264,8 +358,14 @@ class Npz(Data):
             name, modality = v.stream, v.modality
             made = f'{name}/data' not in stored
             source = modality if made else name
-            get = lambda part, default: stored[f'{source}/{part}'][rows.index] if f'{source}/{part}' in stored else default  # noqa: B023
-            stream = {'data': get('data', None), 'valid': get('valid', np.ones(b, bool)), 'start': get('start', np.zeros(b, np.float32))}
+            get = lambda part, default: (
+                stored[f'{source}/{part}'][rows.index] if f'{source}/{part}' in stored else default
+            )  # noqa: B023
+            stream = {
+                'data': get('data', None),
+                'valid': get('valid', np.ones(b, bool)),
+                'start': get('start', np.zeros(b, np.float32)),
+            }
             if modality == 'video':
                 height, width = (np.full(b, n) for n in stream['data'].shape[2:4])
                 stream['box'], stream['flip'] = self._crops(request, rows, v, height, width)

@@ -1,4 +1,5 @@
 """The streams of a batch and the windows they share: config.model.inputs and views -> stream names -> starts in seconds."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -10,13 +11,19 @@ import numpy as np
 from data_pipelines.errors import DataError
 from data_pipelines.loading import frame_windows
 
-KINDS = {'clip': {'kind'}, 'shift': {'kind', 'seconds'}, 'reverse': {'kind'}, 'window': {'kind', 'number', 'of'}}
+KINDS = {
+    'clip': {'kind'},
+    'shift': {'kind', 'seconds'},
+    'reverse': {'kind'},
+    'window': {'kind', 'number', 'of'},
+}
 OPTIONAL = {'window': {'crop'}}
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
     """One stream. suffix: '' for the main window; all streams of one suffix share one window. spec: the config's entry."""
+
     stream: str
     modality: str
     suffix: str
@@ -34,8 +41,11 @@ class View:
         return dict(self.spec).get('crop')
 
 
-def streams(inputs: Mapping[str, Any], views: Mapping[str, Any] | Iterable[tuple[str, Any]] | None,
-            window: Mapping[str, Any] | None = None) -> tuple[View, ...]:
+def streams(
+    inputs: Mapping[str, Any],
+    views: Mapping[str, Any] | Iterable[tuple[str, Any]] | None,
+    window: Mapping[str, Any] | None = None,
+) -> tuple[View, ...]:
     """The main stream of each modality of config.model.inputs, then the views. Raises DataError naming the wrong view.
 
     views: {stream: {'kind': …}}, or pairs of the same (config.data.views: config fields take no dots). window: of the main streams, as a view of
@@ -51,18 +61,24 @@ def streams(inputs: Mapping[str, Any], views: Mapping[str, Any] | Iterable[tuple
     try:
         given = {stream: dict(spec) for stream, spec in dict(views or {}).items()}
     except (TypeError, ValueError):
-        raise DataError(f"config.data.views is {views!r}; pairs of a stream and a view are wanted, such as "
-                        "(('video.second', {'kind': 'clip'}),)") from None
+        raise DataError(
+            f'config.data.views is {views!r}; pairs of a stream and a view are wanted, such as '
+            "(('video.second', {'kind': 'clip'}),)"
+        ) from None
     for stream, spec in given.items():
         modality, _, suffix = stream.partition('.')
         if modality not in inputs or not suffix:
-            raise DataError(f'config.data.views has {stream!r}; a view is named modality.suffix with a modality of '
-                            f'config.model.inputs ({", ".join(inputs)})')
+            raise DataError(
+                f'config.data.views has {stream!r}; a view is named modality.suffix with a modality of '
+                f'config.model.inputs ({", ".join(inputs)})'
+            )
         _check(f'config.data.views: {stream!r}', spec)
         view = View(stream, modality, suffix, tuple(sorted(spec.items())))
         if windows.setdefault(suffix, view.spec) != view.spec:
-            raise DataError(f'config.data.views: the streams with suffix {suffix!r} share one window, so their entries must '
-                            f'be equal; {stream!r} differs')
+            raise DataError(
+                f'config.data.views: the streams with suffix {suffix!r} share one window, so their entries must '
+                f'be equal; {stream!r} differs'
+            )
         out.append(view)
     return tuple(out)
 
@@ -70,14 +86,27 @@ def streams(inputs: Mapping[str, Any], views: Mapping[str, Any] | Iterable[tuple
 def _check(where: str, spec: Mapping[str, Any]) -> None:
     kind = spec.get('kind')
     if kind not in KINDS or not KINDS[kind] <= set(spec) <= KINDS[kind] | OPTIONAL.get(kind, set()):
-        raise DataError(f'{where} is {dict(spec)}; views are ' + '; '.join(
-            f'{k}: {", ".join([*sorted(v), *(f"{o} (if wanted)" for o in OPTIONAL.get(k, ()))])}' for k, v in KINDS.items()))
-    if kind == 'shift' and spec['seconds'] != 'random' and not isinstance(spec['seconds'], (int, float)):
+        raise DataError(
+            f'{where} is {dict(spec)}; views are '
+            + '; '.join(
+                f'{k}: {", ".join([*sorted(v), *(f"{o} (if wanted)" for o in OPTIONAL.get(k, ()))])}'
+                for k, v in KINDS.items()
+            )
+        )
+    if (
+        kind == 'shift'
+        and spec['seconds'] != 'random'
+        and not isinstance(spec['seconds'], (int, float))
+    ):
         raise DataError(f'{where}.seconds is {spec["seconds"]!r}; give a number or "random"')
     if kind == 'window' and not 0 <= spec['number'] < spec['of']:
-        raise DataError(f'{where}: number runs from 0 to of - 1; got {spec["number"]} of {spec["of"]}')
+        raise DataError(
+            f'{where}: number runs from 0 to of - 1; got {spec["number"]} of {spec["of"]}'
+        )
     if 'crop' in spec and not (isinstance(spec['crop'], (int, float)) and 0 <= spec['crop'] <= 1):
-        raise DataError(f'{where}.crop is {spec["crop"]!r}; give a number from 0 (left, top) to 1 (right, bottom)')
+        raise DataError(
+            f'{where}.crop is {spec["crop"]!r}; give a number from 0 (left, top) to 1 (right, bottom)'
+        )
 
 
 def window_seconds(inputs: Mapping[str, Any]) -> float:
@@ -90,8 +119,14 @@ def window_seconds(inputs: Mapping[str, Any]) -> float:
     return max(lengths)
 
 
-def starts(views: tuple[View, ...], window: float, duration: np.ndarray, draw: Callable[[str], np.ndarray],
-           segments: tuple[np.ndarray, np.ndarray] | None, step: np.ndarray | float) -> dict[str, np.ndarray]:
+def starts(
+    views: tuple[View, ...],
+    window: float,
+    duration: np.ndarray,
+    draw: Callable[[str], np.ndarray],
+    segments: tuple[np.ndarray, np.ndarray] | None,
+    step: np.ndarray | float,
+) -> dict[str, np.ndarray]:
     """Window starts {suffix: float64 [B]}.
 
     duration: seconds [B]. draw(site): uniform numbers [B]. segments: (begin, end) [B] in evaluation, None in training, where
@@ -104,7 +139,11 @@ def starts(views: tuple[View, ...], window: float, duration: np.ndarray, draw: C
     if of_main is not None:
         main = spaced(of_main)
     else:
-        main = anywhere('window') if segments is None else frame_windows.centred(*segments, duration, window)
+        main = (
+            anywhere('window')
+            if segments is None
+            else frame_windows.centred(*segments, duration, window)
+        )
     out = {'': frame_windows.snap(main, step)}
     for v in views:
         if v.suffix in out:

@@ -1,4 +1,5 @@
 """Caption and annotation files -> what is known about each media file. Formats: docs/data.md."""
+
 from __future__ import annotations
 
 import csv
@@ -19,24 +20,37 @@ def read_captions(path: str | pathlib.Path) -> dict[str, list[dict[str, Any]]]:
     if path.suffix.lower() == '.json':
         content = _json(path)
         if isinstance(content, Mapping):
-            rows = [(video, entry) for video, entries in content.items() for entry in _listed(entries, path, video)]
+            rows = [
+                (video, entry)
+                for video, entries in content.items()
+                for entry in _listed(entries, path, video)
+            ]
         else:
-            rows = [(e.get('video') if isinstance(e, Mapping) else None, e) for e in _listed(content, path, 'the top level')]
+            rows = [
+                (e.get('video') if isinstance(e, Mapping) else None, e)
+                for e in _listed(content, path, 'the top level')
+            ]
         for number, (video, entry) in enumerate(rows, 1):
             entry = {'text': entry} if isinstance(entry, str) else entry
             if video is None or not isinstance(entry, Mapping) or 'text' not in entry:
-                raise DataError(f'{path}: entry {number} is {str(entry)[:80]}; wanted a video name and {{"start", "end", "text"}}')
+                raise DataError(
+                    f'{path}: entry {number} is {str(entry)[:80]}; wanted a video name and {{"start", "end", "text"}}'
+                )
             out.setdefault(str(video), []).append(_sentence(entry, f'{path}: entry {number}'))
         return out
     columns, rows = _csv(path)
     if not {'video', 'text'} <= columns:
-        raise DataError(f'{path} has the columns {", ".join(sorted(columns)) or "(none)"}; wanted video,start,end,text')
+        raise DataError(
+            f'{path} has the columns {", ".join(sorted(columns)) or "(none)"}; wanted video,start,end,text'
+        )
     for number, row in rows:
         out.setdefault(row['video'], []).append(_sentence(row, f'{path}, line {number}'))
     return out
 
 
-def read_annotations(path: str | pathlib.Path) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
+def read_annotations(
+    path: str | pathlib.Path,
+) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
     """JSON, or CSV with columns video,label -> ({label name: class names}, {name in the file: {'segments', 'ground_truth'}}).
 
     Segments are {'start', 'end', 'caption', 'labels': {name: class number or list of them}}. Raises DataError.
@@ -46,25 +60,35 @@ def read_annotations(path: str | pathlib.Path) -> tuple[dict[str, list[str]], di
         return _label_csv(path)
     content = _json(path)
     if not isinstance(content, Mapping) or not isinstance(content.get('videos'), Mapping):
-        raise DataError(f'{path} wants the form {{"labels": {{name: [classes]}}, "videos": {{path: {{"segments": [...]}}}}}}')
+        raise DataError(
+            f'{path} wants the form {{"labels": {{name: [classes]}}, "videos": {{path: {{"segments": [...]}}}}}}'
+        )
     classes = {str(k): [str(c) for c in v] for k, v in (content.get('labels') or {}).items()}
     videos = {}
     for video, entry in content['videos'].items():
         if not isinstance(entry, Mapping):
-            raise DataError(f'{path}: videos[{video!r}] is {str(entry)[:60]}; wanted an object with "segments"')
+            raise DataError(
+                f'{path}: videos[{video!r}] is {str(entry)[:60]}; wanted an object with "segments"'
+            )
         segments = entry.get('segments')
         if segments is None and (entry.get('labels') or entry.get('caption')):
             segments = [{'caption': entry.get('caption', ''), 'labels': entry.get('labels', {})}]
         videos[str(video)] = {
-            'segments': [_segment(s, classes, f'{path}: videos[{video!r}].segments[{i}]') for i, s in enumerate(segments or [])],
-            'ground_truth': entry.get('ground_truth', {})}
+            'segments': [
+                _segment(s, classes, f'{path}: videos[{video!r}].segments[{i}]')
+                for i, s in enumerate(segments or [])
+            ],
+            'ground_truth': entry.get('ground_truth', {}),
+        }
     return classes, videos
 
 
 def _label_csv(path: pathlib.Path) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
     columns, rows = _csv(path)
     if not {'video', 'label'} <= columns:
-        raise DataError(f'{path} has the columns {", ".join(sorted(columns)) or "(none)"}; wanted video,label')
+        raise DataError(
+            f'{path} has the columns {", ".join(sorted(columns)) or "(none)"}; wanted video,label'
+        )
     given: dict[str, list[str]] = {}
     for _, row in rows:
         labels = given.setdefault(row['video'], [])
@@ -73,14 +97,36 @@ def _label_csv(path: pathlib.Path) -> tuple[dict[str, list[str]], dict[str, dict
     names = sorted({label for labels in given.values() for label in labels})
     number = {name: i for i, name in enumerate(names)}
     several = any(len(labels) > 1 for labels in given.values())
-    value = lambda labels: [number[x] for x in labels] if several else number[labels[0]] if labels else -1
-    return {'class': names}, {video: {'segments': [{'start': WHOLE[0], 'end': WHOLE[1], 'caption': '', 'labels': {'class': value(labels)}}],
-                                      'ground_truth': {}} for video, labels in given.items()}
+    value = lambda labels: (
+        [number[x] for x in labels] if several else number[labels[0]] if labels else -1
+    )
+    return {'class': names}, {
+        video: {
+            'segments': [
+                {
+                    'start': WHOLE[0],
+                    'end': WHOLE[1],
+                    'caption': '',
+                    'labels': {'class': value(labels)},
+                }
+            ],
+            'ground_truth': {},
+        }
+        for video, labels in given.items()
+    }
 
 
-def several(classes: Mapping[str, list[str]], videos: Mapping[str, dict[str, Any]]) -> dict[str, int | None]:
+def several(
+    classes: Mapping[str, list[str]], videos: Mapping[str, dict[str, Any]]
+) -> dict[str, int | None]:
     """{label name: number of classes if some segment has a list of them (multi-hot), else None}."""
-    lists = {name for v in videos.values() for s in v['segments'] for name, x in s['labels'].items() if isinstance(x, list)}
+    lists = {
+        name
+        for v in videos.values()
+        for s in v['segments']
+        for name, x in s['labels'].items()
+        if isinstance(x, list)
+    }
     return {name: len(names) if name in lists else None for name, names in classes.items()}
 
 
@@ -141,8 +187,17 @@ def _csv(path: pathlib.Path) -> tuple[set[str], list[tuple[int, dict[str, str]]]
         with open(path, newline='', encoding='utf-8-sig') as f:
             reader = csv.DictReader(f, skipinitialspace=True)
             columns = {(c or '').strip().lower() for c in reader.fieldnames or ()}
-            rows = [(reader.line_num, {(k or '').strip().lower(): (v or '').strip() for k, v in row.items() if isinstance(v, str | None)})
-                    for row in reader]
+            rows = [
+                (
+                    reader.line_num,
+                    {
+                        (k or '').strip().lower(): (v or '').strip()
+                        for k, v in row.items()
+                        if isinstance(v, str | None)
+                    },
+                )
+                for row in reader
+            ]
     except (csv.Error, UnicodeDecodeError, OSError) as e:
         raise DataError(f'{path} is not readable CSV in UTF-8: {e}') from None
     return columns, [(n, r) for n, r in rows if r.get('video')]
@@ -152,7 +207,9 @@ def _listed(value: Any, path: pathlib.Path, what: str) -> list[Any]:
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):
-        raise DataError(f'{path}: {what} is {str(value)[:60]}; wanted a list of {{"start", "end", "text"}}')
+        raise DataError(
+            f'{path}: {what} is {str(value)[:60]}; wanted a list of {{"start", "end", "text"}}'
+        )
     return value
 
 
@@ -169,7 +226,10 @@ def _seconds(value: Any, default: float, where: str) -> float:
 
 
 def _times(entry: Mapping[str, Any], where: str) -> dict[str, float]:
-    start, end = _seconds(entry.get('start'), WHOLE[0], where), _seconds(entry.get('end'), WHOLE[1], where)
+    start, end = (
+        _seconds(entry.get('start'), WHOLE[0], where),
+        _seconds(entry.get('end'), WHOLE[1], where),
+    )
     if end < start:
         raise DataError(f'{where}: it ends ({end:g} s) before it starts ({start:g} s)')
     return {'start': start, 'end': end}
@@ -179,15 +239,24 @@ def _sentence(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {'text': str(entry['text']), **_times(entry, where)}
 
 
-def _segment(entry: Mapping[str, Any], classes: Mapping[str, list[str]], where: str) -> dict[str, Any]:
+def _segment(
+    entry: Mapping[str, Any], classes: Mapping[str, list[str]], where: str
+) -> dict[str, Any]:
     if not isinstance(entry, Mapping):
-        raise DataError(f'{where} is {str(entry)[:60]}; wanted {{"start", "end", "caption", "labels"}}')
+        raise DataError(
+            f'{where} is {str(entry)[:60]}; wanted {{"start", "end", "caption", "labels"}}'
+        )
     labels = {}
     for name, value in (entry.get('labels') or {}).items():
         if name not in classes:
-            raise DataError(f'{where}: label {name!r} is not among "labels" ({", ".join(classes) or "none"})')
-        labels[name] = [_class(v, classes[name], name, where) for v in value] if isinstance(value, list) else _class(
-            value, classes[name], name, where)
+            raise DataError(
+                f'{where}: label {name!r} is not among "labels" ({", ".join(classes) or "none"})'
+            )
+        labels[name] = (
+            [_class(v, classes[name], name, where) for v in value]
+            if isinstance(value, list)
+            else _class(value, classes[name], name, where)
+        )
     return {**_times(entry, where), 'caption': str(entry.get('caption') or ''), 'labels': labels}
 
 
@@ -196,4 +265,6 @@ def _class(value: Any, names: list[str], label: str, where: str) -> int:
         return names.index(value)
     if isinstance(value, int) and not isinstance(value, bool) and -1 <= value < len(names):
         return value
-    raise DataError(f'{where}: {value!r} is not a class of {label!r} (a name or a number below {len(names)})')
+    raise DataError(
+        f'{where}: {value!r} is not a class of {label!r} (a name or a number below {len(names)})'
+    )

@@ -4,6 +4,7 @@ Each file is an element of its own. One that cannot be used, or crashes the deco
 counted; what was staged before is not decoded again. --out must be a folder that all workers see under the same path, and so must the files.
 Needs the extra `beam`.
 """
+
 from __future__ import annotations
 
 import pathlib
@@ -30,7 +31,9 @@ class Stage(apache_beam.DoFn):
     def process(self, file: decoded_files.File) -> Iterator[str]:
         target = decoded_files.place(pathlib.Path(self._stage_dir), file, self._settings)
         if not target.is_file():  # a runner may try an element twice
-            self._pool = self._pool or decoded_files.pool(1)  # a process of its own: it may be killed by a file and the worker goes on
+            self._pool = self._pool or decoded_files.pool(
+                1
+            )  # a process of its own: it may be killed by a file and the worker goes on
             try:
                 self._pool.submit(decoded_files.stage, file, self._settings, str(target)).result()
             except BrokenProcessPool:
@@ -46,22 +49,38 @@ class Stage(apache_beam.DoFn):
             self._pool = None
 
 
-def stage(files: Sequence[decoded_files.File], settings: decoded_files.Settings, stage_dir: pathlib.Path, options: str) -> dict[str, int]:
+def stage(
+    files: Sequence[decoded_files.File],
+    settings: decoded_files.Settings,
+    stage_dir: pathlib.Path,
+    options: str,
+) -> dict[str, int]:
     """Stages the files; options: of Beam, as on a command line. Returns how many were decoded, and skipped for each kind of reason.
 
     Raises DataError if the pipeline does not finish, or files are not there afterwards.
     """
     try:
         pipeline = apache_beam.Pipeline(options=PipelineOptions(shlex.split(options)))
-        (pipeline | 'files' >> apache_beam.Create(list(files)) | 'spread' >> apache_beam.Reshuffle()
-         | 'decode' >> apache_beam.ParDo(Stage(settings, str(stage_dir.resolve()))))
+        (
+            pipeline
+            | 'files' >> apache_beam.Create(list(files))
+            | 'spread' >> apache_beam.Reshuffle()
+            | 'decode' >> apache_beam.ParDo(Stage(settings, str(stage_dir.resolve())))
+        )
         result = pipeline.run()
         state = result.wait_until_finish()
     except Exception as e:  # runners raise what they like
-        raise DataError(f'--beam={options}: the pipeline failed ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}); the same command '
-                        'goes on from here') from e
+        raise DataError(
+            f'--beam={options}: the pipeline failed ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}); the same command '
+            'goes on from here'
+        ) from e
     missing = [f.id for f in files if not decoded_files.place(stage_dir, f, settings).is_file()]
     if missing:
-        raise DataError(f'the Beam pipeline ended in state {state} and {len(missing)} files are not below {stage_dir}, for example {missing[0]}; '
-                        'do all workers see this folder?')
-    return {c.key.metric.name: c.result for c in result.metrics().query(MetricsFilter().with_namespace(_NAMESPACE))['counters']}
+        raise DataError(
+            f'the Beam pipeline ended in state {state} and {len(missing)} files are not below {stage_dir}, for example {missing[0]}; '
+            'do all workers see this folder?'
+        )
+    return {
+        c.key.metric.name: c.result
+        for c in result.metrics().query(MetricsFilter().with_namespace(_NAMESPACE))['counters']
+    }

@@ -1,4 +1,5 @@
 """Files, and what annotation files say of them -> what `prepare` decodes and writes. One form for anyone's videos and for named datasets."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -25,6 +26,7 @@ class Clip:
     may be called, at `part`. Names mean files as in docs/data.md. split: of SPLITS, '' for a random one, or one for each fold ('' there:
     in none). segments: {'start', 'end', 'caption', 'labels'}; sentences: {'text', 'start', 'end'}.
     """
+
     names: Sequence[str]
     split: str | Sequence[str]
     segments: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -38,6 +40,7 @@ class Clip:
 class Inputs:
     """What `prepare` works on. Everything by file id but: classes {label: names}, missing: names without a file, identity: what decides
     besides the files, unused: media files that no annotation names. splits: empty, or as of Clip. folds: 0, or their number."""
+
     files: list[decoded_files.File]
     sentences: dict[str, list[dict[str, Any]]]
     marks: dict[str, dict[str, Any]]
@@ -56,21 +59,42 @@ def mine(videos: str, captions: str = '', annotations: str = '') -> Inputs:
     folder = pathlib.Path(videos)
     files = scan(folder)
     names = annotation_files.Names(f.id for f in files)
-    sentences, unknown = annotation_files.assign(annotation_files.read_captions(captions) if captions else {}, names)
+    sentences, unknown = annotation_files.assign(
+        annotation_files.read_captions(captions) if captions else {}, names
+    )
     if captions and not sentences:
-        raise DataError(f'no entry of {captions} names a file below {folder} (it says {unknown[0]!r}, a file is {files[0].id!r})'
-                        if unknown else f'the captions file {captions} is empty')
-    classes, videos_notes = annotation_files.read_annotations(annotations) if annotations else ({}, {})
+        raise DataError(
+            f'no entry of {captions} names a file below {folder} (it says {unknown[0]!r}, a file is {files[0].id!r})'
+            if unknown
+            else f'the captions file {captions} is empty'
+        )
+    classes, videos_notes = (
+        annotation_files.read_annotations(annotations) if annotations else ({}, {})
+    )
     marks, unknown_marks = annotation_files.assign(videos_notes, names)
     if annotations and videos_notes and not marks:
-        raise DataError(f'no entry of {annotations} names a file below {folder} (it says {unknown_marks[0]!r}, a file is '
-                        f'{files[0].id!r})')
-    return Inputs(files, sentences, marks, classes, annotation_files.several(classes, videos_notes), [*unknown, *unknown_marks],
-                  {'captions': digest(captions), 'annotations': digest(annotations)})
+        raise DataError(
+            f'no entry of {annotations} names a file below {folder} (it says {unknown_marks[0]!r}, a file is '
+            f'{files[0].id!r})'
+        )
+    return Inputs(
+        files,
+        sentences,
+        marks,
+        classes,
+        annotation_files.several(classes, videos_notes),
+        [*unknown, *unknown_marks],
+        {'captions': digest(captions), 'annotations': digest(annotations)},
+    )
 
 
-def resolve(clips: Iterable[Clip], files: list[decoded_files.File], names: annotation_files.Names, classes: dict[str, list[str]],
-            folds: int) -> Inputs:
+def resolve(
+    clips: Iterable[Clip],
+    files: list[decoded_files.File],
+    names: annotation_files.Names,
+    classes: dict[str, list[str]],
+    folds: int,
+) -> Inputs:
     """Clips of a named dataset whose files are there. A file (part) that several clips name is one record: their segments come together. If they
     disagree about the split, it is for the later of train, validation, test."""
     by_id = {f.id: f for f in files}
@@ -86,27 +110,39 @@ def resolve(clips: Iterable[Clip], files: list[decoded_files.File], names: annot
                 continue
             file = by_id[id]
             if math.isfinite(clip.part[1]):
-                file = dataclasses.replace(file, id=f'{id}@{clip.part[0]:g}-{clip.part[1]:g}', part=clip.part)
+                file = dataclasses.replace(
+                    file, id=f'{id}@{clip.part[0]:g}-{clip.part[1]:g}', part=clip.part
+                )
         used.add(id)
         if file.id not in found:
             found[file.id] = clip
             out.files.append(file)
             out.splits[file.id] = clip.split
             out.sentences[file.id] = list(clip.sentences)
-            out.marks[file.id] = {'segments': list(clip.segments), 'ground_truth': clip.ground_truth}
+            out.marks[file.id] = {
+                'segments': list(clip.segments),
+                'ground_truth': clip.ground_truth,
+            }
         elif clip.split == out.splits[file.id]:
             out.sentences[file.id] += clip.sentences
             out.marks[file.id]['segments'] += clip.segments
         else:
-            later = max([out.splits[file.id], clip.split], key=lambda s: SPLITS.index(s) if s in SPLITS else -1)
-            out.skipped[f'{file.id} (again)'] = f'two splits: {out.splits[file.id]} and {clip.split}; it is in {later}'
+            later = max(
+                [out.splits[file.id], clip.split],
+                key=lambda s: SPLITS.index(s) if s in SPLITS else -1,
+            )
+            out.skipped[f'{file.id} (again)'] = (
+                f'two splits: {out.splits[file.id]} and {clip.split}; it is in {later}'
+            )
             out.splits[file.id] = later
     out.multi = annotation_files.several(classes, out.marks)
     out.unused = len(files) - len(used)
     return out
 
 
-def scan(folder: pathlib.Path, suffixes: Sequence[str] = media.SUFFIXES) -> list[decoded_files.File]:
+def scan(
+    folder: pathlib.Path, suffixes: Sequence[str] = media.SUFFIXES
+) -> list[decoded_files.File]:
     """All media files below a folder, sorted. Raises DataError if there is none."""
     if not folder.is_dir():
         raise DataError(f'the folder {folder} does not exist')
@@ -120,7 +156,14 @@ def scan(folder: pathlib.Path, suffixes: Sequence[str] = media.SUFFIXES) -> list
                     stat = path.stat()
                 except OSError:  # a dangling link
                     continue
-                files.append(decoded_files.File(path.relative_to(folder).as_posix(), str(path), stat.st_size, stat.st_mtime_ns))
+                files.append(
+                    decoded_files.File(
+                        path.relative_to(folder).as_posix(),
+                        str(path),
+                        stat.st_size,
+                        stat.st_mtime_ns,
+                    )
+                )
             elif entry.lower().endswith(_ARCHIVES):
                 archives.append(entry)
     if not files:

@@ -1,4 +1,5 @@
 """What goes wrong with real files and disks, and is not tested elsewhere; docs/data.md has the table of all."""
+
 import contextlib
 import resource
 
@@ -25,17 +26,21 @@ def test_zero_bytes_and_wrong_extensions(tmp_path):
     (folder / 'page.webm').write_text('<html>404</html>')
     write_wav(folder / 'sound.mp4', clock(1.0)[1])
     result = prepare.prepare(str(folder), '', str(tmp_path / 'out'), **SMALL, validation=0, test=0)
-    assert {k: v.split(':')[0] for k, v in result['skipped'].items()} == dict.fromkeys(('empty.mp4', 'text.mp4', 'page.webm'), 'corrupt')
+    assert {k: v.split(':')[0] for k, v in result['skipped'].items()} == dict.fromkeys(
+        ('empty.mp4', 'text.mp4', 'page.webm'), 'corrupt'
+    )
     index = Split(Prepared(tmp_path / 'out'), 'train').index
     frames = dict(zip(list(index.id), index.frames.tolist()))
     assert frames == {'v0.mp4': 10, 'called.avi': 10, 'sound.mp4': 0}
 
 
-@pytest.mark.parametrize('layout, rate', [('5.1', 48000), ('5.1', 44100), ('mono', 44100), ('stereo', 22050)])
+@pytest.mark.parametrize(
+    'layout, rate', [('5.1', 48000), ('5.1', 44100), ('mono', 44100), ('stereo', 22050)]
+)
 def test_many_channels_and_other_rates_become_mono_in_time(tmp_path, layout, rate):
     frames, _ = clock(2.0)
     tone = (6000 * np.sin(2 * np.pi * 440 * np.arange(2 * rate) / rate)).astype(np.int16)
-    tone[rate:] = 0                          # a tone for a second, then silence
+    tone[rate:] = 0  # a tone for a second, then silence
     channels = len(av.AudioLayout(layout).channels)
     with av.open(str(tmp_path / 'a.mkv'), 'w') as c:
         v = c.add_stream('libx264', rate=FPS)
@@ -44,27 +49,44 @@ def test_many_channels_and_other_rates_become_mono_in_time(tmp_path, layout, rat
         for f in frames:
             c.mux(v.encode(av.VideoFrame.from_ndarray(f, format='rgb24')))
         c.mux(v.encode())
-        sound = av.AudioFrame.from_ndarray(np.repeat(tone, channels)[None], format='s16', layout=layout)
+        sound = av.AudioFrame.from_ndarray(
+            np.repeat(tone, channels)[None], format='s16', layout=layout
+        )
         sound.sample_rate, sound.pts = rate, 0
         c.mux(a.encode(sound))
         c.mux(a.encode())
     got = media.read(tmp_path / 'a.mkv', FPS, SIZE, RATE)
     pcm = media.fit(got.audio, len(list(got.frames)), FPS, RATE).astype(float)
-    assert len(pcm) == 2 * RATE and np.abs(pcm[RATE + 200:]).max() < 100 < np.abs(pcm[:RATE - 200]).max()
+    assert (
+        len(pcm) == 2 * RATE
+        and np.abs(pcm[RATE + 200 :]).max() < 100 < np.abs(pcm[: RATE - 200]).max()
+    )
     spectrum = np.abs(np.fft.rfft(pcm[:RATE] * np.hanning(RATE)))
     assert abs(int(spectrum.argmax()) - 440) <= 1
 
 
 def test_captions_beyond_the_end(tmp_path):
     folder_of(tmp_path / 'videos', 1)
-    (tmp_path / 'c.csv').write_text('video,start,end,text\nv0.mp4,0,0.5,inside\nv0.mp4,0.6,9,over it\nv0.mp4,1.2,2,behind it\n')
-    prepare.prepare(str(tmp_path / 'videos'), str(tmp_path / 'c.csv'), str(tmp_path / 'out'), **SMALL, validation=0, test=0)
+    (tmp_path / 'c.csv').write_text(
+        'video,start,end,text\nv0.mp4,0,0.5,inside\nv0.mp4,0.6,9,over it\nv0.mp4,1.2,2,behind it\n'
+    )
+    prepare.prepare(
+        str(tmp_path / 'videos'),
+        str(tmp_path / 'c.csv'),
+        str(tmp_path / 'out'),
+        **SMALL,
+        validation=0,
+        test=0,
+    )
     index = Split(Prepared(tmp_path / 'out'), 'train').index
     assert list(index.sentence_text) == ['inside', 'over it']
     np.testing.assert_allclose(index.sentence_end, [0.5, 1.0])
 
 
-@pytest.mark.parametrize('name, text', [('c.csv', 'video,start,end,text\na,0,1,caf\xe9\n'), ('c.json', '{"a": ["caf\xe9"]}')])
+@pytest.mark.parametrize(
+    'name, text',
+    [('c.csv', 'video,start,end,text\na,0,1,caf\xe9\n'), ('c.json', '{"a": ["caf\xe9"]}')],
+)
 def test_captions_that_are_not_utf8_are_one_sentence(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode('latin-1'))
     with pytest.raises(DataError, match=rf'{name}.*utf-?8'):
@@ -72,7 +94,9 @@ def test_captions_that_are_not_utf8_are_one_sentence(tmp_path, name, text):
 
 
 def test_truncated_shard(tmp_path):
-    prepare.prepare(folder_of(tmp_path / 'videos', 2), '', str(tmp_path / 'out'), **SMALL, validation=0, test=0)
+    prepare.prepare(
+        folder_of(tmp_path / 'videos', 2), '', str(tmp_path / 'out'), **SMALL, validation=0, test=0
+    )
     shard = next((tmp_path / 'out').glob('*array_record*'))
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(DataError, match='is not the file of .* prepare it again with --overwrite'):
@@ -95,16 +119,33 @@ def largest_file(size):
 
 def test_full_disk_while_decoding_and_while_writing(tmp_path, monkeypatch, capsys):
     videos, out = folder_of(tmp_path / 'videos', 4), tmp_path / 'out'
-    arguments = [f'--videos={videos}', f'--out={out}', f'--fps={FPS}', f'--size={SIZE}', f'--rate={RATE}', '--processes=1', '--min_seconds=0.5',
-                 '--validation=0', '--test=0', '--quiet']
+    arguments = [
+        f'--videos={videos}',
+        f'--out={out}',
+        f'--fps={FPS}',
+        f'--size={SIZE}',
+        f'--rate={RATE}',
+        '--processes=1',
+        '--min_seconds=0.5',
+        '--validation=0',
+        '--test=0',
+        '--quiet',
+    ]
     staged = lambda: [p for p in (out / '.staging' / 'files').glob('*/*') if '.' not in p.name]
     with largest_file(10_000):
         assert prepare.main(arguments) == 2
     error = capsys.readouterr().err
-    assert 'make room and start the same command again' in error and error.count('\n') == 1 and not staged()
+    assert (
+        'make room and start the same command again' in error
+        and error.count('\n') == 1
+        and not staged()
+    )
     with largest_file(50_000):  # enough for each decoded file, not for the records
         assert prepare.main(arguments) == 2
-    assert 'make room and start the same command again' in (error := capsys.readouterr().err) and error.count('\n') == 1
+    assert (
+        'make room and start the same command again' in (error := capsys.readouterr().err)
+        and error.count('\n') == 1
+    )
     assert len(staged()) == 4 and not (out / 'prepare.json').exists()
     with pytest.raises(DataError, match='not finished'):
         Prepared(out)

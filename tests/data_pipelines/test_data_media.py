@@ -29,7 +29,9 @@ def test_round_trip_keeps_time(tmp_path):
 def test_the_delay_of_the_encoder_is_taken_out(tmp_path):
     frames, _ = clock(2.0)
     white = np.random.default_rng(0).normal(size=2 * RATE)
-    noise = (8000 * np.convolve(white, np.hanning(9) / 4, 'same')).clip(-30000, 30000).astype(np.int16)  # below 1.5 kHz
+    noise = (
+        (8000 * np.convolve(white, np.hanning(9) / 4, 'same')).clip(-30000, 30000).astype(np.int16)
+    )  # below 1.5 kHz
     media.write_mp4(tmp_path / 'a.mp4', frames, FPS, noise, RATE)
     _, pcm = read(tmp_path / 'a.mp4')
     score = np.correlate(pcm[4000:12000].astype(float), noise[4100:11900].astype(float), 'valid')
@@ -44,7 +46,10 @@ def test_equal_input_equal_bytes(tmp_path):
     assert (tmp_path / 'a').read_bytes() == (tmp_path / 'b').read_bytes()
 
 
-@pytest.mark.parametrize('shape, size, want', [((48, 96), 32, (32, 64)), ((96, 48), 32, (64, 32)), ((64, 64), 96, (96, 96))])
+@pytest.mark.parametrize(
+    'shape, size, want',
+    [((48, 96), 32, (32, 64)), ((96, 48), 32, (64, 32)), ((64, 64), 96, (96, 96))],
+)
 def test_short_side(tmp_path, shape, size, want):
     frames, _ = clock(1.0, *shape)
     media.write_mp4(tmp_path / 'a.mp4', frames, FPS)
@@ -75,7 +80,11 @@ def encode(path, times, frames, audio=None, audio_at=0.0, container='mp4'):
         c.mux(v.encode())
         if a is not None:
             f = av.AudioFrame.from_ndarray(audio[None], format='s16', layout='mono')
-            f.sample_rate, f.pts, f.time_base = RATE, round(audio_at * RATE), fractions.Fraction(1, RATE)
+            f.sample_rate, f.pts, f.time_base = (
+                RATE,
+                round(audio_at * RATE),
+                fractions.Fraction(1, RATE),
+            )
             c.mux(a.encode(f))
             c.mux(a.encode())
 
@@ -83,11 +92,15 @@ def encode(path, times, frames, audio=None, audio_at=0.0, container='mp4'):
 def test_variable_frame_rate(tmp_path):
     times = np.sort(np.random.default_rng(0).uniform(0, 3, 50))
     times[0] = 0
-    frames = np.broadcast_to((20 + 60 * times).astype(np.uint8)[:, None, None, None], (50, 64, 64, 3))
+    frames = np.broadcast_to(
+        (20 + 60 * times).astype(np.uint8)[:, None, None, None], (50, 64, 64, 3)
+    )
     encode(tmp_path / 'a.mkv', times, frames, container='matroska')
     got, _ = read(tmp_path / 'a.mkv')
     at = np.arange(len(got)) / FPS
-    shown = times[np.searchsorted(times, at + 1e-3, side='right') - 1]  # the picture on display at each moment
+    shown = times[
+        np.searchsorted(times, at + 1e-3, side='right') - 1
+    ]  # the picture on display at each moment
     np.testing.assert_allclose(video_time(got), shown, atol=0.05)
     assert abs(len(got) - 30) <= 1
 
@@ -95,20 +108,26 @@ def test_variable_frame_rate(tmp_path):
 @pytest.mark.parametrize('at', [0.5, 0.0])
 def test_sound_is_placed_on_the_clock_of_the_pictures(tmp_path, at):
     frames, audio = clock(3.0)
-    encode(tmp_path / 'a.mp4', np.arange(30) / FPS, frames, audio[round(at * RATE):], at)
+    encode(tmp_path / 'a.mp4', np.arange(30) / FPS, frames, audio[round(at * RATE) :], at)
     _, pcm = read(tmp_path / 'a.mp4')
     assert len(pcm) == 3 * RATE
     quiet = round(at * RATE)
-    assert not quiet or np.abs(pcm[:quiet - 400]).max() < 200
-    np.testing.assert_allclose(audio_time(pcm[8000:16000]), 1 + (np.arange(25) + 0.5) * 320 / RATE, atol=0.06)
+    assert not quiet or np.abs(pcm[: quiet - 400]).max() < 200
+    np.testing.assert_allclose(
+        audio_time(pcm[8000:16000]), 1 + (np.arange(25) + 0.5) * 320 / RATE, atol=0.06
+    )
 
 
 def test_pictures_that_begin_late_start_the_clock(tmp_path):
     frames, audio = clock(3.0)
-    encode(tmp_path / 'a.mkv', np.arange(30) / FPS + 0.7, frames, audio, 0.0, 'matroska')  # sound runs 0.7 s before
+    encode(
+        tmp_path / 'a.mkv', np.arange(30) / FPS + 0.7, frames, audio, 0.0, 'matroska'
+    )  # sound runs 0.7 s before
     got, pcm = read(tmp_path / 'a.mkv')
     np.testing.assert_allclose(video_time(got)[:5], np.arange(5) / FPS, atol=0.05)
-    np.testing.assert_allclose(audio_time(pcm[:8000]), 0.7 + (np.arange(25) + 0.5) * 320 / RATE, atol=0.06)
+    np.testing.assert_allclose(
+        audio_time(pcm[:8000]), 0.7 + (np.arange(25) + 0.5) * 320 / RATE, atol=0.06
+    )
 
 
 def test_rotation(tmp_path):
@@ -116,15 +135,21 @@ def test_rotation(tmp_path):
     frames[:, :32, :48] = 255  # top left corner as stored
     media.write_mp4(tmp_path / 'a.mp4', frames, FPS)
     data = bytearray((tmp_path / 'a.mp4').read_bytes())
-    at = data.index(b'tkhd') + 4 + 40  # version and flags, times, ids, duration, reserved, layer, group, volume: then the matrix
+    at = (
+        data.index(b'tkhd') + 4 + 40
+    )  # version and flags, times, ids, duration, reserved, layer, group, volume: then the matrix
     unit = 1 << 16
-    assert struct.unpack('>9i', data[at:at + 36]) == (unit, 0, 0, 0, unit, 0, 0, 0, 1 << 30)
-    data[at:at + 36] = struct.pack('>9i', 0, unit, 0, -unit, 0, 0, 64 * unit, 0, 1 << 30)  # to be shown turned clockwise
+    assert struct.unpack('>9i', data[at : at + 36]) == (unit, 0, 0, 0, unit, 0, 0, 0, 1 << 30)
+    data[at : at + 36] = struct.pack(
+        '>9i', 0, unit, 0, -unit, 0, 0, 64 * unit, 0, 1 << 30
+    )  # to be shown turned clockwise
     (tmp_path / 'a.mp4').write_bytes(data)
     got, _ = read(tmp_path / 'a.mp4')
     assert got.shape == (10, 96, 64, 3)
     bright = got[0].mean(-1)
-    assert bright[:40, 40:].min() > 200 and bright[:40, :24].max() < 50 and bright[56:].max() < 50  # now top right
+    assert (
+        bright[:40, 40:].min() > 200 and bright[:40, :24].max() < 50 and bright[56:].max() < 50
+    )  # now top right
 
 
 def test_sound_alone_and_other_rates(tmp_path):
@@ -132,7 +157,9 @@ def test_sound_alone_and_other_rates(tmp_path):
     write_wav(tmp_path / 'a.wav', audio)
     frames, pcm = read(tmp_path / 'a.wav', rate=16000)
     assert frames is None and abs(len(pcm) - 32000) <= 1
-    np.testing.assert_allclose(audio_time(pcm[:32000:2])[1:-1], ((np.arange(50) + 0.5) * 320 / RATE)[1:-1], atol=0.05)
+    np.testing.assert_allclose(
+        audio_time(pcm[:32000:2])[1:-1], ((np.arange(50) + 0.5) * 320 / RATE)[1:-1], atol=0.05
+    )
 
 
 def test_broken_files_say_why(tmp_path):
@@ -147,7 +174,7 @@ def test_broken_files_say_why(tmp_path):
         assert e.value.reason.startswith(('corrupt', 'truncated')), (name, e.value.reason)
     damaged = bytearray(whole)
     at = whole.index(b'mdat')
-    damaged[at + 200:at + 1400] = np.random.default_rng(0).bytes(1200)
+    damaged[at + 200 : at + 1400] = np.random.default_rng(0).bytes(1200)
     (tmp_path / 'b.mp4').write_bytes(damaged)
     with pytest.raises(media.MediaError, match='corrupt'):
         read(tmp_path / 'b.mp4')

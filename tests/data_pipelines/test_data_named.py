@@ -1,4 +1,5 @@
 """Named datasets on miniature copies of their official layouts, with real encodings."""
+
 import json
 import pathlib
 
@@ -14,22 +15,46 @@ from data_pipelines.errors import DataError
 from data_pipelines.storage.records import Prepared, Split
 
 SMALL = dict(fps=FPS, size=32, rate=RATE, quiet=True, processes=1)
-LABEL = {'youcook2': 'recipe', 'msrvtt': 'category', 'msrvtt_full': 'category', 'howto100m': 'category'}
+LABEL = {
+    'youcook2': 'recipe',
+    'msrvtt': 'category',
+    'msrvtt_full': 'category',
+    'howto100m': 'category',
+}
 # (records of each split, or of each fold's; class names; classes of the segments of each record in the last split, sorted by id)
 WANT = {
     'ucf101': ([{'train': 4, 'test': 2}] * 3, ['Archery', 'YoYo'], [[0], [1]]),
-    'hmdb51': ([{'train': 2, 'test': 2}, {'train': 2, 'test': 2}, {'train': 2}], ['brush_hair', 'wave'], [[0], [1]]),
+    'hmdb51': (
+        [{'train': 2, 'test': 2}, {'train': 2, 'test': 2}, {'train': 2}],
+        ['brush_hair', 'wave'],
+        [[0], [1]],
+    ),
     'esc50': ([{'train': 8, 'test': 2}] * 5, ['dog', 'rooster'], [[0], [1]]),
     'audioset': ({'train': 1, 'test': 2}, ['Speech', 'Dog, bark'], [[[0, 1]], [[1, 0]]]),
-    **{f'kinetics{k}': ({'train': 2, 'validation': 1, 'test': 1}, ['abseiling', 'riding a bike'], [[-1]]) for k in (400, 600, 700)},
+    **{
+        f'kinetics{k}': (
+            {'train': 2, 'validation': 1, 'test': 1},
+            ['abseiling', 'riding a bike'],
+            [[-1]],
+        )
+        for k in (400, 600, 700)
+    },
     'moments_in_time': ({'train': 2, 'validation': 1}, ['clapping', 'adult+female+singing'], [[0]]),
     'vggsound': ({'train': 2, 'test': 1}, ['dog barking', 'people marching, slowly'], [[1]]),
-    'ave': ({'train': 1, 'validation': 1, 'test': 1}, ['Church bell', 'Male speech, man speaking', 'Violin, fiddle'], [[2]]),
+    'ave': (
+        {'train': 1, 'validation': 1, 'test': 1},
+        ['Church bell', 'Male speech, man speaking', 'Violin, fiddle'],
+        [[2]],
+    ),
     'youcook2': ({'train': 1, 'validation': 1, 'test': 1}, ['omelette', 'blt'], [[0]]),
     'msrvtt': ({'train': 3, 'test': 1}, ['music', 'people'], [[1]]),
     'msrvtt_full': ({'train': 1, 'validation': 1, 'test': 2}, ['music', 'people'], [[0], [1]]),
     'howto100m': ({'train': 2}, ['Food and Entertaining', 'Hobbies'], [[0], [1]]),
-    'imagenet': ({'train': 2, 'validation': 1}, ['n01440764 tench, Tinca tinca', 'n01443537 goldfish'], [[1]]),
+    'imagenet': (
+        {'train': 2, 'validation': 1},
+        ['n01440764 tench, Tinca tinca', 'n01443537 goldfish'],
+        [[1]],
+    ),
 }
 
 
@@ -48,6 +73,7 @@ def place(files, tmp_path_factory):
             made[name] = tmp_path_factory.mktemp(name)
             layouts.write(made[name], layouts.LAYOUTS[name](files))
         return made[name]
+
     return of
 
 
@@ -60,8 +86,14 @@ def made(place, tmp_path_factory):
         if name not in done:
             out = tmp_path_factory.mktemp('out') / name
             shares = {'validation': 0.0, 'test': 0.0} if name == 'howto100m' else {}
-            done[name] = out, prepare.prepare(dataset=name, manual_dir=str(place(name)), out=str(out), **SMALL, **shares)
+            done[name] = (
+                out,
+                prepare.prepare(
+                    dataset=name, manual_dir=str(place(name)), out=str(out), **SMALL, **shares
+                ),
+            )
         return done[name]
+
     return of
 
 
@@ -76,15 +108,16 @@ def test_prepared_from_the_official_layout(made, name):
     label = LABEL.get(name, 'class')
     assert result['labels'] == {label: classes}
     if isinstance(splits, list):
-        assert result['folds'] == splits and [dict.fromkeys(Prepared(out, k + 1).splits) for k in range(len(splits))] == [
-            dict.fromkeys([*s, 'clips']) for s in splits]
+        assert result['folds'] == splits and [
+            dict.fromkeys(Prepared(out, k + 1).splits) for k in range(len(splits))
+        ] == [dict.fromkeys([*s, 'clips']) for s in splits]
         part = Split(Prepared(out), 'test')
     else:
         assert {k: v['records'] for k, v in result['splits'].items()} == splits
         part = Split(Prepared(out), list(splits)[-1])
     t = part.index
     order = np.argsort(list(t.id))
-    got = [t.labels[label][t.segment_offset[i]:t.segment_offset[i + 1]].tolist() for i in order]
+    got = [t.labels[label][t.segment_offset[i] : t.segment_offset[i + 1]].tolist() for i in order]
     assert got == last
     raw, reasons = part.read(np.arange(len(part)))
     assert not any(reasons) and all(raw)
@@ -99,8 +132,12 @@ def test_folds_are_the_official_lists(made, place):
                     want = {'UCF-101/' + line.split()[0] for line in text.splitlines()}
                 else:
                     mark = {'train': '1', 'test': '2'}[split]
-                    want = {f'{p.name.split("_test")[0]}/{line.strip().rpartition(" ")[0]}' for p in place(name).glob(f'*/*_test_split{fold}.txt')
-                            for line in p.read_text().splitlines() if line.strip()[-1] == mark}
+                    want = {
+                        f'{p.name.split("_test")[0]}/{line.strip().rpartition(" ")[0]}'
+                        for p in place(name).glob(f'*/*_test_split{fold}.txt')
+                        for line in p.read_text().splitlines()
+                        if line.strip()[-1] == mark
+                    }
                 prepared = Prepared(made(name)[0], fold)
                 got = set(Split(prepared, split).index.id) if split in prepared.splits else set()
                 assert got == want, (name, fold, split)
@@ -113,6 +150,7 @@ def test_folds_are_the_official_lists(made, place):
 def test_folds_in_a_run(made):
     """Training and evaluation read the records of the fold that the config names."""
     from configs.default import get_config
+
     c = get_config()
     path = str(made('ucf101')[0])
     c.data.train = {'ucf': {'path': path, 'fold': 2}}
@@ -121,18 +159,28 @@ def test_folds_in_a_run(made):
     c.model.inputs.audio.update(samples=3200, rate=RATE)
     data = data_pipelines.open(c)
     assert data.size('train') == 4 and data.size('test') == 2
-    assert {t['id'][-11:-8] for t in data.texts('test')} == {'g02'} and {t['id'][-11:-8] for t in data.texts('train')} == {'g01', 'g03'}
+    assert {t['id'][-11:-8] for t in data.texts('test')} == {'g02'} and {
+        t['id'][-11:-8] for t in data.texts('train')
+    } == {'g01', 'g03'}
     batch = next(it := data.train(0, 4))
     it.close()
-    assert batch['video']['data'].shape == (4, 4, 32, 48, 3) and batch['valid'].all() and set(batch['labels']['class']) == {0, 1}
+    assert (
+        batch['video']['data'].shape == (4, 4, 32, 48, 3)
+        and batch['valid'].all()
+        and set(batch['labels']['class']) == {0, 1}
+    )
     # all clips at once, and where each is in every fold
     every = next(data.one_pass('clips', 8))
     group = {'g01': [], 'g02': [], 'g03': []}
     for text, *where in zip(data.texts('clips'), *(every['labels'][f'fold{k}'] for k in (1, 2, 3))):
         group[text['id'][-11:-8]].append([data.info['labels']['fold1'][w] for w in where])
-    assert all(w == ['train', 'test', 'train'] for w in group['g02']) and len(group['g02']) == 2, group
+    assert all(w == ['train', 'test', 'train'] for w in group['g02']) and len(group['g02']) == 2, (
+        group
+    )
     assert [t['id'].split('/')[1] for t in data.texts('train', 'records')] == [
-        ['Archery', 'YoYo'][k] for k in next(data.one_pass('train', 4, by='records'))['labels']['class']]
+        ['Archery', 'YoYo'][k]
+        for k in next(data.one_pass('train', 4, by='records'))['labels']['class']
+    ]
     data.close()
 
 
@@ -142,26 +190,34 @@ def contents(out, split):
 
     from PIL import Image
     from tensorflow_datasets.proto import tf_example_pb2
+
     part = Split(Prepared(out), split)
     found = {}
     for raw in part.read(np.arange(len(part)))[0]:
         f = tf_example_pb2.Example.FromString(raw).features.feature
         frames = [np.asarray(Image.open(io.BytesIO(b))) for b in f['frames'].bytes_list.value]
-        found[f['id'].bytes_list.value[0].decode()] = np.stack(frames) if frames else None, np.frombuffer(f['audio'].bytes_list.value[0], '<i2')
+        found[f['id'].bytes_list.value[0].decode()] = (
+            np.stack(frames) if frames else None,
+            np.frombuffer(f['audio'].bytes_list.value[0], '<i2'),
+        )
     return found
 
 
 def test_a_clip_is_cut_out_of_the_whole_video(made):
     frames, audio = contents(made('audioset')[0], 'train')['clips/--whole_one.webm@1-3']
     np.testing.assert_allclose(video_time(frames), 1 + np.arange(20) / FPS, atol=0.06)
-    np.testing.assert_allclose(audio_time(audio)[2:-2], 1 + (np.arange(50)[2:-2] + 0.5) * 0.04, atol=0.06)
+    np.testing.assert_allclose(
+        audio_time(audio)[2:-2], 1 + (np.arange(50)[2:-2] + 0.5) * 0.04, atol=0.06
+    )
     # A file that is as long as the clip was cut before, whatever the list says of its place in the whole.
     frames, _ = contents(made('kinetics400')[0], 'test')['test/ttt.mp4@5-6']
     np.testing.assert_allclose(video_time(frames), np.arange(10) / FPS, atol=0.06)
     sounds = contents(made('audioset')[0], 'test')
     for id in ('clips/Ysound_wav_30.000.wav', 'clips/sound_ogg_0_10000.ogg'):
         assert sounds[id][0] is None
-        np.testing.assert_allclose(audio_time(sounds[id][1])[2:-2], (np.arange(25)[2:-2] + 0.5) * 0.04, atol=0.06)
+        np.testing.assert_allclose(
+            audio_time(sounds[id][1])[2:-2], (np.arange(25)[2:-2] + 0.5) * 0.04, atol=0.06
+        )
 
 
 @pytest.mark.parametrize('suffix', ['avi', 'mp4', 'webm', 'wav', 'ogg'])
@@ -175,34 +231,70 @@ def test_a_part_is_that_of_the_whole(files, suffix, tmp_path):
     elif suffix == 'mp4':
         media.write_mp4(path, frames, FPS, audio, RATE)
     else:
-        video, sound, rate = {'avi': ('mpeg4', 'libmp3lame', 16000), 'webm': ('libvpx', 'libopus', 48000), 'ogg': ('', 'libopus', 48000)}[suffix]
-        layouts.encode(path, frames if video else None, audio, video, sound, rate=rate, source_rate=16000 if suffix == 'avi' else RATE)
+        video, sound, rate = {
+            'avi': ('mpeg4', 'libmp3lame', 16000),
+            'webm': ('libvpx', 'libopus', 48000),
+            'ogg': ('', 'libopus', 48000),
+        }[suffix]
+        layouts.encode(
+            path,
+            frames if video else None,
+            audio,
+            video,
+            sound,
+            rate=rate,
+            source_rate=16000 if suffix == 'avi' else RATE,
+        )
     whole, part = media.read(path, FPS, 32, RATE), media.read(path, FPS, 32, RATE, part=(2.2, 4.7))
     if whole.frames is not None:
-        np.testing.assert_allclose(video_time(np.stack(list(part.frames))), video_time(np.stack(list(whole.frames))[22:47]), atol=0.03)
+        np.testing.assert_allclose(
+            video_time(np.stack(list(part.frames))),
+            video_time(np.stack(list(whole.frames))[22:47]),
+            atol=0.03,
+        )
     assert len(part.audio) == 2.5 * RATE
-    told, want = audio_time(part.audio), audio_time(whole.audio[round(2.2 * RATE):][:len(part.audio)])
+    told, want = (
+        audio_time(part.audio),
+        audio_time(whole.audio[round(2.2 * RATE) :][: len(part.audio)]),
+    )
     assert (np.abs(told - want)[3:] > 0.08).sum() <= 1  # the piece in which the second half begins
 
 
 def test_captions_and_segments(made):
     index = lambda name, split: Split(Prepared(made(name)[0]), split).index
     t = index('youcook2', 'train')
-    assert list(t.sentence_text) == list(t.segment_caption) == ['add the bacon', 'flip it'] and t.segment_end.tolist() == [2, 5]
+    assert list(t.sentence_text) == list(t.segment_caption) == [
+        'add the bacon',
+        'flip it',
+    ] and t.segment_end.tolist() == [2, 5]
     assert list(index('youcook2', 'validation').segment_caption) == ['whisk the eggs']
     t = index('msrvtt', 'test')
-    assert list(t.segment_caption) == ['a woman, cooking'] == list(t.sentence_text) and list(t.id) == ['TestVideo/video3.mp4']
-    assert sorted(index('msrvtt', 'train').sentence_text) == sorted(f'sentence {k} about {i}' for k in range(3) for i in range(3))
-    t = index('howto100m', 'train')  # of three sentences one has no words; one ends before it starts
-    assert list(t.sentence_text) == ['put onions', 'stir soup'] and t.sentence_end.tolist() == [1.5, 2.0]
+    assert list(t.segment_caption) == ['a woman, cooking'] == list(t.sentence_text) and list(
+        t.id
+    ) == ['TestVideo/video3.mp4']
+    assert sorted(index('msrvtt', 'train').sentence_text) == sorted(
+        f'sentence {k} about {i}' for k in range(3) for i in range(3)
+    )
+    t = index(
+        'howto100m', 'train'
+    )  # of three sentences one has no words; one ends before it starts
+    assert list(t.sentence_text) == ['put onions', 'stir soup'] and t.sentence_end.tolist() == [
+        1.5,
+        2.0,
+    ]
     t = index('ave', 'train')
-    assert t.segment_start.tolist() == [1, 4] and t.segment_end.tolist() == [3, 5] and t.labels['class'].tolist() == [0, 1]
+    assert (
+        t.segment_start.tolist() == [1, 4]
+        and t.segment_end.tolist() == [3, 5]
+        and t.labels['class'].tolist() == [0, 1]
+    )
     parents = [json.loads(g) for g in index('audioset', 'test').ground_truth]
     assert {'parents': ['Animal']} in parents and {'parents': []} in parents
 
 
 def test_an_image_is_a_clip_of_one_frame_that_repeats(made):
     from configs.default import get_config
+
     c = get_config()
     c.data.train = {'images': {'path': str(made('imagenet')[0])}}
     c.model.inputs.video.update(frames=4, size=32, fps=float(FPS))
@@ -217,7 +309,11 @@ def test_an_image_is_a_clip_of_one_frame_that_repeats(made):
 def test_missing_clips_are_listed_and_unlisted_files_not_used(made):
     assert made('audioset')[1]['skipped'] == {'-gone_000000_000010': 'missing: no such file'}
     out, result = made('howto100m')
-    assert result['skipped'] == {'gone': 'missing: no such file'} == json.loads((out / 'skipped.json').read_text())
+    assert (
+        result['skipped']
+        == {'gone': 'missing: no such file'}
+        == json.loads((out / 'skipped.json').read_text())
+    )
     assert 'videos/unlisted.mp4' not in Split(Prepared(out), 'train').index.id
 
 
@@ -226,11 +322,15 @@ def test_one_file_in_two_splits_is_in_the_later(place, files, tmp_path):
     with open(tmp_path / 'vggsound.csv', 'a') as f:
         f.write('b,12,dog barking,test\n')
     got = named.read('vggsound', str(tmp_path))
-    assert got.splits['video/b_000012_000022.mp4'] == 'test' and 'two splits: train and test' in got.skipped['video/b_000012_000022.mp4 (again)']
+    assert (
+        got.splits['video/b_000012_000022.mp4'] == 'test'
+        and 'two splits: train and test' in got.skipped['video/b_000012_000022.mp4 (again)']
+    )
 
 
 def test_other_forms_of_the_annotations(files, tmp_path):
     """What the pages offer besides the usual files says the same."""
+
     def both(name, change):
         layout = layouts.LAYOUTS[name](files)
         layouts.write(tmp_path / name / 'usual', layout)
@@ -239,50 +339,169 @@ def test_other_forms_of_the_annotations(files, tmp_path):
 
     def per_video(layout):
         captions = layout.pop('caption.json')
-        return {**layout, 'howto100m_captions/nAmFnsR7g6A.csv': 'start,end,text\n0.5,1.5,put onions\n2.0,1.0,stir soup\n3.0,4.0,\n',
-                'howto100m_captions/second.json': captions['gone']}
+        return {
+            **layout,
+            'howto100m_captions/nAmFnsR7g6A.csv': 'start,end,text\n0.5,1.5,put onions\n2.0,1.0,stir soup\n3.0,4.0,\n',
+            'howto100m_captions/second.json': captions['gone'],
+        }
+
     usual, other = both('howto100m', per_video)
-    assert usual.sentences == other.sentences and other.sentences['videos/nAmFnsR7g6A.webm'][1] == {'text': 'stir soup', 'start': 2.0, 'end': 2.0}
+    assert usual.sentences == other.sentences and other.sentences['videos/nAmFnsR7g6A.webm'][1] == {
+        'text': 'stir soup',
+        'start': 2.0,
+        'end': 2.0,
+    }
 
     def together(layout):
-        first, second = layout.pop('train_val_videodatainfo.json'), layout.pop('test_videodatainfo.json')
-        return {**layout, 'MSRVTT_data.json': {k: first[k] + second[k] for k in ('videos', 'sentences')}}
-    usual, other = both('msrvtt_full', together)
-    assert (usual.sentences, usual.marks, usual.splits) == (other.sentences, other.marks, other.splits)
+        first, second = (
+            layout.pop('train_val_videodatainfo.json'),
+            layout.pop('test_videodatainfo.json'),
+        )
+        return {
+            **layout,
+            'MSRVTT_data.json': {k: first[k] + second[k] for k in ('videos', 'sentences')},
+        }
 
-    usual, other = both('audioset', lambda layout: {k: v for k, v in layout.items() if k != 'class_labels_indices.csv'})
+    usual, other = both('msrvtt_full', together)
+    assert (usual.sentences, usual.marks, usual.splits) == (
+        other.sentences,
+        other.marks,
+        other.splits,
+    )
+
+    usual, other = both(
+        'audioset',
+        lambda layout: {k: v for k, v in layout.items() if k != 'class_labels_indices.csv'},
+    )
     assert other.classes == {'class': ['Dog', 'Speech']}
-    of = lambda r: {f: [r.classes['class'][i][:3] for i in m['segments'][0]['labels']['class']] for f, m in r.marks.items()}
-    assert {k: sorted(v) for k, v in of(usual).items()} == {k: sorted(v) for k, v in of(other).items()}
+    of = lambda r: {
+        f: [r.classes['class'][i][:3] for i in m['segments'][0]['labels']['class']]
+        for f, m in r.marks.items()
+    }
+    assert {k: sorted(v) for k, v in of(usual).items()} == {
+        k: sorted(v) for k, v in of(other).items()
+    }
 
     def sorted_into_folders(layout):
-        return {k.replace('val/', 'val/n01443537/'): v for k, v in layout.items() if k != 'LOC_val_solution.csv'}
+        return {
+            k.replace('val/', 'val/n01443537/'): v
+            for k, v in layout.items()
+            if k != 'LOC_val_solution.csv'
+        }
+
     usual, other = both('imagenet', sorted_into_folders)
-    assert [m['segments'] for m in usual.marks.values()] == [m['segments'] for m in other.marks.values()]
+    assert [m['segments'] for m in usual.marks.values()] == [
+        m['segments'] for m in other.marks.values()
+    ]
 
 
 # file that is broken -> what it says then (None: it is removed)
 BROKEN = [
-    ('ucf101', 'ucfTrainTestlist/classInd.txt', None, 'ucf101: the annotation file classInd.txt is not in'),
-    ('ucf101', 'ucfTrainTestlist/classInd.txt', '0 Archery\n', 'classInd.txt, line 1 is \'0 Archery\'; wanted "1 CLASS"'),
-    ('ucf101', 'ucfTrainTestlist/testlist02.txt', 'Bowling/v.avi\n', r"testlist02.txt, line 1: the class of 'Bowling' is unknown"),
-    ('hmdb51', 'testTrainMulti_7030_splits/wave_test_split3.txt', 'w_wave_0.avi 7\n', r"split3.txt, line 1: the mark '7' is unknown; wanted 0, 1, 2"),
-    ('hmdb51', 'testTrainMulti_7030_splits/wave_test_split3.txt', None, 'the annotation file wave_test_split3.txt is not in'),
-    ('esc50', 'meta/esc50.csv', 'filename,fold\n', 'esc50.csv has the columns filename, fold; wanted filename, fold, target, category'),
-    ('esc50', 'meta/esc50.csv', 'filename,fold,target,category\na.wav,6,0,dog\n', "line 2: fold '6' is unknown"),
+    (
+        'ucf101',
+        'ucfTrainTestlist/classInd.txt',
+        None,
+        'ucf101: the annotation file classInd.txt is not in',
+    ),
+    (
+        'ucf101',
+        'ucfTrainTestlist/classInd.txt',
+        '0 Archery\n',
+        'classInd.txt, line 1 is \'0 Archery\'; wanted "1 CLASS"',
+    ),
+    (
+        'ucf101',
+        'ucfTrainTestlist/testlist02.txt',
+        'Bowling/v.avi\n',
+        r"testlist02.txt, line 1: the class of 'Bowling' is unknown",
+    ),
+    (
+        'hmdb51',
+        'testTrainMulti_7030_splits/wave_test_split3.txt',
+        'w_wave_0.avi 7\n',
+        r"split3.txt, line 1: the mark '7' is unknown; wanted 0, 1, 2",
+    ),
+    (
+        'hmdb51',
+        'testTrainMulti_7030_splits/wave_test_split3.txt',
+        None,
+        'the annotation file wave_test_split3.txt is not in',
+    ),
+    (
+        'esc50',
+        'meta/esc50.csv',
+        'filename,fold\n',
+        'esc50.csv has the columns filename, fold; wanted filename, fold, target, category',
+    ),
+    (
+        'esc50',
+        'meta/esc50.csv',
+        'filename,fold,target,category\na.wav,6,0,dog\n',
+        "line 2: fold '6' is unknown",
+    ),
     ('audioset', 'eval_segments.csv', 'a, 0, 10\n', 'eval_segments.csv, line 1 has 3 fields'),
     ('audioset', 'eval_segments.csv', 'a, 0, 10, "/m/cat"\n', "line 1: class '/m/cat' is unknown"),
-    ('kinetics400', 'annotations/train.csv', 'label,youtube_id,time_start,time_end\na,b,c,d\n', "line 2: 'c' is not a number"),
-    ('moments_in_time', 'moments_categories.txt', 'clapping,0\nsinging,2\n', 'are not 0 to 1, each once'),
-    ('vggsound', 'vggsound.csv', 'a,0,b,validation\n', "split 'validation' is unknown; wanted train, test"),
-    ('ave', 'AVE_Dataset/valSet.txt', 'Church bell;x;good;0;1\n', 'valSet.txt, line 1 has 1 fields'),
-    ('youcook2', 'annotations/youcookii_annotations_trainval.json', '{"database": {"a": {"subset": "training"}}}', 'is not {"subset", "recipe_type"'),
-    ('youcook2', 'annotations/youcookii_annotations_trainval.json', '{', 'trainval.json is not readable JSON'),
-    ('msrvtt', 'MSRVTT_JSFUSION_test.csv', None, 'the annotation file MSRVTT_JSFUSION_test.csv is not in'),
+    (
+        'kinetics400',
+        'annotations/train.csv',
+        'label,youtube_id,time_start,time_end\na,b,c,d\n',
+        "line 2: 'c' is not a number",
+    ),
+    (
+        'moments_in_time',
+        'moments_categories.txt',
+        'clapping,0\nsinging,2\n',
+        'are not 0 to 1, each once',
+    ),
+    (
+        'vggsound',
+        'vggsound.csv',
+        'a,0,b,validation\n',
+        "split 'validation' is unknown; wanted train, test",
+    ),
+    (
+        'ave',
+        'AVE_Dataset/valSet.txt',
+        'Church bell;x;good;0;1\n',
+        'valSet.txt, line 1 has 1 fields',
+    ),
+    (
+        'youcook2',
+        'annotations/youcookii_annotations_trainval.json',
+        '{"database": {"a": {"subset": "training"}}}',
+        'is not {"subset", "recipe_type"',
+    ),
+    (
+        'youcook2',
+        'annotations/youcookii_annotations_trainval.json',
+        '{',
+        'trainval.json is not readable JSON',
+    ),
+    (
+        'msrvtt',
+        'MSRVTT_JSFUSION_test.csv',
+        None,
+        'the annotation file MSRVTT_JSFUSION_test.csv is not in',
+    ),
     ('msrvtt', 'test_videodatainfo.json', '{"videos": []}', "has no 'sentences' at its top level"),
-    ('howto100m', 'caption.json', '{"nAmFnsR7g6A": {"start": [0], "end": [], "text": []}}', 'wanted "start", "end" and "text" of one length'),
-    ('howto100m', 'caption.json', None, 'annotation file raw_caption.json or caption.json or howto100m_captions/ID.csv is not in'),
-    ('imagenet', 'LOC_val_solution.csv', None, 'is in no class folder and LOC_val_solution.csv does not list it'),
+    (
+        'howto100m',
+        'caption.json',
+        '{"nAmFnsR7g6A": {"start": [0], "end": [], "text": []}}',
+        'wanted "start", "end" and "text" of one length',
+    ),
+    (
+        'howto100m',
+        'caption.json',
+        None,
+        'annotation file raw_caption.json or caption.json or howto100m_captions/ID.csv is not in',
+    ),
+    (
+        'imagenet',
+        'LOC_val_solution.csv',
+        None,
+        'is in no class folder and LOC_val_solution.csv does not list it',
+    ),
 ]
 
 
@@ -292,14 +511,32 @@ def test_broken_annotations_are_one_sentence(files, tmp_path, capsys, name, path
     pathlib.Path(tmp_path, path).unlink()
     if text is not None:
         layouts.write(tmp_path, {path: text})
-    assert prepare.main([f'--dataset={name}', f'--manual_dir={tmp_path}', f'--out={tmp_path / "out"}', '--quiet']) == 2
+    assert (
+        prepare.main(
+            [
+                f'--dataset={name}',
+                f'--manual_dir={tmp_path}',
+                f'--out={tmp_path / "out"}',
+                '--quiet',
+            ]
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert error.count('\n') == 1
     assert say in error, error
 
 
 def test_other_mistakes_are_one_sentence(place, files, tmp_path):
-    call = lambda **kw: prepare.prepare(**{'out': str(tmp_path / 'out'), 'dataset': 'ucf101', 'manual_dir': str(place('ucf101')), **SMALL, **kw})
+    call = lambda **kw: prepare.prepare(
+        **{
+            'out': str(tmp_path / 'out'),
+            'dataset': 'ucf101',
+            'manual_dir': str(place('ucf101')),
+            **SMALL,
+            **kw,
+        }
+    )
     with pytest.raises(DataError, match='--dataset=ufc is unknown; datasets are ucf101'):
         call(dataset='ufc')
     with pytest.raises(DataError, match='is not a folder; it holds the files of ucf101'):
@@ -309,14 +546,24 @@ def test_other_mistakes_are_one_sentence(place, files, tmp_path):
     (tmp_path / 'hmdb51_org.rar').write_text('')
     with pytest.raises(DataError, match='no media file .* unpack hmdb51_org.rar first'):
         call(manual_dir=str(tmp_path))
-    layouts.write(tmp_path, {'other/x.avi': files['avi'], **{k: v for k, v in layouts.ucf101(files).items() if isinstance(v, str)}})
+    layouts.write(
+        tmp_path,
+        {
+            'other/x.avi': files['avi'],
+            **{k: v for k, v in layouts.ucf101(files).items() if isinstance(v, str)},
+        },
+    )
     with pytest.raises(DataError, match='none of the 6 clips of its annotation files is below'):
         call(manual_dir=str(tmp_path))
 
 
-def test_second_run_does_nothing_and_a_changed_list_is_noticed(place, files, made, tmp_path, monkeypatch):
+def test_second_run_does_nothing_and_a_changed_list_is_noticed(
+    place, files, made, tmp_path, monkeypatch
+):
     layouts.write(tmp_path / 'in', layouts.vggsound(files))
-    call = lambda: prepare.prepare(dataset='vggsound', manual_dir=str(tmp_path / 'in'), out=str(tmp_path / 'out'), **SMALL)
+    call = lambda: prepare.prepare(
+        dataset='vggsound', manual_dir=str(tmp_path / 'in'), out=str(tmp_path / 'out'), **SMALL
+    )
     assert call()['fresh'] and not call()['fresh']
     with open(tmp_path / 'in/vggsound.csv', 'a') as f:
         f.write('d,0,dog barking,train\n')
@@ -336,11 +583,14 @@ def test_tfds_builder(place, tmp_path):
     import tensorflow_datasets as tfds
 
     from data_pipelines.datasets import builders
+
     assert builders.OurUcf101.name == 'our_ucf101'
     builder = tfds.builder('our_hmdb51', data_dir=str(tmp_path), **SMALL)
     with pytest.raises(DataError, match='--manual_dir is not given'):
         builder.download_and_prepare()
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(place('hmdb51'))))
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(manual_dir=str(place('hmdb51')))
+    )
     again = tfds.builder('our_hmdb51', data_dir=str(tmp_path))
     for b in (builder, again):
         assert b.info.splits['clips'].num_examples == 4

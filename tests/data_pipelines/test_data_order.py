@@ -26,7 +26,9 @@ def test_permute_looks_random():
     for x, y in ((a, b), (a, c), (a[1:], a[:-1]), (a, i)):
         assert abs(np.corrcoef(x, y)[0, 1]) < 0.03
     # Every permutation of three comes about equally often (chi-squared with 5 degrees of freedom, 99.99 % point 25.7).
-    _, counts = np.unique([order.permute(np.arange(3), 3, 0, e) for e in range(3000)], axis=0, return_counts=True)
+    _, counts = np.unique(
+        [order.permute(np.arange(3), 3, 0, e) for e in range(3000)], axis=0, return_counts=True
+    )
     assert len(counts) == 6 and ((counts - 500) ** 2 / 500).sum() < 25.7
 
 
@@ -54,35 +56,53 @@ def mixtures(draw):
         size = draw(st.integers(1, 90))
         sampling = None
         if draw(st.booleans()):
-            sampling = np.array(draw(st.lists(st.sampled_from([0.0, 1.0, 2.5]), min_size=size, max_size=size)))
+            sampling = np.array(
+                draw(st.lists(st.sampled_from([0.0, 1.0, 2.5]), min_size=size, max_size=size))
+            )
             sampling[draw(st.integers(0, size - 1))] = 1.0
-        sources.append(Source(size, draw(st.sampled_from([0.37, 1.0, 3.0])), rows / batch, sampling))
+        sources.append(
+            Source(size, draw(st.sampled_from([0.37, 1.0, 3.0])), rows / batch, sampling)
+        )
     return sources, batch
 
 
 @settings(max_examples=60, deadline=None)
-@given(mixture=mixtures(), seed=seeds, begin=st.integers(0, 40), hosts=st.sampled_from([1, 2, 3, 4, 6, 12]))
+@given(
+    mixture=mixtures(),
+    seed=seeds,
+    begin=st.integers(0, 40),
+    hosts=st.sampled_from([1, 2, 3, 4, 6, 12]),
+)
 def test_any_mixture_resumed_at_any_step_on_any_number_of_hosts(mixture, seed, begin, hosts):
     sources, batch = mixture
     steps, counts = 4, np.array([round(s.share * batch) for s in sources])
     whole = Order(sources, seed, batch).rows(np.arange((begin + steps) * batch))
-    later = [x[begin * batch:].reshape(steps, batch) for x in whole]
-    resumed = Order(sources, seed, batch, begin * batch)  # as a run does that has consumed that much
+    later = [x[begin * batch :].reshape(steps, batch) for x in whole]
+    resumed = Order(
+        sources, seed, batch, begin * batch
+    )  # as a run does that has consumed that much
     for step in range(steps):
-        parts = [resumed.rows(order.train_positions(step, begin * batch, batch, (i, hosts))) for i in range(hosts)]
+        parts = [
+            resumed.rows(order.train_positions(step, begin * batch, batch, (i, hosts)))
+            for i in range(hosts)
+        ]
         for x, y in zip(later, map(np.concatenate, zip(*parts))):
             np.testing.assert_array_equal(x[step], y)
     source, index, epoch = whole
     of_batch = np.stack([np.bincount(s, minlength=len(sources)) for s in source.reshape(-1, batch)])
     rest = counts == 0
-    assert (of_batch[:, ~rest] == counts[~rest]).all() and (of_batch[:, rest].sum(1) == batch - counts.sum()).all()
+    assert (of_batch[:, ~rest] == counts[~rest]).all() and (
+        of_batch[:, rest].sum(1) == batch - counts.sum()
+    ).all()
     for i, s in enumerate(sources):
         mine = source == i
         assert index[mine].size == 0 or (0 <= index[mine].min() and index[mine].max() < s.size)
         if s.sampling is not None:
             assert (s.sampling[index[mine]] > 0).all()
             continue
-        place = epoch[mine] * s.size + index[mine]  # each record once in every epoch, epochs one after another
+        place = (
+            epoch[mine] * s.size + index[mine]
+        )  # each record once in every epoch, epochs one after another
         assert len(np.unique(place)) == len(place) and (np.diff(epoch[mine]) >= 0).all()
         full = np.bincount(epoch[mine])[:-1]
         assert (full == s.size).all()
@@ -98,20 +118,33 @@ def test_uniform_is_keyed_and_flat():
     u = order.uniform(7, p, 'crop', 3)
     assert u.shape == (50000, 3) and u.min() >= 0 and u.max() < 1
     np.testing.assert_array_equal(u[[5, 900]], order.uniform(7, np.array([5, 900]), 'crop', 3))
-    np.testing.assert_array_equal(u[:, :2], order.uniform(7, p, 'crop', 2))  # more draws change no earlier one
+    np.testing.assert_array_equal(
+        u[:, :2], order.uniform(7, p, 'crop', 2)
+    )  # more draws change no earlier one
     counts = np.histogram(u, 50, (0, 1))[0]
     assert ((counts - 3000) ** 2 / 3000).sum() < 100  # 49 degrees of freedom: 99.998 % point
-    columns = [u[:, 0], u[:, 1], order.uniform(7, p, 'flip', 1)[:, 0], order.uniform(8, p, 'crop', 1)[:, 0], np.roll(u[:, 0], 1)]
+    columns = [
+        u[:, 0],
+        u[:, 1],
+        order.uniform(7, p, 'flip', 1)[:, 0],
+        order.uniform(8, p, 'crop', 1)[:, 0],
+        np.roll(u[:, 0], 1),
+    ]
     c = np.corrcoef(columns)
     assert abs(c - np.eye(5)).max() < 0.025
 
 
 @settings(max_examples=20, deadline=None)
-@given(parts=st.lists(st.tuples(st.integers(5, 60), st.integers(1, 4)), min_size=1, max_size=4), seed=seeds)
+@given(
+    parts=st.lists(st.tuples(st.integers(5, 60), st.integers(1, 4)), min_size=1, max_size=4),
+    seed=seeds,
+)
 def test_each_record_once_per_epoch_per_source(parts, seed):
     o = Order([Source(n, w) for n, w in parts], seed)
     total = sum(w for _, w in parts)
-    block = total // math.gcd(*(w for _, w in parts))  # slots after which proportions are exact, before they are repeated
+    block = total // math.gcd(
+        *(w for _, w in parts)
+    )  # slots after which proportions are exact, before they are repeated
     block *= max(1, 64 // block) * 2
     source, index, epoch = o.rows(np.arange(block * 3))
     for i, (n, w) in enumerate(parts):
@@ -131,7 +164,11 @@ def test_shares_are_exact_in_every_batch(batches, seed, start):
     o = Order(sources, seed, 16, offset=start)
     source, index, epoch = o.rows(start + np.arange(16 * batches))
     counts = np.stack([np.bincount(s, minlength=4) for s in source.reshape(-1, 16)])
-    assert (counts[:, 0] == 8).all() and (counts[:, 1] == 2).all() and (counts[:, 2:].sum(1) == 6).all()
+    assert (
+        (counts[:, 0] == 8).all()
+        and (counts[:, 1] == 2).all()
+        and (counts[:, 2:].sum(1) == 6).all()
+    )
     for i in range(len(sources)):
         for e in np.unique(epoch[source == i]):
             seen = index[(source == i) & (epoch == e)]
@@ -142,7 +179,9 @@ def test_each_epoch_has_its_own_order():
     _, index, _ = Order([Source(1000)], 0).rows(np.arange(3000))
     epochs = index.reshape(3, 1000)
     assert (np.sort(epochs) == np.arange(1000)).all()
-    assert np.abs(np.corrcoef(epochs) - np.eye(3)).max() < 0.15 and (epochs[0] == epochs[1]).sum() < 20
+    assert (
+        np.abs(np.corrcoef(epochs) - np.eye(3)).max() < 0.15 and (epochs[0] == epochs[1]).sum() < 20
+    )
 
 
 def test_shares_continue_when_the_batch_size_changes():
@@ -194,16 +233,26 @@ def test_sampling_by_a_column():
 
 
 def test_unequal_weights_of_any_kind():
-    source, _, _ = Order([Source(10, 0.1234567), Source(10, 1e-9), Source(10, 0.7)], 2).rows(np.arange(4096 * 4))
+    source, _, _ = Order([Source(10, 0.1234567), Source(10, 1e-9), Source(10, 0.7)], 2).rows(
+        np.arange(4096 * 4)
+    )
     share = np.bincount(source, minlength=3) / len(source)
     assert abs(share[0] - 0.1234567 / 0.8234567) < 1e-3 and share[1] > 0
 
 
-@pytest.mark.parametrize('sources, batch, say', [
-    ([], 8, 'no source'), ([Source(0)], 8, 'no records'), ([Source(9, share=0.3), Source(9)], 8, 'whole number of rows'),
-    ([Source(9, share=0.75), Source(9, share=0.5)], 8, 'more than a whole batch'), ([Source(9, share=0.5)], 8, 'no source without'),
-    ([Source(9, share=1.0), Source(9)], 8, 'never be read'), ([Source(3, sampling=np.zeros(3))], 8, 'not all'),
-    ([Source(3, sampling=np.ones(2))], 8, '3 finite')])
+@pytest.mark.parametrize(
+    'sources, batch, say',
+    [
+        ([], 8, 'no source'),
+        ([Source(0)], 8, 'no records'),
+        ([Source(9, share=0.3), Source(9)], 8, 'whole number of rows'),
+        ([Source(9, share=0.75), Source(9, share=0.5)], 8, 'more than a whole batch'),
+        ([Source(9, share=0.5)], 8, 'no source without'),
+        ([Source(9, share=1.0), Source(9)], 8, 'never be read'),
+        ([Source(3, sampling=np.zeros(3))], 8, 'not all'),
+        ([Source(3, sampling=np.ones(2))], 8, '3 finite'),
+    ],
+)
 def test_wrong_mixtures_say_what_is_wrong(sources, batch, say):
     with pytest.raises(DataError, match=say):
         Order(sources, 0, batch)

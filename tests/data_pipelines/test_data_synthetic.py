@@ -38,18 +38,33 @@ def equal(a, b):
 
 
 def test_contract_of_a_batch():
-    c = config(views=(('video.second', {'kind': 'clip'}), ('audio.second', {'kind': 'clip'}),
-                      ('audio.shifted', {'kind': 'shift', 'seconds': 0.4})))
+    c = config(
+        views=(
+            ('video.second', {'kind': 'clip'}),
+            ('audio.second', {'kind': 'clip'}),
+            ('audio.shifted', {'kind': 'shift', 'seconds': 0.4}),
+        )
+    )
     d = data_pipelines.open(c)
     b = next(d.train(0, 6))
     assert b['video']['data'].shape == (6, 8, 16, 16, 3) and b['video']['data'].dtype == np.uint8
     assert b['audio']['data'].shape == (6, 3200) and b['audio']['data'].dtype == np.int16
     assert b['text']['data'].shape == (6, 3, 6) and b['text']['data'].dtype == np.int32
-    assert b['video']['box'].shape == (6, 4) and b['video']['box'].dtype == np.float32 and b['video']['flip'].dtype == bool
-    assert b['index'].dtype == np.int32 and b['source'].dtype == np.int32 and b['position'].dtype == np.int64
+    assert (
+        b['video']['box'].shape == (6, 4)
+        and b['video']['box'].dtype == np.float32
+        and b['video']['flip'].dtype == bool
+    )
+    assert (
+        b['index'].dtype == np.int32
+        and b['source'].dtype == np.int32
+        and b['position'].dtype == np.int64
+    )
     box = b['video']['box']
     assert (box >= 0).all() and (box <= 1).all() and (box[:, 2:] > box[:, :2]).all()
-    np.testing.assert_array_equal(b['video.second']['start'], b['audio.second']['start'])  # one suffix, one window
+    np.testing.assert_array_equal(
+        b['video.second']['start'], b['audio.second']['start']
+    )  # one suffix, one window
     assert (b['video.second']['start'] != b['video']['start']).any()
     moved = np.abs(b['audio.shifted']['start'] - b['audio']['start'])
     np.testing.assert_allclose(moved, 0.4, atol=1e-6)
@@ -63,7 +78,10 @@ def test_same_rows_after_resume_on_other_hosts_and_batch_sizes():
     equal(rows(d.train(24, 12), 3), {k: v[24:] for k, v in whole.items()})
     equal(rows(d.train(24, 6), 6), {k: v[24:] for k, v in whole.items()})
     parts = [rows(d.train(0, 12, process=(i, 4)), 1) for i in range(4)]
-    equal({k: np.concatenate([p[k] for p in parts]) for k in whole}, {k: v[:12] for k, v in whole.items()})
+    equal(
+        {k: np.concatenate([p[k] for p in parts]) for k in whole},
+        {k: v[:12] for k, v in whole.items()},
+    )
 
 
 def test_one_pass_padding_rows_are_empty():
@@ -71,7 +89,11 @@ def test_one_pass_padding_rows_are_empty():
     got = rows(d.one_pass('train', 8, by='records'), 2)
     assert got['valid'].sum() == 13 and sorted(got['index'][got['valid']]) == list(range(13))
     pad = ~got['valid']
-    assert not got['video/valid'][pad].any() and not got['video/data'][pad].any() and not got['text/mask'][pad].any()
+    assert (
+        not got['video/valid'][pad].any()
+        and not got['video/data'][pad].any()
+        and not got['text/mask'][pad].any()
+    )
     assert (got['labels/class'][pad] == -1).all()
     assert got['text.caption/data'].shape == (16, 1, 6) if 'text.caption/data' in got else True
     assert rows(d.one_pass('train', 8, limit=3), 1)['valid'].sum() == 3
@@ -100,7 +122,11 @@ def test_modalities_belong_together():
 def test_npz_round_trip(tmp_path):
     d = data_pipelines.open(config(synthetic_size=11))
     path = str(tmp_path / 'batches.npz')
-    save_npz({'train': d.one_pass('train', 8, by='segments'), 'test': d.one_pass('test', 8, limit=5)}, path, d.info)
+    save_npz(
+        {'train': d.one_pass('train', 8, by='segments'), 'test': d.one_pass('test', 8, limit=5)},
+        path,
+        d.info,
+    )
     c = config(source='npz', npz=path, flip=0.0, crop=(1.0, 1.0), aspect=(1.0, 1.0))
     n = data_pipelines.open(c)
     assert n.size('train') == 11 and n.size('test') == 5 and n.size('validation') == 0
@@ -118,10 +144,20 @@ def test_npz_round_trip(tmp_path):
         data_pipelines.open(c)
 
 
-@pytest.mark.parametrize('change, say', [
-    (dict(source='x'), 'records, synthetic, npz'), (dict(source='npz'), 'not a file'), (dict(synthetic_size=0), 'at least 1'),
-    (dict(views=(('depth.x', {'kind': 'clip'}),)), 'modality'), (dict(views=(('video.x', {'kind': 'zoom'}),)), 'clip'),
-    (dict(views=(('video.x', {'kind': 'clip'}), ('audio.x', {'kind': 'reverse'}))), 'share one window')])
+@pytest.mark.parametrize(
+    'change, say',
+    [
+        (dict(source='x'), 'records, synthetic, npz'),
+        (dict(source='npz'), 'not a file'),
+        (dict(synthetic_size=0), 'at least 1'),
+        (dict(views=(('depth.x', {'kind': 'clip'}),)), 'modality'),
+        (dict(views=(('video.x', {'kind': 'zoom'}),)), 'clip'),
+        (
+            dict(views=(('video.x', {'kind': 'clip'}), ('audio.x', {'kind': 'reverse'}))),
+            'share one window',
+        ),
+    ],
+)
 def test_errors_name_the_field(change, say):
     with pytest.raises(DataError, match=say):
         data_pipelines.open(config(**change))

@@ -3,6 +3,7 @@
 A deflated model is the same model whose clips have one frame: heads, common spaces, evaluators and embed(image=…) work as before. On a clip of
 equal frames it would compute what the video network does, were it not for the zeros that the latter sees before the first and after the last frame.
 """
+
 from __future__ import annotations
 
 import re
@@ -43,12 +44,23 @@ def still_config(config: ConfigDict) -> ConfigDict:
 
 
 def _tower(config) -> ConfigDict:
-    if 'video' not in config.model.towers or config.model.towers.video.name not in ('s3d', 'tsm_resnet'):
+    if 'video' not in config.model.towers or config.model.towers.video.name not in (
+        's3d',
+        'tsm_resnet',
+    ):
         has = config.model.towers.video.name if 'video' in config.model.towers else 'none'
-        raise ConfigError(f'config.model.towers.video.name={has!r}: s3d and tsm_resnet can be deflated')
-    t = with_defaults(config.model.towers.video, TOWERS[config.model.towers.video.name][1], 'config.model.towers.video')
+        raise ConfigError(
+            f'config.model.towers.video.name={has!r}: s3d and tsm_resnet can be deflated'
+        )
+    t = with_defaults(
+        config.model.towers.video,
+        TOWERS[config.model.towers.video.name][1],
+        'config.model.towers.video',
+    )
     if config.model.inputs.video.frames == 1 or t.get('still'):
-        raise ConfigError(f'config.model.inputs.video.frames={config.model.inputs.video.frames}: this model is one for images already')
+        raise ConfigError(
+            f'config.model.inputs.video.frames={config.model.inputs.video.frames}: this model is one for images already'
+        )
     return t
 
 
@@ -62,7 +74,9 @@ def naive(config, params: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if t['name'] == 's3d' and np.ndim(x) == 5:
             x = np.asarray(x, np.float64).sum(0, keepdims=True)
-            if t['space_to_depth'] and '/conv_1a/' in name:         # channels (frame of two, row, column, colour): both frames are one
+            if (
+                t['space_to_depth'] and '/conv_1a/' in name
+            ):  # channels (frame of two, row, column, colour): both frames are one
                 x = x.reshape(*x.shape[:3], 2, -1, x.shape[-1]).sum(3)
             flat[name] = x.astype(np.float32)
         elif t['name'] == 'tsm_resnet' and name.endswith('/conv_0/kernel'):
@@ -73,11 +87,20 @@ def naive(config, params: Mapping[str, Any]) -> dict[str, Any]:
 def exchanged(width: int, share: float) -> np.ndarray:
     """Channel numbers as TSM's shift leaves them on equal frames: the last ones first, the first ones last. Its own inverse."""
     fold, order = int(width * share), np.arange(width)
-    return np.concatenate([order[width - fold:], order[fold:width - fold], order[:fold]])
+    return np.concatenate([order[width - fold :], order[fold : width - fold], order[:fold]])
 
 
-def refit(config, variables: Mapping[str, Any], still: ConfigDict, params: Mapping[str, Any], pictures: Iterator[Mapping[str, Any]],
-          steps: int, rate: float, mesh, told: Callable[[int, float], None] = lambda step, loss: None) -> tuple[dict[str, Any], list[float]]:
+def refit(
+    config,
+    variables: Mapping[str, Any],
+    still: ConfigDict,
+    params: Mapping[str, Any],
+    pictures: Iterator[Mapping[str, Any]],
+    steps: int,
+    rate: float,
+    mesh,
+    told: Callable[[int, float], None] = lambda step, loss: None,
+) -> tuple[dict[str, Any], list[float]]:
     """(parameters, loss of each step) of the deflated model (def) after its batch norms' scales and offsets were fitted; all else stays.
 
     The loss is the mean absolute difference between its pooled vector of a picture and the video network's of the clip that shows nothing else, both
@@ -90,19 +113,29 @@ def refit(config, variables: Mapping[str, Any], still: ConfigDict, params: Mappi
     fitted = {k: jnp.asarray(v) for k, v in flat.items() if FITTED.match(k)}
     rest = {k: v for k, v in flat.items() if k not in fitted}
     tx = optax.adam(optax.cosine_decay_schedule(rate, steps))
-    encode = lambda model, v, x, rng: model.apply(v, 'video', {'data': x}, train=False, rng=rng, method='encode').pooled.astype(jnp.float32)
+    encode = lambda model, v, x, rng: model.apply(
+        v, 'video', {'data': x}, train=False, rng=rng, method='encode'
+    ).pooled.astype(jnp.float32)
 
     @jax.jit
     def step(fitted, slots, variables, rest, batch):
         rng = Rng.create(0, 0, batch['position'])
-        x = preprocess.video(batch['video'], spec, config.augment, rng, False).astype(config.compute_dtype)
-        target = encode(teacher, variables, jnp.broadcast_to(x, (len(x), frames, *x.shape[2:])), rng)
+        x = preprocess.video(batch['video'], spec, config.augment, rng, False).astype(
+            config.compute_dtype
+        )
+        target = encode(
+            teacher, variables, jnp.broadcast_to(x, (len(x), frames, *x.shape[2:])), rng
+        )
         valid = batch['video']['valid']
 
         def loss(fitted):
-            own = {'params': unflatten_dict({**rest, **fitted}, sep='/'), 'batch_stats': variables['batch_stats']}
+            own = {
+                'params': unflatten_dict({**rest, **fitted}, sep='/'),
+                'batch_stats': variables['batch_stats'],
+            }
             away = jnp.abs(encode(student, own, x, rng) - target).mean(-1)
             return jnp.where(valid, away, 0).sum() / jnp.maximum(valid.sum(), 1)
+
         value, slope = jax.value_and_grad(loss)(fitted)
         change, slots = tx.update(slope, slots, fitted)
         return optax.apply_updates(fitted, change), slots, value
@@ -114,8 +147,13 @@ def refit(config, variables: Mapping[str, Any], still: ConfigDict, params: Mappi
         slots = jax.jit(tx.init, out_shardings=one)(fitted)
         for number in range(steps):
             batch = next(pictures)
-            batch = {'video': {k: batch['video'][k] for k in ('data', 'valid', 'box', 'flip')}, 'position': batch['position']}
+            batch = {
+                'video': {k: batch['video'][k] for k in ('data', 'valid', 'box', 'flip')},
+                'position': batch['position'],
+            }
             fitted, slots, value = step(fitted, slots, variables, rest, place(batch, mesh))
             losses.append(float(value))
             told(number + 1, losses[-1])
-    return unflatten_dict({**flat, **{k: np.asarray(v) for k, v in jax.device_get(fitted).items()}}, sep='/'), losses
+    return unflatten_dict(
+        {**flat, **{k: np.asarray(v) for k, v in jax.device_get(fitted).items()}}, sep='/'
+    ), losses

@@ -15,6 +15,7 @@ Plain Sinkhorn is g += log(prior / c(g)). It is accelerated twice, on the host, 
 Large λ (or confident rows) make plain Sinkhorn slow in proportion to λ, so the first potentials are found on a small sample with λ
 doubled from a small value up. All sums over rows are all-reduced, so nothing depends on how rows are spread over devices.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -28,17 +29,21 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-PUBLISHED = 0.1        # the published loop stops when sum over samples of |beta / beta' - 1| falls below this
+PUBLISHED = (
+    0.1  # the published loop stops when sum over samples of |beta / beta' - 1| falls below this
+)
 COARSE, FINE = 16, 64  # rows per cluster of the two samples
-SOFT = 10.0            # nats between a row's best and mean cluster at which annealing starts
-EAGER = 512            # up to as many clusters Newton's matrix is also built for the guess; on a CPU it costs P / 50 passes over its rows
-NEAR = 1e-2            # residual at which the matrix is built where it will be used
-DAMPING = 0.5          # of Newton's matrix, in units of P / rows it was summed over
-HALVINGS = 12          # of a step that failed, before it is given up
-MEMORY = 10            # steps that Anderson mixing looks back on
-LONGEST = 8.0          # nats: longest accelerated step of one potential
-LOST = 1e-3            # a search that ends above this has lost its way: all rows are annealed
-PATIENCE = 60          # passes without a tenth of progress after which float precision is taken to be reached
+SOFT = 10.0  # nats between a row's best and mean cluster at which annealing starts
+EAGER = 512  # up to as many clusters Newton's matrix is also built for the guess; on a CPU it costs P / 50 passes over its rows
+NEAR = 1e-2  # residual at which the matrix is built where it will be used
+DAMPING = 0.5  # of Newton's matrix, in units of P / rows it was summed over
+HALVINGS = 12  # of a step that failed, before it is given up
+MEMORY = 10  # steps that Anderson mixing looks back on
+LONGEST = 8.0  # nats: longest accelerated step of one potential
+LOST = 1e-3  # a search that ends above this has lost its way: all rows are annealed
+PATIENCE = (
+    60  # passes without a tenth of progress after which float precision is taken to be reached
+)
 
 
 @dataclasses.dataclass
@@ -50,6 +55,7 @@ class Solution:
     samples). passes: full passes over the rows. work: rows read, those of samples included, over M. converged: False when float precision
     or max_passes ended the search; the potentials are then the best seen. preconditioner: [P P], for the next, similar problem.
     """
+
     potentials: np.ndarray
     labels: np.ndarray
     cost: float
@@ -65,13 +71,24 @@ class Solution:
 @dataclasses.dataclass(frozen=True)
 class Start:
     """Where to start: the potentials and, if kept, the preconditioner of an earlier Solution."""
+
     potentials: np.ndarray
     preconditioner: np.ndarray | None = None
 
 
-def solve(views: Sequence[Any], prior: np.ndarray, strength: float, *, heads: Sequence[tuple[Any, Any]] | None = None,
-          tolerance: float | str = 1e-5, start: Start | Solution | None = None, method: str = 'newton', max_passes: int = 2000,
-          dtype: str = 'float32', mesh: Mesh | None = None) -> Solution:
+def solve(
+    views: Sequence[Any],
+    prior: np.ndarray,
+    strength: float,
+    *,
+    heads: Sequence[tuple[Any, Any]] | None = None,
+    tolerance: float | str = 1e-5,
+    start: Start | Solution | None = None,
+    method: str = 'newton',
+    max_passes: int = 2000,
+    dtype: str = 'float32',
+    mesh: Mesh | None = None,
+) -> Solution:
     """Labels of M samples.
 
     views: one array per view (modality), logits [M P], or features [M D] when `heads` gives each view's (kernel [D P], bias [P]): M × P
@@ -99,19 +116,43 @@ def solve(views: Sequence[Any], prior: np.ndarray, strength: float, *, heads: Se
             g, inverse, rebuild = first_guess(rows, prior, strength, method == 'newton')
         whole = lambda g: rows.marginal(g, strength)
         found = search(whole, g, prior, limit, max_passes, inverse, rebuild, STEPS[method])
-        if method != 'plain' and found.residual > max(limit, LOST) and len(found.history) < max_passes:
+        if (
+            method != 'plain'
+            and found.residual > max(limit, LOST)
+            and len(found.history) < max_passes
+        ):
             g = anneal(rows, prior, strength, LOST, method == 'newton')
             again = search(whole, g, prior, limit, max_passes, None, rebuild)
             again.history[:0] = found.history
             found = min(again, found, key=lambda f: f.residual)
         labels, cost, error = rows.label(found.potentials, found.marginal, prior, strength)
-    return Solution(found.potentials, labels, cost, found.residual, error, len(found.history), rows.read / rows.count,
-                    found.residual <= limit, found.inverse, found.history)
+    return Solution(
+        found.potentials,
+        labels,
+        cost,
+        found.residual,
+        error,
+        len(found.history),
+        rows.read / rows.count,
+        found.residual <= limit,
+        found.inverse,
+        found.history,
+    )
 
 
-def shares(views: Sequence[Any], strength: float, *, heads: Sequence[tuple[Any, Any]] | None = None, mesh: Mesh | None = None) -> np.ndarray:
+def shares(
+    views: Sequence[Any],
+    strength: float,
+    *,
+    heads: Sequence[tuple[Any, Any]] | None = None,
+    mesh: Mesh | None = None,
+) -> np.ndarray:
     """float64 [P]: share of each cluster without any prior, the column means of softmax(Z). Arguments as for `solve`."""
-    clusters = heads[0][0].shape[1] if heads is not None else (views[0][0] if isinstance(views[0], (list, tuple)) else views[0]).shape[1]
+    clusters = (
+        heads[0][0].shape[1]
+        if heads is not None
+        else (views[0][0] if isinstance(views[0], (list, tuple)) else views[0]).shape[1]
+    )
     return Rows(views, heads, clusters, 'float32', mesh).marginal(np.zeros(clusters), strength)
 
 
@@ -119,17 +160,24 @@ def check_prior(prior) -> np.ndarray:
     """float64 [P], positive and summing to 1; ValueError in a sentence otherwise."""
     prior = np.asarray(prior, np.float64)
     if prior.ndim != 1 or len(prior) < 2:
-        raise ValueError(f'prior has shape {prior.shape}; a vector with the share of each of at least 2 clusters is wanted')
+        raise ValueError(
+            f'prior has shape {prior.shape}; a vector with the share of each of at least 2 clusters is wanted'
+        )
     bad = np.flatnonzero(~(prior > 0) | ~np.isfinite(prior))
     if len(bad):
-        raise ValueError(f'prior[{bad[0]}]={prior[bad[0]]} ({len(bad)} such of {len(prior)}): every cluster needs a positive share; leave '
-                         'empty clusters out, or give them a small one')
+        raise ValueError(
+            f'prior[{bad[0]}]={prior[bad[0]]} ({len(bad)} such of {len(prior)}): every cluster needs a positive share; leave '
+            'empty clusters out, or give them a small one'
+        )
     if abs(prior.sum() - 1) > 1e-5:
-        raise ValueError(f'prior sums to {prior.sum():.6g}; shares that sum to 1 are wanted (divide by the sum)')
+        raise ValueError(
+            f'prior sums to {prior.sum():.6g}; shares that sum to 1 are wanted (divide by the sum)'
+        )
     return prior / prior.sum()
 
 
 # ---- the rows: everything that touches devices
+
 
 class Rows:
     """The samples, placed once (arrays) or block by block in each pass (lists of blocks). count: M. read: rows read so far, by samples of these
@@ -137,7 +185,11 @@ class Rows:
 
     def __init__(self, views, heads, clusters: int, dtype: str, mesh: Mesh | None):
         self.dtype, self.clusters, self._read = jnp.dtype(dtype), clusters, [0]
-        self.mesh = Mesh(np.array(jax.devices()[:1]), ('rows',)) if mesh is None else Mesh(mesh.devices, mesh.axis_names)
+        self.mesh = (
+            Mesh(np.array(jax.devices()[:1]), ('rows',))
+            if mesh is None
+            else Mesh(mesh.devices, mesh.axis_names)
+        )
         self.sharding = NamedSharding(self.mesh, Spec(self.mesh.axis_names))
         self.whole = NamedSharding(self.mesh, Spec())
         views = tuple(views)
@@ -145,13 +197,28 @@ class Rows:
         blocks = list(zip(*views, strict=True)) if self.streamed else [views]
         for block in blocks:
             for x in block:
-                if x.ndim != 2 or len(x) != len(block[0]) or (heads is None and x.shape[1] != clusters):
-                    raise ValueError(f'a view has shape {tuple(x.shape)}; [{len(block[0])} {"D" if heads else clusters}] is wanted')
+                if (
+                    x.ndim != 2
+                    or len(x) != len(block[0])
+                    or (heads is None and x.shape[1] != clusters)
+                ):
+                    raise ValueError(
+                        f'a view has shape {tuple(x.shape)}; [{len(block[0])} {"D" if heads else clusters}] is wanted'
+                    )
         self.blocks = blocks if self.streamed else [self.place(b) for b in blocks]
         self.lengths = [len(b[0]) for b in blocks]
         self.count = sum(self.lengths)
-        self.heads = None if heads is None else tuple((jax.device_put(jnp.asarray(k, self.dtype), self.whole),
-                                                       jax.device_put(jnp.asarray(b, self.dtype), self.whole)) for k, b in heads)
+        self.heads = (
+            None
+            if heads is None
+            else tuple(
+                (
+                    jax.device_put(jnp.asarray(k, self.dtype), self.whole),
+                    jax.device_put(jnp.asarray(b, self.dtype), self.whole),
+                )
+                for k, b in heads
+            )
+        )
 
     @property
     def read(self) -> int:
@@ -162,12 +229,18 @@ class Rows:
         pad = -len(block[0]) % self.mesh.size
 
         def one(x):
-            if isinstance(x, jax.Array) and x.dtype == self.dtype and not pad and x.sharding.is_equivalent_to(self.sharding, x.ndim):
+            if (
+                isinstance(x, jax.Array)
+                and x.dtype == self.dtype
+                and not pad
+                and x.sharding.is_equivalent_to(self.sharding, x.ndim)
+            ):
                 return x
             x = np.asarray(x, self.dtype)
             if pad:
                 x = np.concatenate([x, np.zeros((pad, x.shape[1]), x.dtype)])
             return jax.make_array_from_callback(x.shape, self.sharding, lambda index: x[index])
+
         return tuple(one(x) for x in block)
 
     def sample(self, size: int) -> Rows:
@@ -178,8 +251,11 @@ class Rows:
         parts, first = [], 0
         for block, length in zip(self.blocks, self.lengths):
             index = chosen[(chosen >= first) & (chosen < first + length)] - first
-            take = lambda x, i=index: np.asarray(x[i] if isinstance(x, np.ndarray) else jax.jit(
-                lambda x, i: x[i], out_shardings=self.whole)(x, i))
+            take = lambda x, i=index: np.asarray(
+                x[i]
+                if isinstance(x, np.ndarray)
+                else jax.jit(lambda x, i: x[i], out_shardings=self.whole)(x, i)
+            )
             parts.append([take(x) for x in block])
             first += length
         out = object.__new__(Rows)
@@ -191,36 +267,73 @@ class Rows:
     def sweep(self, want: str, g: np.ndarray, strength: float, ratio: np.ndarray | None = None):
         """Results of `_sweep` over all blocks. g is split so that float32 passes still feel changes of g below its own resolution."""
         coarse = g.astype(self.dtype)
-        vectors = jnp.asarray(np.stack([coarse, np.exp(g - coarse), np.ones(len(g)) if ratio is None else ratio]), self.dtype)
+        vectors = jnp.asarray(
+            np.stack([coarse, np.exp(g - coarse), np.ones(len(g)) if ratio is None else ratio]),
+            self.dtype,
+        )
         self._read[0] += self.count
         for block, length in zip(self.blocks, self.lengths):
             block = self.place(block) if self.streamed else block
             scale = jnp.asarray(strength / len(block), self.dtype)
-            yield _sweep(block, self.heads, vectors, scale, np.int32(length), want=want, mesh=self.mesh, chunk=chunk_rows(self.clusters))
+            yield _sweep(
+                block,
+                self.heads,
+                vectors,
+                scale,
+                np.int32(length),
+                want=want,
+                mesh=self.mesh,
+                chunk=chunk_rows(self.clusters),
+            )
 
     def marginal(self, g: np.ndarray, strength: float) -> np.ndarray:
         """float64 [P]: column means c(g)."""
-        total = sum(np.asarray(hi, np.float64) + np.asarray(lo, np.float64) for hi, lo in self.sweep('marginal', g, strength))
+        total = sum(
+            np.asarray(hi, np.float64) + np.asarray(lo, np.float64)
+            for hi, lo in self.sweep('marginal', g, strength)
+        )
         return must_be_finite(total) / total.sum()
 
     def coupling(self, g: np.ndarray, strength: float) -> np.ndarray:
         """float64 [P P]: mean of s sᵀ over the rows s of softmax(Z + g)."""
-        return sum(np.asarray(x, np.float64) for x in self.sweep('coupling', g, strength)) / self.count
+        return (
+            sum(np.asarray(x, np.float64) for x in self.sweep('coupling', g, strength)) / self.count
+        )
 
     def spread(self, strength: float) -> float:
         """Mean over rows of max Z - mean Z, in nats."""
-        return float(must_be_finite(sum(np.float64(x) for x in self.sweep('spread', np.zeros(self.clusters), strength)))) / self.count
+        return (
+            float(
+                must_be_finite(
+                    sum(
+                        np.float64(x)
+                        for x in self.sweep('spread', np.zeros(self.clusters), strength)
+                    )
+                )
+            )
+            / self.count
+        )
 
-    def label(self, g: np.ndarray, marginal: np.ndarray, prior: np.ndarray, strength: float) -> tuple[np.ndarray, float, float]:
+    def label(
+        self, g: np.ndarray, marginal: np.ndarray, prior: np.ndarray, strength: float
+    ) -> tuple[np.ndarray, float, float]:
         """(labels [M], mean cost, published error) at g, whose column means are `marginal`."""
-        parts = list(self.sweep('label', g, strength, np.minimum(prior / np.maximum(marginal, 1e-30), 1e30)))
+        parts = list(
+            self.sweep('label', g, strength, np.minimum(prior / np.maximum(marginal, 1e-30), 1e30))
+        )
         labels = np.concatenate([np.asarray(p[0])[:n] for p, n in zip(parts, self.lengths)])
-        return labels, float(sum(np.float64(p[1]) for p in parts)) / self.count, float(sum(np.float64(p[2]) for p in parts))
+        return (
+            labels,
+            float(sum(np.float64(p[1]) for p in parts)) / self.count,
+            float(sum(np.float64(p[2]) for p in parts)),
+        )
 
 
 def must_be_finite(x):
     if not np.isfinite(x).all():
-        raise ValueError('logits or features hold NaN or +inf (or a row of -inf only); labels need finite values')
+        raise ValueError(
+            'logits or features hold NaN or +inf (or a row of -inf only); labels need finite values'
+        )
     return x
 
 
@@ -278,13 +391,24 @@ def _sweep(block, heads, vectors, scale, count, *, want: str, mesh: Mesh, chunk:
             labels, cost, error = carry
             first, pieces, weight, e, scaled = softmax(i)
             # The first index of the maximum; argmax itself is twice as slow on CPUs.
-            name = jnp.min(jnp.where(e == e.max(-1, keepdims=True), jnp.arange(clusters), clusters), -1)
+            name = jnp.min(
+                jnp.where(e == e.max(-1, keepdims=True), jnp.arange(clusters), clusters), -1
+            )
             hit = jax.nn.one_hot(name, clusters, dtype=bool)
             cross = lambda z: jax.nn.logsumexp(z, -1) - jnp.where(hit, z, 0).sum(-1)
-            each = [cross(combined([x], None if heads is None else [h])) for x, h in zip(pieces, heads or [None] * len(pieces))]
+            each = [
+                cross(combined([x], None if heads is None else [h]))
+                for x, h in zip(pieces, heads or [None] * len(pieces))
+            ]
             cost = cost + jnp.sum(weight * sum(each)) / len(each)
-            error = error + jnp.sum(weight * jnp.abs(scaled * jnp.matmul(e, ratio, precision='highest') - 1))
-            return jax.lax.dynamic_update_slice(labels, name.astype(jnp.int32), (first,)), cost, error
+            error = error + jnp.sum(
+                weight * jnp.abs(scaled * jnp.matmul(e, ratio, precision='highest') - 1)
+            )
+            return (
+                jax.lax.dynamic_update_slice(labels, name.astype(jnp.int32), (first,)),
+                cost,
+                error,
+            )
 
         def spread(i, carry):
             _, pieces, weight, _, _ = softmax(i)
@@ -294,8 +418,12 @@ def _sweep(block, heads, vectors, scale, count, *, want: str, mesh: Mesh, chunk:
             return carry + jnp.sum(weight * (z.max(-1) - mean))
 
         zero = lambda *shape: jnp.zeros(shape, g.dtype)
-        body, carry = {'marginal': (marginal, (zero(clusters), zero(clusters))), 'coupling': (coupling, zero(clusters, clusters)),
-                       'spread': (spread, zero()), 'label': (label, (jnp.zeros(rows, jnp.int32), zero(), zero()))}[want]
+        body, carry = {
+            'marginal': (marginal, (zero(clusters), zero(clusters))),
+            'coupling': (coupling, zero(clusters, clusters)),
+            'spread': (spread, zero()),
+            'label': (label, (jnp.zeros(rows, jnp.int32), zero(), zero())),
+        }[want]
         out = jax.lax.fori_loop(0, -(-rows // size), body, carry)
         if want == 'label':
             return out[0], *(jax.lax.psum(x, axes) for x in out[1:])
@@ -303,12 +431,15 @@ def _sweep(block, heads, vectors, scale, count, *, want: str, mesh: Mesh, chunk:
 
     by_rows = Spec(axes)
     outputs = (by_rows, Spec(), Spec()) if want == 'label' else Spec()
-    out = jax.shard_map(local, mesh=mesh, in_specs=(by_rows, Spec()), out_specs=outputs, check_vma=False)(block, heads)
+    out = jax.shard_map(
+        local, mesh=mesh, in_specs=(by_rows, Spec()), out_specs=outputs, check_vma=False
+    )(block, heads)
     replicate = NamedSharding(mesh, Spec())
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, replicate), out)
 
 
 # ---- the search: float64 vectors of length P on the host
+
 
 @dataclasses.dataclass
 class Found:
@@ -323,8 +454,16 @@ class Found:
 STEPS = {'newton': MEMORY, 'anderson': MEMORY, 'plain': 0}
 
 
-def search(marginal: Callable[[np.ndarray], np.ndarray], g: np.ndarray, prior: np.ndarray, limit: float, max_passes: int,
-           inverse: np.ndarray | None = None, rebuild: Callable[[np.ndarray], np.ndarray] | None = None, memory: int = MEMORY) -> Found:
+def search(
+    marginal: Callable[[np.ndarray], np.ndarray],
+    g: np.ndarray,
+    prior: np.ndarray,
+    limit: float,
+    max_passes: int,
+    inverse: np.ndarray | None = None,
+    rebuild: Callable[[np.ndarray], np.ndarray] | None = None,
+    memory: int = MEMORY,
+) -> Found:
     """Potentials whose column means are the prior to within `limit` (sum of absolute differences), or the best of max_passes.
 
     inverse: (I - A)⁻¹ or None. rebuild: makes a better one, once, when near the solution. memory 0: plain Sinkhorn.
@@ -362,7 +501,7 @@ def search(marginal: Callable[[np.ndarray], np.ndarray], g: np.ndarray, prior: n
         if rebuild is not None and residual < NEAR:
             inverse, rebuild, past = rebuild(g), None, []
         step = plain if inverse is None else inverse @ plain
-        past = [*past, (g, step)][-(memory + 1):]
+        past = [*past, (g, step)][-(memory + 1) :]
         g = g + np.clip(mixed(past, weight), -LONGEST, LONGEST)
         g = g - prior @ g
     return Found(best, best_c, best_residual, inverse, history)
@@ -389,18 +528,29 @@ def preconditioner(rows: Rows, g: np.ndarray, strength: float) -> np.ndarray:
     # The eigenvalue 1 of the symmetric form belongs to `root`; moved to 0, the matrix below is positive definite.
     unit = root / np.linalg.norm(root)
     damping = DAMPING * len(mass) / rows.count
-    symmetric = (1 + damping) * np.eye(len(mass)) - coupling / root[:, None] / root + np.outer(unit, unit)
+    symmetric = (
+        (1 + damping) * np.eye(len(mass)) - coupling / root[:, None] / root + np.outer(unit, unit)
+    )
     return np.linalg.inv(symmetric) / root[:, None] * root
 
 
-def anneal(rows: Rows, prior: np.ndarray, strength: float, tolerance: float, newton: bool) -> np.ndarray:
+def anneal(
+    rows: Rows, prior: np.ndarray, strength: float, tolerance: float, newton: bool
+) -> np.ndarray:
     """Potentials found with λ doubled up to `strength`, each time solved to `tolerance`, from a λ at which every row is undecided."""
     doublings = int(np.clip(np.ceil(np.log2(max(rows.spread(strength), 1) / SOFT)), 0, 60))
     g = np.zeros(len(prior))
     for left in range(doublings, -1, -1):
-        here = strength / 2 ** left
+        here = strength / 2**left
         build = lambda g, here=here: preconditioner(rows, g, here)
-        g = search(lambda g, here=here: rows.marginal(g, here), g, prior, tolerance, 100, *((build(g), build) if newton else ())).potentials
+        g = search(
+            lambda g, here=here: rows.marginal(g, here),
+            g,
+            prior,
+            tolerance,
+            100,
+            *((build(g), build) if newton else ()),
+        ).potentials
         g = g * (2 if left else 1)
     return g
 
@@ -421,7 +571,10 @@ def first_guess(rows: Rows, prior: np.ndarray, strength: float, newton: bool):
 
 # ---- soft codes
 
-def soft_codes(scores: jax.Array, epsilon: float = 0.05, iterations: int = 3, valid: jax.Array | None = None) -> jax.Array:
+
+def soft_codes(
+    scores: jax.Array, epsilon: float = 0.05, iterations: int = 3, valid: jax.Array | None = None
+) -> jax.Array:
     """float32 [B P]: SwAV's codes of a batch, rows summing to 1 (Caron et al. 2020, section 3.1). Traced; no gradient.
 
     scores [B P]: similarities to the prototypes. Exactly `iterations` times: clusters scaled to equal mass, then rows to equal mass;
@@ -434,7 +587,9 @@ def soft_codes(scores: jax.Array, epsilon: float = 0.05, iterations: int = 3, va
     rows = lambda x: jax.nn.logsumexp(x, -1, keepdims=True)
     for _ in range(iterations):
         log_q = log_q - jnp.where(alive.any(), jax.nn.logsumexp(log_q, 0, keepdims=True), 0)
-        log_q = jnp.where(alive[:, None], log_q - jnp.where(alive[:, None], rows(log_q), 0), -jnp.inf)
+        log_q = jnp.where(
+            alive[:, None], log_q - jnp.where(alive[:, None], rows(log_q), 0), -jnp.inf
+        )
     return jnp.exp(log_q)
 
 

@@ -1,4 +1,5 @@
 """Scores of a head that was trained with the model (fine-tuning)."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -18,8 +19,16 @@ class Classification:
     3 crops of video, 4 windows of sound).
     """
 
-    DEFAULTS = {'type': 'classification', 'label': 'class', 'split': 'test', 'limit': 100_000, 'baseline': True, 'windows': 1, 'crops': 1,
-                'pool': 'logits'}
+    DEFAULTS = {
+        'type': 'classification',
+        'label': 'class',
+        'split': 'test',
+        'limit': 100_000,
+        'baseline': True,
+        'windows': 1,
+        'crops': 1,
+        'pool': 'logits',
+    }
 
     def __init__(self, config, where: str = 'config.evals'):
         self.config = with_defaults(config, self.DEFAULTS, where)
@@ -30,8 +39,10 @@ class Classification:
         parts = over_windows(view, c.split, c.windows, c.crops, limit=c.limit)
         f = parts[0]
         if c.label not in f['predictions']:
-            raise ConfigError(f'the classification evaluator wants predictions of {c.label!r}; the objective makes '
-                              f'{", ".join(f["predictions"]) or "none"}')
+            raise ConfigError(
+                f'the classification evaluator wants predictions of {c.label!r}; the objective makes '
+                f'{", ".join(f["predictions"]) or "none"}'
+            )
         y = f['labels'][c.label]
         several = y.ndim > 1
         pooled = {'logits': lambda x: x, 'probabilities': _sigmoid if several else _softmax}[c.pool]
@@ -40,7 +51,9 @@ class Classification:
         for stream in view.encoder.objective.streams() or ():
             use = use & f['valid'][stream]
         if not use.any():
-            raise ConfigError(f'classification: none of {len(y)} clips of split {c.split!r} has the label {c.label!r} and its modality')
+            raise ConfigError(
+                f'classification: none of {len(y)} clips of split {c.split!r} has the label {c.label!r} and its modality'
+            )
         scores, y = scores[use], y[use]
         if several:
             return Result(*statistics.multi_label(scores, y, view.seed))

@@ -1,4 +1,5 @@
 """Zero-shot retrieval: does the right clip come first among N? (VATT paper, section 4.4.)"""
+
 from __future__ import annotations
 
 import numpy as np
@@ -10,13 +11,18 @@ from vatt_jax.evals.base import Result, View, over_windows
 DEFAULTS = {
     'type': 'retrieval',
     'split': 'test',
-    'limit': 512,           # clips in the gallery: the first of the split, so the gallery is fixed by the config
-    'pairs': (('text', 'video', 'vat'), ('video', 'text', 'vat'), ('audio', 'video', 'va'), ('video', 'audio', 'va')),  # query, gallery, space
-    'change': '',           # a change of the input, such as single_frame (evals/base.py)
-    'views': (),            # extra streams, as config.data.views: (('audio.shifted', {'kind': 'shift', 'seconds': 1.0}),)
-    'baseline': True,       # also evaluate the random initialisation (controls need not)
-    'windows': 1,           # of each clip, spaced linearly over it (VATT: 4)
-    'pool': 'embeddings',   # over windows: embeddings (mean of those before normalisation) | similarities (mean of cosines)
+    'limit': 512,  # clips in the gallery: the first of the split, so the gallery is fixed by the config
+    'pairs': (
+        ('text', 'video', 'vat'),
+        ('video', 'text', 'vat'),
+        ('audio', 'video', 'va'),
+        ('video', 'audio', 'va'),
+    ),  # query, gallery, space
+    'change': '',  # a change of the input, such as single_frame (evals/base.py)
+    'views': (),  # extra streams, as config.data.views: (('audio.shifted', {'kind': 'shift', 'seconds': 1.0}),)
+    'baseline': True,  # also evaluate the random initialisation (controls need not)
+    'windows': 1,  # of each clip, spaced linearly over it (VATT: 4)
+    'pool': 'embeddings',  # over windows: embeddings (mean of those before normalisation) | similarities (mean of cosines)
 }
 POOLS = ('embeddings', 'similarities')
 
@@ -35,7 +41,9 @@ class Retrieval:
 
     def run(self, view: View) -> Result:
         c = self.config
-        parts = over_windows(view, c.split, c.windows, limit=c.limit, views=dict(c.views) or None, change=c.change)
+        parts = over_windows(
+            view, c.split, c.windows, limit=c.limit, views=dict(c.views) or None, change=c.change
+        )
         f = parts[0]
         scalars, artifacts = {}, {}
         for query, gallery, space in c.pairs:
@@ -43,7 +51,9 @@ class Retrieval:
             g, g_valid = _pooled(parts, space, gallery, c.pool)
             use = np.flatnonzero(q_valid & g_valid)
             if len(use) < 2:
-                raise ConfigError(f'retrieval {query} → {gallery}: only {len(use)} of {len(q)} clips of split {c.split!r} have both')
+                raise ConfigError(
+                    f'retrieval {query} → {gallery}: only {len(use)} of {len(q)} clips of split {c.split!r} have both'
+                )
             similarity = q[use] @ g[use].T
             rank = statistics.ranks(similarity)
             name = f'{query}_to_{gallery}'
@@ -54,11 +64,15 @@ class Retrieval:
                 artifacts[f'{name}/R@{k}/interval'] = statistics.bootstrap(hit, seed=view.seed)
                 artifacts[f'{name}/R@{k}/chance'] = min(1.0, k / n)
             scalars[f'{name}/median_rank'] = float(np.median(rank) + 1)
-            artifacts[f'{name}/median_rank/interval'] = statistics.bootstrap(rank + 1, np.median, view.seed)
+            artifacts[f'{name}/median_rank/interval'] = statistics.bootstrap(
+                rank + 1, np.median, view.seed
+            )
             artifacts[f'{name}/median_rank/chance'] = (n + 1) / 2
             artifacts[f'{name}/similarity'] = similarity.astype(np.float16)
             artifacts[f'{name}/clips'] = f['index'][use]
-            artifacts[f'{name}/top'] = f['index'][use][np.argsort(-similarity, 1, kind='stable')[:, :5]]
+            artifacts[f'{name}/top'] = f['index'][use][
+                np.argsort(-similarity, 1, kind='stable')[:, :5]
+            ]
             artifacts[f'{name}/rank'] = rank + 1
             scalars[f'{name}/clips'] = float(n)
         return Result(scalars, artifacts)
@@ -67,23 +81,41 @@ class Retrieval:
 class Sync:
     """Share of clips whose video is nearer to its own sound than to its own sound `seconds` away; chance is one half, ties are half."""
 
-    DEFAULTS = {'type': 'sync', 'split': 'test', 'limit': 512, 'seconds': 1.0, 'space': 'va', 'baseline': True}
+    DEFAULTS = {
+        'type': 'sync',
+        'split': 'test',
+        'limit': 512,
+        'seconds': 1.0,
+        'space': 'va',
+        'baseline': True,
+    }
 
     def __init__(self, config, where: str = 'config.evals'):
         self.config = with_defaults(config, self.DEFAULTS, where)
 
     def run(self, view: View) -> Result:
         c = self.config
-        f = view.features(c.split, limit=c.limit, views={'audio.shifted': {'kind': 'shift', 'seconds': c.seconds}})
-        (seen, use), *heard = (_stream(f, c.space, name) for name in ('video', 'audio', 'audio.shifted'))
+        f = view.features(
+            c.split, limit=c.limit, views={'audio.shifted': {'kind': 'shift', 'seconds': c.seconds}}
+        )
+        (seen, use), *heard = (
+            _stream(f, c.space, name) for name in ('video', 'audio', 'audio.shifted')
+        )
         for _, valid in heard:
             use = use & valid
         if not use.any():
-            raise ConfigError(f'sync: none of {len(use)} clips of split {c.split!r} has video and sound')
+            raise ConfigError(
+                f'sync: none of {len(use)} clips of split {c.split!r} has video and sound'
+            )
         own, other = ((seen * x).sum(-1)[use] for x, _ in heard)
         right = (own > other) + 0.5 * (own == other)
-        return Result({'accuracy': float(right.mean())},
-                      {'accuracy/interval': statistics.bootstrap(right, seed=view.seed), 'accuracy/chance': 0.5})
+        return Result(
+            {'accuracy': float(right.mean())},
+            {
+                'accuracy/interval': statistics.bootstrap(right, seed=view.seed),
+                'accuracy/chance': 0.5,
+            },
+        )
 
 
 def _pooled(parts, space: str, name: str, pool: str) -> tuple[np.ndarray, np.ndarray]:
@@ -108,7 +140,9 @@ def _stream(f, space: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     members = f['spaces'].get(space, {})
     name = _actual(members, name)
     if name not in members:
-        raise ConfigError(f'config.evals asks for stream {name!r} in space {space!r}, which has {", ".join(members) or "nothing"}')
+        raise ConfigError(
+            f'config.evals asks for stream {name!r} in space {space!r}, which has {", ".join(members) or "nothing"}'
+        )
     x, valid = members[name], f['valid'][name]
     if x.ndim == 3:  # candidates [N K E]
         mask = f['mask'][name][..., None]

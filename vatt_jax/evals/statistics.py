@@ -1,4 +1,5 @@
 """Ranks, multi-label scores and intervals."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -29,14 +30,20 @@ def hits(similarity: np.ndarray, k: int) -> np.ndarray:
     return np.clip((k - better) / (equal + 1), 0, 1)
 
 
-def bootstrap(values: np.ndarray, statistic=np.mean, seed: int = 0, rounds: int = 1000) -> tuple[float, float]:
+def bootstrap(
+    values: np.ndarray, statistic=np.mean, seed: int = 0, rounds: int = 1000
+) -> tuple[float, float]:
     """95 % percentile interval of a statistic of `values` [N] over resampled examples."""
     rng = np.random.default_rng(seed)
-    draws = statistic(np.asarray(values)[rng.integers(0, len(values), (rounds, len(values)))], axis=1)
+    draws = statistic(
+        np.asarray(values)[rng.integers(0, len(values), (rounds, len(values)))], axis=1
+    )
     return float(np.percentile(draws, 2.5)), float(np.percentile(draws, 97.5))
 
 
-def average_precision(scores: np.ndarray, targets: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
+def average_precision(
+    scores: np.ndarray, targets: np.ndarray, weight: np.ndarray | None = None
+) -> np.ndarray:
     """float64 [P]: of each class, the mean over its examples of the precision among all that score at least as much; NaN for a class without
     any. scores, targets [N P]; weight [N]: how often each example counts (None: once)."""
     weight = np.ones(len(scores)) if weight is None else weight
@@ -53,24 +60,46 @@ def average_precision(scores: np.ndarray, targets: np.ndarray, weight: np.ndarra
         return (hits * np.take_along_axis(precision, last, 0)).sum(0) / hits.sum(0)
 
 
-def multi_label(scores: np.ndarray, targets: np.ndarray, seed: int = 0, rounds: int = 200) -> tuple[dict[str, float], dict[str, object]]:
+def multi_label(
+    scores: np.ndarray, targets: np.ndarray, seed: int = 0, rounds: int = 200
+) -> tuple[dict[str, float], dict[str, object]]:
     """(scalars, artifacts): mAP, AUC and d' of scores [N P] (any monotone ones) against targets [N P] > 0: means over the classes that have both
     examples and others (VATT, AudioSet). d' = sqrt(2) times the normal quantile of the class's AUC, which is kept half a pair of clips
     away from 0 and 1, where d' would be infinite.
     """
     from scipy.stats import norm, rankdata
+
     own = (targets > 0).sum(0)
     use = (own > 0) & (own < len(targets))
     if not use.any():
-        raise ConfigError(f'none of {targets.shape[1]} classes has both examples and others among {len(targets)} clips; a larger split is wanted')
+        raise ConfigError(
+            f'none of {targets.shape[1]} classes has both examples and others among {len(targets)} clips; a larger split is wanted'
+        )
     scores, targets, own = scores[:, use].astype(np.float64), targets[:, use] > 0, own[use]
     pairs = own * (len(targets) - own)
     auc = ((rankdata(scores, axis=0) * targets).sum(0) - own * (own + 1) / 2) / pairs
     d_prime = np.sqrt(2) * norm.ppf(np.clip(auc, 0.5 / pairs, 1 - 0.5 / pairs))
     rng = np.random.default_rng(seed)
-    draws = [np.nanmean(average_precision(scores, targets, rng.multinomial(len(scores), np.full(len(scores), 1 / len(scores))).astype(float)))
-             for _ in range(rounds)]
+    draws = [
+        np.nanmean(
+            average_precision(
+                scores,
+                targets,
+                rng.multinomial(len(scores), np.full(len(scores), 1 / len(scores))).astype(float),
+            )
+        )
+        for _ in range(rounds)
+    ]
     precision = average_precision(scores, targets)
-    artifacts = {'mAP/interval': tuple(float(np.percentile(draws, p)) for p in (2.5, 97.5)), 'mAP/chance': float((own / len(targets)).mean()),
-                 'average_precision': precision, 'auc': auc, 'classes_scored': int(use.sum())}
-    return {'mAP': float(precision.mean()), 'AUC': float(auc.mean()), 'd_prime': float(d_prime.mean())}, artifacts
+    artifacts = {
+        'mAP/interval': tuple(float(np.percentile(draws, p)) for p in (2.5, 97.5)),
+        'mAP/chance': float((own / len(targets)).mean()),
+        'average_precision': precision,
+        'auc': auc,
+        'classes_scored': int(use.sum()),
+    }
+    return {
+        'mAP': float(precision.mean()),
+        'AUC': float(auc.mean()),
+        'd_prime': float(d_prime.mean()),
+    }, artifacts

@@ -9,6 +9,7 @@
 A pickle (mmv) is read without running anything that it asks for.
 --vocabulary=FILE (a word a line, <pad> first) makes embed(text=…) work; --classes=FILE names a fine-tuned model's classes.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -28,23 +29,47 @@ def main(argv: list[str]) -> None:
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise ConfigError(f'{message}; see python -m vatt_jax.importers --help')
-    parser = Parser(prog='python -m vatt_jax.importers', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+
+    parser = Parser(
+        prog='python -m vatt_jax.importers',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument('--format', default='vatt_tf', choices=FORMATS)
-    parser.add_argument('--checkpoint', default='', help='an official checkpoint: the file, or (vatt_tf) its path without .index')
-    parser.add_argument('--export', default='', help='a run folder, to be written in the official layout')
-    parser.add_argument('--config', default='', help='configs/FILE.py[:arg] that the checkpoint must fit; default: inferred from it')
-    parser.add_argument('--out', required=True, help='the run folder to make; with --export, the file or prefix to write')
-    parser.add_argument('--vocabulary', default='', help='file of the words of the word table, one a line')
+    parser.add_argument(
+        '--checkpoint',
+        default='',
+        help='an official checkpoint: the file, or (vatt_tf) its path without .index',
+    )
+    parser.add_argument(
+        '--export', default='', help='a run folder, to be written in the official layout'
+    )
+    parser.add_argument(
+        '--config',
+        default='',
+        help='configs/FILE.py[:arg] that the checkpoint must fit; default: inferred from it',
+    )
+    parser.add_argument(
+        '--out',
+        required=True,
+        help='the run folder to make; with --export, the file or prefix to write',
+    )
+    parser.add_argument(
+        '--vocabulary', default='', help='file of the words of the word table, one a line'
+    )
     parser.add_argument('--classes', default='', help='file of class names, one a line')
     flags = parser.parse_args(argv)
     if bool(flags.checkpoint) == bool(flags.export):
         raise ConfigError('name one of --checkpoint=PREFIX (in) and --export=RUN (out)')
     from vatt_jax.importers import mmv, vatt_tf
+
     importer = {'vatt_tf': vatt_tf, 'mmv': mmv}[flags.format]
     if flags.export:
         count = importer.export_checkpoint(flags.export, flags.out)
-        print(f'{count} variables of {flags.export} → {flags.out}{".index" if flags.format == "vatt_tf" else ""}')
+        print(
+            f'{count} variables of {flags.export} → {flags.out}{".index" if flags.format == "vatt_tf" else ""}'
+        )
         return
     given = {'vocabulary': _lines(flags.vocabulary)}
     if flags.classes:
@@ -55,7 +80,9 @@ def main(argv: list[str]) -> None:
     if flags.config:
         config = configs.load(flags.config)
         configs.check_fields(config, default.get_config())
-    config, report = importer.import_checkpoint(flags.checkpoint, flags.out, config, default.get_config(), **given)
+    config, report = importer.import_checkpoint(
+        flags.checkpoint, flags.out, config, default.get_config(), **given
+    )
     print(f'{report.read} variables of {flags.checkpoint} → {flags.out} ({config.name})')
     for text, names in (('position tables resized', report.resized), ('not used', report.unused)):
         print(f'{text}: {", ".join(names) or "none"}')
@@ -64,16 +91,20 @@ def main(argv: list[str]) -> None:
 
 def _lines(path: str) -> list[str] | None:
     from vatt_jax.config import ConfigError
+
     if not path:
         return None
     try:
         return pathlib.Path(path).read_text().splitlines()
     except OSError as error:
-        raise ConfigError(f'{path} cannot be read ({error.strerror}); a text file with one word or name a line is wanted') from error
+        raise ConfigError(
+            f'{path} cannot be read ({error.strerror}); a text file with one word or name a line is wanted'
+        ) from error
 
 
 if __name__ == '__main__':
     from vatt_jax.config import ConfigError, fail
+
     try:
         main(sys.argv[1:])
     except ConfigError as error:

@@ -1,4 +1,5 @@
 """What every importer shares: a table of which variable of a foreign checkpoint is which of ours, its use in both directions, and run folders."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -27,6 +28,7 @@ Path = tuple[str, ...]
 class Entry:
     """ours: path ('params' | 'batch_stats' | 'objective', …); layer: which row of it, for stacked layers; theirs: key in their file; shape: of
     theirs; fields: the config field behind each of its dimensions ('' where there is none)."""
+
     ours: Path
     layer: int | None
     theirs: str
@@ -37,35 +39,60 @@ class Entry:
 @dataclasses.dataclass
 class Report:
     """What an import did: variables read, position tables resized ('name: 8 → 4 rows'), and those of the checkpoint that nothing took."""
+
     read: int
     resized: list[str]
     unused: list[str]
-    bookkeeping: int             # variables of optimizer, counters and the like, which are left alone
+    bookkeeping: int  # variables of optimizer, counters and the like, which are left alone
 
 
 # ---- the table at work
-def to_ours(read: Callable[[str], np.ndarray], shapes: Mapping[str, tuple[int, ...]], entries: list[Entry], where: str,
-            wanted: Mapping[Path, jax.ShapeDtypeStruct], bookkeeping: Callable[[str], bool],
-            differences: Sequence[str] = ()) -> tuple[dict[Path, np.ndarray], Report]:
+def to_ours(
+    read: Callable[[str], np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    entries: list[Entry],
+    where: str,
+    wanted: Mapping[Path, jax.ShapeDtypeStruct],
+    bookkeeping: Callable[[str], bool],
+    differences: Sequence[str] = (),
+) -> tuple[dict[Path, np.ndarray], Report]:
     """({our path: array}, report). read: key -> array. shapes: of the checkpoint. wanted: ours. bookkeeping: whether an unused key needs no mention.
     differences: 'config.field=ours (checkpoint: theirs)', known from elsewhere; any of them is an error.
 
     Position tables of another length are resized by spline. Raises ConfigError that lists all differences, missing variables, those whose shape
     does not fit (both shapes, the config field behind the difference) and unused ones; and where the table and `wanted` differ.
     """
-    fits = lambda e, have: have == e.shape or e.ours[-1].endswith('_positions') and have[1:] == e.shape[1:]
+    fits = lambda e, have: (
+        have == e.shape or e.ours[-1].endswith('_positions') and have[1:] == e.shape[1:]
+    )
     taken = {e.theirs for e in entries}
     rest = sorted(k for k in shapes if k not in taken)
     unused = [k for k in rest if not bookkeeping(k)]
     missing = [e.theirs for e in entries if e.theirs not in shapes]
     wrong = [e for e in entries if e.theirs in shapes and not fits(e, tuple(shapes[e.theirs]))]
     if differences or missing or wrong:
-        raise ConfigError('\n'.join([
-            f'{where} does not fit this config' + (f': {", ".join(differences)}' if differences else '') +
-            ('; set these fields as the checkpoint has them, or leave out --config and let it tell its sizes' if differences or wrong else ''),
-            *([f'lacks {len(missing)} of the {len(entries)} variables this config wants: {", ".join(missing)}'] if missing else []),
-            *(_misfit(e, tuple(shapes[e.theirs])) for e in wrong),
-            *([f'not used: {", ".join(unused)}'] if unused else [])]))
+        raise ConfigError(
+            '\n'.join(
+                [
+                    f'{where} does not fit this config'
+                    + (f': {", ".join(differences)}' if differences else '')
+                    + (
+                        '; set these fields as the checkpoint has them, or leave out --config and let it tell its sizes'
+                        if differences or wrong
+                        else ''
+                    ),
+                    *(
+                        [
+                            f'lacks {len(missing)} of the {len(entries)} variables this config wants: {", ".join(missing)}'
+                        ]
+                        if missing
+                        else []
+                    ),
+                    *(_misfit(e, tuple(shapes[e.theirs])) for e in wrong),
+                    *([f'not used: {", ".join(unused)}'] if unused else []),
+                ]
+            )
+        )
     out: dict[Path, np.ndarray] = {}
     resized = []
     for e in entries:
@@ -83,23 +110,36 @@ def to_ours(read: Callable[[str], np.ndarray], shapes: Mapping[str, tuple[int, .
             stacked[e.layer] = x.reshape(like.shape[1:])
     lost = sorted('/'.join(k) for k in set(wanted) ^ {e.ours for e in entries})
     if lost:
-        raise ConfigError(f'this config has parameters that the official layout does not: {listed(lost)}')
+        raise ConfigError(
+            f'this config has parameters that the official layout does not: {listed(lost)}'
+        )
     return out, Report(len(entries), resized, unused, len(rest) - len(unused))
 
 
 def _misfit(e: Entry, have: tuple[int, ...]) -> str:
-    fields = [f for f, a, b in zip(e.fields, have, e.shape) if a != b and f] if len(have) == len(e.shape) else []
+    fields = (
+        [f for f, a, b in zip(e.fields, have, e.shape) if a != b and f]
+        if len(have) == len(e.shape)
+        else []
+    )
     hint = f'; set config.{" and config.".join(dict.fromkeys(fields))}' if fields else ''
     return f'{e.theirs} has shape {list(have)}, this config wants {list(e.shape)} (for {"/".join(e.ours)}){hint}'
 
 
 def to_theirs(ours: Mapping[Path, np.ndarray], entries: list[Entry]) -> dict[str, np.ndarray]:
     """{their key: array}: the inverse of `to_ours`."""
-    return {e.theirs: np.asarray(ours[e.ours] if e.layer is None else ours[e.ours][e.layer]).reshape(e.shape) for e in entries}
+    return {
+        e.theirs: np.asarray(ours[e.ours] if e.layer is None else ours[e.ours][e.layer]).reshape(
+            e.shape
+        )
+        for e in entries
+    }
 
 
 def listed(names: list[str], most: int = 20) -> str:
-    return ', '.join(names[:most]) + (f', and {len(names) - most} more' if len(names) > most else '')
+    return ', '.join(names[:most]) + (
+        f', and {len(names) - most} more' if len(names) > most else ''
+    )
 
 
 # ---- run folders
@@ -123,12 +163,22 @@ def abstract_state(config, labels: Mapping[str, Sequence[str]]):
 
 def variables(state) -> dict[Path, Any]:
     """Parameters and statistics of a TrainState as a table has them: {('params' | 'batch_stats' | 'objective', …): leaf}."""
-    groups = {'params': state.params['model'], 'batch_stats': state.batch_stats, 'objective': state.params['objective']}
+    groups = {
+        'params': state.params['model'],
+        'batch_stats': state.batch_stats,
+        'objective': state.params['objective'],
+    }
     return {(group, *k): v for group, tree in groups.items() for k, v in flatten_dict(tree).items()}
 
 
-def write_run(out: pathlib.Path, config, state, arrays: Mapping[Path, np.ndarray], info: Mapping[str, Any],
-              vocabulary: Sequence[str] | None = None) -> None:
+def write_run(
+    out: pathlib.Path,
+    config,
+    state,
+    arrays: Mapping[Path, np.ndarray],
+    info: Mapping[str, Any],
+    vocabulary: Sequence[str] | None = None,
+) -> None:
     """Makes `out` a run folder that holds `arrays` as step 0, with fresh optimizer slots. state: abstract. vocabulary: words in the order of the
     word table, <pad> first."""
     info = dict(info)
@@ -140,9 +190,19 @@ def write_run(out: pathlib.Path, config, state, arrays: Mapping[Path, np.ndarray
     group = lambda name: unflatten_dict({k[1:]: v for k, v in arrays.items() if k[0] == name})
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), state)
     params = group('params')
-    state = zeros.replace(params={'model': params, 'objective': group('objective')}, batch_stats=group('batch_stats'),
-                          ema=params if config.optimizer.ema else {})
-    meta = {'step': 0, 'consumed': 0, 'order': '', 'weights': [], 'config': config.to_dict(), 'info': info}
+    state = zeros.replace(
+        params={'model': params, 'objective': group('objective')},
+        batch_stats=group('batch_stats'),
+        ema=params if config.optimizer.ema else {},
+    )
+    meta = {
+        'step': 0,
+        'consumed': 0,
+        'order': '',
+        'weights': [],
+        'config': config.to_dict(),
+        'info': info,
+    }
     keeper = checkpoint.Checkpoints(out / 'checkpoints', config.checkpoint)
     keeper.save(0, state, meta, {})
     keeper.wait()
@@ -155,11 +215,17 @@ def read_run(run: str | os.PathLike) -> tuple[ConfigDict, dict[str, Any], dict[P
     path = checkpoint.sound(run)
     meta = checkpoint.read_meta(path)
     got = checkpoint.read_model(path, objective=True)
-    ours = {(group, *k): v for group in ('params', 'batch_stats', 'objective') for k, v in flatten_dict(got[group]).items()}
+    ours = {
+        (group, *k): v
+        for group in ('params', 'batch_stats', 'objective')
+        for k, v in flatten_dict(got[group]).items()
+    }
     return from_json(json.dumps(meta['config'])), meta['info'], ours
 
 
 def check_same(run: str | os.PathLike, ours: Mapping[Path, Any], entries: list[Entry]) -> None:
     lost = sorted('/'.join(k) for k in set(ours) ^ {e.ours for e in entries})
     if lost:
-        raise ConfigError(f'{run} has parameters that the official layout does not, or lacks some of its: {listed(lost)}')
+        raise ConfigError(
+            f'{run} has parameters that the official layout does not, or lacks some of its: {listed(lost)}'
+        )

@@ -1,4 +1,5 @@
 """A frozen model as evaluators and users see it: batches in, features out."""
+
 from __future__ import annotations
 
 import copy
@@ -25,12 +26,18 @@ class Encoder:
     objective: whose trained heads to apply as well (`Objective.predict`), with its parameters and state.
     """
 
-    def __init__(self, config, variables, mesh, objective=None, objective_params=None, objective_state=None):
+    def __init__(
+        self, config, variables, mesh, objective=None, objective_params=None, objective_state=None
+    ):
         self.config, self.variables, self.mesh = config, variables, mesh
         self.objective, self.heads = objective, (objective_params, objective_state)
         self.model = models.build(attention.portable(config.model), config.compute_dtype)
-        self.modalities = tuple(m for m in config.model.towers if self.model.has_tower(variables['params'], m))
-        self._forward = jax.jit(self._features, static_argnums=3, out_shardings=sharding.replicated(mesh))
+        self.modalities = tuple(
+            m for m in config.model.towers if self.model.has_tower(variables['params'], m)
+        )
+        self._forward = jax.jit(
+            self._features, static_argnums=3, out_shardings=sharding.replicated(mesh)
+        )
 
     def on(self, variables, objective_params=None, objective_state=None) -> Encoder:
         """The same programs, compiled once, on other values of the same variables."""
@@ -40,23 +47,45 @@ class Encoder:
 
     def _features(self, variables, heads, batch, maps):
         rng = Rng.create(0, 0, batch['position'])
-        batch = preprocess.device_stage(batch, self.config.model.inputs, self.config.augment, rng, augment=False,
-                                        dtype=self.config.compute_dtype)
+        batch = preprocess.device_stage(
+            batch,
+            self.config.model.inputs,
+            self.config.augment,
+            rng,
+            augment=False,
+            dtype=self.config.compute_dtype,
+        )
         out = self.model.apply(variables, batch, train=False, rng=rng, features=bool(maps))
         length = lambda x: jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1), 1e-12))
-        each = lambda f: {space: {name: f(x) for name, x in members.items()} for space, members in out.spaces.items()}
-        predictions = self.objective.predict(*heads, out.encoded) if self.objective is not None else {}
-        return {'predictions': predictions,
-                'pooled': {name: e.pooled.astype(jnp.float32) for name, e in out.encoded.items()},
-                **({'maps': {name: coarse(out.encoded[name]) for name in maps if name in out.encoded}} if maps else {}),
-                'spaces': each(lambda x: x / length(x)[..., None]), 'lengths': each(length)}
+        each = lambda f: {
+            space: {name: f(x) for name, x in members.items()}
+            for space, members in out.spaces.items()
+        }
+        predictions = (
+            self.objective.predict(*heads, out.encoded) if self.objective is not None else {}
+        )
+        return {
+            'predictions': predictions,
+            'pooled': {name: e.pooled.astype(jnp.float32) for name, e in out.encoded.items()},
+            **(
+                {'maps': {name: coarse(out.encoded[name]) for name in maps if name in out.encoded}}
+                if maps
+                else {}
+            ),
+            'spaces': each(lambda x: x / length(x)[..., None]),
+            'lengths': each(length),
+        }
 
     def __call__(self, batch: Mapping[str, Any], maps: tuple[str, ...] = ()) -> dict[str, Any]:
         """batch: this host's rows of a host batch; streams of a modality without a tower are passed over. Returns NumPy features of *all*
         hosts' rows, in global order:
         {'pooled': {stream: [B D] or [B K D]}, 'spaces': {space: {stream: [B(,K) E], unit length}}, 'lengths': {space: {stream: [B(,K)]}} of those
         before, 'predictions': {name: [B P]}} and, for the streams named in `maps`, 'maps': {stream: [B F], unit length}, see `coarse`."""
-        batch = {k: v for k, v in batch.items() if not _is_stream(v) or k.split('.')[0] in self.modalities}
+        batch = {
+            k: v
+            for k, v in batch.items()
+            if not _is_stream(v) or k.split('.')[0] in self.modalities
+        }
         with jax.set_mesh(self.mesh):
             out = self._forward(self.variables, self.heads, place(batch, self.mesh), maps)
         return jax.tree.map(np.asarray, jax.device_get(out))
@@ -87,7 +116,9 @@ def device_part(batch: Mapping[str, Any]) -> dict[str, Any]:
 def place(batch: Mapping[str, Any], mesh) -> dict[str, Any]:
     """This host's rows -> arrays of the global batch, sharded by rows over the mesh's data axes."""
     rows = sharding.batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, np.asarray(x)), device_part(batch))
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(rows, np.asarray(x)), device_part(batch)
+    )
 
 
 def gather_rows(batch: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -96,11 +127,18 @@ def gather_rows(batch: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, n
     if jax.process_count() == 1:
         return picked
     from jax.experimental import multihost_utils
-    return {n: np.asarray(v) for n, v in multihost_utils.process_allgather(picked, tiled=True).items()}
+
+    return {
+        n: np.asarray(v) for n, v in multihost_utils.process_allgather(picked, tiled=True).items()
+    }
 
 
-def features_of(encoder: Encoder, batches: Iterator[Mapping[str, Any]], keep: tuple[str, ...] = (),
-                maps: tuple[str, ...] = ()) -> dict[str, Any]:
+def features_of(
+    encoder: Encoder,
+    batches: Iterator[Mapping[str, Any]],
+    keep: tuple[str, ...] = (),
+    maps: tuple[str, ...] = (),
+) -> dict[str, Any]:
     """Features of a whole pass, padding rows dropped, in the order of the pass, each example once (checked).
 
     Returns {'pooled': …, 'spaces': …, 'lengths': …, 'index': [N] (place in the pass), 'labels': {name: [N …]}, 'valid': {stream:
@@ -132,7 +170,9 @@ def features_of(encoder: Encoder, batches: Iterator[Mapping[str, Any]], keep: tu
     flat = out.pop('flat')
     index = flat.pop('index')
     if len(np.unique(index)) != len(index):
-        raise RuntimeError(f'{len(index) - len(np.unique(index))} examples came more than once in one pass')
+        raise RuntimeError(
+            f'{len(index) - len(np.unique(index))} examples came more than once in one pass'
+        )
     out.update(index=index, labels={}, valid={}, mask={})
     for key, value in flat.items():
         group, name = key.split('/', 1)

@@ -3,6 +3,7 @@
 `words` is the tokenizer of VATT: ASCII punctuation deleted, lower case, split at white space, vocabulary look-up, no begin
 or end marks. It needs nothing but Python; the other two import their libraries when made.
 """
+
 from __future__ import annotations
 
 import base64
@@ -25,6 +26,7 @@ def split_words(text: str) -> list[str]:
 
 class Tokenizer:
     """size: numbers in use, padding and unknown included (rows of a word table). spec: JSON-able, see `from_spec`."""
+
     kind = ''
     size = 0
 
@@ -32,7 +34,7 @@ class Tokenizer:
         """n sentences -> int32 [n, words], cut or filled with 0."""
         out = np.zeros((len(texts), words), np.int32)
         for row, numbers in zip(out, self._numbers(texts)):
-            row[:len(numbers)] = numbers[:words]
+            row[: len(numbers)] = numbers[:words]
         return out
 
     def _numbers(self, texts: Sequence[str]) -> Iterable[Sequence[int]]:
@@ -44,6 +46,7 @@ class Tokenizer:
 
 class Words(Tokenizer):
     """vocabulary: the words numbered first, first + 1, …; any other word is number `unknown`."""
+
     kind = 'words'
 
     def __init__(self, vocabulary: Sequence[str], first: int = 2, unknown: int = UNKNOWN):
@@ -59,33 +62,51 @@ class Words(Tokenizer):
         Raises ValueError when either is not there."""
         words = list(words)
         if not words or words[0] != '<pad>' or '<unk>' not in words:
-            raise ValueError(f'a word table begins with <pad> and has <unk>; this one begins with {words[:1]} and '
-                             f'{"has" if "<unk>" in words else "lacks"} <unk>')
+            raise ValueError(
+                f'a word table begins with <pad> and has <unk>; this one begins with {words[:1]} and '
+                f'{"has" if "<unk>" in words else "lacks"} <unk>'
+            )
         return cls(words[1:], 1, words.index('<unk>'))
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> Words:
         """The `size` - 2 most frequent words, the most frequent first, ties in alphabetical order."""
         count = collections.Counter(word for text in texts for word in split_words(text))
-        return cls([word for word, _ in sorted(count.items(), key=lambda item: (-item[1], item[0]))[:size - 2]])
+        return cls(
+            [
+                word
+                for word, _ in sorted(count.items(), key=lambda item: (-item[1], item[0]))[
+                    : size - 2
+                ]
+            ]
+        )
 
     def _numbers(self, texts):
-        return ([self._number.get(word, self.unknown) for word in split_words(text)] for text in texts)
+        return (
+            [self._number.get(word, self.unknown) for word in split_words(text)] for text in texts
+        )
 
     def to_spec(self):
-        numbers = {} if (self.first, self.unknown) == (2, UNKNOWN) else {'first': self.first, 'unknown': self.unknown}
+        numbers = (
+            {}
+            if (self.first, self.unknown) == (2, UNKNOWN)
+            else {'first': self.first, 'unknown': self.unknown}
+        )
         return {'kind': self.kind, 'size': self.size, 'vocabulary': self.vocabulary, **numbers}
 
 
 class WordPiece(Tokenizer):
     """BERT-style pieces, lower-cased. model: the JSON text of a `tokenizers` tokenizer with [PAD] 0 and [UNK] 1."""
+
     kind = 'wordpiece'
 
     def __init__(self, model: str):
         self._model = _library('tokenizers', self.kind).Tokenizer.from_str(model)
         self._json = model
         self.size = self._model.get_vocab_size()
-        _check_special(self.kind, self._model.token_to_id('[PAD]'), self._model.token_to_id('[UNK]'))
+        _check_special(
+            self.kind, self._model.token_to_id('[PAD]'), self._model.token_to_id('[UNK]')
+        )
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> WordPiece:
@@ -94,8 +115,12 @@ class WordPiece(Tokenizer):
         model.normalizer = t.normalizers.BertNormalizer(lowercase=True)
         model.pre_tokenizer = t.pre_tokenizers.BertPreTokenizer()
         model.decoder = t.decoders.WordPiece()
-        model.train_from_iterator(texts, t.trainers.WordPieceTrainer(
-            vocab_size=size, special_tokens=['[PAD]', '[UNK]'], show_progress=False))
+        model.train_from_iterator(
+            texts,
+            t.trainers.WordPieceTrainer(
+                vocab_size=size, special_tokens=['[PAD]', '[UNK]'], show_progress=False
+            ),
+        )
         return cls(model.to_str())
 
     def _numbers(self, texts):
@@ -107,6 +132,7 @@ class WordPiece(Tokenizer):
 
 class SentencePiece(Tokenizer):
     """model: the bytes of a `sentencepiece` model trained with padding 0 and unknown 1."""
+
     kind = 'sentencepiece'
 
     def __init__(self, model: bytes):
@@ -120,15 +146,28 @@ class SentencePiece(Tokenizer):
         """`size` is an upper limit: a small corpus gives fewer pieces."""
         writer = io.BytesIO()
         _library('sentencepiece', cls.kind).SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=writer, vocab_size=size, hard_vocab_limit=False, pad_id=PAD,
-            unk_id=UNKNOWN, bos_id=-1, eos_id=-1, normalization_rule_name='nmt_nfkc_cf', minloglevel=2)
+            sentence_iterator=iter(texts),
+            model_writer=writer,
+            vocab_size=size,
+            hard_vocab_limit=False,
+            pad_id=PAD,
+            unk_id=UNKNOWN,
+            bos_id=-1,
+            eos_id=-1,
+            normalization_rule_name='nmt_nfkc_cf',
+            minloglevel=2,
+        )
         return cls(writer.getvalue())
 
     def _numbers(self, texts):
         return self._model.encode(list(texts))
 
     def to_spec(self):
-        return {'kind': self.kind, 'size': self.size, 'model': base64.b64encode(self._bytes).decode()}
+        return {
+            'kind': self.kind,
+            'size': self.size,
+            'model': base64.b64encode(self._bytes).decode(),
+        }
 
 
 KINDS: dict[str, type] = {t.kind: t for t in (Words, WordPiece, SentencePiece)}
@@ -139,10 +178,14 @@ def train(kind: str, texts: Iterable[str], size: int) -> Tokenizer:
     if kind not in KINDS:
         raise ValueError(f'tokenizer {kind!r} is unknown; kinds are {", ".join(KINDS)}')
     if size < 3:
-        raise ValueError(f'a vocabulary of {size} has no room: 0 is padding, 1 the unknown word, so it needs at least 3')
+        raise ValueError(
+            f'a vocabulary of {size} has no room: 0 is padding, 1 the unknown word, so it needs at least 3'
+        )
     texts = [text for text in texts if text.strip()]
     if not texts and kind != Words.kind:
-        raise ValueError(f'a {kind} tokenizer cannot be trained without any text; use --tokenizer=words')
+        raise ValueError(
+            f'a {kind} tokenizer cannot be trained without any text; use --tokenizer=words'
+        )
     return KINDS[kind].train(texts, size)
 
 
@@ -162,9 +205,13 @@ def _library(name: str, kind: str) -> Any:
     try:
         return __import__(name)
     except ImportError as e:
-        raise ImportError(f'a {kind} tokenizer needs the package {name!r}; install it, or use the words tokenizer') from e
+        raise ImportError(
+            f'a {kind} tokenizer needs the package {name!r}; install it, or use the words tokenizer'
+        ) from e
 
 
 def _check_special(kind: str, pad: int | None, unknown: int | None) -> None:
     if (pad, unknown) != (PAD, UNKNOWN):
-        raise ValueError(f'this {kind} model numbers padding {pad} and unknown {unknown}; they must be {PAD} and {UNKNOWN}')
+        raise ValueError(
+            f'this {kind} model numbers padding {pad} and unknown {unknown}; they must be {PAD} and {UNKNOWN}'
+        )

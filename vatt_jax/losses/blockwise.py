@@ -8,6 +8,7 @@ hold copies of the batch, take a share of the work too), in one of two ways:
   ring    blocks of keys travel from device to device, their column sums and gradients behind them; the transfer of a block overlaps with the
           arithmetic on another one. Memory: the device's own share only.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -18,15 +19,20 @@ import jax
 import jax.numpy as jnp
 
 METHODS = ('auto', 'gather', 'ring')
-SIDE = 512                   # rows and keys of a block, where there are enough of both
-KEEP = 20 * 2 ** 20         # up to this many scores per device they are kept for the backward pass: 84 MB, and a matrix product saved
-GATHER_BYTES = 256 * 2 ** 20  # auto: the ring once gathered keys and their gradients would take more than this on a device
+SIDE = 512  # rows and keys of a block, where there are enough of both
+KEEP = (
+    20 * 2**20
+)  # up to this many scores per device they are kept for the backward pass: 84 MB, and a matrix product saved
+GATHER_BYTES = (
+    256 * 2**20
+)  # auto: the ring once gathered keys and their gradients would take more than this on a device
 
 
 @dataclasses.dataclass(frozen=True)
 class How:
     """method: auto | gather | ring. block: rows and keys of one block; 0: chosen. dtype: what the scores are multiplied in
     ('bfloat16': products exact, sums and everything after them float32)."""
+
     method: str = 'auto'
     block: int = 0
     dtype: str = 'float32'
@@ -39,6 +45,7 @@ AUTO = How()
 class Layout:
     """axes: those of the mesh that rows and keys are spread over, `devices` devices in all; none: one device. meeting: the rows of a device and
     the keys that meet them at once (in a ring: at each hop). tile: rows and keys of a block. keep: the scores are few enough to be kept."""
+
     mesh: Any
     axes: tuple[str, ...]
     devices: int
@@ -53,9 +60,13 @@ def choose(m: int, n: int, key_bytes: int, how: How) -> Layout:
     if how.method not in METHODS:
         raise ValueError(f'method={how.method!r}: choose one of {", ".join(METHODS)}')
     mesh = jax.sharding.get_abstract_mesh()
-    axes, devices = (tuple(mesh.axis_names), mesh.size) if not mesh.empty and mesh.size > 1 else ((), 1)
+    axes, devices = (
+        (tuple(mesh.axis_names), mesh.size) if not mesh.empty and mesh.size > 1 else ((), 1)
+    )
     rows, keys = share(m, devices), share(n, devices)
-    ring = devices > 1 and (how.method == 'ring' or how.method == 'auto' and devices * keys * key_bytes > GATHER_BYTES)
+    ring = devices > 1 and (
+        how.method == 'ring' or how.method == 'auto' and devices * keys * key_bytes > GATHER_BYTES
+    )
     met = keys if ring else devices * keys
     keep = not ring and not how.block and rows * met <= KEEP
     high = _even(rows, how.block or SIDE)
@@ -83,11 +94,14 @@ def on_shares(function, task, layout: Layout, inputs, outputs):
     """
     function = functools.partial(function, task, layout)
     if layout.axes:
-        function = jax.shard_map(function, mesh=layout.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
+        function = jax.shard_map(
+            function, mesh=layout.mesh, in_specs=inputs, out_specs=outputs, check_vma=False
+        )
     return jax.jit(function, inline=True)
 
 
 # ---- below: on one device's share
+
 
 def collect(layout: Layout, tree):
     """The keys a device meets without a hop: all devices' where they are gathered, else its own."""
@@ -104,9 +118,11 @@ def sweep(layout: Layout, meet, state, keys, start, done=lambda part: part):
     """
     count = len(jax.tree.leaves(keys)[0])
     if not layout.ring:
+
         def one(state, key):
             state, part = meet(state, key, start)
             return state, done(part)
+
         if count == 1:
             state, part = one(state, at(keys, 0))
             return state, jax.tree.map(lambda a: a[None], part)
@@ -127,7 +143,9 @@ def sweep(layout: Layout, meet, state, keys, start, done=lambda part: part):
         following, arrived, sent = jax.lax.optimization_barrier((following, arrived, sent))
         return state, put(keys, following, j), put(parts, arrived, before), sent
 
-    state, _, parts, sent = jax.lax.fori_loop(0, layout.devices * count, step, (state, keys, parts, start))
+    state, _, parts, sent = jax.lax.fori_loop(
+        0, layout.devices * count, step, (state, keys, parts, start)
+    )
     return state, done(put(parts, hop(sent), count - 1))
 
 
@@ -137,7 +155,9 @@ def loop(count, body, carry):
 
 def blocks(tree, size):
     """[rows …] -> [blocks size …], the last block filled with zeros."""
-    return jax.tree.map(lambda a: padded(a, -(-len(a) // size) * size).reshape(-1, size, *a.shape[1:]), tree)
+    return jax.tree.map(
+        lambda a: padded(a, -(-len(a) // size) * size).reshape(-1, size, *a.shape[1:]), tree
+    )
 
 
 def padded(a, rows):

@@ -1,11 +1,14 @@
 """Classification losses, computed in float32 (in float64 on logits of that)."""
+
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
 
-def softmax_cross_entropy(logits: jax.Array, labels: jax.Array, *, weight: jax.Array | None = None, smoothing: float = 0.0) -> jax.Array:
+def softmax_cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, weight: jax.Array | None = None, smoothing: float = 0.0
+) -> jax.Array:
     """float32 []: mean over rows, weighted. logits [B P], labels int [B], weight [B] >= 0 (None: ones; all zero: loss 0).
 
     smoothing a: the target is (1 - a) one-hot + a / P (VATT paper, fine-tuning).
@@ -19,7 +22,9 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array, *, weight: jax.A
     return jnp.sum(jnp.where(weight > 0, loss, 0) * weight) / jnp.maximum(jnp.sum(weight > 0), 1)
 
 
-def balanced_binary_cross_entropy(logits: jax.Array, targets: jax.Array, *, weight: jax.Array | None = None, replicas: int = 1) -> jax.Array:
+def balanced_binary_cross_entropy(
+    logits: jax.Array, targets: jax.Array, *, weight: jax.Array | None = None, replicas: int = 1
+) -> jax.Array:
     """float32 []: multi-label loss in which rare classes count more (official VATT, AudioSet fine-tuning). logits, targets [B P], targets in
     [0, 1] (mixed ones are fractions); weight [B] bool or 0/1: rows that count (None: all).
 
@@ -32,12 +37,16 @@ def balanced_binary_cross_entropy(logits: jax.Array, targets: jax.Array, *, weig
     weight = jnp.ones(len(logits), logits.dtype) if weight is None else weight.astype(logits.dtype)
     targets = jnp.where(weight[:, None] > 0, targets, 0).reshape(replicas, -1, targets.shape[-1])
     weight, logits = weight.reshape(replicas, -1), logits.reshape(targets.shape)
-    each = jnp.sum(jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits))), -1)
+    each = jnp.sum(
+        jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits))), -1
+    )
     seen = targets.sum(1, keepdims=True)
     rare = jnp.sum(jnp.where(seen > 0, targets / jnp.where(seen > 0, seen, 1), 0), -1)
     own = targets.sum(-1)
     row = jnp.where(own > 0, rare / jnp.where(own > 0, own, 1), 0) * each
-    return jnp.mean(jnp.sum(jnp.where(weight > 0, row, 0), -1) / jnp.maximum(jnp.sum(weight > 0, -1), 1))
+    return jnp.mean(
+        jnp.sum(jnp.where(weight > 0, row, 0), -1) / jnp.maximum(jnp.sum(weight > 0, -1), 1)
+    )
 
 
 def _wide(x: jax.Array) -> jax.Array:

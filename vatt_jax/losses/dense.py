@@ -2,6 +2,7 @@
 
 The same names, arguments and semantics as in nce.py, where each loss is described; `how` is taken and only its dtype used.
 """
+
 from __future__ import annotations
 
 import jax
@@ -14,7 +15,10 @@ from vatt_jax.losses.similarity import AUTO, NEVER
 def scores(x, y, temperature):
     """float32 [B A K]: x_b against every candidate y_ak."""
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.einsum('be,ake->bak', x, y, precision='highest', preferred_element_type=accumulate) / temperature
+    return (
+        jnp.einsum('be,ake->bak', x, y, precision='highest', preferred_element_type=accumulate)
+        / temperature
+    )
 
 
 def log_sum_exp(s, mask, axes):
@@ -24,34 +28,112 @@ def log_sum_exp(s, mask, axes):
 def terms(p, temperature):
     """Per clip b: forward = over every candidate of x_b; backward = over every x of its own candidates; positive = over its own pairs."""
     s = scores(p.x, p.y, temperature)
-    own = jnp.einsum('be,bke->bk', p.x, p.y, precision='highest', preferred_element_type=s.dtype) / temperature
+    own = (
+        jnp.einsum('be,bke->bk', p.x, p.y, precision='highest', preferred_element_type=s.dtype)
+        / temperature
+    )
     forward = log_sum_exp(s, p.y_mask[None], (1, 2))
     backward = log_sum_exp(s, p.y_mask[None] & p.x_valid[:, None, None], (0, 2))
     return forward, backward, log_sum_exp(own, p.y_mask, 1)
 
 
-def asymmetric(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=0.07, replicas=1, normalise=True, how=AUTO):
+def asymmetric(
+    x,
+    y,
+    *,
+    x_valid=None,
+    y_valid=None,
+    y_mask=None,
+    temperature=0.07,
+    replicas=1,
+    normalise=True,
+    how=AUTO,
+):
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
     forward, backward, positive = terms(p, temperature)
     return mean_over_clips(jnp.logaddexp(forward, backward) - positive, p.valid, replicas)
 
 
-def mil_nce(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=1.0, replicas=1, how=AUTO):
-    return asymmetric(x, y, x_valid=x_valid, y_valid=y_valid, y_mask=y_mask, temperature=temperature, replicas=replicas, normalise=False, how=how)
+def mil_nce(
+    x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=1.0, replicas=1, how=AUTO
+):
+    return asymmetric(
+        x,
+        y,
+        x_valid=x_valid,
+        y_valid=y_valid,
+        y_mask=y_mask,
+        temperature=temperature,
+        replicas=replicas,
+        normalise=False,
+        how=how,
+    )
 
 
-def symmetric(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=0.07, replicas=1, normalise=True, each_mask=False, how=AUTO):
+def symmetric(
+    x,
+    y,
+    *,
+    x_valid=None,
+    y_valid=None,
+    y_mask=None,
+    temperature=0.07,
+    replicas=1,
+    normalise=True,
+    each_mask=False,
+    how=AUTO,
+):
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
     forward, backward, positive = terms(p, temperature)
-    return mean_over_clips(forward + backward - 2 * positive, p.valid, replicas, (p.x_valid, p.y_mask.any(-1)) if each_mask else ())
+    return mean_over_clips(
+        forward + backward - 2 * positive,
+        p.valid,
+        replicas,
+        (p.x_valid, p.y_mask.any(-1)) if each_mask else (),
+    )
 
 
-def clip(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=0.07, replicas=1, normalise=True, how=AUTO):
-    return symmetric(x, y, x_valid=x_valid, y_valid=y_valid, y_mask=y_mask, temperature=temperature, replicas=replicas, normalise=normalise,
-                     how=how) / 2
+def clip(
+    x,
+    y,
+    *,
+    x_valid=None,
+    y_valid=None,
+    y_mask=None,
+    temperature=0.07,
+    replicas=1,
+    normalise=True,
+    how=AUTO,
+):
+    return (
+        symmetric(
+            x,
+            y,
+            x_valid=x_valid,
+            y_valid=y_valid,
+            y_mask=y_mask,
+            temperature=temperature,
+            replicas=replicas,
+            normalise=normalise,
+            how=how,
+        )
+        / 2
+    )
 
 
-def siglip(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=0.1, bias=-10.0, replicas=1, normalise=True, how=AUTO):
+def siglip(
+    x,
+    y,
+    *,
+    x_valid=None,
+    y_valid=None,
+    y_mask=None,
+    temperature=0.1,
+    bias=-10.0,
+    replicas=1,
+    normalise=True,
+    how=AUTO,
+):
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
     s = scores(p.x, p.y, temperature) + bias
     sign = jnp.where(jnp.eye(len(p.x), dtype=bool)[..., None], -1, 1)
@@ -59,7 +141,18 @@ def siglip(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=0.1, bi
     return mean_over_clips(loss.sum((1, 2)), p.valid, replicas)
 
 
-def nt_xent(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=0.1, replicas=1, normalise=True, how=AUTO):
+def nt_xent(
+    x,
+    y,
+    *,
+    x_valid=None,
+    y_valid=None,
+    y_mask=None,
+    temperature=0.1,
+    replicas=1,
+    normalise=True,
+    how=AUTO,
+):
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how, single=True)
     views = jnp.concatenate([p.x, p.y[:, 0]])
     usable = jnp.concatenate([p.x_valid, p.y_mask[:, 0]])
@@ -71,20 +164,44 @@ def nt_xent(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=0.1, r
     return mean_over_clips((loss[:b] + loss[b:]) / 2, p.valid, replicas)
 
 
-def info_nce(x, y, *, x_valid=None, y_valid=None, y_mask=None, ids=None, keys: tuple[Keys, ...] = (), temperature=0.07, replicas=1,
-             normalise=True, stop_gradient=True, how=AUTO):
+def info_nce(
+    x,
+    y,
+    *,
+    x_valid=None,
+    y_valid=None,
+    y_mask=None,
+    ids=None,
+    keys: tuple[Keys, ...] = (),
+    temperature=0.07,
+    replicas=1,
+    normalise=True,
+    stop_gradient=True,
+    how=AUTO,
+):
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
     b, k, _ = p.y.shape
     stop = jax.lax.stop_gradient if stop_gradient else lambda a: a
     s = scores(p.x, stop(p.y), temperature).reshape(b, -1)
-    allowed, positive = [jnp.broadcast_to(p.y_mask.reshape(1, -1), s.shape)], [jnp.repeat(jnp.eye(b, dtype=bool), k, axis=1)]
+    allowed, positive = (
+        [jnp.broadcast_to(p.y_mask.reshape(1, -1), s.shape)],
+        [jnp.repeat(jnp.eye(b, dtype=bool), k, axis=1)],
+    )
     every = [s]
     for q in keys:
         data = q.prepared(normalise, how)
         every.append(scores(p.x, stop(data)[:, None], temperature)[..., 0])
-        allowed.append(jnp.ones((b, len(data)), bool) if q.valid is None else jnp.broadcast_to(q.valid, (b, len(data))))
+        allowed.append(
+            jnp.ones((b, len(data)), bool)
+            if q.valid is None
+            else jnp.broadcast_to(q.valid, (b, len(data)))
+        )
         if q.apart is not None:
             allowed[-1] &= ids[:, None] != q.apart
         positive.append(jnp.zeros((b, len(data)), bool) if q.own is None else ids[:, None] == q.own)
     every, allowed, positive = (jnp.concatenate(a, 1) for a in (every, allowed, positive))
-    return mean_over_clips(log_sum_exp(every, allowed, 1) - log_sum_exp(every, allowed & positive, 1), p.valid, replicas)
+    return mean_over_clips(
+        log_sum_exp(every, allowed, 1) - log_sum_exp(every, allowed & positive, 1),
+        p.valid,
+        replicas,
+    )

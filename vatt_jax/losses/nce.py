@@ -8,6 +8,7 @@ there, and what is not there gets exactly zero gradient, even where it holds NaN
 [] (learnt). normalise: embeddings are put on the unit sphere first. replicas: see `mean_over_clips`. how: see similarity.How.
 All return float32 [].
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -19,8 +20,18 @@ from vatt_jax.losses import similarity
 from vatt_jax.losses.similarity import AUTO, NEVER, How
 
 
-def asymmetric(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=0.07, replicas: int = 1, normalise: bool = True,
-               how: How = AUTO) -> jax.Array:
+def asymmetric(
+    x,
+    y,
+    *,
+    x_valid=None,
+    y_valid=None,
+    y_mask=None,
+    temperature=0.07,
+    replicas: int = 1,
+    normalise: bool = True,
+    how: How = AUTO,
+) -> jax.Array:
     """NCE (K = 1) or MIL-NCE with one denominator for both directions (VATT paper, equations 2 and 3; MMV).
 
     For clip b: P = logsumexp over its own candidates of s(x_b, y_bk), D = logsumexp over {s(x_b, y_ak)} and {s(x_a, y_bk)} together, every
@@ -31,53 +42,143 @@ def asymmetric(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=0.0
     return mean_over_clips(jnp.logaddexp(forward, backward) - positive, p.valid, replicas)
 
 
-def mil_nce(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=1.0, replicas: int = 1, how: How = AUTO) -> jax.Array:
+def mil_nce(
+    x,
+    y,
+    *,
+    x_valid=None,
+    y_valid=None,
+    y_mask=None,
+    temperature=1.0,
+    replicas: int = 1,
+    how: How = AUTO,
+) -> jax.Array:
     """MIL-NCE as its authors released it: `asymmetric` on raw dot products (no sphere, no temperature)."""
-    return asymmetric(x, y, x_valid=x_valid, y_valid=y_valid, y_mask=y_mask, temperature=temperature, replicas=replicas, normalise=False, how=how)
+    return asymmetric(
+        x,
+        y,
+        x_valid=x_valid,
+        y_valid=y_valid,
+        y_mask=y_mask,
+        temperature=temperature,
+        replicas=replicas,
+        normalise=False,
+        how=how,
+    )
 
 
-def symmetric(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=0.07, replicas: int = 1, normalise: bool = True,
-              each_mask: bool = False, how: How = AUTO) -> jax.Array:
+def symmetric(
+    x,
+    y,
+    *,
+    x_valid=None,
+    y_valid=None,
+    y_mask=None,
+    temperature=0.07,
+    replicas: int = 1,
+    normalise: bool = True,
+    each_mask: bool = False,
+    how: How = AUTO,
+) -> jax.Array:
     """NCE or MIL-NCE with a denominator for each direction, their losses added (official VATT's symmetric variant). The infimum is 0.
 
     each_mask: see `mean_over_clips`; True is the official scale. Where all clips have one of the two modalities both scales agree.
     """
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
     forward, backward, positive = _both_ways(p, temperature, how)
-    return mean_over_clips(forward + backward - 2 * positive, p.valid, replicas, (p.x_valid, p.y_mask.any(-1)) if each_mask else ())
+    return mean_over_clips(
+        forward + backward - 2 * positive,
+        p.valid,
+        replicas,
+        (p.x_valid, p.y_mask.any(-1)) if each_mask else (),
+    )
 
 
-def clip(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=0.07, replicas: int = 1, normalise: bool = True,
-         how: How = AUTO) -> jax.Array:
+def clip(
+    x,
+    y,
+    *,
+    x_valid=None,
+    y_valid=None,
+    y_mask=None,
+    temperature=0.07,
+    replicas: int = 1,
+    normalise: bool = True,
+    how: How = AUTO,
+) -> jax.Array:
     """CLIP: the mean of both directions' cross entropies, half of `symmetric`; usually with a learnt temperature."""
-    return symmetric(x, y, x_valid=x_valid, y_valid=y_valid, y_mask=y_mask, temperature=temperature, replicas=replicas, normalise=normalise,
-                     how=how) / 2
+    return (
+        symmetric(
+            x,
+            y,
+            x_valid=x_valid,
+            y_valid=y_valid,
+            y_mask=y_mask,
+            temperature=temperature,
+            replicas=replicas,
+            normalise=normalise,
+            how=how,
+        )
+        / 2
+    )
 
 
-def siglip(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=0.1, bias=-10.0, replicas: int = 1, normalise: bool = True,
-           how: How = AUTO) -> jax.Array:
+def siglip(
+    x,
+    y,
+    *,
+    x_valid=None,
+    y_valid=None,
+    y_mask=None,
+    temperature=0.1,
+    bias=-10.0,
+    replicas: int = 1,
+    normalise: bool = True,
+    how: How = AUTO,
+) -> jax.Array:
     """Sigmoid loss (SigLIP, equation 1): every pair is a yes/no question, -log sigmoid(z (s + bias)), z = 1 for own pairs and -1 otherwise;
     summed over pairs and divided by valid clips. Its defaults are the paper's initial values of the learnt temperature and bias."""
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
-    loss = similarity.sigmoid_sum(p.x, p.keys, 1 / temperature, bias, own=p.own, y_valid=p.key_valid, how=how)
+    loss = similarity.sigmoid_sum(
+        p.x, p.keys, 1 / temperature, bias, own=p.own, y_valid=p.key_valid, how=how
+    )
     return mean_over_clips(loss, p.valid, replicas)
 
 
-def nt_xent(x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=0.1, replicas: int = 1, normalise: bool = True,
-            how: How = AUTO) -> jax.Array:
+def nt_xent(
+    x,
+    y,
+    *,
+    x_valid=None,
+    y_valid=None,
+    y_mask=None,
+    temperature=0.1,
+    replicas: int = 1,
+    normalise: bool = True,
+    how: How = AUTO,
+) -> jax.Array:
     """NT-Xent (SimCLR, equation 1): each of a clip's two views must find the other among all views but itself, those of its own kind
     included; the mean over both. One candidate only (K = 1)."""
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how, single=True)
     forward, backward, positive = _both_ways(p, temperature, how)
     me = jnp.arange(len(p.x))
-    within = lambda a, valid: similarity.log_sum_exp(a, a, 1 / temperature, y_valid=valid, apart=(me, me), columns=False, how=how).rows
-    loss = jnp.logaddexp(forward, within(p.x, p.x_valid)) + jnp.logaddexp(backward, within(p.keys, p.key_valid)) - 2 * positive
+    within = lambda a, valid: (
+        similarity.log_sum_exp(
+            a, a, 1 / temperature, y_valid=valid, apart=(me, me), columns=False, how=how
+        ).rows
+    )
+    loss = (
+        jnp.logaddexp(forward, within(p.x, p.x_valid))
+        + jnp.logaddexp(backward, within(p.keys, p.key_valid))
+        - 2 * positive
+    )
     return mean_over_clips(loss / 2, p.valid, replicas)
 
 
 class Keys(NamedTuple):
     """Further keys of `info_nce`, such as a queue. data [M E]; valid bool [M]; apart, own int32 [M]: a key whose number equals the query's
     `ids` is left out (apart) or is one more positive (own). None: all valid, none left out, none positive."""
+
     data: jax.Array
     valid: jax.Array | None = None
     apart: jax.Array | None = None
@@ -88,17 +189,39 @@ class Keys(NamedTuple):
         return _cast(unit(_wide(data)) if normalise else _wide(data), how)
 
 
-def info_nce(x, y, *, x_valid=None, y_valid=None, y_mask=None, ids=None, keys: tuple[Keys, ...] = (), temperature=0.07, replicas: int = 1,
-             normalise: bool = True, stop_gradient: bool = True, how: How = AUTO) -> jax.Array:
+def info_nce(
+    x,
+    y,
+    *,
+    x_valid=None,
+    y_valid=None,
+    y_mask=None,
+    ids=None,
+    keys: tuple[Keys, ...] = (),
+    temperature=0.07,
+    replicas: int = 1,
+    normalise: bool = True,
+    stop_gradient: bool = True,
+    how: How = AUTO,
+) -> jax.Array:
     """x_b must find its own keys y_b among the batch's and any further keys: MoCo (a queue), CoCLR (several positives in the queue, their sum
     inside the logarithm), GDT (other views' keys). Keys carry no gradient unless stop_gradient is False. ids: int32 [B], see `Keys`."""
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
     options = {'columns': False, 'stop_gradient': stop_gradient, 'how': how}
-    batch = similarity.log_sum_exp(p.x, p.keys, 1 / temperature, y_valid=p.key_valid, own=p.own, **options)
+    batch = similarity.log_sum_exp(
+        p.x, p.keys, 1 / temperature, y_valid=p.key_valid, own=p.own, **options
+    )
     every, positive = batch.rows, batch.positives
     for k in keys:
-        more = similarity.log_sum_exp(p.x, k.prepared(normalise, how), 1 / temperature, y_valid=k.valid,
-                                      apart=None if k.apart is None else (ids, k.apart), own=None if k.own is None else (ids, k.own), **options)
+        more = similarity.log_sum_exp(
+            p.x,
+            k.prepared(normalise, how),
+            1 / temperature,
+            y_valid=k.valid,
+            apart=None if k.apart is None else (ids, k.apart),
+            own=None if k.own is None else (ids, k.own),
+            **options,
+        )
         every = jnp.logaddexp(every, more.rows)
         positive = positive if k.own is None else jnp.logaddexp(positive, more.positives)
     return mean_over_clips(every - positive, p.valid, replicas)
@@ -106,6 +229,7 @@ def info_nce(x, y, *, x_valid=None, y_valid=None, y_mask=None, ids=None, keys: t
 
 class Prepared(NamedTuple):
     """x [B E], y [B K E]: ready to be multiplied; x_valid, valid bool [B], y_mask bool [B K]."""
+
     x: jax.Array
     y: jax.Array
     x_valid: jax.Array
@@ -133,10 +257,14 @@ def prepare(x, y, x_valid, y_valid, y_mask, normalise, how: How, single: bool = 
     y = y[:, None] if y.ndim == 2 else y
     b, k = y.shape[:2]
     if single and k > 1:
-        raise ValueError(f'y {y.shape}: this loss knows one candidate per clip, and there are {k}; use asymmetric or symmetric')
+        raise ValueError(
+            f'y {y.shape}: this loss knows one candidate per clip, and there are {k}; use asymmetric or symmetric'
+        )
     x_valid = jnp.ones(b, bool) if x_valid is None else jnp.asarray(x_valid)
     y_valid = jnp.ones(b, bool) if y_valid is None else jnp.asarray(y_valid)
-    y_mask = y_valid[:, None] & (jnp.ones((b, k), bool) if y_mask is None else jnp.asarray(y_mask).reshape(b, k))
+    y_mask = y_valid[:, None] & (
+        jnp.ones((b, k), bool) if y_mask is None else jnp.asarray(y_mask).reshape(b, k)
+    )
     # Masked rows are cut out before anything is computed from them, so that not even 0 * NaN reaches their gradient.
     x = jnp.where(x_valid[:, None], _wide(x), 0)
     y = jnp.where(y_mask[..., None], _wide(y), 0)
@@ -170,7 +298,9 @@ def mean_over_clips(loss, valid, replicas: int, masks: tuple = ()):
 
 def _both_ways(p: Prepared, temperature, how):
     """Per clip b: log-sum-exp of x_b with every candidate; of b's candidates with every x; of x_b with its own candidates."""
-    s = similarity.log_sum_exp(p.x, p.keys, 1 / temperature, x_valid=p.x_valid, y_valid=p.key_valid, own=p.own, how=how)
+    s = similarity.log_sum_exp(
+        p.x, p.keys, 1 / temperature, x_valid=p.x_valid, y_valid=p.key_valid, own=p.own, how=how
+    )
     backward = jax.nn.logsumexp(jnp.where(p.y_mask, s.columns.reshape(p.y_mask.shape), NEVER), -1)
     return s.rows, backward, s.positives
 

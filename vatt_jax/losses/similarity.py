@@ -11,6 +11,7 @@ blocks or devices is padded with rows that count for nothing.
 
 The result is that of the global batch, whatever the mesh. Differentiable in x, y, scale and bias; reverse mode, once.
 """
+
 from __future__ import annotations
 
 import functools
@@ -20,16 +21,32 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from vatt_jax.losses.blockwise import AUTO, METHODS, How, Layout, at, blocks, choose, collect, loop, on_shares, padded, put, share, sweep
+from vatt_jax.losses.blockwise import (
+    AUTO,
+    METHODS,
+    How,
+    Layout,
+    at,
+    blocks,
+    choose,
+    collect,
+    loop,
+    on_shares,
+    padded,
+    put,
+    share,
+    sweep,
+)
 
 __all__ = ['AUTO', 'METHODS', 'NEVER', 'How', 'Sums', 'log_sum_exp', 'sigmoid_sum']
 
-NEVER = -1e9                 # the log-sum-exp of nothing
-SPAN = 60.0                  # scores closer than this can share an exponential in float32: exp(-60) is far from its smallest number
+NEVER = -1e9  # the log-sum-exp of nothing
+SPAN = 60.0  # scores closer than this can share an exponential in float32: exp(-60) is far from its smallest number
 
 
 class Sums(NamedTuple):
     """rows [m], columns [n], positives [m]: float32; None where not asked for. A sum over nothing is NEVER."""
+
     rows: jax.Array
     columns: jax.Array | None
     positives: jax.Array | None
@@ -38,6 +55,7 @@ class Sums(NamedTuple):
 class Side(NamedTuple):
     """One set: data [rows E]; valid bool [rows]; apart, own int32 [rows]: pairs equal in `apart` are left out, pairs equal in `own` are
     positives. None: all valid, none apart, no positives."""
+
     data: jax.Array
     valid: jax.Array | None = None
     apart: jax.Array | None = None
@@ -46,40 +64,81 @@ class Side(NamedTuple):
 
 class Task(NamedTuple):
     """What is summed: kind softmax | sigmoid; columns: theirs too; key_gradient: keys get one."""
+
     kind: str
     columns: bool
     key_gradient: bool
 
 
-def log_sum_exp(x, y, scale=1.0, *, x_valid=None, y_valid=None, apart=None, own=None, columns: bool = True, stop_gradient: bool = False,
-                how: How = AUTO) -> Sums:
+def log_sum_exp(
+    x,
+    y,
+    scale=1.0,
+    *,
+    x_valid=None,
+    y_valid=None,
+    apart=None,
+    own=None,
+    columns: bool = True,
+    stop_gradient: bool = False,
+    how: How = AUTO,
+) -> Sums:
     """rows[i] = log sum_j exp score(i, j) over valid keys; columns[j] = the same over valid rows; positives[i] = over row i's positives.
 
     x [m E], y [n E]; x_valid bool [m], y_valid bool [n]; apart, own: pairs of int32 arrays ([m], [n]), see `Side`. stop_gradient: y gets
     no gradient, and none is computed. The sums of rows and columns that are not valid themselves mean nothing. Over several key sets (a
     queue beside the batch): `jnp.logaddexp` of the rows of several calls.
     """
-    return Sums(*_sums(Task('softmax', columns, not stop_gradient), x, y, scale, 0.0, (x_valid, y_valid), apart, own, how))
+    return Sums(
+        *_sums(
+            Task('softmax', columns, not stop_gradient),
+            x,
+            y,
+            scale,
+            0.0,
+            (x_valid, y_valid),
+            apart,
+            own,
+            how,
+        )
+    )
 
 
-def sigmoid_sum(x, y, scale, bias, *, own, x_valid=None, y_valid=None, how: How = AUTO) -> jax.Array:
+def sigmoid_sum(
+    x, y, scale, bias, *, own, x_valid=None, y_valid=None, how: How = AUTO
+) -> jax.Array:
     """float32 [m]: sum_j softplus(score(i, j)) over valid keys, with the score's sign turned for row i's positives."""
-    return _sums(Task('sigmoid', False, True), x, y, scale, bias, (x_valid, y_valid), None, own, how)[0]
+    return _sums(
+        Task('sigmoid', False, True), x, y, scale, bias, (x_valid, y_valid), None, own, how
+    )[0]
 
 
 def _sums(task: Task, x, y, scale, bias, valid, apart, own, how: How):
     """valid, apart, own: each a pair, of rows and keys; None: see `Side`."""
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or not len(x) or not len(y):
-        raise ValueError(f'x {x.shape} and y {y.shape}: two sets of embeddings [rows E] of one width are wanted, neither empty')
+        raise ValueError(
+            f'x {x.shape} and y {y.shape}: two sets of embeddings [rows E] of one width are wanted, neither empty'
+        )
     double = jnp.promote_types(x.dtype, y.dtype) == jnp.float64
-    dtype, accumulate = (jnp.dtype(jnp.float64),) * 2 if double else (jnp.dtype(how.dtype), jnp.dtype(jnp.float32))
+    dtype, accumulate = (
+        (jnp.dtype(jnp.float64),) * 2 if double else (jnp.dtype(how.dtype), jnp.dtype(jnp.float32))
+    )
     (m, width), n = x.shape, len(y)
     layout = choose(m, n, width * (dtype.itemsize + accumulate.itemsize * task.key_gradient), how)
     y = y if task.key_gradient else jax.lax.stop_gradient(y)
     pairs = [pair or (None, None) for pair in (valid, apart, own)]
-    x, y = (_side(layout, i, data.astype(dtype), *(pair[i] for pair in pairs)) for i, data in enumerate((x, y)))
-    rows, columns, positives = _pairwise(task, layout, x, y, jnp.asarray(scale, accumulate), jnp.asarray(bias, accumulate))
-    return rows[:m], None if columns is None else columns[:n], None if positives is None else positives[:m]
+    x, y = (
+        _side(layout, i, data.astype(dtype), *(pair[i] for pair in pairs))
+        for i, data in enumerate((x, y))
+    )
+    rows, columns, positives = _pairwise(
+        task, layout, x, y, jnp.asarray(scale, accumulate), jnp.asarray(bias, accumulate)
+    )
+    return (
+        rows[:m],
+        None if columns is None else columns[:n],
+        None if positives is None else positives[:m],
+    )
 
 
 def _side(layout: Layout, which: int, data, *more) -> Side:
@@ -96,6 +155,7 @@ def _side(layout: Layout, which: int, data, *more) -> Side:
 
 # ---- the derivative's frame: everything below it runs on one device's share, inside shard_map where there is a mesh
 
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _pairwise(task: Task, layout: Layout, x: Side, y: Side, scale, bias):
     return _pairwise_forward(task, layout, x, y, scale, bias)[0]
@@ -109,7 +169,9 @@ def _pairwise_forward(task, layout, x, y, scale, bias):
 
 def _pairwise_backward(task, layout, residuals, cotangents):
     rows, one = P(layout.axes), P()
-    back = on_shares(_backward, task, layout, (rows, rows, one, one, rows, rows, rows), (rows, rows, one, one))
+    back = on_shares(
+        _backward, task, layout, (rows, rows, one, one, rows, rows, rows), (rows, rows, one, one)
+    )
     dx, dy, dscale, dbias = back(*residuals, cotangents)
     x, y, *_ = (jax.tree.map(lambda _: None, r) for r in residuals)
     return x._replace(data=dx), y._replace(data=dy), dscale, dbias
@@ -124,7 +186,10 @@ def _forward(task, layout, x: Side, y: Side, scale, bias):
     met = len(keys.data)
     x, keys = blocks(x, layout.tile[0]), blocks(keys, layout.tile[1])
     start = lambda shape: (jnp.full(shape, NEVER, accumulate), jnp.zeros(shape, accumulate))
-    rows = tuple(start(x.data.shape[:2]) if wanted else None for wanted in (True, task.kind == 'softmax' and x.own is not None))
+    rows = tuple(
+        start(x.data.shape[:2]) if wanted else None
+        for wanted in (True, task.kind == 'softmax' and x.own is not None)
+    )
     kept = jnp.zeros((len(x.data), *layout.tile), accumulate) if layout.keep else None
 
     def meet(rows, key: Side, part):
@@ -141,18 +206,28 @@ def _forward(task, layout, x: Side, y: Side, scale, bias):
             every = put(every, _join(at(every, i), by_row), i)
             if own is not None:
                 add = lambda state: _join(state, _exp_sum(s, own_mask, 1))
-                own = put(own, jax.lax.cond(jnp.any(own_mask), add, lambda state: state, at(own, i)), i)
+                own = put(
+                    own, jax.lax.cond(jnp.any(own_mask), add, lambda state: state, at(own, i)), i
+                )
             return (every, own), (_join(column, by_column) if task.columns else None, kept)
+
         return loop(len(x.data), tile, (rows, part))
 
-    (every, own), (columns, kept) = sweep(layout, meet, rows, keys, (start(keys.data.shape[1:2]) if task.columns else None, kept))
+    (every, own), (columns, kept) = sweep(
+        layout, meet, rows, keys, (start(keys.data.shape[1:2]) if task.columns else None, kept)
+    )
     if columns is not None:
         columns = tuple(c.reshape(-1)[:met] for c in columns)
         if layout.axes and not layout.ring:
             # Each device has seen its rows only: join them, and keep the columns of its own keys.
             top = jax.lax.pmax(columns[0], layout.axes)
-            total = jax.lax.psum_scatter(columns[1] * jnp.exp(columns[0] - top), layout.axes, tiled=True)
-            columns = (jax.lax.dynamic_slice_in_dim(top, jax.lax.axis_index(layout.axes) * n, n), total)
+            total = jax.lax.psum_scatter(
+                columns[1] * jnp.exp(columns[0] - top), layout.axes, tiled=True
+            )
+            columns = (
+                jax.lax.dynamic_slice_in_dim(top, jax.lax.axis_index(layout.axes) * n, n),
+                total,
+            )
         columns = _finish(columns)
     if task.kind == 'sigmoid':
         return (every[1].reshape(-1)[:m], None, None), kept
@@ -161,11 +236,18 @@ def _forward(task, layout, x: Side, y: Side, scale, bias):
 
 
 def _backward(task, layout, x: Side, y: Side, scale, bias, sums, kept, cotangents):
-    m, n, accumulate, (x_type, y_type) = len(x.data), len(y.data), scale.dtype, (x.data.dtype, y.data.dtype)
+    m, n, accumulate, (x_type, y_type) = (
+        len(x.data),
+        len(y.data),
+        scale.dtype,
+        (x.data.dtype, y.data.dtype),
+    )
     # The scale of every score's derivative is folded into the cotangents, so that the gradients need no further pass.
     cotangents = [None if g is None else g * scale for g in cotangents]
     if task.kind == 'softmax':
-        every, columns, own = (None if g is None else _nonempty(total, g) for total, g in zip(sums, cotangents))
+        every, columns, own = (
+            None if g is None else _nonempty(total, g) for total, g in zip(sums, cotangents)
+        )
     else:
         every, columns, own = cotangents
     keys, beside = collect(layout, (y, columns))
@@ -182,23 +264,34 @@ def _backward(task, layout, x: Side, y: Side, scale, bias, sums, kept, cotangent
             s = at(kept, i) if layout.keep else _scores(row, key, scale, bias)
             row_mask, column_mask, own_mask = _masks(row, key)
             if task.kind == 'sigmoid':
-                w = _where(row_mask, _turned(jax.nn.sigmoid(_turned(s, own_mask)) * every[i][:, None], own_mask), 0)
+                w = _where(
+                    row_mask,
+                    _turned(jax.nn.sigmoid(_turned(s, own_mask)) * every[i][:, None], own_mask),
+                    0,
+                )
                 bias_total = bias_total + jnp.sum(w)
             else:
                 w = _block_weights(s, at(every, i), beside, row_mask, column_mask)
                 if own is not None:
                     # A positive's pull is joined to its push here, in float32: near convergence they nearly cancel.
                     total, g = at(own, i)
-                    pull = lambda w: w + jnp.where(own_mask, jnp.exp(s - total[:, None]) * g[:, None], 0)
+                    pull = lambda w: (
+                        w + jnp.where(own_mask, jnp.exp(s - total[:, None]) * g[:, None], 0)
+                    )
                     w = jax.lax.cond(jnp.any(own_mask), pull, lambda w: w, w)
             w = w.astype(x_type)
             x_total = put(x_total, x_total[i] + _product(w, key.data, (1, 0), accumulate), i)
             if task.key_gradient:
                 # Contracting over the rows of both is a fifth slower on a CPU than turning one of them first.
                 key_total = key_total + jax.lax.platform_dependent(
-                    w, cpu=lambda w: _product(jax.lax.optimization_barrier(w.T), row.data, (1, 0), accumulate),
-                    default=lambda w: _product(w, row.data, (0, 0), accumulate))
+                    w,
+                    cpu=lambda w: _product(
+                        jax.lax.optimization_barrier(w.T), row.data, (1, 0), accumulate
+                    ),
+                    default=lambda w: _product(w, row.data, (0, 0), accumulate),
+                )
             return (x_total, bias_total), key_total
+
         return loop(len(x.data), tile, (state, key_total))
 
     state = (jnp.zeros(x.data.shape, accumulate), jnp.zeros((), accumulate))
@@ -222,9 +315,16 @@ def _backward(task, layout, x: Side, y: Side, scale, bias, sums, kept, cotangent
 
 # ---- one block of scores
 
+
 def _product(a, b, contracted, accumulate):
     precision = jax.lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    return jax.lax.dot_general(a, b, (((contracted[0],), (contracted[1],)), ((), ())), precision=precision, preferred_element_type=accumulate)
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((contracted[0],), (contracted[1],)), ((), ())),
+        precision=precision,
+        preferred_element_type=accumulate,
+    )
 
 
 def _scores(row: Side, key: Side, scale, bias):
@@ -254,6 +354,7 @@ def _turned(s, own):
 
 # Sums of exponentials are kept as (top, total): total = sum of exp(score - top), top = NEVER where nothing was summed.
 
+
 def _block_sums(s, row_mask, column_mask, columns: bool):
     """The sums of a block's rows and, if wanted, columns."""
     if not columns:
@@ -265,7 +366,13 @@ def _block_sums(s, row_mask, column_mask, columns: bool):
         e = jnp.exp(s - top)
         totals = jnp.sum(_where(row_mask, e, 0), 1), jnp.sum(_where(column_mask, e, 0), 0)
         return tuple((jnp.where(t > 0, top, NEVER), t) for t in totals)
-    return jax.lax.cond(top - jnp.min(s) < SPAN, shared, lambda s: (_exp_sum(s, row_mask, 1), _exp_sum(s, column_mask, 0)), s)
+
+    return jax.lax.cond(
+        top - jnp.min(s) < SPAN,
+        shared,
+        lambda s: (_exp_sum(s, row_mask, 1), _exp_sum(s, column_mask, 0)),
+        s,
+    )
 
 
 def _exp_sum(s, mask, axis):
@@ -300,5 +407,13 @@ def _block_weights(s, row, column, row_mask, column_mask):
 
     def shared(s):
         # No score that counts is above its row's log-sum-exp.
-        return jnp.exp(jnp.minimum(s - top, 0)) * (_where(row_mask, g * jnp.exp(top - r), 0) + _where(column_mask, h * jnp.exp(top - c), 0))
-    return jax.lax.cond(top - low < SPAN, shared, lambda s: weight(s, r, g, row_mask) + weight(s, c, h, column_mask), s)
+        return jnp.exp(jnp.minimum(s - top, 0)) * (
+            _where(row_mask, g * jnp.exp(top - r), 0) + _where(column_mask, h * jnp.exp(top - c), 0)
+        )
+
+    return jax.lax.cond(
+        top - low < SPAN,
+        shared,
+        lambda s: weight(s, r, g, row_mask) + weight(s, c, h, column_mask),
+        s,
+    )

@@ -1,4 +1,5 @@
 """The registry of models: a new one is a Linen module with encode / interact / project, and an entry here."""
+
 from __future__ import annotations
 
 from flax.core import freeze

@@ -1,4 +1,5 @@
 """From a stream to tokens: patches, words, positions, DropToken. One front per kind of input, entries of FRONTS."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -19,6 +20,7 @@ from vatt_jax.rng import Rng
 class Tokens:
     """x [R N D], first the aggregate token; R = B, or B*K for text. mask bool [R N] or None. grid: token counts per axis.
     kept int32 [N'] or [B N']: which grid tokens DropToken left, or None."""
+
     x: Any
     mask: Any
     grid: tuple[int, ...]
@@ -32,6 +34,7 @@ class Positions(nn.Module):
     transposed: places are numbered with the first axis fastest although tokens come with the last one fastest, so token i of a grid (T, F)
     gets the rows i mod T and i div T. The official spectrogram tower does this, and its released weights were trained with it.
     """
+
     sizes: tuple[int, ...]
     names: tuple[str, ...]
     width: int
@@ -41,10 +44,15 @@ class Positions(nn.Module):
     @nn.compact
     def __call__(self, x, grid, kept, rng: Rng, train: bool):
         """x [B N D]: the tokens of `kept` (None: all of the grid, in row-major order)."""
-        init = jax.nn.initializers.truncated_normal(self.width ** -0.5)
+        init = jax.nn.initializers.truncated_normal(self.width**-0.5)
         total = 0.0
         for axis, (size, name, n) in enumerate(zip(self.sizes, self.names, grid, strict=True)):
-            table = self.param(f'{name}_positions', logical(init, 'buckets', 'embed'), (size, self.width), jnp.float32)
+            table = self.param(
+                f'{name}_positions',
+                logical(init, 'buckets', 'embed'),
+                (size, self.width),
+                jnp.float32,
+            )
             if n != size:
                 table = jnp.asarray(spline_matrix(size, n), jnp.float32) @ table
             shape = [1] * len(grid) + [self.width]
@@ -65,7 +73,10 @@ def spline_matrix(n: int, m: int) -> np.ndarray:
     a, ones = cubic(np.abs(x[:, None] - x[None])), np.stack([x, np.ones(n)], 1)
     system = np.block([[a, ones], [ones.T, np.zeros((2, 2))]])
     weights = np.linalg.solve(system, np.concatenate([np.eye(n), np.zeros((2, n))]))
-    return np.concatenate([cubic(np.abs(q[:, None] - x[None])), np.stack([q, np.ones(m)], 1)], 1) @ weights
+    return (
+        np.concatenate([cubic(np.abs(q[:, None] - x[None])), np.stack([q, np.ones(m)], 1)], 1)
+        @ weights
+    )
 
 
 class Patches(nn.Module):
@@ -78,6 +89,7 @@ class Patches(nn.Module):
     projection: a further Dense + GELU per token (modality-agnostic). patch_init: factor on the initial matrix; 1 is official. The position
     codes have variance 1 from the start and the patches' projections a tenth of it or less, which a short run does not make up for.
     """
+
     patch: tuple[int, ...]
     tables: tuple[int, ...]
     names: tuple[str, ...]
@@ -100,13 +112,33 @@ class Patches(nn.Module):
         count = int((1 - self.drop_token) * math.prod(self.tables))
         if train and self.drop_token and count < x.shape[1]:
             # What is dropped is never projected: tokens are independent until the encoder.
-            kept = rng.at('drop_token').permutation(x.shape[1], self.per_example, self.replicas)[..., :count]
+            kept = rng.at('drop_token').permutation(x.shape[1], self.per_example, self.replicas)[
+                ..., :count
+            ]
             x = jnp.take_along_axis(x, kept[..., None], 1) if kept.ndim == 2 else x[:, kept]
-        x = Dense(self.width, ('patch', 'embed'), init_scale=self.patch_init, dtype=self.dtype, name='patch')(x)
+        x = Dense(
+            self.width,
+            ('patch', 'embed'),
+            init_scale=self.patch_init,
+            dtype=self.dtype,
+            name='patch',
+        )(x)
         if self.projection:
-            x = jax.nn.gelu(Dense(self.width, ('embed', None), dtype=self.dtype, name='projection')(x), approximate=False)
-        positions = Positions(self.tables, self.names, self.width, self.position_dropout, self.transposed, name='positions')
-        return Tokens(prepend(self, 'agg', positions(x, grid, kept, rng, train), self.width), None, grid, kept)
+            x = jax.nn.gelu(
+                Dense(self.width, ('embed', None), dtype=self.dtype, name='projection')(x),
+                approximate=False,
+            )
+        positions = Positions(
+            self.tables,
+            self.names,
+            self.width,
+            self.position_dropout,
+            self.transposed,
+            name='positions',
+        )
+        return Tokens(
+            prepend(self, 'agg', positions(x, grid, kept, rng, train), self.width), None, grid, kept
+        )
 
 
 def fold(data: jax.Array, patch: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
@@ -124,13 +156,20 @@ def fold(data: jax.Array, patch: tuple[int, ...]) -> tuple[jax.Array, tuple[int,
 def prepend(module: nn.Module, name: str, x: jax.Array, width: int) -> jax.Array:
     """A learnt token before the others. As aggregate token it has no position and is never dropped."""
     # Official initialiser: glorot normal of a vector, which has fan in = fan out = its length.
-    token = module.param(name, logical(jax.nn.initializers.normal(width ** -0.5), 'embed'), (width,), jnp.float32)
+    token = module.param(
+        name, logical(jax.nn.initializers.normal(width**-0.5), 'embed'), (width,), jnp.float32
+    )
     return jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, width)), x], 1)
 
 
 def look_up(module: nn.Module, ids: jax.Array, vocab: int, width: int, frozen: bool) -> jax.Array:
     """ids [...] -> rows of the word table [... width]. frozen: no gradient reaches it (the official word2vec table)."""
-    table = module.param('word_table', logical(jax.nn.initializers.normal(width ** -0.5), 'vocab', 'word'), (vocab, width), jnp.float32)
+    table = module.param(
+        'word_table',
+        logical(jax.nn.initializers.normal(width**-0.5), 'vocab', 'word'),
+        (vocab, width),
+        jnp.float32,
+    )
     return (jax.lax.stop_gradient(table) if frozen else table)[ids]
 
 
@@ -141,14 +180,15 @@ class Words(nn.Module):
     table of `positions` rows), then the aggregate token. Official `bert_small` inherits T5's settings and has both (`extra`): a learnt
     token in word space that takes part in positions and counts as a word, then the aggregate token; its table is resized by spline.
     """
+
     vocab: int
     word_width: int
     width: int
     frozen: bool = True
-    positions: int = 0           # rows of the absolute table; 0: T5
-    bias: bool = False           # of the Dense
+    positions: int = 0  # rows of the absolute table; 0: T5
+    bias: bool = False  # of the Dense
     extra: bool = False
-    dropout: float = 0.0         # after the Dense (T5)
+    dropout: float = 0.0  # after the Dense (T5)
     position_dropout: float = 0.1
     dtype: str = 'float32'
 
@@ -158,28 +198,43 @@ class Words(nn.Module):
         mask = ids != 0
         prefix = lambda mask: jnp.concatenate([jnp.ones_like(mask[:, :1]), mask], 1)
         if not self.positions or self.extra:
-            x, mask = prepend(self, 'word_agg' if self.extra else 'agg', x, self.word_width), prefix(mask)
-        x = jax.nn.gelu(Dense(self.width, ('word', 'embed'), bias=self.bias, dtype=self.dtype, name='projection')(x), approximate=False)
+            x, mask = (
+                prepend(self, 'word_agg' if self.extra else 'agg', x, self.word_width),
+                prefix(mask),
+            )
+        x = jax.nn.gelu(
+            Dense(
+                self.width, ('word', 'embed'), bias=self.bias, dtype=self.dtype, name='projection'
+            )(x),
+            approximate=False,
+        )
         x = rng.at('words').dropout(x, self.dropout) if train else x
         if not self.positions:
             return Tokens(x, mask, (x.shape[1] - 1,))
         grid = (x.shape[1],)
-        x = Positions((self.positions,), ('temporal',), self.width, self.position_dropout, name='positions')(x, grid, None, rng, train)
+        x = Positions(
+            (self.positions,), ('temporal',), self.width, self.position_dropout, name='positions'
+        )(x, grid, None, rng, train)
         return Tokens(prepend(self, 'agg', x, self.width), prefix(mask), grid)
 
 
 class LinearWords(nn.Module):
     """Word ids [R L] -> (pooled [R D], words [R L D]): each word through one matrix and ReLU, then the maximum over words, padding included
     (MMV's text tower and official VATT's `linear`, after MIL-NCE). valid and train are those of every net, and of no use here."""
+
     vocab: int = 1 << 16
     word_width: int = 300
     width: int = 2048
     frozen_words: bool = True
-    init: str = 'glorot'         # entry of layers.INITS; MMV: fan_in
+    init: str = 'glorot'  # entry of layers.INITS; MMV: fan_in
     dtype: str = 'float32'
 
     @nn.compact
     def __call__(self, ids, valid=None, train: bool = False):
         x = look_up(self, ids, self.vocab, self.word_width, self.frozen_words).astype(self.dtype)
-        x = jax.nn.relu(Dense(self.width, ('word', 'embed'), init=self.init, dtype=self.dtype, name='projection')(x))
+        x = jax.nn.relu(
+            Dense(
+                self.width, ('word', 'embed'), init=self.init, dtype=self.dtype, name='projection'
+            )(x)
+        )
         return x.max(1), x

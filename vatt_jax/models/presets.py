@@ -6,6 +6,7 @@
 
 Parameter counts (in millions, backbone alone, without the frozen 19.66 M word table) stand beside the names; tests/test_presets.py holds them.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -17,76 +18,115 @@ from vatt_jax.config import choose
 BASE = {'layers': 12, 'width': 768, 'mlp': 3072, 'heads': 12}
 MEDIUM = {'layers': 12, 'width': 1024, 'mlp': 4096, 'heads': 16}
 LARGE = {'layers': 24, 'width': 1024, 'mlp': 4096, 'heads': 16}
-SMALL = {'layers': 6, 'width': 512, 'mlp': 2048, 'heads': 8}   # text only
+SMALL = {'layers': 6, 'width': 512, 'mlp': 2048, 'heads': 8}  # text only
 
 TOWERS: dict[str, dict[str, Any]] = {
-    'vit_base': {'name': 'vit', **BASE},           # 87.446
-    'vit_medium': {'name': 'vit', **MEDIUM},       # 154.343
-    'vit_large': {'name': 'vit', **LARGE},         # 305.498
+    'vit_base': {'name': 'vit', **BASE},  # 87.446
+    'vit_medium': {'name': 'vit', **MEDIUM},  # 154.343
+    'vit_large': {'name': 'vit', **LARGE},  # 305.498
     'vit_xlarge': {'name': 'vit', 'layers': 24, 'width': 1536, 'mlp': 4096, 'heads': 24},  # 533.695
-    'wat_base': {'name': 'wat', **BASE},           # 86.079
-    'wat_medium': {'name': 'wat', **MEDIUM},       # 152.521
-    'wat_large': {'name': 'wat', **LARGE},         # 303.675
-    'spt_base': {'name': 'spt', **BASE},           # 85.057
-    'spt_medium': {'name': 'spt', **MEDIUM},       # 151.158
-    'spt_large': {'name': 'spt', **LARGE},         # 302.202
-    't5_small': {'name': 't5', **SMALL},           # 19.038
-    't5_base': {'name': 't5', **BASE},             # 85.194
+    'wat_base': {'name': 'wat', **BASE},  # 86.079
+    'wat_medium': {'name': 'wat', **MEDIUM},  # 152.521
+    'wat_large': {'name': 'wat', **LARGE},  # 303.675
+    'spt_base': {'name': 'spt', **BASE},  # 85.057
+    'spt_medium': {'name': 'spt', **MEDIUM},  # 151.158
+    'spt_large': {'name': 'spt', **LARGE},  # 302.202
+    't5_small': {'name': 't5', **SMALL},  # 19.038
+    't5_base': {'name': 't5', **BASE},  # 85.194
     # Official `bert_small` inherits T5's settings: post-LN, and a second learnt token in word space. 19.078: the released code makes no
     # final norm for it; counts that include one (1024 parameters) say 19.079.
     'bert_small': {'name': 'bert', **SMALL, 'pre_norm': False, 'extra': True},
-    'bert_base': {'name': 'bert', **BASE},         # 85.301
-    'linear': {'name': 'linear', 'width': 2048},   # 0.616
-    'i3d': {'name': 'i3d'},                        # 12.302 with batch statistics
-    'resnet2d_50': {'name': 'resnet2d', 'blocks': (3, 4, 6, 3)},    # 23.555 with batch statistics
+    'bert_base': {'name': 'bert', **BASE},  # 85.301
+    'linear': {'name': 'linear', 'width': 2048},  # 0.616
+    'i3d': {'name': 'i3d'},  # 12.302 with batch statistics
+    'resnet2d_50': {'name': 'resnet2d', 'blocks': (3, 4, 6, 3)},  # 23.555 with batch statistics
     'resnet2d_101': {'name': 'resnet2d', 'blocks': (3, 4, 23, 3)},
     # MMV and what it is compared with. Trained parameters alone, without batch statistics:
-    's3d': {'name': 's3d', 'space_to_depth': True},                 # 9.146 (released)
-    's3d_pixels': {'name': 's3d', 'space_to_depth': False},         # 9.163
-    'tsm50': {'name': 'tsm_resnet', 'depth': 50},                   # 23.500
+    's3d': {'name': 's3d', 'space_to_depth': True},  # 9.146 (released)
+    's3d_pixels': {'name': 's3d', 'space_to_depth': False},  # 9.163
+    'tsm50': {'name': 'tsm_resnet', 'depth': 50},  # 23.500
     'tsm50x2': {'name': 'tsm_resnet', 'depth': 50, 'multiplier': 2.0},  # 93.892
-    'r2plus1d': {'name': 'r2plus1d', 'mid': 'conv'},                # 33.166: XDC, MMV's table
-    'r2plus1d_torchvision': {'name': 'r2plus1d', 'mid': 'block'},   # 31.300: torchvision, GDT, SeLaVi
+    'r2plus1d': {'name': 'r2plus1d', 'mid': 'conv'},  # 33.166: XDC, MMV's table
+    'r2plus1d_torchvision': {
+        'name': 'r2plus1d',
+        'mid': 'block',
+    },  # 31.300: torchvision, GDT, SeLaVi
     'resnet2d_v2_18': {'name': 'resnet2d_v2', 'depth': 18},
     'resnet2d_v2_34': {'name': 'resnet2d_v2', 'depth': 34},
-    'resnet2d_v2_50': {'name': 'resnet2d_v2', 'depth': 50},         # 23.494
-    'resnet9': {'name': 'resnet9'},                                 # 4.900: SeLaVi and GDT
+    'resnet2d_v2_50': {'name': 'resnet2d_v2', 'depth': 50},  # 23.494
+    'resnet9': {'name': 'resnet9'},  # 4.900: SeLaVi and GDT
     'mmv_words': {'name': 'linear', 'width': 2048, 'init': 'fan_in'},  # 0.616
 }
 # Inputs and position tables of every published model: 32 frames at 10 fps, 3.2 s at 48 kHz, five sentences of 16 words.
 POSITIONS = {'vit': (8, 14, 14), 'wat': (1200,), 'spt': (9, 16)}
-MEL = {'bins': 80, 'window': 2048, 'hop': 1024, 'low': 80.0, 'high': 7600.0, 'offset': 1.0, 'scale': 1e4, 'stretch': True}
-INPUTS = {'video': {'frames': 32, 'size': 224, 'fps': 10.0, 'range': (-1.0, 1.0)}, 'audio': {'samples': 153600, 'rate': 48000, 'mel': {}},
-          'text': {'candidates': 5, 'words': 16, 'tokenizer': 'words'}}
+MEL = {
+    'bins': 80,
+    'window': 2048,
+    'hop': 1024,
+    'low': 80.0,
+    'high': 7600.0,
+    'offset': 1.0,
+    'scale': 1e4,
+    'stretch': True,
+}
+INPUTS = {
+    'video': {'frames': 32, 'size': 224, 'fps': 10.0, 'range': (-1.0, 1.0)},
+    'audio': {'samples': 153600, 'rate': 48000, 'mel': {}},
+    'text': {'candidates': 5, 'words': 16, 'tokenizer': 'words'},
+}
 FAC = {'name': 'fac', 'va': 512, 'vat': 256}
 MMV_MEL = {**MEL, 'offset': 1e-6, 'scale': 1.0, 'stretch': False}
 # SeLaVi: one second at 24 kHz, 257 bands
-FILTERBANK = {'form': 'filterbank', 'bins': 257, 'window': 480, 'hop': 240, 'transform': 1024, 'low': 0.0, 'high': 12000.0}
-POST = 1024                                        # width of the modality-agnostic models' post-projection
+FILTERBANK = {
+    'form': 'filterbank',
+    'bins': 257,
+    'window': 480,
+    'hop': 240,
+    'transform': 1024,
+    'low': 0.0,
+    'high': 12000.0,
+}
+POST = 1024  # width of the modality-agnostic models' post-projection
 
 
 def _specific(video: str, audio: str, text: str) -> dict[str, Any]:
-    return {'shared': False, 'encoder': {}, 'towers': {'video': tower(video), 'audio': tower(audio), 'text': tower(text)}, 'head': FAC}
+    return {
+        'shared': False,
+        'encoder': {},
+        'towers': {'video': tower(video), 'audio': tower(audio), 'text': tower(text)},
+        'head': FAC,
+    }
 
 
 def _agnostic(size: dict[str, int]) -> dict[str, Any]:
     """One encoder of `size`; patches, projections, positions and aggregate token for each modality."""
-    towers = {'video': {'name': 'vit', 'positions': POSITIONS['vit'], 'post': POST},
-              'audio': {'name': 'wat', 'positions': POSITIONS['wat'], 'post': POST}, 'text': {'name': 't5', 'post': POST}}
+    towers = {
+        'video': {'name': 'vit', 'positions': POSITIONS['vit'], 'post': POST},
+        'audio': {'name': 'wat', 'positions': POSITIONS['wat'], 'post': POST},
+        'text': {'name': 't5', 'post': POST},
+    }
     return {'shared': True, 'encoder': dict(size), 'towers': towers, 'head': FAC}
 
 
 MODELS = {
-    'bbs': lambda: _specific('vit_base', 'wat_base', 't5_small'),      # tx_fac, the release's default; head 1.317 M
-    'mbs': lambda: _specific('vit_medium', 'wat_base', 't5_small'),    # head 1.448 M
+    'bbs': lambda: _specific(
+        'vit_base', 'wat_base', 't5_small'
+    ),  # tx_fac, the release's default; head 1.317 M
+    'mbs': lambda: _specific('vit_medium', 'wat_base', 't5_small'),  # head 1.448 M
     'lbs': lambda: _specific('vit_large', 'wat_base', 't5_small'),
-    'agnostic_base': lambda: _agnostic(BASE),                          # ut_base 92.258
-    'agnostic_medium': lambda: _agnostic(MEDIUM),                      # ut_fac, ut_medium 161.283; head 1.710 M
-    'agnostic_large': lambda: _agnostic(LARGE),                        # ut_large 312.438
-    'mmv': lambda: _specific('i3d', 'resnet2d_50', 'linear'),          # mmv_fac
+    'agnostic_base': lambda: _agnostic(BASE),  # ut_base 92.258
+    'agnostic_medium': lambda: _agnostic(MEDIUM),  # ut_fac, ut_medium 161.283; head 1.710 M
+    'agnostic_large': lambda: _agnostic(LARGE),  # ut_large 312.438
+    'mmv': lambda: _specific('i3d', 'resnet2d_50', 'linear'),  # mmv_fac
 }
-OFFICIAL = {'tx_fac': 'bbs', 'ut_fac': 'agnostic_medium', 'mmv_fac': 'mmv', 'ut_base': 'agnostic_base', 'ut_medium': 'agnostic_medium',
-            'ut_large': 'agnostic_large'}
+OFFICIAL = {
+    'tx_fac': 'bbs',
+    'ut_fac': 'agnostic_medium',
+    'mmv_fac': 'mmv',
+    'ut_base': 'agnostic_base',
+    'ut_medium': 'agnostic_medium',
+    'ut_large': 'agnostic_large',
+}
 
 
 def tower(name: str, **changes) -> dict[str, Any]:
@@ -101,12 +141,17 @@ def model(name: str) -> ConfigDict:
     name = OFFICIAL.get(name, name)
     fields = MODELS[choose(name, [*MODELS, *OFFICIAL], 'presets.model')]()
     spectrogram = fields['towers']['audio']['name'] in ('spt', 'resnet2d')
-    return ConfigDict({**fields, 'inputs': {**INPUTS, 'audio': {**INPUTS['audio'], 'mel': MEL if spectrogram else {}}}})
+    return ConfigDict(
+        {
+            **fields,
+            'inputs': {**INPUTS, 'audio': {**INPUTS['audio'], 'mel': MEL if spectrogram else {}}},
+        }
+    )
 
 
 # MMV's graphs by the paper's names -> (entry of common_space.GRAPHS, {pair: (space, further spaces on the way)})
 MMV_GRAPHS = {
-    'fac': ('mmv_fac_relu', {'va': ('va',), 'vt': ('vat', 'va')}),          # the released one
+    'fac': ('mmv_fac_relu', {'va': ('va',), 'vt': ('vat', 'va')}),  # the released one
     'fac_plain': ('mmv_fac', {'va': ('va',), 'vt': ('vat', 'va')}),
     'fac_bnrelu': ('mmv_fac_bnrelu', {'va': ('va',), 'vt': ('vat', 'va')}),
     'shared': ('mmv_shared', {'va': ('joint',), 'vt': ('joint',)}),
@@ -116,7 +161,9 @@ MMV_SUBSETS = {'va': ('va',), 'vt': ('vt',), 'vat': ('va', 'vt')}
 MMV_BACKBONES = ('s3d', 's3d_pixels', 'tsm50', 'tsm50x2', 'r2plus1d')
 
 
-def mmv(backbone: str, graph: str, modalities: str, widths: tuple[int, int] = (512, 256)) -> tuple[ConfigDict, tuple]:
+def mmv(
+    backbone: str, graph: str, modalities: str, widths: tuple[int, int] = (512, 256)
+) -> tuple[ConfigDict, tuple]:
     """(`towers`, `encoder`, `shared`, `head` and `inputs` of `config.model`, pairs of the objective) of an MMV network: its backbone, graph and the
     pairs of modalities that it learns from, by the names of MMV_BACKBONES, MMV_GRAPHS and MMV_SUBSETS.
 
@@ -125,10 +172,20 @@ def mmv(backbone: str, graph: str, modalities: str, widths: tuple[int, int] = (5
     choose(backbone, MMV_BACKBONES, 'presets.mmv backbone')
     name, spaces = MMV_GRAPHS[choose(graph, MMV_GRAPHS, 'presets.mmv graph')]
     subset = MMV_SUBSETS[choose(modalities, MMV_SUBSETS, 'presets.mmv modalities')]
-    towers = {'video': tower(backbone)} | ({'audio': tower('resnet2d_v2_50')} if 'va' in subset else {}) | (
-        {'text': tower('mmv_words')} if 'vt' in subset else {})
+    towers = (
+        {'video': tower(backbone)}
+        | ({'audio': tower('resnet2d_v2_50')} if 'va' in subset else {})
+        | ({'text': tower('mmv_words')} if 'vt' in subset else {})
+    )
     head = {'name': name} | {s: widths[s == 'vat'] for pair in subset for s in spaces[pair]}
-    inputs = {'video': {'frames': 32, 'size': 200, 'fps': 10.0, 'range': (0.0, 1.0)}, 'audio': {**INPUTS['audio'], 'mel': MMV_MEL},
-              'text': INPUTS['text']}
-    pairs = tuple(('video', {'va': 'audio', 'vt': 'text'}[pair], spaces[pair][0], 1.0) for pair in subset)
-    return ConfigDict({'shared': False, 'encoder': {}, 'towers': towers, 'head': head, 'inputs': inputs}), pairs
+    inputs = {
+        'video': {'frames': 32, 'size': 200, 'fps': 10.0, 'range': (0.0, 1.0)},
+        'audio': {**INPUTS['audio'], 'mel': MMV_MEL},
+        'text': INPUTS['text'],
+    }
+    pairs = tuple(
+        ('video', {'va': 'audio', 'vt': 'text'}[pair], spaces[pair][0], 1.0) for pair in subset
+    )
+    return ConfigDict(
+        {'shared': False, 'encoder': {}, 'towers': towers, 'head': head, 'inputs': inputs}
+    ), pairs

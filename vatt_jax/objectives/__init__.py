@@ -1,4 +1,5 @@
 """The registry of objectives: a new one is a class, an entry here and a config."""
+
 from __future__ import annotations
 
 from vatt_jax.config import choose
@@ -9,8 +10,13 @@ from vatt_jax.objectives.kmeans_labels import KMeansLabels
 from vatt_jax.objectives.online_codes import OnlineCodes
 from vatt_jax.objectives.self_labelling import SelfLabelling
 
-OBJECTIVES = {'contrastive': Contrastive, 'kmeans_labels': KMeansLabels, 'self_labelling': SelfLabelling, 'online_codes': OnlineCodes,
-              'classification': Classification}
+OBJECTIVES = {
+    'contrastive': Contrastive,
+    'kmeans_labels': KMeansLabels,
+    'self_labelling': SelfLabelling,
+    'online_codes': OnlineCodes,
+    'classification': Classification,
+}
 
 __all__ = ['OBJECTIVES', 'Loss', 'Objective', 'Records', 'Refreshed', 'Spec', 'build']
 

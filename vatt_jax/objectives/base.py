@@ -3,6 +3,7 @@
 The loop (train.py, train_step.py, train_state.py) names no method; a method is a subclass of `Objective` registered in
 `vatt_jax/objectives/__init__.py`. All methods but `refresh` are pure and traced.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -20,6 +21,7 @@ from vatt_jax.rng import Rng
 class Loss:
     """value: float32 []. metrics: name -> float32 []. batch_stats: the model's new statistics. state: the objective's
     new state. apply_update: bool [], False while the objective still fills its memory and parameters must not move."""
+
     value: jax.Array
     metrics: dict[str, jax.Array]
     batch_stats: Any
@@ -32,6 +34,7 @@ class Spec:
     """What an objective may size itself by. model: the Linen module; outputs: `jax.eval_shape` of its Outputs on one
     global (micro)batch that a loss sees; batch: abstract device batch of it; size: records of the training set (M); labels: name -> classes.
     batch_stats: the model's, abstract. init: (key, batch) -> (Outputs, the model's initial variables, boxed)."""
+
     model: Any
     outputs: Any
     batch: Any
@@ -46,6 +49,7 @@ class Refreshed:
     """What a refresh returns. `params`/`state` replace the objective's; parameters whose path (relative to the
     objective's tree) matches `fresh_slots` get new optimizer slots; `columns`: name -> array [M] by training record,
     from now on joined to every batch as batch['columns'][name] (and, if listed in `weights`, used for sampling)."""
+
     params: Any
     state: Any
     columns: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -63,6 +67,7 @@ class Records:
     cannot be read are left out. Evaluation statistics; augment: windows, crops and device augmentation as in training, other ones at
     every step and for every draw.
     """
+
     size: int
     columns: Mapping[str, np.ndarray]
     encode: Callable[..., dict[str, np.ndarray]]
@@ -70,6 +75,7 @@ class Records:
 
 class Objective:
     """config: the resolved `config.objective`. mixes: whether `meet` does anything."""
+
     mixes = False
 
     def __init__(self, config):
@@ -87,12 +93,30 @@ class Objective:
         """The batch as the towers see it, where clips meet before them (mixup)."""
         return dict(batch)
 
-    def encode(self, model, variables, batch: Mapping[str, Any], rng: Rng) -> tuple[dict[str, jax.Array], Any]:
+    def encode(
+        self, model, variables, batch: Mapping[str, Any], rng: Rng
+    ) -> tuple[dict[str, jax.Array], Any]:
         """({stream: pooled [B(,K) D]}, the model's new statistics): the towers. Each clip by itself, unless a tower has batch statistics."""
-        pooled, updates = model.apply(variables, only(batch, self.streams()), train=True, rng=rng, mutable=['batch_stats'], method=_pooled)
+        pooled, updates = model.apply(
+            variables,
+            only(batch, self.streams()),
+            train=True,
+            rng=rng,
+            mutable=['batch_stats'],
+            method=_pooled,
+        )
         return pooled, updates.get('batch_stats', {})
 
-    def judge(self, model, variables, params, state, pooled: Mapping[str, jax.Array], batch: Mapping[str, Any], rng: Rng) -> Loss:
+    def judge(
+        self,
+        model,
+        variables,
+        params,
+        state,
+        pooled: Mapping[str, jax.Array],
+        batch: Mapping[str, Any],
+        rng: Rng,
+    ) -> Loss:
         """What follows on `encode`: heads and loss of all clips together. batch: masks, labels and columns are read, streams' data are not."""
         raise NotImplementedError
 
@@ -101,7 +125,9 @@ class Objective:
         cut: towers in microbatches, loss of the whole (config.accumulation)."""
         batch = self.meet(batch, rng)
         pooled, stats = self.encode(model, variables, batch, rng)
-        return self.judge(model, {**variables, 'batch_stats': stats}, params, state, pooled, batch, rng)
+        return self.judge(
+            model, {**variables, 'batch_stats': stats}, params, state, pooled, batch, rng
+        )
 
     def predict(self, params, state, encoded: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Outputs of trained heads for evaluators, name -> [B P]; `encoded`: {stream: Encoded} in evaluation mode."""
@@ -129,7 +155,10 @@ class Objective:
 
 
 def _pooled(model, batch, *, train: bool, rng: Rng) -> dict[str, jax.Array]:
-    return {name: e.pooled for name, e in model.interact(model.encode_all(batch, train=train, rng=rng)).items()}
+    return {
+        name: e.pooled
+        for name, e in model.interact(model.encode_all(batch, train=train, rng=rng)).items()
+    }
 
 
 def streams(batch: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,5 @@
 """Supervised fine-tuning: a linear classifier on a modality's pooled feature, trained with the tower."""
+
 from __future__ import annotations
 
 import math
@@ -15,12 +16,12 @@ from vatt_jax.rng import Rng
 DEFAULTS = {
     'name': 'classification',
     'stream': 'video',
-    'label': 'class',        # which of the data's labels
-    'form': 'softmax',       # softmax: one class each (VATT: video, image) | sigmoid: several (VATT: AudioSet)
-    'dropout': 0.5,          # before the classifier (VATT: 0.5 for video, 0 for audio)
-    'smoothing': 0.1,        # softmax: of labels (VATT: 0.1)
-    'mixup': 0,              # waveforms and their labels mixed with those of the batch's next clip by a share ~ Beta(mixup, mixup); 0: off (VATT: 5)
-    'replicas': 1,           # sigmoid: > 1 counts classes in each of so many parts of the batch, as the official code does on so many devices
+    'label': 'class',  # which of the data's labels
+    'form': 'softmax',  # softmax: one class each (VATT: video, image) | sigmoid: several (VATT: AudioSet)
+    'dropout': 0.5,  # before the classifier (VATT: 0.5 for video, 0 for audio)
+    'smoothing': 0.1,  # softmax: of labels (VATT: 0.1)
+    'mixup': 0,  # waveforms and their labels mixed with those of the batch's next clip by a share ~ Beta(mixup, mixup); 0: off (VATT: 5)
+    'replicas': 1,  # sigmoid: > 1 counts classes in each of so many parts of the batch, as the official code does on so many devices
 }
 FORMS = ('softmax', 'sigmoid')
 
@@ -36,8 +37,10 @@ class Classification(Objective):
         c = self.config
         choose(c.form, FORMS, 'config.objective.form')
         if c.mixup and (c.stream.split('.')[0] != 'audio' or c.form != 'sigmoid'):
-            raise ConfigError(f'config.objective.mixup={c.mixup}: waveforms are mixed, with multi-hot labels; it wants an audio stream and '
-                              f'form="sigmoid", here {c.stream!r} and {c.form!r}; set mixup=0')
+            raise ConfigError(
+                f'config.objective.mixup={c.mixup}: waveforms are mixed, with multi-hot labels; it wants an audio stream and '
+                f'form="sigmoid", here {c.stream!r} and {c.form!r}; set mixup=0'
+            )
 
         self.mixes = c.mixup > 0
 
@@ -47,21 +50,36 @@ class Classification(Objective):
     def init(self, key, spec):
         name = self.config.label
         if name not in spec.labels:
-            raise ConfigError(f'config.objective.label={name!r}: the data has {", ".join(spec.labels) or "no labels"}')
+            raise ConfigError(
+                f'config.objective.label={name!r}: the data has {", ".join(spec.labels) or "no labels"}'
+            )
         if self.config.mixup and spec.batch[self.config.stream]['data'].ndim != 2:
-            raise ConfigError('config.objective.mixup mixes waveforms, and config.model.inputs.audio.mel makes this model read spectrograms; '
-                              'set mixup=0')
+            raise ConfigError(
+                'config.objective.mixup mixes waveforms, and config.model.inputs.audio.mel makes this model read spectrograms; '
+                'set mixup=0'
+            )
         width = spec.outputs.encoded[self.config.stream].pooled.shape[-1]
         classes = spec.labels[name]
         softmax = self.config.form == 'softmax'
-        kernel = jax.nn.initializers.glorot_normal() if softmax else jax.nn.initializers.glorot_uniform()
-        bias = jax.nn.initializers.zeros if softmax else jax.nn.initializers.constant(-math.log(max(classes - 1, 1)))
-        return {'kernel': logical(kernel, 'embed', 'classes')(key, (width, classes)), 'bias': logical(bias, 'classes')(key, (classes,))}, {}
+        kernel = (
+            jax.nn.initializers.glorot_normal() if softmax else jax.nn.initializers.glorot_uniform()
+        )
+        bias = (
+            jax.nn.initializers.zeros
+            if softmax
+            else jax.nn.initializers.constant(-math.log(max(classes - 1, 1)))
+        )
+        return {
+            'kernel': logical(kernel, 'embed', 'classes')(key, (width, classes)),
+            'bias': logical(bias, 'classes')(key, (classes,)),
+        }, {}
 
     def counted(self, batch) -> jax.Array:
         """bool [B]: rows that have the label and the modality."""
         label = batch['labels'][self.config.label]
-        return (label >= 0 if label.ndim == 1 else label.sum(-1) > 0) & batch[self.config.stream]['valid']
+        return (label >= 0 if label.ndim == 1 else label.sum(-1) > 0) & batch[self.config.stream][
+            'valid'
+        ]
 
     def meet(self, batch, rng):
         c = self.config
@@ -74,16 +92,24 @@ class Classification(Objective):
         c = self.config
         label, weight = batch['labels'][c.label], self.counted(batch)
         if c.form == 'softmax' and label.ndim != 1:
-            raise ConfigError(f'config.objective.label={c.label!r} holds several classes for each clip; set config.objective.form="sigmoid"')
+            raise ConfigError(
+                f'config.objective.label={c.label!r} holds several classes for each clip; set config.objective.form="sigmoid"'
+            )
         if c.form == 'sigmoid':
-            label = jax.nn.one_hot(label, params['bias'].shape[0]) if label.ndim == 1 else label.astype(jnp.float32)
+            label = (
+                jax.nn.one_hot(label, params['bias'].shape[0])
+                if label.ndim == 1
+                else label.astype(jnp.float32)
+            )
         if self.mixes:
             label = mix(label, own_share(weight, c.mixup, rng.at('mixup')))
         pooled = rng.at('classifier').dropout(pooled[c.stream].astype(jnp.float32), c.dropout)
         logits = pooled @ params['kernel'] + params['bias']
         count = jnp.maximum(weight.sum(), 1)
         if c.form == 'softmax':
-            value = softmax_cross_entropy(logits, jnp.maximum(label, 0), weight=weight, smoothing=c.smoothing)
+            value = softmax_cross_entropy(
+                logits, jnp.maximum(label, 0), weight=weight, smoothing=c.smoothing
+            )
             metrics = {'accuracy': jnp.sum((logits.argmax(-1) == label) & weight) / count}
         else:
             value = balanced_binary_cross_entropy(logits, label, weight=weight, replicas=c.replicas)
@@ -94,7 +120,11 @@ class Classification(Objective):
     def predict(self, params, state, encoded):
         if self.config.stream not in encoded:
             return {}
-        return {self.config.label: encoded[self.config.stream].pooled.astype(jnp.float32) @ params['kernel'] + params['bias']}
+        return {
+            self.config.label: encoded[self.config.stream].pooled.astype(jnp.float32)
+            @ params['kernel']
+            + params['bias']
+        }
 
 
 def own_share(weight: jax.Array, alpha: int, rng: Rng) -> jax.Array:

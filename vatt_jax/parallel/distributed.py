@@ -1,4 +1,5 @@
 """Several processes: finding one another, one voice, waiting for one another, and stopping together."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -15,13 +16,14 @@ import numpy as np
 
 from vatt_jax.config import ConfigError
 
-PATIENCE = 600       # seconds that processes wait for one another
-TPU_PORT = 8482      # of the coordinator where the environment names hosts only
+PATIENCE = 600  # seconds that processes wait for one another
+TPU_PORT = 8482  # of the coordinator where the environment names hosts only
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
     """This process among the others. address: host:port of process 0. devices: the local accelerators it may use, None: all."""
+
     address: str
     processes: int
     process: int
@@ -40,8 +42,10 @@ def place(environment: Mapping[str, str]) -> Place | None:
         found = rule(environment)
         if found is not None:
             if not 0 <= found.process < found.processes:
-                raise ConfigError(f'this is process {found.process} of {found.processes}: give the number of processes and the place of this one '
-                                  'among them, 0 to one less (VATT_PROCESSES, VATT_PROCESS)')
+                raise ConfigError(
+                    f'this is process {found.process} of {found.processes}: give the number of processes and the place of this one '
+                    'among them, 0 to one less (VATT_PROCESSES, VATT_PROCESS)'
+                )
             return found if found.processes > 1 else None
     return None
 
@@ -51,15 +55,19 @@ def _explicit(env: Mapping[str, str]) -> Place | None:
     if not address:
         left = [name for name in ('VATT_PROCESSES', 'VATT_PROCESS') if env.get(name)]
         if left:
-            raise ConfigError(f'{left[0]}={env[left[0]]} without VATT_COORDINATOR: give host:port of process 0 too')
+            raise ConfigError(
+                f'{left[0]}={env[left[0]]} without VATT_COORDINATOR: give host:port of process 0 too'
+            )
         return None
     if not re.search(r':\d+$', address):
         raise ConfigError(f'VATT_COORDINATOR={address}: host:port is wanted, such as node1:8476')
     own = env.get('VATT_PROCESS') or env.get('JOB_COMPLETION_INDEX', '')
     count = env.get('VATT_PROCESSES', '')
     if not (count.isdigit() and own.isdigit() and int(own) < int(count)):
-        raise ConfigError(f'VATT_COORDINATOR={address} with VATT_PROCESSES={count!r} and VATT_PROCESS={own!r}: give the number of '
-                          'processes and the place of this one among them, 0 to one less')
+        raise ConfigError(
+            f'VATT_COORDINATOR={address} with VATT_PROCESSES={count!r} and VATT_PROCESS={own!r}: give the number of '
+            'processes and the place of this one among them, 0 to one less'
+        )
     return Place(address, int(count), int(own), _numbers(env, 'VATT_DEVICES'))
 
 
@@ -68,11 +76,17 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
     if 'SLURM_STEP_NODELIST' not in env or 'SLURM_PROCID' not in env:
         return None
     count = int(env.get('SLURM_STEP_NUM_TASKS') or env['SLURM_NTASKS'])
-    port = 61440 + int(env['SLURM_JOB_ID']) % 4096   # two jobs on a host seldom meet
+    port = 61440 + int(env['SLURM_JOB_ID']) % 4096  # two jobs on a host seldom meet
     # '4', '4(x2)' or '2,1': tasks of each node
-    several = any(int(n) > 1 for n in re.findall(r'(?:^|,)(\d+)', env.get('SLURM_STEP_TASKS_PER_NODE', '1')))
-    return Place(f'{first_host(env["SLURM_STEP_NODELIST"])}:{port}', count, int(env['SLURM_PROCID']),
-                 (int(env['SLURM_LOCALID']),) if several else None)
+    several = any(
+        int(n) > 1 for n in re.findall(r'(?:^|,)(\d+)', env.get('SLURM_STEP_TASKS_PER_NODE', '1'))
+    )
+    return Place(
+        f'{first_host(env["SLURM_STEP_NODELIST"])}:{port}',
+        count,
+        int(env['SLURM_PROCID']),
+        (int(env['SLURM_LOCALID']),) if several else None,
+    )
 
 
 def first_host(nodes: str) -> str:
@@ -86,19 +100,27 @@ def first_host(nodes: str) -> str:
 def _open_mpi(env: Mapping[str, str]) -> Place | None:
     if 'OMPI_COMM_WORLD_SIZE' not in env:
         return None
-    count, own, here = (int(env[f'OMPI_COMM_WORLD_{name}']) for name in ('SIZE', 'RANK', 'LOCAL_SIZE'))
+    count, own, here = (
+        int(env[f'OMPI_COMM_WORLD_{name}']) for name in ('SIZE', 'RANK', 'LOCAL_SIZE')
+    )
     devices = (int(env['OMPI_COMM_WORLD_LOCAL_RANK']),) if here > 1 else None
     if count == 1:
         return Place('', 1, own)
     # Version 4 tells where mpirun runs, which is where rank 0 is unless it was placed elsewhere; version 5 does not.
-    found = re.search(r'^(\d+)\.\d+;(?:tcp://([^,:]+)|tcp6://(\[[^,\]]+))', env.get('OMPI_MCA_orte_hnp_uri', ''))
+    found = re.search(
+        r'^(\d+)\.\d+;(?:tcp://([^,:]+)|tcp6://(\[[^,\]]+))', env.get('OMPI_MCA_orte_hnp_uri', '')
+    )
     if here == count:
         number = int(found[1]) // 4096 if found else os.getppid()
         return Place(f'127.0.0.1:{61440 + number % 4096}', count, own, devices)
     if not found:
-        raise ConfigError('Open MPI does not say where process 0 is; name it: mpirun -x VATT_COORDINATOR=host:8476 -x VATT_PROCESSES='
-                          f'{count} … sh -c \'VATT_PROCESS=$OMPI_COMM_WORLD_RANK python run.py …\'')
-    return Place(f'{found[2] or found[3] + "]"}:{61440 + int(found[1]) // 4096 % 4096}', count, own, devices)
+        raise ConfigError(
+            'Open MPI does not say where process 0 is; name it: mpirun -x VATT_COORDINATOR=host:8476 -x VATT_PROCESSES='
+            f"{count} … sh -c 'VATT_PROCESS=$OMPI_COMM_WORLD_RANK python run.py …'"
+        )
+    return Place(
+        f'{found[2] or found[3] + "]"}:{61440 + int(found[1]) // 4096 % 4096}', count, own, devices
+    )
 
 
 def _cloud_tpu(env: Mapping[str, str]) -> Place | None:
@@ -117,7 +139,9 @@ def _numbers(env: Mapping[str, str], name: str) -> tuple[int, ...] | None:
     if not text:
         return None
     if not re.fullmatch(r'\d+(,\d+)*', text):
-        raise ConfigError(f'{name}={text}: numbers of local accelerators are wanted, such as 0 or 0,1')
+        raise ConfigError(
+            f'{name}={text}: numbers of local accelerators are wanted, such as 0 or 0,1'
+        )
     return tuple(int(n) for n in text.split(','))
 
 
@@ -131,17 +155,28 @@ def initialize(environment: Mapping[str, str] = os.environ, timeout: int = PATIE
         if own is None:
             return
         try:
-            jax.distributed.initialize(own.address, own.processes, own.process, local_device_ids=own.devices,
-                                       cluster_detection_method='deactivate', initialization_timeout=timeout)
+            jax.distributed.initialize(
+                own.address,
+                own.processes,
+                own.process,
+                local_device_ids=own.devices,
+                cluster_detection_method='deactivate',
+                initialization_timeout=timeout,
+            )
         except RuntimeError as error:
-            raise ConfigError(f'process {own.process} on {socket.gethostname()} did not find the other {own.processes - 1} by way of '
-                              f'{own.address} within {timeout} s ({str(error).splitlines()[0]}); look whether all of them started and reach '
-                              'that address') from error
+            raise ConfigError(
+                f'process {own.process} on {socket.gethostname()} did not find the other {own.processes - 1} by way of '
+                f'{own.address} within {timeout} s ({str(error).splitlines()[0]}); look whether all of them started and reach '
+                'that address'
+            ) from error
     _client().key_value_set(f'vatt/host/{jax.process_index()}', socket.gethostname())
 
 
 def _client():
-    from jax._src import distributed  # there is no public way to its store and barriers, which need no device
+    from jax._src import (
+        distributed,
+    )  # there is no public way to its store and barriers, which need no device
+
     return distributed.global_state.client
 
 
@@ -158,15 +193,24 @@ def barrier(name: str, timeout: float = PATIENCE) -> None:
     client.key_value_set(f'vatt/barrier/{name}/{jax.process_index()}', 'here', allow_overwrite=True)
     try:
         client.wait_at_barrier(f'vatt/{name}', int(timeout * 1000))
-    except Exception as error:   # of a type that differs with the version
-        keys = lambda folder: {key.rsplit('/', 1)[1]: value for key, value in client.key_value_dir_get(folder)}
+    except Exception as error:  # of a type that differs with the version
+        keys = lambda folder: {
+            key.rsplit('/', 1)[1]: value for key, value in client.key_value_dir_get(folder)
+        }
         try:
             came, hosts = keys(f'vatt/barrier/{name}/'), keys('vatt/host/')
-        except Exception:        # the coordinator itself is gone
-            raise Absent(f'the coordinating process cannot be reached at {name!r}: {str(error).splitlines()[0]}') from error
+        except Exception:  # the coordinator itself is gone
+            raise Absent(
+                f'the coordinating process cannot be reached at {name!r}: {str(error).splitlines()[0]}'
+            ) from error
         missing = [str(i) for i in range(count) if str(i) not in came]
-        told = ', '.join(f'process {i} on {hosts.get(i, "an unknown host")}' for i in missing) or f'none is missing: {error}'
-        raise Absent(f'{len(missing)} of {count} processes did not come to {name!r} within {time.monotonic() - began:.0f} s: {told}') from error
+        told = (
+            ', '.join(f'process {i} on {hosts.get(i, "an unknown host")}' for i in missing)
+            or f'none is missing: {error}'
+        )
+        raise Absent(
+            f'{len(missing)} of {count} processes did not come to {name!r} within {time.monotonic() - began:.0f} s: {told}'
+        ) from error
 
 
 def leave() -> None:
@@ -182,8 +226,10 @@ def look_for_absent(error: BaseException, timeout: float = 20) -> None:
     try:
         barrier('the end of a failed step', timeout)
     except Absent as absent:
-        raise Absent(f'{absent}. The step under way failed ({str(error).splitlines()[0][:200]}). The same command, started again on all hosts, '
-                     'continues from the last checkpoint') from error
+        raise Absent(
+            f'{absent}. The step under way failed ({str(error).splitlines()[0][:200]}). The same command, started again on all hosts, '
+            'continues from the last checkpoint'
+        ) from error
 
 
 def is_main() -> bool:
@@ -197,6 +243,7 @@ def agree(value: int) -> int:
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
+
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
@@ -223,6 +270,7 @@ class Stop:
         if jax.process_count() == 1:
             return self._asked
         from jax.experimental import multihost_utils
+
         return multihost_utils.reached_preemption_sync_point(step)
 
     def __exit__(self, *_: Any) -> None:

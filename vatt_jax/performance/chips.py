@@ -17,6 +17,7 @@ Sources, read in November 2026:
   h200    https://www.nvidia.com/en-us/data-center/h200/   the same but 141 GB, 4.8 TB/s
 Where a page says GB for memory that is GiB on the chip, the smaller number stands.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -26,7 +27,7 @@ import re
 from vatt_jax.config import ConfigError
 
 GB = 1e9
-GIB = 2 ** 30
+GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Chip:
     wrap: a torus axis whose length is a multiple of it closes to a ring; 0: a switch. network: one way, this chip's share of the network
     between hosts (GPU) or slices (TPU). host: chips of one host. devices: JAX devices of one chip. axes: of the torus.
     """
+
     name: str
     platform: str
     peak: float | None = None
@@ -50,27 +52,45 @@ class Chip:
     axes: int = 1
 
 
-CHIPS = {c.name: c for c in (
-    Chip('v4', 'tpu', 275e12, 32 * GIB, 1228 * GB, 50 * GB, 4, 25e9 / 8, 4, axes=3),
-    Chip('v5e', 'tpu', 197e12, 16 * GB, 819 * GB, 50 * GB, 16, 25e9 / 8, 8, axes=2),
-    Chip('v5p', 'tpu', 459e12, 95 * GIB, 2765 * GB, 100 * GB, 4, 50e9 / 8, 4, axes=3),
-    Chip('v6e', 'tpu', 918e12, 32 * GB, 1640 * GB, 100 * GB, 16, 100e9 / 8, 8, axes=2),
-    Chip('tpu7x', 'tpu', 2307e12, 192 * GIB, 7380 * GB, 100 * GB, 4, 100e9 / 8, 4, devices=2, axes=3),
-    Chip('h100', 'cuda', 989.4e12, 80 * GB, 3350 * GB, 450 * GB, 0, 400e9 / 8, 8, axes=2),
-    Chip('h200', 'cuda', 989.4e12, 141 * GB, 4800 * GB, 450 * GB, 0, 400e9 / 8, 8, axes=2),
-    Chip('cpu', 'cpu'),
-)}
+CHIPS = {
+    c.name: c
+    for c in (
+        Chip('v4', 'tpu', 275e12, 32 * GIB, 1228 * GB, 50 * GB, 4, 25e9 / 8, 4, axes=3),
+        Chip('v5e', 'tpu', 197e12, 16 * GB, 819 * GB, 50 * GB, 16, 25e9 / 8, 8, axes=2),
+        Chip('v5p', 'tpu', 459e12, 95 * GIB, 2765 * GB, 100 * GB, 4, 50e9 / 8, 4, axes=3),
+        Chip('v6e', 'tpu', 918e12, 32 * GB, 1640 * GB, 100 * GB, 16, 100e9 / 8, 8, axes=2),
+        Chip(
+            'tpu7x',
+            'tpu',
+            2307e12,
+            192 * GIB,
+            7380 * GB,
+            100 * GB,
+            4,
+            100e9 / 8,
+            4,
+            devices=2,
+            axes=3,
+        ),
+        Chip('h100', 'cuda', 989.4e12, 80 * GB, 3350 * GB, 450 * GB, 0, 400e9 / 8, 8, axes=2),
+        Chip('h200', 'cuda', 989.4e12, 141 * GB, 4800 * GB, 450 * GB, 0, 400e9 / 8, 8, axes=2),
+        Chip('cpu', 'cpu'),
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """A machine: `slices` equal tori of `shape` chips (TPU), `shape` = (hosts, GPUs of a host), or (devices,) of this CPU."""
+
     chip: Chip
     shape: tuple[int, ...]
     slices: int = 1
 
     def __str__(self) -> str:
-        return f'{self.chip.name}:{"x".join(map(str, self.shape))}' + (f'*{self.slices}' if self.slices > 1 else '')
+        return f'{self.chip.name}:{"x".join(map(str, self.shape))}' + (
+            f'*{self.slices}' if self.slices > 1 else ''
+        )
 
     @property
     def chips(self) -> int:
@@ -108,19 +128,45 @@ class Topology:
 def gpu_target(chip: Chip) -> str:
     """What XLA's compiler for GPUs has to know of a Hopper GPU that is not here, in its text format (GpuTargetConfigProto). Limits of compute
     capability 9.0: CUDA programming guide, table of technical specifications; 132 multiprocessors, 50 MiB of L2, 1.98 GHz: data sheets."""
-    info = {'threads_per_block_limit': 1024, 'threads_per_warp': 32, 'shared_memory_per_block': 48 * 1024, 'shared_memory_per_core': 228 * 1024,
-            'shared_memory_per_block_optin': 227 * 1024, 'threads_per_core_limit': 2048, 'core_count': 132, 'fpus_per_core': 128,
-            'block_dim_limit_x': 2 ** 31 - 1, 'block_dim_limit_y': 65535, 'block_dim_limit_z': 65535, 'registers_per_core_limit': 65536,
-            'registers_per_block_limit': 65536, 'l2_cache_size': 50 * 2 ** 20, 'clock_rate_ghz': 1.98,
-            'memory_bandwidth': int(chip.bandwidth), 'device_memory_size': int(chip.memory)}
+    info = {
+        'threads_per_block_limit': 1024,
+        'threads_per_warp': 32,
+        'shared_memory_per_block': 48 * 1024,
+        'shared_memory_per_core': 228 * 1024,
+        'shared_memory_per_block_optin': 227 * 1024,
+        'threads_per_core_limit': 2048,
+        'core_count': 132,
+        'fpus_per_core': 128,
+        'block_dim_limit_x': 2**31 - 1,
+        'block_dim_limit_y': 65535,
+        'block_dim_limit_z': 65535,
+        'registers_per_core_limit': 65536,
+        'registers_per_block_limit': 65536,
+        'l2_cache_size': 50 * 2**20,
+        'clock_rate_ghz': 1.98,
+        'memory_bandwidth': int(chip.bandwidth),
+        'device_memory_size': int(chip.memory),
+    }
     kind = next(kind for kind, name in KINDS.items() if name == chip.name)
-    return (f'gpu_device_info {{ {" ".join(f"{k}: {v}" for k, v in info.items())} cuda_compute_capability {{ major: 9 }} }} platform_name: "CUDA" '
-            f'dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 8 }} device_description_str: "{kind}"')
+    return (
+        f'gpu_device_info {{ {" ".join(f"{k}: {v}" for k, v in info.items())} cuda_compute_capability {{ major: 9 }} }} platform_name: "CUDA" '
+        f'dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 8 }} device_description_str: "{kind}"'
+    )
 
 
 # JAX's device_kind -> chip
-KINDS = {'TPU v4': 'v4', 'TPU v5 lite': 'v5e', 'TPU v5e': 'v5e', 'TPU v5': 'v5p', 'TPU v5p': 'v5p', 'TPU v6 lite': 'v6e', 'TPU v6e': 'v6e',
-         'TPU7x': 'tpu7x', 'NVIDIA H100 80GB HBM3': 'h100', 'NVIDIA H200': 'h200'}
+KINDS = {
+    'TPU v4': 'v4',
+    'TPU v5 lite': 'v5e',
+    'TPU v5e': 'v5e',
+    'TPU v5': 'v5p',
+    'TPU v5p': 'v5p',
+    'TPU v6 lite': 'v6e',
+    'TPU v6e': 'v6e',
+    'TPU7x': 'tpu7x',
+    'NVIDIA H100 80GB HBM3': 'h100',
+    'NVIDIA H200': 'h200',
+}
 
 
 def peak_of(devices) -> float | None:
@@ -134,22 +180,32 @@ def parse(text: str) -> Topology:
     flag = f'--topology={text}'
     found = re.fullmatch(r'([a-z0-9]+):(\d+(?:x\d+)*)(?:\*(\d+))?', text)
     if not found:
-        raise ConfigError(f'{flag}: a chip and a shape are wanted, such as v5p:8x8x4, v5e:16x16, v5e:16x16*4 (four slices), h100:8x8 '
-                          '(hosts × GPUs) or cpu:8')
+        raise ConfigError(
+            f'{flag}: a chip and a shape are wanted, such as v5p:8x8x4, v5e:16x16, v5e:16x16*4 (four slices), h100:8x8 '
+            '(hosts × GPUs) or cpu:8'
+        )
     name, shape, slices = found[1], tuple(int(n) for n in found[2].split('x')), int(found[3] or 1)
     if name not in CHIPS:
         raise ConfigError(f'{flag}: no chip {name!r}; there are {", ".join(CHIPS)}')
     chip = CHIPS[name]
     if len(shape) != chip.axes:
-        example = {1: f'{name}:8', 2: f'{name}:8x8' if chip.platform == 'cuda' else f'{name}:16x16', 3: f'{name}:4x4x4'}[chip.axes]
-        raise ConfigError(f'{flag}: {name} has {chip.axes} axes, {len(shape)} given; write it like {example}')
+        example = {
+            1: f'{name}:8',
+            2: f'{name}:8x8' if chip.platform == 'cuda' else f'{name}:16x16',
+            3: f'{name}:4x4x4',
+        }[chip.axes]
+        raise ConfigError(
+            f'{flag}: {name} has {chip.axes} axes, {len(shape)} given; write it like {example}'
+        )
     if 0 in shape or slices == 0:
         raise ConfigError(f'{flag}: every size is a positive number')
     if slices > 1 and chip.platform != 'tpu':
         raise ConfigError(f'{flag}: only TPUs come in slices; leave out *{slices}')
     if chip.platform == 'cuda' and shape[1] > chip.host:
-        raise ConfigError(f'{flag}: a host has {chip.host} GPUs, {shape[1]} asked for; write hosts × GPUs, such as '
-                          f'{name}:{-(-shape[0] * shape[1] // chip.host)}x{chip.host}')
+        raise ConfigError(
+            f'{flag}: a host has {chip.host} GPUs, {shape[1]} asked for; write hosts × GPUs, such as '
+            f'{name}:{-(-shape[0] * shape[1] // chip.host)}x{chip.host}'
+        )
     return Topology(chip, shape, slices)
 
 
@@ -159,5 +215,12 @@ def environment(topology: Topology) -> dict[str, str]:
     cpu = {'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '3', 'ABSL_MIN_LOG_LEVEL': '3'}
     if topology.chip.platform == 'cpu':
         return cpu | {'JAX_NUM_CPU_DEVICES': str(topology.devices)}
-    return cpu | {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0',
-                  'TPU_STDERR_LOG_LEVEL': '3', 'TPU_MIN_LOG_LEVEL': '3', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+    return cpu | {
+        'TPU_SKIP_MDS_QUERY': '1',
+        'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+        'TPU_WORKER_HOSTNAMES': 'localhost',
+        'TPU_WORKER_ID': '0',
+        'TPU_STDERR_LOG_LEVEL': '3',
+        'TPU_MIN_LOG_LEVEL': '3',
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    }

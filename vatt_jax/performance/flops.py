@@ -3,6 +3,7 @@
 The compiler's own count is wrong under a scan, whose body it counts once. Here a scan counts as often as it runs, a `shard_map` body once
 for each device, a Pallas kernel once for each step of its grid. Elementwise work is not counted, as usual in an MFU.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -19,6 +20,7 @@ from vatt_jax.rng import Rng
 @dataclasses.dataclass
 class Count:
     """flops: float. unknown: what was counted once although it may run more often (loops without a fixed number of turns)."""
+
     flops: float = 0.0
     unknown: tuple[str, ...] = ()
 
@@ -65,7 +67,9 @@ def _convolution(eqn) -> Count:
     kernel = eqn.invars[1].aval.shape
     out_features = kernel[eqn.params['dimension_numbers'].rhs_spec[0]]
     spread = math.prod(eqn.params['lhs_dilation'])
-    return Count(2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / out_features / spread)
+    return Count(
+        2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / out_features / spread
+    )
 
 
 def _scan(eqn) -> Count:
@@ -86,20 +90,32 @@ def _shard_map(eqn) -> Count:
 
 
 def _pallas(eqn) -> Count:
-    return inner(eqn).times(math.prod(n for n in eqn.params['grid_mapping'].grid if isinstance(n, int)))
+    return inner(eqn).times(
+        math.prod(n for n in eqn.params['grid_mapping'].grid if isinstance(n, int))
+    )
 
 
 def _fused_attention(products: int):
     """q [B N heads d], k [B M heads d]: `products` matrix products of N × M × d for each head."""
+
     def rule(eqn) -> Count:
         (b, n, heads, d), m = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
         return Count(2.0 * products * b * heads * n * m * d)
+
     return rule
 
 
-RULES = {'dot_general': _dot_general, 'conv_general_dilated': _convolution, 'scan': _scan, 'while': _while, 'cond': _cond,
-         'shard_map': _shard_map, 'pallas_call': _pallas, 'dot_product_attention_fwd': _fused_attention(2),
-         'dot_product_attention_bwd': _fused_attention(5)}
+RULES = {
+    'dot_general': _dot_general,
+    'conv_general_dilated': _convolution,
+    'scan': _scan,
+    'while': _while,
+    'cond': _cond,
+    'shard_map': _shard_map,
+    'pallas_call': _pallas,
+    'dot_product_attention_fwd': _fused_attention(2),
+    'dot_product_attention_bwd': _fused_attention(5),
+}
 
 
 def towers(model, variables: Any, batch: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -117,12 +133,30 @@ def towers(model, variables: Any, batch: Mapping[str, Any]) -> dict[str, dict[st
 
         out[name] = {}
         for kind, features in (('all_tokens', True), ('needed', False)):
+
             def encode(variables, stream, rng, name=name, features=features):
-                return model.apply(variables, name, stream, train=True, rng=rng, features=features, method='encode', mutable=['batch_stats'])[0]
+                return model.apply(
+                    variables,
+                    name,
+                    stream,
+                    train=True,
+                    rng=rng,
+                    features=features,
+                    method='encode',
+                    mutable=['batch_stats'],
+                )[0]
+
             jaxpr, encoded[name] = jax.make_jaxpr(encode, return_shape=True)(variables, stream, rng)
             out[name][kind] = count(jaxpr.jaxpr).flops / rows
     valid = {name: batch[name]['valid'] for name in encoded}
-    heads = of(lambda v, e, ok: model.apply(v, e, valid=ok, train=True, method='project', mutable=['batch_stats'])[0], variables, encoded, valid)
+    heads = of(
+        lambda v, e, ok: model.apply(
+            v, e, valid=ok, train=True, method='project', mutable=['batch_stats']
+        )[0],
+        variables,
+        encoded,
+        valid,
+    )
     out['heads'] = dict.fromkeys(('needed', 'all_tokens'), heads.flops / rows)
     return out
 
@@ -132,7 +166,10 @@ def per_clip(config, inputs, variables) -> float:
     from ml_collections import ConfigDict
 
     from vatt_jax import models
-    plain = models.build(ConfigDict(config.model.to_dict() | {'attention': 'dense'}), config.compute_dtype)   # kernels compute padding too
+
+    plain = models.build(
+        ConfigDict(config.model.to_dict() | {'attention': 'dense'}), config.compute_dtype
+    )  # kernels compute padding too
     two = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype), dict(inputs))
     return model_flops(towers(plain, variables, two))
 

@@ -1,4 +1,5 @@
 """The training loop, read top to bottom: mesh, model, state, start order, step, evaluation, save."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -40,6 +41,7 @@ class Built:
     its state's memory. shape: abstract TrainState. batch: abstract device batch of one step, from bytes; inputs: what of it a loss sees, after
     the device stage; outputs: the model's Outputs of that. info: what the data say of themselves.
     """
+
     mesh: Any
     model: Any
     objective: Any
@@ -52,8 +54,12 @@ class Built:
     inputs: Any
     outputs: Any
     info: dict[str, Any]
-    encoder: encoder.Encoder | None = None   # of evaluations: made by the first, and compiled once for all
-    passes: dict[Any, Any] = dataclasses.field(default_factory=dict)  # of refreshes: function -> compiled once for all
+    encoder: encoder.Encoder | None = (
+        None  # of evaluations: made by the first, and compiled once for all
+    )
+    passes: dict[Any, Any] = dataclasses.field(
+        default_factory=dict
+    )  # of refreshes: function -> compiled once for all
 
 
 def resolve(config: ConfigDict, data) -> None:
@@ -80,10 +86,15 @@ def check(config: ConfigDict) -> None:
         if tower.get('vocab', 1) == 0:
             tower.vocab = 2
     mesh_of(config)
-    model, objective = models.build(config.model, config.compute_dtype), objectives.build(config.objective)
+    model, objective = (
+        models.build(config.model, config.compute_dtype),
+        objectives.build(config.objective),
+    )
     optim.check(config.optimizer, config.steps)
     streams = objective.streams() or tuple(config.model.towers)
-    spec = train_state.abstract(model, preprocess.abstract(config.model.inputs, streams, 2, config.compute_dtype), 0, {})
+    spec = train_state.abstract(
+        model, preprocess.abstract(config.model.inputs, streams, 2, config.compute_dtype), 0, {}
+    )
     train_step.check(config, model, objective, spec.batch_stats)
 
 
@@ -97,34 +108,72 @@ def build(config: ConfigDict, data) -> Built:
 def assemble(config: ConfigDict, data, mesh) -> Built:
     """What `build` builds of a checked config, on a mesh whose devices need not be here (plan.py compiles for machines that are elsewhere)."""
     resolve(config, data)
-    model, objective = models.build(config.model, config.compute_dtype), objectives.build(config.objective)
+    model, objective = (
+        models.build(config.model, config.compute_dtype),
+        objectives.build(config.objective),
+    )
     process = (jax.process_index(), jax.process_count())
     first = next(iter(data.one_pass('train', process[1], process=process, by='records', limit=1)))
     first = only(first, objective.streams())
     missing = set(objective.streams() or ()) - set(first)
     if missing:
-        raise ConfigError(f'config.objective wants the stream {sorted(missing)[0]!r}; the data has '
-                          f'{", ".join(k for k, v in first.items() if isinstance(v, dict) and "data" in v)} '
-                          '(more views: config.data.views)')
-    of_rows = lambda rows: jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)[1:]), np.asarray(x).dtype), encoder.device_part(first))
-    rows = config.batch_size // (config.accumulate if config.accumulation == 'plain' else 1)   # that a loss sees
+        raise ConfigError(
+            f'config.objective wants the stream {sorted(missing)[0]!r}; the data has '
+            f'{", ".join(k for k, v in first.items() if isinstance(v, dict) and "data" in v)} '
+            '(more views: config.data.views)'
+        )
+    of_rows = lambda rows: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)[1:]), np.asarray(x).dtype),
+        encoder.device_part(first),
+    )
+    rows = config.batch_size // (
+        config.accumulate if config.accumulation == 'plain' else 1
+    )  # that a loss sees
     rng = jax.eval_shape(lambda: Rng.create(0, 0, jnp.zeros((rows,), jnp.uint32)))
-    inputs = jax.eval_shape(lambda b, r: preprocess.device_stage(b, config.model.inputs, config.augment, r, augment=False,
-                                                                 dtype=config.compute_dtype), of_rows(rows), rng)
+    inputs = jax.eval_shape(
+        lambda b, r: preprocess.device_stage(
+            b, config.model.inputs, config.augment, r, augment=False, dtype=config.compute_dtype
+        ),
+        of_rows(rows),
+        rng,
+    )
     labels = {name: len(classes) for name, classes in data.info.get('labels', {}).items()}
     spec = train_state.abstract(model, inputs, data.size('train'), labels)
     train_step.check(config, model, objective, spec.batch_stats)
     init, shape, shardings, tx = train_state.create(config, model, objective, spec, mesh)
-    step = jax.jit(train_step.make(config, model, objective, tx), in_shardings=(shardings, sharding.batch_sharding(mesh)),
-                   out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0, compiler_options=dict(config.compiler_options) or None)
+    step = jax.jit(
+        train_step.make(config, model, objective, tx),
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+        compiler_options=dict(config.compiler_options) or None,
+    )
     batch = of_rows(config.batch_size)
-    columns = {k: jax.ShapeDtypeStruct((config.batch_size, *x.shape), x.dtype) for k, x in objective.columns().items()}
+    columns = {
+        k: jax.ShapeDtypeStruct((config.batch_size, *x.shape), x.dtype)
+        for k, x in objective.columns().items()
+    }
     if columns:
         batch['columns'] = columns
-    return Built(mesh, model, objective, tx, init, step, shape, shardings, batch, inputs, spec.outputs, data.info)
+    return Built(
+        mesh,
+        model,
+        objective,
+        tx,
+        init,
+        step,
+        shape,
+        shardings,
+        batch,
+        inputs,
+        spec.outputs,
+        data.info,
+    )
 
 
-def train(config: ConfigDict, data, workdir: str | pathlib.Path, *, quiet: bool = False) -> tuple[Built, dict[str, float]]:
+def train(
+    config: ConfigDict, data, workdir: str | pathlib.Path, *, quiet: bool = False
+) -> tuple[Built, dict[str, float]]:
     """Trains to config.steps or to SIGTERM, continuing whatever the run folder holds. Returns what it built, compiled by now, and the last
     evaluation's scalars.
 
@@ -136,7 +185,14 @@ def train(config: ConfigDict, data, workdir: str | pathlib.Path, *, quiet: bool 
         return built, _train(config, data, pathlib.Path(workdir), built, quiet, stop)
 
 
-def _train(config: ConfigDict, data, workdir: pathlib.Path, built: Built, quiet: bool, stop: distributed.Stop) -> dict[str, float]:
+def _train(
+    config: ConfigDict,
+    data,
+    workdir: pathlib.Path,
+    built: Built,
+    quiet: bool,
+    stop: distributed.Stop,
+) -> dict[str, float]:
     main, process = distributed.is_main(), (jax.process_index(), jax.process_count())
     check_run_folder(config, workdir)
 
@@ -153,46 +209,81 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, built: Built, quiet:
             state = built.init()
             origin = 'starting from scratch'
             if config.init_from:
-                params, stats, left = checkpoint.init_from(config.init_from, state.params['model'], state.batch_stats,
-                                                           config.init_rename, config.init_skip)
-                state = state.replace(params={**state.params, 'model': params}, batch_stats=stats,
-                                      ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else {})
-                origin = f'starting from {config.init_from}' + (f', {len(left)} parameters fresh' if left else '')
+                params, stats, left = checkpoint.init_from(
+                    config.init_from,
+                    state.params['model'],
+                    state.batch_stats,
+                    config.init_rename,
+                    config.init_skip,
+                )
+                state = state.replace(
+                    params={**state.params, 'model': params},
+                    batch_stats=stats,
+                    ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else {},
+                )
+                origin = f'starting from {config.init_from}' + (
+                    f', {len(left)} parameters fresh' if left else ''
+                )
             frozen = [k for k, t in config.model.towers.items() if t.get('frozen_words')]
             if config.init_words:
-                params, said = word_vectors.fill(config.init_words, state.params['model'], data.info['tokenizer'])
-                state = state.replace(params={**state.params, 'model': params}, ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else {})
+                params, said = word_vectors.fill(
+                    config.init_words, state.params['model'], data.info['tokenizer']
+                )
+                state = state.replace(
+                    params={**state.params, 'model': params},
+                    ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else {},
+                )
                 origin += f', {said}'
             elif frozen and not config.init_from:
                 origin += f', random word vectors that stay so (config.init_words is empty and config.model.towers.{frozen[0]}.frozen_words is set)'
             workdir.mkdir(parents=True, exist_ok=True)
             keeper = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint)
-    step, consumed, order, weights = int(state.step), int(start['consumed']), start['order'], tuple(start['weights'])
+    step, consumed, order, weights = (
+        int(state.step),
+        int(start['consumed']),
+        start['order'],
+        tuple(start['weights']),
+    )
     if main:
         write_atomically(workdir / 'config.json', configs.to_json(config))
         if step < config.steps:
-            (workdir / 'done.json').unlink(missing_ok=True)  # of a run that was shorter: this one is not done
+            (workdir / 'done.json').unlink(
+                missing_ok=True
+            )  # of a run that was shorter: this one is not done
     writer = metrics.Writer(workdir, step, main)
     progress = metrics.Progress(config.steps, step, quiet, main)
     count = sum(x.size for x in jax.tree.leaves(state.params))
-    frozen = sum(x.size for n, x in zip(jax.tree.leaves(optim.paths(state.params)), jax.tree.leaves(state.params))
-                 if optim.matches(n, config.optimizer.frozen))
+    frozen = sum(
+        x.size
+        for n, x in zip(jax.tree.leaves(optim.paths(state.params)), jax.tree.leaves(state.params))
+        if optim.matches(n, config.optimizer.frozen)
+    )
     told = f' ({frozen / 1e6:.2f} M of them frozen)' if frozen else ''
-    progress.say(f'{config.name}: {origin}; {count / 1e6:.2f} M parameters{told}, {data.size("train")} training records, '
-                 f'{jax.device_count()} × {jax.devices()[0].device_kind}, {jax.process_count()} process(es)')
+    progress.say(
+        f'{config.name}: {origin}; {count / 1e6:.2f} M parameters{told}, {data.size("train")} training records, '
+        f'{jax.device_count()} × {jax.devices()[0].device_kind}, {jax.process_count()} process(es)'
+    )
 
     with jax.set_mesh(built.mesh):
         first_record = data.offsets('train', by='records')
         peak = chips.peak_of(built.mesh.devices.flat)
         variables = {'params': built.shape.params['model'], 'batch_stats': built.shape.batch_stats}
-        meter = metrics.Meter(flops.per_clip(config, built.inputs, variables) if peak else None, peak)
+        meter = metrics.Meter(
+            flops.per_clip(config, built.inputs, variables) if peak else None, peak
+        )
         first, last = config.profile or (0, 0)
         compiled = tracing = absent = False
         batches, pending, scalars, started, unreadable = None, None, {}, time.monotonic(), 0
 
         def save() -> None:
-            meta = {'step': step, 'consumed': consumed, 'order': order, 'weights': list(weights),
-                    'config': config.to_dict(), 'info': built.info}
+            meta = {
+                'step': step,
+                'consumed': consumed,
+                'order': order,
+                'weights': list(weights),
+                'config': config.to_dict(),
+                'info': built.info,
+            }
             keeper.save(step, state, meta, columns)
 
         def settle() -> None:
@@ -208,13 +299,16 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, built: Built, quiet:
             values = {k: float(v) for k, v in values.items()}
             if values['bad']:
                 records = [f'{s}:{i}' for s, i in rows.tolist()]
-                progress.say(f'step {at}: non-finite loss or gradient, update skipped; records {" ".join(records)}')
+                progress.say(
+                    f'step {at}: non-finite loss or gradient, update skipped; records {" ".join(records)}'
+                )
                 writer.write(at, {'event': 'non-finite step', 'records': records})
                 if values['bad'] >= config.max_bad_steps:
                     raise TrainingStopped(
                         f'{int(values["bad"])} non-finite steps in a row up to step {at}; the last good checkpoint is step '
                         f'{keeper.latest()}. Lower config.optimizer.schedule.peak, set config.optimizer.clip, or look at the records '
-                        f'listed in {workdir}/metrics.jsonl')
+                        f'listed in {workdir}/metrics.jsonl'
+                    )
             if at % config.log_every == 0 or at == config.steps:
                 speed = meter.read()
                 writer.write(at, {**values, 'order': order[:16], **speed})
@@ -222,19 +316,31 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, built: Built, quiet:
                 found = data.problems()['indices'][unreadable:]
                 if found:
                     unreadable += len(found)
-                    writer.write(at, {'event': 'unreadable records', 'records': [f'{source}:{index} {why}' for source, index, why in found]})
-                    progress.say(f'step {at}: {len(found)} more records cannot be read, such as {" ".join(map(str, found[0]))}')
+                    writer.write(
+                        at,
+                        {
+                            'event': 'unreadable records',
+                            'records': [f'{source}:{index} {why}' for source, index, why in found],
+                        },
+                    )
+                    progress.say(
+                        f'step {at}: {len(found)} more records cannot be read, such as {" ".join(map(str, found[0]))}'
+                    )
 
         try:
             while step < config.steps:
                 if config.eval_every and step and step % config.eval_every == 0:
                     settle()
-                    scalars = evaluate(config, built, state, data, workdir, step, writer=writer, progress=progress)
+                    scalars = evaluate(
+                        config, built, state, data, workdir, step, writer=writer, progress=progress
+                    )
                     meter.reset()
                 if built.objective.refresh_due(step, config.steps):
                     settle()
                     progress.say(f'step {step}: refresh')
-                    state, fresh, weights = refresh(config, built, state, step, data, process, columns)
+                    state, fresh, weights = refresh(
+                        config, built, state, step, data, process, columns
+                    )
                     columns = {**columns, **fresh.columns}
                     writer.write(step, {f'refresh/{k}': v for k, v in fresh.metrics.items()})
                     meter.reset()
@@ -243,7 +349,9 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, built: Built, quiet:
                         batches = None
                 if batches is None:
                     sampling = {k: columns[k] for k in weights}
-                    batches = data.train(consumed, config.batch_size, process=process, columns=sampling or None)
+                    batches = data.train(
+                        consumed, config.batch_size, process=process, columns=sampling or None
+                    )
                 began = time.monotonic()
                 batch = only(next(batches), built.objective.streams())
                 if columns:
@@ -259,7 +367,9 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, built: Built, quiet:
                     jax.block_until_ready(values['loss'])
                     jax.profiler.stop_trace()
                     tracing = False
-                    progress.say(f'trace of steps {first} to {last} in {workdir / "profile"}; look at it with XProf or TensorBoard')
+                    progress.say(
+                        f'trace of steps {first} to {last} in {workdir / "profile"}; look at it with XProf or TensorBoard'
+                    )
                 if not compiled:
                     compiled = True
                     meter.reset()
@@ -278,22 +388,44 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, built: Built, quiet:
                     return scalars
             keeper.wait()
             if config.evals and not stop.asked:
-                scalars = evaluate(config, built, state, data, workdir, step, gallery=config.report, writer=writer, progress=progress)
+                scalars = evaluate(
+                    config,
+                    built,
+                    state,
+                    data,
+                    workdir,
+                    step,
+                    gallery=config.report,
+                    writer=writer,
+                    progress=progress,
+                )
             if stop.asked:
                 progress.say(f'asked to stop: step {step} is saved; the same command evaluates')
                 return scalars
             problems = data.problems()
             if main:
-                final = {'step': step, 'consumed': consumed, 'order': order, 'seconds': round(time.monotonic() - started, 1),
-                         'skipped_steps': int(state.skipped), 'corrupt_records': problems['corrupt'],
-                         'digests': {k: checkpoint.digest(getattr(state, k)) for k in ('params', 'batch_stats', 'opt_state', 'objective')}
-                         if jax.process_count() == 1 else {}}
+                final = {
+                    'step': step,
+                    'consumed': consumed,
+                    'order': order,
+                    'seconds': round(time.monotonic() - started, 1),
+                    'skipped_steps': int(state.skipped),
+                    'corrupt_records': problems['corrupt'],
+                    'digests': {
+                        k: checkpoint.digest(getattr(state, k))
+                        for k in ('params', 'batch_stats', 'opt_state', 'objective')
+                    }
+                    if jax.process_count() == 1
+                    else {},
+                }
                 write_atomically(workdir / 'done.json', json.dumps(final, indent=1))
             if problems['corrupt']:
-                progress.say(f'{problems["corrupt"]} of {problems["read"]} records could not be read: {problems["indices"][:10]}')
+                progress.say(
+                    f'{problems["corrupt"]} of {problems["read"]} records could not be read: {problems["indices"][:10]}'
+                )
             return scalars
         except jax.errors.JaxRuntimeError as error:
-            absent = True   # until all of them come
+            absent = True  # until all of them come
             distributed.look_for_absent(error)
             absent = False
             raise
@@ -312,37 +444,86 @@ def _train(config: ConfigDict, data, workdir: pathlib.Path, built: Built, quiet:
 
 def refresh(config, built: Built, state, step: int, data, process, columns):
     """(state, Refreshed, sampling weights) after the objective's dataset-wide refresh before `step`."""
+
     def encode(fn, augment=True, draw=0):
         def forward(variables, params, batch, step, draw):
             rng = Rng.create(config.seed, step, batch['position']).at('refresh').at(draw)
-            batch = preprocess.device_stage(batch, config.model.inputs, config.augment, rng.at('augment'), augment=augment,
-                                            dtype=config.compute_dtype)
+            batch = preprocess.device_stage(
+                batch,
+                config.model.inputs,
+                config.augment,
+                rng.at('augment'),
+                augment=augment,
+                dtype=config.compute_dtype,
+            )
             return fn(built.model, variables, params, batch, rng)
+
         if (fn, augment) not in built.passes:
-            built.passes[fn, augment] = jax.jit(forward, out_shardings=sharding.replicated(built.mesh))
+            built.passes[fn, augment] = jax.jit(
+                forward, out_shardings=sharding.replicated(built.mesh)
+            )
         forward, at = built.passes[fn, augment], (np.uint32(step), np.uint32(draw))
         parts = []
-        for batch in data.one_pass('train', config.batch_size, process=process, by='records', augment=augment, draw=f'{step}/{draw}'):
+        for batch in data.one_pass(
+            'train',
+            config.batch_size,
+            process=process,
+            by='records',
+            augment=augment,
+            draw=f'{step}/{draw}',
+        ):
             batch = only(batch, built.objective.streams())
             rows = encoder.gather_rows(batch, ('position', 'valid'))
-            out = forward(variables, state.params['objective'], encoder.place(batch, built.mesh), *at)
+            out = forward(
+                variables, state.params['objective'], encoder.place(batch, built.mesh), *at
+            )
             out = jax.tree.map(np.asarray, jax.device_get(out))
-            parts.append({'index': rows['position'][rows['valid']], **{k: v[rows['valid']] for k, v in out.items()}})
+            parts.append(
+                {
+                    'index': rows['position'][rows['valid']],
+                    **{k: v[rows['valid']] for k, v in out.items()},
+                }
+            )
         order = np.argsort(np.concatenate([p['index'] for p in parts]), kind='stable')
         return {k: np.concatenate([p[k] for p in parts])[order] for k in parts[0]}
 
     variables = {'params': state.params['model'], 'batch_stats': state.batch_stats}
-    fresh = built.objective.refresh(variables, state.params['objective'], state.objective, step,
-                                    Records(data.size('train'), columns, encode))
+    fresh = built.objective.refresh(
+        variables,
+        state.params['objective'],
+        state.objective,
+        step,
+        Records(data.size('train'), columns, encode),
+    )
     put = lambda new, like: jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x), s), new, like)
-    state = state.replace(params={**state.params, 'objective': put(fresh.params, built.shardings.params['objective'])},
-                          objective=put(fresh.state, built.shardings.objective))
-    slots = jax.jit(lambda s: train_state.fresh_slots(built.tx, s, fresh.fresh_slots), out_shardings=built.shardings.opt_state)
+    state = state.replace(
+        params={
+            **state.params,
+            'objective': put(fresh.params, built.shardings.params['objective']),
+        },
+        objective=put(fresh.state, built.shardings.objective),
+    )
+    slots = jax.jit(
+        lambda s: train_state.fresh_slots(built.tx, s, fresh.fresh_slots),
+        out_shardings=built.shardings.opt_state,
+    )
     return state.replace(opt_state=slots(state)), fresh, fresh.weights
 
 
-def evaluate(config, built: Built, state, data, workdir: pathlib.Path, step: int, *, tag: str = '', gallery: bool = False,
-             again: bool = False, writer=None, progress=None):
+def evaluate(
+    config,
+    built: Built,
+    state,
+    data,
+    workdir: pathlib.Path,
+    step: int,
+    *,
+    tag: str = '',
+    gallery: bool = False,
+    again: bool = False,
+    writer=None,
+    progress=None,
+):
     """Runs config.evals on a state; results go to <workdir>/evals/<tag> (default step_NNNNNN), scalars to the log. tag: of a baseline,
     for which only the evaluators with `baseline` run. gallery: also keep what the report shows of the retrievals.
 
@@ -370,7 +551,11 @@ def _tell(results, step: int, writer, progress) -> dict[str, float]:
     if writer is not None:
         writer.write(step, {f'eval/{k}': v for k, v in scalars.items()})
     if progress is not None:
-        shown = [f'{k} {v:.3g}' for k, v in scalars.items() if k.rsplit('/', 1)[-1] in ('R@10', 'accuracy', 'top1')]
+        shown = [
+            f'{k} {v:.3g}'
+            for k, v in scalars.items()
+            if k.rsplit('/', 1)[-1] in ('R@10', 'accuracy', 'top1')
+        ]
         progress.say(f'step {step}: ' + '  '.join(shown))
     return scalars
 
@@ -402,8 +587,10 @@ def check_compiler_options(config: ConfigDict) -> None:
         try:
             jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
         except Exception as error:  # of one of several types, by what is wrong
-            raise ConfigError(f'config.compiler_options.{name}={value!r} is not taken by XLA on {jax.default_backend()}: '
-                              f'{str(error).splitlines()[0]}; leave it out') from error
+            raise ConfigError(
+                f'config.compiler_options.{name}={value!r} is not taken by XLA on {jax.default_backend()}: '
+                f'{str(error).splitlines()[0]}; leave it out'
+            ) from error
 
 
 def check_run_folder(config: ConfigDict, workdir: pathlib.Path, evaluating: bool = False) -> None:
@@ -418,15 +605,34 @@ def check_run_folder(config: ConfigDict, workdir: pathlib.Path, evaluating: bool
     if old is None:
         return
     before, new = dict(configs.flatten(old)), dict(configs.flatten(config))
-    told = lambda f: f in before or f.startswith(configs.OPEN)   # else the run is older than the field
-    changed = [f for f in configs.same(old, config) if told(f) and f.startswith(('model.', 'objective.', 'optimizer.name', 'optimizer.frozen'))
-               and not f.startswith(('model.attention', 'model.scan', 'model.remat', 'model.packed', 'objective.method', 'objective.block'))
-               and not (f.endswith('.vocab') and new.get(f) == 0) and not (evaluating and f.startswith('model.inputs.'))]
+    told = lambda f: (
+        f in before or f.startswith(configs.OPEN)
+    )  # else the run is older than the field
+    changed = [
+        f
+        for f in configs.same(old, config)
+        if told(f)
+        and f.startswith(('model.', 'objective.', 'optimizer.name', 'optimizer.frozen'))
+        and not f.startswith(
+            (
+                'model.attention',
+                'model.scan',
+                'model.remat',
+                'model.packed',
+                'objective.method',
+                'objective.block',
+            )
+        )
+        and not (f.endswith('.vocab') and new.get(f) == 0)
+        and not (evaluating and f.startswith('model.inputs.'))
+    ]
     if changed:
         f = changed[0]
         values = [c.get(f, 'absent') for c in (before, new)]
-        raise ConfigError(f'--workdir={workdir} holds a run with config.{f}={values[0]!r} and this config has {values[1]!r}; '
-                          'choose another --workdir, or start from its weights with --config.init_from')
+        raise ConfigError(
+            f'--workdir={workdir} holds a run with config.{f}={values[0]!r} and this config has {values[1]!r}; '
+            'choose another --workdir, or start from its weights with --config.init_from'
+        )
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

@@ -1,4 +1,5 @@
 """What a run tells: one live line, `metrics.jsonl`, TensorBoard events."""
+
 from __future__ import annotations
 
 import json
@@ -32,13 +33,17 @@ class Writer:
             os.replace(temporary, path)
         self.file = path.open('a')
         from tensorboardX import SummaryWriter  # imported late: it takes a second
+
         self.board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1, flush_secs=30)
 
     def write(self, step: int, scalars: dict[str, Any]) -> None:
         """One line {'step': …, **scalars}; numbers also go to TensorBoard. JSON has no NaN and no infinity: they are null."""
         if self.file is None:
             return
-        told = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in scalars.items()}
+        told = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in scalars.items()
+        }
         self.file.write(json.dumps({'step': step, **told}, allow_nan=False) + '\n')
         self.file.flush()
         for name, value in scalars.items():
@@ -58,7 +63,11 @@ def _before(line: str, step: int) -> bool:
     """Whether a line of metrics.jsonl is older than the checkpoint of `step`. False for a line that a kill cut short."""
     try:
         values = json.loads(line)
-        return values['step'] < step or values['step'] == step and not any(name.startswith(AFTER) for name in values)
+        return (
+            values['step'] < step
+            or values['step'] == step
+            and not any(name.startswith(AFTER) for name in values)
+        )
     except (ValueError, KeyError, TypeError):
         return False
 
@@ -70,7 +79,11 @@ class Progress:
         self.steps, self.start, self.active = steps, start, active
         self.began = self.said = time.monotonic()
         console = Console(stderr=False)
-        self.live = Live(console=console, refresh_per_second=4, transient=False) if active and not quiet and console.is_terminal else None
+        self.live = (
+            Live(console=console, refresh_per_second=4, transient=False)
+            if active and not quiet and console.is_terminal
+            else None
+        )
         self.every = 30.0 if quiet else 10.0
         if self.live:
             self.live.start()
@@ -81,8 +94,10 @@ class Progress:
         now = time.monotonic()
         left = (now - self.began) / max(1, step - self.start) * (self.steps - step)
         mfu = f'MFU {100 * values["mfu"]:.1f}%  ' if 'mfu' in values else ''
-        line = (f'step {step}/{self.steps}  loss {values["loss"]:.4f}  lr {values["lr"]:.2e}  {values["clips_per_s"]:.0f} clips/s  {mfu}'
-                f'waiting for data {100 * values["data_wait"]:.0f}%  goodput {100 * values["goodput"]:.0f}%  ETA {duration(left)}')
+        line = (
+            f'step {step}/{self.steps}  loss {values["loss"]:.4f}  lr {values["lr"]:.2e}  {values["clips_per_s"]:.0f} clips/s  {mfu}'
+            f'waiting for data {100 * values["data_wait"]:.0f}%  goodput {100 * values["goodput"]:.0f}%  ETA {duration(left)}'
+        )
         if self.live:
             self.live.update(Text(line))
         elif now - self.said > self.every or step == self.steps or step == self.start + 1:
@@ -92,7 +107,11 @@ class Progress:
     def say(self, text: str) -> None:
         """A line that stays."""
         if self.active:
-            (self.live.console.print(text, markup=False, highlight=False) if self.live else print(text, flush=True))
+            (
+                self.live.console.print(text, markup=False, highlight=False)
+                if self.live
+                else print(text, flush=True)
+            )
 
     def close(self) -> None:
         if self.live:
@@ -103,7 +122,9 @@ class Progress:
 def duration(seconds: float) -> str:
     """'1:02:03' or '2:03'."""
     s = int(seconds)
-    return f'{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}' if s >= 3600 else f'{s // 60}:{s % 60:02d}'
+    return (
+        f'{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}' if s >= 3600 else f'{s // 60}:{s % 60:02d}'
+    )
 
 
 class Meter:
@@ -127,7 +148,11 @@ class Meter:
         now = time.monotonic()
         took = max(1e-9, now - self.began)
         self.useful += max(0.0, took - self.waited - self.lost)
-        out = {'clips_per_s': self.clips / took, 'data_wait': self.waited / took, 'goodput': self.useful / max(1e-9, now - self.start)}
+        out = {
+            'clips_per_s': self.clips / took,
+            'data_wait': self.waited / took,
+            'goodput': self.useful / max(1e-9, now - self.start),
+        }
         if self.flops and self.peak:
             out['mfu'] = self.clips / took * self.flops / self.peak
         self.reset()

@@ -1,4 +1,5 @@
 """python -m data_pipelines.datasets.playground --out=runs/data/playground [--train=1200 --seconds=8 …]"""
+
 from __future__ import annotations
 
 import argparse
@@ -10,7 +11,9 @@ from data_pipelines.errors import DataError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog='python -m data_pipelines.datasets.playground', description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog='python -m data_pipelines.datasets.playground', description=__doc__
+    )
     parser.add_argument('--out', required=True, help='folder of media/ and records/')
     parser.add_argument('--processes', type=int, default=2)
     parser.add_argument('--quiet', action='store_true')

@@ -1,4 +1,5 @@
 """Episodes to frames: anti-aliased signed distances, all frames of a scene at once."""
+
 from __future__ import annotations
 
 import colorsys
@@ -7,7 +8,16 @@ import math
 
 import numpy as np
 
-from data_pipelines.datasets.playground.world import COLORS, FLOOR, LEFT, REACH, RIGHT, Config, Episode, Thing
+from data_pipelines.datasets.playground.world import (
+    COLORS,
+    FLOOR,
+    LEFT,
+    REACH,
+    RIGHT,
+    Config,
+    Episode,
+    Thing,
+)
 
 MARGIN = 0.5  # share of the frame; more than anything hangs over its edge
 FURTHEST = 1.25  # radii; no shape goes further from its centre
@@ -36,20 +46,26 @@ def backdrop(size: int, episode: Episode) -> np.ndarray:
     light, hue, saturation, ky, kx, vy, vx, phase, twist = map(float, episode.background)
     t = (episode.times - episode.begin)[:, None]
     place = np.linspace(0, 1, size)[None]
-    wave = (sine_of_sum(ky * (place + 0.05 * vy * t) + phase, kx * (place + 0.05 * vx * t))
-            + 0.5 * sine_of_sum(-3 * twist * place + 0.4 * vx * t, np.broadcast_to(3 * twist * place, (len(t), size))))
+    wave = sine_of_sum(
+        ky * (place + 0.05 * vy * t) + phase, kx * (place + 0.05 * vx * t)
+    ) + 0.5 * sine_of_sum(
+        -3 * twist * place + 0.4 * vx * t, np.broadcast_to(3 * twist * place, (len(t), size))
+    )
     value = np.clip(light + 0.04 * wave, 0.02, 0.7)
     tint = np.array(colorsys.hsv_to_rgb(hue, saturation, 1.0), np.float32)
     canvas = value[..., None] * (tint * 255)
-    canvas[:, math.ceil(FLOOR * size):] *= 0.55
-    canvas[:, :, :int(LEFT * size)] *= 0.55
-    canvas[:, :, math.ceil(RIGHT * size):] *= 0.55
+    canvas[:, math.ceil(FLOOR * size) :] *= 0.55
+    canvas[:, :, : int(LEFT * size)] *= 0.55
+    canvas[:, :, math.ceil(RIGHT * size) :] *= 0.55
     return canvas
 
 
 def sine_of_sum(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """float32 [T H W] of angles [T H] + [T W], from sines and cosines of each alone."""
-    left, right = np.stack([np.sin(rows), np.cos(rows)], -1), np.stack([np.cos(columns), np.sin(columns)], 1)
+    left, right = (
+        np.stack([np.sin(rows), np.cos(rows)], -1),
+        np.stack([np.cos(columns), np.sin(columns)], 1),
+    )
     return left.astype(np.float32) @ right.astype(np.float32)
 
 
@@ -61,15 +77,22 @@ def draw(canvas: np.ndarray, thing: Thing, size: int, margin: int) -> None:
     half = int(math.ceil(FURTHEST * float(thing.radius.max()) * size)) + 2
     corner = np.floor(thing.center * size).astype(int) - half
     span = np.arange(2 * half + 1)
-    rows, columns = corner[:, :1] + span, corner[:, 1:] + span                    # [T S]
+    rows, columns = corner[:, :1] + span, corner[:, 1:] + span  # [T S]
     radius = (np.maximum(thing.radius, 1e-3) * size).astype(np.float32)[:, None, None]
     v = (((rows + 0.5) - thing.center[:, :1] * size).astype(np.float32))[:, :, None] / radius
     u = (((columns + 0.5) - thing.center[:, 1:] * size).astype(np.float32))[:, None, :] / radius
     c, s = math.cos(thing.angle), math.sin(thing.angle)
     u, v = c * u + s * v, c * v - s * u
-    alpha = np.clip(0.5 - distance(thing.kind, u, v) * radius, 0, 1) * (thing.radius > 0.01)[:, None, None]
+    alpha = (
+        np.clip(0.5 - distance(thing.kind, u, v) * radius, 0, 1)
+        * (thing.radius > 0.01)[:, None, None]
+    )
     color = np.array(COLORS[thing.color], np.float32) * pattern(thing.texture, u, v)[..., None]
-    at = (np.arange(frames_)[:, None, None], (rows + margin)[:, :, None], (columns + margin)[:, None, :])
+    at = (
+        np.arange(frames_)[:, None, None],
+        (rows + margin)[:, :, None],
+        (columns + margin)[:, None, :],
+    )
     below = canvas[at]
     canvas[at] = below + alpha.astype(np.float32)[..., None] * (color - below)
 
@@ -120,7 +143,9 @@ def boxes(config: Config, episodes: list[Episode]) -> list[list[list[float]]]:
     out = []
     for e in episodes:
         things = [e.subject, *e.distractors]
-        tight = np.stack([np.tile(x.center, 2) + x.radius[:, None] * extent(x) for x in things], 1)              # [T objects 4]
+        tight = np.stack(
+            [np.tile(x.center, 2) + x.radius[:, None] * extent(x) for x in things], 1
+        )  # [T objects 4]
         shown = np.stack([x.radius > 0.01 for x in things], 1)
         out += np.where(shown[..., None], np.clip(tight, 0, 1).round(4), 0.0).tolist()
     return out

@@ -1,30 +1,80 @@
 """What is said: lower-case sentences in the manner of ASR, some about now, some about before or later, some about nothing."""
+
 from __future__ import annotations
 
 import numpy as np
 
 from data_pipelines.datasets.playground.world import Episode
 
-NOUNS = {'disc': ('disc', 'circle', 'round thing'), 'ring': ('ring', 'hoop'), 'plank': ('plank', 'board', 'flat thing'),
-         'pole': ('pole', 'stick', 'tall thing')}
-VERBS = {'bounce': ('bounces on the floor', 'is bouncing up and down', 'drops and bounces', 'keeps hitting the ground'),
-         'collide': ('crashes into the wall', 'runs from side to side', 'hits the posts', 'keeps colliding with the sides'),
-         'appear': ('appears', 'is growing out of nothing', 'pops up', 'shows up from nowhere'),
-         'vanish': ('vanishes', 'is shrinking away', 'disappears', 'fades to nothing')}
+NOUNS = {
+    'disc': ('disc', 'circle', 'round thing'),
+    'ring': ('ring', 'hoop'),
+    'plank': ('plank', 'board', 'flat thing'),
+    'pole': ('pole', 'stick', 'tall thing'),
+}
+VERBS = {
+    'bounce': (
+        'bounces on the floor',
+        'is bouncing up and down',
+        'drops and bounces',
+        'keeps hitting the ground',
+    ),
+    'collide': (
+        'crashes into the wall',
+        'runs from side to side',
+        'hits the posts',
+        'keeps colliding with the sides',
+    ),
+    'appear': ('appears', 'is growing out of nothing', 'pops up', 'shows up from nowhere'),
+    'vanish': ('vanishes', 'is shrinking away', 'disappears', 'fades to nothing'),
+}
 LOOKS = {'plain': ('',), 'striped': ('striped', 'stripy'), 'dotted': ('dotted', 'spotted')}
 SCALES = {'small': ('small', 'little'), 'medium': ('',), 'large': ('large', 'big')}
-OPENINGS = ('', '', '', 'um', 'so', 'and now', 'okay', 'you can see', 'look here', 'all right', 'you know')
+OPENINGS = (
+    '',
+    '',
+    '',
+    'um',
+    'so',
+    'and now',
+    'okay',
+    'you can see',
+    'look here',
+    'all right',
+    'you know',
+)
 CLOSINGS = ('', '', '', 'right', 'as you can see', 'there you go', 'you see')
-CHATTER = ('so yeah let us get started', 'thanks for watching everybody', 'do not forget to subscribe', 'i had a really nice coffee this morning',
-           'let me just fix the camera', 'can you hear me okay', 'we are going to do this again', 'it is quite warm in here today',
-           'this is my favorite part', 'i think that is about it', 'give me one second', 'my neighbor is a bit loud sorry',
-           'what a day what a day', 'anyway where was i', 'hello and welcome back', 'leave me a comment below')
+CHATTER = (
+    'so yeah let us get started',
+    'thanks for watching everybody',
+    'do not forget to subscribe',
+    'i had a really nice coffee this morning',
+    'let me just fix the camera',
+    'can you hear me okay',
+    'we are going to do this again',
+    'it is quite warm in here today',
+    'this is my favorite part',
+    'i think that is about it',
+    'give me one second',
+    'my neighbor is a bit loud sorry',
+    'what a day what a day',
+    'anyway where was i',
+    'hello and welcome back',
+    'leave me a comment below',
+)
 
 
 def caption(episode: Episode) -> str:
     """The clean sentence of an episode: 'a large red striped ring bounces on the floor'."""
     s = episode.subject
-    words = ['a', SCALES[s.size][0], s.color, LOOKS[s.texture][0], NOUNS[s.kind][0], VERBS[episode.event][0]]
+    words = [
+        'a',
+        SCALES[s.size][0],
+        s.color,
+        LOOKS[s.texture][0],
+        NOUNS[s.kind][0],
+        VERBS[episode.event][0],
+    ]
     return ' '.join(w for w in words if w)
 
 
@@ -32,9 +82,16 @@ def sentence(rng: np.random.Generator, episode: Episode) -> str:
     """A spoken sentence about an episode; it leaves things out now and then, and wraps them in filler."""
     s = episode.subject
     pick = lambda options: str(rng.choice(options))
-    words = [pick(OPENINGS), pick(('a', 'the', 'this')), pick(SCALES[s.size]) if rng.uniform() < 0.6 else '',
-             s.color if rng.uniform() < 0.4 else '', pick(LOOKS[s.texture]) if rng.uniform() < 0.35 else '',
-             pick(NOUNS[s.kind]) if rng.uniform() < 0.9 else 'thing', pick(VERBS[episode.event]) if rng.uniform() < 0.95 else '', pick(CLOSINGS)]
+    words = [
+        pick(OPENINGS),
+        pick(('a', 'the', 'this')),
+        pick(SCALES[s.size]) if rng.uniform() < 0.6 else '',
+        s.color if rng.uniform() < 0.4 else '',
+        pick(LOOKS[s.texture]) if rng.uniform() < 0.35 else '',
+        pick(NOUNS[s.kind]) if rng.uniform() < 0.9 else 'thing',
+        pick(VERBS[episode.event]) if rng.uniform() < 0.95 else '',
+        pick(CLOSINGS),
+    ]
     return ' '.join(w for w in words if w)
 
 

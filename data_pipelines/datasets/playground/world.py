@@ -1,4 +1,5 @@
 """What happens: objects, events and words of one video, decided from (seed, split, number) alone."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -8,15 +9,28 @@ import numpy as np
 
 KINDS = ('disc', 'ring', 'plank', 'pole')
 EVENTS = ('bounce', 'collide', 'appear', 'vanish')
-COLORS = {'red': (225, 50, 45), 'orange': (245, 145, 30), 'yellow': (240, 225, 60), 'green': (60, 190, 70), 'cyan': (60, 210, 220),
-          'blue': (55, 85, 230), 'purple': (150, 60, 200), 'white': (245, 245, 245)}
+COLORS = {
+    'red': (225, 50, 45),
+    'orange': (245, 145, 30),
+    'yellow': (240, 225, 60),
+    'green': (60, 190, 70),
+    'cyan': (60, 210, 220),
+    'blue': (55, 85, 230),
+    'purple': (150, 60, 200),
+    'white': (245, 245, 245),
+}
 TEXTURES = ('plain', 'striped', 'dotted')
-SIZES = {'small': 0.165, 'medium': 0.21, 'large': 0.27}   # radius, as a share of the frame's height
-REACH = {'disc': (0.95, 0.95), 'ring': (0.95, 0.95), 'plank': (0.4, 1.1), 'pole': (1.1, 0.4)}  # half height, half width, in radii
-TILT = 0.12                                               # radians; most that a subject leans
+SIZES = {'small': 0.165, 'medium': 0.21, 'large': 0.27}  # radius, as a share of the frame's height
+REACH = {
+    'disc': (0.95, 0.95),
+    'ring': (0.95, 0.95),
+    'plank': (0.4, 1.1),
+    'pole': (1.1, 0.4),
+}  # half height, half width, in radii
+TILT = 0.12  # radians; most that a subject leans
 CLASSES = tuple(f'{event} {kind}' for event in EVENTS for kind in KINDS)
 SPLITS = ('train', 'validation', 'test')
-FLOOR, LEFT, RIGHT = 0.93, 0.06, 0.94                     # where things hit, shares of the frame
+FLOOR, LEFT, RIGHT = 0.93, 0.06, 0.94  # where things hit, shares of the frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +41,7 @@ class Config:
     video. held_out: share of (colour, kind) pairs, at most a half, that only the test split shows, among all others. distractors: most
     silent objects per scene. camera_noise, sound_noise: standard deviations, in 8-bit levels and as a share of full scale.
     """
+
     train: int = 1200
     validation: int = 128
     test: int = 256
@@ -44,23 +59,37 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, wanted = getattr(self, field.name), type(field.default)
-            if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
-                raise ValueError(f'playground {field.name}={value!r}: a {wanted.__name__} is wanted, such as {field.default!r}')
+            if isinstance(value, bool) or not isinstance(
+                value, (int, float) if wanted is float else wanted
+            ):
+                raise ValueError(
+                    f'playground {field.name}={value!r}: a {wanted.__name__} is wanted, such as {field.default!r}'
+                )
         for name in ('train', 'validation', 'test', 'seconds', 'episodes', 'fps', 'size', 'rate'):
             if not getattr(self, name) > 0:
-                raise ValueError(f'playground {name}={getattr(self, name)}: a positive number is wanted')
+                raise ValueError(
+                    f'playground {name}={getattr(self, name)}: a positive number is wanted'
+                )
         for name in ('seed', 'distractors', 'camera_noise', 'sound_noise'):
             if not getattr(self, name) >= 0:
                 raise ValueError(f'playground {name}={getattr(self, name)}: it cannot be negative')
         if not 0 <= self.held_out <= 0.5:
-            raise ValueError(f'playground held_out={self.held_out}: a share from 0 to 0.5 of the (colour, kind) pairs is wanted')
+            raise ValueError(
+                f'playground held_out={self.held_out}: a share from 0 to 0.5 of the (colour, kind) pairs is wanted'
+            )
         if self.seconds / self.episodes < 1.5:
-            raise ValueError(f'playground: {self.episodes} episodes in seconds={self.seconds} leave less than 1.5 s each; '
-                             f'try seconds={1.5 * self.episodes:g}')
+            raise ValueError(
+                f'playground: {self.episodes} episodes in seconds={self.seconds} leave less than 1.5 s each; '
+                f'try seconds={1.5 * self.episodes:g}'
+            )
         if self.seconds / self.episodes * self.fps < 4:
-            raise ValueError(f'playground fps={self.fps}: {self.seconds / self.episodes:g} s a scene would be fewer than 4 pictures')
+            raise ValueError(
+                f'playground fps={self.fps}: {self.seconds / self.episodes:g} s a scene would be fewer than 4 pictures'
+            )
         if self.rate < 5000:
-            raise ValueError(f'playground rate={self.rate}: the highest tone is near 2000 Hz; 5000 or more is wanted')
+            raise ValueError(
+                f'playground rate={self.rate}: the highest tone is near 2000 Hz; 5000 or more is wanted'
+            )
         if self.size % 2:
             raise ValueError(f'playground size={self.size}: H.264 wants an even number')
 
@@ -68,6 +97,7 @@ class Config:
 @dataclasses.dataclass
 class Thing:
     """An object of a scene. center [T 2] (y, x) and radius [T], shares of the frame, at the scene's frame times."""
+
     kind: str
     color: str
     texture: str
@@ -81,6 +111,7 @@ class Thing:
 class Episode:
     """One scene. sounds: (time in the video, kind of sound, strength), a little before `begin` where one is under way as the scene
     starts. times: of its frames, seconds in the video."""
+
     begin: float
     end: float
     event: str
@@ -95,9 +126,9 @@ class Episode:
         return f'{self.event} {self.subject.kind}'
 
 
-RISE = 0.4    # how far up a thing goes while it appears or vanishes, share of the frame
-GLIDE = 0.8   # seconds an appearance or a vanishing takes
-NEXT = 0.42   # least seconds from one post to the other: a sound is over before the next
+RISE = 0.4  # how far up a thing goes while it appears or vanishes, share of the frame
+GLIDE = 0.8  # seconds an appearance or a vanishing takes
+NEXT = 0.42  # least seconds from one post to the other: a sound is over before the next
 
 
 def held_out_pairs(config: Config) -> set[tuple[str, str]]:
@@ -105,8 +136,16 @@ def held_out_pairs(config: Config) -> set[tuple[str, str]]:
     rng = np.random.default_rng((config.seed, 11))
     shift = int(rng.integers(len(COLORS)))
     count = round(config.held_out * len(COLORS) * len(KINDS))
-    pairs = [(c, k) for i, c in enumerate(COLORS) for j, k in enumerate(KINDS) if (i + shift - j) % len(COLORS) in (0, 3, 5, 1)]
-    pairs = sorted(pairs, key=lambda p: ((list(COLORS).index(p[0]) + shift - KINDS.index(p[1])) % len(COLORS), p))
+    pairs = [
+        (c, k)
+        for i, c in enumerate(COLORS)
+        for j, k in enumerate(KINDS)
+        if (i + shift - j) % len(COLORS) in (0, 3, 5, 1)
+    ]
+    pairs = sorted(
+        pairs,
+        key=lambda p: ((list(COLORS).index(p[0]) + shift - KINDS.index(p[1])) % len(COLORS), p),
+    )
     return set(pairs[:count])
 
 
@@ -120,7 +159,9 @@ def video(config: Config, split: str, number: int) -> list[Episode]:
     held = set() if split == 'test' else held_out_pairs(config)
     inner = config.seconds * (np.arange(1, config.episodes) / config.episodes)
     jitter = 0.12 * config.seconds / config.episodes
-    edges = np.concatenate([[0.0], inner + rng.uniform(-jitter, jitter, len(inner)), [config.seconds]])
+    edges = np.concatenate(
+        [[0.0], inner + rng.uniform(-jitter, jitter, len(inner)), [config.seconds]]
+    )
     times = np.arange(round(config.seconds * config.fps)) / config.fps
     order = np.random.default_rng((config.seed, SPLITS.index(split), 7)).permutation(len(CLASSES))
     out = []
@@ -129,28 +170,70 @@ def video(config: Config, split: str, number: int) -> list[Episode]:
         # a new pass over all classes starts elsewhere, so neighbours in a video are not always the same pair
         event, kind = CLASSES[order[(place + place // len(CLASSES) * 5) % len(CLASSES)]].split()
         allowed = [c for c in COLORS if (c, kind) not in held]
-        look = (kind, str(rng.choice(allowed)), str(rng.choice(TEXTURES)), str(rng.choice(list(SIZES))))
-        out.append(episode(config, rng, begin, end, event, look, times[(times >= begin) & (times < end)], held))
+        look = (
+            kind,
+            str(rng.choice(allowed)),
+            str(rng.choice(TEXTURES)),
+            str(rng.choice(list(SIZES))),
+        )
+        out.append(
+            episode(
+                config, rng, begin, end, event, look, times[(times >= begin) & (times < end)], held
+            )
+        )
     return out
 
 
-def episode(config: Config, rng: np.random.Generator, begin: float, end: float, event: str, look, times: np.ndarray, held) -> Episode:
+def episode(
+    config: Config,
+    rng: np.random.Generator,
+    begin: float,
+    end: float,
+    event: str,
+    look,
+    times: np.ndarray,
+    held,
+) -> Episode:
     """look: (kind, colour, texture, size) of the subject. times: of the scene's frames. held: (colour, kind) pairs not to be shown."""
     kind, color, texture, size = look
     t, length = times - begin, end - begin
     radius = np.full(len(t), SIZES[size] * rng.uniform(0.93, 1.07))
     r = float(radius[0]) if len(radius) else SIZES[size]
-    center, sounds = {'bounce': bounce, 'collide': collide, 'appear': grow, 'vanish': grow}[event](rng, t, length, r * np.array(REACH[kind]))
+    center, sounds = {'bounce': bounce, 'collide': collide, 'appear': grow, 'vanish': grow}[event](
+        rng, t, length, r * np.array(REACH[kind])
+    )
     if event in ('appear', 'vanish'):
         scale, starts = swell(rng, t, length, event)
         radius, sounds = radius * scale, [(s, event, 1.0) for s in starts]
         # it comes up from below as it grows, and floats off as it shrinks
         center[:, 0] += (RISE if event == 'appear' else -RISE) * (1 - scale)
     subject = Thing(kind, color, texture, size, float(rng.uniform(-TILT, TILT)), center, radius)
-    others = [drifting(rng, t, kind, held) for _ in range(rng.integers(1, config.distractors + 1))] if config.distractors else []
+    others = (
+        [drifting(rng, t, kind, held) for _ in range(rng.integers(1, config.distractors + 1))]
+        if config.distractors
+        else []
+    )
     hue, light = rng.uniform(0, 1), rng.uniform(0.1, 0.3)
-    background = np.array([light, hue, rng.uniform(0.05, 0.25), *rng.uniform(-6, 6, 4), rng.uniform(0, 6.28), rng.uniform(-2, 2)])
-    return Episode(begin, end, event, subject, others, background, [(begin + s, what, strength) for s, what, strength in sounds], times)
+    background = np.array(
+        [
+            light,
+            hue,
+            rng.uniform(0.05, 0.25),
+            *rng.uniform(-6, 6, 4),
+            rng.uniform(0, 6.28),
+            rng.uniform(-2, 2),
+        ]
+    )
+    return Episode(
+        begin,
+        end,
+        event,
+        subject,
+        others,
+        background,
+        [(begin + s, what, strength) for s, what, strength in sounds],
+        times,
+    )
 
 
 def bounce(rng, t, length, reach):
@@ -160,8 +243,12 @@ def bounce(rng, t, length, reach):
     ground = FLOOR - reach[0]
     gravity = rng.uniform(2.2, 3.4)
     x = rng.uniform(0.25, 0.75) + rng.uniform(-0.06, 0.06) * t
-    when = rng.uniform(0.0, 0.5)                     # let go after a while: the rhythm has no fixed phase
-    hits, speed, clock = [], math.sqrt(2 * gravity * (ground - top)), when + math.sqrt(2 * (ground - top) / gravity)
+    when = rng.uniform(0.0, 0.5)  # let go after a while: the rhythm has no fixed phase
+    hits, speed, clock = (
+        [],
+        math.sqrt(2 * gravity * (ground - top)),
+        when + math.sqrt(2 * (ground - top) / gravity),
+    )
     y = np.where(t < when, top, top + 0.5 * gravity * (t - when) ** 2)
     while clock < length:
         hits.append((clock, 'impact', min(1.0, 0.35 + 0.35 * speed)))
@@ -179,7 +266,11 @@ def collide(rng, t, length, reach):
     """Runs against the left and the right post in turn, at constant speed."""
     low, high = LEFT + reach[1], RIGHT - reach[1]
     span = high - low
-    speed, x0, way = min(rng.uniform(0.75, 1.25), span / NEXT), rng.uniform(low, high), rng.choice([-1, 1])
+    speed, x0, way = (
+        min(rng.uniform(0.75, 1.25), span / NEXT),
+        rng.uniform(low, high),
+        rng.choice([-1, 1]),
+    )
     phase = (x0 - low if way > 0 else 2 * span - (x0 - low)) + speed * t
     folded = np.mod(phase, 2 * span)
     x = low + np.where(folded > span, 2 * span - folded, folded)
@@ -212,5 +303,12 @@ def drifting(rng, t, kind, held) -> Thing:
     start, velocity = rng.uniform(0.1, 0.9, 2), rng.uniform(-0.12, 0.12, 2)
     fold = lambda x: 1 - np.abs(np.mod(x, 2) - 1)
     color = str(rng.choice([c for c in COLORS if (c, other) not in held]))
-    return Thing(other, color, 'plain', 'tiny', float(rng.uniform(-1, 1)), fold(start + velocity * t[:, None]),
-                 np.full(len(t), rng.uniform(0.045, 0.065)))
+    return Thing(
+        other,
+        color,
+        'plain',
+        'tiny',
+        float(rng.uniform(-1, 1)),
+        fold(start + velocity * t[:, None]),
+        np.full(len(t), rng.uniform(0.045, 0.065)),
+    )

@@ -1,4 +1,5 @@
 """S3D-G: Inception with separable convolutions and self-gating (Xie et al., 2018), as MMV has it."""
+
 from __future__ import annotations
 
 import flax.linen as nn
@@ -17,14 +18,17 @@ FOLD = (2, 2, 2)  # frames, rows and columns that space-to-depth puts into one p
 def space_to_depth(x: jax.Array, block: tuple[int, int, int] = FOLD) -> jax.Array:
     """[B T H W C] -> [B T/2 H/2 W/2 8C], new channels in the order (time, row, column, colour), colour fastest."""
     if any(n % b for n, b in zip(x.shape[1:4], block)):
-        raise ConfigError(f'config.model.inputs.video: {x.shape[1]} frames of {x.shape[2]}×{x.shape[3]} do not fold into blocks of '
-                          f'{"×".join(map(str, block))}; choose even frames and size, or set config.model.towers.video.space_to_depth=False')
+        raise ConfigError(
+            f'config.model.inputs.video: {x.shape[1]} frames of {x.shape[2]}×{x.shape[3]} do not fold into blocks of '
+            f'{"×".join(map(str, block))}; choose even frames and size, or set config.model.towers.video.space_to_depth=False'
+        )
     cells, grid = fold(x, block)
     return cells.reshape(x.shape[0], *grid, -1)
 
 
 class Gate(nn.Module):
     """Each channel times the sigmoid of a linear function of the means of all channels over time and space."""
+
     dtype: str = 'float32'
 
     @nn.compact
@@ -37,6 +41,7 @@ class Gate(nn.Module):
 class Unit(nn.Module):
     """Convolution, batch norm, ReLU; where the kernel extends over time and space and `separable`, over space and then over time, each with
     batch norm and ReLU; then, where `gated`, the gate."""
+
     features: int
     kernel: tuple[int, int, int]
     strides: tuple[int, int, int] = (1, 1, 1)
@@ -54,7 +59,15 @@ class Unit(nn.Module):
             parts = [((1, *space), (1, *steps)), ((t, 1, 1), (step, 1, 1))]
         for i, (kernel, strides) in enumerate(parts):
             kernel = (1, *kernel[1:]) if self.still else kernel
-            x = ConvNorm(self.features, kernel, strides, norm=self.norm, init='fan_in', dtype=self.dtype, name=f'conv_{i}')(x, valid, train)
+            x = ConvNorm(
+                self.features,
+                kernel,
+                strides,
+                norm=self.norm,
+                init='fan_in',
+                dtype=self.dtype,
+                name=f'conv_{i}',
+            )(x, valid, train)
         return Gate(self.dtype, name='gate')(x) if self.gated else x
 
 
@@ -66,6 +79,7 @@ class S3D(nn.Module):
     deflate.py makes out of one for video). pools, blocks: how many of the max pools and Inception blocks there are (i3d.trunk); with 2 pools, the
     map is [B T/2 H/8 W/8 …], with one block of the last stage instead of two it has 832·w channels.
     """
+
     space_to_depth: bool = True
     multiplier: float = 1.0
     pools: int = 4
@@ -79,10 +93,27 @@ class S3D(nn.Module):
         def unit(features, kernel, strides=(1, 1, 1), separable=True, name=None):
             # what only reduces the width before a larger kernel has no gate, nor have the two layers at the beginning
             gated = not name.endswith('_in') and name not in ('conv_1a', 'conv_2b')
-            return Unit(max(1, round(features * self.multiplier)), kernel, strides, separable, gated, self.still, self.norm, self.dtype,
-                        name=name)
+            return Unit(
+                max(1, round(features * self.multiplier)),
+                kernel,
+                strides,
+                separable,
+                gated,
+                self.still,
+                self.norm,
+                self.dtype,
+                name=name,
+            )
+
         if self.space_to_depth and x.shape[-1] == 3:
             x = space_to_depth(x, (1, *FOLD[1:]) if self.still else FOLD)
         stem = ((2, 4, 4), (1, 1, 1)) if self.space_to_depth else ((7, 7, 7), (2, 2, 2))
-        x = trunk(unit(64, *stem, separable=False, name='conv_1a')(x, valid, train), unit, valid, train, self.pools, self.blocks)
+        x = trunk(
+            unit(64, *stem, separable=False, name='conv_1a')(x, valid, train),
+            unit,
+            valid,
+            train,
+            self.pools,
+            self.blocks,
+        )
         return x.mean((1, 2, 3)), x

@@ -1,4 +1,5 @@
 """TSM-ResNet: a ResNet over frames whose blocks see a part of the neighbouring frames' channels (Lin et al., 2019), as MMV has it."""
+
 from __future__ import annotations
 
 import flax.linen as nn
@@ -25,9 +26,10 @@ def shift(x: jax.Array, share: float) -> jax.Array:
 
 class TSMResNet(nn.Module):
     """Video [B T H W 3] -> (pooled [B 2048·w], map [B T H/32 W/32 2048·w] after the last ReLU), w = `multiplier` (published: 1 and 2)."""
+
     depth: int = 50
     multiplier: float = 1.0
-    share: float = 0.125         # of the channels, each way
+    share: float = 0.125  # of the channels, each way
     norm: str = 'debiased'
     dtype: str = 'float32'
 
@@ -36,6 +38,15 @@ class TSMResNet(nn.Module):
         b, t = x.shape[:2]
         frames = lambda x: x.reshape(b * t, *x.shape[2:])
         video = lambda x: x.reshape(b, t, *x.shape[1:])
-        net = ResNetV2(self.depth, self.multiplier, lambda x: frames(shift(video(x), self.share)), self.norm, self.dtype, name='resnet')
-        _, x = net(frames(x), jnp.repeat(jnp.broadcast_to(valid, (b,)), t) if train else None, train)
+        net = ResNetV2(
+            self.depth,
+            self.multiplier,
+            lambda x: frames(shift(video(x), self.share)),
+            self.norm,
+            self.dtype,
+            name='resnet',
+        )
+        _, x = net(
+            frames(x), jnp.repeat(jnp.broadcast_to(valid, (b,)), t) if train else None, train
+        )
         return x.mean((1, 2)).reshape(b, t, -1).mean(1), video(x)
