@@ -9,7 +9,12 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_cpu_use_fusion_emitters=false'
 
 import jax
+import jaxtyping
 import pytest
+
+if os.environ.get('TYPECHECK') == '1':
+    # Annotations, shapes included, are checked whenever a function of the project is called.
+    jaxtyping.install_import_hook(['vatt_jax', 'data_pipelines'], 'tests.typecheck.typechecker')
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)

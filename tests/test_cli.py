@@ -402,7 +402,7 @@ import sys
 for name in ('tensorflow', 'tensorflow_datasets', 'array_record', 'av', 'soxr', 'PIL', 'tokenizers', 'sentencepiece'):
     sys.modules[name] = None  # importing it raises ImportError
 import importlib, pkgutil
-import configs, data_pipelines.synthetic, vatt_jax
+import configs, data_pipelines.loading.synthetic, vatt_jax
 for package in (vatt_jax, configs):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):
         importlib.import_module(module.name)

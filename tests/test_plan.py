@@ -151,7 +151,7 @@ def planned(tmp_path_factory):
     folder = tmp_path_factory.mktemp('plan')
     config = tiny.config(batch_size=8, mesh__replica=2, mesh__fsdp=2)
     data = data_pipelines.open(config)
-    plan.train.resolve(config, data)
+    plan.loop.resolve(config, data)
     return (
         folder,
         config,
@@ -162,7 +162,7 @@ def planned(tmp_path_factory):
 
 def test_a_plan_of_the_real_step(planned):
     _, config, data, p = planned
-    built = plan.train.assemble(
+    built = plan.loop.assemble(
         config, data, sharding.make_mesh(dict(config.mesh), jax.devices()[:4])
     )
     with jax.set_mesh(built.mesh):
@@ -275,7 +275,7 @@ def test_a_plan_without_a_compiler(monkeypatch):
 def test_a_step_that_reads_columns_is_traced_with_them():
     """k-means labels come to a batch from the last refresh; nothing has been refreshed when a run is planned."""
     config = tiny_cli.get_config('kmeans')
-    built = plan.train.assemble(
+    built = plan.loop.assemble(
         config, data_pipelines.open(config), sharding.make_mesh({'replica': 1})
     )
     assert {k: (x.shape, x.dtype) for k, x in built.batch['columns'].items()} == {
@@ -323,8 +323,8 @@ def test_no_logits_in_the_compiled_program(tmp_path, monkeypatch):
     import sys
 
     script = (
-        "import os, sys; from vatt_jax import chips; t = chips.parse('v5e:2x2'); os.environ.update(chips.environment(t)); "
-        'import data_pipelines; from configs import vatt; from vatt_jax import hlo, plan; '
+        "import os, sys; from vatt_jax.performance import chips; t = chips.parse('v5e:2x2'); os.environ.update(chips.environment(t)); "
+        'import data_pipelines; from configs import vatt; from vatt_jax.performance import hlo; from vatt_jax.planning import plan; '
         "c = vatt.get_config('bbs,synthetic' + sys.argv[1]); c.batch_size = 16; "
         "[t.update({'layers': 2}) for t in c.model.towers.values()]; read = hlo.read; "
         "hlo.read = lambda text: (open(sys.argv[2], 'w').write(text), read(text))[1]; plan.plan(c, data_pipelines.open(c), t, quick=True); "
@@ -493,8 +493,8 @@ def test_a_quick_plan_is_that_of_the_whole_compile(tmp_path, compiler, topology)
     import sys
 
     script = (
-        f"import os, sys, json; from vatt_jax import chips; t = chips.parse('{topology}'); os.environ.update(chips.environment(t)); "
-        'import data_pipelines; from tests import tiny; from vatt_jax import plan; '
+        f"import os, sys, json; from vatt_jax.performance import chips; t = chips.parse('{topology}'); os.environ.update(chips.environment(t)); "
+        'import data_pipelines; from tests import tiny; from vatt_jax.planning import plan; '
         "c = tiny.config(batch_size=64, mesh__replica=2, mesh__fsdp=2, compute_dtype='bfloat16', model__scan=True); "
         'made = [plan.plan(c, data_pipelines.open(c), t, quick=quick) for quick in (False, True)]; '
         'print(json.dumps(made), flush=True); os._exit(0)'

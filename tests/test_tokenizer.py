@@ -54,7 +54,7 @@ def test_errors_name_the_kinds():
 def test_missing_library_is_one_clear_sentence():
     code = (
         "import sys; sys.modules['tokenizers'] = None\n"
-        "from vatt_jax import tokenizer\ntokenizer.train('words', ['a b'], 9)\n"
+        "from vatt_jax.inputs import tokenizer\ntokenizer.train('words', ['a b'], 9)\n"
         "try: tokenizer.train('wordpiece', ['a b'], 9)\nexcept ImportError as e: print(e)"
     )
     out = subprocess.run(

@@ -168,7 +168,7 @@ def test_no_tensorflow(tmp_path):
 import sys
 for name in ('tensorflow', 'tensorflow_datasets', 'array_record', 'av'):
     sys.modules[name] = None
-import data_pipelines, data_pipelines.order
+import data_pipelines, data_pipelines.loading.order
 from data_pipelines.loading.synthetic import save_npz
 from configs.default import get_config
 c = get_config()
