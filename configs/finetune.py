@@ -1,15 +1,19 @@
-"""Classifying the playground's events and objects from few labels, starting from the run of `make demo`.
+"""Classifying the playground's events and objects from few labels, from the run of `make demo`.
 
-python run.py --config=configs/finetune.py --workdir=runs/finetune                    # from runs/demo
-python run.py --config=configs/finetune.py:scratch --workdir=runs/finetune_scratch    # the same network from nothing
+python run.py --config=configs/finetune.py --workdir=runs/finetune
+    from runs/demo
+python run.py --config=configs/finetune.py:scratch --workdir=runs/finetune_scratch
+    the same network from random initial values
 """
+
+from ml_collections import ConfigDict
 
 from configs import demo
 
 
-def get_config(arg: str = ''):
+def get_config(arg: str = '') -> ConfigDict:
     if arg not in ('', 'scratch'):
-        raise ValueError(f'configs/finetune.py has no variant {arg!r}; there is scratch')
+        raise ValueError(f'configs/finetune.py: expected scratch or nothing, got {arg!r}')
     c = demo.get_config()
     c.name = f'finetune {arg}'.strip()
     c.steps, c.batch_size = 300, 64
@@ -19,11 +23,11 @@ def get_config(arg: str = ''):
 
     o = c.optimizer
     o.schedule.update({'peak': 3e-4, 'warmup': 30, 'end': 1e-6})
-    o.rates = (
-        (r'^objective/', 5.0),
-    )  # the new classifier learns faster than what is already trained
+    # The new classifier learns faster than what is already trained.
+    o.rates = ((r'^objective/', 5.0),)
 
-    # The validation split, never seen in pretraining, is the labelled set: 8 videos' worth of segments for each class.
+    # The validation split, never seen in pretraining, is the labelled set: 8 videos' worth of
+    # segments for each class.
     c.data.train.playground.split = 'validation'
     c.evals = {'classification': {'type': 'classification', 'label': 'class', 'split': 'test'}}
     c.checkpoint.every = 300

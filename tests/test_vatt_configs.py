@@ -65,7 +65,7 @@ def test_probes_as_the_release_codes_them():
     assert load('youcook2').evals.cosines.split == 'validation'
     with pytest.raises(ConfigError, match="hmdb51,mbs fold='4': choose one of 1, 2, 3"):
         load('hmdb51,mbs,4')
-    with pytest.raises(ConfigError, match='msrvtt has no folds; leave out'):
+    with pytest.raises(ConfigError, match="msrvtt has no folds, got '1'; leave it out"):
         load('msrvtt,mbs,1')
 
 
