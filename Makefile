@@ -8,7 +8,7 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 # Packages are installed without byte code, so what is imported is compiled once, by the first process that needs it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo controls test test-all lint bench clean
+.PHONY: demo controls test test-all lint types bench clean
 
 demo: $(VENV)/.ready        ## make the playground, pretrain VATT on it, evaluate, report
 	$(BIN)/python run.py --config=configs/demo.py --workdir=runs/demo
@@ -27,6 +27,10 @@ test-all: $(VENV)/.ready
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready
+	$(BIN)/mypy
 
 bench: $(VENV)/.ready
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
