@@ -506,7 +506,7 @@ def test_what_is_there_is_kept_and_another_world_refused(made):
     before = {p: p.stat().st_mtime_ns for p in path.rglob('*')}
     assert playground.make(path, processes=1, quiet=True, **SMALL) == records
     with pytest.raises(
-        DataError, match=r'holds a playground with seed=3 and 4 is asked for; name another path'
+        DataError, match=r'holds a playground with seed=3, got 4; name another path'
     ):
         playground.make(path, processes=1, quiet=True, **{**SMALL, 'seed': 4})
     assert {p: p.stat().st_mtime_ns for p in path.rglob('*')} == before
@@ -529,20 +529,20 @@ def test_killed_just_before_the_records_were_finished(made, tmp_path):
             {'lenght': 3},
             r"the playground has no field 'lenght' \(=3\); it has camera_noise, distractors",
         ),
-        ({'train': 0}, 'playground train=0: a positive number'),
-        ({'fps': 0.0}, 'playground fps=0.0: a positive number'),
+        ({'train': 0}, 'playground train: expected a positive number, got 0'),
+        ({'fps': 0.0}, 'playground fps: expected a positive number, got 0.0'),
         ({'fps': 1.0}, 'fewer than 4 pictures'),
-        ({'rate': -8000}, 'playground rate=-8000: a positive number'),
-        ({'size': 63}, 'playground size=63: H.264 wants an even number'),
-        ({'size': 64.0}, 'playground size=64.0: a int is wanted, such as 64'),
-        ({'seconds': 'long'}, "playground seconds='long': a float is wanted"),
+        ({'rate': -8000}, 'playground rate: expected a positive number, got -8000'),
+        ({'size': 63}, 'playground size: expected an even number, as H.264 needs one, got 63'),
+        ({'size': 64.0}, 'playground size: expected int, such as 64, got 64.0'),
+        ({'seconds': 'long'}, "playground seconds: expected float, such as 8.0, got 'long'"),
         (
             {'seconds': 4.0},
             r'3 episodes in seconds=4.0 leave less than 1.5 s each; try seconds=4.5',
         ),
-        ({'held_out': 0.7}, 'playground held_out=0.7: a share from 0 to 0.5'),
-        ({'distractors': -1}, 'playground distractors=-1: it cannot be negative'),
-        ({'camera_noise': -0.1}, 'playground camera_noise=-0.1: it cannot be negative'),
+        ({'held_out': 0.7}, 'playground held_out: expected a share from 0 to 0.5'),
+        ({'distractors': -1}, 'playground distractors: expected 0 or more, got -1'),
+        ({'camera_noise': -0.1}, 'playground camera_noise: expected 0 or more, got -0.1'),
     ],
 )
 def test_config_mistakes_are_sentences(tmp_path, fields, sentence):
@@ -564,4 +564,7 @@ def test_the_command(made, monkeypatch, capsys):
     assert command.main() == 0 and capsys.readouterr().out.strip() == str(records)
     monkeypatch.setattr(sys, 'argv', [*words, '--size=31'])
     assert command.main() == 2
-    assert capsys.readouterr().err == 'error: playground size=31: H.264 wants an even number\n'
+    assert (
+        capsys.readouterr().err
+        == 'error: playground size: expected an even number, as H.264 needs one, got 31\n'
+    )

@@ -1,4 +1,7 @@
-"""The playground: a small world, rendered to mp4 files, whose sights, sounds and words explain each other (docs/playground.md)."""
+"""The playground: a small world, rendered to mp4 files (docs/playground.md).
+
+What is seen, heard and said in it explains each other.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from data_pipelines.datasets.playground.render import render
 from data_pipelines.datasets.playground.world import Config
@@ -22,44 +27,35 @@ def is_made(path: str | os.PathLike) -> bool:
 
 
 def make(
-    path: str | os.PathLike = '', processes: int = 2, quiet: bool = False, **fields
+    path: str | os.PathLike = '', processes: int = 2, quiet: bool = False, **fields: Any
 ) -> pathlib.Path:
-    """Renders a playground into <path>/media and prepares it into <path>/records, as any user's mp4 files are; returns the latter.
+    """Renders a playground into <path>/media and prepares it as any user's mp4 files are.
 
-    fields: of Config. What is there already is kept. Raises DataError for a wrong field, or when <path> holds another playground.
+    What is there already stays.
+
+    Args:
+        path: the folder to make it in.
+        processes: that render and decode.
+        quiet: without progress bars.
+        **fields: of Config.
+
+    Returns:
+        The folder of prepared records, <path>/records.
+
+    Raises:
+        DataError: a field is wrong, or <path> holds another playground.
     """
+    # prepare imports TensorFlow, which who only draws need not have.
     from data_pipelines.prepare import prepare
 
-    known = {f.name for f in dataclasses.fields(Config)}
-    for name, value in fields.items():
-        if name not in known:
-            raise DataError(
-                f'the playground has no field {name!r} (={value!r}); it has {", ".join(sorted(known))}'
-            )
-    try:
-        config = Config(**fields)
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    config = checked_config(fields)
     if not path:
         raise DataError(
-            'the playground has no path; name the folder it is made in, such as path=runs/data/playground'
+            'the playground has no path; name the folder it is made in, such as '
+            'path=runs/data/playground'
         )
     path = pathlib.Path(path)
-    stamp = path / 'playground.json'
-    wanted = dataclasses.asdict(config)
-    if stamp.exists():
-        have = json.loads(stamp.read_text())
-        changed = [k for k in wanted if have.get(k) != wanted[k]]
-        if changed:
-            raise DataError(
-                f'{path} holds a playground with {changed[0]}={have.get(changed[0])!r} and {wanted[changed[0]]!r} is asked '
-                'for; name another path, or remove that folder'
-            )
-    else:
-        path.mkdir(parents=True, exist_ok=True)
-        temporary = stamp.with_suffix('.tmp')
-        temporary.write_text(json.dumps(wanted, indent=1))
-        os.replace(temporary, stamp)
+    claim_folder(path, config)
     records = path / 'records'
     if not is_made(path):
         render(config, path, processes, quiet)
@@ -76,3 +72,38 @@ def make(
             quiet=quiet,
         )
     return records
+
+
+def checked_config(fields: Mapping[str, Any]) -> Config:
+    """The Config of these fields. Raises DataError for an unknown name or a wrong value."""
+    known = {f.name for f in dataclasses.fields(Config)}
+    for name, value in fields.items():
+        if name not in known:
+            raise DataError(
+                f'the playground has no field {name!r} (={value!r}); '
+                f'it has {", ".join(sorted(known))}'
+            )
+    try:
+        return Config(**fields)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def claim_folder(path: pathlib.Path, config: Config) -> None:
+    """Notes in `path` which playground it holds. Raises DataError when it holds another one."""
+    note = path / 'playground.json'
+    asked = dataclasses.asdict(config)
+    if not note.exists():
+        path.mkdir(parents=True, exist_ok=True)
+        # Under another name first, so that a note that is there is whole.
+        temporary = note.with_suffix('.tmp')
+        temporary.write_text(json.dumps(asked, indent=1))
+        os.replace(temporary, note)
+        return
+    found = json.loads(note.read_text())
+    for field, value in asked.items():
+        if found.get(field) != value:
+            raise DataError(
+                f'{path} holds a playground with {field}={found.get(field)!r}, got {value!r}; '
+                'name another path'
+            )

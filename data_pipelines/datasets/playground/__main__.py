@@ -1,4 +1,7 @@
-"""python -m data_pipelines.datasets.playground --out=runs/data/playground [--train=1200 --seconds=8 …]"""
+"""Renders and prepares a playground.
+
+python -m data_pipelines.datasets.playground --out=runs/data/playground --train=1200 --seconds=8
+"""
 
 from __future__ import annotations
 

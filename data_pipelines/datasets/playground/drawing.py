@@ -19,41 +19,56 @@ from data_pipelines.datasets.playground.world import (
     Thing,
 )
 
-MARGIN = 0.5  # share of the frame; more than anything hangs over its edge
-FURTHEST = 1.25  # radii; no shape goes further from its centre
+# Share of the frame; more than anything hangs over its edge.
+MARGIN = 0.5
+# No shape goes further from its centre, in radii.
+FURTHEST = 1.25
+# Smaller things are not shown, as a share of the frame.
+SMALLEST = 0.01
 
 
 def frames(config: Config, episodes: list[Episode], rng: np.random.Generator) -> np.ndarray:
-    """uint8 [T size size 3]."""
-    out = np.concatenate([scene(config.size, e) for e in episodes])
+    """uint8 [T H W 3]: the scenes one after another, with the camera's noise."""
+    pixels = np.concatenate([scene(config.size, episode) for episode in episodes])
     if config.camera_noise:
-        out += rng.standard_normal(out.shape, dtype=np.float32) * config.camera_noise
-    return np.clip(out, 0, 255).astype(np.uint8)
+        pixels += rng.standard_normal(pixels.shape, dtype=np.float32) * config.camera_noise
+    return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
 def scene(size: int, episode: Episode) -> np.ndarray:
-    """float32 [T size size 3] in 0…255."""
-    # A margin as wide as the largest thing lets windows hang over the frame's edge without being clipped.
+    """float32 [T H W 3] in 0…255. size: H = W, in pixels."""
+    # A margin as wide as the largest thing lets windows hang over the frame's edge without being
+    # clipped.
     margin = math.ceil(MARGIN * size)
-    canvas = np.pad(backdrop(size, episode), ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+    around = ((0, 0), (margin, margin), (margin, margin), (0, 0))
+    canvas = np.pad(backdrop(size, episode), around)
     for thing in [*episode.distractors, episode.subject]:
         draw(canvas, thing, size, margin)
     return canvas[:, margin:-margin, margin:-margin]
 
 
 def backdrop(size: int, episode: Episode) -> np.ndarray:
-    """A dim room whose pattern drifts, with a floor and two posts to run against, in every scene alike."""
+    """A dim room whose pattern drifts, with a floor and two posts, in every scene alike.
+
+    Returns:
+        float32 [T H W 3].
+    """
     light, hue, saturation, ky, kx, vy, vx, phase, twist = map(float, episode.background)
-    t = (episode.times - episode.begin)[:, None]
-    place = np.linspace(0, 1, size)[None]
-    wave = sine_of_sum(
-        ky * (place + 0.05 * vy * t) + phase, kx * (place + 0.05 * vx * t)
-    ) + 0.5 * sine_of_sum(
-        -3 * twist * place + 0.4 * vx * t, np.broadcast_to(3 * twist * place, (len(t), size))
+    t = (episode.times - episode.begin)[:, None]  # [T 1]
+    position = np.linspace(0, 1, size)[None]  # [1 H], and as well [1 W]
+    drifting = sine_of_sum(
+        ky * (position + 0.05 * vy * t) + phase,
+        kx * (position + 0.05 * vx * t),
     )
+    turning = sine_of_sum(
+        -3 * twist * position + 0.4 * vx * t,
+        np.broadcast_to(3 * twist * position, (len(t), size)),
+    )
+    wave = drifting + 0.5 * turning
     value = np.clip(light + 0.04 * wave, 0.02, 0.7)
     tint = np.array(colorsys.hsv_to_rgb(hue, saturation, 1.0), np.float32)
     canvas = value[..., None] * (tint * 255)
+    # Floor, left post, right post.
     canvas[:, math.ceil(FLOOR * size) :] *= 0.55
     canvas[:, :, : int(LEFT * size)] *= 0.55
     canvas[:, :, math.ceil(RIGHT * size) :] *= 0.55
@@ -61,53 +76,73 @@ def backdrop(size: int, episode: Episode) -> np.ndarray:
 
 
 def sine_of_sum(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """float32 [T H W] of angles [T H] + [T W], from sines and cosines of each alone."""
-    left, right = (
-        np.stack([np.sin(rows), np.cos(rows)], -1),
-        np.stack([np.cos(columns), np.sin(columns)], 1),
-    )
+    """sin(rows + columns) for every pixel, from sines and cosines of each alone.
+
+    sin(a + b) = sin a · cos b + cos a · sin b: a product of matrices instead of a sine per pixel.
+
+    Args:
+        rows: angles [T H].
+        columns: angles [T W].
+
+    Returns:
+        float32 [T H W].
+    """
+    left = np.stack([np.sin(rows), np.cos(rows)], -1)  # [T H 2]
+    right = np.stack([np.cos(columns), np.sin(columns)], 1)  # [T 2 W]
     return left.astype(np.float32) @ right.astype(np.float32)
 
 
 def draw(canvas: np.ndarray, thing: Thing, size: int, margin: int) -> None:
-    """Paints a thing onto canvas [T size+2·margin size+2·margin 3] in place, through a window that follows it."""
-    frames_ = canvas.shape[0]
-    if frames_ == 0:
+    """Paints a thing onto the canvas in place, through a window that follows it.
+
+    Args:
+        canvas: [T size+2·margin size+2·margin 3].
+        thing: what is painted.
+        size: of the frame without its margin, in pixels.
+        margin: in pixels.
+    """
+    num_frames = canvas.shape[0]
+    if num_frames == 0:
         return
     half = int(math.ceil(FURTHEST * float(thing.radius.max()) * size)) + 2
     corner = np.floor(thing.center * size).astype(int) - half
     span = np.arange(2 * half + 1)
     rows, columns = corner[:, :1] + span, corner[:, 1:] + span  # [T S]
+
+    # u, v: pixel centres in the thing's own coordinates, in radii.
     radius = (np.maximum(thing.radius, 1e-3) * size).astype(np.float32)[:, None, None]
-    v = (((rows + 0.5) - thing.center[:, :1] * size).astype(np.float32))[:, :, None] / radius
-    u = (((columns + 0.5) - thing.center[:, 1:] * size).astype(np.float32))[:, None, :] / radius
-    c, s = math.cos(thing.angle), math.sin(thing.angle)
-    u, v = c * u + s * v, c * v - s * u
-    alpha = (
-        np.clip(0.5 - distance(thing.kind, u, v) * radius, 0, 1)
-        * (thing.radius > 0.01)[:, None, None]
-    )
+    y = (rows + 0.5) - thing.center[:, :1] * size
+    x = (columns + 0.5) - thing.center[:, 1:] * size
+    v = y.astype(np.float32)[:, :, None] / radius
+    u = x.astype(np.float32)[:, None, :] / radius
+    cos, sin = math.cos(thing.angle), math.sin(thing.angle)
+    u, v = cos * u + sin * v, cos * v - sin * u
+
+    # The distance to the outline in pixels is the coverage of a pixel on it.
+    coverage = np.clip(0.5 - distance(thing.kind, u, v) * radius, 0, 1)
+    is_shown = (thing.radius > SMALLEST)[:, None, None]
+    alpha = coverage * is_shown
     color = np.array(COLORS[thing.color], np.float32) * pattern(thing.texture, u, v)[..., None]
-    at = (
-        np.arange(frames_)[:, None, None],
+    window = (
+        np.arange(num_frames)[:, None, None],
         (rows + margin)[:, :, None],
         (columns + margin)[:, None, :],
     )
-    below = canvas[at]
-    canvas[at] = below + alpha.astype(np.float32)[..., None] * (color - below)
+    below = canvas[window]
+    canvas[window] = below + alpha.astype(np.float32)[..., None] * (color - below)
 
 
 def distance(kind: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Signed distance (negative inside), in radii, to a shape of radius about 1; v points down."""
-    r = np.sqrt(u * u + v * v)
+    """Signed distance, in radii, to a shape of radius about 1; negative inside; v points down."""
+    from_center = np.sqrt(u * u + v * v)
     if kind == 'disc':
-        return r - 0.95
+        return from_center - 0.95
     if kind == 'ring':
-        return np.abs(r - 0.72) - 0.23
+        return np.abs(from_center - 0.72) - 0.23
     if kind in ('plank', 'pole'):
-        high, wide = REACH[kind]
-        return np.maximum(np.abs(u) - wide, np.abs(v) - high)
-    raise ValueError(f'no object kind {kind!r}')
+        half_height, half_width = REACH[kind]
+        return np.maximum(np.abs(u) - half_width, np.abs(v) - half_height)
+    raise ValueError(f'expected a kind of thing ({", ".join(REACH)}), got {kind!r}')
 
 
 def pattern(texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -123,29 +158,33 @@ def pattern(texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def outline(kind: str) -> np.ndarray:
     """float64 [N 2] (u, v): the points of a shape that are furthest in one of 360 directions."""
     line = np.linspace(-FURTHEST, FURTHEST, 501)
-    u, v = (x.ravel() for x in np.meshgrid(line, line))
+    u, v = (grid.ravel() for grid in np.meshgrid(line, line))
     inside = distance(kind, u, v) <= 0
     points = np.stack([u[inside], v[inside]], -1)
     turns = np.linspace(0, 2 * np.pi, 360, endpoint=False)
-    return points[np.unique((points @ np.stack([np.cos(turns), np.sin(turns)])).argmax(0))]
+    directions = np.stack([np.cos(turns), np.sin(turns)])  # [2 360]
+    return points[np.unique((points @ directions).argmax(0))]
 
 
 def extent(thing: Thing) -> np.ndarray:
     """float64 [4]: y0 x0 y1 x1 of a thing around its centre, in radii."""
     u, v = outline(thing.kind).T
-    c, s = math.cos(thing.angle), math.sin(thing.angle)
-    x, y = c * u - s * v, s * u + c * v
+    cos, sin = math.cos(thing.angle), math.sin(thing.angle)
+    x, y = cos * u - sin * v, sin * u + cos * v
     return np.array([y.min(), x.min(), y.max(), x.max()])
 
 
 def boxes(config: Config, episodes: list[Episode]) -> list[list[list[float]]]:
-    """[frame][object] -> y0 x0 y1 x1 as shares of the frame, clipped to it; the subject first, [0 0 0 0] while it is not there."""
-    out = []
-    for e in episodes:
-        things = [e.subject, *e.distractors]
-        tight = np.stack(
-            [np.tile(x.center, 2) + x.radius[:, None] * extent(x) for x in things], 1
-        )  # [T objects 4]
-        shown = np.stack([x.radius > 0.01 for x in things], 1)
-        out += np.where(shown[..., None], np.clip(tight, 0, 1).round(4), 0.0).tolist()
-    return out
+    """[frame][object] -> y0 x0 y1 x1 as shares of the frame, clipped to it.
+
+    The subject comes first; the box of what is not there is [0 0 0 0].
+    """
+    by_frame: list[list[list[float]]] = []
+    for episode in episodes:
+        things = [episode.subject, *episode.distractors]
+        around = [np.tile(x.center, 2) + x.radius[:, None] * extent(x) for x in things]
+        tight = np.stack(around, 1)  # [T objects 4]
+        shown = np.stack([x.radius > SMALLEST for x in things], 1)  # [T objects]
+        clipped = np.clip(tight, 0, 1).round(4)
+        by_frame += np.where(shown[..., None], clipped, 0.0).tolist()
+    return by_frame

@@ -1,6 +1,12 @@
-"""What is said: lower-case sentences in the manner of ASR, some about now, some about before or later, some about nothing."""
+"""What is said: lower-case sentences in the manner of ASR.
+
+Some are about now, some about before or later, some about nothing.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -66,48 +72,66 @@ CHATTER = (
 
 def caption(episode: Episode) -> str:
     """The clean sentence of an episode: 'a large red striped ring bounces on the floor'."""
-    s = episode.subject
+    subject = episode.subject
     words = [
         'a',
-        SCALES[s.size][0],
-        s.color,
-        LOOKS[s.texture][0],
-        NOUNS[s.kind][0],
+        SCALES[subject.size][0],
+        subject.color,
+        LOOKS[subject.texture][0],
+        NOUNS[subject.kind][0],
         VERBS[episode.event][0],
     ]
-    return ' '.join(w for w in words if w)
+    return joined(words)
 
 
 def sentence(rng: np.random.Generator, episode: Episode) -> str:
-    """A spoken sentence about an episode; it leaves things out now and then, and wraps them in filler."""
-    s = episode.subject
-    pick = lambda options: str(rng.choice(options))
+    """A spoken sentence about an episode; it leaves things out now and then, and adds filler."""
+
+    def pick(options: Sequence[str]) -> str:
+        return str(rng.choice(options))
+
+    def sometimes(probability: float, options: Sequence[str], otherwise: str = '') -> str:
+        # The first draw decides whether there is a second one.
+        return pick(options) if rng.uniform() < probability else otherwise
+
+    subject = episode.subject
     words = [
         pick(OPENINGS),
         pick(('a', 'the', 'this')),
-        pick(SCALES[s.size]) if rng.uniform() < 0.6 else '',
-        s.color if rng.uniform() < 0.4 else '',
-        pick(LOOKS[s.texture]) if rng.uniform() < 0.35 else '',
-        pick(NOUNS[s.kind]) if rng.uniform() < 0.9 else 'thing',
-        pick(VERBS[episode.event]) if rng.uniform() < 0.95 else '',
+        sometimes(0.6, SCALES[subject.size]),
+        # The colour has one word, which is not drawn.
+        subject.color if rng.uniform() < 0.4 else '',
+        sometimes(0.35, LOOKS[subject.texture]),
+        sometimes(0.9, NOUNS[subject.kind], 'thing'),
+        sometimes(0.95, VERBS[episode.event]),
         pick(CLOSINGS),
     ]
-    return ' '.join(w for w in words if w)
+    return joined(words)
 
 
-def narrate(rng: np.random.Generator, episodes: list[Episode]) -> list[dict]:
-    """[{'start', 'end', 'text'}] in order of time. Sentences about an episode come near it, often a little early or late, so those
-    nearest to a clip are partly about its neighbours; and people also talk about other things."""
-    out = []
-    for e in episodes:
+def joined(words: list[str]) -> str:
+    """The words that are not empty, with spaces between them."""
+    return ' '.join(word for word in words if word)
+
+
+def narrate(rng: np.random.Generator, episodes: list[Episode]) -> list[dict[str, Any]]:
+    """[{'start', 'end', 'text'}] in order of time, seconds in the video.
+
+    Sentences about an episode come near it, often a little early or late, so those nearest to a
+    clip are partly about its neighbours. People also talk about other things.
+    """
+    spoken: list[tuple[float, str]] = []
+    for scene in episodes:
         for _ in range(int(rng.integers(1, 3))):
-            middle = rng.uniform(e.begin + 0.2, e.end - 0.2) + rng.normal(0, 0.35)
-            out.append((middle, sentence(rng, e)))
+            middle = rng.uniform(scene.begin + 0.2, scene.end - 0.2) + rng.normal(0, 0.35)
+            spoken.append((middle, sentence(rng, scene)))
     for _ in range(int(rng.integers(1, 3))):
-        out.append((rng.uniform(episodes[0].begin, episodes[-1].end), str(rng.choice(CHATTER))))
-    said = []
-    for middle, text in sorted(out):
+        middle = rng.uniform(episodes[0].begin, episodes[-1].end)
+        spoken.append((middle, str(rng.choice(CHATTER))))
+    sentences = []
+    for middle, text in sorted(spoken):
+        # Long sentences are said faster.
         length = 0.35 * len(text.split()) ** 0.8
         start = max(0.0, middle - length / 2)
-        said.append({'start': round(start, 3), 'end': round(start + length, 3), 'text': text})
-    return sorted(said, key=lambda s: (s['start'], s['end']))
+        sentences.append({'start': round(start, 3), 'end': round(start + length, 3), 'text': text})
+    return sorted(sentences, key=lambda s: (s['start'], s['end']))

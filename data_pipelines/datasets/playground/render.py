@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +19,13 @@ from data_pipelines.datasets.playground.world import Config
 def render(
     config: Config, out: str | os.PathLike, processes: int = 2, quiet: bool = False
 ) -> pathlib.Path:
-    """Writes <out>/media/<split>/NNNNNN.mp4, <out>/captions.json and <out>/annotations.json; returns <out>/media.
+    """Writes <out>/media/<split>/NNNNNN.mp4, <out>/captions.json and <out>/annotations.json.
 
-    Files that are there are kept: each is written under another name first, so a file that exists is whole.
+    Files that are there stay: each is written under another name first, so a file that exists is
+    whole.
+
+    Returns:
+        <out>/media.
     """
     out = pathlib.Path(out)
     jobs = [(split, n) for split in world.SPLITS for n in range(getattr(config, split))]
@@ -30,10 +35,10 @@ def render(
     if missing:
         _write_all(config, out, missing, processes, quiet)
     captions, videos = {}, {}
-    for split, n in jobs:
-        name = f'{split}/{n:06d}.mp4'
-        episodes = world.video(config, split, n)
-        captions[name] = narration.narrate(world.rng_of(config, split, n, 3), episodes)
+    for split, number in jobs:
+        name = f'{split}/{number:06d}.mp4'
+        episodes = world.video(config, split, number)
+        captions[name] = narration.narrate(world.rng_of(config, split, number, 3), episodes)
         videos[name] = truth(config, episodes)
     labels = {
         'class': list(world.CLASSES),
@@ -42,30 +47,32 @@ def render(
         'color': list(world.COLORS),
         'size': list(world.SIZES),
     }
-    for file, value in (
-        ('captions.json', captions),
-        ('annotations.json', {'labels': labels, 'videos': videos}),
-    ):
-        temporary = out / (file + '.tmp')
-        temporary.write_text(json.dumps(value))
-        os.replace(temporary, out / file)
+    _write_json(out / 'captions.json', captions)
+    _write_json(out / 'annotations.json', {'labels': labels, 'videos': videos})
     return out / 'media'
 
 
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    temporary = path.with_name(path.name + '.tmp')
+    temporary.write_text(json.dumps(value))
+    os.replace(temporary, path)
+
+
 def path_of(out: pathlib.Path, split: str, number: int) -> pathlib.Path:
+    """Where one video is written."""
     return out / 'media' / split / f'{number:06d}.mp4'
 
 
 def content(config: Config, split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """(frames uint8 [T size size 3], audio int16 [S]) of one video, before they are encoded."""
+    """One video before it is encoded: frames uint8 [T H W 3] and audio int16 [S]."""
     episodes = world.video(config, split, number)
-    return (
-        drawing.frames(config, episodes, world.rng_of(config, split, number, 1)),
-        sound.waveform(config, episodes, world.rng_of(config, split, number, 2)),
-    )
+    frames = drawing.frames(config, episodes, world.rng_of(config, split, number, 1))
+    audio = sound.waveform(config, episodes, world.rng_of(config, split, number, 2))
+    return frames, audio
 
 
 def write(config: Config, out: pathlib.Path, job: tuple[str, int]) -> None:
+    """Draws and encodes one video. job: (split, number)."""
     from data_pipelines.media import write_mp4
 
     path = path_of(out, *job)
@@ -75,52 +82,62 @@ def write(config: Config, out: pathlib.Path, job: tuple[str, int]) -> None:
     os.replace(temporary, path)
 
 
-def _write_all(config: Config, out: pathlib.Path, jobs: list, processes: int, quiet: bool) -> None:
+def _write_all(
+    config: Config, out: pathlib.Path, jobs: list[tuple[str, int]], processes: int, quiet: bool
+) -> None:
     from rich.progress import track
 
-    context = multiprocessing.get_context(
-        'spawn'
-    )  # forking a process that runs TensorFlow or JAX threads can hang
+    # Forking a process that runs threads of TensorFlow or JAX can hang.
+    context = multiprocessing.get_context('spawn')
     with concurrent.futures.ProcessPoolExecutor(max(1, processes), mp_context=context) as pool:
         done = pool.map(functools.partial(write, config, out), jobs, chunksize=8)
         for _ in track(done, description='playground: rendering', total=len(jobs), disable=quiet):
             pass
 
 
-def truth(config: Config, episodes: list[world.Episode]) -> dict:
-    """The annotation of one video: labelled segments, event times, boxes by frame, every object's looks."""
+def truth(config: Config, episodes: list[world.Episode]) -> dict[str, Any]:
+    """The annotation of one video.
+
+    Labelled segments, times of events, boxes by frame, and the looks of every object.
+    """
     segments, events, objects = [], [], []
-    for e in episodes:
-        s = e.subject
-        segments.append(
-            {
-                'start': round(float(e.begin), 3),
-                'end': round(float(e.end), 3),
-                'caption': narration.caption(e),
-                'labels': {
-                    'class': world.CLASSES.index(e.label),
-                    'event': world.EVENTS.index(e.event),
-                    'object': world.KINDS.index(s.kind),
-                    'color': list(world.COLORS).index(s.color),
-                    'size': list(world.SIZES).index(s.size),
-                },
-            }
-        )
-        events += [
-            {'time': round(float(max(t, e.begin)), 4), 'sound': what, 'object': s.kind}
-            for t, what, _ in e.sounds
-        ]
-        objects.append(
-            [
-                {'kind': x.kind, 'color': x.color, 'texture': x.texture, 'size': x.size}
-                for x in (s, *e.distractors)
-            ]
-        )
+    for episode in episodes:
+        subject = episode.subject
+        segments.append(segment(episode))
+        for time, event, _ in episode.sounds:
+            heard = round(float(max(time, episode.begin)), 4)
+            events.append({'time': heard, 'sound': event, 'object': subject.kind})
+        looks = []
+        for thing in (subject, *episode.distractors):
+            looks.append(
+                {
+                    'kind': thing.kind,
+                    'color': thing.color,
+                    'texture': thing.texture,
+                    'size': thing.size,
+                }
+            )
+        objects.append(looks)
+    ground_truth = {
+        'events': events,
+        'objects': objects,
+        'boxes': drawing.boxes(config, episodes),
+    }
+    return {'segments': segments, 'ground_truth': ground_truth}
+
+
+def segment(episode: world.Episode) -> dict[str, Any]:
+    """The labelled segment of one scene."""
+    subject = episode.subject
     return {
-        'segments': segments,
-        'ground_truth': {
-            'events': events,
-            'objects': objects,
-            'boxes': drawing.boxes(config, episodes),
+        'start': round(float(episode.begin), 3),
+        'end': round(float(episode.end), 3),
+        'caption': narration.caption(episode),
+        'labels': {
+            'class': world.CLASSES.index(episode.label),
+            'event': world.EVENTS.index(episode.event),
+            'object': world.KINDS.index(subject.kind),
+            'color': list(world.COLORS).index(subject.color),
+            'size': list(world.SIZES).index(subject.size),
         },
     }
