@@ -10,7 +10,7 @@ import pytest
 
 from vatt_jax import evals
 from vatt_jax.config import ConfigError
-from vatt_jax.reporting import report
+from vatt_jax.reporting import data_uris, report
 
 EVIL = '<script>alert("x")</script> & \'a\' "red" stripe</div>'
 VOID = {'meta', 'img', 'br', 'hr', 'link', 'input', 'line', 'polyline'}
@@ -245,11 +245,11 @@ def test_pictures_and_sounds_survive_the_page():
     from PIL import Image
 
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    raw = base64.b64decode(report._png(image).partition('base64,')[2])
+    raw = base64.b64decode(data_uris.png(image).partition('base64,')[2])
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(raw))), image)
     sound = np.array([0, 1, -1, 32767, -32768], np.int16)
     with wave.open(
-        io.BytesIO(base64.b64decode(report._wav(sound, 8000).partition('base64,')[2]))
+        io.BytesIO(base64.b64decode(data_uris.wav(sound, 8000).partition('base64,')[2]))
     ) as f:
         assert (f.getframerate(), f.getnchannels(), f.getsampwidth()) == (8000, 1, 2)
         np.testing.assert_array_equal(np.frombuffer(f.readframes(9), '<i2'), sound)

@@ -719,11 +719,11 @@ def test_report_shows_the_surest_clips_of_clusters(tmp_path):
         assert sorted(stored.files) == ['entries', 'frames/2', 'frames/40', 'frames/5']
         *_, third = itertools.islice(data.one_pass('train', 16), 3)
         np.testing.assert_array_equal(stored['frames/40'], third['video']['data'][8])
-    page = report._clusters(types.SimpleNamespace(folder=tmp_path))
+    page = report._clusters(types.SimpleNamespace(evaluation_folder=tmp_path))
     assert page.count('<img') == 3 and 0 < page.index('cluster 3 (a &lt;ring&gt;)') < page.index(
         'cluster 1 (no class)'
     )
     assert (
         'surest of, for the largest clusters (clusters)' in page
-        and report._clusters(types.SimpleNamespace(folder=tmp_path / 'none')) == ''
+        and report._clusters(types.SimpleNamespace(evaluation_folder=tmp_path / 'none')) == ''
     )

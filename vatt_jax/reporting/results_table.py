@@ -1,0 +1,124 @@
+"""The table of results: every evaluated number beside its interval, its baselines and chance."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+from vatt_jax.evals import Result
+from vatt_jax.reporting.finished_run import FinishedRun
+
+ABSENT = '–'
+# A header, and rows of as many cells.
+Table = tuple[list[str], list[list[str]]]
+
+
+def rows(run: FinishedRun, beside: Sequence[FinishedRun] = ()) -> Table:
+    """Header and rows of the results table.
+
+    Shown is every scalar that has an interval or a chance level.
+
+    Args:
+        run: whose results they are.
+        beside: further runs, one column each.
+    """
+    header = ['', 'pretrained', '95 % interval']
+    header += [other.name for other in beside]
+    header += ['random init', 'chance']
+    body = []
+    for evaluator, result in run.results.items():
+        shown = [key for key in result.scalars if _is_shown(key, result)]
+        for key in shown:
+            form = _form(key)
+            others = [_cell(other.results, evaluator, key, form) for other in beside]
+            body.append(
+                [
+                    _label(evaluator, key, is_only_one=len(shown) == 1),
+                    form(result.scalars[key]),
+                    _interval(result, key, form),
+                    *others,
+                    _cell(run.baseline, evaluator, key, form),
+                    _chance(result, key, form),
+                ]
+            )
+    return header, body
+
+
+def table(
+    workdir: str | os.PathLike, others: Sequence[str | os.PathLike] = (), width: int = 0
+) -> str:
+    """The results table as text.
+
+    Args:
+        workdir: the run folder.
+        others: further run folders, one column each.
+        width: of the table, in characters; 0: what its columns need.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as TextTable
+
+    header, body = rows(FinishedRun(workdir), [FinishedRun(other) for other in others])
+    drawn = TextTable(box=box.SIMPLE_HEAD)
+    drawn.add_column(header[0], justify='left', no_wrap=True)
+    for name in header[1:]:
+        drawn.add_column(name, justify='right')
+    for row in body:
+        drawn.add_row(*row)
+    text = io.StringIO()
+    Console(file=text, width=width or 110 + 16 * len(others)).print(drawn)
+    return text.getvalue().rstrip()
+
+
+def _is_shown(key: str, result: Result) -> bool:
+    return f'{key}/interval' in result.artifacts or f'{key}/chance' in result.artifacts
+
+
+def _cell(
+    results: Mapping[str, Result], evaluator: str, key: str, form: Callable[[float], str]
+) -> str:
+    if evaluator not in results or key not in results[evaluator].scalars:
+        return ABSENT
+    return form(results[evaluator].scalars[key])
+
+
+def _interval(result: Result, key: str, form: Callable[[float], str]) -> str:
+    interval = result.artifacts.get(f'{key}/interval')
+    return ABSENT if interval is None else f'{form(interval[0])} … {form(interval[1])}'
+
+
+def _chance(result: Result, key: str, form: Callable[[float], str]) -> str:
+    chance = result.artifacts.get(f'{key}/chance')
+    return ABSENT if chance is None else form(chance)
+
+
+def _label(evaluator: str, key: str, is_only_one: bool) -> str:
+    """'retrieval', 'text_to_video/R@10' -> 'retrieval text → video R@10'."""
+    *pair, last = key.split('/')
+    parts = [part.replace('_to_', ' → ') for part in pair]
+    words = ' '.join([evaluator, *parts]).replace('_', ' ')
+    if last == 'accuracy' and is_only_one:
+        return words
+    return f'{words} {last.replace("_", " ")}'
+
+
+def _form(key: str) -> Callable[[float], str]:
+    """How a scalar of this name is written."""
+    if 'rank' in key:
+        return _number
+    if 'entropy' in key:
+        return _nats
+    return _percent
+
+
+def _percent(x: float) -> str:
+    return f'{100 * x:.1f} %'
+
+
+def _number(x: float) -> str:
+    return f'{x:.1f}'
+
+
+def _nats(x: float) -> str:
+    return f'{x:.2f} nats'
