@@ -1,17 +1,19 @@
 """The device stage: what is left to do to a batch once its bytes are on the accelerator.
 
-Pixels and samples cross the bus as uint8 and int16; crop, resize, flip, colour and noise happen here, in the same program as the
-towers. Semantics after the official VATT loader ("VGG" style), with one crop and one resample instead of two.
+Pixels and samples cross the bus as uint8 and int16; crop, resize, flip, colour and noise happen
+here, in the same program as the towers. Semantics after the official VATT loader ("VGG" style),
+with one crop and one resample instead of two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from vatt_jax.config import ConfigError
 from vatt_jax.inputs import spectrogram
@@ -19,12 +21,21 @@ from vatt_jax.rng import Rng
 
 
 def device_stage(
-    batch: Mapping[str, Any], inputs, config, rng: Rng, *, augment: bool, dtype: str
+    batch: Mapping[str, Any], inputs: Any, config: Any, rng: Rng, *, augment: bool, dtype: str
 ) -> dict[str, Any]:
-    """The batch with float streams: video [B T size size 3] in the model's own range, audio [B S] in [-1, 1] or as log-mel [B T F]; text as it was.
+    """Turns the bytes of a batch into what towers read.
 
-    inputs: `config.model.inputs`. config: `config.augment`. rng: already at its site. augment False: no jitter and no noise.
-    Rows that are not valid come out as zeros.
+    Args:
+        batch: a device batch.
+        inputs: `config.model.inputs`.
+        config: `config.augment`.
+        rng: already at its site.
+        augment: False for no jitter and no noise.
+        dtype: of the float streams that come out.
+
+    Returns:
+        The batch with float streams: video [B T size size 3] in the model's own range, audio [B S]
+        in [-1, 1] or as log-mel [B T F]; text as it was. Rows that are not valid are zeros.
     """
     out = dict(batch)
     for name, stream in batch.items():
@@ -35,125 +46,191 @@ def device_stage(
             continue
         data = STAGES[modality](stream, inputs[modality], config, rng.at(name), augment)
         valid = stream['valid'].reshape((-1,) + (1,) * (data.ndim - 1))
-        kept = {k: v for k, v in stream.items() if k not in ('box', 'flip')}
-        out[name] = {**kept, 'data': jnp.where(valid, data, 0).astype(dtype)}
+        # The crop is taken: what said where it is has done its work.
+        rest = {key: value for key, value in stream.items() if key not in ('box', 'flip')}
+        out[name] = {**rest, 'data': jnp.where(valid, data, 0).astype(dtype)}
     return out
 
 
-def abstract(inputs, streams: tuple[str, ...], rows: int, dtype: str) -> dict[str, Any]:
-    """The abstract device batch of a model's own inputs: what `device_stage` makes of `rows` examples with these streams."""
-    out: dict[str, Any] = {
-        k: jax.ShapeDtypeStruct((rows,), t)
-        for k, t in (('index', 'int32'), ('position', 'uint32'), ('valid', bool))
+def abstract(inputs: Any, streams: Sequence[str], rows: int, dtype: str) -> dict[str, Any]:
+    """The abstract batch that `device_stage` makes of `rows` examples.
+
+    Args:
+        inputs: `config.model.inputs`.
+        streams: names of the streams of the batch.
+        rows: examples of the batch.
+        dtype: of float streams.
+    """
+    batch: dict[str, Any] = {
+        'index': jax.ShapeDtypeStruct((rows,), 'int32'),
+        'position': jax.ShapeDtypeStruct((rows,), 'uint32'),
+        'valid': jax.ShapeDtypeStruct((rows,), bool),
     }
     for name in streams:
         modality = name.split('.')[0]
         spec = inputs[modality]
-        shape, of = {
-            'video': lambda: ((spec['frames'], spec['size'], spec['size'], 3), dtype),  # noqa: B023
-            'audio': lambda: (
-                spectrogram.shape(spec) if spec.get('mel') else (spec['samples'],),
-                dtype,
-            ),  # noqa: B023
-            'text': lambda: ((spec['candidates'], spec['words']), 'int32'),
-        }[modality]()  # noqa: B023
-        out[name] = {
+        shape: tuple[int, ...]
+        if modality == 'text':
+            shape = (spec['candidates'], spec['words'])
+        elif modality == 'video':
+            shape = (spec['frames'], spec['size'], spec['size'], 3)
+        elif spec.get('mel'):
+            shape = spectrogram.shape(spec)
+        else:
+            shape = (spec['samples'],)
+        of = 'int32' if modality == 'text' else dtype
+        batch[name] = {
             'data': jax.ShapeDtypeStruct((rows, *shape), of),
             'valid': jax.ShapeDtypeStruct((rows,), bool),
         }
         if modality == 'text':
-            out[name]['mask'] = jax.ShapeDtypeStruct((rows, spec['candidates']), bool)
-    return out
+            batch[name]['mask'] = jax.ShapeDtypeStruct((rows, spec['candidates']), bool)
+    return batch
 
 
-def video(stream, spec, config, rng: Rng, augment: bool) -> jax.Array:
-    """uint8 [B T H W 3], or planes [B T 3H/2 W], -> float32 [B T size size 3] in `range`: the box cut out, resized, mirrored where `flip`,
-    jittered.
+# Mean pixel of each clip [B 3] -> (matrix [B 3 3], shift [B 3]) of its colours.
+Jitter = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+# (height, width) in pixels -> weights of rows [B size height] and of columns [B size width].
+Weights = Callable[[int, int], tuple[jax.Array, jax.Array]]
 
-    Two batched matrix products do it all: rows, and columns and colour together (colour jitter is affine in a pixel's channels, and so is the
-    conversion of planes; a colour plane of half the size is doubled by being resampled with weights of its own).
+
+def video(
+    stream: Mapping[str, Any], spec: Any, config: Any, rng: Rng, augment: bool
+) -> Float[Array, 'B T H W 3']:
+    """The box cut out of every frame, resized, mirrored where `flip`, its colours jittered.
+
+    Two batched matrix products do it all: one over rows, one over columns and colour together.
+    Colour jitter is affine in a pixel's channels, and so is the conversion of planes.
+
+    Args:
+        stream: `data` uint8 [B T H W 3], or planes Y, U, V [B T 3H/2 W]; `box` [B 4]; `flip` [B].
+        spec: `config.model.inputs.video`.
+        config: `config.augment`.
+        rng: of this stream.
+        augment: False for no jitter.
+
+    Returns:
+        float32 [B T size size 3] in `spec.range`.
+
+    Raises:
+        ConfigError: the range is not two rising numbers.
     """
     data, size, box = stream['data'], spec['size'], stream['box'].astype(jnp.float32)
-    b, t = data.shape[:2]
+    num_clips = data.shape[0]
 
     def weights(height: int, width: int) -> tuple[jax.Array, jax.Array]:
         columns = resample(box[:, 1], box[:, 3], width, size)
-        return resample(box[:, 0], box[:, 2], height, size), jnp.where(
-            stream['flip'][:, None, None], columns[:, ::-1], columns
-        )
+        rows = resample(box[:, 0], box[:, 2], height, size)
+        mirrored = jnp.where(stream['flip'][:, None, None], columns[:, ::-1], columns)
+        return rows, mirrored
 
     def jitter(mean: jax.Array) -> tuple[jax.Array, jax.Array]:
         if augment and config['color'] > 0:
             return color_jitter(mean, config, rng.at('color'))
-        return jnp.broadcast_to(jnp.eye(3), (b, 3, 3)), jnp.zeros((b, 3))
+        return jnp.broadcast_to(jnp.eye(3), (num_clips, 3, 3)), jnp.zeros((num_clips, 3))
 
-    # The mean is taken over time, then over the resampled frame: the weights of each source row and column say how much it counts.
-    if data.ndim == 5:
-        height, width = data.shape[2:4]
-        rows, columns = weights(height, width)
-        x = data.astype(jnp.float32) * (2 / 255) - 1
-        matrix, shift = jitter(
-            jnp.einsum('bhwc,bh,bw->bc', x.mean(1), rows.mean(1), columns.mean(1))
-        )
-        mixed = jnp.einsum('bjw,bdc->bwcjd', columns, matrix).reshape(b, width * 3, size * 3)
-        x = jnp.matmul(x.reshape(b, t * height, width * 3), mixed).reshape(b, t, height, size * 3)
-        x = jnp.einsum('bih,bthk->btik', rows, x)
-    else:
-        height, width = data.shape[2] * 2 // 3, data.shape[3]
-        x = data.astype(jnp.float32)
-        chroma = x[:, :, height:].reshape(b, t, 2, height // 2, width // 2)
-        planes, axes = (
-            [x[:, :, :height], chroma[:, :, 0], chroma[:, :, 1]],
-            [weights(height, width), *[weights(height // 2, width // 2)] * 2],
-        )
-        mean = jnp.stack(
-            [
-                jnp.einsum('bhw,bh,bw->b', p.mean(1), r.mean(1), c.mean(1))
-                for p, (r, c) in zip(planes, axes)
-            ],
-            -1,
-        )
-        matrix, shift = jitter(mean @ _FROM_PLANES.T + _FROM_PLANES_SHIFT)
-        matrix, shift = matrix @ _FROM_PLANES, matrix @ _FROM_PLANES_SHIFT + shift
-        x = jnp.concatenate(
-            [jnp.einsum('bih,bthw->btiw', r, p) for p, (r, _) in zip(planes, axes)], -1
-        )
-        mixed = jnp.concatenate(
-            [jnp.einsum('bjw,bd->bwjd', c, matrix[..., i]) for i, (_, c) in enumerate(axes)], 1
-        )
-        x = jnp.matmul(
-            x.reshape(b, t * size, 2 * width), mixed.reshape(b, 2 * width, size * 3)
-        ).reshape(b, t, size, size * 3)
-    # colours stay beside columns until the end: as a last axis of their own TPUs pad them from 3 to 128
-    x = jnp.clip(x + jnp.tile(shift, size)[:, None, None], -1, 1).reshape(b, t, size, size, 3)
-    wanted = tuple(spec.get('range', (-1.0, 1.0)))  # checkpoints older than this field: VATT's
-    if len(wanted) != 2 or wanted[0] >= wanted[1]:
+    from_bytes = _from_pixels if data.ndim == 5 else _from_planes
+    x, shift = from_bytes(data, size, weights, jitter)  # [B T size size·3], [B 3]
+    # Colours stay beside columns until the end: as a last axis of their own TPUs pad them from 3 to
+    # 128.
+    x = jnp.clip(x + jnp.tile(shift, size)[:, None, None], -1, 1)
+    x = x.reshape(*data.shape[:2], size, size, 3)
+    return _in_range(x, spec)
+
+
+def _from_pixels(
+    data: jax.Array, size: int, weights: Weights, jitter: Jitter
+) -> tuple[jax.Array, jax.Array]:
+    """uint8 [B T H W 3] -> pixels of -1 to 1 [B T size size·3] without their shift, shift [B 3]."""
+    b, t, height, width, _ = data.shape
+    rows, columns = weights(height, width)
+    x = data.astype(jnp.float32) * (2 / 255) - 1
+    # The mean over time, then over the resampled frame: the weights of each source row and column
+    # say how much it counts.
+    mean = jnp.einsum('bhwc,bh,bw->bc', x.mean(1), rows.mean(1), columns.mean(1))
+    matrix, shift = jitter(mean)
+    # Columns and colours in one matrix [B W·3 size·3].
+    mixed = jnp.einsum('bjw,bdc->bwcjd', columns, matrix).reshape(b, width * 3, size * 3)
+    x = jnp.matmul(x.reshape(b, t * height, width * 3), mixed).reshape(b, t, height, size * 3)
+    return jnp.einsum('bih,bthk->btik', rows, x), shift
+
+
+def _from_planes(
+    data: jax.Array, size: int, weights: Weights, jitter: Jitter
+) -> tuple[jax.Array, jax.Array]:
+    """uint8 planes [B T 3H/2 W] -> the same as `_from_pixels`.
+
+    A colour plane of half the size is doubled by being resampled with weights of its own.
+    """
+    b, t = data.shape[:2]
+    height, width = data.shape[2] * 2 // 3, data.shape[3]
+    x = data.astype(jnp.float32)
+    chroma = x[:, :, height:].reshape(b, t, 2, height // 2, width // 2)
+    planes = [x[:, :, :height], chroma[:, :, 0], chroma[:, :, 1]]  # Y, U, V
+    luma_axes = weights(height, width)
+    chroma_axes = weights(height // 2, width // 2)
+    axes = [luma_axes, chroma_axes, chroma_axes]
+    # As in `_from_pixels`, of each plane.
+    means = []
+    for plane, (rows, columns) in zip(planes, axes, strict=True):
+        means.append(jnp.einsum('bhw,bh,bw->b', plane.mean(1), rows.mean(1), columns.mean(1)))
+    mean = jnp.stack(means, -1)  # [B 3]
+    matrix, shift = jitter(mean @ _FROM_PLANES.T + _FROM_PLANES_SHIFT)
+    # Conversion first, then jitter, as one affine map.
+    matrix, shift = matrix @ _FROM_PLANES, matrix @ _FROM_PLANES_SHIFT + shift
+    resized, mixed = [], []
+    for channel, (plane, (rows, columns)) in enumerate(zip(planes, axes, strict=True)):
+        resized.append(jnp.einsum('bih,bthw->btiw', rows, plane))
+        mixed.append(jnp.einsum('bjw,bd->bwjd', columns, matrix[..., channel]))
+    x = jnp.concatenate(resized, -1)  # [B T size 2W]: Y of W columns, U and V of W/2 each
+    by_columns = jnp.concatenate(mixed, 1).reshape(b, 2 * width, size * 3)
+    x = jnp.matmul(x.reshape(b, t * size, 2 * width), by_columns)
+    return x.reshape(b, t, size, size * 3), shift
+
+
+def _in_range(x: jax.Array, spec: Any) -> jax.Array:
+    """Pixels of -1 to 1 in the range of the model."""
+    # Checkpoints older than this field are VATT's.
+    black_white = tuple(spec.get('range', (-1.0, 1.0)))
+    if len(black_white) != 2 or black_white[0] >= black_white[1]:
         raise ConfigError(
-            f'config.model.inputs.video.range={wanted}: values of black and of white are wanted, such as (-1.0, 1.0) or (0.0, 1.0)'
+            'config.model.inputs.video.range: expected the values of black and of white, such as '
+            f'(-1.0, 1.0) or (0.0, 1.0), got {black_white}'
         )
-    low, high = wanted
-    return x if wanted == (-1, 1) else (x + 1) * ((high - low) / 2) + low
+    low, high = black_white
+    if black_white == (-1, 1):
+        return x
+    return (x + 1) * ((high - low) / 2) + low
 
 
-# Y, U, V of 0 to 255 (ITU-R BT.601, Y from 16 to 235: what data_pipelines stores) -> R, G, B of -1 to 1.
-_FROM_PLANES = np.float32(
-    np.array(
-        [
-            [1 / 219, 0, 1.402 / 224],
-            [1 / 219, -0.344136 / 224, -0.714136 / 224],
-            [1 / 219, 1.772 / 224, 0],
-        ]
-    )
-    * 2
+# Y, U, V of 0 to 255 (ITU-R BT.601, Y from 16 to 235: what data_pipelines stores) -> R, G, B of -1
+# to 1.
+_BT_601 = np.array(
+    [
+        [1 / 219, 0, 1.402 / 224],
+        [1 / 219, -0.344136 / 224, -0.714136 / 224],
+        [1 / 219, 1.772 / 224, 0],
+    ]
 )
+_FROM_PLANES = np.float32(_BT_601 * 2)
 _FROM_PLANES_SHIFT = np.float32(-1 - _FROM_PLANES @ np.array([16, 128, 128]))
 
 
-def resample(low: jax.Array, high: jax.Array, length: int, size: int) -> jax.Array:
-    """float32 [B size length]: weights that read `size` pixels linearly from the part low..high ([B], fractions) of `length` pixels.
+def resample(
+    low: Float[Array, ' B'],
+    high: Float[Array, ' B'],
+    length: int,
+    size: int,
+) -> Float[Array, 'B size length']:
+    """Weights that read `size` pixels linearly from the part low..high of `length` pixels.
 
-    Pixel centres are half-integers; when shrinking, the triangle widens to the step, so nothing aliases. Rows sum to 1. The whole
-    axis at its own size gives the identity.
+    Pixel centres are half-integers. When shrinking, the triangle widens to the step, so nothing
+    aliases. Rows sum to 1. The whole axis at its own size gives the identity.
+
+    Args:
+        low, high: fractions of the axis.
+        length: of the axis, in pixels.
+        size: pixels to make.
     """
     step = (high - low) * length / size
     centre = low[:, None] * length + (jnp.arange(size) + 0.5) * step[:, None]
@@ -163,23 +240,36 @@ def resample(low: jax.Array, high: jax.Array, length: int, size: int) -> jax.Arr
     return weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-6)
 
 
-def color_jitter(mean: jax.Array, config, rng: Rng) -> tuple[jax.Array, jax.Array]:
-    """(matrix [B 3 3], shift [B 3]) of y = matrix · x + shift for pixels x in [-1, 1]: brightness, saturation, contrast, hue, one draw
-    per clip, with probability `color` (else the identity).
+def color_jitter(
+    mean: Float[Array, 'B 3'], config: Any, rng: Rng
+) -> tuple[Float[Array, 'B 3 3'], Float[Array, 'B 3']]:
+    """Brightness, saturation, contrast and hue, one draw per clip, with probability `color`.
 
-    mean [B 3]: the clip's mean pixel, about which contrast turns. The official loader clips between the operations; here once, after.
+    The official loader clips between the operations; here pixels are clipped once, after them.
+
+    Args:
+        mean: the clip's mean pixel, about which contrast turns.
+        config: `config.augment`.
+        rng: of the colours of this stream.
+
+    Returns:
+        matrix and shift of y = matrix · x + shift for pixels x in [-1, 1]; the identity for clips
+        that are not jittered.
     """
-    draw = lambda site, low, high: rng.at(site).uniform((), low, high)[:, None, None]
+
+    def draw(site: str, low: float, high: float) -> jax.Array:
+        return rng.at(site).uniform((), low, high)[:, None, None]  # [B 1 1]
+
     eye = jnp.eye(3)
     gray = jnp.broadcast_to(jnp.array([0.299, 0.587, 0.114]), (3, 3))
     saturation = draw('saturation', 1 - config['saturation'], 1 + config['saturation'])
     contrast = draw('contrast', 1 - config['contrast'], 1 + config['contrast'])
     matrix = gray + (eye - gray) * saturation
-    bright = matrix @ (
-        2 * draw('brightness', -config['brightness'], config['brightness']) * jnp.ones((3, 1))
-    )
-    centre = matrix @ mean[..., None] + bright
-    matrix, shift = contrast * matrix, centre + contrast * (bright - centre)
+    # Pixels are twice as wide as in [0, 1], so brightness is too.
+    brightness = 2 * draw('brightness', -config['brightness'], config['brightness'])
+    shift = matrix @ (brightness * jnp.ones((3, 1)))
+    centre = matrix @ mean[..., None] + shift
+    matrix, shift = contrast * matrix, centre + contrast * (shift - centre)
     turn = _hue(draw('hue', -config['hue'], config['hue'])[:, 0, 0])
     matrix, shift = turn @ matrix, (turn @ shift)[..., 0]
     applied = draw('apply', 0.0, 1.0) < config['color']
@@ -187,33 +277,52 @@ def color_jitter(mean: jax.Array, config, rng: Rng) -> tuple[jax.Array, jax.Arra
 
 
 def _hue(turn: jax.Array) -> jax.Array:
-    """float32 [B 3 3]: rotation of the colour plane (YIQ) by `turn` [B] of a full circle; luma is kept."""
+    """float32 [B 3 3]: rotation of the colour plane (YIQ) by `turn` [B] of a full circle.
+
+    Luma stays.
+    """
     to_yiq = jnp.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-    c, s = jnp.cos(2 * jnp.pi * turn), jnp.sin(2 * jnp.pi * turn)
-    zero, one = jnp.zeros_like(c), jnp.ones_like(c)
-    turn = jnp.stack(
+    cos, sin = jnp.cos(2 * jnp.pi * turn), jnp.sin(2 * jnp.pi * turn)
+    zero, one = jnp.zeros_like(cos), jnp.ones_like(cos)
+    rotation = jnp.stack(
         [
             jnp.stack([one, zero, zero], -1),
-            jnp.stack([zero, c, -s], -1),
-            jnp.stack([zero, s, c], -1),
+            jnp.stack([zero, cos, -sin], -1),
+            jnp.stack([zero, sin, cos], -1),
         ],
         -2,
     )
-    return jnp.linalg.inv(to_yiq) @ turn @ to_yiq
+    return jnp.linalg.inv(to_yiq) @ rotation @ to_yiq
 
 
-def audio(stream, spec, config, rng: Rng, augment: bool) -> jax.Array:
-    """int16 [B S] -> float32 [B S] in [-1, 1], with gaussian noise of `audio_noise` times the clip's peak, louder or softer by up to a share
-    `volume` (and then perhaps beyond 1); its log-mel [B T F] where the model's inputs ask for one (after both)."""
+def audio(
+    stream: Mapping[str, Any], spec: Any, config: Any, rng: Rng, augment: bool
+) -> Float[Array, 'B ...']:
+    """Samples as floats, louder or softer, with noise; their log-mel where the model wants one.
+
+    Args:
+        stream: `data` int16 [B S].
+        spec: `config.model.inputs.audio`.
+        config: `config.augment`: `audio_noise`, a share of the clip's peak, and `volume`, the most
+            by which the factor of loudness differs from 1 (samples may then exceed 1).
+        rng: of this stream.
+        augment: False for neither.
+
+    Returns:
+        float32 [B S] in [-1, 1], or log-mel [B T F] of it.
+    """
     x = stream['data'].astype(jnp.float32) / 32768
-    volume = config.get('volume', 0.0)  # runs from before it was there do not have it
+    # Configs of runs from before this field do not have it.
+    volume = config.get('volume', 0.0)
     if augment and volume > 0:
         x = x * rng.at('volume').uniform((), 1 - volume, 1 + volume)[:, None]
     if augment and config['audio_noise'] > 0:
-        x = x + rng.at('noise').normal(x.shape[1:]) * config['audio_noise'] * jnp.abs(x).max(
-            -1, keepdims=True
-        )
-    return spectrogram.log_mel(x, spec['rate'], spec['mel']) if spec.get('mel') else x
+        noise = rng.at('noise').normal(x.shape[1:]) * config['audio_noise']
+        x = x + noise * jnp.abs(x).max(-1, keepdims=True)
+    if spec.get('mel'):
+        return spectrogram.log_mel(x, spec['rate'], spec['mel'])
+    return x
 
 
-STAGES = {'video': video, 'audio': audio}
+# Modality -> what its streams go through.
+STAGES: dict[str, Callable[..., jax.Array]] = {'video': video, 'audio': audio}

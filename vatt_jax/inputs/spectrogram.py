@@ -1,4 +1,7 @@
-"""Spectrograms on device: what the spectrogram towers of VATT, MMV and SeLaVi read. Fields are those of `config.model.inputs.audio.mel`."""
+"""Spectrograms on device: what the spectrogram towers of VATT, MMV and SeLaVi read.
+
+Fields are those of `config.model.inputs.audio.mel`.
+"""
 
 from __future__ import annotations
 
@@ -8,119 +11,162 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
 from vatt_jax.config import ConfigError, choose, with_defaults
 
-# VATT's: log(1 + 10000 · mel), each clip stretched to [0, 1]. MMV's: offset 1e-6, scale 1, stretch False.
-# SeLaVi's: form filterbank, bins 257, window 480, hop 240, transform 1024, low 0, high 12000 at 24 kHz.
+WHERE = 'config.model.inputs.audio.mel'
+# VATT's: log(1 + 10000 · mel), each clip stretched to [0, 1].
+# MMV's: offset 1e-6, scale 1, stretch False.
+# SeLaVi's: form filterbank, bins 257, window 480, hop 240, transform 1024, low 0, high 12000 at 24
+# kHz.
 DEFAULTS = {
-    'form': 'mel',  # mel (as TensorFlow makes it) | filterbank (as speech recognition does, see filterbank())
-    'bins': 80,  # mel bands
-    'window': 2048,  # samples of one frame
-    'hop': 1024,  # samples from frame to frame; the end is padded with zeros. mel: ceil(S / hop) frames
-    'transform': 0,  # length of the Fourier transform, at least the window; 0: the window
+    # mel (as TensorFlow makes it) | filterbank (as speech recognition does, see filterbank())
+    'form': 'mel',
+    # Mel bands.
+    'bins': 80,
+    # Samples of one frame.
+    'window': 2048,
+    # Samples from frame to frame. The end is padded with zeros; mel has ceil(S / hop) frames.
+    'hop': 1024,
+    # Length of the Fourier transform, at least the window. 0: the window.
+    'transform': 0,
+    # Hz.
     'low': 80.0,
-    'high': 7600.0,  # Hz
-    # mel alone:
+    'high': 7600.0,
+    # mel alone: log(offset + scale · mel magnitude), then minimum and maximum of each clip to 0 and
+    # 1.
     'offset': 1.0,
-    'scale': 1e4,  # log(offset + scale · mel magnitude)
-    'stretch': True,  # minimum and maximum of each clip to 0 and 1
+    'scale': 1e4,
+    'stretch': True,
 }
-EMPHASIS = 0.97  # filterbank: what is subtracted of the sample before
-FLOOR = float(
-    np.finfo(np.float64).eps
-)  # filterbank: least energy, that of bands between two frequencies of the transform
+# filterbank: share of the sample before that is subtracted.
+EMPHASIS = 0.97
+# filterbank: least energy, that of bands between two frequencies of the transform.
+FLOOR = float(np.finfo(np.float64).eps)
 
 
-def shape(spec: Mapping[str, Any]) -> tuple[int, int]:
+def shape(spec: Mapping[str, Any] | ConfigDict) -> tuple[int, int]:
     """(frames, bands) of `config.model.inputs.audio`."""
-    m = _fields(spec['mel'])
-    return _frames(spec['samples'], m), m.bins
+    mel = _fields(spec['mel'])
+    return _num_frames(spec['samples'], mel), mel.bins
 
 
-def log_mel(x: jax.Array, rate: int, mel: Mapping[str, Any]) -> jax.Array:
-    """float32 [B S] in [-1, 1] at `rate` Hz -> [B T F]. Magnitudes, not powers; Hann window (periodic); HTK's mel scale; triangles of height 1."""
-    m = _fields(mel)
-    if m.high > rate / 2 or m.low >= m.high:
+def log_mel(x: Float[Array, 'B S'], rate: int, mel: Any) -> Float[Array, 'B T F']:
+    """Log-mel spectrograms.
+
+    Magnitudes, not powers; periodic Hann window; HTK's mel scale; triangles of height 1.
+
+    Args:
+        x: samples in [-1, 1].
+        rate: samples a second.
+        mel: `config.model.inputs.audio.mel`.
+
+    Raises:
+        ConfigError: a field is wrong, or the bands do not fit the rate.
+    """
+    mel = _fields(mel)
+    if mel.high > rate / 2 or mel.low >= mel.high:
         raise ConfigError(
-            f'config.model.inputs.audio.mel: bands from low={m.low:g} to high={m.high:g} Hz at rate={rate}; '
-            f'low < high <= {rate / 2:g} is wanted'
+            f'{WHERE}: expected low < high <= {rate / 2:g} Hz at rate={rate}, '
+            f'got low={mel.low:g} and high={mel.high:g}'
         )
-    if m.form == 'filterbank':
-        return filterbank(x, rate, m)
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(m.window) / m.window)
-    magnitude = jnp.abs(_transform(x, m, jnp.asarray(window, jnp.float32)))
-    y = jnp.log(
-        m.offset + m.scale * jnp.matmul(magnitude, mel_matrix(m, rate), precision='highest')
-    )
-    if not m.stretch:
+    if mel.form == 'filterbank':
+        return filterbank(x, rate, mel)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(mel.window) / mel.window)
+    magnitude = jnp.abs(_transform(x, mel, jnp.asarray(window, jnp.float32)))
+    bands = jnp.matmul(magnitude, mel_matrix(mel, rate), precision='highest')
+    y = jnp.log(mel.offset + mel.scale * bands)
+    if not mel.stretch:
         return y
     low, high = y.min((1, 2), keepdims=True), y.max((1, 2), keepdims=True)
     # A silent clip has no range: zeros, not 0/0.
     return (y - low) / jnp.where(high > low, high - low, 1.0)
 
 
-def filterbank(x: jax.Array, rate: int, m) -> jax.Array:
-    """float32 [B S] -> [B T F]: log energies in the scale of 16-bit samples. Pre-emphasis, frames without taper, |X|² / length of the transform,
-    triangles between whole frequencies of the transform; T = 1 + ceil((S - window) / hop)."""
+def filterbank(x: Float[Array, 'B S'], rate: int, mel: ConfigDict) -> Float[Array, 'B T F']:
+    """Log energies of bands, in the scale of 16-bit samples, as speech recognition computes them.
+
+    Pre-emphasis, frames without taper, |X|² / length of the transform, triangles between whole
+    frequencies of the transform; T = 1 + ceil((S - window) / hop).
+    """
     x = x * 32768
     x = jnp.concatenate([x[:, :1], x[:, 1:] - EMPHASIS * x[:, :-1]], 1)
-    power = jnp.abs(_transform(x, m)) ** 2 / _length(m)
-    return jnp.log(jnp.maximum(jnp.matmul(power, bank_matrix(m, rate), precision='highest'), FLOOR))
+    power = jnp.abs(_transform(x, mel)) ** 2 / _length(mel)
+    energy = jnp.matmul(power, bank_matrix(mel, rate), precision='highest')
+    return jnp.log(jnp.maximum(energy, FLOOR))
 
 
-def _fields(mel: Mapping[str, Any]):
-    m = with_defaults(mel, DEFAULTS, 'config.model.inputs.audio.mel')
-    choose(m.form, ('mel', 'filterbank'), 'config.model.inputs.audio.mel.form')
-    if m.transform and m.transform < m.window:
+def _fields(given: Any) -> ConfigDict:
+    """The fields of a spectrogram, defaults filled in. Raises ConfigError for a wrong one."""
+    mel = with_defaults(given, DEFAULTS, WHERE)
+    choose(mel.form, ('mel', 'filterbank'), f'{WHERE}.form')
+    if mel.transform and mel.transform < mel.window:
         raise ConfigError(
-            f'config.model.inputs.audio.mel.transform={m.transform} is less than window={m.window}; at least that is wanted, or 0'
+            f'{WHERE}.transform: expected at least window={mel.window}, or 0 for that, '
+            f'got {mel.transform}'
         )
-    return m
+    return mel
 
 
-def _length(m) -> int:
-    return m.transform or m.window
+def _length(mel: ConfigDict) -> int:
+    return mel.transform or mel.window
 
 
-def _frames(samples: int, m) -> int:
-    return (
-        -(-samples // m.hop) if m.form == 'mel' else 1 + max(0, -(-(samples - m.window) // m.hop))
-    )
+def _num_frames(samples: int, mel: ConfigDict) -> int:
+    # -(-a // b) is the quotient rounded up.
+    if mel.form == 'mel':
+        return -(-samples // mel.hop)
+    return 1 + max(0, -(-(samples - mel.window) // mel.hop))
 
 
-def _transform(x: jax.Array, m, taper=None) -> jax.Array:
-    """complex64 [B T transform/2 + 1] of the frames of x."""
-    frames = _frames(x.shape[1], m)
-    x = jnp.pad(x, ((0, 0), (0, max(0, (frames - 1) * m.hop + m.window - x.shape[1]))))
-    x = x[:, np.arange(frames)[:, None] * m.hop + np.arange(m.window)]
-    return jnp.fft.rfft(x if taper is None else x * taper, _length(m))
+def _transform(x: jax.Array, mel: ConfigDict, taper: jax.Array | None = None) -> jax.Array:
+    """complex64 [B T transform/2 + 1] of the frames of x [B S]. taper: [window]."""
+    num_frames = _num_frames(x.shape[1], mel)
+    end = (num_frames - 1) * mel.hop + mel.window
+    x = jnp.pad(x, ((0, 0), (0, max(0, end - x.shape[1]))))
+    starts = np.arange(num_frames)[:, None] * mel.hop
+    frames = x[:, starts + np.arange(mel.window)]  # [B T window]
+    if taper is not None:
+        frames = frames * taper
+    return jnp.fft.rfft(frames, _length(mel))
 
 
-def mel_matrix(m, rate: int) -> np.ndarray:
-    """float32 [transform/2 + 1, bins]: overlapping triangles, equally wide in mel; the constant component counts in none."""
-    to_mel = lambda f: 1127.0 * np.log1p(np.asarray(f) / 700.0)
-    f = to_mel(np.linspace(0, rate / 2, _length(m) // 2 + 1))[:, None]
-    edges = np.linspace(to_mel(m.low), to_mel(m.high), m.bins + 2)
+def mel_matrix(mel: ConfigDict, rate: int) -> Float[np.ndarray, 'frequencies bins']:
+    """float32 [transform/2 + 1, bins]: overlapping triangles, equally wide in mel.
+
+    The constant component counts in none.
+    """
+
+    def to_mel(frequency: Any) -> Any:
+        return 1127.0 * np.log1p(np.asarray(frequency) / 700.0)
+
+    frequency = to_mel(np.linspace(0, rate / 2, _length(mel) // 2 + 1))[:, None]
+    edges = np.linspace(to_mel(mel.low), to_mel(mel.high), mel.bins + 2)
     lower, centre, upper = edges[:-2], edges[1:-1], edges[2:]
-    weights = np.maximum(
-        0.0, np.minimum((f - lower) / (centre - lower), (upper - f) / (upper - centre))
-    )
+    rising = (frequency - lower) / (centre - lower)
+    falling = (upper - frequency) / (upper - centre)
+    weights = np.maximum(0.0, np.minimum(rising, falling))
     weights[0] = 0
     return weights.astype(np.float32)
 
 
-def bank_matrix(m, rate: int) -> np.ndarray:
-    """float32 [transform/2 + 1, bins]: triangles whose corners are rounded down to frequencies of the transform; narrow ones may be empty."""
-    mel = np.linspace(*(2595 * np.log10(1 + f / 700) for f in (m.low, m.high)), m.bins + 2)
-    corner = np.floor((_length(m) + 1) * 700 * (10 ** (mel / 2595) - 1) / rate)
+def bank_matrix(mel: ConfigDict, rate: int) -> Float[np.ndarray, 'frequencies bins']:
+    """float32 [transform/2 + 1, bins]: triangles between whole frequencies of the transform.
+
+    Their corners are rounded down, so that narrow ones may be empty.
+    """
+    lowest = 2595 * np.log10(1 + mel.low / 700)
+    highest = 2595 * np.log10(1 + mel.high / 700)
+    edges = np.linspace(lowest, highest, mel.bins + 2)
+    corner = np.floor((_length(mel) + 1) * 700 * (10 ** (edges / 2595) - 1) / rate)
     lower, centre, upper = corner[:-2], corner[1:-1], corner[2:]
-    f = np.arange(_length(m) // 2 + 1)[:, None]
-    rising, falling = (
-        (f - lower) / np.maximum(centre - lower, 1),
-        (upper - f) / np.maximum(upper - centre, 1),
-    )
-    weights = np.where(
-        (f >= lower) & (f < centre), rising, np.where((f >= centre) & (f < upper), falling, 0.0)
-    )
+    number = np.arange(_length(mel) // 2 + 1)[:, None]
+    # Empty triangles have no slope; the comparisons below leave them out.
+    rising = (number - lower) / np.maximum(centre - lower, 1)
+    falling = (upper - number) / np.maximum(upper - centre, 1)
+    is_rising = (number >= lower) & (number < centre)
+    is_falling = (number >= centre) & (number < upper)
+    weights = np.where(is_rising, rising, np.where(is_falling, falling, 0.0))
     return weights.astype(np.float32)
