@@ -3,49 +3,80 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
 from vatt_jax import models
 from vatt_jax.config import ConfigError
 from vatt_jax.inputs import preprocess
+from vatt_jax.inputs.batch import (
+    device_part,
+    gather_rows,
+    is_stream,
+    modality_of,
+    place,
+    stream_names,
+)
 from vatt_jax.models import attention
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
+
+__all__ = ['Encoder', 'coarse', 'device_part', 'features_of', 'gather_rows', 'place']
 
 
 class Encoder:
     """Jitted evaluation-mode forward pass over a mesh.
 
-    config: the run's resolved config (`model`, `compute_dtype`, `augment` are read).
-    variables: {'params', 'batch_stats'} of the model, already on the mesh.
-    objective: whose trained heads to apply as well (`Objective.predict`), with its parameters and state.
+    Args:
+        config: the run's resolved config (`model`, `compute_dtype`, `augment` are read).
+        variables: {'params', 'batch_stats'} of the model, already on the mesh.
+        mesh: the devices it runs on.
+        objective: whose trained heads to apply as well (`Objective.predict`).
+        objective_params: parameters of these heads.
+        objective_state: state of the objective.
     """
 
     def __init__(
-        self, config, variables, mesh, objective=None, objective_params=None, objective_state=None
+        self,
+        config: ConfigDict,
+        variables: Mapping[str, Any],
+        mesh: Mesh,
+        objective: Any = None,
+        objective_params: Any = None,
+        objective_state: Any = None,
     ):
         self.config, self.variables, self.mesh = config, variables, mesh
         self.objective, self.heads = objective, (objective_params, objective_state)
         self.model = models.build(attention.portable(config.model), config.compute_dtype)
-        self.modalities = tuple(
-            m for m in config.model.towers if self.model.has_tower(variables['params'], m)
-        )
+        params = variables['params']
+        self.modalities = tuple(m for m in config.model.towers if self.model.has_tower(params, m))
         self._forward = jax.jit(
             self._features, static_argnums=3, out_shardings=sharding.replicated(mesh)
         )
 
-    def on(self, variables, objective_params=None, objective_state=None) -> Encoder:
+    def on(
+        self,
+        variables: Mapping[str, Any],
+        objective_params: Any = None,
+        objective_state: Any = None,
+    ) -> Encoder:
         """The same programs, compiled once, on other values of the same variables."""
         other = copy.copy(self)
         other.variables, other.heads = variables, (objective_params, objective_state)
         return other
 
-    def _features(self, variables, heads, batch, maps):
+    def _features(
+        self, variables: Any, heads: tuple[Any, Any], batch: Any, maps: tuple[str, ...]
+    ) -> dict[str, Any]:
+        """The traced forward pass; see `__call__`."""
+        # Nothing is drawn in evaluation mode, but modules take an Rng.
         rng = Rng.create(0, 0, batch['position'])
         batch = preprocess.device_stage(
             batch,
@@ -56,125 +87,134 @@ class Encoder:
             dtype=self.config.compute_dtype,
         )
         out = self.model.apply(variables, batch, train=False, rng=rng, features=bool(maps))
-        length = lambda x: jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1), 1e-12))
-        each = lambda f: {
-            space: {name: f(x) for name, x in members.items()}
-            for space, members in out.spaces.items()
+        features: dict[str, Any] = {
+            'predictions': {},
+            'pooled': {s: e.pooled.astype(jnp.float32) for s, e in out.encoded.items()},
+            'spaces': {space: {} for space in out.spaces},
+            'lengths': {space: {} for space in out.spaces},
         }
-        predictions = (
-            self.objective.predict(*heads, out.encoded) if self.objective is not None else {}
-        )
-        return {
-            'predictions': predictions,
-            'pooled': {name: e.pooled.astype(jnp.float32) for name, e in out.encoded.items()},
-            **(
-                {'maps': {name: coarse(out.encoded[name]) for name in maps if name in out.encoded}}
-                if maps
-                else {}
-            ),
-            'spaces': each(lambda x: x / length(x)[..., None]),
-            'lengths': each(length),
-        }
+        if self.objective is not None:
+            features['predictions'] = self.objective.predict(*heads, out.encoded)
+        for space, members in out.spaces.items():
+            for stream, embedding in members.items():
+                length = _length(embedding)
+                features['spaces'][space][stream] = embedding / length[..., None]
+                features['lengths'][space][stream] = length
+        if maps:
+            features['maps'] = {s: coarse(out.encoded[s]) for s in maps if s in out.encoded}
+        return features
 
     def __call__(self, batch: Mapping[str, Any], maps: tuple[str, ...] = ()) -> dict[str, Any]:
-        """batch: this host's rows of a host batch; streams of a modality without a tower are passed over. Returns NumPy features of *all*
-        hosts' rows, in global order:
-        {'pooled': {stream: [B D] or [B K D]}, 'spaces': {space: {stream: [B(,K) E], unit length}}, 'lengths': {space: {stream: [B(,K)]}} of those
-        before, 'predictions': {name: [B P]}} and, for the streams named in `maps`, 'maps': {stream: [B F], unit length}, see `coarse`."""
-        batch = {
-            k: v
-            for k, v in batch.items()
-            if not _is_stream(v) or k.split('.')[0] in self.modalities
-        }
+        """Features of *all* hosts' rows, in global order, as NumPy arrays.
+
+        Args:
+            batch: this host's rows of a host batch. Streams of a modality without a tower are
+                passed over.
+            maps: streams whose feature maps to return as well.
+
+        Returns:
+            {'pooled': {stream: [B D] or [B K D]},
+             'spaces': {space: {stream: [B(,K) E], unit length}},
+             'lengths': {space: {stream: [B(,K)]}}, of the embeddings before,
+             'predictions': {name: [B P]},
+             'maps': {stream: [B F], unit length}, see `coarse`; only where asked for}
+        """
+        encoded = {}
+        for name, value in batch.items():
+            if not is_stream(value) or modality_of(name) in self.modalities:
+                encoded[name] = value
         with jax.set_mesh(self.mesh):
-            out = self._forward(self.variables, self.heads, place(batch, self.mesh), maps)
-        return jax.tree.map(np.asarray, jax.device_get(out))
+            features = self._forward(self.variables, self.heads, place(encoded, self.mesh), maps)
+        return jax.tree.map(np.asarray, jax.device_get(features))
 
 
-def coarse(encoded) -> jax.Array:
-    """[B F], unit length: the last map of features, its maximum over blocks of two along every axis of its grid (a last odd row is left out, an
-    axis of one stays), all in one vector."""
+def _length(x: jax.Array) -> jax.Array:
+    """Euclidean length over the last axis, never 0."""
+    return jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1), 1e-12))
+
+
+def coarse(encoded: Any) -> Float[Array, 'B F']:
+    """The last feature map at half its resolution, as one vector of unit length.
+
+    The maximum over blocks of two along every axis of the grid. A last odd row is left out, an axis
+    of one stays.
+
+    Args:
+        encoded: the Encoded of a stream, with its tokens.
+
+    Raises:
+        ConfigError: the stream's tower makes no map.
+    """
     if encoded.tokens is None or not encoded.grid:
         raise ConfigError('feature maps are asked for of a stream whose tower makes none')
-    x = encoded.tokens.astype(jnp.float32).reshape(len(encoded.tokens), *encoded.grid, -1)
+    tokens = encoded.tokens.astype(jnp.float32)
+    grid = tokens.reshape(len(tokens), *encoded.grid, -1)
     block = (1, *(min(2, n) for n in encoded.grid), 1)
-    x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, block, block, 'VALID').reshape(len(x), -1)
+    pooled = jax.lax.reduce_window(grid, -jnp.inf, jax.lax.max, block, block, 'VALID')
+    x = pooled.reshape(len(pooled), -1)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
-
-
-def _is_stream(value: Any) -> bool:
-    return isinstance(value, Mapping) and 'data' in value
-
-
-def device_part(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of a host batch that go to the device, `position` reduced modulo 2^32."""
-    out = {k: v for k, v in batch.items() if k != 'position'}
-    out['position'] = (np.asarray(batch['position'], np.int64) & 0xFFFFFFFF).astype(np.uint32)
-    return out
-
-
-def place(batch: Mapping[str, Any], mesh) -> dict[str, Any]:
-    """This host's rows -> arrays of the global batch, sharded by rows over the mesh's data axes."""
-    rows = sharding.batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(rows, np.asarray(x)), device_part(batch)
-    )
-
-
-def gather_rows(batch: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The named host arrays of every host's rows, in global order (a copy of the local ones in a single process)."""
-    picked = {n: np.asarray(batch[n]) for n in names}
-    if jax.process_count() == 1:
-        return picked
-    from jax.experimental import multihost_utils
-
-    return {
-        n: np.asarray(v) for n, v in multihost_utils.process_allgather(picked, tiled=True).items()
-    }
 
 
 def features_of(
     encoder: Encoder,
-    batches: Iterator[Mapping[str, Any]],
+    batches: Iterable[Mapping[str, Any]],
     keep: tuple[str, ...] = (),
     maps: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Features of a whole pass, padding rows dropped, in the order of the pass, each example once (checked).
+    """Features of a whole pass, in the order of the pass, without padding rows.
 
-    Returns {'pooled': …, 'spaces': …, 'lengths': …, 'index': [N] (place in the pass), 'labels': {name: [N …]}, 'valid': {stream:
-    bool [N]}, 'mask': {text stream: bool [N K]}} and, for each stream named in `keep`, 'data': {stream: [N …]} (single process only: they
-    are for pictures); in `maps`, 'maps': {stream: [N F]}. Raises RuntimeError when an example came twice.
+    Args:
+        encoder: what encodes.
+        batches: host batches of one pass.
+        keep: streams whose data to return as well; in a single process only, as they are for
+            pictures.
+        maps: streams whose feature maps to return as well.
+
+    Returns:
+        What `Encoder.__call__` returns, of N examples, and
+        {'index': [N] place in the pass,
+         'labels': {name: [N ...]},
+         'valid': {stream: bool [N]},
+         'mask': {text stream: bool [N K]},
+         'data': {stream: [N ...]}, of the streams in `keep`}
+
+    Raises:
+        RuntimeError: an example came twice, or there was none.
     """
     parts = []
     for batch in batches:
-        # `position` numbers the pass over all sources; `index` starts anew in each source.
-        flat = {'index': batch['position'], 'valid': batch['valid']}
-        streams = [k for k, v in batch.items() if _is_stream(v)]
-        for s in streams:
-            flat[f'valid/{s}'] = batch[s]['valid']
-            if 'mask' in batch[s]:
-                flat[f'mask/{s}'] = batch[s]['mask']
-        for name, value in batch.get('labels', {}).items():
-            flat[f'labels/{name}'] = value
-        flat = gather_rows(flat, tuple(flat))
-        real = flat.pop('valid')
-        row = {'flat': flat, **encoder(batch, maps)}
+        local = _flat(batch)
+        arrays = gather_rows(local, tuple(local))
+        is_real = arrays.pop('is_real')
+        part = {'arrays': arrays, **encoder(batch, maps)}
         if keep and jax.process_count() == 1:
-            row['data'] = {s: np.asarray(batch[s]['data']) for s in keep if s in batch}
-        parts.append(jax.tree.map(lambda x, real=real: x[real], row))
+            part['data'] = {s: np.asarray(batch[s]['data']) for s in keep if s in batch}
+        parts.append(jax.tree.map(lambda x, rows=is_real: x[rows], part))
     if not parts:
         raise RuntimeError('the pass yielded no batch; is the split empty?')
-    out = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-    order = np.argsort(out['flat']['index'], kind='stable')
-    out = jax.tree.map(lambda x: x[order], out)
-    flat = out.pop('flat')
-    index = flat.pop('index')
-    if len(np.unique(index)) != len(index):
-        raise RuntimeError(
-            f'{len(index) - len(np.unique(index))} examples came more than once in one pass'
-        )
-    out.update(index=index, labels={}, valid={}, mask={})
-    for key, value in flat.items():
+    features = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    order = np.argsort(features['arrays']['index'], kind='stable')
+    features = jax.tree.map(lambda x: x[order], features)
+    arrays = features.pop('arrays')
+    index = arrays.pop('index')
+    num_repeated = len(index) - len(np.unique(index))
+    if num_repeated:
+        raise RuntimeError(f'{num_repeated} examples came more than once in one pass')
+    features.update(index=index, labels={}, valid={}, mask={})
+    for key, value in arrays.items():
         group, name = key.split('/', 1)
-        out[group][name] = value
-    return out
+        features[group][name] = value
+    return features
+
+
+def _flat(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a host batch beside its features, `group/name` -> array."""
+    # `position` numbers the pass over all sources; `index` starts anew in each source.
+    arrays = {'index': batch['position'], 'is_real': batch['valid']}
+    for stream in stream_names(batch):
+        arrays[f'valid/{stream}'] = batch[stream]['valid']
+        if 'mask' in batch[stream]:
+            arrays[f'mask/{stream}'] = batch[stream]['mask']
+    for name, value in batch.get('labels', {}).items():
+        arrays[f'labels/{name}'] = value
+    return arrays
