@@ -1,14 +1,18 @@
-"""What a user of trained encoders calls: vatt_jax.load(checkpoint).embed(video=…, audio=…, text=…)."""
+"""What a user of trained encoders calls: vatt_jax.load(checkpoint).embed(video=…, audio=…,
+text=…)."""
 
 from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int16, UInt8
+from ml_collections import ConfigDict
 
 from vatt_jax import optim
 from vatt_jax.config import ConfigError
@@ -18,41 +22,59 @@ from vatt_jax.parallel import sharding
 from vatt_jax.training import checkpoint
 
 FILES = (str, os.PathLike)
-TOWER = {'image': 'video'}  # what a kind of input is encoded by, where it is not called the same
+# Which tower encodes a kind of input, where it is not called the same.
+TOWERS = {'image': 'video'}
+# Axes of one item of each kind; one more is a batch.
+ITEM_AXES = {'video': 4, 'audio': 1, 'text': 0, 'image': 3}
+# How `repr` describes the inputs of each tower.
+DESCRIPTIONS = {
+    'video': '{frames} frames of {size}×{size} at {fps:g} fps',
+    'audio': '{samples} samples at {rate} Hz',
+    'text': 'sentences of up to {words} words',
+}
 
 
 def load(path: str | os.PathLike) -> Model:
-    """The newest model of a run folder, or that of one checkpoint folder; averaged parameters where the run kept them.
+    """The newest model of a run folder, or that of one checkpoint folder.
 
-    The checkpoint carries config, tokenizer and class names, so nothing else is needed. Raises ConfigError when it cannot be read.
+    Averaged parameters where the run kept them. The checkpoint carries config, tokenizer and class
+    names, so nothing else is needed.
+
+    Raises:
+        ConfigError: no model can be read there.
     """
-    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, (1, 1, 1, 1))))
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1))
     config, variables, info = checkpoint.load_model(pathlib.Path(path), mesh)
     return Model(config, variables, info, mesh)
 
 
 class Model:
-    """config: the run's resolved config. info: {'tokenizer', 'labels', …} of the data it was trained on."""
+    """A trained model.
 
-    def __init__(self, config, variables, info, mesh):
+    Args:
+        config: the run's resolved config.
+        variables: {'params', 'batch_stats'}.
+        info: {'tokenizer', 'labels', …} of the data it was trained on.
+        mesh: the devices it runs on.
+    """
+
+    def __init__(
+        self, config: ConfigDict, variables: Mapping[str, Any], info: Mapping[str, Any], mesh: Mesh
+    ):
         self.config, self.info, self.variables = config, info, variables
-        self.inputs = {k: dict(v) for k, v in config.model.inputs.items()}
-        self.tokenizer = tokenizer.from_spec(info['tokenizer']) if info.get('tokenizer') else None
+        self.inputs = {name: dict(spec) for name, spec in config.model.inputs.items()}
+        self.tokenizer = None
+        if info.get('tokenizer'):
+            self.tokenizer = tokenizer.from_spec(info['tokenizer'])
         self._encoder = encoder.Encoder(config, variables, mesh)
 
     def __repr__(self) -> str:
         count = sum(np.size(x) for x in jax.tree.leaves(self.variables['params']))
-        wants = {
-            'video': '{frames} frames of {size}×{size} at {fps:g} fps',
-            'audio': '{samples} samples at {rate} Hz',
-            'text': 'sentences of up to {words} words',
-        }
-        told = [
-            f'{m}: {wants[m].format(**spec)}'
-            for m, spec in self.inputs.items()
-            if m in self._encoder.modalities
-        ]
-        return f'<{self.config.name}: {count / 1e6:.2f} M parameters; {"; ".join(told)}>'
+        towers = []
+        for name, spec in self.inputs.items():
+            if name in self._encoder.modalities:
+                towers.append(f'{name}: {DESCRIPTIONS[name].format(**spec)}')
+        return f'<{self.config.name}: {count / 1e6:.2f} M parameters; {"; ".join(towers)}>'
 
     def paths(self) -> list[str]:
         """Parameter paths, as the patterns of config.optimizer and config.init_skip see them."""
@@ -68,214 +90,251 @@ class Model:
         rate: int | None = None,
         batch_size: int = 32,
     ) -> dict[str, dict[str, np.ndarray]]:
-        """{modality: {'pooled': [B D], <common space>: [B E] of unit length}}, float32; without B where a single item was given.
+        """Embeddings of clips, sounds, sentences and pictures.
 
-        video: uint8 frames [T H W 3] at the model's own rate (`inputs['video']['fps']`), a batch [B T H W 3], or a list of clips of
-          any T, H, W. A path or list of paths of media files is decoded (video extra); its sound is embedded too, from the same
-          window, unless `audio` is given. Of a longer clip the middle window is taken; a shorter one repeats, as in training.
-        audio: int16, or floats in [-1, 1], [S] at `rate` Hz (default the model's `inputs['audio']['rate']`; other rates need the video
-          extra), a batch [B S], a list, or paths.
-        text: a sentence or a list of sentences.
-        image: uint8 [H W 3], a batch [B H W 3] or a list: the clip that shows nothing else. A deflated model (run.py --mode=deflate) computes one
-          frame for it, a video model all of its own.
-        Raises ConfigError for a modality the model lacks and for arrays of another kind or shape.
+        Of a clip longer than the model's window the middle is taken; a shorter one repeats, as in
+        training.
+
+        Args:
+            video: uint8 frames [T H W 3] at the model's own rate (`inputs['video']['fps']`), a
+                batch [B T H W 3], or a list of clips of any T, H, W. A path or a list of paths of
+                media files is decoded (video extra); its sound is embedded too, from the same
+                window, unless `audio` is given.
+            audio: int16, or floats in [-1, 1], [S] at `rate` Hz, a batch [B S], a list, or paths.
+            text: a sentence or a list of sentences.
+            image: uint8 [H W 3], a batch [B H W 3] or a list: the clip that shows nothing else. A
+                deflated model (run.py --mode=deflate) computes one frame for it, a video model all
+                of its own.
+            rate: samples a second of `audio` (default `inputs['audio']['rate']`; others need the
+                video extra).
+            batch_size: items encoded at a time.
+
+        Returns:
+            {modality: {'pooled': [B D], <common space>: [B E] of unit length}}, float32; without B
+            where a single item was given.
+
+        Raises:
+            ConfigError: the model lacks a modality, or an input is of another kind or shape.
         """
-        given = {'video': video, 'audio': audio, 'text': text, 'image': image}
-        given = {k: v for k, v in given.items() if v is not None}
+        everything = {'video': video, 'audio': audio, 'text': text, 'image': image}
+        given = {name: value for name, value in everything.items() if value is not None}
+        self._check_towers(given)
+        items, is_single = {}, {}
+        for name, value in given.items():
+            items[name], is_single[name] = _listed(name, value)
+        if any(isinstance(clip, FILES) for clip in items.get('video', ())):
+            self._decode_files(items, is_single)
+        embedded = {}
+        for name, values in items.items():
+            if not values:
+                raise ConfigError(f'embed({name}=[]): the list is empty')
+            prepared = [self._prepare(name, value, rate) for value in values]
+            features = self._encode(name, prepared, batch_size)
+            if is_single[name]:
+                features = {key: rows[0] for key, rows in features.items()}
+            embedded[name] = features
+        return embedded
+
+    def _check_towers(self, given: Mapping[str, Any]) -> None:
         if not given:
             raise ConfigError(
                 'embed() was given nothing; name at least one of video=, audio=, text=, image='
             )
         for name in given:
-            if TOWER.get(name, name) not in self._encoder.modalities:
+            tower = TOWERS.get(name, name)
+            if tower not in self._encoder.modalities:
                 raise ConfigError(
-                    f'embed({name}=…): this model has no {TOWER.get(name, name)} tower; it has {", ".join(self._encoder.modalities)}'
+                    f'embed({name}=…): this model has no {tower} tower; '
+                    f'it has {", ".join(self._encoder.modalities)}'
                 )
-        items, single = {}, {}
-        for name, value in given.items():
-            items[name], single[name] = _listed(name, value)
-        if 'video' in items and any(isinstance(v, FILES) for v in items['video']):
-            self._decode(items, single)
-        rows = {}
-        for name, values in items.items():
-            if not values:
-                raise ConfigError(f'embed({name}=[]): the list is empty')
-            rows[name] = [
-                getattr(self, f'_{name}')(v, rate)
-                if name == 'audio'
-                else getattr(self, f'_{name}')(v)
-                for v in values
-            ]
-        out = {}
-        for name, parts in rows.items():
-            features = self._run(name, parts, batch_size)
-            out[name] = {k: v[0] for k, v in features.items()} if single[name] else features
-        return out
 
-    def _run(self, name: str, parts: list[np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
-        shapes = sorted({p.shape for p in parts})
-        if len(shapes) > 1:  # clips that need resizing and clips that do not
-            out: dict[str, np.ndarray] = {}
-            for shape in shapes:
-                at = [i for i, p in enumerate(parts) if p.shape == shape]
-                for k, v in self._run(name, [parts[i] for i in at], batch_size).items():
-                    out.setdefault(k, np.zeros((len(parts), *v.shape[1:]), v.dtype))[at] = v
-            return out
-        batch_size = min(
-            batch_size, 1 << (len(parts) - 1).bit_length()
-        )  # few sizes, few compilations
-        outs = []
-        for begin in range(0, len(parts), batch_size):
-            data = np.stack(parts[begin : begin + batch_size])
-            n = len(data)
-            data = np.concatenate([data, np.zeros((batch_size - n, *data.shape[1:]), data.dtype)])
-            stream: dict[str, Any] = {'data': data, 'valid': np.arange(batch_size) < n}
-            tower = TOWER.get(name, name)
-            if tower == 'video':
-                h, w = data.shape[2:4]
-                side = min(h, w)
-                box = [
-                    (1 - side / h) / 2,
-                    (1 - side / w) / 2,
-                    (1 + side / h) / 2,
-                    (1 + side / w) / 2,
-                ]
-                stream |= {
-                    'box': np.tile(np.array(box, np.float32), (batch_size, 1)),
-                    'flip': np.zeros(batch_size, bool),
-                }
+    def _encode(self, name: str, items: list[np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
+        """{'pooled' or space: [B …]} of prepared items of one kind."""
+        shapes = sorted({item.shape for item in items})
+        if len(shapes) == 1:
+            return self._encode_alike(name, items, batch_size)
+        # Clips that the device resizes and clips that it does not.
+        features: dict[str, np.ndarray] = {}
+        for shape in shapes:
+            rows = [i for i, item in enumerate(items) if item.shape == shape]
+            alike = self._encode_alike(name, [items[i] for i in rows], batch_size)
+            for key, value in alike.items():
+                if key not in features:
+                    features[key] = np.zeros((len(items), *value.shape[1:]), value.dtype)
+                features[key][rows] = value
+        return features
+
+    def _encode_alike(
+        self, name: str, items: list[np.ndarray], batch_size: int
+    ) -> dict[str, np.ndarray]:
+        """The same, of items of one shape."""
+        # Powers of two: few sizes, so few compilations.
+        batch_size = min(batch_size, 1 << (len(items) - 1).bit_length())
+        tower = TOWERS.get(name, name)
+        parts = []
+        for begin in range(0, len(items), batch_size):
+            chunk = items[begin : begin + batch_size]
+            stream = _stream(name, np.stack(chunk), batch_size)
+            batch = {tower: stream, 'position': np.arange(batch_size), 'valid': stream['valid']}
+            features = self._encoder(batch)
+            named = {'pooled': features['pooled'][tower]}
+            for space, members in features['spaces'].items():
+                if tower in members:
+                    named[space] = members[tower]
+            rows = {key: value[: len(chunk)] for key, value in named.items()}
             if name == 'text':
-                stream['mask'] = (data != 0).any(-1)
-            f = self._encoder(
-                {tower: stream, 'position': np.arange(batch_size), 'valid': stream['valid']}
-            )
-            flat = {
-                'pooled': f['pooled'][tower],
-                **{
-                    space: members[tower]
-                    for space, members in f['spaces'].items()
-                    if tower in members
-                },
-            }
-            outs.append({k: (v[:n, 0] if name == 'text' else v[:n]) for k, v in flat.items()})
-        return {k: np.concatenate([o[k] for o in outs]) for k in outs[0]}
+                # One candidate sentence each: [B 1 E] -> [B E].
+                rows = {key: value[:, 0] for key, value in rows.items()}
+            parts.append(rows)
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
     # ---- one item each -> what the encoder takes
-    def _video(self, frames: Any) -> np.ndarray:
+
+    def _prepare(self, name: str, value: Any, rate: int | None) -> np.ndarray:
+        if name == 'video':
+            return self._frames(value)
+        if name == 'image':
+            return self._picture(value)
+        if name == 'audio':
+            return self._samples(value, rate)
+        return self._words(value)
+
+    def _frames(self, frames: Any) -> UInt8[np.ndarray, 'T H W 3']:
         x = np.asarray(frames)
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or 0 in x.shape:
             raise ConfigError(
-                f'embed(video=…): {x.dtype} {list(x.shape)} found, uint8 frames [T H W 3] wanted (0…255, RGB)'
+                'embed(video=…): expected uint8 frames [T H W 3] (0…255, RGB), '
+                f'got {x.dtype} {list(x.shape)}'
             )
-        x = _window(x, self.inputs['video']['frames'])
-        side = 2 * self.inputs['video']['size']
-        if x.shape[1:3] != (side // 2, side // 2):
-            x = np.stack([_square(f, side) for f in x])
+        x = _middle_window(x, self.inputs['video']['frames'])
+        size = self.inputs['video']['size']
+        if x.shape[1:3] != (size, size):
+            # Twice the size of the model: the device does the rest, as in training.
+            x = np.stack([_central_square(frame, 2 * size) for frame in x])
         return x
 
-    def _image(self, picture: Any) -> np.ndarray:
-        x = np.asarray(picture)
+    def _picture(self, pixels: Any) -> UInt8[np.ndarray, 'T H W 3']:
+        x = np.asarray(pixels)
         if x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] != 3 or 0 in x.shape:
             raise ConfigError(
-                f'embed(image=…): {x.dtype} {list(x.shape)} found, uint8 pixels [H W 3] wanted (0…255, RGB)'
+                'embed(image=…): expected uint8 pixels [H W 3] (0…255, RGB), '
+                f'got {x.dtype} {list(x.shape)}'
             )
-        return self._video(x[None])
+        return self._frames(x[None])
 
-    def _audio(self, samples: Any, rate: int | None) -> np.ndarray:
+    def _samples(self, samples: Any, rate: int | None) -> Int16[np.ndarray, ' S']:
+        model_rate = self.inputs['audio']['rate']
         if isinstance(samples, FILES):
-            media = _media()
-            try:
-                heard = media.read(samples, 1.0, 8, self.inputs['audio']['rate']).audio
-            except (media.MediaError, OSError) as error:
-                raise ConfigError(f'embed(audio={os.fspath(samples)!r}): {error}') from error
-            if heard is None:
-                raise ConfigError(f'embed(audio={os.fspath(samples)!r}): the file has no sound')
-            samples, rate = heard, None
+            # Decoded at the model's rate.
+            samples, rate = _sound_of_file(samples, model_rate), None
         x = np.asarray(samples)
-        if (
-            x.ndim != 1
-            or not len(x)
-            or not (x.dtype == np.int16 or np.issubdtype(x.dtype, np.floating))
-        ):
+        is_float = np.issubdtype(x.dtype, np.floating)
+        if x.ndim != 1 or not len(x) or not (x.dtype == np.int16 or is_float):
             raise ConfigError(
-                f'embed(audio=…): {x.dtype} {list(x.shape)} found, int16 or float samples [S] wanted (mono)'
+                'embed(audio=…): expected int16 or float samples [S] (mono), '
+                f'got {x.dtype} {list(x.shape)}'
             )
-        if np.issubdtype(x.dtype, np.floating):
-            if not np.isfinite(x).all() or np.abs(x).max() > 1.001:
-                raise ConfigError(
-                    f'embed(audio=…): floats must be finite and in [-1, 1]; the largest magnitude is {np.abs(x).max():g}'
-                )
-            x = np.clip(np.round(x * 32768), -32768, 32767).astype(np.int16)
-        own = self.inputs['audio']['rate']
-        if rate is not None and rate != own:
-            if rate <= 0:
-                raise ConfigError(
-                    f'embed(audio=…, rate={rate}): a positive number of samples per second is wanted'
-                )
-            try:
-                import soxr
-            except ImportError as error:
-                raise ConfigError(
-                    f'embed(audio=…, rate={rate}): the model wants {own} Hz, and resampling needs soxr; install the video extra'
-                ) from error
-            x = soxr.resample(x, rate, own)
-        return _window(x, self.inputs['audio']['samples'])
+        if is_float:
+            x = _to_int16(x)
+        if rate is not None and rate != model_rate:
+            x = _resampled(x, rate, model_rate)
+        return _middle_window(x, self.inputs['audio']['samples'])
 
-    def _text(self, sentence: str) -> np.ndarray:
+    def _words(self, sentence: Any) -> np.ndarray:
+        """int32 [1 L]: one candidate sentence."""
         if not isinstance(sentence, str):
-            raise ConfigError(f'embed(text=…): {type(sentence).__name__} found, strings are wanted')
+            raise ConfigError(f'embed(text=…): expected strings, got {type(sentence).__name__}')
         if self.tokenizer is None:
             raise ConfigError(
-                'embed(text=…): this checkpoint carries no tokenizer; import it again with --vocabulary=FILE'
+                'embed(text=…): this checkpoint carries no tokenizer; import it again with '
+                '--vocabulary=FILE'
             )
         return self.tokenizer.encode([sentence], self.inputs['text']['words'])
 
-    def _decode(self, items: dict[str, list], single: dict[str, bool]) -> None:
-        """Paths among the videos -> frames, and their sound where no other was given, cut to the same middle window."""
-        media = _media()
-        spec, sound = (
-            self.inputs['video'],
-            'audio' not in items and 'audio' in self._encoder.modalities,
-        )
-        rate = self.inputs['audio']['rate'] if 'audio' in self.inputs else 8000
-        clips, sounds = [], []
+    # ---- files
+
+    def _decode_files(self, items: dict[str, list[Any]], is_single: dict[str, bool]) -> None:
+        """Replaces paths among the videos by frames, in place.
+
+        Where no other sound was given, that of the files is added, cut to the same middle window;
+        if one file has none, no file's is.
+        """
+        takes_sound = 'audio' not in items and 'audio' in self._encoder.modalities
+        clips: list[Any] = []
+        sounds: list[np.ndarray] = []
         for value in items['video']:
             if not isinstance(value, FILES):
                 clips.append(value)
                 continue
-            try:
-                file = media.read(value, spec['fps'], spec['size'], rate)
-                frames = np.stack(list(file.frames or ())) if file.frames is not None else None
-            except (media.MediaError, OSError) as error:
-                raise ConfigError(f'embed(video={os.fspath(value)!r}): {error}') from error
-            if frames is None:
-                raise ConfigError(
-                    f'embed(video={os.fspath(value)!r}): the file has no pictures; embed(audio=…) takes its sound'
-                )
+            frames, sound = self._decode_file(value)
             clips.append(frames)
-            heard = media.fit(file.audio, len(frames), spec['fps'], rate)
-            if sound and heard is not None:
-                begin = max(0, len(frames) - spec['frames']) // 2 / spec['fps']
-                sounds.append(heard[round(begin * rate) :][: self.inputs['audio']['samples']])
+            if takes_sound and sound is not None:
+                sounds.append(sound)
         items['video'] = clips
-        if sound and len(sounds) == len(clips):
-            items['audio'], single['audio'] = sounds, single['video']
+        if takes_sound and len(sounds) == len(clips):
+            items['audio'], is_single['audio'] = sounds, is_single['video']
+
+    def _decode_file(
+        self, path: str | os.PathLike
+    ) -> tuple[UInt8[np.ndarray, 'T H W 3'], Int16[np.ndarray, ' S'] | None]:
+        """All frames of a file, and the sound of their middle window."""
+        media = _media()
+        spec = self.inputs['video']
+        audio_spec = self.inputs.get('audio', {'rate': 8000, 'samples': 0})
+        rate = audio_spec['rate']
+        try:
+            file = media.read(path, spec['fps'], spec['size'], rate)
+            frames = None
+            if file.frames is not None:
+                frames = np.stack(list(file.frames))
+        except (media.MediaError, OSError) as error:
+            raise ConfigError(f'embed(video={os.fspath(path)!r}): {error}') from error
+        if frames is None:
+            raise ConfigError(
+                f'embed(video={os.fspath(path)!r}): the file has no pictures; embed(audio=…) takes '
+                'its sound'
+            )
+        sound = media.fit(file.audio, len(frames), spec['fps'], rate)
+        if sound is not None:
+            begin = max(0, len(frames) - spec['frames']) // 2 / spec['fps']
+            sound = sound[round(begin * rate) :][: audio_spec['samples']]
+        return frames, sound
 
 
-def _listed(name: str, value: Any) -> tuple[list, bool]:
+def _listed(name: str, value: Any) -> tuple[list[Any], bool]:
     """(items, whether a single one was given)."""
     if isinstance(value, FILES):
         return [value], True
-    if isinstance(value, Sequence) and not (
-        name == 'audio' and len(value) and np.isscalar(value[0])
-    ):
-        return list(value), False
+    if isinstance(value, Sequence):
+        is_one_sound = name == 'audio' and len(value) > 0 and np.isscalar(value[0])
+        if not is_one_sound:
+            return list(value), False
     x = np.asarray(value)
-    alone = {'video': 4, 'audio': 1, 'text': 0, 'image': 3}[name]
-    return ([x], True) if x.ndim <= alone else (list(x), False)
+    if x.ndim <= ITEM_AXES[name]:
+        return [x], True
+    return list(x), False
 
 
-def _window(x: np.ndarray, length: int) -> np.ndarray:
+def _stream(name: str, data: np.ndarray, rows: int) -> dict[str, np.ndarray]:
+    """The stream of a batch of `rows` examples, the last ones padding."""
+    padding = np.zeros((rows - len(data), *data.shape[1:]), data.dtype)
+    is_valid = np.arange(rows) < len(data)
+    data = np.concatenate([data, padding])
+    stream = {'data': data, 'valid': is_valid}
+    if TOWERS.get(name, name) == 'video':
+        # The central square of the frame, as fractions: y0 x0 y1 x1.
+        height, width = data.shape[2:4]
+        side = min(height, width)
+        y, x = side / height, side / width
+        box = np.array([(1 - y) / 2, (1 - x) / 2, (1 + y) / 2, (1 + x) / 2], np.float32)
+        stream['box'] = np.tile(box, (rows, 1))
+        stream['flip'] = np.zeros(rows, bool)
+    if name == 'text':
+        stream['mask'] = (data != 0).any(-1)
+    return stream
+
+
+def _middle_window(x: np.ndarray, length: int) -> np.ndarray:
     """The middle `length` of the first axis; what is shorter repeats."""
     if len(x) >= length:
         begin = (len(x) - length) // 2
@@ -283,22 +342,69 @@ def _window(x: np.ndarray, length: int) -> np.ndarray:
     return x[np.arange(length) % len(x)]
 
 
-def _square(frame: np.ndarray, side: int) -> np.ndarray:
-    """uint8 [H W 3] -> the central square, at most `side` pixels: whole ratios are averaged, so nothing aliases; the device does the rest."""
-    h, w = frame.shape[:2]
-    n = min(h, w)
-    frame = frame[(h - n) // 2 : (h - n) // 2 + n, (w - n) // 2 : (w - n) // 2 + n]
-    at = (np.arange(side) + 0.5) * n / side
+def _central_square(
+    frame: UInt8[np.ndarray, 'H W 3'], side: int
+) -> UInt8[np.ndarray, '{side} {side} 3']:
+    """The central square of a frame at `side` pixels.
+
+    Large frames are averaged over whole blocks of pixels, so that nothing aliases.
+    """
+    height, width = frame.shape[:2]
+    n = min(height, width)
+    top, left = (height - n) // 2, (width - n) // 2
+    frame = frame[top : top + n, left : left + n]
     if n <= side:
-        index = np.minimum(at.astype(int), n - 1)
+        nearest = ((np.arange(side) + 0.5) * n / side).astype(int)
+        index = np.minimum(nearest, n - 1)
         return frame[index][:, index]
     edges = np.linspace(0, n, side + 1).astype(int)
-    sums = np.add.reduceat(np.add.reduceat(frame.astype(np.float32), edges[:-1], 0), edges[:-1], 1)
+    by_rows = np.add.reduceat(frame.astype(np.float32), edges[:-1], 0)
+    sums = np.add.reduceat(by_rows, edges[:-1], 1)
     counts = np.diff(edges)
-    return np.round(sums / (counts[:, None, None] * counts[None, :, None])).astype(np.uint8)
+    area = counts[:, None, None] * counts[None, :, None]
+    return np.round(sums / area).astype(np.uint8)
 
 
-def _media():
+def _to_int16(x: np.ndarray) -> Int16[np.ndarray, ' S']:
+    """Floats in [-1, 1] as 16-bit samples. A little beyond is clipped: resamplers overshoot."""
+    if not np.isfinite(x).all() or np.abs(x).max() > 1.001:
+        raise ConfigError(
+            'embed(audio=…): expected finite floats in [-1, 1], '
+            f'got magnitudes up to {np.abs(x).max():g}'
+        )
+    return np.clip(np.round(x * 32768), -32768, 32767).astype(np.int16)
+
+
+def _resampled(x: np.ndarray, rate: int, model_rate: int) -> np.ndarray:
+    """Samples at the model's rate."""
+    if rate <= 0:
+        raise ConfigError(
+            f'embed(audio=…, rate={rate}): expected a positive number of samples per second'
+        )
+    try:
+        import soxr
+    except ImportError as error:
+        raise ConfigError(
+            f'embed(audio=…, rate={rate}): the model reads {model_rate} Hz, and resampling needs '
+            'soxr; install the video extra'
+        ) from error
+    return soxr.resample(x, rate, model_rate)
+
+
+def _sound_of_file(path: str | os.PathLike, rate: int) -> Int16[np.ndarray, ' S']:
+    media = _media()
+    try:
+        # Pictures are not decoded any further than the reader needs: one small frame a second.
+        sound = media.read(path, 1.0, 8, rate).audio
+    except (media.MediaError, OSError) as error:
+        raise ConfigError(f'embed(audio={os.fspath(path)!r}): {error}') from error
+    if sound is None:
+        raise ConfigError(f'embed(audio={os.fspath(path)!r}): the file has no sound')
+    return sound
+
+
+def _media() -> Any:
+    """The reader of media files. Imported where it is used: it is an extra."""
     try:
         from data_pipelines import media
     except ImportError as error:
