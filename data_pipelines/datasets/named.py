@@ -30,7 +30,7 @@ class Place:
     """The folder of a dataset: finds and reads its annotation files. files: ids of the media files; names: which file a name means."""
 
     def __init__(
-        self, dataset: str, root: pathlib.Path, files: Sequence[str], names: annotation_files.Names
+        self, dataset: str, root: pathlib.Path, files: Sequence[str], names: annotation_files.NameResolver
     ):
         self.dataset, self.root, self.files, self.names = dataset, root, files, names
         self.read: dict[pathlib.Path, str] = {}  # annotation files and their digests
@@ -821,7 +821,7 @@ DATASETS: dict[str, Dataset] = {
 }
 
 
-def read(name: str, manual_dir: str, videos: str = '') -> media_catalog.Inputs:
+def read(name: str, manual_dir: str, videos: str = '') -> media_catalog.MediaCatalog:
     """What the annotation files of a named dataset say of the media files below manual_dir (or the folder `videos`). Raises DataError."""
     dataset = of(name)
     root = pathlib.Path(manual_dir)
@@ -830,10 +830,10 @@ def read(name: str, manual_dir: str, videos: str = '') -> media_catalog.Inputs:
             f'--manual_dir={manual_dir} is not a folder; it holds the files of {name} (--dataset={name} --help says which)'
         )
     files = media_catalog.scan(pathlib.Path(videos or manual_dir), dataset.suffixes)
-    names = annotation_files.Names(f.id for f in files)
+    names = annotation_files.NameResolver(f.id for f in files)
     at = Place(name, root, [f.id for f in files], names)
     clips, classes = dataset.clips(at)
-    out = media_catalog.resolve(clips, files, names, classes, dataset.folds)
+    out = media_catalog.match_clips(clips, files, names, classes, dataset.folds)
     if not out.files:
         raise DataError(
             f'{name}: none of the {len(clips)} clips of its annotation files is below {videos or root} (the first would be '

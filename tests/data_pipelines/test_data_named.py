@@ -363,9 +363,9 @@ def test_other_forms_of_the_annotations(files, tmp_path):
         }
 
     usual, other = both('msrvtt_full', together)
-    assert (usual.sentences, usual.marks, usual.splits) == (
+    assert (usual.sentences, usual.annotations, usual.splits) == (
         other.sentences,
-        other.marks,
+        other.annotations,
         other.splits,
     )
 
@@ -376,7 +376,7 @@ def test_other_forms_of_the_annotations(files, tmp_path):
     assert other.classes == {'class': ['Dog', 'Speech']}
     of = lambda r: {
         f: [r.classes['class'][i][:3] for i in m['segments'][0]['labels']['class']]
-        for f, m in r.marks.items()
+        for f, m in r.annotations.items()
     }
     assert {k: sorted(v) for k, v in of(usual).items()} == {
         k: sorted(v) for k, v in of(other).items()
@@ -390,8 +390,8 @@ def test_other_forms_of_the_annotations(files, tmp_path):
         }
 
     usual, other = both('imagenet', sorted_into_folders)
-    assert [m['segments'] for m in usual.marks.values()] == [
-        m['segments'] for m in other.marks.values()
+    assert [m['segments'] for m in usual.annotations.values()] == [
+        m['segments'] for m in other.annotations.values()
     ]
 
 
