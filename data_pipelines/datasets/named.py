@@ -15,9 +15,9 @@ import inspect
 import pathlib
 
 from data_pipelines.datasets.actions import HMDB51, UCF101, Kinetics, MomentsInTime
-from data_pipelines.datasets.named_dataset import AnnotationFolder, Dataset
 from data_pipelines.datasets.captioned import MSRVTT, HowTo100M, YouCook2
 from data_pipelines.datasets.images import ImageNet
+from data_pipelines.datasets.named_dataset import AnnotationFolder, Dataset
 from data_pipelines.datasets.sounds import AVE, ESC50, AudioSet, VGGSound
 from data_pipelines.errors import DataError
 from data_pipelines.preparation import annotation_files, media_catalog
