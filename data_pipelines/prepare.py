@@ -1,16 +1,24 @@
-"""A folder of media files and their captions, or a named dataset -> a tfds dataset in ArrayRecord, ready for training. Once, offline.
+"""A folder of media files with captions, or a named dataset -> a tfds dataset in ArrayRecord.
 
     python -m data_pipelines.prepare --videos=my_videos --captions=captions.csv --out=data/mine
-    python -m data_pipelines.prepare --dataset=ucf101 --manual_dir=downloads/ucf101 --out=data/ucf101
+    python -m data_pipelines.prepare --dataset=ucf101 --manual_dir=downloads --out=data/ucf101
 
-It can be killed at any moment and started again: each decoded file is kept until the dataset is whole. A file that cannot be
-used is skipped with its reason and never stops the others. What goes in and what comes out: docs/data.md, docs/datasets.md.
+This is done once, offline; training reads the result. The command can be killed at any moment and
+started again: each decoded file stays until the dataset is whole. A file that cannot be used is
+skipped with its reason and never stops the others. What goes in and what comes out is described in
+docs/data.md and docs/datasets.md.
+
+The parts, in the order in which they run (all below data_pipelines/preparation):
+
+    media_catalog     which files there are and what their annotations say
+    staging           decodes every file, by decoded_files, into a staging folder
+    record_contents   joins decoded files with their annotations
+    writing           writes the records, reads them back and publishes the dataset
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures as futures
 import errno
 import functools
 import hashlib
@@ -22,50 +30,63 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-from data_pipelines import media
 from data_pipelines.datasets import named
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import decoded_files, media_catalog
-from data_pipelines.storage import record_index as indices
-from data_pipelines.storage.records import CLIPS, SPLITS, note_places, shards
+from data_pipelines.preparation import (
+    decoded_files,
+    media_catalog,
+    record_contents,
+    staging,
+    writing,
+)
+from data_pipelines.preparation.console import Console
+from data_pipelines.storage import record_index
 
-_FOLDERS = {
-    'train': 'train',
-    'validation': 'validation',
-    'val': 'validation',
-    'valid': 'validation',
-    'test': 'test',
-}
-_DONE = 'prepare.json'
+# Written last: a folder without it is unfinished.
+_FINISHED_FILE = 'prepare.json'
+# Error numbers of a disk that takes no more: full, over the user's quota, file too large.
+_FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# Names that data_pipelines.dmvr, which shares the end of the preparation, imports.
+_Console = Console
+_tokenizer = record_contents.train_tokenizer
+
+Function = TypeVar('Function', bound=Callable[..., Any])
 
 
-def _say_disk(function):
-    """A disk that takes no more is one sentence too; the library that writes the records says it in its own way."""
+def _explain_full_disk(function: Function) -> Function:
+    """Decorator: turns the errors of a full disk into a DataError."""
 
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except (OSError, RuntimeError) as e:
-            full = [
-                os.strerror(n)
-                for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-                if getattr(e, 'errno', None) == n or os.strerror(n) in str(e)
-            ]
-            if not full:
+        except (OSError, RuntimeError) as error:
+            cause = _full_disk_cause(error)
+            if cause is None:
                 raise
             raise DataError(
-                f'writing the dataset failed: {full[0]}; what is decoded is kept, so make room and start the same command again'
-            ) from e
+                f'writing the dataset failed: {cause}; decoded files stay where they are, so make '
+                'room and start the same command again'
+            ) from error
 
-    return call
+    return call  # type: ignore[return-value]  # functools.wraps keeps the signature
 
 
-@_say_disk
+def _full_disk_cause(error: OSError | RuntimeError) -> str | None:
+    """The system's words for a full disk, if this is what the error is about."""
+    for number in _FULL_DISK_ERRORS:
+        message = os.strerror(number)
+        # The library that writes ArrayRecord raises a RuntimeError with the message alone.
+        if getattr(error, 'errno', None) == number or message in str(error):
+            return message
+    return None
+
+
+@_explain_full_disk
 def prepare(
     videos: str = '',
     captions: str = '',
@@ -92,36 +113,74 @@ def prepare(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Prepares the folder `videos` (`captions` and `annotations` may be ''), or the named `dataset` below `manual_dir`, into the folder
-    `out`. The rest is in `--help`.
+    """Prepare a folder of media files, or a named dataset, for training.
 
-    Returns {'splits': {split: {'records', 'segments', 'sentences', 'hours', 'without_audio', 'without_video'}}, 'skipped':
-    {file: reason}, 'labels', 'seconds', 'fresh': False if everything was there already}; of a dataset with folds there is one split `clips`, and
-    'folds': [{split: records}]. Raises DataError with one sentence.
+    Args:
+        videos: folder of media files; with `dataset`, where its media are if they are not below
+            `manual_dir`.
+        captions: CSV or JSON file of captions, '' for none.
+        out: folder of the result, new or of an earlier run.
+        annotations: JSON or CSV file of labels, segments and ground truth, '' for none.
+        dataset: name of a named dataset, instead of captions and annotations.
+        manual_dir: folder with the files of the named dataset.
+        fps: stored frames per second.
+        size: short side of stored frames, in pixels.
+        rate: stored audio samples per second.
+        quality: of JPEG, 1 to 100.
+        store: 'jpeg', or 'h264' for short pieces of video.
+        crf: quality of h264, 1 (best) to 51.
+        processes: number of files decoded side by side.
+        min_seconds: shorter files are skipped; None means 1, and 0 for named datasets.
+        name: of the result; '' derives it from `out`.
+        vocabulary: size of the vocabulary, at most.
+        tokenizer: kind of tokenizer.
+        validation: share of the files, where nothing else says the split.
+        test: likewise.
+        require_audio: whether videos without sound are skipped.
+        beam: options of an Apache Beam pipeline that decodes; '' for worker processes.
+        overwrite: whether a dataset that was prepared differently is replaced.
+        quiet: whether only errors are printed.
+
+    Returns:
+        A dict with the entries
+        'splits': {split: {'records', 'segments', 'sentences', 'hours', 'without_audio',
+            'without_video'}}; a dataset with folds has the one split `clips`,
+        'folds': [{split: number of records}], only of a dataset with folds,
+        'skipped': {file: reason},
+        'labels': {label: class names},
+        'seconds': how long it took,
+        'fresh': False if everything was there already.
+
+    Raises:
+        DataError: with one sentence that says what to mend.
     """
-    began = time.monotonic()
-    say = _Console(quiet)
-    if not out or not (dataset or videos):
-        raise DataError('give --out, and --videos or --dataset with --manual_dir')
-    if dataset and (captions or annotations):
-        raise DataError(
-            f'--dataset={dataset} brings its own captions and annotations; leave --captions and --annotations out'
-        )
+    start_time = time.monotonic()
+    console = Console(quiet)
+    _check_sources(videos, captions, annotations, out, dataset)
     target = pathlib.Path(out)
-    min_seconds = (0.0 if dataset else 1.0) if min_seconds is None else min_seconds
+    stage_dir = target / '.staging'
+    if min_seconds is None:
+        # Clips of a named dataset are all meant to be used, however short.
+        min_seconds = 0.0 if dataset else 1.0
     settings = decoded_files.Settings(
-        float(fps), int(size), int(rate), int(quality), float(min_seconds), _crf(store, crf)
+        fps=float(fps),
+        size=int(size),
+        rate=int(rate),
+        quality=int(quality),
+        min_seconds=float(min_seconds),
+        crf=_stored_crf(store, crf),
     )
     name = name or _dataset_name(target)
     _check_arguments(settings, name, vocabulary, validation, test, processes)
-    given = (
-        named.read(dataset, manual_dir, videos)
-        if dataset
-        else media_catalog.mine(videos, captions, annotations)
-    )
-    files = given.files
 
-    identity = {  # all that decides what comes out
+    if dataset:
+        catalog = named.read(dataset, manual_dir, videos)
+    else:
+        catalog = media_catalog.from_folder(videos, captions, annotations)
+    files = catalog.files
+
+    # All that decides what comes out: a folder that was prepared from the same is left as it is.
+    identity = {
         'settings': settings.words(),
         'name': name,
         'vocabulary': vocabulary,
@@ -129,547 +188,240 @@ def prepare(
         'validation': validation,
         'test': test,
         'require_audio': require_audio,
-        **given.identity,
-        'files': hashlib.sha256(
-            '\n'.join(sorted(f.key(settings) for f in files)).encode()
-        ).hexdigest(),
+        **catalog.identity,
+        'files': _digest_of_files(files, settings),
     }
-    done = _finished(target, identity, overwrite)
-    if done:
-        shutil.rmtree(
-            target / '.staging', ignore_errors=True
-        )  # left if the last run was killed at its very end
-        say(f'{target} is already prepared from these files with these settings; nothing to do.')
-        return {**done['summary'], 'fresh': False}
-    stage_dir = target / '.staging'
+    finished = _finished_run(target, identity, overwrite)
+    if finished:
+        # Left behind if the last run was killed at its very end.
+        shutil.rmtree(stage_dir, ignore_errors=True)
+        console(
+            f'{target} is already prepared from these files with these settings; nothing to do.'
+        )
+        return {**finished['summary'], 'fresh': False}
+
     stage_dir.mkdir(parents=True, exist_ok=True)
+    staging.stage_all(files, settings, stage_dir, processes, console, beam)
 
-    _stage_all(files, settings, stage_dir, processes, say, beam)
-    records, skipped = [], dict(given.skipped)
+    skipped = dict(catalog.skipped)
     if dataset:
-        skipped |= dict.fromkeys(given.missing, 'missing: no such file')
-    for file in files:
-        head = decoded_files.header(decoded_files.place(stage_dir, file, settings))
-        reason = head.get('skipped') or (
-            'no audio' if require_audio and not head['samples'] else None
-        )
-        if reason:
-            skipped[file.id] = reason
-        else:
-            records.append(
-                _record(
-                    file, head, given.sentences.get(file.id), given.marks.get(file.id), given.multi
-                )
-            )
+        skipped |= dict.fromkeys(catalog.missing, 'missing: no such file')
+    records = _usable_records(catalog, settings, stage_dir, require_audio, skipped)
     if not records:
-        indices.write_json(target / 'skipped.json', skipped)
-        first = next(iter(skipped.items()))
+        record_index.write_json(target / 'skipped.json', skipped)
+        example, reason = next(iter(skipped.items()))
         raise DataError(
-            f'all {len(skipped)} files below {videos or manual_dir} were skipped, for example {first[0]} ({first[1]}); see '
-            f'{target / "skipped.json"}'
+            f'all {len(skipped)} files below {videos or manual_dir} were skipped, for example '
+            f'{example} ({reason}); see {target / "skipped.json"}'
         )
-    folders = not dataset and _folders(files)
-    for record in records:
-        if given.folds:
-            record['split'], of = CLIPS, given.splits[record['id']]
-            record['folds'] = [SPLITS.index(s) if s else -1 for s in of]
-            record['ground_truth'] = {**record['ground_truth'], 'folds': list(of)}
-        else:
-            record['split'] = given.splits.get(record['id']) or _split_of(
-                record['id'], folders, validation, test
-            )
-        record['ground_truth'] = json.dumps(record['ground_truth'])
-    _tokenizer(records, tokenizer, vocabulary, stage_dir)
+    by_folder = not dataset and record_contents.has_split_folders(files)
+    record_contents.assign_splits(records, catalog, by_folder, validation, test)
+    record_contents.train_tokenizer(records, tokenizer, vocabulary, stage_dir)
 
-    say(f'writing {len(records)} records …')
-    by_id = {f.id: f for f in files}
-    produced = _write(records, by_id, settings, stage_dir, name, given.multi)
-    summary = _publish(produced, stage_dir, target, name, settings, given, records, skipped)
-    summary['seconds'] = round(time.monotonic() - began, 1)
-    indices.write_json(
-        target / _DONE,
+    console(f'writing {len(records)} records …')
+    file_by_id = {file.id: file for file in files}
+    produced = writing.write_dataset(
+        records, file_by_id, settings, stage_dir, name, catalog.multi_hot
+    )
+    summary = writing.publish(
+        produced, stage_dir, target, name, settings, catalog, records, skipped
+    )
+    summary['seconds'] = round(time.monotonic() - start_time, 1)
+    record_index.write_json(
+        target / _FINISHED_FILE,
         {
             'identity': identity,
-            'files': sorted(p.name for p in target.iterdir() if p.is_file()),
+            'files': sorted(path.name for path in target.iterdir() if path.is_file()),
             'summary': summary,
         },
     )
     shutil.rmtree(stage_dir, ignore_errors=True)
-    say.summary(target, summary, [] if dataset else given.missing)
-    if given.unused:
-        say(f'{given.unused} media files are in no annotation file and were not used.')
+
+    # Missing clips of a named dataset are in the table of skipped files already.
+    console.summary(target, summary, [] if dataset else catalog.missing)
+    if catalog.unused:
+        console(f'{catalog.unused} media files are in no annotation file and were not used.')
     return {**summary, 'fresh': True}
 
 
-# ---- what there is
+def _usable_records(
+    catalog: media_catalog.MediaCatalog,
+    settings: decoded_files.Settings,
+    stage_dir: pathlib.Path,
+    require_audio: bool,
+    skipped: dict[str, str],
+) -> list[dict[str, Any]]:
+    """Records of the staged files; the reasons of the others go into `skipped`."""
+    records = []
+    for file in catalog.files:
+        header = decoded_files.header(decoded_files.place(stage_dir, file, settings))
+        if header.get('skipped'):
+            skipped[file.id] = header['skipped']
+        elif require_audio and not header['samples']:
+            skipped[file.id] = 'no audio'
+        else:
+            records.append(record_contents.make_record(file, header, catalog))
+    return records
+
+
+# ---- Checks of the arguments.
+
+
+def _check_sources(videos: str, captions: str, annotations: str, out: str, dataset: str) -> None:
+    if not out or not (dataset or videos):
+        raise DataError('give --out, and --videos or --dataset with --manual_dir')
+    if dataset and (captions or annotations):
+        raise DataError(
+            f'--dataset={dataset} brings its own captions and annotations; '
+            'leave --captions and --annotations out'
+        )
 
 
 def _check_arguments(
-    s: decoded_files.Settings,
+    settings: decoded_files.Settings,
     name: str,
     vocabulary: int,
     validation: float,
     test: float,
     processes: int,
 ) -> None:
-    for what, value, right in (
-        ('fps', s.fps, 0 < s.fps <= 120),
-        ('rate', s.rate, 1000 <= s.rate <= 192000),
-        ('size', s.size, 8 <= s.size <= 4096 and not (s.crf and s.size % 2)),
-        ('quality', s.quality, 1 <= s.quality <= 100),
-        ('min_seconds', s.min_seconds, s.min_seconds >= 0),
+    """Raise DataError for the first argument that makes no sense."""
+    # yuv420p halves the colour planes, so H.264 needs an even size.
+    size_fits = 8 <= settings.size <= 4096 and not (settings.crf and settings.size % 2)
+    # (flag, its value, whether it makes sense)
+    checks: list[tuple[str, float, bool]] = [
+        ('fps', settings.fps, 0 < settings.fps <= 120),
+        ('rate', settings.rate, 1000 <= settings.rate <= 192000),
+        ('size', settings.size, size_fits),
+        ('quality', settings.quality, 1 <= settings.quality <= 100),
+        ('min_seconds', settings.min_seconds, settings.min_seconds >= 0),
+        # Two entries are padding and unknown words.
         ('vocabulary', vocabulary, vocabulary >= 3),
         ('processes', processes, processes >= 1),
         ('validation', validation, validation >= 0 and validation + test < 1),
         ('test', test, test >= 0),
-    ):
-        if not right:
-            raise DataError(f'--{what}={value} makes no sense; see --help for what it means')
+    ]
+    for flag, value, makes_sense in checks:
+        if not makes_sense:
+            raise DataError(f'--{flag}={value} makes no sense; see --help for what it means')
     if not re.fullmatch(r'[a-z][a-z0-9_]*', name):
         raise DataError(
-            f'--name={name} must be lower-case letters, digits and underscores, beginning with a letter'
+            f'--name={name}: expected lower-case letters, digits and underscores, '
+            'beginning with a letter'
         )
 
 
-def _crf(store: str, crf: int) -> int:
+def _stored_crf(store: str, crf: int) -> int:
+    """`crf` as `decoded_files.Settings` has it: 0 if frames are stored as JPEG."""
     if store not in ('jpeg', 'h264') or not 1 <= crf <= 51:
         raise DataError(
-            f'--store={store} --crf={crf} makes no sense; --store is jpeg or h264, --crf from 1 (best) to 51'
+            f'--store={store} --crf={crf} makes no sense; --store is jpeg or h264, '
+            '--crf from 1 (best) to 51'
         )
     return crf if store == 'h264' else 0
 
 
 def _dataset_name(out: pathlib.Path) -> str:
-    words = re.sub(r'[^a-z0-9]+', '_', out.resolve().name.lower()).strip('_')
-    return words if re.match('[a-z]', words) else f'set_{words}' if words else 'videos'
+    """A name that tfds accepts, from the name of the folder."""
+    name = re.sub(r'[^a-z0-9]+', '_', out.resolve().name.lower()).strip('_')
+    if not name:
+        return 'videos'
+    if re.match('[a-z]', name):
+        return name
+    return f'set_{name}'
+
+
+# ---- Earlier runs into the same folder.
+
+
+def _digest_of_files(files: list[decoded_files.File], settings: decoded_files.Settings) -> str:
+    keys = sorted(file.key(settings) for file in files)
+    return hashlib.sha256('\n'.join(keys).encode()).hexdigest()
 
 
 def is_finished(target: pathlib.Path) -> bool:
-    """Whether `target` holds a whole dataset: its last file is there."""
-    return (target / _DONE).is_file()
+    """Whether `target` holds a whole dataset: the file that is written last is there."""
+    return (target / _FINISHED_FILE).is_file()
 
 
-def _finished(
+def _finished_run(
     target: pathlib.Path, identity: Mapping[str, Any], overwrite: bool
 ) -> dict[str, Any] | None:
-    """What stands in `target` if it is exactly what is asked for. Makes room for new data, or raises DataError."""
+    """What an earlier run left in `target` if it is exactly what is asked for, else None.
+
+    With `overwrite`, the files of a run that was different are removed.
+
+    Raises:
+        DataError: if `target` holds something else that must not be replaced.
+    """
     if target.exists() and not target.is_dir():
         raise DataError(f'--out={target} is a file')
-    done = target / _DONE
     if not is_finished(target):
-        if target.is_dir() and not (target / '.staging').exists() and any(target.iterdir()):
+        is_own = (target / '.staging').exists()  # left by a killed run
+        if target.is_dir() and not is_own and any(target.iterdir()):
             raise DataError(f'--out={target} holds other files; choose a new or empty folder')
         return None
-    old = json.loads(done.read_text(encoding='utf-8'))
-    if old['identity'] == json.loads(json.dumps(identity)):
-        return old
+
+    finished = json.loads((target / _FINISHED_FILE).read_text(encoding='utf-8'))
+    # Compared as JSON has it, where tuples are lists.
+    identity = json.loads(json.dumps(identity))
+    if finished['identity'] == identity:
+        return finished
     if not overwrite:
         changed = [
-            k for k in identity if old['identity'].get(k) != json.loads(json.dumps(identity[k]))
+            field for field in identity if finished['identity'].get(field) != identity[field]
         ]
         raise DataError(
-            f'{target} is already prepared with other {" and ".join(changed)}; choose another --out, or pass '
-            '--overwrite to replace it'
+            f'{target} is already prepared with other {" and ".join(changed)}; choose another '
+            '--out, or pass --overwrite to replace it'
         )
-    done.unlink()  # first: without it the folder is unfinished, whatever happens next
+    # This file goes first: without it the folder is unfinished, whatever happens next. The staging
+    # folder marks it as one of ours.
+    (target / _FINISHED_FILE).unlink()
     (target / '.staging').mkdir(exist_ok=True)
-    for entry in old['files']:
+    for entry in finished['files']:
         (target / entry).unlink(missing_ok=True)
     return None
 
 
-# ---- decoding
+# ---- The command.
 
 
-def _stage_all(
-    files: list[decoded_files.File],
-    settings: decoded_files.Settings,
-    stage_dir: pathlib.Path,
-    processes: int,
-    say: _Console,
-    beam: str = '',
-) -> None:
-    """Stages every file that is not staged yet, by Beam with these options if there are any."""
-    waiting = [f for f in files if not decoded_files.place(stage_dir, f, settings).is_file()]
-    if len(waiting) < len(files):
-        say(f'continuing: {len(files) - len(waiting)} of {len(files)} files are already decoded.')
-    if not waiting:
-        return
-    if beam:
-        try:
-            from data_pipelines.preparation import beam as pipelines
-        except ImportError as e:
-            raise DataError(
-                f"--beam={beam} needs apache-beam ({e}); pip install 'vatt_jax[beam]' into an environment of its own"
-            ) from None
-        counts = pipelines.stage(waiting, settings, stage_dir, beam)
-        say('Beam: ' + ', '.join(f'{count} {what}' for what, count in sorted(counts.items())))
-        return
-    with say.progress(len(files), len(files) - len(waiting)) as step:
-        if processes == 1:
-            for file in waiting:
-                decoded_files.stage(
-                    file, settings, str(decoded_files.place(stage_dir, file, settings))
-                )
-                step()
-            return
-        while waiting:
-            waiting = _stage_some(waiting, settings, stage_dir, processes, step)
-
-
-def _stage_some(
-    waiting: list[decoded_files.File],
-    settings: decoded_files.Settings,
-    stage_dir: pathlib.Path,
-    processes: int,
-    step: Any,
-) -> list[decoded_files.File]:
-    """Stages files side by side until done, or until one kills its process; returns what is left."""
-    queue, running = list(reversed(waiting)), {}
-    place = lambda f: str(decoded_files.place(stage_dir, f, settings))
-    pool = decoded_files.pool(min(processes, len(waiting)))
-    try:
-        while queue or running:
-            while queue and len(running) < 4 * processes:
-                file = queue.pop()
-                running[pool.submit(decoded_files.stage, file, settings, place(file))] = file
-            for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
-                future.result()
-                del running[future]
-                step()
-        return []
-    except BrokenProcessPool:
-        # One of these files crashed the decoder (or the machine ran out of memory): try each alone.
-        for file in running.values():
-            if pathlib.Path(place(file)).is_file():
-                step()
-                continue
-            alone = decoded_files.pool(1)
-            try:
-                alone.submit(decoded_files.stage, file, settings, place(file)).result()
-            except BrokenProcessPool:
-                decoded_files.crashed(file, place(file))
-            finally:
-                alone.shutdown()
-            step()
-        return list(reversed(queue))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-# ---- what is known about a file
-
-
-def _record(
-    file: decoded_files.File,
-    head: Mapping[str, Any],
-    sentences: list[dict] | None,
-    marks: Mapping[str, Any] | None,
-    multi: Mapping[str, int | None],
-) -> dict[str, Any]:
-    """Times cut to the record; entries that lie behind its end are dropped; without segments, one spans it."""
-    duration = head['duration']
-    inside = lambda rows: [
-        {**r, 'end': min(r['end'], duration)} for r in rows if r['start'] < duration
-    ]
-    segments = inside((marks or {}).get('segments') or []) or [
-        {'start': 0.0, 'end': duration, 'caption': '', 'labels': {}}
-    ]
-    spoken = inside(sentences or []) or [
-        {'text': s['caption'], 'start': s['start'], 'end': s['end']}
-        for s in segments
-        if s['caption']
-    ]
-    spoken.sort(key=lambda s: (s['start'], s['end']))
-    segments = [
-        {**s, 'labels': {n: _label(s['labels'].get(n, -1), k) for n, k in multi.items()}}
-        for s in segments
-    ]
-    return {
-        'id': file.id,
-        'frames': len(head['lengths']),
-        'samples': head['samples'],
-        'height': head['height'],
-        'width': head['width'],
-        'duration': duration,
-        'sentences': spoken,
-        'segments': segments,
-        'ground_truth': (marks or {}).get('ground_truth', {}),
-    }
-
-
-def _label(value: int | list[int], classes: int | None) -> int | list[int]:
-    if classes is None:
-        return value
-    chosen = value if isinstance(value, list) else [value]
-    return [int(i in chosen) for i in range(classes)]
-
-
-def _folders(files: list[decoded_files.File]) -> bool:
-    return any('/' in f.id and f.id.split('/')[0].lower() in _FOLDERS for f in files)
-
-
-def _split_of(file: str, folders: bool, validation: float, test: float) -> str:
-    if folders:  # files beside the folders are for training
-        return _FOLDERS.get(file.split('/')[0].lower(), 'train') if '/' in file else 'train'
-    # Of the name alone: more files later leave these where they are.
-    u = int.from_bytes(hashlib.sha256(file.encode()).digest()[:8], 'big') / 2**64
-    return 'test' if u < test else 'validation' if u < test + validation else 'train'
-
-
-def _tokenizer(
-    records: list[dict[str, Any]], kind: str, size: int, stage_dir: pathlib.Path
-) -> None:
-    from vatt_jax.inputs import tokenizer as tokenizers
-
-    texts = [s['text'] for r in records if r['split'] == 'train' for s in r['sentences']]
-    texts += [
-        s['caption']
-        for r in records
-        if r['split'] == 'train'
-        for s in r['segments']
-        if s['caption']
-    ]
-    try:
-        made = tokenizers.train(kind, texts, size)
-    except (ValueError, ImportError, RuntimeError) as e:
-        raise DataError(f'--tokenizer={kind}: {e}') from None
-    indices.write_json(stage_dir / 'tokenizer.json', made.to_spec())
-
-
-# ---- writing
-
-
-def _write(
-    records: list[dict[str, Any]],
-    files: Mapping[str, decoded_files.File],
-    settings: decoded_files.Settings,
-    stage_dir: pathlib.Path,
-    name: str,
-    multi: Mapping[str, int | None],
-) -> pathlib.Path:
-    """The tfds dataset, below the staging folder; returns its folder."""
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-    from data_pipelines.datasets import folder
-
-    shutil.rmtree(stage_dir / 'tfds', ignore_errors=True)
-
-    def examples(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for r in records:
-            if r['split'] == split:
-                frames, pcm = decoded_files.content(
-                    decoded_files.place(stage_dir, files[r['id']], settings)
-                )
-                yield (
-                    r['id'],
-                    {
-                        'id': r['id'],
-                        'fps': settings.fps,
-                        'height': r['height'],
-                        'width': r['width'],
-                        'rate': settings.rate,
-                        'frames': frames,
-                        'audio': pcm,
-                        **{
-                            f'caption_{k}': [s[k] for s in r['sentences']]
-                            for k in ('text', 'start', 'end')
-                        },
-                        **{
-                            f'segment_{k}': [s[k] for s in r['segments']]
-                            for k in ('start', 'end', 'caption')
-                        },
-                        'segment_labels': {
-                            n: [s['labels'][n] for s in r['segments']] for n in multi
-                        },
-                        'ground_truth': r['ground_truth'],
-                    },
-                )
-
-    splits = {
-        split: (lambda split=split: examples(split))
-        for split in (*SPLITS, CLIPS)
-        if any(r['split'] == split for r in records)
-    }
-    labels = {n: (classes or 0, classes is not None) for n, classes in multi.items()}
-    return pathlib.Path(folder.write(str(stage_dir / 'tfds'), name, labels, splits))
-
-
-def _publish(
-    produced: pathlib.Path,
-    stage_dir: pathlib.Path,
-    target: pathlib.Path,
-    name: str,
-    settings: decoded_files.Settings,
-    given: media_catalog.Inputs,
-    records: list[dict[str, Any]],
-    skipped: Mapping[str, str],
-) -> dict[str, Any]:
-    """Moves the dataset into place with its sidecars, reading every record back on the way. Returns the summary."""
-    known = {r['id']: r for r in records}
-    # Everything in this folder is from this run or a killed one: the check in _finished saw to that.
-    for old in target.iterdir():
-        if old.is_file():
-            old.unlink()
-    summary: dict[str, Any] = {
-        'splits': {},
-        'skipped': dict(skipped),
-        'labels': {k: list(v) for k, v in given.classes.items()},
-    }
-    for split in (*SPLITS, CLIPS):
-        if not shards(produced, split):
-            continue
-        noted = list(note_places(produced, split, settings.rate))
-        rows, crc = [known[id] for id, _ in noted], [c for _, c in noted]
-        if len(rows) != sum(r['split'] == split for r in records):
-            raise DataError(
-                f'{produced}: {len(rows)} of the records of split {split} can be read back; is the disk sound?'
-            )
-        table = indices.Index.of(rows, crc, dict(given.multi))
-        table.save(stage_dir / f'index-{split}.npz')
-        os.replace(stage_dir / f'index-{split}.npz', target / f'index-{split}.npz')
-        summary['splits'][split] = {
-            'records': len(table),
-            'segments': len(table.segment_record),
-            'sentences': len(table.sentence_start),
-            'hours': round(float(table.duration.sum()) / 3600, 3),
-            'without_audio': int((table.samples == 0).sum()),
-            'without_video': int((table.frames == 0).sum()),
-        }
-    if given.folds:
-        summary['folds'] = [
-            media_catalog.counts(SPLITS[r['folds'][k]] for r in records if r['folds'][k] >= 0)
-            for k in range(given.folds)
-        ]
-    for file in produced.iterdir():
-        os.replace(file, target / file.name)
-    os.replace(stage_dir / 'tokenizer.json', target / 'tokenizer.json')
-    indices.write_json(target / 'skipped.json', dict(skipped))
-    indices.write_json(
-        target / 'index.json',
-        {
-            'version': indices.VERSION,
-            'name': name,
-            'fps': settings.fps,
-            'size': settings.size,
-            'rate': settings.rate,
-            'quality': settings.quality,
-            'labels': summary['labels'],
-            'multi_hot': [n for n, k in given.multi.items() if k is not None],
-            'splits': summary['splits'],
-            'folds': summary.get('folds', []),
-            'format': {
-                'kind': 'example',
-                **({'frames': 'h264', 'gop': media.GOP} if settings.crf else {}),
-            },
-        },
-    )
-    return summary
-
-
-# ---- what the user sees
-
-
-class _Console:
-    def __init__(self, quiet: bool):
-        from rich.console import Console
-
-        self.console = Console(quiet=quiet, highlight=False)
-
-    def __call__(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)  # commands stay whole
-
-    def progress(self, total: int, done: int) -> Any:
-        """Context: a function to call after each file."""
-        import contextlib
-
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        @contextlib.contextmanager
-        def bar():
-            with Progress(
-                TextColumn('decoding'),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn('left'),
-                TimeRemainingColumn(),
-                console=self.console,
-            ) as progress:
-                task = progress.add_task('', total=total, completed=done)
-                yield lambda: progress.advance(task)
-
-        return bar()
-
-    def summary(self, target: pathlib.Path, summary: Mapping[str, Any], unknown: list[str]) -> None:
-        from rich.table import Table
-
-        columns = ('records', 'segments', 'sentences', 'hours', 'without_audio', 'without_video')
-        table = Table(title=f'{target}', title_justify='left')
-        table.add_column('split')
-        for column in columns:
-            table.add_column(column.replace('_', ' '), justify='right')
-        for split, row in summary['splits'].items():
-            table.add_row(split, *(str(row[c]) for c in columns))
-        self.console.print(table)
-        if summary['skipped']:
-            reasons: dict[str, list[str]] = {}
-            for file, reason in summary['skipped'].items():
-                reasons.setdefault(reason.split(':')[0], []).append(file)
-            table = Table(
-                title=f'{len(summary["skipped"])} files skipped (skipped.json)',
-                title_justify='left',
-            )
-            for column in ('reason', 'files', 'for example'):
-                table.add_column(column)
-            for reason, some in sorted(reasons.items(), key=lambda item: -len(item[1])):
-                table.add_row(reason, str(len(some)), f'{some[0]} ({summary["skipped"][some[0]]})')
-            self.console.print(table)
-        if unknown:
-            self(
-                f'{len(unknown)} names in captions or annotations have no file here, for example {unknown[0]!r}.'
-            )
-        self(
-            f'done in {summary["seconds"]} s. Train on it: python run.py --config=FILE '
-            f"\"--config.data.train={{'mine': {{'path': {str(target)!r}}}}}\""
-        )
-
-
-def _page(dataset: str) -> str:
-    """What --help says of a named dataset."""
+def _dataset_help(dataset: str) -> str:
+    """What --help says of a named dataset; '' of any other name."""
     if dataset not in named.DATASETS:
         return ''
     title, text, files = named.of(dataset).page()
     return f'{title}\n\n{textwrap.indent(files, "  ")}\n\n{text}'
 
 
-def main(arguments: list[str] | None = None) -> int:
-    page = next(
-        (a.partition('=')[2] for a in arguments or sys.argv[1:] if a.startswith('--dataset=')), ''
-    )
+def _parser(dataset: str) -> argparse.ArgumentParser:
+    """The command's flags.
+
+    Args:
+        dataset: named dataset that --help describes, '' for none.
+    """
     parser = argparse.ArgumentParser(
         prog='python -m data_pipelines.prepare',
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_page(page),
-        description='Media files and captions, or a named dataset -> a dataset for training (docs/data.md, docs/datasets.md).',
+        epilog=_dataset_help(dataset),
+        description='Media files and captions, or a named dataset -> a dataset for training '
+        '(docs/data.md, docs/datasets.md).',
     )
     add = parser.add_argument
+    # What goes in and where it goes.
     add(
         '--videos',
         default='',
-        help='folder of media files, searched through; with --dataset: where its media are, if not below --manual_dir',
+        help='folder of media files, searched through; with --dataset: where its media are, '
+        'if not below --manual_dir',
     )
     add(
         '--captions',
         default='',
-        help='CSV (video,start,end,text) or JSON; without it the captions of annotated segments serve',
+        help='CSV (video,start,end,text) or JSON; without it the captions of annotated segments '
+        'serve',
     )
     add(
         '--dataset',
@@ -688,6 +440,7 @@ def main(arguments: list[str] | None = None) -> int:
         default='',
         help='JSON (labels, segments, ground truth) or CSV (video,label)',
     )
+    # How it is stored.
     add('--fps', type=float, default=10.0, help='stored frames per second')
     add(
         '--size',
@@ -704,6 +457,7 @@ def main(arguments: list[str] | None = None) -> int:
         help='frames as JPEG, or as short pieces of video (docs/data.md)',
     )
     add('--crf', type=int, default=23, help='quality of h264, 1 (best) to 51')
+    # How the work is done.
     add('--processes', type=int, default=2, help='files decoded side by side')
     add(
         '--beam',
@@ -711,6 +465,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar='OPTIONS',
         help="decode in an Apache Beam pipeline with these options: --beam='--runner=DirectRunner'",
     )
+    # What is chosen, and how it is divided.
     add(
         '--min_seconds',
         type=float,
@@ -730,10 +485,21 @@ def main(arguments: list[str] | None = None) -> int:
     add('--require_audio', action='store_true', help='skip videos without sound')
     add('--overwrite', action='store_true', help='replace a dataset that was prepared differently')
     add('--quiet', action='store_true', help='print errors only')
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    # --help depends on --dataset, so this flag is looked up before the others are parsed.
+    dataset = ''
+    for argument in arguments or sys.argv[1:]:
+        if argument.startswith('--dataset='):
+            dataset = argument.partition('=')[2]
+            break
     try:
-        prepare(**vars(parser.parse_args(arguments)))
-    except DataError as e:
-        print(f'error: {e}', file=sys.stderr)
+        prepare(**vars(_parser(dataset).parse_args(arguments)))
+    except DataError as error:
+        print(f'error: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('stopped; the same command goes on from here', file=sys.stderr)

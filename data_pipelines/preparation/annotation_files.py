@@ -6,211 +6,338 @@ import csv
 import json
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from data_pipelines.errors import DataError
 
+# (start, end) in seconds of an entry without times: the whole file.
 WHOLE = (0.0, float('inf'))
+
+# Characters of a malformed entry that an error message quotes.
+_MAX_QUOTE = 60
+
+Content = TypeVar('Content')
+
+
+# ---- Captions.
 
 
 def read_captions(path: str | pathlib.Path) -> dict[str, list[dict[str, Any]]]:
-    """CSV with columns video,start,end,text or JSON -> {name in the file: [{'text', 'start', 'end'}]}. Raises DataError."""
-    path = _file(path, 'captions')
-    out: dict[str, list[dict[str, Any]]] = {}
+    """Read captions from CSV with the columns video,start,end,text, or from JSON.
+
+    Returns:
+        Name in the file -> its sentences, dicts of 'text', 'start', 'end' (seconds).
+
+    Raises:
+        DataError: if the file is missing or malformed; the message names line or entry.
+    """
+    path = _checked_path(path, 'captions')
     if path.suffix.lower() == '.json':
-        content = _json(path)
-        if isinstance(content, Mapping):
-            rows = [
-                (video, entry)
-                for video, entries in content.items()
-                for entry in _listed(entries, path, video)
-            ]
-        else:
-            rows = [
-                (e.get('video') if isinstance(e, Mapping) else None, e)
-                for e in _listed(content, path, 'the top level')
-            ]
-        for number, (video, entry) in enumerate(rows, 1):
-            entry = {'text': entry} if isinstance(entry, str) else entry
-            if video is None or not isinstance(entry, Mapping) or 'text' not in entry:
-                raise DataError(
-                    f'{path}: entry {number} is {str(entry)[:80]}; wanted a video name and {{"start", "end", "text"}}'
-                )
-            out.setdefault(str(video), []).append(_sentence(entry, f'{path}: entry {number}'))
-        return out
-    columns, rows = _csv(path)
-    if not {'video', 'text'} <= columns:
-        raise DataError(
-            f'{path} has the columns {", ".join(sorted(columns)) or "(none)"}; wanted video,start,end,text'
-        )
-    for number, row in rows:
-        out.setdefault(row['video'], []).append(_sentence(row, f'{path}, line {number}'))
-    return out
+        return _captions_from_json(path)
+
+    columns, rows = _read_csv(path)
+    _require_columns(path, columns, required=('video', 'text'), all_columns='video,start,end,text')
+    sentences: dict[str, list[dict[str, Any]]] = {}
+    for line_number, row in rows:
+        sentence = _sentence(row, f'{path}, line {line_number}')
+        sentences.setdefault(row['video'], []).append(sentence)
+    return sentences
+
+
+def _captions_from_json(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
+    """Either {video: [entries]}, or [entries] that name their video themselves."""
+    content = _read_json(path)
+    rows: list[tuple[Any, Any]] = []  # (video or None, entry)
+    if isinstance(content, Mapping):
+        for video, entries in content.items():
+            rows += [(video, entry) for entry in _as_list(entries, path, video)]
+    else:
+        for entry in _as_list(content, path, 'the top level'):
+            video = entry.get('video') if isinstance(entry, Mapping) else None
+            rows.append((video, entry))
+
+    sentences: dict[str, list[dict[str, Any]]] = {}
+    for number, (video, entry) in enumerate(rows, 1):
+        if isinstance(entry, str):
+            entry = {'text': entry}  # a sentence without times
+        if video is None or not isinstance(entry, Mapping) or 'text' not in entry:
+            raise DataError(
+                f'{path}: entry {number}: expected a video name and {{"start", "end", "text"}}, '
+                f'got {_quote(entry)}'
+            )
+        sentence = _sentence(entry, f'{path}: entry {number}')
+        sentences.setdefault(str(video), []).append(sentence)
+    return sentences
+
+
+def _sentence(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return {'text': str(entry['text']), **_times(entry, where)}
+
+
+# ---- Annotations.
 
 
 def read_annotations(
     path: str | pathlib.Path,
 ) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
-    """JSON, or CSV with columns video,label -> ({label name: class names}, {name in the file: {'segments', 'ground_truth'}}).
+    """Read annotations from JSON, or from CSV with the columns video,label.
 
-    Segments are {'start', 'end', 'caption', 'labels': {name: class number or list of them}}. Raises DataError.
+    Returns:
+        Label name -> class names, and name in the file -> {'segments', 'ground_truth'}. A segment
+        is a dict of 'start', 'end' (seconds), 'caption', and 'labels': label name -> class number,
+        or a list of them.
+
+    Raises:
+        DataError: if the file is missing or malformed; the message names the entry.
     """
-    path = _file(path, 'annotations')
+    path = _checked_path(path, 'annotations')
     if path.suffix.lower() != '.json':
-        return _label_csv(path)
-    content = _json(path)
+        return _annotations_from_csv(path)
+
+    content = _read_json(path)
     if not isinstance(content, Mapping) or not isinstance(content.get('videos'), Mapping):
         raise DataError(
-            f'{path} wants the form {{"labels": {{name: [classes]}}, "videos": {{path: {{"segments": [...]}}}}}}'
+            f'{path}: expected the form '
+            '{"labels": {name: [classes]}, "videos": {path: {"segments": [...]}}}'
         )
-    classes = {str(k): [str(c) for c in v] for k, v in (content.get('labels') or {}).items()}
-    videos = {}
+    classes = {
+        str(label): [str(name) for name in names]
+        for label, names in (content.get('labels') or {}).items()
+    }
+    annotations = {}
     for video, entry in content['videos'].items():
+        where = f'{path}: videos[{video!r}]'
         if not isinstance(entry, Mapping):
-            raise DataError(
-                f'{path}: videos[{video!r}] is {str(entry)[:60]}; wanted an object with "segments"'
-            )
+            raise DataError(f'{where}: expected an object with "segments", got {_quote(entry)}')
         segments = entry.get('segments')
         if segments is None and (entry.get('labels') or entry.get('caption')):
+            # Labels or a caption of the file as a whole.
             segments = [{'caption': entry.get('caption', ''), 'labels': entry.get('labels', {})}]
-        videos[str(video)] = {
+        annotations[str(video)] = {
             'segments': [
-                _segment(s, classes, f'{path}: videos[{video!r}].segments[{i}]')
-                for i, s in enumerate(segments or [])
+                _segment(segment, classes, f'{where}.segments[{i}]')
+                for i, segment in enumerate(segments or [])
             ],
             'ground_truth': entry.get('ground_truth', {}),
         }
-    return classes, videos
+    return classes, annotations
 
 
-def _label_csv(path: pathlib.Path) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
-    columns, rows = _csv(path)
-    if not {'video', 'label'} <= columns:
+def _segment(
+    entry: Mapping[str, Any], classes: Mapping[str, list[str]], where: str
+) -> dict[str, Any]:
+    if not isinstance(entry, Mapping):
         raise DataError(
-            f'{path} has the columns {", ".join(sorted(columns)) or "(none)"}; wanted video,label'
+            f'{where}: expected {{"start", "end", "caption", "labels"}}, got {_quote(entry)}'
         )
-    given: dict[str, list[str]] = {}
-    for _, row in rows:
-        labels = given.setdefault(row['video'], [])
-        if row['label'] and row['label'] not in labels:
-            labels.append(row['label'])
-    names = sorted({label for labels in given.values() for label in labels})
-    number = {name: i for i, name in enumerate(names)}
-    several = any(len(labels) > 1 for labels in given.values())
-    value = lambda labels: (
-        [number[x] for x in labels] if several else number[labels[0]] if labels else -1
+    labels: dict[str, int | list[int]] = {}
+    for label, value in (entry.get('labels') or {}).items():
+        if label not in classes:
+            raise DataError(
+                f'{where}: label {label!r} is not among "labels" ({", ".join(classes) or "none"})'
+            )
+        if isinstance(value, list):
+            labels[label] = [_class_number(item, classes[label], label, where) for item in value]
+        else:
+            labels[label] = _class_number(value, classes[label], label, where)
+    return {**_times(entry, where), 'caption': str(entry.get('caption') or ''), 'labels': labels}
+
+
+def _class_number(value: Any, class_names: list[str], label: str, where: str) -> int:
+    """Number of a class that is given by its name or its number; -1 is an unknown class."""
+    if isinstance(value, str) and value in class_names:
+        return class_names.index(value)
+    # In Python, True is an int.
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if is_number and -1 <= value < len(class_names):
+        return value
+    raise DataError(
+        f'{where}: {value!r} is not a class of {label!r} '
+        f'(a name or a number below {len(class_names)})'
     )
-    return {'class': names}, {
-        video: {
-            'segments': [
-                {
-                    'start': WHOLE[0],
-                    'end': WHOLE[1],
-                    'caption': '',
-                    'labels': {'class': value(labels)},
-                }
-            ],
-            'ground_truth': {},
-        }
-        for video, labels in given.items()
-    }
 
 
-def several(
-    classes: Mapping[str, list[str]], videos: Mapping[str, dict[str, Any]]
+def _annotations_from_csv(
+    path: pathlib.Path,
+) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
+    """One label `class`; multi-hot if any video has several rows with different labels."""
+    columns, rows = _read_csv(path)
+    _require_columns(path, columns, required=('video', 'label'), all_columns='video,label')
+    names_by_video: dict[str, list[str]] = {}
+    for _, row in rows:
+        video_names = names_by_video.setdefault(row['video'], [])
+        if row['label'] and row['label'] not in video_names:
+            video_names.append(row['label'])
+
+    class_names = sorted({name for names in names_by_video.values() for name in names})
+    number_of = {name: i for i, name in enumerate(class_names)}
+    is_multi_hot = any(len(names) > 1 for names in names_by_video.values())
+
+    annotations = {}
+    for video, names in names_by_video.items():
+        value: int | list[int]
+        if is_multi_hot:
+            value = [number_of[name] for name in names]
+        elif names:
+            value = number_of[names[0]]
+        else:
+            value = -1  # unknown
+        start, end = WHOLE
+        segment = {'start': start, 'end': end, 'caption': '', 'labels': {'class': value}}
+        annotations[video] = {'segments': [segment], 'ground_truth': {}}
+    return {'class': class_names}, annotations
+
+
+def multi_hot_sizes(
+    classes: Mapping[str, list[str]], annotations: Mapping[str, dict[str, Any]]
 ) -> dict[str, int | None]:
-    """{label name: number of classes if some segment has a list of them (multi-hot), else None}."""
-    lists = {
-        name
-        for v in videos.values()
-        for s in v['segments']
-        for name, x in s['labels'].items()
-        if isinstance(x, list)
-    }
-    return {name: len(names) if name in lists else None for name, names in classes.items()}
+    """Which labels are multi-hot: those of which some segment has a list.
+
+    Returns:
+        Label name -> number of classes if it is multi-hot, else None.
+    """
+    multi_hot = set()
+    for annotation in annotations.values():
+        for segment in annotation['segments']:
+            for label, value in segment['labels'].items():
+                if isinstance(value, list):
+                    multi_hot.add(label)
+    return {label: len(names) if label in multi_hot else None for label, names in classes.items()}
 
 
-class Names:
-    """Which media file a name in a caption or annotation file means: its path below the folder, or any end of that path, or
-    either without the suffix, as long as only one file answers to it."""
+# ---- Names.
 
-    def __init__(self, ids: Iterable[str]):
-        self._exact, self._loose = {}, {}
-        for i in ids:
-            self._exact[i] = i
-            parts = i.split('/')
-            for n in range(len(parts)):
-                end = '/'.join(parts[n:])
-                for alias in {end, end.rpartition('.')[0]} - {i}:
-                    self._loose[alias] = None if alias in self._loose else i
+
+class NameResolver:
+    """Finds the media file that a name in a caption or annotation file means.
+
+    A name is the path of the file below the folder, or any end of that path, or either without the
+    suffix, as long as only one file answers to it.
+    """
+
+    def __init__(self, file_ids: Iterable[str]):
+        self._paths: dict[str, str] = {}
+        self._aliases: dict[str, str | None] = {}  # None: several files answer
+        for file_id in file_ids:
+            self._paths[file_id] = file_id
+            parts = file_id.split('/')
+            for i in range(len(parts)):
+                path_end = '/'.join(parts[i:])
+                without_suffix = path_end.rpartition('.')[0]
+                for alias in {path_end, without_suffix} - {file_id}:
+                    is_ambiguous = alias in self._aliases
+                    self._aliases[alias] = None if is_ambiguous else file_id
 
     def __call__(self, name: str) -> str | None:
+        """The file id; None if no file, or more than one, answers to the name."""
         name = name.strip().replace('\\', '/').removeprefix('./')
-        return self._exact.get(name) or self._loose.get(name)
+        # A full path means its file, even where it is also the end of another path.
+        return self._paths.get(name) or self._aliases.get(name)
 
 
-def assign(content: Mapping[str, Any], names: Names) -> tuple[dict[str, Any], list[str]]:
-    """({media file: content}, names that no file answers to). Entries of two names for one file are joined."""
-    out: dict[str, Any] = {}
-    unknown = []
+def match_to_files(
+    content: Mapping[str, Content], resolver: NameResolver
+) -> tuple[dict[str, Content], list[str]]:
+    """Key the content of a caption or annotation file by media file.
+
+    Sentences of two names that mean one file are joined.
+
+    Returns:
+        File id -> content, and the names that no file answers to.
+
+    Raises:
+        DataError: if two names of annotations mean one file.
+    """
+    by_file: dict[str, Any] = {}
+    unknown_names = []
     for name, value in content.items():
-        media = names(name)
-        if media is None:
-            unknown.append(name)
-        elif media in out and isinstance(value, list):
-            out[media] = out[media] + value
-        elif media in out:
-            raise DataError(f'annotations: {name!r} and another name both mean the file {media}')
+        file_id = resolver(name)
+        if file_id is None:
+            unknown_names.append(name)
+        elif file_id not in by_file:
+            by_file[file_id] = value
+        elif isinstance(value, list):
+            by_file[file_id] = by_file[file_id] + value
         else:
-            out[media] = value
-    return out, unknown
+            raise DataError(f'annotations: {name!r} and another name both mean the file {file_id}')
+    return by_file, unknown_names
 
 
-def _file(path: str | pathlib.Path, what: str) -> pathlib.Path:
+# ---- Reading and checking.
+
+
+def _checked_path(path: str | pathlib.Path, kind: str) -> pathlib.Path:
     path = pathlib.Path(path)
     if not path.is_file():
-        raise DataError(f'the {what} file {path} does not exist')
+        raise DataError(f'the {kind} file {path} does not exist')
     if path.suffix.lower() not in ('.csv', '.json'):
-        raise DataError(f'the {what} file {path} must be .csv or .json')
+        raise DataError(f'the {kind} file {path} must be .csv or .json')
     return path
 
 
-def _json(path: pathlib.Path) -> Any:
+def _read_json(path: pathlib.Path) -> Any:
+    # utf-8-sig: spreadsheet programs put a byte order mark in front.
     try:
         return json.loads(path.read_text(encoding='utf-8-sig'))
-    except (ValueError, OSError) as e:
-        raise DataError(f'{path} is not readable JSON: {e}') from None
+    except (ValueError, OSError) as error:
+        raise DataError(f'{path} is not readable JSON: {error}') from None
 
 
-def _csv(path: pathlib.Path) -> tuple[set[str], list[tuple[int, dict[str, str]]]]:
+def _read_csv(path: pathlib.Path) -> tuple[set[str], list[tuple[int, dict[str, str]]]]:
+    """Column names in lower case, and (line number, row) of the rows that name a video."""
     try:
-        with open(path, newline='', encoding='utf-8-sig') as f:
-            reader = csv.DictReader(f, skipinitialspace=True)
-            columns = {(c or '').strip().lower() for c in reader.fieldnames or ()}
-            rows = [
-                (
-                    reader.line_num,
-                    {
-                        (k or '').strip().lower(): (v or '').strip()
-                        for k, v in row.items()
-                        if isinstance(v, str | None)
-                    },
-                )
-                for row in reader
-            ]
-    except (csv.Error, UnicodeDecodeError, OSError) as e:
-        raise DataError(f'{path} is not readable CSV in UTF-8: {e}') from None
-    return columns, [(n, r) for n, r in rows if r.get('video')]
+        with open(path, newline='', encoding='utf-8-sig') as stream:
+            reader = csv.DictReader(stream, skipinitialspace=True)
+            columns = {_clean(column).lower() for column in reader.fieldnames or ()}
+            rows = [(reader.line_num, _clean_row(row)) for row in reader]
+    except (csv.Error, UnicodeDecodeError, OSError) as error:
+        raise DataError(f'{path} is not readable CSV in UTF-8: {error}') from None
+    return columns, [(line_number, row) for line_number, row in rows if row.get('video')]
 
 
-def _listed(value: Any, path: pathlib.Path, what: str) -> list[Any]:
+def _clean_row(row: Mapping[str | None, Any]) -> dict[str, str]:
+    # Fields beyond the last column come as a list under None; they are left out.
+    return {
+        _clean(column).lower(): _clean(value)
+        for column, value in row.items()
+        if isinstance(value, str | None)
+    }
+
+
+def _clean(text: str | None) -> str:
+    """Without spaces around it; rows that are too short have None in their last columns."""
+    return (text or '').strip()
+
+
+def _require_columns(
+    path: pathlib.Path, columns: set[str], required: tuple[str, ...], all_columns: str
+) -> None:
+    if not set(required) <= columns:
+        found = ', '.join(sorted(columns)) or '(none)'
+        raise DataError(f'{path}: expected the columns {all_columns}, got {found}')
+
+
+def _as_list(value: Any, path: pathlib.Path, where: str) -> list[Any]:
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):
         raise DataError(
-            f'{path}: {what} is {str(value)[:60]}; wanted a list of {{"start", "end", "text"}}'
+            f'{path}: {where}: expected a list of {{"start", "end", "text"}}, got {_quote(value)}'
         )
     return value
+
+
+def _quote(value: Any) -> str:
+    return str(value)[:_MAX_QUOTE]
+
+
+def _times(entry: Mapping[str, Any], where: str) -> dict[str, float]:
+    """'start' and 'end' of an entry; of one without them, those of the whole file."""
+    start = _seconds(entry.get('start'), WHOLE[0], where)
+    end = _seconds(entry.get('end'), WHOLE[1], where)
+    if end < start:
+        raise DataError(f'{where}: it ends ({end:g} s) before it starts ({start:g} s)')
+    return {'start': start, 'end': end}
 
 
 def _seconds(value: Any, default: float, where: str) -> float:
@@ -220,51 +347,6 @@ def _seconds(value: Any, default: float, where: str) -> float:
         seconds = float(value)
     except (TypeError, ValueError):
         raise DataError(f'{where}: {value!r} is not a time in seconds') from None
-    if not seconds >= 0:
+    if not seconds >= 0:  # also NaN
         raise DataError(f'{where}: {value!r} is not a time in seconds from the beginning')
     return seconds
-
-
-def _times(entry: Mapping[str, Any], where: str) -> dict[str, float]:
-    start, end = (
-        _seconds(entry.get('start'), WHOLE[0], where),
-        _seconds(entry.get('end'), WHOLE[1], where),
-    )
-    if end < start:
-        raise DataError(f'{where}: it ends ({end:g} s) before it starts ({start:g} s)')
-    return {'start': start, 'end': end}
-
-
-def _sentence(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
-    return {'text': str(entry['text']), **_times(entry, where)}
-
-
-def _segment(
-    entry: Mapping[str, Any], classes: Mapping[str, list[str]], where: str
-) -> dict[str, Any]:
-    if not isinstance(entry, Mapping):
-        raise DataError(
-            f'{where} is {str(entry)[:60]}; wanted {{"start", "end", "caption", "labels"}}'
-        )
-    labels = {}
-    for name, value in (entry.get('labels') or {}).items():
-        if name not in classes:
-            raise DataError(
-                f'{where}: label {name!r} is not among "labels" ({", ".join(classes) or "none"})'
-            )
-        labels[name] = (
-            [_class(v, classes[name], name, where) for v in value]
-            if isinstance(value, list)
-            else _class(value, classes[name], name, where)
-        )
-    return {**_times(entry, where), 'caption': str(entry.get('caption') or ''), 'labels': labels}
-
-
-def _class(value: Any, names: list[str], label: str, where: str) -> int:
-    if isinstance(value, str) and value in names:
-        return names.index(value)
-    if isinstance(value, int) and not isinstance(value, bool) and -1 <= value < len(names):
-        return value
-    raise DataError(
-        f'{where}: {value!r} is not a class of {label!r} (a name or a number below {len(names)})'
-    )

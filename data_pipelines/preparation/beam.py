@@ -1,12 +1,16 @@
-"""The slow half of `prepare`, decoding, as an Apache Beam pipeline: --beam='--runner=DirectRunner' or any other runner's options.
+"""The slow half of `prepare`, decoding, as an Apache Beam pipeline.
 
-Each file is an element of its own. One that cannot be used, or crashes the decoder, is staged as skipped with its reason, as on the plain path, and
-counted; what was staged before is not decoded again. --out must be a folder that all workers see under the same path, and so must the files.
-Needs the extra `beam`.
+It is chosen by --beam='--runner=DirectRunner' or the options of any other runner, and needs the
+extra `beam`.
+
+Each file is an element of its own. One that cannot be used, or crashes the decoder, is staged as
+skipped with its reason, as without Beam, and counted; what was staged before is not decoded again.
+--out must be a folder that all workers see under the same path, and so must the files.
 """
 
 from __future__ import annotations
 
+import concurrent.futures as futures
 import pathlib
 import shlex
 from collections.abc import Iterator, Sequence
@@ -19,32 +23,42 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from data_pipelines.errors import DataError
 from data_pipelines.preparation import decoded_files
 
-_NAMESPACE = 'prepare'
+_NAMESPACE = 'prepare'  # of the counters
 
 
 class Stage(apache_beam.DoFn):
-    """staging.File -> 'decoded', or the reason why it is skipped."""
+    """Stages a `decoded_files.File`; the output is 'decoded', or the reason why it is skipped."""
 
     def __init__(self, settings: decoded_files.Settings, stage_dir: str):
-        self._settings, self._stage_dir, self._pool = settings, stage_dir, None
+        self._settings = settings
+        self._stage_dir = stage_dir
+        # Made by the first element: a DoFn is pickled on its way to the workers.
+        self._pool: futures.ProcessPoolExecutor | None = None
 
     def process(self, file: decoded_files.File) -> Iterator[str]:
+        """Stage one file and count the result."""
         target = decoded_files.place(pathlib.Path(self._stage_dir), file, self._settings)
         if not target.is_file():  # a runner may try an element twice
-            self._pool = self._pool or decoded_files.pool(
-                1
-            )  # a process of its own: it may be killed by a file and the worker goes on
-            try:
-                self._pool.submit(decoded_files.stage, file, self._settings, str(target)).result()
-            except BrokenProcessPool:
-                self._pool = None
-                decoded_files.crashed(file, str(target))
-        result = decoded_files.header(target).get('skipped', '').split(':')[0] or 'decoded'
+            self._stage(file, target)
+        # Only what precedes the colon: the rest differs from file to file.
+        reason = decoded_files.header(target).get('skipped', '').split(':')[0]
+        result = reason or 'decoded'
         Metrics.counter(_NAMESPACE, result).inc()
         yield result
 
+    def _stage(self, file: decoded_files.File, target: pathlib.Path) -> None:
+        # In a process of its own: a file may kill it, and the Beam worker goes on.
+        if self._pool is None:
+            self._pool = decoded_files.pool(1)
+        try:
+            self._pool.submit(decoded_files.stage, file, self._settings, str(target)).result()
+        except BrokenProcessPool:
+            self._pool = None
+            decoded_files.crashed(file, str(target))
+
     def teardown(self) -> None:
-        if self._pool:
+        """End the worker process."""
+        if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
 
@@ -55,32 +69,45 @@ def stage(
     stage_dir: pathlib.Path,
     options: str,
 ) -> dict[str, int]:
-    """Stages the files; options: of Beam, as on a command line. Returns how many were decoded, and skipped for each kind of reason.
+    """Stage files in a Beam pipeline.
 
-    Raises DataError if the pipeline does not finish, or files are not there afterwards.
+    Args:
+        files: the media files.
+        settings: how they are decoded.
+        stage_dir: the staging folder, which all workers see under this path.
+        options: of Beam, as on a command line.
+
+    Returns:
+        Number of files that were decoded, and that were skipped for each kind of reason.
+
+    Raises:
+        DataError: if the pipeline does not finish, or files are not there afterwards.
     """
     try:
         pipeline = apache_beam.Pipeline(options=PipelineOptions(shlex.split(options)))
         (
             pipeline
             | 'files' >> apache_beam.Create(list(files))
+            # Without it, a runner may fuse the steps and decode all files in one worker.
             | 'spread' >> apache_beam.Reshuffle()
             | 'decode' >> apache_beam.ParDo(Stage(settings, str(stage_dir.resolve())))
         )
         result = pipeline.run()
         state = result.wait_until_finish()
-    except Exception as e:  # runners raise what they like
+    except Exception as error:  # runners raise what they like
+        first_line = str(error).partition('\n')[0]
         raise DataError(
-            f'--beam={options}: the pipeline failed ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}); the same command '
-            'goes on from here'
-        ) from e
-    missing = [f.id for f in files if not decoded_files.place(stage_dir, f, settings).is_file()]
+            f'--beam={options}: the pipeline failed ({type(error).__name__}: {first_line}); '
+            'the same command goes on from here'
+        ) from error
+
+    missing = [
+        file.id for file in files if not decoded_files.place(stage_dir, file, settings).is_file()
+    ]
     if missing:
         raise DataError(
-            f'the Beam pipeline ended in state {state} and {len(missing)} files are not below {stage_dir}, for example {missing[0]}; '
-            'do all workers see this folder?'
+            f'the Beam pipeline ended in state {state} and {len(missing)} files are not below '
+            f'{stage_dir}, for example {missing[0]}; do all workers see this folder?'
         )
-    return {
-        c.key.metric.name: c.result
-        for c in result.metrics().query(MetricsFilter().with_namespace(_NAMESPACE))['counters']
-    }
+    counters = result.metrics().query(MetricsFilter().with_namespace(_NAMESPACE))['counters']
+    return {counter.key.metric.name: counter.result for counter in counters}

@@ -1,7 +1,16 @@
-"""One media file -> one staged file: the slow half of `prepare`, run in worker processes, so it imports little.
+"""One media file -> one staged file: the slow half of `prepare`.
 
-A staged file is a length (8 bytes), a JSON header and the frames (JPEG, or one H.264 packet each) and PCM samples behind it. It appears
-whole or not at all, and its name tells file and settings apart, so whatever is found of an interrupted run can be trusted.
+This module is imported by worker processes, so it imports little.
+
+A staged file has these parts, one behind the other:
+
+    8 bytes     length of the header, little-endian
+    header      JSON
+    frames      JPEG each, or one H.264 packet each; the header has their lengths
+    audio       PCM samples, int16 little-endian
+
+It appears whole or not at all, and its name tells file and settings apart. Whatever is found of an
+interrupted run can therefore be trusted.
 """
 
 from __future__ import annotations
@@ -14,7 +23,11 @@ import multiprocessing
 import os
 import pathlib
 import threading
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+from jaxtyping import UInt8
 
 from data_pipelines import media
 
@@ -23,8 +36,16 @@ _VERSION = 1  # of the staged format and of how media are decoded
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """fps frames per second, pixels of the short side, sound samples per second, JPEG quality, seconds below which a file is
-    skipped. crf: of H.264, which then takes the place of JPEG; 0: JPEG."""
+    """How media files are decoded and stored.
+
+    Attributes:
+        fps: stored frames per second.
+        size: short side of stored frames, in pixels.
+        rate: stored audio samples per second.
+        quality: of JPEG, 1 to 100.
+        min_seconds: shorter files are skipped.
+        crf: quality of H.264, which then takes the place of JPEG; 0 for JPEG.
+    """
 
     fps: float
     size: int
@@ -34,13 +55,23 @@ class Settings:
     crf: int = 0
 
     def words(self) -> list[float]:
-        """All that decides what comes out, as they were when JPEG was the only form."""
-        return list(dataclasses.astuple(self))[: 6 if self.crf else 5]
+        """All that decides what comes out, as a list for keys of files and runs."""
+        values = list(dataclasses.astuple(self))
+        # Without crf where frames are JPEG: keys from before H.264 could be stored remain valid.
+        return values if self.crf else values[:-1]
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A media file, or the part of it that is wanted. id: its path below the folder, with forward slashes; of a part, with its seconds."""
+    """A media file, or the part of it that becomes a record.
+
+    Attributes:
+        id: path below the folder, with forward slashes; of a part, followed by its seconds.
+        path: where the file is.
+        bytes: its size.
+        modified: time of its last change, in nanoseconds.
+        part: (start, end) in seconds.
+    """
 
     id: str
     path: str
@@ -49,101 +80,127 @@ class File:
     part: tuple[float, float] = media.WHOLE
 
     def key(self, settings: Settings) -> str:
-        words = [
-            _VERSION,
-            self.id,
-            self.bytes,
-            self.modified,
-            *settings.words(),
-            *(self.part if self.part != media.WHOLE else ()),
-        ]
+        """A hash of everything that the staged file depends on; it is the name of that file."""
+        words = [_VERSION, self.id, self.bytes, self.modified, *settings.words()]
+        if self.part != media.WHOLE:
+            words += self.part
         return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:32]
 
 
 def place(staging: pathlib.Path, file: File, settings: Settings) -> pathlib.Path:
+    """Path of the staged file."""
     key = file.key(settings)
+    # Two characters make 256 folders: file systems are slow where one holds a million files.
     return staging / 'files' / key[:2] / key
 
 
 def stage(file: File, settings: Settings, target: str) -> None:
-    """Decodes `file` into `target`; a file that cannot be used leaves a header with the reason."""
-    frames, header, pcm = (
-        [],
-        {'id': file.id, 'height': 0, 'width': 0, 'samples': 0, 'lengths': []},
-        b'',
-    )
+    """Decode a media file into a staged file.
+
+    A file that cannot be used raises nothing; its staged file holds the reason.
+
+    Args:
+        file: the media file.
+        settings: how it is decoded.
+        target: path of the staged file.
+    """
     try:
-        content = media.read(file.path, settings.fps, settings.size, settings.rate, part=file.part)
+        header, parts = _decode(file, settings)
+    except Exception as error:  # whatever one file does to a decoder, the others go on
+        if isinstance(error, media.MediaError):
+            reason = error.reason
+        else:
+            reason = f'{type(error).__name__}: {error}'
+        header, parts = {'id': file.id, 'skipped': reason}, [b'']
+    write(target, header, parts)
 
-        def pictures():
-            for picture in content.frames or ():
-                header['height'], header['width'] = (
-                    n // 2 * 2 if settings.crf else n for n in picture.shape[:2]
-                )
-                yield picture
 
-        frames = (
-            media.h264(pictures(), settings.fps, settings.crf)
-            if settings.crf
-            else [media.jpeg(picture, settings.quality) for picture in pictures()]
-        )
-        audio = (
-            media.fit(content.audio, len(frames), settings.fps, settings.rate)
-            if frames
-            else content.audio
-        )
-        header['samples'] = 0 if audio is None else len(audio)
-        header['duration'] = (
-            len(frames) / settings.fps if frames else header['samples'] / settings.rate
-        )
-        if not header['duration']:
-            raise media.MediaError('corrupt: nothing could be decoded')
-        if header['duration'] < settings.min_seconds:
-            raise media.MediaError(f'too short: {header["duration"]:.2f} s')
-        pcm = b'' if audio is None else audio.astype('<i2').tobytes()
-        header['lengths'] = [len(f) for f in frames]
-    except Exception as e:  # whatever one file does to a decoder, the others go on
-        reason = e.reason if isinstance(e, media.MediaError) else f'{type(e).__name__}: {e}'
-        frames, pcm, header = [], b'', {'id': file.id, 'skipped': reason}
-    write(target, header, [*frames, pcm])
+def _decode(file: File, settings: Settings) -> tuple[dict[str, Any], list[bytes]]:
+    """Header, and the encoded frames followed by the PCM bytes. Raises MediaError."""
+    header: dict[str, Any] = {'id': file.id, 'height': 0, 'width': 0, 'samples': 0, 'lengths': []}
+    decoded = media.read(file.path, settings.fps, settings.size, settings.rate, part=file.part)
+
+    def pictures() -> Iterator[UInt8[np.ndarray, 'H W 3']]:
+        # Frames are encoded as they are decoded: a long video would not fit into memory.
+        for picture in decoded.frames or ():
+            height, width = picture.shape[:2]
+            if settings.crf:
+                # H.264 leaves out an odd last row or column.
+                height, width = height // 2 * 2, width // 2 * 2
+            header['height'], header['width'] = height, width
+            yield picture
+
+    if settings.crf:
+        frames = media.h264(pictures(), settings.fps, settings.crf)
+    else:
+        frames = [media.jpeg(picture, settings.quality) for picture in pictures()]
+
+    audio = decoded.audio
+    if frames:
+        audio = media.fit(audio, len(frames), settings.fps, settings.rate)
+    header['samples'] = 0 if audio is None else len(audio)
+    # Pictures are the clock; sound alone is as long as its samples.
+    if frames:
+        header['duration'] = len(frames) / settings.fps
+    else:
+        header['duration'] = header['samples'] / settings.rate
+    if not header['duration']:
+        raise media.MediaError('corrupt: nothing could be decoded')
+    if header['duration'] < settings.min_seconds:
+        raise media.MediaError(f'too short: {header["duration"]:.2f} s')
+
+    header['lengths'] = [len(frame) for frame in frames]
+    pcm = b'' if audio is None else audio.astype('<i2').tobytes()
+    return header, [*frames, pcm]
 
 
 def write(target: str, header: dict[str, Any], parts: list[bytes]) -> None:
+    """Write a staged file, whole or not at all."""
     os.makedirs(os.path.dirname(target), exist_ok=True)
-    text = json.dumps(header).encode()
-    with open(f'{target}.{os.getpid()}', 'wb') as f:
-        f.write(len(text).to_bytes(8, 'little') + text)
-        f.writelines(parts)
-    os.replace(f'{target}.{os.getpid()}', target)
+    header_bytes = json.dumps(header).encode()
+    # The process number keeps apart two workers that try the same file.
+    temporary = f'{target}.{os.getpid()}'
+    with open(temporary, 'wb') as stream:
+        stream.write(len(header_bytes).to_bytes(8, 'little') + header_bytes)
+        stream.writelines(parts)
+    os.replace(temporary, target)
 
 
 def header(path: pathlib.Path) -> dict[str, Any]:
-    with open(path, 'rb') as f:
-        return json.loads(f.read(int.from_bytes(f.read(8), 'little')))
+    """Header of a staged file: what was decoded, or {'id', 'skipped': reason}."""
+    with open(path, 'rb') as stream:
+        return _read_header(stream)
 
 
 def content(path: pathlib.Path) -> tuple[list[bytes], bytes]:
-    """(JPEG frames, PCM bytes)."""
-    with open(path, 'rb') as f:
-        head = json.loads(f.read(int.from_bytes(f.read(8), 'little')))
-        return [f.read(n) for n in head['lengths']], f.read()
+    """Encoded frames and PCM bytes of a staged file."""
+    with open(path, 'rb') as stream:
+        lengths = _read_header(stream)['lengths']
+        frames = [stream.read(length) for length in lengths]
+        return frames, stream.read()
+
+
+def _read_header(stream: BinaryIO) -> dict[str, Any]:
+    length = int.from_bytes(stream.read(8), 'little')
+    return json.loads(stream.read(length))
 
 
 def crashed(file: File, target: str) -> None:
-    """Notes that decoding this file ended the process that did it."""
+    """Write a staged file that says that decoding ended the process that did it."""
     write(target, {'id': file.id, 'skipped': 'corrupt: it crashes the decoder'}, [])
 
 
 def pool(processes: int) -> futures.ProcessPoolExecutor:
-    """Spawned, not forked: the parent may hold threads of JAX or TensorFlow."""
-    return futures.ProcessPoolExecutor(
-        processes, multiprocessing.get_context('spawn'), die_with_parent
-    )
+    """A pool of worker processes that end with this one."""
+    # Spawned, not forked: the parent may hold threads of JAX or TensorFlow.
+    context = multiprocessing.get_context('spawn')
+    return futures.ProcessPoolExecutor(processes, context, die_with_parent)
 
 
 def die_with_parent() -> None:
-    """For worker processes: nobody reaps them when their parent is killed."""
+    """Make a worker process end when its parent is killed, as nobody else would end it."""
     parent = multiprocessing.parent_process()
+    assert parent is not None, 'called in a worker process'
 
     def wait() -> None:
         parent.join()

@@ -1,4 +1,7 @@
-"""Files, and what annotation files say of them -> what `prepare` decodes and writes. One form for anyone's videos and for named datasets."""
+"""Media files and what annotation files say of them -> what `prepare` decodes and writes.
+
+There is one form for anyone's videos and for named datasets.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,28 @@ from data_pipelines.storage.records import SPLITS
 
 _ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.rar', '.7z')
 
+# A split, or one for each fold; '' where none is given.
+SplitOrFolds = str | Sequence[str]
+
 
 @dataclasses.dataclass
 class Clip:
-    """What an annotation file says of one clip. Times of segments and sentences in seconds from the clip's beginning.
+    """What an annotation file says of one clip.
 
-    names: what a file that holds just this clip may be called, likeliest first; videos: what the file it would have to be cut out of
-    may be called, at `part`. Names mean files as in docs/data.md. split: of SPLITS, '' for a random one, or one for each fold ('' there:
-    in none). segments: {'start', 'end', 'caption', 'labels'}; sentences: {'text', 'start', 'end'}.
+    Times are in seconds from the beginning of the clip. Names mean files as in docs/data.md.
+
+    Attributes:
+        names: what a file that holds just this clip may be called, likeliest first.
+        split: one of SPLITS, '' for a random one, or one for each fold ('' there: not in the fold).
+        segments: dicts of 'start', 'end', 'caption', 'labels'.
+        sentences: dicts of 'text', 'start', 'end'.
+        ground_truth: anything else that is known, JSON-able.
+        videos: what the file may be called that the clip would have to be cut out of.
+        part: (start, end) of the clip in that file, in seconds.
     """
 
     names: Sequence[str]
-    split: str | Sequence[str]
+    split: SplitOrFolds
     segments: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     sentences: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     ground_truth: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -37,132 +50,225 @@ class Clip:
 
 
 @dataclasses.dataclass
-class Inputs:
-    """What `prepare` works on. Everything by file id but: classes {label: names}, missing: names without a file, identity: what decides
-    besides the files, unused: media files that no annotation names. splits: empty, or as of Clip. folds: 0, or their number."""
+class MediaCatalog:
+    """What `prepare` works on.
+
+    Attributes:
+        files: media files, or the parts of them that become records.
+        sentences: file id -> sentences.
+        annotations: file id -> {'segments', 'ground_truth'}.
+        classes: label name -> class names.
+        multi_hot: label name -> number of classes if segments have several, None if they have one.
+        missing: names in annotation files that no media file answers to.
+        identity: what decides the result besides the files.
+        splits: file id -> official split, or one for each fold; empty without official splits.
+        folds: number of folds, 0 without.
+        unused: number of media files that no annotation names.
+        skipped: file id -> reason why something of it is left out.
+    """
 
     files: list[decoded_files.File]
     sentences: dict[str, list[dict[str, Any]]]
-    marks: dict[str, dict[str, Any]]
+    annotations: dict[str, dict[str, Any]]
     classes: dict[str, list[str]]
-    multi: dict[str, int | None]
+    multi_hot: dict[str, int | None]
     missing: list[str]
     identity: dict[str, Any]
-    splits: dict[str, Any] = dataclasses.field(default_factory=dict)
+    splits: dict[str, SplitOrFolds] = dataclasses.field(default_factory=dict)
     folds: int = 0
     unused: int = 0
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def mine(videos: str, captions: str = '', annotations: str = '') -> Inputs:
-    """Anyone's folder of media files; the other two are files of docs/data.md, or ''. Raises DataError."""
+def from_folder(videos: str, captions: str = '', annotations: str = '') -> MediaCatalog:
+    """Catalog anyone's folder of media files.
+
+    Args:
+        videos: the folder.
+        captions: captions file of docs/data.md, '' for none.
+        annotations: annotations file of docs/data.md, '' for none.
+
+    Raises:
+        DataError: if a file is missing or malformed, or names no file of the folder.
+    """
     folder = pathlib.Path(videos)
     files = scan(folder)
-    names = annotation_files.Names(f.id for f in files)
-    sentences, unknown = annotation_files.assign(
-        annotation_files.read_captions(captions) if captions else {}, names
-    )
-    if captions and not sentences:
-        raise DataError(
-            f'no entry of {captions} names a file below {folder} (it says {unknown[0]!r}, a file is {files[0].id!r})'
-            if unknown
-            else f'the captions file {captions} is empty'
+    resolver = annotation_files.NameResolver(file.id for file in files)
+
+    sentences: dict[str, list[dict[str, Any]]] = {}
+    unknown_names: list[str] = []
+    if captions:
+        captions_by_name = annotation_files.read_captions(captions)
+        sentences, unknown_names = annotation_files.match_to_files(captions_by_name, resolver)
+        if not captions_by_name:
+            raise DataError(f'the captions file {captions} is empty')
+        if not sentences:
+            raise _no_name_matches(captions, folder, unknown_names, files)
+
+    classes: dict[str, list[str]] = {}
+    annotations_by_name: dict[str, dict[str, Any]] = {}
+    annotations_by_id: dict[str, dict[str, Any]] = {}
+    if annotations:
+        classes, annotations_by_name = annotation_files.read_annotations(annotations)
+        annotations_by_id, unknown_annotations = annotation_files.match_to_files(
+            annotations_by_name, resolver
         )
-    classes, videos_notes = (
-        annotation_files.read_annotations(annotations) if annotations else ({}, {})
-    )
-    marks, unknown_marks = annotation_files.assign(videos_notes, names)
-    if annotations and videos_notes and not marks:
-        raise DataError(
-            f'no entry of {annotations} names a file below {folder} (it says {unknown_marks[0]!r}, a file is '
-            f'{files[0].id!r})'
-        )
-    return Inputs(
-        files,
-        sentences,
-        marks,
-        classes,
-        annotation_files.several(classes, videos_notes),
-        [*unknown, *unknown_marks],
-        {'captions': digest(captions), 'annotations': digest(annotations)},
+        if annotations_by_name and not annotations_by_id:
+            raise _no_name_matches(annotations, folder, unknown_annotations, files)
+        unknown_names += unknown_annotations
+
+    return MediaCatalog(
+        files=files,
+        sentences=sentences,
+        annotations=annotations_by_id,
+        classes=classes,
+        # Of all entries, also those without a file: the form of a label does not depend on which
+        # files happen to be there.
+        multi_hot=annotation_files.multi_hot_sizes(classes, annotations_by_name),
+        missing=unknown_names,
+        identity={'captions': digest(captions), 'annotations': digest(annotations)},
     )
 
 
-def resolve(
+def _no_name_matches(
+    path: str, folder: pathlib.Path, unknown_names: list[str], files: list[decoded_files.File]
+) -> DataError:
+    return DataError(
+        f'no entry of {path} names a file below {folder} (it says {unknown_names[0]!r}, '
+        f'a file is {files[0].id!r})'
+    )
+
+
+def match_clips(
     clips: Iterable[Clip],
     files: list[decoded_files.File],
-    names: annotation_files.Names,
+    resolver: annotation_files.NameResolver,
     classes: dict[str, list[str]],
     folds: int,
-) -> Inputs:
-    """Clips of a named dataset whose files are there. A file (part) that several clips name is one record: their segments come together. If they
-    disagree about the split, it is for the later of train, validation, test."""
-    by_id = {f.id: f for f in files}
-    out = Inputs([], {}, {}, classes, {}, [], {}, folds=folds)
-    used, found = set(), {}
+) -> MediaCatalog:
+    """Catalog the clips of a named dataset whose files are there.
+
+    A file (or part of one) that several clips name is one record, with the segments of all of them.
+    If these clips disagree about the split, the record is in the later of train, validation, test,
+    so that nothing is trained on that is evaluated on.
+
+    Args:
+        clips: of the annotation files.
+        files: all media files.
+        resolver: which file a name means.
+        classes: label name -> class names.
+        folds: number of folds, 0 without.
+    """
+    file_by_id = {file.id: file for file in files}
+    catalog = MediaCatalog(
+        files=[],
+        sentences={},
+        annotations={},
+        classes=classes,
+        multi_hot={},
+        missing=[],
+        identity={},
+        folds=folds,
+    )
+    used_files = set()
     for clip in clips:
-        id = next(filter(None, map(names, clip.names)), None)
-        file = by_id.get(id)
-        if file is None:
-            id = next(filter(None, map(names, clip.videos)), None)
-            if id is None:
-                out.missing.append([*clip.names, *clip.videos][0])
-                continue
-            file = by_id[id]
-            if math.isfinite(clip.part[1]):
-                file = dataclasses.replace(
-                    file, id=f'{id}@{clip.part[0]:g}-{clip.part[1]:g}', part=clip.part
-                )
-        used.add(id)
-        if file.id not in found:
-            found[file.id] = clip
-            out.files.append(file)
-            out.splits[file.id] = clip.split
-            out.sentences[file.id] = list(clip.sentences)
-            out.marks[file.id] = {
-                'segments': list(clip.segments),
-                'ground_truth': clip.ground_truth,
-            }
-        elif clip.split == out.splits[file.id]:
-            out.sentences[file.id] += clip.sentences
-            out.marks[file.id]['segments'] += clip.segments
+        found = _find_file(clip, file_by_id, resolver)
+        if found is None:
+            catalog.missing.append([*clip.names, *clip.videos][0])
+            continue
+        source_id, file = found
+        used_files.add(source_id)
+        if file.id not in catalog.splits:
+            _add_record(catalog, file, clip)
+        elif clip.split == catalog.splits[file.id]:
+            catalog.sentences[file.id] += clip.sentences
+            catalog.annotations[file.id]['segments'] += clip.segments
         else:
-            later = max(
-                [out.splits[file.id], clip.split],
-                key=lambda s: SPLITS.index(s) if s in SPLITS else -1,
-            )
-            out.skipped[f'{file.id} (again)'] = (
-                f'two splits: {out.splits[file.id]} and {clip.split}; it is in {later}'
-            )
-            out.splits[file.id] = later
-    out.multi = annotation_files.several(classes, out.marks)
-    out.unused = len(files) - len(used)
-    return out
+            _settle_split(catalog, file.id, clip.split)
+    catalog.multi_hot = annotation_files.multi_hot_sizes(classes, catalog.annotations)
+    catalog.unused = len(files) - len(used_files)
+    return catalog
+
+
+def _find_file(
+    clip: Clip,
+    file_by_id: Mapping[str, decoded_files.File],
+    resolver: annotation_files.NameResolver,
+) -> tuple[str, decoded_files.File] | None:
+    """The media file that has a clip: its id, and the file or the part of it that is the clip."""
+    # A file with just this clip comes before one that it would have to be cut out of.
+    file_id = _first_match(clip.names, resolver)
+    if file_id is not None:
+        return file_id, file_by_id[file_id]
+    file_id = _first_match(clip.videos, resolver)
+    if file_id is None:
+        return None
+    file = file_by_id[file_id]
+    start, end = clip.part
+    if math.isfinite(end):
+        file = dataclasses.replace(file, id=f'{file_id}@{start:g}-{end:g}', part=clip.part)
+    return file_id, file
+
+
+def _first_match(names: Iterable[str], resolver: annotation_files.NameResolver) -> str | None:
+    for name in names:
+        file_id = resolver(name)
+        if file_id:
+            return file_id
+    return None
+
+
+def _add_record(catalog: MediaCatalog, file: decoded_files.File, clip: Clip) -> None:
+    catalog.files.append(file)
+    catalog.splits[file.id] = clip.split
+    # Copies: later clips of the same file are appended to them.
+    catalog.sentences[file.id] = list(clip.sentences)
+    catalog.annotations[file.id] = {
+        'segments': list(clip.segments),
+        'ground_truth': clip.ground_truth,
+    }
+
+
+def _settle_split(catalog: MediaCatalog, file_id: str, split: SplitOrFolds) -> None:
+    """Move a record to the later of its split and another, and say so among the skipped."""
+
+    def rank(candidate: SplitOrFolds) -> int:
+        return SPLITS.index(candidate) if candidate in SPLITS else -1
+
+    earlier_split = catalog.splits[file_id]
+    # Of two with one rank, the first that was given.
+    later = max([earlier_split, split], key=rank)
+    catalog.skipped[f'{file_id} (again)'] = (
+        f'two splits: {earlier_split} and {split}; it is in {later}'
+    )
+    catalog.splits[file_id] = later
 
 
 def scan(
     folder: pathlib.Path, suffixes: Sequence[str] = media.SUFFIXES
 ) -> list[decoded_files.File]:
-    """All media files below a folder, sorted. Raises DataError if there is none."""
+    """All media files below a folder, sorted, without hidden ones.
+
+    Raises:
+        DataError: if there is none; archives that were not unpacked are pointed out.
+    """
     if not folder.is_dir():
         raise DataError(f'the folder {folder} does not exist')
-    files, archives = [], []
-    for root, folders, found in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith('.'))
-        for entry in sorted(found):
-            if entry.lower().endswith(suffixes) and not entry.startswith('.'):
+    files = []
+    archives = []
+    for root, subfolders, entries in os.walk(folder, followlinks=True):
+        # Assigned in place: this is how os.walk is told where to go.
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith('.'))
+        for entry in sorted(entries):
+            if entry.lower().endswith(tuple(suffixes)) and not entry.startswith('.'):
                 path = pathlib.Path(root, entry)
                 try:
-                    stat = path.stat()
+                    status = path.stat()
                 except OSError:  # a dangling link
                     continue
+                file_id = path.relative_to(folder).as_posix()
                 files.append(
-                    decoded_files.File(
-                        path.relative_to(folder).as_posix(),
-                        str(path),
-                        stat.st_size,
-                        stat.st_mtime_ns,
-                    )
+                    decoded_files.File(file_id, str(path), status.st_size, status.st_mtime_ns)
                 )
             elif entry.lower().endswith(_ARCHIVES):
                 archives.append(entry)
@@ -173,11 +279,13 @@ def scan(
 
 
 def digest(path: str | os.PathLike) -> str:
-    """Of a file's contents; '' for ''."""
-    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() if path else ''
+    """Hash of a file's contents; '' for ''."""
+    if not path:
+        return ''
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
 
 def counts(splits: Iterable[str]) -> Mapping[str, int]:
-    """{split: how many}, of SPLITS, without those that have none."""
+    """How often each of SPLITS occurs, without those that do not."""
     given = list(splits)
-    return {s: given.count(s) for s in SPLITS if s in given}
+    return {split: given.count(split) for split in SPLITS if split in given}

@@ -9,10 +9,10 @@ import pytest
 from clocks import FPS, RATE, clock
 from test_data_prepare import SMALL, crashing_stage, folder_of
 
-import data_pipelines
+import data_pipelines.preparation
 from data_pipelines import media, prepare
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import decoded_files
+from data_pipelines.preparation import decoded_files, writing
 from data_pipelines.storage.records import Prepared, Split
 
 HAVE = pytest.mark.skipif(
@@ -35,7 +35,7 @@ def videos(tmp_path):
 def test_the_same_records_faults_counted_work_kept(videos, tmp_path, monkeypatch, capsys):
     plain = prepare.prepare(videos, '', str(tmp_path / 'plain'), **SMALL, name='clocks')
     with monkeypatch.context() as m:
-        m.setattr(prepare, '_write', None)  # decoded, then ended
+        m.setattr(writing, 'write_dataset', None)  # decoded, then ended
         with pytest.raises(TypeError):
             prepare.prepare(
                 videos,
@@ -87,7 +87,7 @@ def test_a_pipeline_that_fails_is_one_sentence(videos, tmp_path):
 def test_without_beam_it_is_said(videos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'apache_beam', None)
     monkeypatch.delitem(sys.modules, 'data_pipelines.preparation.beam', raising=False)
-    monkeypatch.delattr(data_pipelines, 'beam', raising=False)
+    monkeypatch.delattr(data_pipelines.preparation, 'beam', raising=False)
     with pytest.raises(DataError, match='needs apache-beam'):
         prepare.prepare(videos, '', str(tmp_path / 'out'), **SMALL, beam=RUNNER)
 

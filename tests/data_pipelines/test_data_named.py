@@ -363,9 +363,9 @@ def test_other_forms_of_the_annotations(files, tmp_path):
         }
 
     usual, other = both('msrvtt_full', together)
-    assert (usual.sentences, usual.marks, usual.splits) == (
+    assert (usual.sentences, usual.annotations, usual.splits) == (
         other.sentences,
-        other.marks,
+        other.annotations,
         other.splits,
     )
 
@@ -376,7 +376,7 @@ def test_other_forms_of_the_annotations(files, tmp_path):
     assert other.classes == {'class': ['Dog', 'Speech']}
     of = lambda r: {
         f: [r.classes['class'][i][:3] for i in m['segments'][0]['labels']['class']]
-        for f, m in r.marks.items()
+        for f, m in r.annotations.items()
     }
     assert {k: sorted(v) for k, v in of(usual).items()} == {
         k: sorted(v) for k, v in of(other).items()
@@ -390,8 +390,8 @@ def test_other_forms_of_the_annotations(files, tmp_path):
         }
 
     usual, other = both('imagenet', sorted_into_folders)
-    assert [m['segments'] for m in usual.marks.values()] == [
-        m['segments'] for m in other.marks.values()
+    assert [m['segments'] for m in usual.annotations.values()] == [
+        m['segments'] for m in other.annotations.values()
     ]
 
 
@@ -407,7 +407,7 @@ BROKEN = [
         'ucf101',
         'ucfTrainTestlist/classInd.txt',
         '0 Archery\n',
-        'classInd.txt, line 1 is \'0 Archery\'; wanted "1 CLASS"',
+        'classInd.txt, line 1: expected "1 CLASS", got \'0 Archery\'',
     ),
     (
         'ucf101',
@@ -419,7 +419,7 @@ BROKEN = [
         'hmdb51',
         'testTrainMulti_7030_splits/wave_test_split3.txt',
         'w_wave_0.avi 7\n',
-        r"split3.txt, line 1: the mark '7' is unknown; wanted 0, 1, 2",
+        r"split3.txt, line 1: the mark '7' is unknown; expected 0, 1, 2",
     ),
     (
         'hmdb51',
@@ -431,7 +431,7 @@ BROKEN = [
         'esc50',
         'meta/esc50.csv',
         'filename,fold\n',
-        'esc50.csv has the columns filename, fold; wanted filename, fold, target, category',
+        'esc50.csv: expected the columns filename, fold, target, category, got filename, fold',
     ),
     (
         'esc50',
@@ -457,7 +457,7 @@ BROKEN = [
         'vggsound',
         'vggsound.csv',
         'a,0,b,validation\n',
-        "split 'validation' is unknown; wanted train, test",
+        "split 'validation' is unknown; expected train, test",
     ),
     (
         'ave',
@@ -488,7 +488,7 @@ BROKEN = [
         'howto100m',
         'caption.json',
         '{"nAmFnsR7g6A": {"start": [0], "end": [], "text": []}}',
-        'wanted "start", "end" and "text" of one length',
+        'expected "start", "end" and "text" of one length',
     ),
     (
         'howto100m',

@@ -12,7 +12,12 @@ from clocks import FPS, RATE, SIZE, audio_time, clock, video_time, write_wav
 
 from data_pipelines import media, prepare
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import annotation_files, decoded_files
+from data_pipelines.preparation import (
+    annotation_files,
+    decoded_files,
+    record_contents,
+    staging,
+)
 from data_pipelines.storage.record_index import Index, Strings
 from data_pipelines.storage.records import Prepared, Split
 
@@ -116,7 +121,7 @@ def test_second_run_decodes_nothing_and_other_settings_are_refused(
     )
     args = (str(media_folder / 'videos'), str(media_folder / 'captions.csv'), str(out))
     with monkeypatch.context() as m:
-        m.setattr(prepare, '_stage_all', None)  # nothing is decoded again
+        m.setattr(staging, 'stage_all', None)  # nothing is decoded again
         assert not prepare.prepare(*args, **same)['fresh']
     with pytest.raises(DataError, match='other settings.*--overwrite'):
         prepare.prepare(*args, **{**same, 'size': 32})
@@ -192,7 +197,7 @@ def test_killed_while_writing(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             original(a, b)
 
-        m.setattr(prepare.os, 'replace', replace)
+        m.setattr(os, 'replace', replace)
         with pytest.raises(KeyboardInterrupt):
             prepare.prepare(videos, '', str(out), **SMALL)
     assert (out / 'dataset_info.json').exists() and not (out / 'prepare.json').exists()
@@ -286,11 +291,11 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
 
 def test_splits_by_hash_are_stable_and_in_proportion():
     names = [f'v{i}.mp4' for i in range(4000)]
-    split = [prepare._split_of(n, False, 0.1, 0.2) for n in names]
+    split = [record_contents.split_of(n, False, 0.1, 0.2) for n in names]
     assert abs(split.count('test') - 800) < 100 and abs(split.count('validation') - 400) < 80
     assert (
-        prepare._split_of('val/x.mp4', True, 0, 0) == 'validation'
-        and prepare._split_of('x.mp4', True, 0, 0) == 'train'
+        record_contents.split_of('val/x.mp4', True, 0, 0) == 'validation'
+        and record_contents.split_of('x.mp4', True, 0, 0) == 'train'
     )
 
 
@@ -334,7 +339,9 @@ def test_caption_formats_agree(tmp_path):
 
 
 def test_names_mean_files():
-    names = annotation_files.Names(['train/a.mp4', 'test/a.mp4', 'train/deep/b.webm', 'c.mp4'])
+    names = annotation_files.NameResolver(
+        ['train/a.mp4', 'test/a.mp4', 'train/deep/b.webm', 'c.mp4']
+    )
     assert names('train/a.mp4') == 'train/a.mp4' and names('train/a') == 'train/a.mp4'
     assert (
         names('b') == names('deep/b.webm') == names('./train/deep/b') == 'train/deep/b.webm'
@@ -349,10 +356,10 @@ def test_label_csv(tmp_path):
     assert classes == {'class': ['jump', 'run']} and videos['a.mp4']['segments'][0]['labels'] == {
         'class': 1
     }
-    assert annotation_files.several(classes, videos) == {'class': None}
+    assert annotation_files.multi_hot_sizes(classes, videos) == {'class': None}
     (tmp_path / 'l.csv').write_text('video,label\na.mp4,run\na.mp4,jump\nb.mp4,jump\n')
     classes, videos = annotation_files.read_annotations(tmp_path / 'l.csv')
-    assert annotation_files.several(classes, videos) == {'class': 2} and videos['a.mp4'][
+    assert annotation_files.multi_hot_sizes(classes, videos) == {'class': 2} and videos['a.mp4'][
         'segments'
     ][0]['labels'] == {'class': [1, 0]}
 
@@ -369,7 +376,7 @@ def test_label_csv(tmp_path):
             '{"labels": {"k": ["x"]}, "videos": {"a": {"segments": [{"start": 3, "end": 1}]}}}',
             'ends .1 s. before it starts',
         ),
-        ('[1]', 'wants the form'),
+        ('[1]', 'expected the form'),
         ('{', 'not readable JSON'),
     ],
 )

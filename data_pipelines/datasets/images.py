@@ -1,0 +1,87 @@
+"""Named datasets of still images: ImageNet."""
+
+from __future__ import annotations
+
+from data_pipelines import media
+from data_pipelines.datasets.named_dataset import AnnotationFolder, Dataset, numbered, segment
+from data_pipelines.errors import DataError
+from data_pipelines.preparation.media_catalog import Clip
+
+_SPLIT_FOLDERS = ('train', 'val', 'validation')
+
+
+class ImageNet(Dataset):
+    """An image is a record of one frame; a clip repeats it (deflation in evaluation, inflation in
+    fine-tuning). Label `class`: folders below train and val, alphabetical, which is the usual
+    numbering. Splits train and validation. The folders may also lie below ILSVRC/Data/CLS-LOC.
+
+        train/WNID/*.JPEG            ILSVRC2012_img_train.tar, and the archives in it, unpacked
+        val/WNID/*.JPEG              ILSVRC2012_img_val.tar, sorted into class folders
+        or val/*.JPEG and LOC_val_solution.csv
+                                     as the images come, with the list of their classes
+        LOC_synset_mapping.txt       if wanted: names of the classes
+    """
+
+    name = 'imagenet'
+    title = 'ImageNet (ILSVRC2012): 1,280,000 images of 1000 classes'
+    suffixes = media.IMAGES
+
+    def clips(self, folder: AnnotationFolder) -> tuple[list[Clip], dict[str, list[str]]]:
+        listed_wnids = self._read_solution(folder)
+        images = []  # (path, split, WordNet id)
+        for path in folder.media_ids:
+            parts = path.split('/')
+            depth = _split_folder_depth(parts[:-1])
+            if depth is None:
+                continue
+            split = 'train' if parts[depth] == 'train' else 'validation'
+            class_folders = parts[depth + 1 : -1]
+            if class_folders:
+                wnid: str | None = class_folders[0]
+            else:
+                wnid = listed_wnids.get(parts[-1].rpartition('.')[0])
+            if wnid is None:
+                raise DataError(
+                    f'imagenet: {path} is in no class folder and LOC_val_solution.csv does not '
+                    f'list it; place that file in {folder.root}'
+                )
+            images.append((path, split, wnid))
+        if not images:
+            raise DataError(
+                f'imagenet: no image below a folder train or val in {folder.root}; '
+                '--dataset=imagenet --help says what to place there'
+            )
+
+        wnids = sorted({wnid for _, _, wnid in images})
+        number_of = numbered(wnids)
+        class_names = self._read_class_names(folder)
+        clips = []
+        for path, split, wnid in images:
+            clips.append(Clip([path], split, [segment({'class': number_of[wnid]})]))
+        return clips, {'class': [class_names.get(wnid, wnid) for wnid in wnids]}
+
+    def _read_solution(self, folder: AnnotationFolder) -> dict[str, str]:
+        """Image name -> WordNet id of the validation images; empty without the file."""
+        path = folder.find_optional('LOC_val_solution.csv')
+        if path is None:
+            return {}
+        wnids = {}
+        for _, row in folder.table(path, ('imageid', 'predictionstring')):
+            # 'n03995372 85 1 499 272': the class, and the box of the object.
+            wnids[row['imageid']] = row['predictionstring'].split(' ')[0]
+        return wnids
+
+    def _read_class_names(self, folder: AnnotationFolder) -> dict[str, str]:
+        """WordNet id -> line with id and names; empty without the file."""
+        path = folder.find_optional('LOC_synset_mapping.txt')
+        if path is None:
+            return {}
+        return {line.split(' ')[0]: line for _, line in folder.lines(path)}
+
+
+def _split_folder_depth(folders: list[str]) -> int | None:
+    """Position of the first folder that is named like a split."""
+    for depth, name in enumerate(folders):
+        if name in _SPLIT_FOLDERS:
+            return depth
+    return None

@@ -1,0 +1,302 @@
+"""What the named datasets share: the folder with their annotation files, and their base class.
+
+`named.py` lists the datasets. A class of its own says what differs: which annotation files there
+are, and what a row of them means.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import inspect
+import io
+import json
+import pathlib
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from data_pipelines import media
+from data_pipelines.errors import DataError
+from data_pipelines.preparation.annotation_files import NameResolver
+from data_pipelines.preparation.media_catalog import Clip
+
+Value = TypeVar('Value')
+
+# Annotation files are looked for in the folder, and one and two folders below it.
+_DEPTHS = ('', '*/', '*/*/')
+# Allowed values that an error message lists.
+_MAX_LISTED = 6
+# Characters of a malformed entry that an error message quotes.
+_MAX_QUOTE = 60
+
+
+class AnnotationFolder:
+    """The folder of a dataset: finds its annotation files and reads them.
+
+    Every error is a DataError whose one sentence names the dataset, and the file and line.
+
+    Attributes:
+        dataset: name of the dataset.
+        root: the folder.
+        media_ids: ids of the media files that are there.
+        resolver: which media file a name means.
+        digests: annotation file -> hash of its contents, for each that was read.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        root: pathlib.Path,
+        media_ids: Sequence[str],
+        resolver: NameResolver,
+    ):
+        self.dataset = dataset
+        self.root = root
+        self.media_ids = media_ids
+        self.resolver = resolver
+        self.digests: dict[pathlib.Path, str] = {}
+
+    # ---- Finding.
+
+    def find_all(self, *patterns: str) -> list[pathlib.Path]:
+        """Files that any of the patterns names, at the first depth where there are any."""
+        for depth in _DEPTHS:
+            found: set[pathlib.Path] = set()
+            for pattern in patterns:
+                found.update(path for path in self.root.glob(depth + pattern) if path.is_file())
+            if found:
+                return sorted(found)
+        return []
+
+    def find_optional(self, *patterns: str) -> pathlib.Path | None:
+        """The one file that the patterns, tried in turn, name; None if there is none.
+
+        Raises:
+            DataError: if one pattern names several files.
+        """
+        for pattern in patterns:
+            found = self.find_all(pattern)
+            if len(found) > 1:
+                raise DataError(
+                    f'{self.dataset}: {found[0]} and {found[1]} both could be the file {pattern}; '
+                    'leave one'
+                )
+            if found:
+                return found[0]
+        return None
+
+    def find_one(self, *patterns: str) -> pathlib.Path:
+        """As `find_optional`, but raises DataError if there is no such file."""
+        path = self.find_optional(*patterns)
+        if path is None:
+            raise DataError(
+                f'{self.dataset}: the annotation file {" or ".join(patterns)} is not in '
+                f'{self.root} nor two folders below it; '
+                f'--dataset={self.dataset} --help says which files to place there'
+            )
+        return path
+
+    # ---- Reading.
+
+    def read_text(self, path: pathlib.Path) -> str:
+        """Contents of an annotation file, whose hash is noted."""
+        try:
+            content = path.read_bytes()
+            self.digests[path] = hashlib.sha256(content).hexdigest()
+            return content.decode('utf-8-sig')
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f'{self.dataset}: {path} is not readable text in UTF-8: {error}'
+            ) from None
+
+    def lines(self, path: pathlib.Path) -> Iterator[tuple[str, str]]:
+        """Yield (file and line for messages, text) of each line that is not blank."""
+        for number, line in enumerate(self.read_text(path).splitlines(), 1):
+            if line.strip():
+                yield f'{path}, line {number}', line.strip()
+
+    def table(
+        self,
+        path: pathlib.Path,
+        columns: Sequence[str],
+        header: bool = True,
+        delimiter: str = ',',
+        comment: str = '',
+    ) -> Iterator[tuple[str, dict[str, str]]]:
+        """Read the rows of a CSV file.
+
+        Args:
+            path: the file.
+            columns: those that must be there; without a header, the first of them in order.
+            header: whether the first row has the names of the columns, in any case and order.
+            delimiter: between fields.
+            comment: rows that begin with it are left out; '' for none.
+
+        Yields:
+            (file and line for messages, {column: field}).
+
+        Raises:
+            DataError: if columns or fields are missing, or the file is malformed.
+        """
+        reader = csv.reader(
+            io.StringIO(self.read_text(path)), delimiter=delimiter, skipinitialspace=True
+        )
+        names = None if header else list(columns)
+        expected = ', '.join(columns)
+        try:
+            for row in reader:
+                is_comment = bool(row and comment and row[0].startswith(comment))
+                if not row or is_comment:
+                    continue
+                where = f'{path}, line {reader.line_num}'
+                if names is None:
+                    names = [name.strip().lower() for name in row]
+                    if not set(columns) <= set(names):
+                        raise DataError(
+                            f'{self.dataset}: {path}: expected the columns {expected}, '
+                            f'got {", ".join(names)}'
+                        )
+                    continue
+                if len(row) < len(columns):
+                    quote = delimiter.join(row)[:_MAX_QUOTE]
+                    raise DataError(
+                        f'{self.dataset}: {where} has {len(row)} fields ({quote!r}); '
+                        f'expected {delimiter.join(columns)}'
+                    )
+                fields = [field.strip() for field in row]
+                yield where, dict(zip(names, fields))
+        except csv.Error as error:
+            raise DataError(f'{self.dataset}: {path} is not readable CSV: {error}') from None
+        if names is None:
+            raise DataError(f'{self.dataset}: {path} is empty; expected the columns {expected}')
+
+    def json(self, path: pathlib.Path, *keys: str) -> Any:
+        """Contents of a JSON file; with `keys`, an object that has them."""
+        text = self.read_text(path)
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise DataError(f'{self.dataset}: {path} is not readable JSON: {error}') from None
+        for key in keys:
+            if not isinstance(content, Mapping) or key not in content:
+                raise DataError(
+                    f'{self.dataset}: {path} has no {key!r} at its top level; is it another file?'
+                )
+        return content
+
+    # ---- Parsing.
+
+    def parse_float(self, text: Any, where: str) -> float:
+        """The number that is written there; DataError if there is none."""
+        try:
+            return float(text)
+        except (TypeError, ValueError):
+            raise self._not_a('number', text, where) from None
+
+    def parse_int(self, text: Any, where: str) -> int:
+        """The whole number that is written there; DataError if there is none."""
+        try:
+            return int(text)
+        except (TypeError, ValueError):
+            raise self._not_a('whole number', text, where) from None
+
+    def _not_a(self, kind: str, text: Any, where: str) -> DataError:
+        return DataError(f'{self.dataset}: {where}: {str(text)[:40]!r} is not a {kind}')
+
+    def look_up(self, value: str, allowed: Mapping[str, Value], where: str, what: str) -> Value:
+        """What a word stands for; DataError if it is not among `allowed`.
+
+        Args:
+            value: the word.
+            allowed: word -> what it stands for.
+            where: file and line.
+            what: what the word is, for the message.
+        """
+        if value not in allowed:
+            listed = ', '.join(list(allowed)[:_MAX_LISTED])
+            more = ', …' if len(allowed) > _MAX_LISTED else ''
+            raise DataError(
+                f'{self.dataset}: {where}: {what} {value!r} is unknown; expected {listed}{more}'
+            )
+        return allowed[value]
+
+
+class Dataset:
+    """One named dataset.
+
+    Attributes:
+        name: on the command line.
+        title: name and contents in one line.
+        folds: number of official divisions into train and test; 0 if there are plain splits.
+        suffixes: of its media files.
+    """
+
+    name: str = ''
+    title: str = ''
+    folds: int = 0
+    suffixes: tuple[str, ...] = media.SUFFIXES
+
+    def clips(self, folder: AnnotationFolder) -> tuple[list[Clip], dict[str, list[str]]]:
+        """Read the annotation files.
+
+        Returns:
+            All clips, whether their files are there or not, and label name -> class names.
+
+        Raises:
+            DataError: with one sentence that names file and line.
+        """
+        raise NotImplementedError
+
+    def page(self) -> tuple[str, str, str]:
+        """(title, what comes out, which files to place where), the latter two from the docstring.
+
+        The last paragraph of the docstring lists the files.
+        """
+        docstring = inspect.getdoc(type(self)) or ''
+        text, _, files = docstring.rpartition('\n\n')
+        return self.title, text, textwrap.dedent(files)
+
+
+def segment(
+    labels: Mapping[str, int | list[int]],
+    start: float = 0.0,
+    end: float = float('inf'),
+    caption: str = '',
+) -> dict[str, Any]:
+    """A segment of a clip, by default all of it, as `media_catalog.Clip` has them."""
+    return {'start': start, 'end': end, 'caption': caption, 'labels': dict(labels)}
+
+
+def numbered(names: Sequence[str]) -> dict[str, int]:
+    """Name -> its position."""
+    return {name: i for i, name in enumerate(names)}
+
+
+def youtube(video_id: str, start: float, end: float) -> dict[str, Any]:
+    """Fields of `media_catalog.Clip` for a clip of a YouTube video.
+
+    Args:
+        video_id: of YouTube.
+        start: in seconds.
+        end: in seconds.
+
+    Returns:
+        'names': what the usual downloaders call the file of the clip, 'videos': what they call the
+        file of the whole video, and 'part': where the clip is in it.
+    """
+    # The ways in which the times are written, for a clip from second 30 to 40:
+    times = [
+        (f'{int(start):06d}', f'{int(end):06d}'),  # 000030_000040
+        (f'{int(start)}', f'{int(end)}'),  # 30_40
+        (f'{start:.3f}', f'{end:.3f}'),  # 30.000_40.000
+        (f'{start:.1f}', f'{end:.1f}'),  # 30.0_40.0
+        (f'{round(start * 1000)}', f'{round(end * 1000)}'),  # 30000_40000
+    ]
+    names = []
+    # Some put a letter before the id, as ids may begin with a dash and look like an option.
+    for stem in (video_id, f'Y{video_id}'):
+        for start_text, end_text in times:
+            names += [f'{stem}_{start_text}_{end_text}', f'{stem}_{start_text}']
+    videos = (video_id, f'Y{video_id}', f'v_{video_id}')
+    return {'names': names, 'videos': videos, 'part': (start, end)}

@@ -1,0 +1,121 @@
+"""What `prepare` shows on the terminal: messages, a progress bar and the closing tables."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+_SPLIT_COLUMNS = ('records', 'segments', 'sentences', 'hours', 'without_audio', 'without_video')
+
+
+class Console:
+    """Prints to the terminal through rich, or prints nothing if `quiet`.
+
+    rich is imported by the methods that need it, because worker processes import this module
+    along with the command and never print.
+    """
+
+    def __init__(self, quiet: bool):
+        from rich.console import Console as RichConsole
+
+        self.console = RichConsole(quiet=quiet, highlight=False)
+
+    def __call__(self, text: str) -> None:
+        """Print one line."""
+        # Not wrapped at the width of the terminal, so that commands can be copied whole.
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def progress(self, total: int, done: int) -> Iterator[Callable[[], None]]:
+        """Show a progress bar while the context is open.
+
+        Args:
+            total: number of files.
+            done: number of files that were finished by an earlier run.
+
+        Yields:
+            A function to call after each file.
+        """
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        with Progress(
+            TextColumn('decoding'),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn('left'),
+            TimeRemainingColumn(),
+            console=self.console,
+        ) as progress_bar:
+            task = progress_bar.add_task('', total=total, completed=done)
+
+            def advance() -> None:
+                progress_bar.advance(task)
+
+            yield advance
+
+    def summary(
+        self, target: pathlib.Path, summary: Mapping[str, Any], unknown_names: list[str]
+    ) -> None:
+        """Print the tables of splits and of skipped files, and how to train on the result.
+
+        Args:
+            target: folder of the prepared dataset.
+            summary: as returned by `prepare`.
+            unknown_names: names in captions or annotations that no media file answers to.
+        """
+        self._print_splits(target, summary['splits'])
+        if summary['skipped']:
+            self._print_skipped(summary['skipped'])
+        if unknown_names:
+            self(
+                f'{len(unknown_names)} names in captions or annotations have no file here, '
+                f'for example {unknown_names[0]!r}.'
+            )
+        self(
+            f'done in {summary["seconds"]} s. Train on it: python run.py --config=FILE '
+            f"\"--config.data.train={{'mine': {{'path': {str(target)!r}}}}}\""
+        )
+
+    def _print_splits(self, target: pathlib.Path, splits: Mapping[str, Mapping[str, Any]]) -> None:
+        from rich.table import Table
+
+        table = Table(title=f'{target}', title_justify='left')
+        table.add_column('split')
+        for column in _SPLIT_COLUMNS:
+            table.add_column(column.replace('_', ' '), justify='right')
+        for split, counts in splits.items():
+            table.add_row(split, *[str(counts[column]) for column in _SPLIT_COLUMNS])
+        self.console.print(table)
+
+    def _print_skipped(self, skipped: Mapping[str, str]) -> None:
+        from rich.table import Table
+
+        # 'corrupt: …' and 'corrupt: …' are one kind of reason: what follows the colon differs
+        # from file to file.
+        files_by_reason: dict[str, list[str]] = {}
+        for file_id, reason in skipped.items():
+            kind = reason.split(':')[0]
+            files_by_reason.setdefault(kind, []).append(file_id)
+
+        table = Table(
+            title=f'{len(skipped)} files skipped (skipped.json)',
+            title_justify='left',
+        )
+        for column in ('reason', 'files', 'for example'):
+            table.add_column(column)
+        # The most frequent reason first.
+        for kind in sorted(files_by_reason, key=lambda kind: -len(files_by_reason[kind])):
+            file_ids = files_by_reason[kind]
+            example = file_ids[0]
+            table.add_row(kind, str(len(file_ids)), f'{example} ({skipped[example]})')
+        self.console.print(table)

@@ -1,0 +1,135 @@
+"""All media files -> staged files, side by side in worker processes or in a Beam pipeline."""
+
+from __future__ import annotations
+
+import concurrent.futures as futures
+import pathlib
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+
+from data_pipelines.errors import DataError
+from data_pipelines.preparation import decoded_files
+from data_pipelines.preparation.console import Console
+
+# Tasks submitted ahead for each worker: enough that none waits for the parent, few enough that
+# little has to be tried again when a file crashes the pool.
+_TASKS_PER_PROCESS = 4
+
+
+def stage_all(
+    files: Sequence[decoded_files.File],
+    settings: decoded_files.Settings,
+    stage_dir: pathlib.Path,
+    processes: int,
+    console: Console,
+    beam_options: str = '',
+) -> None:
+    """Stage every file that an earlier run has not staged yet.
+
+    Args:
+        files: the media files.
+        settings: how they are decoded.
+        stage_dir: the staging folder.
+        processes: number of worker processes; with 1, files are decoded in this process.
+        console: where progress is shown.
+        beam_options: options of an Apache Beam pipeline that does the work instead; '' for none.
+
+    Raises:
+        DataError: if Beam is asked for and not installed, or its pipeline fails. A media file that
+            cannot be used raises nothing: its staged file holds the reason.
+    """
+    waiting = [
+        file for file in files if not decoded_files.place(stage_dir, file, settings).is_file()
+    ]
+    num_done = len(files) - len(waiting)
+    if num_done:
+        console(f'continuing: {num_done} of {len(files)} files are already decoded.')
+    if not waiting:
+        return
+    if beam_options:
+        _stage_with_beam(waiting, settings, stage_dir, beam_options, console)
+        return
+    with console.progress(len(files), num_done) as advance:
+        if processes == 1:
+            for file in waiting:
+                target = decoded_files.place(stage_dir, file, settings)
+                decoded_files.stage(file, settings, str(target))
+                advance()
+            return
+        # Each pass ends when all files are staged or when one of them has crashed the pool.
+        while waiting:
+            waiting = _stage_until_crash(waiting, settings, stage_dir, processes, advance)
+
+
+def _stage_with_beam(
+    waiting: Sequence[decoded_files.File],
+    settings: decoded_files.Settings,
+    stage_dir: pathlib.Path,
+    beam_options: str,
+    console: Console,
+) -> None:
+    # Imported here: apache-beam is an optional dependency.
+    try:
+        from data_pipelines.preparation import beam
+    except ImportError as error:
+        raise DataError(
+            f"--beam={beam_options} needs apache-beam ({error}); pip install 'vatt_jax[beam]' "
+            'into an environment of its own'
+        ) from None
+    counts = beam.stage(waiting, settings, stage_dir, beam_options)
+    parts = [f'{count} {result}' for result, count in sorted(counts.items())]
+    console('Beam: ' + ', '.join(parts))
+
+
+def _stage_until_crash(
+    waiting: Sequence[decoded_files.File],
+    settings: decoded_files.Settings,
+    stage_dir: pathlib.Path,
+    processes: int,
+    advance: Callable[[], None],
+) -> list[decoded_files.File]:
+    """Stage files side by side until done, or until one of them kills its worker process.
+
+    Returns:
+        The files that were not submitted yet; empty when all are staged.
+    """
+    queue = list(reversed(waiting))  # taken from its end, so in the order of `waiting`
+    running: dict[futures.Future, decoded_files.File] = {}
+    pool = decoded_files.pool(min(processes, len(waiting)))
+    try:
+        while queue or running:
+            while queue and len(running) < _TASKS_PER_PROCESS * processes:
+                file = queue.pop()
+                target = decoded_files.place(stage_dir, file, settings)
+                task = pool.submit(decoded_files.stage, file, settings, str(target))
+                running[task] = file
+            finished, _ = futures.wait(running, return_when=futures.FIRST_COMPLETED)
+            for task in finished:
+                task.result()  # raises what the worker raised, a full disk for example
+                del running[task]
+                advance()
+        return []
+    except BrokenProcessPool:
+        # One of these files crashed the decoder (or the machine ran out of memory), and the pool
+        # does not say which: try each alone.
+        for file in running.values():
+            target = decoded_files.place(stage_dir, file, settings)
+            if not target.is_file():
+                _stage_alone(file, settings, target)
+            advance()
+        return list(reversed(queue))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _stage_alone(
+    file: decoded_files.File, settings: decoded_files.Settings, target: pathlib.Path
+) -> None:
+    """Stage one file in a process of its own; one that kills this process is marked as corrupt."""
+    pool = decoded_files.pool(1)
+    try:
+        pool.submit(decoded_files.stage, file, settings, str(target)).result()
+    except BrokenProcessPool:
+        decoded_files.crashed(file, str(target))
+    finally:
+        pool.shutdown()
