@@ -1,4 +1,7 @@
-"""What the data objects share: order, hosts, passes. A source adds how the rows it is asked for become a batch."""
+"""What the data objects share: order, hosts, passes.
+
+A source adds how the rows it is asked for become a batch.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Int
+from ml_collections import ConfigDict
 
 from data_pipelines.errors import DataError
 from data_pipelines.loading import frame_windows, order
@@ -17,18 +22,33 @@ from vatt_jax.inputs import tokenizer as tokenizers
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What one host batch shall hold. position int64 [B], source int32 [B], index int64 [B], valid bool [B] (False: padding)."""
+    """Which examples one host batch holds.
 
-    position: np.ndarray
-    source: np.ndarray
-    index: np.ndarray
-    valid: np.ndarray
+    Attributes:
+      position: place of each example in the stream or the pass.
+      source: number of its source.
+      index: number of the record (or segment) within that source.
+      valid: False for padding.
+    """
+
+    position: Int[np.ndarray, ' B']
+    source: Int[np.ndarray, ' B']
+    index: Int[np.ndarray, ' B']
+    valid: Bool[np.ndarray, ' B']
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """How rows become a batch. segments: `index` counts segments, else records. centred: evaluation's windows, else random
-    ones. augment: random crop and flip. site: keeps the draws of a pass apart from those of training."""
+    """How rows become a batch.
+
+    Attributes:
+      split: of the dataset.
+      views: the streams of a batch.
+      segments: `Rows.index` counts segments, else records.
+      centred: evaluation's windows, else random ones.
+      augment: random crop and flip.
+      site: keeps the draws of a pass apart from those of training.
+    """
 
     split: str
     views: tuple[View, ...]
@@ -41,17 +61,16 @@ class Request:
 class Data:
     """The data object of docs/architecture.md; `config` is the resolved config of the run.
 
-    A subclass sets `info` and implements `size`, `texts`, `_sizes` and `_batches`.
+    A subclass sets `info` and implements `texts`, `_sources` and `_batches`.
     """
 
     info: dict[str, Any]
 
-    def __init__(self, config):
+    def __init__(self, config: ConfigDict):
         self.config = config
-        self.inputs = {k: dict(v) for k, v in config.model.inputs.items()}
+        self.inputs = {name: dict(spec) for name, spec in config.model.inputs.items()}
         self.window = window_seconds(self.inputs)
         self._views = streams(self.inputs, config.data.views)
-        self._problems: dict[str, Any] = {'corrupt': 0, 'read': 0, 'indices': []}
 
     # ---- for subclasses
     def _sources(self, split: str, by: str) -> list[order.Source]:
@@ -66,24 +85,26 @@ class Data:
 
     # ---- the contract
     def size(self, split: str, by: str = 'records') -> int:
-        """Examples of one pass over a split."""
-        return sum(s.size for s in self._sources(_split(split), _by(by)))
+        """Examples of one pass over a split, by 'records' or 'segments'."""
+        sources = self._sources(_checked_split(split), _checked_by(by))
+        return sum(source.size for source in sources)
 
-    def offsets(self, split: str, by: str = 'records') -> np.ndarray:
-        """int64 [sources]: where each source begins in a pass, so an example's place in it is offsets[source] + index."""
-        sizes = [s.size for s in self._sources(_split(split), _by(by))]
+    def offsets(self, split: str, by: str = 'records') -> Int[np.ndarray, ' sources']:
+        """Where each source begins in a pass: an example's place is offsets[source] + index."""
+        sources = self._sources(_checked_split(split), _checked_by(by))
+        sizes = [source.size for source in sources]
         return np.cumsum([0, *sizes[:-1]])
 
     def problems(self) -> dict[str, Any]:
-        """{'corrupt': count, 'read': count, 'indices': [(source, index, reason)]} of all reads so far."""
-        return {**self._problems, 'indices': list(self._problems['indices'])}
+        """All reads so far: {'corrupt': n, 'read': n, 'indices': [(source, index, reason)]}."""
+        return {'corrupt': 0, 'read': 0, 'indices': []}
 
     def texts(self, split: str, by: str = 'segments') -> list[dict[str, Any]]:
         """{'id', 'start', 'end', 'caption', 'sentences'} of every example of a pass, by index."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Releases files. Iterators have a close() of their own."""
+        """Release files. Iterators have a close() of their own."""
 
     def train(
         self,
@@ -92,30 +113,43 @@ class Data:
         process: tuple[int, int] = (0, 1),
         columns: Mapping[str, np.ndarray] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Endless host batches; row r of the first global batch is the example at position consumed + r.
+        """Endless host batches of the training mixture.
 
-        columns: {name: float [M]} sampling weights over the records of the training set (sources one after another), multiplied
-        together; they choose records inside a source, the mixture keeps its proportions.
+        Args:
+          consumed: examples before the first batch; row r of the first global batch is the example
+            at position consumed + r.
+          batch_size: of the global batch.
+          process: (number of this host, hosts).
+          columns: {name: float [M]} sampling weights over the records of the training set (sources
+            one after another), multiplied together; they choose records inside a source, the
+            mixture keeps its proportions.
+
+        Raises:
+          DataError: columns that do not fit, or a batch that does not divide over the hosts.
         """
         sources = self._sources('train', 'records')
         if columns:
-            sources = _weigh(sources, columns)
+            sources = _with_sampling(sources, columns)
         stream = order.Order(sources, self.config.seed, batch_size, consumed)
-        order.host_rows(batch_size, process)  # stops here, not in the first batch
+        order.host_rows(batch_size, process)  # raises here, not in the first batch
 
         def rows(step: int) -> Rows:
             positions = order.train_positions(step, consumed, batch_size, process)
             source, index, _ = stream.rows(positions)
             return Rows(positions, source, index, np.ones(len(positions), bool))
 
-        batches = self._batches(
-            Request('train', self._views, False, False, True, 'train'), rows, None
+        request = Request(
+            split='train',
+            views=self._views,
+            segments=False,
+            centred=False,
+            augment=True,
+            site='train',
         )
-        return (
-            _mismatched(batches, tuple(self.config.data.mismatch))
-            if self.config.data.mismatch
-            else batches
-        )
+        batches = self._batches(request, rows, None)
+        if self.config.data.mismatch:
+            return _mismatched(batches, tuple(self.config.data.mismatch))
+        return batches
 
     def one_pass(
         self,
@@ -129,133 +163,190 @@ class Data:
         draw: str = '',
         window: Mapping[str, Any] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Every example (or the first `limit`) exactly once over all hosts, in a fixed order, padded to full batches.
+        """Every example exactly once over all hosts, in a fixed order, padded to full batches.
 
-        augment: windows, crops and flips as in training, other ones for every `draw`. views: replaces config.data.views. window: which window
-        the main streams show, as a view of kind `window`; None: the middle one.
+        Args:
+          split: of the evaluation dataset (by records, `train` is the mixture).
+          batch_size: of the global batch.
+          process: (number of this host, hosts).
+          by: examples are 'segments' or 'records'.
+          augment: windows, crops and flips as in training, other ones for every `draw`.
+          views: replaces config.data.views.
+          limit: only the first examples.
+          draw: name of this pass among augmented ones.
+          window: which window the main streams show, as a view of kind `window`; None: the middle
+            one.
         """
         begins = self.offsets(split, by)
         total = self.size(split, by)
-        total = total if limit is None else min(total, limit)
-        order.host_rows(batch_size, process)
+        if limit is not None:
+            total = min(total, limit)
+        order.host_rows(batch_size, process)  # raises here, not in the first batch
 
         def rows(step: int) -> Rows:
             positions, valid = order.one_pass(step, total, batch_size, process)
             number = np.where(valid, positions, 0)
             source = (np.searchsorted(begins, number, side='right') - 1).astype(np.int32)
-            return Rows(positions, source, np.where(valid, number - begins[source], 0), valid)
+            index = np.where(valid, number - begins[source], 0)
+            return Rows(positions, source, index, valid)
 
-        chosen = streams(self.inputs, self.config.data.views if views is None else views, window)
+        if views is None:
+            views = self.config.data.views
         request = Request(
-            split,
-            chosen,
-            by == 'segments',
-            not augment,
-            augment,
-            f'pass/{split}{draw and "/" + draw}',
+            split=split,
+            views=streams(self.inputs, views, window),
+            segments=by == 'segments',
+            centred=not augment,
+            augment=augment,
+            site=f'pass/{split}/{draw}' if draw else f'pass/{split}',
         )
         return self._batches(request, rows, order.one_pass_batches(total, batch_size))
 
     # ---- draws and boxes, the same for every source
-    def _draw(self, request: Request, rows: Rows) -> Callable[[str], np.ndarray]:
-        return lambda site: order.uniform(
-            self.config.seed, rows.position, f'{request.site}/{site}', 1
-        )[:, 0]
+    def draws(self, request: Request, rows: Rows) -> Callable[[str], np.ndarray]:
+        """site -> uniform float64 [B], keyed by the rows' positions."""
 
-    def _crops(
-        self, request: Request, rows: Rows, view: View, height: np.ndarray, width: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(box float32 [B 4], flip bool [B]) of one video stream."""
+        def draw(site: str) -> Float[np.ndarray, ' B']:
+            full_site = f'{request.site}/{site}'
+            return order.uniform(self.config.seed, rows.position, full_site, 1)[:, 0]
+
+        return draw
+
+    def crops(
+        self,
+        request: Request,
+        rows: Rows,
+        view: View,
+        height: Int[np.ndarray, ' B'],
+        width: Int[np.ndarray, ' B'],
+    ) -> tuple[Float32[np.ndarray, 'B 4'], Bool[np.ndarray, ' B']]:
+        """Crop and flip of one video stream.
+
+        Args:
+          request: whether they are random.
+          rows: whose positions key the draws.
+          view: the stream; it may say where its square lies.
+          height: of the frames, in pixels.
+          width: of the frames, in pixels.
+
+        Returns:
+          (y0, x0, y1, x1) as fractions of the frame, and whether the clip is mirrored.
+        """
         if not request.augment or view.crop is not None:
-            return frame_windows.square_boxes(
-                height, width, 0.5 if view.crop is None else view.crop
-            ), np.zeros(len(rows.position), bool)
-        d = self.config.data
-        u = order.uniform(self.config.seed, rows.position, f'{request.site}/crop/{view.stream}', 5)
-        return frame_windows.random_boxes(u, height, width, d.crop, d.aspect), u[:, 4] < d.flip
+            place = 0.5 if view.crop is None else view.crop
+            boxes = frame_windows.square_boxes(height, width, place)
+            return boxes, np.zeros(len(rows.position), bool)
+        data_config = self.config.data
+        site = f'{request.site}/crop/{view.stream}'
+        u = order.uniform(self.config.seed, rows.position, site, 5)  # [B 5]: four for the box, flip
+        boxes = frame_windows.random_boxes(u, height, width, data_config.crop, data_config.aspect)
+        return boxes, u[:, 4] < data_config.flip
 
 
-def blank(batch: dict[str, Any], bad: np.ndarray) -> dict[str, Any]:
-    """The batch with rows `bad` [B] emptied in place: zeros and valid False everywhere, labels unknown; no row moves."""
+def blank(batch: dict[str, Any], bad: Bool[np.ndarray, ' B']) -> dict[str, Any]:
+    """Empty rows of a batch in place; no row moves.
+
+    They become zeros with valid False everywhere, and their labels unknown.
+    """
     if not bad.any():
         return batch
     batch['valid'] = batch['valid'] & ~bad
     for name, value in batch.items():
         if isinstance(value, dict) and 'valid' in value:  # a stream; its data may come later
-            for part in value:
-                value[part] = np.where(
-                    bad.reshape(-1, *[1] * (value[part].ndim - 1)),
-                    np.zeros((), value[part].dtype),
-                    value[part],
-                )
+            for part, array in value.items():
+                value[part] = _fill_rows(array, bad, 0)
         if name == 'labels':
             for label, array in value.items():
-                unknown = -1 if np.issubdtype(array.dtype, np.integer) else 0
-                value[label] = np.where(
-                    bad.reshape(-1, *[1] * (array.ndim - 1)), array.dtype.type(unknown), array
-                )
+                is_multi_hot = not np.issubdtype(array.dtype, np.integer)
+                value[label] = _fill_rows(array, bad, 0 if is_multi_hot else -1)
     return batch
+
+
+def _fill_rows(array: np.ndarray, rows: Bool[np.ndarray, ' B'], fill: int) -> np.ndarray:
+    """`array` [B ...] with these rows filled."""
+    selected = rows.reshape(-1, *[1] * (array.ndim - 1))
+    return np.where(selected, array.dtype.type(fill), array)
 
 
 def _mismatched(
     batches: Iterator[dict[str, Any]], modalities: tuple[str, ...]
 ) -> Iterator[dict[str, Any]]:
-    """The batches with every stream of these modalities one row further down: each clip has its neighbour's, and the order is random."""
+    """The batches with every stream of these modalities one row further down.
+
+    Each clip has its neighbour's; the order being random, that is another clip's at random.
+    """
     try:
         for batch in batches:
-            moved = {
-                k: {part: np.roll(x, 1, 0) for part, x in v.items()}
-                if k.split('.')[0] in modalities
-                else v
-                for k, v in batch.items()
-            }
+            moved = {}
+            for name, value in batch.items():
+                if name.split('.')[0] in modalities:
+                    moved[name] = {part: np.roll(x, 1, axis=0) for part, x in value.items()}
+                else:
+                    moved[name] = value
             yield moved
     finally:
-        batches.close()
+        batches.close()  # type: ignore[attr-defined]  # iterators of batches have one
 
 
 def tokenizer_of(
-    inputs: Mapping[str, Any], own: Mapping[str, Any], where: str
+    inputs: Mapping[str, Any], data_spec: Mapping[str, Any], where: str
 ) -> tokenizers.Tokenizer:
-    """The tokenizer of config.model.inputs.text if it holds a spec (a trained model's config does), else the data's own."""
-    wanted = inputs.get('text', {}).get('tokenizer', own['kind'])
-    if not isinstance(wanted, str):
-        return tokenizers.from_spec(wanted)
-    if wanted != own['kind']:
+    """The tokenizer of config.model.inputs.text if it holds a spec, else the data's own.
+
+    The config of a trained model holds a spec.
+
+    Args:
+      inputs: config.model.inputs.
+      data_spec: the spec of the data's tokenizer.
+      where: the data's name in the error.
+
+    Raises:
+      DataError: the config names a kind of tokenizer that is not the data's.
+    """
+    expected = inputs.get('text', {}).get('tokenizer', data_spec['kind'])
+    if not isinstance(expected, str):
+        return tokenizers.from_spec(expected)
+    if expected != data_spec['kind']:
         raise DataError(
-            f'config.model.inputs.text.tokenizer is {wanted!r} and {where} has a {own["kind"]!r} vocabulary; prepare '
-            f'it with --tokenizer={wanted}, or set the field'
+            f'config.model.inputs.text.tokenizer is {expected!r} and {where} has a {data_spec["kind"]!r} '
+            f'vocabulary; prepare it with --tokenizer={expected}, or set the field'
         )
-    return tokenizers.from_spec(own)
+    return tokenizers.from_spec(data_spec)
 
 
-def _weigh(sources: list[order.Source], columns: Mapping[str, np.ndarray]) -> list[order.Source]:
-    total = sum(s.size for s in sources)
+def _with_sampling(
+    sources: list[order.Source], columns: Mapping[str, np.ndarray]
+) -> list[order.Source]:
+    """Sources whose sampling weights are multiplied by the columns [M], sources one after another."""
+    total = sum(source.size for source in sources)
     weights = np.ones(total)
-    for name, column in columns.items():
-        column = np.asarray(column, np.float64)
+    for name, values in columns.items():
+        column = np.asarray(values, np.float64)
         if column.shape != (total,):
             raise DataError(
                 f'column {name!r} has shape {column.shape}; the training set has {total} records'
             )
         weights = weights * column
-    ends = np.cumsum([s.size for s in sources])
-    own = lambda s: 1.0 if s.sampling is None else s.sampling
-    return [
-        dataclasses.replace(s, sampling=own(s) * weights[end - s.size : end])
-        for s, end in zip(sources, ends)
-    ]
+    weighted = []
+    begin = 0
+    for source in sources:
+        end = begin + source.size
+        sampling = 1.0 if source.sampling is None else source.sampling
+        weighted.append(dataclasses.replace(source, sampling=sampling * weights[begin:end]))
+        begin = end
+    return weighted
 
 
-def _split(split: str) -> str:
+def _checked_split(split: str) -> str:
     if split not in (*SPLITS, CLIPS):
         raise DataError(
-            f'split {split!r} is unknown; splits are {", ".join(SPLITS)}, and {CLIPS} of a dataset with folds'
+            f'split {split!r} is unknown; splits are {", ".join(SPLITS)}, '
+            f'and {CLIPS} of a dataset with folds'
         )
     return split
 
 
-def _by(by: str) -> str:
+def _checked_by(by: str) -> str:
     if by not in ('segments', 'records'):
         raise DataError(f"by={by!r}; a pass goes by 'segments' or 'records'")
     return by

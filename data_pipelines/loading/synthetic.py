@@ -94,7 +94,7 @@ class Synthetic(Data):
         fps = self.inputs['video']['fps'] if 'video' in self.inputs else 10.0
         segments = (np.zeros(b), duration) if request.centred else None
         starts = view_rules.starts(
-            request.views, self.window, duration, self._draw(request, rows), segments, 1.0 / fps
+            request.views, self.window, duration, self.draws(request, rows), segments, 1.0 / fps
         )
         batch: dict[str, Any] = {
             'index': rows.index.astype(np.int32),
@@ -112,7 +112,7 @@ class Synthetic(Data):
                 stream['data'] = np.stack(
                     [_frames(k, u, t, size) for k, u, t in zip(kind, instance, at)]
                 )
-                stream['box'], stream['flip'] = self._crops(
+                stream['box'], stream['flip'] = self.crops(
                     request, rows, v, np.full(b, size), np.full(b, size)
                 )
                 # A mirrored grating moves the other way: here direction is the class, so nothing is ever flipped.
@@ -368,7 +368,7 @@ class Npz(Data):
             }
             if modality == 'video':
                 height, width = (np.full(b, n) for n in stream['data'].shape[2:4])
-                stream['box'], stream['flip'] = self._crops(request, rows, v, height, width)
+                stream['box'], stream['flip'] = self.crops(request, rows, v, height, width)
                 if not request.augment and v.crop is None:
                     stream['box'] = get('box', stream['box'])
                     stream['flip'] = get('flip', stream['flip'])

@@ -1,0 +1,395 @@
+"""Rows of a batch -> all of it but its pixels and samples, and what must be read for those.
+
+The index of a prepared dataset says what every record holds, so a batch is planned in NumPy before
+any record is opened: windows, crops, sentences and labels. Every draw is keyed by the row's
+position, so a plan depends on nothing that was read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+from data_pipelines.loading import frame_windows, order, sample_windows, sentence_windows
+from data_pipelines.loading import views as view_rules
+from data_pipelines.loading.data_source import Data, Request, Rows
+from data_pipelines.storage.records import Split
+from vatt_jax.inputs.tokenizer import Tokenizer
+
+_DURATION_TOLERANCE = 1e-3  # seconds; segment times are float32, durations float64
+
+
+@dataclasses.dataclass(frozen=True)
+class RowRequest:
+    """What to read of one record; see `ReadRequest`, whose row it is."""
+
+    frames: Int[np.ndarray, 'views T'] | None
+    corners: Int[np.ndarray, 'views 2'] | None
+    first_samples: Int[np.ndarray, ' audio_views'] | None
+    total_samples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadRequest:
+    """What to read and decode for the rows of a batch.
+
+    Attributes:
+      formats: for each row, the number of its record layout in `BatchPlanner.formats`.
+      frames: stored frames of each video view in the order shown, -1 where the record has none;
+        None without video.
+      corners: (y, x) in pixels where each video view is cut to a square; None where frames travel
+        whole.
+      first_samples: first sample of each audio view, -1 where the record has none; None without
+        audio.
+      total_samples: samples that each record holds; None without audio.
+    """
+
+    formats: Int[np.ndarray, ' B']
+    frames: Int[np.ndarray, 'B views T'] | None = None
+    corners: Int[np.ndarray, 'B views 2'] | None = None
+    first_samples: Int[np.ndarray, 'B audio_views'] | None = None
+    total_samples: Int[np.ndarray, ' B'] | None = None
+
+    def row(self, row: int) -> RowRequest:
+        """The part of one row."""
+        return RowRequest(
+            frames=None if self.frames is None else self.frames[row],
+            corners=None if self.corners is None else self.corners[row],
+            first_samples=None if self.first_samples is None else self.first_samples[row],
+            total_samples=0 if self.total_samples is None else int(self.total_samples[row]),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordTimes:
+    """What the index says of the records of a batch: seconds, counts, and fps of stored frames."""
+
+    duration: Float[np.ndarray, ' B']
+    frames: Int[np.ndarray, ' B']
+    samples: Int[np.ndarray, ' B']
+    fps: Float[np.ndarray, ' B']
+
+
+class BatchPlanner:
+    """Plans the batches of one request.
+
+    Attributes:
+      inputs: config.model.inputs as dicts.
+      request: how rows become a batch.
+      splits: the datasets that `Rows.source` counts.
+      video_views: the video streams of the request, in order.
+      audio_views: the audio streams of the request, in order.
+      formats: the different record layouts of the splits.
+      height: rows of pixels of a frame of a batch.
+      width: columns of pixels of a frame of a batch.
+      cuts_squares: frames have several shapes, so that each is cut to a square of their common
+        short side.
+      yields_planes: video leaves the decoder as YUV 4:2:0 planes instead of RGB.
+    """
+
+    def __init__(
+        self,
+        source: Data,
+        tokenizer: Tokenizer,
+        label_classes: Mapping[str, int | None],
+        request: Request,
+        splits: list[Split],
+    ):
+        """See the class.
+
+        Args:
+          source: the data object, for its window, seed and draws.
+          tokenizer: encodes sentences and captions.
+          label_classes: label name -> number of classes if labels are multi-hot, else None.
+          request: how rows become a batch.
+          splits: the datasets that `Rows.source` counts.
+        """
+        self.inputs = source.inputs
+        self.request = request
+        self.splits = splits
+        self.video_views = [view for view in request.views if view.modality == 'video']
+        self.audio_views = [view for view in request.views if view.modality == 'audio']
+        self._source = source
+        self._tokenizer = tokenizer
+        self._label_classes = label_classes
+        has_captions = any(len(split.index.segment_caption.data) for split in splits)
+        self._with_captions = request.segments and 'text' in self.inputs and has_captions
+
+        layouts = [split.prepared.format for split in splits]
+        self.formats: list[dict[str, Any]] = []
+        for layout in layouts:
+            if layout not in self.formats:
+                self.formats.append(layout)
+
+        # Frames of one shape travel whole and the device crops. Mixed shapes are cut to squares of
+        # their common short side on the host: anywhere along the long side in training, the middle
+        # in evaluation; views may say where.
+        shapes = _frame_shapes(splits)
+        self.cuts_squares = len(shapes) > 1
+        if len(shapes) == 1:
+            self.height, self.width = next(iter(shapes))
+        else:
+            self.height = self.width = splits[0].prepared.meta['size']
+
+        # Video goes to the training step as the decoder leaves it, which converts and doubles the
+        # colour planes; other passes need RGB.
+        is_training = request.split == 'train' and not request.segments
+        all_h264 = all(layout.get('frames') == 'h264' for layout in layouts)
+        self.yields_planes = is_training and not self.cuts_squares and all_h264
+
+    @property
+    def frame_shape(self) -> tuple[int, ...]:
+        """Shape of one decoded frame: (H, W, 3), or (H * 3 / 2, W) as planes."""
+        if self.yields_planes:
+            return (self.height * 3 // 2, self.width)
+        return (self.height, self.width, 3)
+
+    @property
+    def frames_per_row(self) -> int:
+        """Frames of all video views of a row."""
+        if not self.video_views:
+            return 0
+        return len(self.video_views) * self.inputs['video']['frames']
+
+    def record_numbers(self, rows: Rows) -> Int[np.ndarray, ' B']:
+        """The record of each row, also where `Rows.index` counts segments."""
+        if self.request.segments:
+            return self._gather(rows, lambda split: split.index.segment_record, np.int64)
+        return rows.index
+
+    def plan(self, rows: Rows) -> tuple[dict[str, Any], ReadRequest]:
+        """Plan one batch.
+
+        Args:
+          rows: which examples the batch holds.
+
+        Returns:
+          The batch without the data of video and audio, and what to read for those.
+        """
+        segment = rows.index
+        if self.request.segments:
+            begin = self._gather(rows, lambda split: split.index.segment_start, np.float64)
+            end = self._gather(rows, lambda split: split.index.segment_end, np.float64)
+            rows = dataclasses.replace(rows, index=self.record_numbers(rows))
+        stored_fps = np.array([split.prepared.meta['fps'] for split in self.splits])
+        times = RecordTimes(
+            duration=self._gather(rows, lambda split: split.index.duration, np.float64),
+            frames=self._gather(rows, lambda split: split.index.frames, np.int64),
+            samples=self._gather(rows, lambda split: split.index.samples, np.int64),
+            fps=stored_fps[rows.source],
+        )
+        if not self.request.segments:
+            begin, end = np.zeros(len(rows.index)), times.duration
+        starts = view_rules.starts(
+            self.request.views,
+            self._source.window,
+            times.duration,
+            self._source.draws(self.request, rows),
+            (begin, end) if self.request.centred else None,
+            1.0 / times.fps,
+        )
+
+        batch: dict[str, Any] = {
+            'index': segment.astype(np.int32),
+            'source': rows.source.astype(np.int32),
+            'position': rows.position,
+            'valid': rows.valid.copy(),
+        }
+        for view in self.request.views:
+            batch[view.stream] = self._stream(rows, view, starts[view.suffix], times)
+        if self._with_captions:
+            batch['text.caption'] = self._caption_stream(rows, segment, begin)
+        if self.request.segments:
+            labelling_segment = segment
+        else:
+            middle = starts[''] + self._source.window / 2
+            labelling_segment = self._segment_at(rows, middle)
+        batch['labels'] = self._labels(rows, labelling_segment)
+        return batch, self._read_request(rows, starts, times)
+
+    def _gather(
+        self, rows: Rows, column: Callable[[Split], Any], dtype: Any
+    ) -> Shaped[np.ndarray, ' B']:
+        """A column of the index for each row, over the sources; 0 where a row is padding."""
+        values = np.zeros(len(rows.index), dtype)
+        for number, split in enumerate(self.splits):
+            from_split = (rows.source == number) & rows.valid
+            values[from_split] = column(split)[rows.index[from_split]]
+        return values
+
+    def _stream(
+        self, rows: Rows, view: view_rules.View, starts: Float[np.ndarray, ' B'], times: RecordTimes
+    ) -> dict[str, Any]:
+        stream: dict[str, Any] = {'start': starts.astype(np.float32)}
+        if view.modality == 'text':
+            stream['data'], stream['mask'] = self._sentences(rows, starts)
+            stream['valid'] = stream['mask'].any(axis=-1)
+        elif view.modality == 'audio':
+            stream['valid'] = times.samples > 0
+        else:
+            stream['valid'] = times.frames > 0
+            height = np.full(len(rows.index), self.height)
+            width = np.full(len(rows.index), self.width)
+            stream['box'], stream['flip'] = self._source.crops(
+                self.request, rows, view, height, width
+            )
+        return stream
+
+    def _sentences(
+        self, rows: Rows, starts: Float[np.ndarray, ' B']
+    ) -> tuple[Int[np.ndarray, 'B K L'], Bool[np.ndarray, 'B K']]:
+        """Sentences around the window of each row, encoded."""
+        num_candidates = self.inputs['text']['candidates']
+        sentences: list[list[str]] = []
+        for source, record, start, valid in zip(rows.source, rows.index, starts, rows.valid):
+            index = self.splits[source].index
+            first, last = index.sentence_offset[record : record + 2] if valid else (0, 0)
+            nearest = sentence_windows.candidates(
+                index.sentence_start[first:last],
+                index.sentence_end[first:last],
+                start,
+                self._source.window,
+                num_candidates,
+            )
+            sentences.append([index.sentence_text[first + i] for i in nearest])
+        num_words = self.inputs['text']['words']
+        return sentence_windows.encode(self._tokenizer, sentences, num_candidates, num_words)
+
+    def _caption_stream(
+        self, rows: Rows, segment: Int[np.ndarray, ' B'], begin: Float[np.ndarray, ' B']
+    ) -> dict[str, Any]:
+        """The caption of each segment, as a text stream of one candidate."""
+        captions: list[list[str]] = []
+        for source, number, valid in zip(rows.source, segment, rows.valid):
+            split = self.splits[source]
+            captions.append([split.index.segment_caption[number]] if valid else [])
+        num_words = self.inputs['text']['words']
+        data, mask = sentence_windows.encode(self._tokenizer, captions, 1, num_words)
+        return {
+            'data': data,
+            'mask': mask,
+            'valid': mask.any(axis=-1),
+            'start': begin.astype(np.float32),
+        }
+
+    def _segment_at(self, rows: Rows, moment: Float[np.ndarray, ' B']) -> Int[np.ndarray, ' B']:
+        """The last segment of each record that holds the moment (seconds), -1 if none does."""
+        segments = np.full(len(rows.index), -1, np.int64)
+        for row, (source, record) in enumerate(zip(rows.source, rows.index)):
+            if not rows.valid[row]:
+                continue
+            index = self.splits[source].index
+            first, last = index.segment_offset[record : record + 2]
+            is_single = last == first + 1
+            if is_single and _covers_record(index, first, record):
+                # Also where the window is longer than both, so that its middle lies behind the end.
+                segments[row] = first
+                continue
+            begins_before = index.segment_start[first:last] <= moment[row]
+            ends_after = moment[row] <= index.segment_end[first:last]
+            containing = np.flatnonzero(begins_before & ends_after)
+            if len(containing):
+                segments[row] = first + containing[-1]
+        return segments
+
+    def _labels(self, rows: Rows, segment: Int[np.ndarray, ' B']) -> dict[str, np.ndarray]:
+        """Labels {name: int32 [B], -1 unknown, or multi-hot float32 [B P]} of the segments."""
+        labels = {}
+        for name, num_classes in self._label_classes.items():
+            if num_classes is None:
+                values = np.full(len(segment), -1, np.int32)
+            else:
+                values = np.zeros((len(segment), num_classes), np.float32)
+            for number, split in enumerate(self.splits):
+                stored = split.index.labels.get(name)
+                labelled = (rows.source == number) & rows.valid & (segment >= 0)
+                if stored is None or not labelled.any():
+                    continue
+                stored = stored[segment[labelled]]
+                if num_classes is not None and stored.ndim == 1:
+                    # Another source of the mixture is multi-hot: one class becomes one 1 in a row.
+                    known = stored >= 0
+                    values[np.flatnonzero(labelled)[known], stored[known]] = 1.0
+                else:
+                    values[labelled] = stored
+            labels[name] = values
+        return labels
+
+    def _read_request(
+        self, rows: Rows, starts: Mapping[str, np.ndarray], times: RecordTimes
+    ) -> ReadRequest:
+        split_formats = [self.formats.index(split.prepared.format) for split in self.splits]
+        formats = np.array(split_formats, np.int32)[rows.source]
+        frames = corners = first_samples = total_samples = None
+        if self.video_views:
+            frames = self._frame_numbers(starts, times)
+            if self.cuts_squares:
+                corners = self._square_corners(rows)
+        if self.audio_views:
+            first_samples = self._first_samples(starts, times)
+            total_samples = times.samples
+        return ReadRequest(formats, frames, corners, first_samples, total_samples)
+
+    def _frame_numbers(
+        self, starts: Mapping[str, np.ndarray], times: RecordTimes
+    ) -> Int[np.ndarray, 'B views T']:
+        fps = self.inputs['video']['fps']
+        num_frames = self.inputs['video']['frames']
+        numbers_by_view = []
+        for view in self.video_views:
+            numbers = frame_windows.frame_numbers(
+                starts[view.suffix], times.frames, times.fps, fps, num_frames
+            )
+            numbers_by_view.append(numbers[:, ::-1] if view.kind == 'reverse' else numbers)
+        has_frames = (times.frames > 0)[:, None, None]
+        return np.where(has_frames, np.stack(numbers_by_view, axis=1), -1).astype(np.int32)
+
+    def _square_corners(self, rows: Rows) -> Int[np.ndarray, 'B views 2']:
+        """Upper left corners (y, x) of the squares, in pixels of the stored frames."""
+        height = self._gather(rows, lambda split: split.index.height, np.int64)
+        width = self._gather(rows, lambda split: split.index.width, np.int64)
+        # How far along the longer side the square lies, 0 to 1: one draw for all views of a row.
+        row_fraction = np.full(len(rows.index), 0.5)
+        if self.request.augment:
+            site = f'{self.request.site}/square'
+            seed = self._source.config.seed
+            row_fraction = order.uniform(seed, rows.position, site, 1)[:, 0]
+        fractions = []
+        for view in self.video_views:
+            fixed = view.crop
+            fractions.append(row_fraction if fixed is None else np.full(len(rows.index), fixed))
+        fraction = np.stack(fractions, axis=1)  # [B views]
+        room = np.stack([height, width], axis=1) - self.height  # [B 2]
+        corners = np.floor(room[:, None] * fraction[..., None] + 0.5)  # [B views 2]
+        return np.maximum(corners, 0).astype(np.int32)
+
+    def _first_samples(
+        self, starts: Mapping[str, np.ndarray], times: RecordTimes
+    ) -> Int[np.ndarray, 'B views']:
+        rate = self.inputs['audio']['rate']
+        first_by_view = []
+        for view in self.audio_views:
+            first = sample_windows.first_samples(starts[view.suffix], times.samples, rate)
+            first_by_view.append(first)
+        has_samples = (times.samples > 0)[:, None]
+        return np.where(has_samples, np.stack(first_by_view, axis=1), -1).astype(np.int64)
+
+
+def _frame_shapes(splits: list[Split]) -> set[tuple[int, int]]:
+    """All (height, width) of the stored frames."""
+    shapes: set[tuple[int, int]] = set()
+    for split in splits:
+        heights_widths = np.stack([split.index.height, split.index.width], axis=1)
+        with_frames = heights_widths[split.index.frames > 0]
+        for height, width in np.unique(with_frames, axis=0):
+            shapes.add((int(height), int(width)))
+    return shapes
+
+
+def _covers_record(index: Any, segment: int, record: int) -> bool:
+    end = index.duration[record] - _DURATION_TOLERANCE
+    return bool(index.segment_start[segment] == 0 and index.segment_end[segment] >= end)

@@ -1,0 +1,259 @@
+"""Planned batches -> host batches, on tf.data: TensorFlow's threads decode the frames.
+
+Nothing in the graph is random and nothing is shuffled there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import numpy as np
+import tensorflow as tf
+from jaxtyping import Int, UInt8
+from ml_collections import ConfigDict
+
+from data_pipelines.errors import DataError
+from data_pipelines.loading.batch_plan import BatchPlanner, ReadRequest
+from data_pipelines.loading.data_source import Rows
+from data_pipelines.loading.record_reader import RecordReader, RowContents
+
+with contextlib.suppress(RuntimeError):  # too late if TensorFlow is in use already
+    tf.config.set_visible_devices([], 'GPU')  # the accelerator belongs to JAX
+
+
+class RecordBatches(Iterator):
+    """Iterator of host batches; close() stops its threads. After an error it is over."""
+
+    def __init__(
+        self,
+        planner: BatchPlanner,
+        reader: RecordReader,
+        rows: Callable[[int], Rows],
+        number: int | None,
+        data_config: ConfigDict,
+    ):
+        """See the class.
+
+        Args:
+          planner: plans each batch.
+          reader: reads what was planned.
+          rows: batch number -> its examples.
+          number: batches until the end; None for endless ones.
+          data_config: config.data, for `threads` and `prefetch`.
+        """
+        self.closed = False
+        self._planner = planner
+        self._reader = reader
+        self._rows = rows
+        # Batches that are planned and read, until their frames are decoded. Only the frames travel
+        # through the graph.
+        self._planned: dict[int, dict[str, Any]] = {}
+        self._error: BaseException | None = None
+        self._iterator = iter(self._dataset(number, data_config))
+
+    def __next__(self) -> dict[str, Any]:
+        if self.closed:
+            raise StopIteration
+        try:
+            arrays = next(self._iterator)
+        except StopIteration:
+            self.close()
+            raise
+        except Exception as e:
+            # TensorFlow wraps what `_fetch` raised in an error of its own, so the original is
+            # recorded there.
+            original_error = self._error
+            self.close()
+            if isinstance(original_error, DataError):
+                raise original_error from None
+            first_line = str(e).splitlines()[0][:200]
+            raise DataError(
+                f'a record cannot be decoded although its bytes are as written ({first_line}); '
+                'prepare the data again with --overwrite'
+            ) from e
+        batch = self._planned.pop(int(arrays['step'][0]))
+        if self._planner.video_views:
+            # Not .numpy(), which copies.
+            frames = np.asarray(memoryview(arrays['video']))  # [B views T ...]
+            for i, view in enumerate(self._planner.video_views):
+                batch[view.stream]['data'] = np.ascontiguousarray(frames[:, i])
+        return batch
+
+    def close(self) -> None:
+        """Stop the threads and drop what was read ahead."""
+        self.closed = True
+        self._iterator = None
+        self._planned.clear()
+
+    # ---- the dataset
+    def _dataset(self, number: int | None, data_config: ConfigDict) -> tf.data.Dataset:
+        options = tf.data.Options()
+        options.deterministic = True
+        options.autotune.enabled = False
+        options.threading.private_threadpool_size = max(2, data_config.threads + 1)
+
+        num_batches = np.iinfo(np.int64).max if number is None else number
+        batches = tf.data.Dataset.range(num_batches).map(self._fetch_tensors)
+        if self._planner.video_views:
+            # Rows are decoded side by side, across the border of batches too, so that a heavy row
+            # keeps nobody waiting.
+            rows = batches.prefetch(1).unbatch()
+            rows = rows.map(
+                self._decode_row,
+                num_parallel_calls=max(1, data_config.threads),
+                deterministic=True,
+            )
+            batch_size = len(self._rows(0).index)
+            batches = rows.batch(batch_size, drop_remainder=True)
+        return batches.prefetch(max(1, data_config.prefetch)).with_options(options)
+
+    def _fetch_tensors(self, step: tf.Tensor) -> dict[str, tf.Tensor]:
+        # (name, type, shape) of the arrays of `_fetch`, one row a line; a None is a size that only
+        # the batch knows.
+        columns: list[tuple[str, tf.DType, list[int | None]]] = [('step', tf.int64, [None])]
+        if self._planner.video_views:
+            columns += [
+                ('format', tf.int32, [None]),
+                ('packets', tf.string, [None, None]),
+                ('entry_packets', tf.int32, [None, None]),
+                ('entry_corners', tf.int32, [None, None, 2]),
+                ('frame_entries', tf.int32, [None, self._planner.frames_per_row]),
+            ]
+        arrays = tf.numpy_function(self._fetch, [step], [dtype for _, dtype, _ in columns])
+        tensors = {}
+        for (name, _, shape), array in zip(columns, arrays):
+            tensors[name] = tf.ensure_shape(array, shape)
+        return tensors
+
+    def _fetch(self, step: np.ndarray) -> list[np.ndarray]:
+        """Plan a batch and read its rows; return what TensorFlow needs to decode the frames."""
+        if self.closed:
+            raise RuntimeError('closed')
+        try:
+            rows = self._rows(int(step))
+            batch, request = self._planner.plan(rows)
+            contents = self._reader.read(rows, batch, request)
+            for i, view in enumerate(self._planner.audio_views):
+                sound = np.stack([row.audio[i] for row in contents if row.audio is not None])
+                batch[view.stream]['data'] = sound[:, ::-1] if view.kind == 'reverse' else sound
+            self._planned[int(step)] = batch
+            arrays = [np.full(len(contents), step)]
+            if self._planner.video_views:
+                arrays += _frame_arrays(contents, request)
+            return arrays
+        except Exception as e:
+            self._error = e
+            raise
+
+    # ---- in the graph: one row
+    def _decode_row(self, row: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        planner = self._planner
+        frame_shape = planner.frame_shape
+        num_frames = planner.inputs['video']['frames']
+        clip_shape = (len(planner.video_views), num_frames, *frame_shape)
+        entry_packets = tf.boolean_mask(row['entry_packets'], row['entry_packets'] >= 0)
+
+        def decode_jpegs() -> tf.Tensor:
+            def decode(entry: tf.Tensor) -> tf.Tensor:
+                packet = row['packets'][entry_packets[entry]]
+                if not planner.cuts_squares:
+                    return tf.image.decode_jpeg(packet, channels=3)
+                window = tf.concat([row['entry_corners'][entry], frame_shape[:2]], axis=0)
+                return tf.image.decode_and_crop_jpeg(packet, window, channels=3)
+
+            return tf.map_fn(
+                decode,
+                tf.range(tf.size(entry_packets)),
+                fn_output_signature=tf.TensorSpec(frame_shape, tf.uint8),
+                parallel_iterations=1,
+            )
+
+        def decode_h264() -> tf.Tensor:
+            decode = functools.partial(_decode_h264, frame_shape, planner.yields_planes)
+            arguments = [row['packets'], entry_packets]
+            if planner.cuts_squares:
+                arguments.append(row['entry_corners'])
+            decoded = tf.numpy_function(decode, arguments, tf.uint8)
+            return tf.ensure_shape(decoded, [None, *frame_shape])
+
+        decoders = []
+        for record_format in planner.formats:
+            is_h264 = record_format.get('frames') == 'h264'
+            decoders.append(decode_h264 if is_h264 else decode_jpegs)
+
+        def decode_clip() -> tf.Tensor:
+            if len(decoders) > 1:
+                decoded = tf.switch_case(row['format'], decoders)
+            else:
+                decoded = decoders[0]()
+            # With as many entries as frames they are in order already, and copying would cost as
+            # much as some decoding.
+            each_shown_once = tf.size(entry_packets) == clip_shape[0] * clip_shape[1]
+            frames = tf.cond(
+                each_shown_once,
+                lambda: decoded,
+                lambda: tf.gather(decoded, row['frame_entries']),
+            )
+            return tf.reshape(frames, clip_shape)
+
+        has_frames = tf.size(entry_packets) > 0
+        clip = tf.cond(has_frames, decode_clip, lambda: tf.zeros(clip_shape, tf.uint8))
+        return {'step': row['step'], 'video': clip}
+
+
+def _frame_arrays(contents: list[RowContents], request: ReadRequest) -> list[np.ndarray]:
+    """The columns of `_fetch_tensors` behind the step: rows filled up to the longest one of the batch.
+
+    Packets are filled up with b'' and entries with packet -1.
+    """
+    num_rows = len(contents)
+    # At least one, for a batch without any frames.
+    max_packets = max(1, *(len(row.packets) for row in contents))
+    max_entries = max(1, *(len(row.entry_packets) for row in contents))
+    packets = np.full((num_rows, max_packets), b'', object)
+    entry_packets = np.full((num_rows, max_entries), -1, np.int32)
+    entry_corners = np.zeros((num_rows, max_entries, 2), np.int32)
+    for i, row in enumerate(contents):
+        packets[i, : len(row.packets)] = row.packets
+        entry_packets[i, : len(row.entry_packets)] = row.entry_packets
+        if row.entry_corners:
+            entry_corners[i, : len(row.entry_corners)] = row.entry_corners
+    frame_entries = np.array([row.frame_entries for row in contents], np.int32)
+    return [request.formats, packets, entry_packets, entry_corners, frame_entries]
+
+
+def _decode_h264(
+    frame_shape: tuple[int, ...],
+    planes: bool,
+    packets: np.ndarray,
+    entry_packets: Int[np.ndarray, ' entries'],
+    corners: Int[np.ndarray, 'padded 2'] | None = None,
+) -> UInt8[np.ndarray, 'entries ...']:
+    """Decode H.264 frames, and cut them at the corners if there are any.
+
+    The packets must begin with one that decodes alone.
+
+    Args:
+      frame_shape: of one frame of the result.
+      planes: as YUV 4:2:0 planes instead of RGB.
+      packets: bytes objects, filled up with empty ones.
+      entry_packets: which packet each entry shows.
+      corners: (y, x) of each entry in pixels; more than entries where filled up.
+    """
+    from data_pipelines import media
+
+    stored = [packet for packet in packets if packet]
+    frames = media.decoded(stored, entry_packets.tolist(), 'yuv420p' if planes else 'rgb24')
+    if corners is None:
+        return frames
+    height, width = frame_shape[:2]
+    cut_frames = []
+    for frame, (y, x) in zip(frames, corners):
+        cut_frames.append(frame[y : y + height, x : x + width])
+    return np.stack(cut_frames)

@@ -1,0 +1,221 @@
+"""Reads from the records what a plan requests, and nothing more.
+
+The packets of frames and the sound of each row are compared with their checksums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int16
+
+from data_pipelines.errors import DataError
+from data_pipelines.loading import sample_windows
+from data_pipelines.loading.batch_plan import BatchPlanner, ReadRequest, RowRequest
+from data_pipelines.loading.data_source import Rows, blank
+from data_pipelines.storage.records import Split
+
+_MIN_READS = 100  # records read before the share of unreadable ones is compared with the limit
+_MAX_LISTED = 1000  # unreadable records listed by problems()
+
+
+class ReadProblems:
+    """Counts the records that could not be read, over all passes. Safe from several threads."""
+
+    def __init__(self, max_corrupt: float):
+        """`max_corrupt`: share of unreadable records, 0 to 1, beyond which reading stops."""
+        self._max_corrupt = max_corrupt
+        self._lock = threading.Lock()
+        self._num_read = 0
+        self._num_corrupt = 0
+        self._listed: list[tuple[str, int, str]] = []
+        self._seen: set[tuple[str, str, int]] = set()
+
+    def add(self, split: Split, records: np.ndarray, reasons: Sequence[str], size: int) -> None:
+        """Count reads of one split.
+
+        Args:
+          split: where the records were read.
+          records: their numbers, int64 [n].
+          reasons: why each could not be read, '' where it could.
+          size: records of all splits of the pass; a pass shorter than the usual patience is
+            compared with the limit earlier.
+
+        Raises:
+          DataError: more records than config.data.max_corrupt allows cannot be read.
+        """
+        with self._lock:
+            self._num_read += len(records)
+            for record, reason in zip(records, reasons):
+                if reason:
+                    self._num_corrupt += 1
+                    self._list(split, int(record), reason)
+            enough_reads = self._num_read >= min(_MIN_READS, max(size, 1))
+            if enough_reads and self._num_corrupt > self._max_corrupt * self._num_read:
+                name, number, reason = self._listed[0]
+                raise DataError(
+                    f'{self._num_corrupt} of {self._num_read} records could not be read, more than '
+                    f'config.data.max_corrupt={self._max_corrupt:g} (first: record {number} of '
+                    f'{name}: {reason}); prepare the data again with --overwrite'
+                )
+
+    def _list(self, split: Split, record: int, reason: str) -> None:
+        key = (split.name, split.split, record)
+        if key not in self._seen and len(self._seen) < _MAX_LISTED:
+            self._seen.add(key)
+            self._listed.append((f'{split.name}/{split.split}', record, reason))
+
+    def summary(self) -> dict[str, Any]:
+        """{'corrupt': count, 'read': count, 'indices': [(source, record, reason)]}."""
+        with self._lock:
+            return {
+                'corrupt': self._num_corrupt,
+                'read': self._num_read,
+                'indices': list(self._listed),
+            }
+
+
+@dataclasses.dataclass
+class RowContents:
+    """What was read of one row.
+
+    Overlapping views ask for the same frames, so a row has entries: the different frames (and cuts
+    of frames) it needs.
+
+    Attributes:
+      packets: the stored frames that must be decoded, in record order.
+      entry_packets: for each entry, the number of its packet.
+      entry_corners: for each entry, the (y, x) in pixels where it is cut; empty where frames are
+        not cut.
+      frame_entries: for each frame of each view, one view after another, its entry.
+      audio: the windows of the audio views [views S]; None without audio.
+    """
+
+    packets: list[bytes]
+    entry_packets: list[int]
+    entry_corners: list[tuple[int, ...]]
+    frame_entries: list[int]
+    audio: Int16[np.ndarray, 'views S'] | None
+
+
+class RecordReader:
+    """Reads the rows of planned batches."""
+
+    def __init__(self, planner: BatchPlanner, problems: ReadProblems):
+        """`planner`: makes the requests; `problems`: told of every read."""
+        self._planner = planner
+        self._problems = problems
+        self._pass_size = sum(len(split) for split in planner.splits)
+
+    def read(self, rows: Rows, batch: dict[str, Any], request: ReadRequest) -> list[RowContents]:
+        """Read the rows of a batch.
+
+        Args:
+          rows: the examples of the batch.
+          batch: what was planned; rows that cannot be read are emptied in place.
+          request: what to read.
+
+        Returns:
+          Contents of each row; empty ones where a row is padding or cannot be read.
+
+        Raises:
+          DataError: too many records cannot be read.
+        """
+        records = self._planner.record_numbers(rows)
+        contents: dict[int, RowContents] = {}
+        is_bad = ~rows.valid
+        for number, split in enumerate(self._planner.splits):
+            from_split = (rows.source == number) & rows.valid
+            reasons = []
+            for row in np.flatnonzero(from_split).tolist():
+                reason = ''
+                try:
+                    contents[row] = self._read_row(split, int(records[row]), request.row(row))
+                except (ValueError, OSError) as e:
+                    reason = str(e)
+                reasons.append(reason)
+                is_bad[row] = bool(reason)
+            if reasons:
+                self._problems.add(split, records[from_split], reasons, self._pass_size)
+        blank(batch, is_bad)
+        return [contents.get(row) or self._empty_row() for row in range(len(records))]
+
+    def _empty_row(self) -> RowContents:
+        audio = None
+        if self._planner.audio_views:
+            num_samples = self._planner.inputs['audio']['samples']
+            audio = np.zeros((len(self._planner.audio_views), num_samples), np.int16)
+        return RowContents([], [], [], [0] * self._planner.frames_per_row, audio)
+
+    def _read_row(self, split: Split, record: int, request: RowRequest) -> RowContents:
+        contents = self._empty_row()
+        packet_numbers: list[int] = []
+        if request.frames is not None and request.frames[0, 0] >= 0:
+            packet_numbers = _assign_entries(contents, request, split.prepared.format)
+        rate = split.prepared.meta['rate']
+        total = request.total_samples
+        # Where the windows of the audio views begin; none for a record without sound.
+        first_samples: list[int] = []
+        seconds: list[int] = []
+        if request.first_samples is not None and total:
+            num_samples = self._planner.inputs['audio']['samples']
+            first_samples = [int(first) for first in request.first_samples]
+            needed: set[int] = set()
+            for first in first_samples:
+                needed.update(sample_windows.seconds(first, num_samples, total, rate))
+            seconds = sorted(needed)
+
+        contents.packets, sound = split.clip(record, packet_numbers, seconds)
+        if first_samples:
+            is_dmvr = split.prepared.format['kind'] == 'dmvr'
+            dtype = '<f4' if is_dmvr else '<i2'
+            pieces = {s: np.frombuffer(raw, dtype) for s, raw in zip(seconds, sound)}
+            clips = []
+            for first in first_samples:
+                clip = sample_windows.window(pieces, first, num_samples, total, rate)
+                clips.append(sample_windows.to_int16(clip))
+            contents.audio = np.stack(clips)
+        return contents
+
+
+def _assign_entries(
+    contents: RowContents, request: RowRequest, record_format: dict[str, Any]
+) -> list[int]:
+    """Fill the entries of `contents`; return the stored frames to read for them, ascending."""
+    assert request.frames is not None
+    frames_by_view = request.frames.tolist()
+    corner_by_view: list[tuple[int, ...]] = [()] * len(frames_by_view)
+    if request.corners is not None:
+        corner_by_view = [tuple(corner) for corner in request.corners.tolist()]
+
+    # Each frame is decoded once, however many views show it (once for each corner it is cut at).
+    entries: dict[tuple[int, tuple[int, ...]], int] = {}
+    frame_entries = []
+    for numbers, corner in zip(frames_by_view, corner_by_view):
+        for number in numbers:
+            frame_entries.append(entries.setdefault((number, corner), len(entries)))
+    contents.frame_entries = frame_entries
+
+    packet_numbers = sorted({number for number, _ in entries})
+    if record_format.get('frames') == 'h264':
+        packet_numbers = _with_earlier_frames(packet_numbers, record_format['gop'])
+    packet_of_frame = {number: i for i, number in enumerate(packet_numbers)}
+    contents.entry_packets = [packet_of_frame[number] for number, _ in entries]
+    contents.entry_corners = [corner for _, corner in entries if corner]
+    return packet_numbers
+
+
+def _with_earlier_frames(numbers: list[int], gop: int) -> list[int]:
+    """Frames with those they are predicted from.
+
+    Every `gop`-th frame decodes alone; a frame needs all since the last of those.
+    """
+    last_of_group = {number // gop: number for number in numbers}  # numbers ascend
+    needed: list[int] = []
+    for group, last in last_of_group.items():
+        needed.extend(range(group * gop, last + 1))
+    return needed
