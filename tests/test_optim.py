@@ -199,7 +199,7 @@ def test_mistakes_are_sentences(fields, told):
     [
         ({'peak': -1.0}, 'config.optimizer.schedule.peak=-1'),
         ({'warmup': -3}, 'schedule.warmup=-3'),
-        ({'name': 'vatt', 'levels': ()}, r'schedule.levels=\(\): \(step, rate\) pairs'),
+        ({'name': 'vatt', 'levels': ()}, r'schedule.levels=\(\): expected \(step, rate\) pairs'),
         ({'name': 'vatt', 'levels': (1, 2)}, r'expected \(step, rate\) pairs'),
     ],
 )

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Int
 class KerasAdamState(NamedTuple):
     """Steps taken and both moments, trees shaped like the parameters."""
 
-    count: Int[Array, '']
+    count: Int[Array, '']  # type: ignore[assignment]  # optax's name for it, also a tuple method
     mu: Any
     nu: Any
 
