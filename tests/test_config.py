@@ -1,5 +1,8 @@
 """Config mistakes are one sentence that names field, value and remedy, before anything is built."""
 
+import json
+import warnings
+
 import pytest
 from ml_collections import ConfigDict
 
@@ -90,11 +93,11 @@ def test_a_group_of_free_names_is_replaced_as_a_whole():
 @pytest.mark.parametrize(
     'path, text, told',
     [
-        ('eval_every', '-1', 'config.eval_every=-1: a positive number, or 0 for none'),
+        ('eval_every', '-1', 'config.eval_every=-1: expected a positive number, or 0 for none'),
         ('checkpoint.keep_every', '-2', 'config.checkpoint.keep_every=-2'),
-        ('data.prefetch', '0', 'config.data.prefetch=0: a positive number'),
-        ('data.flip', '1.5', 'config.data.flip=1.5: a number from 0 to 1'),
-        ('data.crop', '(0.5,)', r'config.data.crop=\(0.5,\): two numbers'),
+        ('data.prefetch', '0', 'config.data.prefetch=0: expected a positive number'),
+        ('data.flip', '1.5', 'config.data.flip=1.5: expected a number from 0 to 1'),
+        ('data.crop', '(0.5,)', r'config.data.crop=\(0.5,\): expected two numbers'),
         ('data.crop', '(0.5, 2)', 'and at most 1'),
         ('data.aspect', '(0, 1)', 'config.data.aspect='),
         (
@@ -102,8 +105,16 @@ def test_a_group_of_free_names_is_replaced_as_a_whole():
             "('smell',)",
             "config.data.mismatch='smell': choose one of audio, text, video",
         ),
-        ('model.inputs.video.size', '0', 'config.model.inputs.video.size=0: a positive number'),
-        ('model.inputs.video.fps', '0', 'config.model.inputs.video.fps=0: a positive number'),
+        (
+            'model.inputs.video.size',
+            '0',
+            'config.model.inputs.video.size=0: expected a positive number',
+        ),
+        (
+            'model.inputs.video.fps',
+            '0',
+            'config.model.inputs.video.fps=0: expected a positive number',
+        ),
     ],
 )
 def test_values_that_make_no_sense(path, text, told):
@@ -169,3 +180,56 @@ def test_a_run_older_than_a_field_has_its_default():
         ConfigDict({'name': 'joint', 'joint': 8}),
     )
     assert configs.same(new, want) == []
+
+
+@pytest.fixture
+def renamed(monkeypatch):
+    """The fields as they would be called in an older version: one moved, one group renamed."""
+    monkeypatch.setitem(configs.RENAMED_FIELDS, 'optimizer.rate', 'optimizer.schedule.peak')
+    monkeypatch.setitem(configs.RENAMED_FIELDS, 'augmentation', 'augment')
+
+
+@pytest.mark.parametrize(
+    'old, new, text, value',
+    [
+        ('optimizer.rate', 'optimizer.schedule.peak', '3e-3', 3e-3),
+        ('augmentation.color', 'augment.color', '0.25', 0.25),
+    ],
+)
+def test_an_override_by_an_old_name_is_accepted_with_one_warning(renamed, old, new, text, value):
+    c = default.get_config()
+    with pytest.warns(FutureWarning) as caught:
+        configs.override(c, [(old, text)])
+    assert len(caught) == 1
+    assert f'use config.{new.split(".")[0]}' in str(caught[0].message)
+    assert configs.same(c, default.get_config()) == [new]
+    assert dict(configs.flatten(c))[new] == value
+
+
+def test_a_stored_config_with_an_old_name_is_accepted_with_one_warning(renamed, tmp_path):
+    want = changed(optimizer__schedule__peak='3e-3')
+    fields = want.to_dict()
+    fields['optimizer']['rate'] = fields['optimizer']['schedule'].pop('peak')
+    (tmp_path / 'config.json').write_text(json.dumps(fields))
+    with pytest.warns(FutureWarning, match='use config.optimizer.schedule.peak') as caught:
+        got = configs.stored(tmp_path)
+    assert len(caught) == 1
+    assert configs.same(got, want) == []
+    configs.check_fields(got, default.get_config())
+
+
+def test_a_group_left_empty_by_a_rename_is_gone(monkeypatch):
+    monkeypatch.setitem(configs.RENAMED_FIELDS, 'gone.group.color', 'augment.color')
+    fields = default.get_config().to_dict()
+    fields['gone'] = {'group': {'color': fields['augment'].pop('color')}}
+    with pytest.warns(FutureWarning, match='config.gone.group.color was renamed'):
+        got = configs.from_json(json.dumps(fields))
+    assert configs.same(got, default.get_config()) == []
+    configs.check_fields(got, default.get_config())
+
+
+def test_names_of_today_are_accepted_without_a_warning(renamed):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        c = configs.from_json(configs.to_json(changed(optimizer__schedule__peak='3e-3')))
+    assert c.optimizer.schedule.peak == 3e-3

@@ -182,11 +182,11 @@ def test_clip_of_some_paths_alone():
         ({'decay_skip': (3,)}, 'config.optimizer.decay_skip: 3 is not a regular expression'),
         (
             {'rates': (('head',),)},
-            r"config.optimizer.rates has \('head',\); pairs of a pattern and a factor",
+            r"config.optimizer.rates has \('head',\); expected pairs of a pattern and a factor",
         ),
         ({'rates': (('(', 2.0),)}, "config.optimizer.rates: '\\(' is not a regular"),
-        ({'ema': 1.5}, 'config.optimizer.ema=1.5: a number of at least 0 and below 1'),
-        ({'clip': -1.0}, 'config.optimizer.clip=-1: a number of at least 0'),
+        ({'ema': 1.5}, 'config.optimizer.ema=1.5: expected a number of at least 0 and below 1'),
+        ({'clip': -1.0}, 'config.optimizer.clip=-1: expected a number of at least 0'),
     ],
 )
 def test_mistakes_are_sentences(fields, told):
@@ -199,8 +199,8 @@ def test_mistakes_are_sentences(fields, told):
     [
         ({'peak': -1.0}, 'config.optimizer.schedule.peak=-1'),
         ({'warmup': -3}, 'schedule.warmup=-3'),
-        ({'name': 'vatt', 'levels': ()}, r'schedule.levels=\(\): \(step, rate\) pairs'),
-        ({'name': 'vatt', 'levels': (1, 2)}, 'pairs are wanted'),
+        ({'name': 'vatt', 'levels': ()}, r'schedule.levels=\(\): expected \(step, rate\) pairs'),
+        ({'name': 'vatt', 'levels': (1, 2)}, r'expected \(step, rate\) pairs'),
     ],
 )
 def test_schedule_mistakes_are_sentences(fields, told):

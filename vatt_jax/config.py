@@ -1,27 +1,35 @@
-"""Reading, overriding and checking configs; every mistake is one sentence, found before anything is built."""
+"""Reading, overriding and checking configs.
+
+Every mistake is one sentence, found before anything is built.
+"""
 
 from __future__ import annotations
 
 import ast
 import difflib
-import functools
 import importlib.util
 import inspect
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Mapping
+import types
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 
 class ConfigError(ValueError):
-    """A mistake of the user's that a sentence can explain. run.py prints it and exits with code 2."""
+    """A mistake of the user's that a sentence can explain.
+
+    run.py prints it and exits with code 2.
+    """
 
 
-# Dicts whose entries a config file names freely; whoever reads them checks their fields (with_defaults).
+# Groups whose entries a config file names freely; whoever reads them checks their fields, see
+# with_defaults.
 OPEN = (
     'model.inputs.audio.mel',
     'model.towers',
@@ -35,208 +43,39 @@ OPEN = (
     'compiler_options',
 )
 
+# Old dotted path -> new dotted path, of a field or a whole group. Overrides and stored configs with
+# the old name are accepted, with a warning.
+RENAMED_FIELDS: dict[str, str] = {}
 
-def load(spec: str) -> ConfigDict:
-    """Config of 'path/file.py' or 'path/file.py:arg' (the argument goes to its get_config)."""
-    path, _, arg = spec.partition(':')
-    file = pathlib.Path(path)
-    if not file.is_file():
-        near = (
-            sorted(str(p) for p in file.parent.glob('*.py') if p.stem != '__init__')
-            if file.parent.is_dir()
-            else []
-        )
-        hint = f'there are {", ".join(near)}' if near else f'folder {file.parent} does not exist'
-        raise ConfigError(f'--config={spec}: no file {path}; {hint}')
-    if file.suffix != '.py':
-        raise ConfigError(
-            f'--config={spec}: {path} is not a Python file; a config is one, such as configs/default.py'
-        )
-    module_spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(
-            f'--config={spec}: {path} cannot be run ({type(error).__name__}: {_line(error)}); mend that file'
-        ) from error
-    if not callable(getattr(module, 'get_config', None)):
-        raise ConfigError(
-            f'--config={spec}: {path} defines no get_config(); a config file has one, see configs/default.py'
-        )
-    if arg and not inspect.signature(module.get_config).parameters:
-        raise ConfigError(
-            f'--config={spec}: get_config() of {path} takes no argument; leave out :{arg}'
-        )
-    try:
-        config = module.get_config(arg) if arg else module.get_config()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f'--config={spec}: {_line(error.args[0] if error.args else error)}'
-        ) from error
-    return config
-
-
-def override(config: ConfigDict, assignments: Iterable[tuple[str, str]]) -> None:
-    """Sets fields in place from ('optimizer.schedule.peak', '1e-3') pairs, keeping each field's type. A group whose entries are named freely
-    (OPEN) may be replaced as a whole: ('data.train', "{'mine': {'path': 'data/mine'}}")."""
-    for path, text in assignments:
-        *parents, last = path.split('.')
-        node = config
-        for depth, key in enumerate([*parents, last]):
-            if not isinstance(node, ConfigDict):
-                raise ConfigError(
-                    f'--config.{path}={text}: {".".join(path.split(".")[:depth])} is a value, not a group'
-                )
-            if key not in node:
-                where = '.'.join(['config', *path.split('.')[:depth]])
-                raise ConfigError(
-                    f'--config.{path}={text}: {where} has no field {key!r}; {_near(key, node)}'
-                )
-            if depth < len(parents):
-                node = node[key]
-        if isinstance(node[last], ConfigDict):
-            node[last] = _group(path, text, node[last])
-        else:
-            node[last] = parse(text, node[last], f'config.{path}')
-
-
-def _group(path: str, text: str, old: ConfigDict) -> ConfigDict:
-    if path not in OPEN:
-        raise ConfigError(
-            f'--config.{path}={text}: {path} is a group of fields ({", ".join(old)}); name one of them'
-        )
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    if not isinstance(value, dict) or not all(isinstance(k, str) and k for k in value):
-        raise ConfigError(
-            f'--config.{path}={text}: {path} is a group of fields ({", ".join(old) or "none yet"}); name one of them, or replace '
-            'it by a dictionary in quotes, such as "{\'name\': value}"'
-        )
-    return ConfigDict(_tuples(value))
-
-
-def parse(text: str, like: Any, where: str) -> Any:
-    """`text` as a value of the type of `like`. Raises ConfigError naming the field."""
-    if isinstance(like, str):
-        return text
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = {'true': True, 'false': False}.get(text.lower(), text)
-    return _typed(value, like, where)
-
-
-def _typed(value: Any, like: Any, where: str) -> Any:
-    if isinstance(like, bool):
-        ok = isinstance(value, bool)
-    elif isinstance(like, float):
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-        value = float(value) if ok else value
-    elif isinstance(like, int):
-        ok = isinstance(value, int) and not isinstance(value, bool)
-    elif isinstance(like, (tuple, list)):
-        ok = isinstance(value, (tuple, list))
-        value = _tuples(value) if ok else value
-    else:
-        ok = like is None or isinstance(value, type(like))
-    if not ok:
-        raise ConfigError(
-            f'{where}={value!r} is a {type(value).__name__}; a {type(like).__name__} is wanted, '
-            f'such as {like!r}'
-        )
-    return value
-
-
-def check_fields(
-    config: ConfigDict, schema: ConfigDict, where: str = 'config', path: str = ''
-) -> None:
-    """Every field of `config` exists in `schema` (configs/default.py) and has its type."""
-    for key, value in config.items():
-        name = f'{path}.{key}' if path else key
-        if key not in schema:
-            raise ConfigError(f'{where}.{key}={value!r}: no such field; {_near(key, schema)}')
-        if name in OPEN:
-            continue
-        if isinstance(schema[key], ConfigDict) != isinstance(value, ConfigDict):
-            raise ConfigError(
-                f'{where}.{key}={value!r}: a {"group" if isinstance(schema[key], ConfigDict) else "value"} is wanted'
-            )
-        if isinstance(value, ConfigDict):
-            check_fields(value, schema[key], f'{where}.{key}', name)
-        else:
-            config[key] = _typed(value, schema[key], f'{where}.{key}')
-    for key in schema:
-        if key not in config:
-            raise ConfigError(
-                f'{where} lacks the field {key!r}; start from configs/default.py, which has them all'
-            )
-
-
-def complete(config: ConfigDict, defaults: ConfigDict, path: str = '') -> ConfigDict:
-    """`config` with the fields of `defaults` that it lacks, filled in place: of a run older than they are, whose behaviour the defaults keep."""
-    for key, value in defaults.items():
-        name = f'{path}.{key}' if path else key
-        if key not in config:
-            config[key] = value
-        elif (
-            isinstance(value, ConfigDict)
-            and isinstance(config[key], ConfigDict)
-            and name not in OPEN
-        ):
-            complete(config[key], value, name)
-    return config
-
-
-def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> ConfigDict:
-    """`defaults` overlaid with `config`. Raises ConfigError for a field that has no default, and for wrong types."""
-    out = ConfigDict(dict(defaults))
-    for key, value in config.items():
-        if key not in defaults:
-            raise ConfigError(f'{where}.{key}={value!r}: no such field; {_near(key, defaults)}')
-        out[key] = (
-            _typed(value, defaults[key], f'{where}.{key}')
-            if not isinstance(value, ConfigDict)
-            else value
-        )
-    return out
-
-
-def choose(value: str, options: Iterable[str], where: str) -> str:
-    """`value` if it is one of `options`; otherwise a ConfigError that lists them."""
-    options = list(options)
-    if value not in options:
-        raise ConfigError(f'{where}={value!r}: choose one of {", ".join(options)}')
-    return value
-
-
-COUNTS = {  # field -> smallest value
-    **dict.fromkeys(
-        (
-            'batch_size',
-            'accumulate',
-            'steps',
-            'log_every',
-            'max_bad_steps',
-            'checkpoint.every',
-            'checkpoint.keep',
-            'data.prefetch',
-            'data.threads',
-            'data.synthetic_size',
-            'model.inputs.video.frames',
-            'model.inputs.video.size',
-            'model.inputs.audio.samples',
-            'model.inputs.audio.rate',
-            'model.inputs.text.candidates',
-            'model.inputs.text.words',
-        ),
-        1,
-    ),
-    **dict.fromkeys(('eval_every', 'checkpoint.keep_every'), 0),
+# Field -> smallest value.
+COUNTS = {
+    'batch_size': 1,
+    'accumulate': 1,
+    'steps': 1,
+    'log_every': 1,
+    'max_bad_steps': 1,
+    'checkpoint.every': 1,
+    'checkpoint.keep': 1,
+    'data.prefetch': 1,
+    'data.threads': 1,
+    'data.synthetic_size': 1,
+    'model.inputs.video.frames': 1,
+    'model.inputs.video.size': 1,
+    'model.inputs.audio.samples': 1,
+    'model.inputs.audio.rate': 1,
+    'model.inputs.text.candidates': 1,
+    'model.inputs.text.words': 1,
+    # 0: never
+    'eval_every': 0,
+    'checkpoint.keep_every': 0,
 }
+# Fields from 0 to 1.
 SHARES = ('data.flip', 'data.max_corrupt', 'augment.color')
+# Field of (smallest, largest) -> upper bound of both.
+INTERVALS = {
+    'data.crop': 1,
+    'data.aspect': float('inf'),
+}
 CHOICES = {
     'jax_platform': ('', 'cpu', 'cuda', 'tpu'),
     'compute_dtype': ('float32', 'bfloat16'),
@@ -245,61 +84,428 @@ CHOICES = {
 }
 
 
+def load(spec: str) -> ConfigDict:
+    """Load a config file.
+
+    Args:
+        spec: 'path/file.py' or 'path/file.py:arg'; the argument goes to its get_config.
+
+    Raises:
+        ConfigError: There is no such file, it cannot be run, or get_config refuses the argument.
+    """
+    path, _, arg = spec.partition(':')
+    get_config = _get_config_function(spec, path)
+    if not arg:
+        arguments = []
+    elif inspect.signature(get_config).parameters:
+        arguments = [arg]
+    else:
+        raise ConfigError(
+            f'--config={spec}: get_config() of {path} takes no argument; leave out :{arg}'
+        )
+    try:
+        return get_config(*arguments)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # str() of a KeyError would put its message in quotes.
+        message = error.args[0] if error.args else error
+        raise ConfigError(f'--config={spec}: {_one_line(message)}') from error
+
+
+def _get_config_function(spec: str, path: str) -> Any:
+    """Return the get_config of a config file."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise ConfigError(f'--config={spec}: no file {path}; {_files_nearby(file.parent)}')
+    if file.suffix != '.py':
+        raise ConfigError(
+            f'--config={spec}: {path} is not a Python file; a config is one, such as '
+            'configs/default.py'
+        )
+    try:
+        module = _run_file(file)
+    except Exception as error:
+        raise ConfigError(
+            f'--config={spec}: {path} cannot be run ({type(error).__name__}: '
+            f'{_one_line(error)}); correct that file'
+        ) from error
+    get_config = getattr(module, 'get_config', None)
+    if not callable(get_config):
+        raise ConfigError(
+            f'--config={spec}: {path} defines no get_config(); a config file has one, see '
+            'configs/default.py'
+        )
+    return get_config
+
+
+def _run_file(file: pathlib.Path) -> types.ModuleType:
+    module_spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
+    assert module_spec is not None and module_spec.loader is not None  # it ends in .py
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
+
+
+def _files_nearby(folder: pathlib.Path) -> str:
+    """Return the clause that tells of the config files in a folder."""
+    files = []
+    if folder.is_dir():
+        files = sorted(str(path) for path in folder.glob('*.py') if path.stem != '__init__')
+    if files:
+        return f'there are {", ".join(files)}'
+    return f'folder {folder} does not exist'
+
+
+def override(config: ConfigDict, assignments: Iterable[tuple[str, str]]) -> None:
+    """Set fields in place, keeping each field's type.
+
+    A group whose entries are named freely (OPEN) may be replaced as a whole:
+    ('data.train', "{'mine': {'path': 'data/mine'}}").
+
+    Args:
+        config: The config to change.
+        assignments: (dotted path, text) pairs, such as ('optimizer.schedule.peak', '1e-3'). Old
+            names in RENAMED_FIELDS are accepted with a warning.
+
+    Raises:
+        ConfigError: There is no such field, or the text is no value of its type.
+    """
+    for given_path, text in assignments:
+        path = _current_path(given_path)
+        group, field = _find_field(config, path, text)
+        if isinstance(group[field], ConfigDict):
+            group[field] = _parse_group(path, text, group[field])
+        else:
+            group[field] = parse(text, group[field], f'config.{path}')
+
+
+def _find_field(config: ConfigDict, path: str, text: str) -> tuple[ConfigDict, str]:
+    """Return the group that holds the field at a dotted path, and the field's own name."""
+    keys = path.split('.')
+    node: Any = config
+    for depth, key in enumerate(keys):
+        if not isinstance(node, ConfigDict):
+            parent = '.'.join(keys[:depth])
+            raise ConfigError(f'--config.{path}={text}: {parent} is a value, not a group')
+        if key not in node:
+            parent = '.'.join(['config', *keys[:depth]])
+            raise ConfigError(
+                f'--config.{path}={text}: {parent} has no field {key!r}; {_suggestion(key, node)}'
+            )
+        group = node
+        node = node[key]
+    return group, keys[-1]
+
+
+def _parse_group(path: str, text: str, current: ConfigDict) -> ConfigDict:
+    """Return the entries in `text`, a dictionary that replaces a freely named group."""
+    if path not in OPEN:
+        raise ConfigError(
+            f'--config.{path}={text}: {path} is a group of fields ({", ".join(current)}); name '
+            'one of them'
+        )
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if not isinstance(value, dict) or not all(isinstance(key, str) and key for key in value):
+        raise ConfigError(
+            f'--config.{path}={text}: {path} is a group of fields '
+            f'({", ".join(current) or "none yet"}); name one of them, or replace it by a '
+            'dictionary in quotes, such as "{\'name\': value}"'
+        )
+    return ConfigDict(_with_tuples(value))
+
+
+def _current_path(path: str) -> str:
+    """Return the path under which a field is found today; warn if it was renamed."""
+    for old, new in RENAMED_FIELDS.items():
+        if path == old or path.startswith(f'{old}.'):
+            _warn_renamed(old, new)
+            return new + path.removeprefix(old)
+    return path
+
+
+def _move_renamed(config: ConfigDict) -> None:
+    """Move the fields of a stored config that were renamed, in place, with a warning for each."""
+    for old, new in RENAMED_FIELDS.items():
+        if not _has_field(config, old):
+            continue
+        _warn_renamed(old, new)
+        value = _pop_field(config, old)
+        if not _has_field(config, new):  # else the new name counts
+            _put_field(config, new, value)
+
+
+def _warn_renamed(old: str, new: str) -> None:
+    # FutureWarning is the category shown to users by default, once for each text.
+    warnings.warn(
+        f'config.{old} was renamed: use config.{new}', category=FutureWarning, stacklevel=2
+    )
+
+
+def _has_field(config: ConfigDict, path: str) -> bool:
+    node: Any = config
+    for key in path.split('.'):
+        if not isinstance(node, ConfigDict) or key not in node:
+            return False
+        node = node[key]
+    return True
+
+
+def _pop_field(config: ConfigDict, path: str) -> Any:
+    """Remove the field, and its group where nothing else is left in it; return its value."""
+    first, _, rest = path.partition('.')
+    if not rest:
+        value = config[first]
+        del config[first]
+        return value
+    value = _pop_field(config[first], rest)
+    if not config[first]:
+        del config[first]
+    return value
+
+
+def _put_field(config: ConfigDict, path: str, value: Any) -> None:
+    """Set the field, making the groups on the way to it."""
+    first, _, rest = path.partition('.')
+    if not rest:
+        config[first] = value
+        return
+    if first not in config:
+        config[first] = ConfigDict()
+    _put_field(config[first], rest, value)
+
+
+def parse(text: str, like: Any, where: str) -> Any:
+    """Return `text` as a value of the type of `like`.
+
+    Raises:
+        ConfigError: It is none; the message names the field `where`.
+    """
+    if isinstance(like, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        # As in YAML and JSON, beside Python's True and False.
+        value = {'true': True, 'false': False}.get(text.lower(), text)
+    return _typed(value, like, where)
+
+
+def _typed(value: Any, like: Any, where: str) -> Any:
+    """Return `value` converted to the type of `like` where nothing is lost, or raise."""
+    # Python counts a bool as an int.
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if like is None:
+        return value
+    if isinstance(like, bool):
+        fits = isinstance(value, bool)
+    elif isinstance(like, float):
+        fits = is_number
+    elif isinstance(like, int):
+        fits = is_number and isinstance(value, int)
+    elif isinstance(like, (tuple, list)):
+        fits = isinstance(value, (tuple, list))
+    else:
+        fits = isinstance(value, type(like))
+    if not fits:
+        raise ConfigError(
+            f'{where}={value!r} is a {type(value).__name__}; a {type(like).__name__} is wanted, '
+            f'such as {like!r}'
+        )
+    if isinstance(like, float):
+        return float(value)
+    if isinstance(like, (tuple, list)):
+        return _with_tuples(value)
+    return value
+
+
+def check_fields(
+    config: ConfigDict, schema: ConfigDict, where: str = 'config', path: str = ''
+) -> None:
+    """Check that `config` has the fields of `schema`, with their types, and no others.
+
+    Numbers and sequences are converted in place to the schema's types.
+
+    Args:
+        config: The config, or a group of it.
+        schema: The same of configs/default.py.
+        where: Name of the group in messages.
+        path: Dotted path of the group, '' for the whole config.
+
+    Raises:
+        ConfigError: Naming the first field that is unknown, missing or of another type.
+    """
+    for key, value in config.items():
+        field_path = f'{path}.{key}' if path else key
+        field_name = f'{where}.{key}'
+        if key not in schema:
+            raise ConfigError(f'{field_name}={value!r}: no such field; {_suggestion(key, schema)}')
+        if field_path in OPEN:
+            continue
+        is_group = isinstance(schema[key], ConfigDict)
+        if is_group != isinstance(value, ConfigDict):
+            expected = 'group' if is_group else 'value'
+            raise ConfigError(f'{field_name}={value!r}: expected a {expected}.')
+        if is_group:
+            check_fields(value, schema[key], field_name, field_path)
+        else:
+            config[key] = _typed(value, schema[key], field_name)
+    for key in schema:
+        if key not in config:
+            raise ConfigError(
+                f'{where} lacks the field {key!r}; start from configs/default.py, which has them '
+                'all'
+            )
+
+
+def complete(config: ConfigDict, defaults: ConfigDict, path: str = '') -> ConfigDict:
+    """Fill in the fields of `defaults` that `config` lacks, in place.
+
+    For the config of a run older than these fields; their defaults keep the behaviour of before.
+
+    Args:
+        config: The config, or a group of it.
+        defaults: The same of configs/default.py.
+        path: Dotted path of the group, '' for the whole config.
+
+    Returns:
+        `config`.
+    """
+    for key, default in defaults.items():
+        field_path = f'{path}.{key}' if path else key
+        if key not in config:
+            config[key] = default
+            continue
+        are_groups = isinstance(default, ConfigDict) and isinstance(config[key], ConfigDict)
+        if are_groups and field_path not in OPEN:
+            complete(config[key], default, field_path)
+    return config
+
+
+def with_defaults(
+    config: ConfigDict | Mapping[str, Any], defaults: Mapping[str, Any], where: str
+) -> ConfigDict:
+    """Return `defaults` overlaid with `config`.
+
+    Raises:
+        ConfigError: A field has no default, or another type than it; the message names it in the
+            group `where`.
+    """
+    merged = ConfigDict(dict(defaults))
+    for key, value in config.items():
+        if key not in defaults:
+            raise ConfigError(
+                f'{where}.{key}={value!r}: no such field; {_suggestion(key, defaults)}'
+            )
+        if isinstance(value, ConfigDict):
+            merged[key] = value
+        else:
+            merged[key] = _typed(value, defaults[key], f'{where}.{key}')
+    return merged
+
+
+def choose(value: str, options: Iterable[str], where: str) -> str:
+    """Return `value` if it is one of `options`.
+
+    Raises:
+        ConfigError: It is not; the message names the field `where` and lists them.
+    """
+    options = list(options)
+    if value not in options:
+        raise ConfigError(f'{where}={value!r}: choose one of {", ".join(options)}')
+    return value
+
+
 def check_values(config: ConfigDict) -> None:
-    """Raises ConfigError for a field whose value makes no sense, whatever the others are."""
-    of = lambda field: functools.reduce(lambda node, key: node[key], field.split('.'), config)
-    for field, low in COUNTS.items():
-        if of(field) < low:
-            raise ConfigError(
-                f'config.{field}={of(field)}: {"a positive number" if low else "a positive number, or 0 for none,"} is wanted'
-            )
-    for field in SHARES:
-        if not 0 <= of(field) <= 1:
-            raise ConfigError(f'config.{field}={of(field):g}: a number from 0 to 1 is wanted')
-    for field, high in (('data.crop', 1), ('data.aspect', float('inf'))):
-        pair = of(field)
-        if (
-            len(pair) != 2
-            or not all(isinstance(x, (int, float)) for x in pair)
-            or not 0 < pair[0] <= pair[1] <= high
-        ):
-            raise ConfigError(
-                f'config.{field}={pair}: two numbers are wanted, smaller one first, above 0{" and at most 1" if high == 1 else ""}'
-            )
-    if not config.model.inputs.video.fps > 0:
-        raise ConfigError(
-            f'config.model.inputs.video.fps={config.model.inputs.video.fps:g}: a positive number is wanted'
-        )
-    if config.profile and not (
-        len(config.profile) == 2
-        and all(isinstance(s, int) for s in config.profile)
-        and 0 < config.profile[0] <= config.profile[1]
-    ):
-        raise ConfigError(
-            f'config.profile={config.profile}: (first, last) step to be traced is wanted, such as (20, 22), or () for none'
-        )
+    """Check each field by itself, whatever the others are.
+
+    Raises:
+        ConfigError: A field's value makes no sense.
+    """
+    _check_numbers(config)
+    for field, upper in INTERVALS.items():
+        _check_interval(_field(config, field), upper, f'config.{field}')
+    fps = config.model.inputs.video.fps
+    if not fps > 0:
+        raise ConfigError(f'config.model.inputs.video.fps={fps:g}: expected a positive number.')
+    _check_profile(config.profile)
     for modality in config.data.mismatch:
         choose(modality, config.model.inputs, 'config.data.mismatch')
     for field, options in CHOICES.items():
-        choose(of(field), options, f'config.{field}')
+        choose(_field(config, field), options, f'config.{field}')
+
+
+def _field(config: ConfigDict, path: str) -> Any:
+    node: Any = config
+    for key in path.split('.'):
+        node = node[key]
+    return node
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    for field, minimum in COUNTS.items():
+        value = _field(config, field)
+        if value < minimum:
+            expected = 'a positive number' if minimum else 'a positive number, or 0 for none'
+            raise ConfigError(f'config.{field}={value}: expected {expected}.')
+    for field in SHARES:
+        value = _field(config, field)
+        if not 0 <= value <= 1:
+            raise ConfigError(f'config.{field}={value:g}: expected a number from 0 to 1.')
+
+
+def _check_interval(interval: tuple[Any, ...], upper: float, where: str) -> None:
+    are_two = len(interval) == 2 and all(isinstance(end, (int, float)) for end in interval)
+    if are_two and 0 < interval[0] <= interval[1] <= upper:
+        return
+    bound = f' and at most {upper}' if upper < float('inf') else ''
+    raise ConfigError(
+        f'{where}={interval}: expected two numbers, smaller one first, above 0{bound}.'
+    )
+
+
+def _check_profile(steps: tuple[Any, ...]) -> None:
+    if not steps:
+        return
+    are_two = len(steps) == 2 and all(isinstance(step, int) for step in steps)
+    if not are_two or not 0 < steps[0] <= steps[1]:
+        raise ConfigError(
+            f'config.profile={steps}: expected the (first, last) step to be traced, such as '
+            '(20, 22), or () for none.'
+        )
 
 
 def check_batch(config: ConfigDict, devices: int, processes: int) -> tuple[int, ...]:
-    """Mesh shape of this config on `devices`; the batch divides over microbatches, hosts and data-parallel devices."""
+    """Check that the batch divides over microbatches, processes and data-parallel devices.
+
+    Args:
+        config: The whole config.
+        devices: Devices of all processes together.
+        processes: Processes.
+
+    Returns:
+        The shape of this config's mesh.
+
+    Raises:
+        ConfigError: It does not divide, the mesh is impossible, or `check_values` finds a mistake.
+    """
+    # Imported late: a config is read before JAX is, whose platform it may choose.
     from vatt_jax.parallel import sharding
 
     try:
         shape = sharding.mesh_shape(config.mesh, devices)
     except sharding.ShardingError as error:
         raise ConfigError(str(error)) from error
-    rows = shape[0] * shape[1]
     check_values(config)
-    unit = rows * config.accumulate
+    data_parallel = shape[0] * shape[1]  # replica, fsdp
+    unit = data_parallel * config.accumulate
     if config.batch_size % unit:
-        low = max(1, config.batch_size // unit) * unit
+        smaller = max(1, config.batch_size // unit) * unit
         raise ConfigError(
-            f'config.batch_size={config.batch_size} does not divide over {rows} data-parallel devices × '
-            f'config.accumulate={config.accumulate} microbatches; {low} or {low + unit} would'
+            f'config.batch_size={config.batch_size} does not divide over {data_parallel} '
+            f'data-parallel devices × config.accumulate={config.accumulate} microbatches; '
+            f'{smaller} or {smaller + unit} would'
         )
     if config.batch_size % processes:
         raise ConfigError(
@@ -309,16 +515,26 @@ def check_batch(config: ConfigDict, devices: int, processes: int) -> tuple[int, 
 
 
 def to_json(config: ConfigDict) -> str:
+    """Return the config as JSON text."""
     return json.dumps(config.to_dict(), indent=1)
 
 
 def from_json(text: str) -> ConfigDict:
-    """The inverse of to_json; lists become tuples, as configs write them."""
-    return ConfigDict(_tuples(json.loads(text)))
+    """Return the config that `to_json` wrote.
+
+    Lists become tuples, as configs write them. Renamed fields get their new names, with a warning.
+    """
+    config = ConfigDict(_with_tuples(json.loads(text)))
+    _move_renamed(config)
+    return config
 
 
 def stored(workdir: str | pathlib.Path) -> ConfigDict | None:
-    """The resolved config kept with a run, None when the folder holds no run."""
+    """Return the resolved config stored with a run, None when the folder holds no run.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
     file = pathlib.Path(workdir) / 'config.json'
     if not file.exists():
         return None
@@ -326,20 +542,25 @@ def stored(workdir: str | pathlib.Path) -> ConfigDict | None:
         return from_json(file.read_text())
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
-            f'{file} cannot be read ({type(error).__name__}: {error}); remove it and name the config with --config, '
-            'or choose another --workdir'
+            f'{file} cannot be read ({type(error).__name__}: {error}); remove it and name the '
+            'config with --config, or choose another --workdir'
         ) from error
 
 
 def same(a: ConfigDict, b: ConfigDict) -> list[str]:
-    """Dotted names of the fields in which two configs differ."""
-    flat_a, flat_b = dict(flatten(a)), dict(flatten(b))
-    return sorted(
-        k for k in flat_a.keys() | flat_b.keys() if _tuples(flat_a.get(k)) != _tuples(flat_b.get(k))
-    )
+    """Return the dotted names of the fields in which two configs differ."""
+    fields_a = dict(flatten(a))
+    fields_b = dict(flatten(b))
+    differing = []
+    for name in fields_a.keys() | fields_b.keys():
+        # One of the two may come from JSON, with lists for tuples.
+        if _with_tuples(fields_a.get(name)) != _with_tuples(fields_b.get(name)):
+            differing.append(name)
+    return sorted(differing)
 
 
-def flatten(config: Mapping[str, Any], prefix: str = '') -> Iterable[tuple[str, Any]]:
+def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) of every field; `prefix` goes before each path."""
     for key, value in config.items():
         if isinstance(value, (ConfigDict, dict)):
             yield from flatten(value, f'{prefix}{key}.')
@@ -347,26 +568,33 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> Iterable[tuple[str, 
             yield prefix + key, value
 
 
-def _tuples(x: Any) -> Any:
-    if isinstance(x, (list, tuple)):
-        return tuple(_tuples(v) for v in x)
-    return {k: _tuples(v) for k, v in x.items()} if isinstance(x, dict) else x
+def _with_tuples(value: Any) -> Any:
+    """Return the value with tuples for lists, however deep inside."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_with_tuples(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return value
 
 
-def _line(text: Any) -> str:
-    """Whatever a library has to say, on one line."""
+def _one_line(text: Any) -> str:
+    """Return a library's message on one line."""
     return ' '.join(str(text).split())
 
 
-def _near(key: str, fields: Iterable[str]) -> str:
+def _suggestion(key: str, fields: Iterable[str]) -> str:
+    """Return the clause that names the field most like `key`, or all of them."""
     fields = list(fields)
     close = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-    return f'did you mean {close[0]!r}?' if close else f'it has {", ".join(fields) or "no fields"}'
+    if close:
+        return f'did you mean {close[0]!r}?'
+    return f'it has {", ".join(fields) or "no fields"}'
 
 
 def fail(message: str) -> None:
-    """Prints one sentence to standard error and leaves with code 2; never a traceback."""
+    """Print one sentence to standard error and leave with code 2; never a traceback."""
     print(f'error: {message}', file=sys.stderr, flush=True)
     sys.stdout.flush()
-    # Threads of data pipelines and checkpointers must not keep a failed run alive, and atexit hooks have nothing to save.
+    # Threads of data pipelines and checkpointers must not keep a failed run alive, and atexit hooks
+    # have nothing to save.
     os._exit(2)

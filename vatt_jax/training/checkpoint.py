@@ -1,8 +1,15 @@
-"""Checkpoints through orbax: asynchronous, exact, onto any mesh, partial and renamed. Only this file knows orbax.
+"""Checkpoints through orbax: asynchronous, exact, onto any mesh, partial and renamed.
 
-Layout of a run folder: `checkpoints/<step>/{state,meta,columns}` and `manifest.json`, the digests of these files, without which flipped bits would
-be read as parameters. `meta` is JSON: examples consumed, digest of the order so far,
-the resolved config and the data's info (tokenizer, class names), so a checkpoint folder alone is enough to load a model.
+Only this file knows orbax. Layout of a run folder:
+
+    checkpoints/<step>/state          parameters, statistics, optimizer and objective state
+    checkpoints/<step>/meta           JSON: examples consumed, digest of the order so far, the
+                                      resolved config, the data's info (tokenizer, class names)
+    checkpoints/<step>/columns        per-record arrays of the objective
+    checkpoints/<step>/manifest.json  digests of these files, without which flipped bits would be
+                                      read as parameters
+
+A checkpoint folder alone is therefore enough to load a model.
 """
 
 from __future__ import annotations
@@ -17,11 +24,13 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as managers
 
@@ -30,11 +39,14 @@ from vatt_jax.config import ConfigError, from_json
 from vatt_jax.models.embeddings import spline_matrix
 from vatt_jax.parallel import sharding
 
-logging.getLogger('absl').setLevel(
-    logging.ERROR
-)  # orbax tells each file it writes, and warns of metadata it does not need
+# Orbax logs every file it writes and warns of metadata that it does not need.
+logging.getLogger('absl').setLevel(logging.ERROR)
+
 ITEMS = ('state', 'meta', 'columns')
 MANIFEST = 'manifest.json'
+# Orbax refuses to save an empty tree, and most runs have no columns: a placeholder is always
+# saved.
+_PLACEHOLDER = '_'
 
 
 class Unsaved(RuntimeError):
@@ -43,311 +55,452 @@ class Unsaved(RuntimeError):
 
 @dataclasses.dataclass
 class Best:
-    """Preserves the step with the highest `scalar` ('evaluator/name') among the results in `evals`; the earlier of equal ones."""
+    """Orbax preservation policy: keep the step with the highest evaluation result.
+
+    Of equal results the earlier step is preserved.
+
+    Attributes:
+        evals: The run's `evals` folder, with `step_<step>/results.json` in it.
+        scalar: The result to compare, 'evaluator/name'.
+    """
 
     evals: pathlib.Path
     scalar: str
 
     def value(self, step: int) -> float:
+        """Return the result of a step, -inf where it was not (or not yet) evaluated."""
         evaluator, _, name = self.scalar.partition('/')
         try:
-            found = json.loads((self.evals / f'step_{step:06d}' / 'results.json').read_text())
-            return float(found[evaluator]['scalars'][name])
+            results = json.loads((self.evals / f'step_{step:06d}' / 'results.json').read_text())
+            return float(results[evaluator]['scalars'][name])
         except (OSError, ValueError, KeyError, TypeError):
             return -math.inf
 
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        values = [self.value(c.step) for c in checkpoints]
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Return for each checkpoint, oldest first, whether it stays (orbax calls this)."""
+        values = [self.value(saved.step) for saved in checkpoints]
         best = max(values, default=-math.inf)
-        return [v == best and v > -math.inf and v not in values[:i] for i, v in enumerate(values)]
+        preserved = [False] * len(values)
+        if best > -math.inf:
+            preserved[values.index(best)] = True
+        return preserved
 
 
 class Checkpoints:
-    """The checkpoints of one run. folder: `<workdir>/checkpoints`. config: `config.checkpoint`. Old ones go when a new one is whole."""
+    """The checkpoints of one run. Old ones are deleted when a new one is complete."""
 
     def __init__(self, folder: str | pathlib.Path, config: ConfigDict):
-        folder = pathlib.Path(folder).absolute()
-        keep: list[Any] = [managers.LatestN(max(1, config.keep))]
-        if config.keep_every:
-            keep.append(managers.EveryNSteps(config.keep_every))
-        if config.get('best'):
-            keep.append(Best(folder.parent / 'evals', config.best))
-        self.saving = None
+        """Open or create the folder.
 
-        def seal():  # before the folder takes its name, so that both appear together
+        Args:
+            folder: `<workdir>/checkpoints`.
+            config: `config.checkpoint`.
+        """
+        folder = pathlib.Path(folder).absolute()
+        policies: list[Any] = [managers.LatestN(max(1, config.keep))]
+        if config.keep_every:
+            policies.append(managers.EveryNSteps(config.keep_every))
+        if config.get('best'):
+            policies.append(Best(folder.parent / 'evals', config.best))
+        self.saving: int | None = None  # the step being written
+
+        def seal() -> None:
+            # Runs before orbax renames the temporary folder, so that the checkpoint and its
+            # manifest appear together.
             if jax.process_index() == 0:
                 for temporary in folder.glob(f'{self.saving}.orbax-checkpoint-tmp*'):
                     write_manifest(temporary)
 
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=managers.AnyPreservationPolicy(keep),
+            preservation_policy=managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=seal),
         )
         self.manager = ocp.CheckpointManager(folder, options=options, item_names=ITEMS)
 
     def latest(self) -> int | None:
+        """Return the newest step, None without a checkpoint."""
         return self.manager.latest_step()
 
     def save(
         self, step: int, state: Any, meta: dict[str, Any], columns: dict[str, np.ndarray]
     ) -> None:
-        """Starts an asynchronous save; the previous one is waited for. A step that is already saved is left alone."""
+        """Start an asynchronous save, after waiting for the previous one.
+
+        A step that is already saved is left alone.
+
+        Args:
+            step: Optimizer steps taken.
+            state: The TrainState.
+            meta: JSON-able description, see the top of this file.
+            columns: Per-record host arrays of the objective.
+
+        Raises:
+            Unsaved: The previous or this checkpoint could not be written.
+        """
         if self.manager.latest_step() == step:
             return
         self.wait()
         self.saving = step
-        with self._told():
-            self.manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    meta=ocp.args.JsonSave(meta),
-                    columns=ocp.args.StandardSave({'_': np.zeros((), np.int8), **columns}),
-                ),
-                force=True,
-            )
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            meta=ocp.args.JsonSave(meta),
+            columns=ocp.args.StandardSave({_PLACEHOLDER: np.zeros((), np.int8), **columns}),
+        )
+        with self._report_write_errors():
+            self.manager.save(step, args=items, force=True)
 
     @contextlib.contextmanager
-    def _told(self):
-        """Raises Unsaved for whatever goes wrong in writing."""
+    def _report_write_errors(self) -> Iterator[None]:
+        """Raise Unsaved for whatever goes wrong in writing."""
         try:
             yield
         except Exception as error:
-            rest = [s for s in steps(pathlib.Path(self.manager.directory)) if s != self.saving]
-            left = (
-                f'the checkpoint of step {rest[-1]} is whole, and the same command continues from there'
-                if rest
-                else 'there is none before it'
-            )
+            complete = steps(pathlib.Path(self.manager.directory))
+            earlier = [step for step in complete if step != self.saving]
+            if earlier:
+                remaining = (
+                    f'the checkpoint of step {earlier[-1]} is whole, and the same command '
+                    'continues from there'
+                )
+            else:
+                remaining = 'there is none before it'
             raise Unsaved(
-                f'the checkpoint of step {self.saving} could not be written ({_first_line(error)}); {left}. Is the disk full?'
+                f'the checkpoint of step {self.saving} could not be written '
+                f'({_first_line(error)}); {remaining}. Is the disk full?'
             ) from error
 
     def restore(
         self, step: int, shape: Any, shardings: Any
     ) -> tuple[Any, dict[str, Any], dict[str, np.ndarray]]:
-        """(state, meta, columns) of a step, laid out as `shardings` whatever mesh saved it.
+        """Read one step, laid out as `shardings` whatever mesh saved it.
 
-        shape: abstract state. Raises ConfigError when the checkpoint cannot be read or does not fit, naming the first
-        parameter that differs.
+        Args:
+            step: The step to read.
+            shape: Abstract state, a tree of arrays or ShapeDtypeStructs.
+            shardings: Sharding of every leaf of `shape`.
+
+        Returns:
+            state, meta and columns, as they were given to `save`.
+
+        Raises:
+            ConfigError: The checkpoint cannot be read, or does not fit; then the message names the
+                first parameter that differs.
         """
-        want = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shape, shardings
-        )
+
+        def abstract_leaf(leaf: Any, leaf_sharding: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf_sharding)
+
+        target = jax.tree.map(abstract_leaf, shape, shardings)
         path = pathlib.Path(self.manager.directory) / str(step)
-        _check_shapes(path, want)
+        _check_shapes(path, target)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target),
+            meta=ocp.args.JsonRestore(),
+            columns=ocp.args.StandardRestore(),
+        )
         try:
-            got = self.manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(want),
-                    meta=ocp.args.JsonRestore(),
-                    columns=ocp.args.StandardRestore(),
-                ),
-            )
+            restored = self.manager.restore(step, args=items)
         except Exception as error:
             raise ConfigError(
                 f'checkpoint {path} cannot be read ({_first_line(error)}); remove that folder to '
                 'go back to the one before, or choose another --workdir'
             ) from error
-        # Orbax hands back buffers that it may still own; donation needs arrays of ours.
-        state = jax.jit(lambda x: jax.tree.map(jax.numpy.copy, x), out_shardings=shardings)(
-            got.state
-        )
-        return state, got.meta, {k: np.array(v) for k, v in got.columns.items() if k != '_'}
+
+        def copy_tree(tree: Any) -> Any:
+            return jax.tree.map(jax.numpy.copy, tree)
+
+        # Orbax hands back buffers that it may still own; the train step donates its state, which
+        # needs arrays of our own.
+        state = jax.jit(copy_tree, out_shardings=shardings)(restored.state)
+        columns = {
+            name: np.array(column)
+            for name, column in restored.columns.items()
+            if name != _PLACEHOLDER
+        }
+        return state, restored.meta, columns
 
     def wait(self) -> None:
-        with self._told():
+        """Wait for the save under way. Raises Unsaved where it failed."""
+        with self._report_write_errors():
             self.manager.wait_until_finished()
 
     def close(self) -> None:
+        """Release orbax's threads."""
         self.manager.close()
 
 
-def steps(folder: pathlib.Path) -> list[int]:
-    """Steps of the complete checkpoints of a folder, ascending."""
-    return (
-        sorted(
-            int(p.name)
-            for p in folder.glob('*')
-            if p.name.isdigit() and (p / '_CHECKPOINT_METADATA').exists()
-        )
-        if folder.is_dir()
-        else []
+def _numbered_folders(folder: pathlib.Path, member: str) -> list[int]:
+    """Return the numbers, ascending, that name folders here with `member` in them."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        int(path.name)
+        for path in folder.glob('*')
+        if path.name.isdigit() and (path / member).exists()
     )
 
 
-def _files(folder: pathlib.Path) -> dict[str, str]:
-    """Path -> SHA-256 of every file below a checkpoint folder, but the manifest and what orbax notes of the time of saving."""
-    out = {}
-    for path in sorted(
-        p
-        for p in folder.rglob('*')
-        if p.is_file() and p.name not in (MANIFEST, f'{MANIFEST}.tmp', '_CHECKPOINT_METADATA')
-    ):
+def steps(folder: pathlib.Path) -> list[int]:
+    """Return the steps of the complete checkpoints of a folder, ascending."""
+    return _numbered_folders(folder, '_CHECKPOINT_METADATA')
+
+
+def _file_digests(folder: pathlib.Path) -> dict[str, str]:
+    """Return path -> SHA-256 of every file below a checkpoint folder.
+
+    Left out are the manifest itself and the file in which orbax records the time of saving.
+    """
+    skipped = (MANIFEST, f'{MANIFEST}.tmp', '_CHECKPOINT_METADATA')
+    digests = {}
+    for path in sorted(folder.rglob('*')):
+        if not path.is_file() or path.name in skipped:
+            continue
         with path.open('rb') as file:
-            out[str(path.relative_to(folder))] = hashlib.file_digest(file, 'sha256').hexdigest()
-    return out
+            file_hash = hashlib.file_digest(file, 'sha256')
+        digests[str(path.relative_to(folder))] = file_hash.hexdigest()
+    return digests
 
 
 def write_manifest(folder: pathlib.Path) -> None:
-    """Digests of a finished checkpoint's files, beside them."""
+    """Write the digests of a finished checkpoint's files, beside them."""
     temporary = folder / f'{MANIFEST}.tmp'
-    temporary.write_text(json.dumps(_files(folder), indent=0))
+    temporary.write_text(json.dumps(_file_digests(folder), indent=0))
     os.replace(temporary, folder / MANIFEST)
 
 
 def damage(folder: pathlib.Path) -> str:
-    """What is wrong with a checkpoint's files by its manifest, '' if nothing (or if it has none, being older than manifests)."""
+    """Compare a checkpoint's files with its manifest.
+
+    Returns:
+        What is wrong, '' for nothing. A checkpoint without a manifest is older than manifests and
+        counts as sound.
+    """
     try:
-        wanted = json.loads((folder / MANIFEST).read_text())
+        recorded = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
         return ''
     except (OSError, ValueError) as error:
         return f'{MANIFEST} cannot be read: {_first_line(error)}'
-    there = _files(folder)
-    missing = sorted(set(wanted) - set(there))
-    changed = sorted(f for f in wanted if f in there and wanted[f] != there[f])
-    return (
-        f'{missing[0]} is missing'
-        if missing
-        else f'{changed[0]} is not what was written'
-        if changed
-        else ''
-    )
+    found = _file_digests(folder)
+    missing = sorted(set(recorded) - set(found))
+    if missing:
+        return f'{missing[0]} is missing'
+    changed = sorted(name for name in recorded if recorded[name] != found[name])
+    if changed:
+        return f'{changed[0]} is not what was written'
+    return ''
 
 
-def newest_sound(folder: pathlib.Path, say=print) -> int | None:
-    """Step of the newest checkpoint whose files are what was written, None when there is no checkpoint. Damaged ones above it are told and set
-    aside as `<step>.damaged`. Raises ConfigError when all are damaged."""
-    found = steps(folder)
-    broken = {}
-    for step in reversed(found):
-        broken[step] = damage(folder / str(step))
-        if not broken[step]:
-            for other in found[found.index(step) + 1 :]:
+def newest_sound(folder: pathlib.Path, say: Callable[[str], object] = print) -> int | None:
+    """Return the newest step whose files are what was written.
+
+    Damaged checkpoints above it are reported and renamed to `<step>.damaged`.
+
+    Args:
+        folder: `<workdir>/checkpoints`.
+        say: Receives one line for each damaged checkpoint.
+
+    Returns:
+        The step, None when there is no checkpoint.
+
+    Raises:
+        ConfigError: All checkpoints are damaged; then none is renamed.
+    """
+    damages: dict[int, str] = {}
+    for step in reversed(steps(folder)):
+        reason = damage(folder / str(step))
+        if not reason:
+            for damaged in sorted(damages):
                 say(
-                    f'checkpoint {folder / str(other)} is damaged ({broken[other]}): set aside as {other}.damaged, going back to step {step}'
+                    f'checkpoint {folder / str(damaged)} is damaged ({damages[damaged]}): '
+                    f'set aside as {damaged}.damaged, going back to step {step}'
                 )
-                shutil.rmtree(folder / f'{other}.damaged', ignore_errors=True)
-                os.replace(folder / str(other), folder / f'{other}.damaged')
+                _set_aside(folder, damaged)
             return step
-    if broken:
+        damages[step] = reason
+    if damages:
+        reasons = '; '.join(f'{step}: {reason}' for step, reason in damages.items())
         raise ConfigError(
-            f'every checkpoint in {folder} is damaged ({"; ".join(f"{s}: {why}" for s, why in broken.items())}); restore them from a '
-            'copy, or choose another --workdir'
+            f'every checkpoint in {folder} is damaged ({reasons}); restore them from a copy, or '
+            'choose another --workdir'
         )
     return None
 
 
+def _set_aside(folder: pathlib.Path, step: int) -> None:
+    """Rename a checkpoint, so that orbax no longer takes it for one."""
+    target = folder / f'{step}.damaged'
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(folder / str(step), target)
+
+
 def _first_line(error: BaseException) -> str:
-    return f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0][:200]}'
+    """Return the type and the first line of a library's message, which may be pages long."""
+    lines = str(error).strip().splitlines() or ['']
+    return f'{type(error).__name__}: {lines[0][:200]}'
 
 
-def _check_shapes(path: pathlib.Path, want: Any) -> None:
+def _check_shapes(path: pathlib.Path, target: Any) -> None:
+    """Raise ConfigError for the first parameter of `target` that the checkpoint cannot fill."""
     try:
         with ocp.StandardCheckpointer() as reader:
-            saved = reader.metadata(path / 'state').item_metadata
-        have = {
-            _key(p): tuple(m.shape) for p, m in jax.tree_util.tree_leaves_with_path(dict(saved))
+            saved = dict(reader.metadata(path / 'state').item_metadata)
+        saved_shapes = {
+            _path_name(key_path): tuple(metadata.shape)
+            for key_path, metadata in jax.tree_util.tree_leaves_with_path(saved)
         }
     except Exception as error:
-        raise ConfigError(f'checkpoint {path} cannot be read ({_first_line(error)})') from error
-    for p, leaf in jax.tree_util.tree_leaves_with_path(want):
-        name = _key(p)
-        if name.startswith('params') and have.get(name, leaf.shape) != leaf.shape:
+        raise _unreadable(path, error) from error
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(target):
+        name = _path_name(key_path)
+        # Optimizer and objective state follow from the parameters, whose names say more.
+        if not name.startswith('params'):
+            continue
+        if name not in saved_shapes:
             raise ConfigError(
-                f'checkpoint {path}: {name} has shape {have[name]} and this config makes {leaf.shape}; '
-                'use the config the run was started with, or another --workdir'
+                f'checkpoint {path} has no {name}; use the config the run was started with, or '
+                'another --workdir'
             )
-        if name.startswith('params') and name not in have:
+        if saved_shapes[name] != leaf.shape:
             raise ConfigError(
-                f'checkpoint {path} has no {name}; use the config the run was started with, or another --workdir'
+                f'checkpoint {path}: {name} has shape {saved_shapes[name]} and this config makes '
+                f'{leaf.shape}; use the config the run was started with, or another --workdir'
             )
 
 
-def _key(path: Any) -> str:
-    return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path)
+def _unreadable(path: pathlib.Path, error: Exception) -> ConfigError:
+    return ConfigError(f'checkpoint {path} cannot be read ({_first_line(error)})')
+
+
+def _path_name(key_path: Sequence[Any]) -> str:
+    """Return 'params/model/kernel' for a key path of JAX, whatever kinds of keys it holds."""
+    parts = []
+    for key in key_path:
+        for attribute in ('key', 'name', 'idx'):  # of DictKey, GetAttrKey and SequenceKey
+            if hasattr(key, attribute):
+                key = getattr(key, attribute)
+                break
+        parts.append(str(key))
+    return '/'.join(parts)
 
 
 def find(path: str | pathlib.Path) -> pathlib.Path:
-    """The newest checkpoint folder of a run folder, or the checkpoint folder itself."""
+    """Return the newest checkpoint folder of a run folder, or the checkpoint folder itself.
+
+    Args:
+        path: A run folder, its `checkpoints` folder or one checkpoint folder.
+
+    Raises:
+        ConfigError: There is no checkpoint.
+    """
     path = pathlib.Path(path)
     if (path / 'meta').is_dir() and (path / 'state').is_dir():
         return path.absolute()
-    folder = path / 'checkpoints' if (path / 'checkpoints').is_dir() else path
-    steps = (
-        sorted(int(p.name) for p in folder.glob('*') if p.name.isdigit() and (p / 'state').is_dir())
-        if folder.is_dir()
-        else []
-    )
-    if not steps:
+    folder = path
+    if (path / 'checkpoints').is_dir():
+        folder = path / 'checkpoints'
+    available = _numbered_folders(folder, 'state')
+    if not available:
         raise ConfigError(
-            f'{path} holds no checkpoint; a run folder (with checkpoints/<step>) or one checkpoint folder is wanted'
+            f'{path} holds no checkpoint; a run folder (with checkpoints/<step>) or one checkpoint '
+            'folder is wanted'
         )
-    return (folder / str(steps[-1])).absolute()
+    return (folder / str(available[-1])).absolute()
 
 
 def sound(path: str | pathlib.Path) -> pathlib.Path:
-    """The same. Raises ConfigError where its files are not what was written."""
+    """Return what `find` returns, once its files are checked.
+
+    Raises:
+        ConfigError: There is no checkpoint, or its files are not what was written.
+    """
     path = find(path)
-    if why := damage(path):
+    reason = damage(path)
+    if reason:
         raise ConfigError(
-            f'checkpoint {path} is damaged ({why}); name another one of {path.parent}'
+            f'checkpoint {path} is damaged ({reason}); name another one of {path.parent}'
         )
     return path
 
 
 def read_meta(path: pathlib.Path) -> dict[str, Any]:
-    """`meta` of a checkpoint folder."""
+    """Return `meta` of a checkpoint folder. Raises ConfigError where it cannot be read."""
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             return reader.restore(path / 'meta')
     except Exception as error:
-        raise ConfigError(f'checkpoint {path} cannot be read ({_first_line(error)})') from error
+        raise _unreadable(path, error) from error
+
+
+def _has_leaves(tree: Any) -> bool:
+    return bool(jax.tree.leaves(tree))
+
+
+def _read_variables(path: pathlib.Path, with_heads: bool) -> dict[str, Any]:
+    """Read the parts of a checkpoint that a model needs, as NumPy, and leave the rest on disk."""
+    with ocp.StandardCheckpointer() as reader:
+        saved = dict(reader.metadata(path / 'state').item_metadata)
+    params = {'model': saved['params']['model']}
+    if with_heads:
+        for name, tree in saved['params'].items():
+            if name == 'model' or _has_leaves(tree):
+                params[name] = tree
+    parts = {'params': params, 'batch_stats': saved['batch_stats'], 'ema': saved['ema'] or {}}
+    # Orbax cannot restore a tree without leaves.
+    parts = {name: tree for name, tree in parts.items() if _has_leaves(tree)}
+    target = jax.tree.map(lambda metadata: np.zeros((), metadata.dtype), parts)
+    # Without a restore type orbax would place the arrays on the devices that saved them.
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(
+            path / 'state',
+            args=ocp.args.PyTreeRestore(target, restore_args=as_numpy, partial_restore=True),
+        )
 
 
 def read_model(path: pathlib.Path, objective: bool = False) -> dict[str, Any]:
-    """{'params', 'batch_stats'} of the model of a checkpoint, as NumPy; averaged parameters where they were kept. objective: also
-    'objective', the parameters of its heads."""
+    """Read the model of a checkpoint as NumPy arrays.
+
+    Args:
+        path: A checkpoint folder.
+        objective: Also read the parameters of the objective's heads.
+
+    Returns:
+        'params' (the averaged ones where the run averaged them) and 'batch_stats' of the model;
+        with `objective` also 'objective', the heads' parameters.
+
+    Raises:
+        ConfigError: The checkpoint cannot be read.
+    """
     try:
-        with ocp.StandardCheckpointer() as reader:
-            tree = dict(reader.metadata(path / 'state').item_metadata)
-        params = {
-            k: v
-            for k, v in tree['params'].items()
-            if k == 'model' or objective and jax.tree.leaves(v)
-        }
-        item = {'params': params, 'batch_stats': tree['batch_stats'], 'ema': tree['ema'] or {}}
-        item = {k: v for k, v in item.items() if jax.tree.leaves(v)}
-        like = jax.tree.map(lambda m: np.zeros((), m.dtype), item)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            got = reader.restore(
-                path / 'state',
-                args=ocp.args.PyTreeRestore(
-                    like,
-                    restore_args=jax.tree.map(
-                        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like
-                    ),
-                    partial_restore=True,
-                ),
-            )
+        restored = _read_variables(path, with_heads=objective)
     except Exception as error:
-        raise ConfigError(f'checkpoint {path} cannot be read ({_first_line(error)})') from error
-    heads = {'objective': got['params'].get('objective', {})} if objective else {}
-    return {
-        'params': got.get('ema') or got['params']['model'],
-        'batch_stats': got.get('batch_stats', {}),
-        **heads,
+        raise _unreadable(path, error) from error
+    variables = {
+        'params': restored.get('ema') or restored['params']['model'],
+        'batch_stats': restored.get('batch_stats', {}),
     }
+    if objective:
+        variables['objective'] = restored['params'].get('objective', {})
+    return variables
 
 
-def load_model(path: str | pathlib.Path, mesh) -> tuple[ConfigDict, dict[str, Any], dict[str, Any]]:
-    """(config, variables on the mesh (replicated), info) of a run folder or a checkpoint folder.
+def load_model(
+    path: str | pathlib.Path, mesh: Mesh
+) -> tuple[ConfigDict, dict[str, Any], dict[str, Any]]:
+    """Load the model of a run folder or a checkpoint folder.
 
-    info: what the data object told about itself: {'tokenizer': spec, 'labels': {name: [class names]}, …}.
-    Raises ConfigError when there is none or it cannot be read.
+    Args:
+        path: See `find`.
+        mesh: The variables are replicated over it.
+
+    Returns:
+        The run's config, the variables of the model, and `info`, what the data object said about
+        itself: {'tokenizer': spec, 'labels': {name: [class names]}, …}.
+
+    Raises:
+        ConfigError: There is no checkpoint, or it cannot be read.
     """
     path = sound(path)
     meta = read_meta(path)
@@ -355,79 +508,114 @@ def load_model(path: str | pathlib.Path, mesh) -> tuple[ConfigDict, dict[str, An
     return from_json(json.dumps(meta['config'])), variables, meta['info']
 
 
-def init_from(path: str, params: Any, batch_stats: Any, rename, skip) -> tuple[Any, Any, list[str]]:
-    """Model parameters and statistics taken from another run where names and shapes agree.
+def init_from(
+    path: str, params: Any, batch_stats: Any, rename: Sequence[Any], skip: Sequence[str]
+) -> tuple[Any, Any, list[str]]:
+    """Take model parameters and statistics from another run, where names and shapes agree.
 
-    params, batch_stats: this run's model trees (arrays with shardings). rename: ((regex, replacement), …) applied to our path to get
-    the path in the other checkpoint. skip: paths (regex) left at their initial values. Position tables of another length are resized by
-    spline. Returns the trees and the paths left.
-    Raises ConfigError when a wanted parameter is absent there or has another shape, or when nothing was taken.
+    Position tables of another length are resized by spline.
+
+    Args:
+        path: The other run, see `find`.
+        params: This run's model parameters, arrays with shardings.
+        batch_stats: This run's model statistics, likewise.
+        rename: ((regex, replacement), …), applied in this order to a path of this run to get the
+            path in the other checkpoint.
+        skip: Regular expressions of the paths left at their initial values.
+
+    Returns:
+        Both trees with the values taken, and the paths that `skip` left.
+
+    Raises:
+        ConfigError: A parameter is absent there or has another shape, or nothing was taken.
     """
+    _check_init_fields(rename, skip)
+    available = _named_variables(read_model(sound(path)))
+    skipped: list[str] = []
+    num_taken = 0
+
+    def transfer(group: str, tree: Any) -> Any:
+        def transfer_leaf(name: str, initial: jax.Array) -> jax.Array:
+            nonlocal num_taken
+            if optim.matches(name, skip):
+                skipped.append(name)
+                return initial
+            value = _fitting_value(path, available, group, name, rename, initial.shape)
+            num_taken += 1
+            return jax.device_put(np.asarray(value, initial.dtype), initial.sharding)
+
+        return jax.tree.map(transfer_leaf, optim.paths(tree), tree)
+
+    params = transfer('params', params)
+    batch_stats = transfer('batch_stats', batch_stats)
+    if not num_taken:
+        raise ConfigError(
+            f'config.init_from={path}: config.init_skip={tuple(skip)} leaves every parameter out'
+        )
+    return params, batch_stats, skipped
+
+
+def _check_init_fields(rename: Sequence[Any], skip: Sequence[str]) -> None:
+    """Raise ConfigError for malformed config.init_skip or config.init_rename."""
     optim.check_patterns(skip, 'config.init_skip')
     for pair in rename:
         if not (isinstance(pair, tuple) and len(pair) == 2):
             raise ConfigError(
-                f'config.init_rename has {pair!r}; pairs of a pattern and its replacement are wanted, such as '
-                "(('^fronts_', 'patches_'),)"
+                f'config.init_rename has {pair!r}; expected pairs of a pattern and its '
+                "replacement, such as (('^fronts_', 'patches_'),)"
             )
-    optim.check_patterns([p for p, _ in rename], 'config.init_rename')
-    folder = sound(path)
-    other = read_model(folder)
-    flat = {
-        f'{group}/{name}': x
-        for group, tree in (('params', other['params']), ('batch_stats', other['batch_stats']))
-        for name, x in zip(jax.tree.leaves(optim.paths(tree)), jax.tree.leaves(tree), strict=True)
-    }
-    left: list[str] = []
-    taken = 0
+    optim.check_patterns([pattern for pattern, _ in rename], 'config.init_rename')
 
-    def take(group):
-        def one(name, mine):
-            nonlocal taken
-            if optim.matches(name, skip):
-                left.append(name)
-                return mine
-            theirs = name
-            for pattern, replacement in rename:
-                theirs = re.sub(pattern, replacement, theirs)
-            value = flat.get(f'{group}/{theirs}')
-            if value is None:
-                raise ConfigError(
-                    f'config.init_from={path}: it has no parameter {theirs!r} (wanted for {name!r}); '
-                    'map it with config.init_rename or leave it out with config.init_skip'
-                )
-            if (
-                name.endswith('_positions')
-                and value.shape[1:] == mine.shape[1:]
-                and len(value) != len(mine)
-            ):
-                value = spline_matrix(len(value), len(mine)) @ np.asarray(
-                    value, np.float64
-                )  # another grid: the official rule
-            if value.shape != mine.shape:
-                raise ConfigError(
-                    f'config.init_from={path}: {theirs} has shape {value.shape}, this model wants {mine.shape}; '
-                    f'leave it out with config.init_skip=({name!r},) or change the config'
-                )
-            taken += 1
-            return jax.device_put(np.asarray(value, mine.dtype), mine.sharding)
 
-        return one
+def _named_variables(variables: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return 'params/<path>' and 'batch_stats/<path>' -> array of what `read_model` returned."""
+    named = {}
+    for group in ('params', 'batch_stats'):
+        names = jax.tree.leaves(optim.paths(variables[group]))
+        leaves = jax.tree.leaves(variables[group])
+        for name, leaf in zip(names, leaves, strict=True):
+            named[f'{group}/{name}'] = leaf
+    return named
 
-    params = jax.tree.map(take('params'), optim.paths(params), params)
-    batch_stats = jax.tree.map(take('batch_stats'), optim.paths(batch_stats), batch_stats)
-    if not taken:
+
+def _fitting_value(
+    path: str,
+    available: dict[str, np.ndarray],
+    group: str,
+    name: str,
+    rename: Sequence[tuple[str, str]],
+    shape: tuple[int, ...],
+) -> np.ndarray:
+    """Return the other run's value for our parameter `name`, or raise ConfigError."""
+    source_name = name
+    for pattern, replacement in rename:
+        source_name = re.sub(pattern, replacement, source_name)
+    value = available.get(f'{group}/{source_name}')
+    if value is None:
         raise ConfigError(
-            f'config.init_from={path}: config.init_skip={tuple(skip)} leaves every parameter out'
+            f'config.init_from={path}: it has no parameter {source_name!r} (wanted for {name!r}); '
+            'map it with config.init_rename or leave it out with config.init_skip'
         )
-    return params, batch_stats, left
+    is_position_table = name.endswith('_positions') and value.shape[1:] == shape[1:]
+    if is_position_table and len(value) != shape[0]:
+        # Another grid of patches: resized by the rule of the official implementation, in float64.
+        value = spline_matrix(len(value), shape[0]) @ np.asarray(value, np.float64)
+    if value.shape != shape:
+        raise ConfigError(
+            f'config.init_from={path}: {source_name} has shape {value.shape}, this model wants '
+            f'{shape}; leave it out with config.init_skip=({name!r},) or change the config'
+        )
+    return value
 
 
 def digest(tree: Any) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of every leaf: equal digests, equal trees, bit for bit."""
-    h = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        x = np.asarray(jax.device_get(leaf))
-        h.update(f'{_key(path)}{x.shape}{x.dtype}'.encode())
-        h.update(np.ascontiguousarray(x).tobytes())
-    return h.hexdigest()
+    """Return the SHA-256 over names, shapes, dtypes and bytes of every leaf.
+
+    Equal digests mean equal trees, bit for bit.
+    """
+    tree_hash = hashlib.sha256()
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(jax.device_get(leaf))
+        tree_hash.update(f'{_path_name(key_path)}{array.shape}{array.dtype}'.encode())
+        tree_hash.update(np.ascontiguousarray(array).tobytes())
+    return tree_hash.hexdigest()

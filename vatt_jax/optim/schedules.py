@@ -1,0 +1,118 @@
+"""Learning rate schedules from `config.optimizer.schedule`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from vatt_jax.config import ConfigError, choose
+
+SCHEDULES = ('warmup_cosine', 'warmup_quarter_cosine', 'constant', 'vatt')
+
+# ((step, rate), …): the rate is reached at the step, and interpolated in between.
+Levels = tuple[tuple[Any, Any], ...]
+
+
+def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+    """Make the function step -> learning rate (float32).
+
+    - `vatt`: linear warm-up to the first level, a half-period cosine from each level to the next,
+      and from the last one to 0 at the run's end (official VATT). Its pre-training has 1e-4 at 5k
+      and 5e-5 at 500k. The latter is the end of the run, where the official formula divides zero
+      by zero and returns NaN; this one returns the last level.
+    - `warmup_cosine`: linear warm-up, then half a period from peak to end.
+    - `warmup_quarter_cosine`: linear warm-up, then the first quarter of a period, so that the rate
+      falls fastest at the end (VATT paper, section 4.1).
+    - `constant`: linear warm-up, then the peak.
+
+    Args:
+        config: `config.optimizer.schedule`.
+        steps: Optimizer steps of the whole run.
+
+    Raises:
+        ConfigError: A field has a value that makes no sense, or the warm-up fills the run.
+    """
+    _check_fields(config)
+    if config.name == 'constant':
+        return _constant(config.peak, config.warmup)
+    levels = _levels(config, steps)
+    if config.name == 'warmup_quarter_cosine':
+        return _through_levels(levels, _quarter_cosine)
+    return _through_levels(levels, _half_cosine)
+
+
+def _check_fields(config: ConfigDict) -> None:
+    choose(config.name, SCHEDULES, 'config.optimizer.schedule.name')
+    for field in ('peak', 'warmup', 'end'):
+        if config[field] < 0:
+            raise ConfigError(
+                f'config.optimizer.schedule.{field}={config[field]:g}: expected a number of at '
+                'least 0.'
+            )
+    if config.name != 'vatt':
+        return
+    are_pairs = all(isinstance(level, tuple) and len(level) == 2 for level in config.levels)
+    if not config.levels or not are_pairs:
+        raise ConfigError(
+            f'config.optimizer.schedule.levels={config.levels}: expected (step, rate) pairs, such '
+            'as ((5000, 1e-4), (500000, 5e-5)).'
+        )
+
+
+def _levels(config: ConfigDict, steps: int) -> Levels:
+    """Return the levels that the rate passes through, the warm-up's end first."""
+    if config.name == 'vatt':
+        levels = config.levels
+        if levels[-1][0] < steps:
+            levels = (*levels, (steps, 0.0))
+    else:
+        levels = ((config.warmup, config.peak), (steps, config.end))
+        if config.warmup >= steps:
+            raise ConfigError(
+                f'config.optimizer.schedule.warmup={config.warmup} leaves nothing of '
+                f'config.steps={steps}; try {max(1, steps // 10)}'
+            )
+    for (step, _), (next_step, _) in zip(levels, levels[1:]):
+        if step >= next_step:
+            raise ConfigError(f'config.optimizer.schedule.levels={levels}: the steps must increase')
+    return levels
+
+
+def _constant(peak: float, warmup: int) -> optax.Schedule:
+    def rate(step: Any) -> jax.Array:
+        # At least 1 below the line: both branches of `where` are computed.
+        return jnp.where(step < warmup, peak * step / max(1, warmup), peak)
+
+    return rate
+
+
+def _half_cosine(progress: jax.Array) -> jax.Array:
+    return 0.5 * (1 + jnp.cos(math.pi * progress))
+
+
+def _quarter_cosine(progress: jax.Array) -> jax.Array:
+    return jnp.cos(math.pi / 2 * progress)
+
+
+def _through_levels(levels: Levels, curve: Callable[[jax.Array], jax.Array]) -> optax.Schedule:
+    """Warm up linearly to the first level and follow `curve` (1 at 0, 0 at 1) between levels."""
+
+    def rate(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        first_step, first_rate = levels[0]
+        value = first_rate * step / max(1, first_step)
+        if len(levels) == 1:
+            return jnp.minimum(value, first_rate)
+        for (start, start_rate), (end, end_rate) in zip(levels, levels[1:]):
+            progress = jnp.clip((step - start) / (end - start), 0.0, 1.0)
+            segment = end_rate + (start_rate - end_rate) * curve(progress)
+            value = jnp.where(step >= start, segment, value)
+        return value.astype(jnp.float32)
+
+    return rate
