@@ -384,21 +384,30 @@ def test_fac_head_is_its_definition(reference):
     [
         (
             {'towers__video__patch': (2, 8)},
-            r'config.model.towers.video.patch=\(2, 8\) does not fit inputs of \(4, 16, 16\); 3 numbers',
+            r'config.model.towers.video.patch: expected 3 numbers from 1 to \(4, 16, 16\), .*\(2, 8\)',
         ),
-        ({'towers__video__patch': (2, 32, 8)}, 'does not fit'),
+        ({'towers__video__patch': (2, 32, 8)}, r'expected 3 numbers .* got \(2, 32, 8\)'),
         (
             {'towers__audio__patch': 5000},
-            r'config.model.towers.audio.patch=5000 does not fit inputs of \(1024,\)',
+            r'config.model.towers.audio.patch: expected 1 numbers from 1 to \(1024,\), .* got 5000',
         ),
-        ({'towers__video__layers': 0}, 'config.model.towers.video.layers=0: a positive number'),
+        (
+            {'towers__video__layers': 0},
+            'config.model.towers.video.layers: expected a positive number, got 0',
+        ),
         (
             {'towers__video__drop_token': 1.0},
-            'config.model.towers.video.drop_token=1: a number of at least 0 and below 1',
+            'config.model.towers.video.drop_token: expected a number of at least 0 and below 1, got 1',
         ),
         ({'towers__audio__drop_token': 0.99}, 'drop_token=0.99 leaves none of 16 tokens'),
-        ({'towers__text__dropout': -0.1}, 'config.model.towers.text.dropout=-0.1'),
-        ({'shared': True, 'encoder': {'heads': 0}}, 'config.model.encoder.heads=0'),
+        (
+            {'towers__text__dropout': -0.1},
+            r'config.model.towers.text.dropout: expected .* got -0.1',
+        ),
+        (
+            {'shared': True, 'encoder': {'heads': 0}},
+            'config.model.encoder.heads: expected a positive number, got 0',
+        ),
     ],
 )
 def test_sizes_that_make_no_sense_are_sentences(fields, told):

@@ -1,17 +1,29 @@
-"""The registry of models: a new one is a Linen module with encode / interact / project, and an entry here."""
+"""The registry of models: a new one is a Linen module with encode, interact and project."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from flax.core import freeze
 
 from vatt_jax.config import choose
-from vatt_jax.models.multimodal import VATT, Encoded, Outputs
+from vatt_jax.models.multimodal import Encoded, MultimodalEncoder, Outputs
 
-MODELS = {'vatt': VATT}
+MODELS = {'vatt': MultimodalEncoder}
 
 __all__ = ['MODELS', 'Encoded', 'Outputs', 'build']
 
 
-def build(config, dtype: str = 'float32'):
-    """The module of `config.model`. Raises ConfigError for an unknown name or field."""
-    return MODELS[choose(config.name, MODELS, 'config.model.name')](freeze(config.to_dict()), dtype)
+def build(config: Any, dtype: str = 'float32') -> MultimodalEncoder:
+    """Build the module of a model config.
+
+    Args:
+        config: `config.model`, a ConfigDict.
+        dtype: of activations.
+
+    Raises:
+        ConfigError: for an unknown name or field.
+    """
+    name = choose(config.name, MODELS, 'config.model.name')
+    # Linen modules are hashed by their attributes, so the config must be immutable.
+    return MODELS[name](freeze(config.to_dict()), dtype)

@@ -1,8 +1,12 @@
-"""Common spaces: which modality projects into which space, through what. A graph is a table, not code."""
+"""Common spaces: which modality projects into which space, through what.
+
+A graph is a table, not code.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,29 +17,46 @@ import jax.numpy as jnp
 from vatt_jax.config import ConfigError, choose
 from vatt_jax.models.layers import BatchNorm, Dense
 
+Step = tuple[str, ...]
+Path = tuple[Step, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """paths: modality -> steps in order, from the pooled vector of its tower. A step:
+    """How the modalities reach their common spaces.
 
-    ('dense' | 'dense_bias', name, space whose width it has), ('bn', name), ('relu',);
-    ('emit', space): the value so far is the modality's embedding in that space;
-    ('pooled',): begin anew at the tower's vector;
-    ('evaluation',): what follows is left out in training.
-    Equal names are the same parameters. norm, init: entries of layers.NORMS and layers.INITS, for all of them.
+    A step is one of
+
+        ('dense' | 'dense_bias', name, space whose width it has)
+        ('bn', name)
+        ('relu',)
+        ('emit', space)   the value so far is the modality's embedding in that space
+        ('pooled',)       begin anew at the tower's vector
+        ('evaluation',)   what follows is left out in training
+
+    Layers of equal names share their parameters.
+
+    Attributes:
+        paths: modality -> its steps in order, from the pooled vector of its tower.
+        norm: of all batch norms, an entry of layers.NORMS.
+        init: of all dense kernels, an entry of layers.INITS.
     """
 
-    paths: Mapping[str, tuple]
+    paths: Mapping[str, Path]
     norm: str = 'plain'
     init: str = 'glorot'
 
     def spaces(self) -> list[str]:
-        return list(
-            dict.fromkeys(s[1] for steps in self.paths.values() for s in steps if s[0] == 'emit')
-        )
+        """Names of the graph's spaces, each once, in the order of the paths."""
+        names: list[str] = []
+        for steps in self.paths.values():
+            for step in steps:
+                if step[0] == 'emit' and step[1] not in names:
+                    names.append(step[1])
+        return names
 
 
-def mlp(name: str, space: str) -> tuple:
+def mlp(name: str, space: str) -> Path:
     """MMV's head of video: two layers, batch norm after each, ReLU between."""
     return (
         ('dense_bias', f'{name}_hidden', space),
@@ -47,32 +68,46 @@ def mlp(name: str, space: str) -> tuple:
     )
 
 
-def linear(name: str, space: str) -> tuple:
+def linear(name: str, space: str) -> Path:
+    """One dense layer into a space."""
     return (('dense_bias', name, space), ('emit', space))
 
 
-def fine_and_coarse(between: tuple) -> Graph:
-    """MMV's FAC: from the fine space on, one map to the coarse one for video and audio. Its batch norm sees video alone in training, so the path of
-    audio goes on in evaluation only."""
+def joint(modality: str) -> Path:
+    """VATT's head of a modality where one space holds all of them."""
+    return (
+        ('relu',),
+        ('dense', f'{modality}_joint', 'joint'),
+        ('bn', f'{modality}_norm'),
+        ('emit', 'joint'),
+    )
+
+
+def fine_and_coarse(between: Path) -> Graph:
+    """MMV's FAC: one map from the fine space to the coarse one for video and audio.
+
+    Its batch norm sees video alone in training, so the path of audio goes on in evaluation only.
+
+    Args:
+        between: steps between the fine space and that map.
+    """
     coarse = (
         *between,
         ('dense_bias', 'va_to_vat', 'vat'),
         ('bn', 'va_to_vat_norm'),
         ('emit', 'vat'),
     )
-    return Graph(
-        {
-            'video': (*mlp('video_va', 'va'), *coarse),
-            'audio': (*linear('audio_va', 'va'), ('evaluation',), *coarse),
-            'text': linear('text_vat', 'vat'),
-        },
-        'debiased',
-        'fan_in',
-    )
+    paths = {
+        'video': (*mlp('video_va', 'va'), *coarse),
+        'audio': (*linear('audio_va', 'va'), ('evaluation',), *coarse),
+        'text': linear('text_vat', 'vat'),
+    }
+    return Graph(paths, norm='debiased', init='fan_in')
 
 
 GRAPHS = {
-    # VATT's fine and coarse: video-audio fine, video-text coarse on top of it (paper, section 3.4; official `fac` head).
+    # VATT's fine and coarse: video-audio fine, video-text coarse on top of it (paper, section 3.4;
+    # official `fac` head).
     'fac': Graph(
         {
             'video': (
@@ -91,22 +126,18 @@ GRAPHS = {
             'text': linear('text_vat', 'vat'),
         }
     ),
-    # one space for all (official `joint` head)
-    'joint': Graph(
-        {
-            m: (('relu',), ('dense', f'{m}_joint', 'joint'), ('bn', f'{m}_norm'), ('emit', 'joint'))
-            for m in ('video', 'audio', 'text')
-        }
-    ),
-    # MMV's (paper, section 3.1). Shared: one space for all. Disjoint: a space for each pair, with heads of its own.
+    # One space for all (official `joint` head).
+    'joint': Graph({'video': joint('video'), 'audio': joint('audio'), 'text': joint('text')}),
+    # MMV's (paper, section 3.1). Shared: one space for all. Disjoint: a space for each pair, with
+    # heads of its own.
     'mmv_shared': Graph(
         {
             'video': mlp('video_joint', 'joint'),
             'audio': linear('audio_joint', 'joint'),
             'text': linear('text_joint', 'joint'),
         },
-        'debiased',
-        'fan_in',
+        norm='debiased',
+        init='fan_in',
     ),
     'mmv_disjoint': Graph(
         {
@@ -114,115 +145,172 @@ GRAPHS = {
             'audio': (*linear('audio_va', 'va'), ('pooled',), *linear('audio_at', 'at')),
             'text': (*linear('text_vt', 'vt'), ('pooled',), *linear('text_at', 'at')),
         },
-        'debiased',
-        'fan_in',
+        norm='debiased',
+        init='fan_in',
     ),
     # Between the fine and the coarse space: nothing, ReLU (released), batch norm and ReLU.
     'mmv_fac': fine_and_coarse(()),
     'mmv_fac_relu': fine_and_coarse((('relu',),)),
     'mmv_fac_bnrelu': fine_and_coarse((('bn', 'va_norm'), ('relu',))),
-    # encoders alone (fine-tuning)
+    # Encoders alone (fine-tuning).
     'none': Graph({}),
 }
 
 
 class CommonSpaces(nn.Module):
-    """config: {'name': entry of GRAPHS, <space>: width, …}; a space without a width is left out, with all that leads to it alone."""
+    """Projections of pooled vectors into common spaces.
+
+    Attributes:
+        config: {'name': entry of GRAPHS, <space>: width, …}. A space without a width is left out,
+            with all that leads to it alone.
+    """
 
     config: Mapping[str, Any]
 
     @nn.compact
-    def __call__(self, pooled, valid, train: bool):
-        """{stream: [B(,K) D]}, {stream: bool [B]} -> {space: {stream: float32 [B(,K) E]}}, un-normalised.
+    def __call__(
+        self, pooled: Mapping[str, jax.Array], valid: Mapping[str, Any], train: bool
+    ) -> dict[str, dict[str, jax.Array]]:
+        """Project every stream along its modality's path.
 
-        Streams of one modality share parameters and, in training, batch statistics of one pass over all of them.
+        Streams of one modality share parameters and, in training, batch statistics of one pass over
+        all of them.
+
+        Args:
+            pooled: {stream: [B D], for text [B K D]}.
+            valid: {stream: bool [B]}, the rows that count in batch statistics.
+            train: whether batch norms take statistics of the batch.
+
+        Returns:
+            {space: {stream: float32 [B E], for text [B K E]}}, un-normalised.
         """
         graph = GRAPHS[choose(self.config['name'], GRAPHS, 'config.model.head.name')]
-        layers: dict[str, nn.Module] = {}
-        spaces: dict[str, dict] = {}
-
-        def layer(make, name):
-            if name not in layers:
-                layers[name] = make(name=name)
-            return layers[name]
-
+        layers: dict[str, Any] = {}  # layers of the same name are made once
+        spaces: dict[str, dict[str, jax.Array]] = {}
         for modality, steps in paths(graph, self.config).items():
-            names = [s for s in pooled if s.split('.')[0] == modality]
-            if not names:
+            streams = [name for name in pooled if name.split('.')[0] == modality]
+            if not streams:
                 continue
-            # all views in one pass: one set of batch statistics, one update of the running ones
-            lead = [pooled[s].shape[:-1] for s in names]
-            rows = [
-                jnp.broadcast_to(valid[s].reshape(valid[s].shape + (1,) * (len(l) - 1)), l).reshape(
-                    -1
-                )
-                for s, l in zip(names, lead)
-            ]
-            start = x = jnp.concatenate([pooled[s].reshape(-1, pooled[s].shape[-1]) for s in names])
-            weight = jnp.concatenate(rows)
-            for kind, *rest in steps:
+            # All views in one pass: one set of batch statistics, one update of the running ones.
+            leading = [pooled[name].shape[:-1] for name in streams]
+            row_valid = [_valid_rows(valid[name], shape) for name, shape in zip(streams, leading)]
+            start = jnp.concatenate(
+                [pooled[name].reshape(-1, pooled[name].shape[-1]) for name in streams]
+            )  # [R D]
+            weight = jnp.concatenate(row_valid)  # [R]
+            x = start
+            for step in steps:
+                kind = step[0]
                 if kind in ('dense', 'dense_bias'):
-                    x = layer(
-                        lambda name: Dense(
-                            self.config[rest[1]],
-                            ('hidden', None),
+                    _, name, space = step
+                    if name not in layers:
+                        layers[name] = Dense(
+                            features=self.config[space],
+                            axes=('hidden', None),
                             bias=kind == 'dense_bias',
-                            init=graph.init,  # noqa: B023
+                            init=graph.init,
                             name=name,
-                        ),
-                        rest[0],
-                    )(x)
+                        )
+                    x = layers[name](x)
                 elif kind == 'bn':
-                    x = layer(lambda name: BatchNorm(graph.norm, name=name), rest[0])(
-                        x, weight, train
-                    )
+                    name = step[1]
+                    if name not in layers:
+                        layers[name] = BatchNorm(graph.norm, name=name)
+                    x = layers[name](x, weight, train)
                 elif kind == 'relu':
                     x = jax.nn.relu(x)
                 elif kind == 'pooled':
                     x = start
-                elif kind == 'evaluation':
-                    if train:
-                        break
-                else:
-                    begin = 0
-                    for s, l, r in zip(names, lead, rows):
-                        spaces.setdefault(rest[0], {})[s] = (
-                            x[begin : begin + len(r)].reshape(*l, -1).astype(jnp.float32)
-                        )
-                        begin += len(r)
+                elif kind == 'emit':
+                    members = spaces.setdefault(step[1], {})
+                    members.update(_split_streams(x, streams, leading))
+                elif train:  # 'evaluation': the rest of the path is left out
+                    break
         return spaces
 
 
-def paths(graph: Graph, config: Mapping[str, Any]) -> dict[str, list]:
-    """The graph's paths without what leads to no space that has a width: modality -> steps. Raises ConfigError for other fields than spaces,
-    for none, and where a space is reached through one that has no width."""
-    known = graph.spaces()
-    for field, width in (
-        config.items() if known else ()
-    ):  # without spaces, widths left over from another graph mean nothing
-        if field != 'name' and (field not in known or not isinstance(width, int) or width < 1):
-            raise ConfigError(
-                f'config.model.head.{field}={width!r}: the graph {config["name"]!r} has the spaces {", ".join(known)}; '
-                'give those that are wanted a positive width'
-            )
-    if known and not any(s in config for s in known):
-        raise ConfigError(
-            f'config.model.head has no width for any space of the graph {config["name"]!r}; it has {", ".join(known)}'
-        )
-    out = {}
+def _valid_rows(valid: Any, leading: tuple[int, ...]) -> jax.Array:
+    """bool [B] -> bool [R]: what holds for a clip holds for each of its sentences."""
+    expanded = valid.reshape(valid.shape + (1,) * (len(leading) - 1))
+    return jnp.broadcast_to(expanded, leading).reshape(-1)
+
+
+def _split_streams(
+    x: jax.Array, streams: list[str], leading: list[tuple[int, ...]]
+) -> dict[str, jax.Array]:
+    """Cut the rows [R E] of all streams into {stream: float32 [B E] or [B K E]}."""
+    embeddings = {}
+    begin = 0
+    for name, shape in zip(streams, leading):
+        end = begin + math.prod(shape)
+        embeddings[name] = x[begin:end].reshape(*shape, -1).astype(jnp.float32)
+        begin = end
+    return embeddings
+
+
+def paths(graph: Graph, config: Mapping[str, Any]) -> dict[str, list[Step]]:
+    """The graph's paths without what leads to no space that has a width.
+
+    Args:
+        graph: the whole graph.
+        config: `config.model.head`, see CommonSpaces.
+
+    Returns:
+        {modality: steps}.
+
+    Raises:
+        ConfigError: for fields other than spaces, for no space at all, and where a space is reached
+            through one that has no width.
+    """
+    _check_widths(graph, config)
+    pruned = {}
     for modality, steps in graph.paths.items():
-        branches: list[list] = [[]]
-        for step in steps:
-            branches.append([step]) if step[0] == 'pooled' else branches[-1].append(step)
-        wanted = lambda step: step[0] != 'emit' or step[1] in config
-        ends = [
-            max((i + 1 for i, s in enumerate(b) if s[0] == 'emit' and wanted(s)), default=0)
-            for b in branches
-        ]
-        out[modality] = [s for b, end in zip(branches, ends) for s in b[:end] if wanted(s)]
-        for step in out[modality]:
+        pruned[modality] = _prune(steps, config)
+        for step in pruned[modality]:
             if step[0].startswith('dense') and step[2] not in config:
                 raise ConfigError(
-                    f'config.model.head.{step[2]} is missing: {modality} reaches other spaces of {config["name"]!r} through that one'
+                    f'config.model.head.{step[2]} is missing: {modality} reaches other spaces of '
+                    f'{config["name"]!r} through that one'
                 )
-    return out
+    return pruned
+
+
+def _check_widths(graph: Graph, config: Mapping[str, Any]) -> None:
+    """Check that the head's fields are widths of spaces of the graph."""
+    known = graph.spaces()
+    if not known:
+        # Without spaces, widths left over from another graph mean nothing.
+        return
+    for field, width in config.items():
+        if field == 'name':
+            continue
+        if field not in known or not isinstance(width, int) or width < 1:
+            raise ConfigError(
+                f'config.model.head.{field}={width!r}: the graph {config["name"]!r} has the spaces '
+                f'{", ".join(known)}; give those that you need a positive width'
+            )
+    if not any(space in config for space in known):
+        raise ConfigError(
+            f'config.model.head has no width for any space of the graph {config["name"]!r}; '
+            f'it has {", ".join(known)}'
+        )
+
+
+def _prune(steps: Path, config: Mapping[str, Any]) -> list[Step]:
+    """The steps of a path up to the last space of each branch that has a width."""
+    branches: list[list[Step]] = [[]]
+    for step in steps:
+        if step[0] == 'pooled':
+            branches.append([])
+        branches[-1].append(step)
+
+    remaining: list[Step] = []
+    for branch in branches:
+        end = 0
+        for i, step in enumerate(branch):
+            if step[0] == 'emit' and step[1] in config:
+                end = i + 1
+        for step in branch[:end]:
+            if step[0] != 'emit' or step[1] in config:
+                remaining.append(step)
+    return remaining

@@ -1,5 +1,8 @@
-"""Towers and common spaces: one transformer per modality, or one for all, over raw video, waveform and words (VATT, Akbari et al. 2021), or
-networks that take a modality whole (MMV, Alayrac et al. 2020)."""
+"""Towers and common spaces: the model of VATT, MMV and SeLaVi.
+
+Either one transformer for each modality, or one for all of them, over raw video, waveform and words
+(VATT, Akbari et al. 2021); or networks that take a modality whole (MMV, Alayrac et al. 2020).
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,13 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from vatt_jax.config import ConfigError, choose, with_defaults
 from vatt_jax.inputs import spectrogram
 from vatt_jax.models.attention import IMPLEMENTATIONS
 from vatt_jax.models.common_space import CommonSpaces
-from vatt_jax.models.embeddings import LinearWords, Patches, Words
+from vatt_jax.models.embeddings import LinearWords, Patches, Tokens, Words
 from vatt_jax.models.layers import INITS, NORMS, Dense
 from vatt_jax.models.towers.audio_resnet import ResNet2D, ResNet2DV2, ResNet9
 from vatt_jax.models.towers.i3d import I3D
@@ -27,11 +31,21 @@ from vatt_jax.models.towers.tsm_resnet import TSMResNet
 from vatt_jax.models.transformer import REMAT, Encoder, pack, unpack
 from vatt_jax.rng import Packed, Rng
 
+# The fields stay `Any`: JAX rebuilds these dataclasses with specs, None or booleans as leaves.
+
 
 @flax.struct.dataclass
 class Encoded:
-    """One stream after its tower. pooled [B D] (text [B K D]). tokens [B N D] without the aggregate token (text [B K L D]) and
-    mask bool [B N], both None unless features were asked for. grid: token counts per axis. kept: tokens DropToken left, or None."""
+    """One stream after its tower.
+
+    Attributes:
+        pooled: [B D], for text [B K D].
+        tokens: [B N D] without the aggregate token, for text [B K L D]. None unless features were
+            asked for.
+        mask: bool [B N], which tokens are words, for text only.
+        grid: number of tokens along each axis.
+        kept: int [N'] or [B N'], the tokens that DropToken left, or None.
+    """
 
     pooled: Any
     tokens: Any = None
@@ -42,12 +56,18 @@ class Encoded:
 
 @flax.struct.dataclass
 class Outputs:
-    """encoded: {stream: Encoded}. spaces: {space: {stream: float32 [B(,K) E]}}, un-normalised."""
+    """What the whole model returns.
+
+    Attributes:
+        encoded: {stream: Encoded}.
+        spaces: {space: {stream: float32 [B E], for text [B K E]}}, un-normalised.
+    """
 
     encoded: dict[str, Encoded]
     spaces: dict[str, dict[str, Any]]
 
 
+# Fields of every transformer.
 SIZE = {
     'layers': 12,
     'width': 768,
@@ -57,6 +77,7 @@ SIZE = {
     'dropout': 0.1,
     'attention_dropout': 0.1,
 }
+# Fields of a tower over patches of video, waveform or spectrogram.
 PATCHES = {
     'drop_token': 0.5,
     'per_example': False,
@@ -67,6 +88,7 @@ PATCHES = {
     'pre': False,
     'post': 0,
 }
+# Fields of a transformer tower over words.
 WORDS = {
     'vocab': 1 << 16,
     'word_width': 300,
@@ -74,7 +96,8 @@ WORDS = {
     'position_dropout': 0.1,
     'post': 0,
 }
-# Towers that are one network: name -> (modality, module). module(data, valid [B], train) -> (pooled, map); its attributes are the tower's fields.
+# Towers that are one network: name -> (modality, module).
+# module(data, valid [B], train) -> (pooled, map); its attributes are the tower's config fields.
 NETS = {
     'linear': ('text', LinearWords),
     'i3d': ('video', I3D),
@@ -87,17 +110,18 @@ NETS = {
 }
 
 
-def fields(module) -> dict[str, Any]:
-    """Attributes of a net that a config may set, with their defaults."""
+def net_fields(module: Any) -> dict[str, Any]:
+    """Attributes of a net's class that a config may set, with their defaults."""
+    not_configurable = ('parent', 'name', 'dtype')
     return {
-        f.name: f.default
-        for f in dataclasses.fields(module)
-        if f.name not in ('parent', 'name', 'dtype')
+        field.name: field.default
+        for field in dataclasses.fields(module)
+        if field.name not in not_configurable
     }
 
 
-# tower name -> (modality, fields with their defaults). Sizes of published models: presets.py
-TOWERS = {
+# tower name -> (modality, fields with their defaults). Sizes of published models: presets.py.
+TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
     'vit': ('video', {'name': 'vit', **SIZE, **PATCHES, 'patch': (4, 16, 16)}),
     'wat': ('audio', {'name': 'wat', **SIZE, **PATCHES, 'patch': 128}),
     'spt': ('audio', {'name': 'spt', **SIZE, **PATCHES, 'patch': (16, 5), 'drop_token': 0.0}),
@@ -106,30 +130,18 @@ TOWERS = {
         'text',
         {'name': 'bert', **SIZE, **WORDS, 'positions': 16, 'pre_norm': True, 'extra': False},
     ),
-    **{
-        name: (modality, {'name': name, **fields(module)})
-        for name, (modality, module) in NETS.items()
-    },
 }
+for _name, (_modality, _module) in NETS.items():
+    TOWERS[_name] = (_modality, {'name': _name, **net_fields(_module)})
+
+# Names of the patched axes, which are those of the position tables.
 AXES = {
     'vit': ('temporal', 'vertical', 'horizontal'),
     'wat': ('temporal',),
     'spt': ('temporal', 'spectral'),
 }
-# What an encoder of each kind of tower differs in from the default.
-ENCODERS = {
-    't5': lambda t: {
-        'bias': False,
-        'rms': True,
-        'scaled': False,
-        'buckets': t['buckets'],
-        'max_distance': t['max_distance'],
-    },
-    'spt': lambda t: {'bias': False},
-    'bert': lambda t: {'pre_norm': t['pre_norm']},
-}
 
-
+# Fields that must be at least 1, and fields that must lie in [0, 1).
 COUNTS = {
     'layers',
     'width',
@@ -145,116 +157,159 @@ COUNTS = {
 RATES = {'dropout', 'attention_dropout', 'position_dropout', 'drop_token'}
 
 
-class VATT(nn.Module):
-    """config: `config.model` as a plain (frozen) dict. Streams named `modality.view` go through the tower of their modality.
+class MultimodalEncoder(nn.Module):
+    """A tower for each modality and the common spaces that they project into.
 
-    A tower is a front (stream -> tokens), an encoder (of its own, or the shared one) and maybe a post-projection; or one net that does it all.
+    Streams named `modality.view` go through the tower of their modality. A tower is a front (stream
+    to tokens), an encoder (one for this tower, or the shared one) and maybe a post-projection; or
+    one net that does it all.
+
+    Attributes:
+        config: `config.model` as a plain (frozen) dict.
+        dtype: of activations; parameters are float32.
     """
 
     config: Mapping[str, Any]
     dtype: str = 'float32'
 
-    def setup(self):
-        c = self.config
-        fronts, encoders, posts, nets = {}, {}, {}, {}
-        if c['shared']:
-            shared = with_defaults(c['encoder'], SIZE, 'config.model.encoder')
-            check_sizes(shared, 'config.model.encoder')
-            self.shared_encoder = self._encoder(shared)
-        for modality, given in c['towers'].items():
-            where = f'config.model.towers.{modality}'
-            of, defaults = TOWERS[choose(given['name'], TOWERS, f'{where}.name')]
-            if of != modality:
-                raise ConfigError(f'{where}.name={given["name"]!r} is a tower for {of}')
-            t = with_defaults(given, defaults, where)
-            if t['name'] in NETS:
-                if c['shared']:
-                    raise ConfigError(
-                        f'{where}.name={t["name"]!r} has no tokens to share an encoder with; choose vit, wat, spt, t5 or bert, '
-                        'or set config.model.shared=False'
-                    )
-                for field, options in (('norm', NORMS), ('init', INITS)):
-                    if field in t:
-                        choose(t[field], options, f'{where}.{field}')
-                nets[modality] = NETS[t['name']][1](
-                    **{k: v for k, v in t.items() if k != 'name'}, dtype=self.dtype
-                )
-                continue
-            check_sizes(t, where)
-            width = shared['width'] if c['shared'] else t['width']
-            if modality == 'text':
-                words = {
-                    'vocab': t['vocab'],
-                    'word_width': t['word_width'],
-                    'width': width,
-                    'frozen': t['frozen_words'],
-                    'position_dropout': t['position_dropout'],
-                    'dtype': self.dtype,
-                }
-                if c['shared']:
-                    words |= {'positions': c['inputs']['text']['words'], 'bias': True}
-                elif t['name'] == 'bert':
-                    words |= {'positions': t['positions'], 'extra': t['extra']}
-                else:
-                    words |= {'dropout': t['dropout']}
-                fronts[modality] = Words(**words)
-            else:
-                patch, size = patch_of(t), extent(modality, c['inputs'])
-                if len(patch) != len(size) or not all(1 <= p <= n for p, n in zip(patch, size)):
-                    raise ConfigError(
-                        f'{where}.patch={t["patch"]} does not fit inputs of {size}; {len(size)} numbers from 1 to these are wanted'
-                    )
-                tables = tuple(t['positions']) or tuple(n // p for n, p in zip(size, patch))
-                if int((1 - t['drop_token']) * math.prod(tables)) < 1:
-                    raise ConfigError(
-                        f'{where}.drop_token={t["drop_token"]:g} leaves none of {math.prod(tables)} tokens; lower it'
-                    )
-                fronts[modality] = Patches(
-                    patch,
-                    tables,
-                    AXES[t['name']],
-                    width,
-                    t['drop_token'],
-                    t['per_example'],
-                    t['replicas'],
-                    c['shared'] or t['pre'],
-                    t['position_dropout'],
-                    t['name'] == 'spt',
-                    t['patch_init'],
-                    self.dtype,
-                )
-            if not c['shared']:
-                encoders[modality] = self._encoder(t, **ENCODERS.get(t['name'], lambda t: {})(t))
-            if t['post']:
-                posts[modality] = Dense(t['post'], ('embed', None), dtype=self.dtype)
-        self.fronts, self.encoders, self.posts, self.nets = fronts, encoders, posts, nets
-        self.head = CommonSpaces(c['head'])
+    def setup(self) -> None:
+        config = self.config
+        is_shared = config['shared']
+        if is_shared:
+            shared_sizes = with_defaults(config['encoder'], SIZE, 'config.model.encoder')
+            check_sizes(shared_sizes, 'config.model.encoder')
+            self.shared_encoder = self._make_encoder(shared_sizes)
 
-    def _encoder(self, size, **options):
-        c = self.config
-        choose(c['attention'], IMPLEMENTATIONS, 'config.model.attention')
-        choose(c['remat'], REMAT, 'config.model.remat')
+        fronts: dict[str, nn.Module] = {}
+        encoders: dict[str, nn.Module] = {}
+        posts: dict[str, nn.Module] = {}
+        nets: dict[str, nn.Module] = {}
+        for modality, given in config['towers'].items():
+            where = f'config.model.towers.{modality}'
+            tower = resolve_tower(modality, given, where)
+            if tower['name'] in NETS:
+                nets[modality] = self._make_net(tower, where)
+                continue
+            check_sizes(tower, where)
+            width = shared_sizes['width'] if is_shared else tower['width']
+            if modality == 'text':
+                fronts[modality] = self._make_words(tower, width)
+            else:
+                fronts[modality] = self._make_patches(modality, tower, width, where)
+            if not is_shared:
+                encoders[modality] = self._make_encoder(tower, **encoder_options(tower))
+            if tower['post']:
+                posts[modality] = Dense(tower['post'], ('embed', None), dtype=self.dtype)
+
+        # Flax names submodules after these attributes, and so the parameters: `fronts_video`, …
+        self.fronts = fronts
+        self.encoders = encoders
+        self.posts = posts
+        self.nets = nets
+        self.head = CommonSpaces(config['head'])
+
+    def _make_encoder(self, sizes: ConfigDict, **options: Any) -> Encoder:
+        """A transformer of the given sizes."""
+        config = self.config
+        choose(config['attention'], IMPLEMENTATIONS, 'config.model.attention')
+        choose(config['remat'], REMAT, 'config.model.remat')
         return Encoder(
-            size['layers'],
-            size['width'],
-            size['mlp'],
-            size['heads'],
-            size['head_width'],
-            size['dropout'],
-            size['attention_dropout'],
-            scan=c['scan'],
-            remat=c['remat'],
-            implementation=c['attention'],
+            layers=sizes['layers'],
+            width=sizes['width'],
+            mlp=sizes['mlp'],
+            heads=sizes['heads'],
+            head_width=sizes['head_width'],
+            dropout=sizes['dropout'],
+            attention_dropout=sizes['attention_dropout'],
+            scan=config['scan'],
+            remat=config['remat'],
+            implementation=config['attention'],
             dtype=self.dtype,
             **options,
         )
 
+    def _make_net(self, tower: ConfigDict, where: str) -> nn.Module:
+        """A tower that is one network."""
+        name = tower['name']
+        if self.config['shared']:
+            raise ConfigError(
+                f'{where}.name={name!r} has no tokens to share an encoder with; choose vit, wat, '
+                'spt, t5 or bert, or set config.model.shared=False'
+            )
+        if 'norm' in tower:
+            choose(tower['norm'], NORMS, f'{where}.norm')
+        if 'init' in tower:
+            choose(tower['init'], INITS, f'{where}.init')
+        _, module = NETS[name]
+        fields = {field: value for field, value in tower.items() if field != 'name'}
+        return module(**fields, dtype=self.dtype)
+
+    def _make_words(self, tower: ConfigDict, width: int) -> Words:
+        """The front of a transformer over words; see `Words` for the three kinds."""
+        options: dict[str, Any]
+        if self.config['shared']:
+            options = {'positions': self.config['inputs']['text']['words'], 'bias': True}
+        elif tower['name'] == 'bert':
+            options = {'positions': tower['positions'], 'extra': tower['extra']}
+        else:
+            options = {'dropout': tower['dropout']}
+        return Words(
+            vocab=tower['vocab'],
+            word_width=tower['word_width'],
+            width=width,
+            frozen=tower['frozen_words'],
+            position_dropout=tower['position_dropout'],
+            dtype=self.dtype,
+            **options,
+        )
+
+    def _make_patches(self, modality: str, tower: ConfigDict, width: int, where: str) -> Patches:
+        """The front of a transformer over patches of video, waveform or spectrogram."""
+        patch = patch_of(tower)
+        input_size = extent(modality, self.config['inputs'])
+        fits = len(patch) == len(input_size) and all(
+            1 <= length <= limit for length, limit in zip(patch, input_size)
+        )
+        if not fits:
+            raise ConfigError(
+                f'{where}.patch: expected {len(input_size)} numbers from 1 to {input_size}, '
+                f'the size of the inputs, got {tower["patch"]}.'
+            )
+        # Published models fix the size of their position tables; others follow their inputs.
+        tables = tuple(tower['positions'])
+        if not tables:
+            tables = tuple(limit // length for limit, length in zip(input_size, patch))
+        num_tokens = math.prod(tables)
+        if int((1 - tower['drop_token']) * num_tokens) < 1:
+            raise ConfigError(
+                f'{where}.drop_token={tower["drop_token"]:g} leaves none of {num_tokens} tokens; '
+                'lower it'
+            )
+        return Patches(
+            patch=patch,
+            tables=tables,
+            names=AXES[tower['name']],
+            width=width,
+            drop_token=tower['drop_token'],
+            per_example=tower['per_example'],
+            replicas=tower['replicas'],
+            projection=self.config['shared'] or tower['pre'],
+            position_dropout=tower['position_dropout'],
+            transposed=tower['name'] == 'spt',
+            patch_init=tower['patch_init'],
+            dtype=self.dtype,
+        )
+
     def has_tower(self, params: Mapping[str, Any], modality: str) -> bool:
-        """Whether these parameters hold the tower: one that an objective never read in training was not made."""
-        return any(f'{kind}_{modality}' in params for kind in ('fronts', 'nets'))
+        """Return whether these parameters hold the tower of a modality.
+
+        Flax makes a tower's parameters at its first use, so a tower that the objective never read
+        in training has none.
+        """
+        return f'fronts_{modality}' in params or f'nets_{modality}' in params
 
     def batch_normed(self, batch_stats: Mapping[str, Any]) -> list[str]:
-        """Modalities whose tower takes statistics of the batch in training."""
+        """Return the modalities whose tower takes statistics of the batch in training."""
         return sorted(
             name.removeprefix('nets_') for name in batch_stats if name.startswith('nets_')
         )
@@ -262,67 +317,114 @@ class VATT(nn.Module):
     def encode(
         self, name: str, stream: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False
     ) -> Encoded:
-        """One device stream -> Encoded. Only a stream that meets batch statistics (NETS but linear) needs its `valid`, and only in training."""
-        modality = name.split('.')[0]
-        rows, shape, rng = rows_of(name, stream, rng)
-        if modality in self.nets:
-            pooled, tokens = self.nets[modality](rows, stream.get('valid'), train)
-            grid = tokens.shape[1:-1]
-            tokens = shape(tokens.reshape(len(tokens), -1, tokens.shape[-1])) if features else None
-            return Encoded(
-                shape(pooled), tokens, shape(rows != 0) if modality == 'text' else None, grid
-            )
-        tokens = self.fronts[modality](rows, rng, train)
-        encoder = self.shared_encoder if self.config['shared'] else self.encoders[modality]
-        return self._after(
-            modality,
-            tokens,
-            encoder(tokens.x, tokens.mask, rng.at('encoder'), train, features),
-            shape,
-            features,
-        )
+        """Encode one device stream.
 
-    def _after(self, modality: str, tokens, x, shape, features: bool) -> Encoded:
-        """What the encoder made of a stream's tokens -> Encoded."""
+        Args:
+            name: of the stream, `modality` or `modality.view`.
+            stream: its arrays; `data` is read. A tower that takes batch statistics (NETS but
+                linear) reads `valid` as well, and only in training.
+            train: whether dropout, DropToken and batch statistics are on.
+            rng: of the whole batch.
+            features: whether to return every token as well as the pooled vector.
+        """
+        modality = modality_of(name)
+        rows, leading, row_rng = flatten_sentences(name, stream, rng)
+        if modality in self.nets:
+            pooled, feature_map = self.nets[modality](rows, stream.get('valid'), train)
+            grid = feature_map.shape[1:-1]
+            tokens = None
+            if features:
+                tokens = feature_map.reshape(len(feature_map), -1, feature_map.shape[-1])
+                tokens = restore_leading(tokens, leading)  # [B N D]
+            mask = None
+            if modality == 'text':
+                mask = restore_leading(rows != 0, leading)
+            return Encoded(restore_leading(pooled, leading), tokens, mask, grid)
+
+        front_tokens = self.fronts[modality](rows, row_rng, train)
+        encoder = self.shared_encoder if self.config['shared'] else self.encoders[modality]
+        encoded = encoder(front_tokens.x, front_tokens.mask, row_rng.at('encoder'), train, features)
+        return self._finish(modality, front_tokens, encoded, leading, features)
+
+    def _finish(
+        self,
+        modality: str,
+        front_tokens: Tokens,
+        x: jax.Array,
+        leading: tuple[int, ...],
+        features: bool,
+    ) -> Encoded:
+        """Post-project a transformer's output x [R N D] and split off the pooled vector."""
         if modality in self.posts:
             x = jax.nn.gelu(self.posts[modality](x), approximate=False)
-        mask = None if tokens.mask is None else shape(tokens.mask[:, 1:])
-        return Encoded(
-            shape(x[:, 0]), shape(x[:, 1:]) if features else None, mask, tokens.grid, tokens.kept
-        )
+        # The first token is the aggregate one.
+        pooled = restore_leading(x[:, 0], leading)
+        tokens = restore_leading(x[:, 1:], leading) if features else None
+        mask = None
+        if front_tokens.mask is not None:
+            mask = restore_leading(front_tokens.mask[:, 1:], leading)
+        return Encoded(pooled, tokens, mask, front_tokens.grid, front_tokens.kept)
 
     def encode_all(
         self, batch: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False
     ) -> dict[str, Encoded]:
-        """Every stream of the batch -> {stream: Encoded}: what `encode` makes of each, a shared encoder in one pass if config.model.packed."""
-        streams = {name: s for name, s in batch.items() if isinstance(s, Mapping) and 'data' in s}
-        if not (self.config['shared'] and self.config.get('packed')):
-            return {
-                name: self.encode(name, s, train=train, rng=rng, features=features)
-                for name, s in streams.items()
-            }
-        rows, shapes, rngs = zip(*(rows_of(name, s, rng) for name, s in streams.items()))
-        tokens = [
-            self.fronts[name.split('.')[0]](x, r, train) for name, x, r in zip(streams, rows, rngs)
-        ]
-        examples = len(rng.examples)
-        layout = tuple((t.x.shape[0] // examples, t.x.shape[1]) for t in tokens)
+        """Encode every stream of the batch.
+
+        A shared encoder takes all streams in one pass if config.model.packed; the result is what
+        `encode` makes of each.
+
+        Returns:
+            {stream: Encoded}.
+        """
+        streams = {
+            name: value
+            for name, value in batch.items()
+            if isinstance(value, Mapping) and 'data' in value
+        }
+        if self.config['shared'] and self.config.get('packed'):
+            return self._encode_packed(streams, train, rng, features)
+        return {
+            name: self.encode(name, stream, train=train, rng=rng, features=features)
+            for name, stream in streams.items()
+        }
+
+    def _encode_packed(
+        self, streams: Mapping[str, Mapping[str, Any]], train: bool, rng: Rng, features: bool
+    ) -> dict[str, Encoded]:
+        """Encode all streams in one pass of the shared encoder, end to end along the token axis."""
+        front_tokens: dict[str, Tokens] = {}
+        leading: dict[str, tuple[int, ...]] = {}
+        encoder_rngs = []
+        for name, stream in streams.items():
+            rows, leading[name], row_rng = flatten_sentences(name, stream, rng)
+            front_tokens[name] = self.fronts[modality_of(name)](rows, row_rng, train)
+            encoder_rngs.append(row_rng.at('encoder'))
+
+        batch_size = len(rng.examples)
+        # (K, n) of each stream: K rows of n tokens for every example
+        layout = tuple(
+            (tokens.x.shape[0] // batch_size, tokens.x.shape[1]) for tokens in front_tokens.values()
+        )
         x = self.shared_encoder(
-            pack([t.x for t in tokens], examples),
-            tuple(t.mask for t in tokens),
-            Packed.of([r.at('encoder') for r in rngs], layout),
+            pack([tokens.x for tokens in front_tokens.values()], batch_size),
+            tuple(tokens.mask for tokens in front_tokens.values()),
+            Packed.of(encoder_rngs, layout),
             train,
             features,
             layout,
         )
-        parts = unpack(x, layout if features else tuple((k, 1) for k, _ in layout))
+        # Without features, only the first token of each row comes back.
+        output_layout = layout if features else tuple((rows, 1) for rows, _ in layout)
+        outputs = unpack(x, output_layout)
         return {
-            name: self._after(name.split('.')[0], t, part, shape, features)
-            for name, t, part, shape in zip(streams, tokens, parts, shapes)
+            name: self._finish(
+                modality_of(name), front_tokens[name], output, leading[name], features
+            )
+            for name, output in zip(streams, outputs)
         }
 
     def interact(self, encoded: dict[str, Encoded]) -> dict[str, Encoded]:
-        """VATT's modalities meet only in the loss."""
+        """Return the streams as they are: these modalities interact only in the loss."""
         return encoded
 
     def project(
@@ -331,70 +433,124 @@ class VATT(nn.Module):
         *,
         valid: Mapping[str, Any] | None = None,
         train: bool = False,
-    ):
-        """{stream: Encoded} -> {space: {stream: [B(,K) E]}}. valid: {stream: bool [B]}, rows that batch statistics count (all)."""
-        pooled = {name: e.pooled for name, e in encoded.items()}
-        valid = (
-            {name: jnp.ones(x.shape[0], bool) for name, x in pooled.items()}
-            if valid is None
-            else valid
-        )
+    ) -> dict[str, dict[str, jax.Array]]:
+        """Project encoded streams into the common spaces.
+
+        Args:
+            encoded: {stream: Encoded}.
+            valid: {stream: bool [B]}, the rows that count in batch statistics; None: all.
+            train: whether batch norms take statistics of the batch.
+
+        Returns:
+            {space: {stream: float32 [B E], for text [B K E]}}, un-normalised.
+        """
+        pooled = {name: stream.pooled for name, stream in encoded.items()}
+        if valid is None:
+            valid = {name: jnp.ones(x.shape[0], bool) for name, x in pooled.items()}
         return self.head(pooled, valid, train)
 
     def __call__(
         self, batch: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False
     ) -> Outputs:
+        """Encode a device batch and project it into the common spaces."""
         encoded = self.interact(self.encode_all(batch, train=train, rng=rng, features=features))
-        return Outputs(
-            encoded,
-            self.project(encoded, valid={s: batch[s]['valid'] for s in encoded}, train=train),
-        )
+        valid = {name: batch[name]['valid'] for name in encoded}
+        return Outputs(encoded, self.project(encoded, valid=valid, train=train))
 
 
-def rows_of(name: str, stream: Mapping[str, Any], rng: Rng):
-    """(rows of a stream [R …], what gives an array of rows the stream's leading axes, rng of the rows): a sentence of a clip is a row of its own."""
-    data, rng = jnp.asarray(stream['data']), rng.at(name)
-    if name.split('.')[0] != 'text':
-        return data, lambda y: y, rng
-    lead = data.shape[:2]
-    return (
-        data.reshape(-1, data.shape[-1]),
-        lambda y: y.reshape(*lead, *y.shape[1:]),
-        rng.repeat(lead[1]),
-    )
+def modality_of(stream_name: str) -> str:
+    """Modality of a stream named `modality` or `modality.view`."""
+    return stream_name.split('.')[0]
 
 
-def check_sizes(fields: Mapping[str, Any], where: str) -> None:
-    """Raises ConfigError for counts below 1 and for rates outside [0, 1)."""
+def flatten_sentences(
+    name: str, stream: Mapping[str, Any], rng: Rng
+) -> tuple[jax.Array, tuple[int, ...], Rng]:
+    """Turn a stream into rows; each sentence of a clip is one row.
+
+    Returns:
+        The rows [R …]; the stream's leading axes, (B,) or for text (B, K); the rng of the rows.
+    """
+    data = jnp.asarray(stream['data'])
+    rng = rng.at(name)
+    if modality_of(name) != 'text':
+        return data, data.shape[:1], rng
+    batch_size, num_sentences, num_words = data.shape
+    rows = data.reshape(-1, num_words)  # [B·K L]
+    return rows, (batch_size, num_sentences), rng.repeat(num_sentences)
+
+
+def restore_leading(x: jax.Array, leading: tuple[int, ...]) -> jax.Array:
+    """[R …] -> [*leading …], the inverse of `flatten_sentences`."""
+    if len(leading) == 1:
+        return x
+    return x.reshape(*leading, *x.shape[1:])
+
+
+def resolve_tower(modality: str, given: Mapping[str, Any], where: str) -> ConfigDict:
+    """Fields of a tower with their defaults.
+
+    Raises:
+        ConfigError: for an unknown tower or field, or a tower of another modality.
+    """
+    name = choose(given['name'], TOWERS, f'{where}.name')
+    tower_modality, defaults = TOWERS[name]
+    if tower_modality != modality:
+        raise ConfigError(f'{where}.name={given["name"]!r} is a tower for {tower_modality}')
+    return with_defaults(given, defaults, where)
+
+
+def encoder_options(tower: ConfigDict) -> dict[str, Any]:
+    """What the encoder of this kind of tower sets differently from the default."""
+    name = tower['name']
+    if name == 't5':
+        return {
+            'bias': False,
+            'rms': True,
+            'scaled': False,
+            'buckets': tower['buckets'],
+            'max_distance': tower['max_distance'],
+        }
+    if name == 'spt':
+        return {'bias': False}
+    if name == 'bert':
+        return {'pre_norm': tower['pre_norm']}
+    return {}
+
+
+def check_sizes(fields: ConfigDict, where: str) -> None:
+    """Check counts and rates of a tower or encoder.
+
+    Raises:
+        ConfigError: for counts below 1 and for rates outside [0, 1).
+    """
     for name, value in fields.items():
         if name in COUNTS and value < 1:
-            raise ConfigError(f'{where}.{name}={value}: a positive number is wanted')
+            raise ConfigError(f'{where}.{name}: expected a positive number, got {value}.')
         if name in RATES and not 0 <= value < 1:
             raise ConfigError(
-                f'{where}.{name}={value:g}: a number of at least 0 and below 1 is wanted'
+                f'{where}.{name}: expected a number of at least 0 and below 1, got {value:g}.'
             )
 
 
-def patch_of(tower: Mapping[str, Any]) -> tuple[int, ...]:
+def patch_of(tower: Any) -> tuple[int, ...]:
     """Size of a patch along each axis."""
-    return tuple(tower['patch']) if isinstance(tower['patch'], (tuple, list)) else (tower['patch'],)
+    patch = tower['patch']
+    if isinstance(patch, (tuple, list)):
+        return tuple(patch)
+    return (patch,)
 
 
-def extent(modality: str, inputs) -> tuple[int, ...]:
-    """Length of each patched axis of the inputs a model is made for."""
-    i = inputs[modality]
+def extent(modality: str, inputs: Any) -> tuple[int, ...]:
+    """Length of each patched axis of the inputs that a model is made for.
+
+    Args:
+        modality: 'video' or 'audio'.
+        inputs: `config.model.inputs`, a dict or a ConfigDict.
+    """
+    spec = inputs[modality]
     if modality == 'video':
-        return i['frames'], i['size'], i['size']
-    if i.get('mel'):
-        return spectrogram.shape(i)
-    return (i['samples'],)
-
-
-def tokens_of(config, modality: str) -> int:
-    """Tokens of a patched modality at the model's own input size, before DropToken."""
-    return math.prod(
-        n // p
-        for n, p in zip(
-            extent(modality, config['inputs']), patch_of(config['towers'][modality]), strict=True
-        )
-    )
+        return spec['frames'], spec['size'], spec['size']
+    if spec.get('mel'):
+        return spectrogram.shape(spec)
+    return (spec['samples'],)

@@ -1,78 +1,119 @@
-"""The transformer encoder of VATT (pre-LN; post-LN as an option), its layers stacked in one parameter tree whether scanned or unrolled."""
+"""The transformer encoder of VATT: pre-LN, or post-LN as an option.
+
+Its layers are stacked in one parameter tree, whether they are scanned or unrolled.
+"""
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from vatt_jax.models.attention import attention
 from vatt_jax.models.layers import LayerNorm
 from vatt_jax.parallel.sharding import as_rows, constrain, logical
-from vatt_jax.rng import Rng
+from vatt_jax.rng import Packed, Rng
 
 REMAT = ('none', 'dots', 'full')
 Layout = tuple[tuple[int, int], ...]  # of each stream (K, n): K rows of n tokens for every example
 
 
-def pack(parts, examples: int) -> jax.Array:
-    """[B·K n …] of each stream -> [B N …]: an example's rows end to end, N the sum of all K·n. Of no two examples, so a mesh moves nothing."""
-    return jnp.concatenate([x.reshape(examples, -1, *x.shape[2:]) for x in parts], 1)
+def pack(parts: Sequence[jax.Array], examples: int) -> jax.Array:
+    """Put several streams into one array, end to end along the token axis.
+
+    Rows of one example only are joined, so on a mesh nothing moves between devices.
+
+    Args:
+        parts: [B·K n …] of each stream.
+        examples: B.
+
+    Returns:
+        [B N …], N the sum of all K·n.
+    """
+    return jnp.concatenate([x.reshape(examples, -1, *x.shape[2:]) for x in parts], axis=1)
 
 
 def unpack(x: jax.Array, layout: Layout) -> list[jax.Array]:
-    """The inverse of `pack`."""
-    ends = np.cumsum([rows * n for rows, n in layout])[:-1]
+    """Cut [B N …] into [B·K n …] of each stream, the inverse of `pack`."""
+    lengths = [rows * row_length for rows, row_length in layout]
+    split_points = np.cumsum(lengths)[:-1]
+    parts = jnp.split(x, split_points, axis=1)
     return [
-        part.reshape(-1, n, *x.shape[2:])
-        for part, (_, n) in zip(jnp.split(x, ends, 1), layout, strict=True)
+        part.reshape(-1, row_length, *x.shape[2:])
+        for part, (_, row_length) in zip(parts, layout, strict=True)
     ]
 
 
-def first_tokens(layout: Layout) -> np.ndarray:
-    """Columns of the first token of each row."""
-    lengths = [n for rows, n in layout for _ in range(rows)]
-    return np.cumsum([0, *lengths[:-1]])
+def first_tokens(layout: Layout) -> Int[np.ndarray, ' R']:
+    """Columns of the first token of each row of a packed array."""
+    row_lengths = []
+    for rows, row_length in layout:
+        row_lengths += [row_length] * rows
+    return np.cumsum([0, *row_lengths[:-1]])
 
 
 class Projection(nn.Module):
-    """An einsum of [B N …] with an n-d kernel kept n-d, so that each of its dimensions can be sharded. equation: B and N are its `...`."""
+    """An einsum with a kernel of several dimensions, kept so that each can be sharded.
+
+    Attributes:
+        equation: of [B N …] with the kernel; B and N are its `...`.
+        shape: of the kernel.
+        axes: logical names of the kernel's dimensions.
+        fan: (in, out), for the glorot initialiser.
+        bias: whether to add one.
+        dtype: to compute in.
+    """
 
     equation: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    fan: tuple[int, int]  # (in, out), for glorot
+    fan: tuple[int, int]
     bias: bool = True
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         limit = (6 / sum(self.fan)) ** 0.5
-        init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -limit, limit)
-        kernel = self.param('kernel', logical(init, *self.axes), self.shape, jnp.float32).astype(
-            self.dtype
-        )
-        y = jnp.einsum(self.equation, as_rows(x), kernel)
-        letters, out = self.equation.split(',')[1].split('->')
-        kept = [i for i, letter in enumerate(letters) if letter in out]
-        y = y.reshape(*x.shape[:2], *(self.shape[i] for i in kept))
+
+        def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+        kernel = self.param('kernel', logical(init, *self.axes), self.shape, jnp.float32)
+        y = jnp.einsum(self.equation, as_rows(x), kernel.astype(self.dtype))
+
+        # Dimensions of the kernel that the result has as well: they are also the bias's.
+        kernel_letters, output_letters = self.equation.split(',')[1].split('->')
+        output_dims = [i for i, letter in enumerate(kernel_letters) if letter in output_letters]
+        output_shape = tuple(self.shape[i] for i in output_dims)
+        output_axes = [self.axes[i] for i in output_dims]
+        y = y.reshape(*x.shape[:2], *output_shape)
         if self.bias:
-            y = y + self.param(
-                'bias',
-                logical(jax.nn.initializers.zeros, *(self.axes[i] for i in kept)),
-                tuple(self.shape[i] for i in kept),
-                jnp.float32,
-            ).astype(self.dtype)
+            zeros = logical(jax.nn.initializers.zeros, *output_axes)
+            bias = self.param('bias', zeros, output_shape, jnp.float32)
+            y = y + bias.astype(self.dtype)
         return y
 
 
 class Block(nn.Module):
-    """One layer: x += drop(MHA(norm(x))); x += drop(W2 drop(gelu(W1 norm(x)))). VATT paper, section 3.3; T5 options by fields.
+    """One layer (VATT paper, section 3.3), with T5's options.
 
-    pre_norm False (original Transformer, official `bert_small`): x = norm(x + drop(MHA(x))), and the same for the feed-forward part.
+        x += drop(MHA(norm(x)));  x += drop(W2 drop(gelu(W1 norm(x))))
+
+    With pre_norm False (the original Transformer, official `bert_small`) instead
+    x = norm(x + drop(MHA(x))), and the same for the feed-forward part.
+
+    Attributes:
+        bias: whether dense layers have one (False: T5 and the spectrogram tower).
+        rms: whether the attention norm is an RMS norm (True: T5; its feed-forward norm is a
+            LayerNorm all the same).
+        scaled: whether logits are divided by sqrt(head_width) (False: T5).
+        pre_norm: whether norms come before each part or after it.
+        implementation: of attention, see `attention.IMPLEMENTATIONS`.
     """
 
     width: int
@@ -81,11 +122,9 @@ class Block(nn.Module):
     head_width: int
     dropout: float
     attention_dropout: float
-    bias: bool = True  # of Dense layers (False: T5 and the spectrogram tower)
-    rms: bool = (
-        False  # of the attention norm (True: T5; its feed-forward norm is a LayerNorm all the same)
-    )
-    scaled: bool = True  # logits / sqrt(head_width) (False: T5)
+    bias: bool = True
+    rms: bool = False
+    scaled: bool = True
     pre_norm: bool = True
     implementation: str = 'dense'
     dtype: str = 'float32'
@@ -93,98 +132,167 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x,
-        mask,
-        bias,
+        x: Float[Array, 'B N D'],
+        mask: Any,
+        bias: jax.Array | None,
         rng: Rng,
         train: bool,
         first_only: bool = False,
         layout: Layout | None = None,
-    ):
-        """x [B N D] -> [B N D], or [B 1 D] for the first token alone: its keys and values are all tokens'. layout: see Encoder."""
-        h, k, d = self.heads, self.head_width, self.width
-        into = lambda name: Projection(
-            '...d,dhk->...hk',
-            (d, h, k),
-            ('embed', 'heads', 'kv'),
-            (d, h * k),
-            self.bias,
-            self.dtype,
-            name=name,
-        )
-        drop = lambda y, site: rng.at(site).dropout(y, self.dropout) if train else y
-        attention_norm, mlp_norm = (
-            LayerNorm(self.rms, name='attention_norm'),
-            LayerNorm(name='mlp_norm'),
-        )
-        before, after = (
-            (lambda norm, x: norm(x), lambda norm, x: x)
-            if self.pre_norm
-            else (lambda norm, x: x, lambda norm, x: norm(x))
-        )
-        y = before(attention_norm, x)
-        first = slice(0, 1) if layout is None else first_tokens(layout)
-        x, asking = (x[:, first], y[:, first]) if first_only else (x, y)
-        qkv = into('query')(asking), into('key')(y), into('value')(y)
-        attend = functools.partial(
-            attention,
-            scale=k**-0.5 if self.scaled else 1.0,
-            dropout=self.attention_dropout if train else 0.0,
-            implementation=self.implementation,
-        )
+    ) -> Float[Array, 'B Nq D']:
+        """Apply the layer.
+
+        Args:
+            x: tokens.
+            mask: bool [B N] or None; with a layout, a tuple of these.
+            bias: added to the attention logits, [1 heads N N], or None.
+            rng: of the layer; with a layout, an rng.Packed.
+            train: whether dropout is on.
+            first_only: whether to compute the first token of each row alone. It attends to all
+                tokens, so keys and values are computed for all.
+            layout: of several streams packed into one; see Encoder.
+
+        Returns:
+            [B N D], or with first_only [B 1 D] (with a layout [B ΣK D]).
+        """
+        # Both norms are made here so that a layer's parameters keep their order.
+        attention_norm = LayerNorm(self.rms, name='attention_norm')
+        mlp_norm = LayerNorm(name='mlp_norm')
+
+        y = attention_norm(x) if self.pre_norm else x
+        first: slice | np.ndarray = slice(0, 1)
+        if layout is not None:
+            first = first_tokens(layout)
+        query_input = y
+        if first_only:
+            x = x[:, first]
+            query_input = y[:, first]
+        query = self._qkv_projection('query')(query_input)  # [B Nq heads kv]
+        key = self._qkv_projection('key')(y)  # [B N heads kv]
+        value = self._qkv_projection('value')(y)  # [B N heads kv]
+
         if layout is None:
-            out = attend(
-                *qkv,
-                mask=mask,
-                bias=bias[:, :, :1] if bias is not None and first_only else bias,
-                rng=rng,
-            )
+            if bias is not None and first_only:
+                bias = bias[:, :, :1]
+            attended = self._attend(query, key, value, mask, bias, rng, train)
         else:
-            asked = tuple((rows, 1) for rows, _ in layout) if first_only else layout
-            parts = zip(
-                *(unpack(a, of) for a, of in zip(qkv, (asked, layout, layout))),
+            assert isinstance(rng, Packed)
+            query_layout = layout
+            if first_only:
+                query_layout = tuple((rows, 1) for rows, _ in layout)
+            parts = []
+            for stream_query, stream_key, stream_value, stream_mask, stream_rng in zip(
+                unpack(query, query_layout),
+                unpack(key, layout),
+                unpack(value, layout),
                 mask,
                 rng.parts(layout),
                 strict=True,
-            )
-            out = pack([attend(*part, mask=m, rng=r) for *part, m, r in parts], len(x))
-            rng = rng.take(first) if first_only else rng
-        out = Projection(
-            '...hk,hkd->...d',
-            (h, k, d),
-            ('heads', 'kv', 'embed'),
-            (h * k, d),
-            self.bias,
-            self.dtype,
+            ):
+                # T5's bias belongs to towers of their own, which are never packed.
+                part = self._attend(
+                    stream_query, stream_key, stream_value, stream_mask, None, stream_rng, train
+                )
+                parts.append(part)
+            attended = pack(parts, len(x))
+            if first_only:
+                rng = rng.take(first)
+
+        attended = Projection(
+            equation='...hk,hkd->...d',
+            shape=(self.heads, self.head_width, self.width),
+            axes=('heads', 'kv', 'embed'),
+            fan=(self.heads * self.head_width, self.width),
+            bias=self.bias,
+            dtype=self.dtype,
             name='out',
-        )(out)
-        x = after(attention_norm, x + drop(out, 'attention'))
-        y = before(mlp_norm, x)
+        )(attended)  # [B Nq D]
+        x = x + self._drop(attended, rng, 'attention', train)
+        if not self.pre_norm:
+            x = attention_norm(x)
+
+        y = mlp_norm(x) if self.pre_norm else x
         y = Projection(
-            '...d,df->...f',
-            (d, self.mlp),
-            ('embed', 'mlp'),
-            (d, self.mlp),
-            self.bias,
-            self.dtype,
+            equation='...d,df->...f',
+            shape=(self.width, self.mlp),
+            axes=('embed', 'mlp'),
+            fan=(self.width, self.mlp),
+            bias=self.bias,
+            dtype=self.dtype,
             name='mlp_in',
-        )(y)
-        y = drop(jax.nn.gelu(constrain(y, 'batch', 'length', 'mlp'), approximate=False), 'hidden')
+        )(y)  # [B Nq mlp]
+        y = jax.nn.gelu(constrain(y, 'batch', 'length', 'mlp'), approximate=False)
+        y = self._drop(y, rng, 'hidden', train)
         y = Projection(
-            '...f,fd->...d',
-            (self.mlp, d),
-            ('mlp', 'embed'),
-            (self.mlp, d),
-            self.bias,
-            self.dtype,
+            equation='...f,fd->...d',
+            shape=(self.mlp, self.width),
+            axes=('mlp', 'embed'),
+            fan=(self.mlp, self.width),
+            bias=self.bias,
+            dtype=self.dtype,
             name='mlp_out',
-        )(y)
-        return constrain(after(mlp_norm, x + drop(y, 'mlp')), 'batch', 'length', None)
+        )(y)  # [B Nq D]
+        x = x + self._drop(y, rng, 'mlp', train)
+        if not self.pre_norm:
+            x = mlp_norm(x)
+        return constrain(x, 'batch', 'length', None)
+
+    def _qkv_projection(self, name: str) -> Projection:
+        """The projection to queries, keys or values."""
+        return Projection(
+            equation='...d,dhk->...hk',
+            shape=(self.width, self.heads, self.head_width),
+            axes=('embed', 'heads', 'kv'),
+            fan=(self.width, self.heads * self.head_width),
+            bias=self.bias,
+            dtype=self.dtype,
+            name=name,
+        )
+
+    def _attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: jax.Array | None,
+        bias: jax.Array | None,
+        rng: Rng,
+        train: bool,
+    ) -> jax.Array:
+        """Attention with the options of this layer."""
+        return attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            scale=self.head_width**-0.5 if self.scaled else 1.0,
+            dropout=self.attention_dropout if train else 0.0,
+            rng=rng,
+            implementation=self.implementation,
+        )
+
+    def _drop(self, x: jax.Array, rng: Rng, site: str, train: bool) -> jax.Array:
+        """Dropout with the random bits of a site, in training."""
+        if not train:
+            return x
+        return rng.at(site).dropout(x, self.dropout)
 
 
 class Encoder(nn.Module):
-    """`layers` blocks and, if pre_norm, a final norm and dropout. Parameters of all layers are stacked ([layers, ...]), so a checkpoint does not know
-    whether they were scanned or unrolled; random bits are keyed by the layer's number, so both draw the same."""
+    """`layers` blocks and, if pre_norm, a final norm and dropout.
+
+    Parameters of all layers are stacked ([layers, …]), so a checkpoint does not know whether they
+    were scanned or unrolled. Random bits are keyed by the layer's number, so both draw the same.
+
+    Attributes:
+        buckets: if positive, T5's relative-position bias, one table for all layers.
+        max_distance: from which on all distances share a bucket.
+        scan: whether layers are a `lax.scan` (one compiled layer) or unrolled.
+        remat: entry of REMAT, what the backward pass computes again: nothing, all but the results
+            of matrix products, or everything.
+        The others are those of Block.
+    """
 
     layers: int
     width: int
@@ -197,7 +305,7 @@ class Encoder(nn.Module):
     rms: bool = False
     scaled: bool = True
     pre_norm: bool = True
-    buckets: int = 0  # > 0: T5's relative-position bias, one table for all layers
+    buckets: int = 0
     max_distance: int = 64
     scan: bool = False
     remat: str = 'none'
@@ -206,105 +314,165 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x, mask, rng: Rng, train: bool, features: bool = False, layout: Layout | None = None
-    ):
-        """x [B N D], mask bool [B N] or None. features False: only the first token is read, so the last layer computes keys and values
-        for all tokens and everything else for the first: [B 1 D]. Exact, since no other token of the last layer reaches it.
+        self,
+        x: Float[Array, 'B N D'],
+        mask: Any,
+        rng: Rng,
+        train: bool,
+        features: bool = False,
+        layout: Layout | None = None,
+    ) -> Float[Array, 'B Nq D']:
+        """Encode tokens.
 
-        layout: several streams in one pass, their rows end to end along N (`pack`), each attending to itself; mask is then a tuple of theirs, rng an
-        rng.Packed, and without features the result is [B ΣK D]. Everything but attention reads the weights once for all of them."""
+        Args:
+            x: tokens, the aggregate token first.
+            mask: bool [B N] or None.
+            rng: of these rows.
+            train: whether dropout is on.
+            features: whether all tokens are read. Otherwise only the first one is: the last layer
+                computes keys and values for all tokens and everything else for the first. This is
+                exact, since no other token of the last layer reaches it.
+            layout: of several streams in one pass, their rows end to end along N (`pack`), each
+                attending to itself; mask is then a tuple of theirs and rng an rng.Packed.
+                Everything but attention reads the weights once for all of them.
+
+        Returns:
+            [B N D], or without features [B 1 D] (with a layout [B ΣK D]).
+        """
+        # parent=None: a pure function of its parameters, which this module stacks and slices itself
         block = Block(
-            self.width,
-            self.mlp,
-            self.heads,
-            self.head_width,
-            self.dropout,
-            self.attention_dropout,
-            self.bias,
-            self.rms,
-            self.scaled,
-            self.pre_norm,
-            self.implementation,
-            self.dtype,
+            width=self.width,
+            mlp=self.mlp,
+            heads=self.heads,
+            head_width=self.head_width,
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
+            bias=self.bias,
+            rms=self.rms,
+            scaled=self.scaled,
+            pre_norm=self.pre_norm,
+            implementation=self.implementation,
+            dtype=self.dtype,
             parent=None,
         )
         bias = self._relative_bias(x.shape[1]) if self.buckets else None
+        stacked = self.param('layers', self._stacked_init(block))
 
-        def init(key):
-            sample = jnp.zeros((1, 2, self.width), self.dtype)
-            one = lambda k: block.init(
-                k, sample, None, None, Rng.create(0, 0, jnp.zeros(1)), False
-            )['params']
-            return nn.meta.add_axis(
-                jax.vmap(one)(jax.random.split(key, self.layers)), 0, {nn.PARTITION_NAME: 'layers'}
-            )
-
-        stacked = self.param('layers', init)
-
-        def apply(x, params, layer, first_only):
-            return block.apply(
+        def apply_layer(
+            x: jax.Array, params: Any, layer: int | jax.Array, first_only: bool
+        ) -> jax.Array:
+            y: Any = block.apply(
                 {'params': params}, x, mask, bias, rng.at(layer), train, first_only, layout
             )
+            return y
 
-        wrap = lambda f: (
-            f
-            if self.remat == 'none'
-            else jax.checkpoint(
-                f,
-                prevent_cse=not self.scan,
-                static_argnums=(3,),
-                policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-                if self.remat == 'dots'
-                else None,
-            )
-        )
-        step = wrap(apply)
+        step = self._rematerialised(apply_layer)
         if self.scan:
-            last = jax.tree.map(lambda p: p[-1], stacked)
-            # Kernels are cast before the loop, so that their gradients, stacked by it, are of the compute type and half as large.
-            cast = lambda path, p: p[:-1].astype(self.dtype) if path[-1].key == 'kernel' else p[:-1]
-            before = jax.tree_util.tree_map_with_path(cast, stacked)
-            x, _ = jax.lax.scan(
-                lambda x, at: (step(x, at[0], at[1], False), None),
-                x,
-                (before, jnp.arange(self.layers - 1)),
-            )
-            x = step(x, last, self.layers - 1, not features)
+            x = self._scan_layers(step, stacked, x, features)
         else:
-            # split, not indexing: its transpose is one concatenation where indexing's is a padded sum per layer
-            leaves, tree = jax.tree.flatten(stacked)
-            parts = [jax.lax.split(p, (1,) * self.layers) for p in leaves]
-            for layer in range(self.layers):
-                params = jax.tree.unflatten(tree, [p[layer][0] for p in parts])
-                x = step(x, params, layer, layer == self.layers - 1 and not features)
+            x = self._unroll_layers(step, stacked, x, features)
         if not self.pre_norm:
             return x
-        x = LayerNorm(self.rms, name='final_norm')(x)
-        rng = (
-            rng.at('final')
-            if layout is None or features
-            else rng.at('final').take(first_tokens(layout))
-        )
-        return rng.dropout(x, self.dropout) if train else x
 
-    def _relative_bias(self, n: int) -> jax.Array:
-        """float32 [1 heads N N]: T5's, one number for each head and bucket."""
+        x = LayerNorm(self.rms, name='final_norm')(x)
+        if not train:
+            return x
+        rng = rng.at('final')
+        if layout is not None and not features:
+            assert isinstance(rng, Packed)
+            rng = rng.take(first_tokens(layout))
+        return rng.dropout(x, self.dropout)
+
+    def _stacked_init(self, block: Block) -> Callable[[jax.Array], Any]:
+        """An initialiser of the parameters of all layers, [layers, …]."""
+
+        def init_layer(key: jax.Array) -> Any:
+            sample = jnp.zeros((1, 2, self.width), self.dtype)
+            rng = Rng.create(0, 0, jnp.zeros(1))
+            variables: Any = block.init(key, sample, None, None, rng, False)
+            return variables['params']
+
+        def init(key: jax.Array) -> Any:
+            keys = jax.random.split(key, self.layers)
+            stacked = jax.vmap(init_layer)(keys)
+            return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
+
+        return init
+
+    def _rematerialised(self, apply_layer: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        """The layer with what the backward pass is to compute again; see REMAT."""
+        if self.remat == 'none':
+            return apply_layer
+        policy = None
+        if self.remat == 'dots':
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(
+            apply_layer,
+            # Inside a scan, XLA cannot merge the two computations anyway, and this barrier costs.
+            prevent_cse=not self.scan,
+            static_argnums=(3,),  # first_only
+            policy=policy,
+        )
+
+    def _scan_layers(
+        self, step: Callable[..., jax.Array], stacked: Any, x: jax.Array, features: bool
+    ) -> jax.Array:
+        """Scan all layers but the last one, which may compute the first token alone."""
+
+        def without_last(path: Any, param: jax.Array) -> jax.Array:
+            # Kernels are cast before the loop, so that their gradients, stacked by it, are of the
+            # compute type and half as large.
+            if path[-1].key == 'kernel':
+                return param[:-1].astype(self.dtype)
+            return param[:-1]
+
+        def scan_step(x: jax.Array, scanned: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
+            params, layer = scanned
+            return step(x, params, layer, False), None
+
+        last_params = jax.tree.map(lambda param: param[-1], stacked)
+        scanned_params = jax.tree_util.tree_map_with_path(without_last, stacked)
+        x, _ = jax.lax.scan(scan_step, x, (scanned_params, jnp.arange(self.layers - 1)))
+        return step(x, last_params, self.layers - 1, not features)
+
+    def _unroll_layers(
+        self, step: Callable[..., jax.Array], stacked: Any, x: jax.Array, features: bool
+    ) -> jax.Array:
+        """Apply the layers one after another; the last may compute the first token alone."""
+        # split, not indexing: its transpose is one concatenation where indexing's is a padded sum
+        # for each layer
+        leaves, tree = jax.tree.flatten(stacked)
+        split_leaves = [jax.lax.split(leaf, (1,) * self.layers) for leaf in leaves]
+        for layer in range(self.layers):
+            params = jax.tree.unflatten(tree, [parts[layer][0] for parts in split_leaves])
+            is_last = layer == self.layers - 1
+            x = step(x, params, layer, is_last and not features)
+        return x
+
+    def _relative_bias(self, num_tokens: int) -> Float[Array, '1 heads N N']:
+        """T5's bias of the logits, one number for each head and bucket, float32."""
         table = self.param(
             'relative_bias',
             logical(jax.nn.initializers.normal(self.width**-0.5), 'buckets', 'heads'),
             (self.buckets, self.heads),
             jnp.float32,
         )
-        return table[relative_buckets(n, self.buckets, self.max_distance)].transpose(2, 0, 1)[None]
+        bias = table[relative_buckets(num_tokens, self.buckets, self.max_distance)]  # [N N heads]
+        return bias.transpose(2, 0, 1)[None]
 
 
-def relative_buckets(n: int, buckets: int, max_distance: int) -> np.ndarray:
-    """int [N N], [query, key]: T5's bidirectional buckets of key minus query. Half of them for each sign; of a half, the first half exact, the rest
-    logarithmic up to max_distance."""
+def relative_buckets(n: int, buckets: int, max_distance: int) -> Int[np.ndarray, 'N N']:
+    """T5's bidirectional buckets of the distance key minus query, [query, key].
+
+    Half of them are for each sign. Of a half, the first half is exact, one distance each; the rest
+    is logarithmic up to max_distance.
+    """
     relative = np.arange(n)[None] - np.arange(n)[:, None]
-    distance, half = np.abs(relative), buckets // 2
-    exact = half // 2
-    far = exact + (
-        np.log(np.maximum(distance, 1) / exact) / np.log(max_distance / exact) * (half - exact)
-    ).astype(int)
-    return np.where(distance < exact, distance, np.minimum(far, half - 1)) + half * (relative > 0)
+    distance = np.abs(relative)
+    half = buckets // 2
+    num_exact = half // 2
+    # The floor of 1 only keeps the logarithm finite; those distances are exact ones below.
+    log_ratio = np.log(np.maximum(distance, 1) / num_exact) / np.log(max_distance / num_exact)
+    logarithmic = num_exact + (log_ratio * (half - num_exact)).astype(int)
+    bucket = np.where(distance < num_exact, distance, np.minimum(logarithmic, half - 1))
+    return bucket + half * (relative > 0)
