@@ -38,6 +38,7 @@ import jax.numpy as jnp
 
 import data_pipelines
 from vatt_jax import config as configs
+from vatt_jax import models
 from vatt_jax.inference import encoder
 from vatt_jax.inputs import preprocess
 from vatt_jax.models.transformer import relative_buckets
@@ -121,7 +122,7 @@ def ours(name: str, batch: int) -> dict:
     plain = configs.ConfigDict(c.to_dict())
     plain.model.attention = 'dense'
     counts = flops.towers(
-        loop.models.build(plain.model, c.compute_dtype),
+        models.build(plain.model, c.compute_dtype),
         variables,
         jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype), dict(built.inputs)

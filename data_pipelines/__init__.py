@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from data_pipelines.errors import DataError
 
-__all__ = ['DataError', 'open']
+__all__ = ['DataError', 'open', 'open_or_make', 'open_or_synthetic']
 
 
 def open(config) -> Any:
@@ -28,3 +32,44 @@ def open(config) -> Any:
 
         return Npz(config)
     raise DataError(f'config.data.source is {source!r}; it is one of records, synthetic, npz')
+
+
+def open_or_make(config: ConfigDict, check: Callable[[ConfigDict], None]) -> Any:
+    """The data object of a config; makes the playground first where it is asked for and absent.
+
+    Args:
+        config: of the run; config.data.make describes the playground.
+        check: raises for whatever is wrong with the config regardless of data. It is called
+            before the playground is made, which takes minutes.
+
+    Raises:
+        DataError: the data are missing or do not fit the config.
+    """
+    if config.data.source == 'records' and config.data.make:
+        from data_pipelines.datasets import playground
+        from data_pipelines.storage.records import read_from
+
+        made = config.data.make.get('path', '')
+        mixture, evaluated = read_from(config)
+        paths = [entry['path'] for entry in mixture.values()]
+        paths.append(evaluated['path'])
+        # A config that reads other records keeps the description, and needs no playground.
+        if not made or os.path.join(made, 'records') in paths:
+            if not playground.is_made(made):
+                check(config)
+            playground.make(**config.data.make)
+    return open(config)
+
+
+def open_or_synthetic(config: ConfigDict) -> tuple[Any, list[str]]:
+    """(data object, remarks): synthetic data where those of the config are not here."""
+    try:
+        return open(config), []
+    except (DataError, ImportError) as error:
+        synthetic = config.copy_and_resolve_references()
+        synthetic.data.source = 'synthetic'
+        remark = (
+            f'the data are not here ({error}): frames of the size that the model reads, and a run '
+            'of unknown epochs'
+        )
+        return open(synthetic), [remark]

@@ -69,8 +69,8 @@ def tiny_run(tmp_path_factory):
     """(folder, config, data) of a run of two steps with an evaluator of each kind, evaluated beside its random initialisation, gallery and
     report included. For reading: whoever writes copies it."""
     import data_pipelines
-    import run
     from tests import tiny
+    from vatt_jax.modes import evaluate
     from vatt_jax.reporting import report
     from vatt_jax.training import loop
 
@@ -96,6 +96,6 @@ def tiny_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp('tiny_run')
     data = data_pipelines.open(config)
     loop.train(config, data, folder, quiet=True)
-    run.compare(config, data, folder)
+    evaluate.compare(config, data, folder)
     report.build(folder)
     return folder, config, data

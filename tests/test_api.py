@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-import run
+import data_pipelines
 import vatt_jax
 from vatt_jax.config import ConfigError
+from vatt_jax.modes import embed as embed_mode
 
 FRAMES, SIZE, SAMPLES, RATE = (
     4,
@@ -58,8 +59,7 @@ def test_embed_agrees_with_mode_embed(tiny_run, model, clips, tmp_path):
     """The same clips through `run.py --mode=embed` on a copy of the folder: same numbers for frames, sound and words."""
     folder, config, data = tiny_run
     shutil.copytree(folder / 'checkpoints', tmp_path / 'checkpoints')
-    flags = type('Flags', (), {'split': 'test'})
-    run.embed(config, tmp_path, flags)
+    embed_mode.run(config, tmp_path, data_pipelines.open, split='test')
     with np.load(tmp_path / 'embeddings' / 'test.npz') as stored:
         written = {k: stored[k] for k in stored.files}
     assert (

@@ -13,6 +13,7 @@ import pytest
 
 import run
 from tests import runs, tiny
+from vatt_jax.modes import process
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = '--config=tests/configs/tiny.py'
@@ -449,7 +450,7 @@ def test_compiled_programs_are_kept_for_the_next_start(
     monkeypatch.setattr(jax, 'default_backend', lambda: platform)
     try:
         jax.config.update('jax_compilation_cache_dir', told)
-        run.keep_compiled(config, tmp_path)
+        process.keep_compiled(config, tmp_path)
         assert jax.config.jax_compilation_cache_dir == (want and want.replace('RUN', str(tmp_path)))
     finally:
         jax.config.update('jax_compilation_cache_dir', before)

@@ -6,7 +6,7 @@ from configs import default
 from vatt_jax import config as configs
 from vatt_jax import evals
 from vatt_jax.config import ConfigError
-from vatt_jax.training import loop
+from vatt_jax.training import loop, start
 
 TASKS = ('ucf101', 'hmdb51', 'esc50', 'audioset', 'youcook2', 'msrvtt', 'demo')
 
@@ -46,7 +46,7 @@ def test_published_values():
 def test_a_run_may_be_evaluated_at_another_frame_rate_and_is_not_trained_so(tmp_path, monkeypatch):
     c = configs.load('configs/mmv.py:s3d_fac_vat')
     (tmp_path / 'config.json').write_text(configs.to_json(c))
-    monkeypatch.setattr(loop, 'newest', lambda workdir: 0)
+    monkeypatch.setattr(start, 'newest', lambda workdir: 0)
     other = configs.load('configs/mmv_probes.py:ucf101,s3d_fac_vat')
     loop.check_run_folder(other, tmp_path, evaluating=True)
     with pytest.raises(

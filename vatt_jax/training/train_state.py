@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
@@ -9,114 +10,159 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
+from ml_collections import ConfigDict
 
 from vatt_jax import optim
-from vatt_jax.objectives.base import Spec
+from vatt_jax.objectives.base import Objective, Spec
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
 
 
-@flax.struct.dataclass
-class TrainState:
-    """step: int32 [], optimizer steps taken (skipped ones count). params: {'model', 'objective'}. ema: averaged params or
-    {}. bad: int32 [], non-finite steps in a row. skipped: int32 [], non-finite steps so far."""
+class TrainState(flax.struct.PyTreeNode):
+    """What a step takes and returns; abstract values and shardings come in the same form.
 
-    step: jax.Array
+    Attributes:
+        step: int32 [], optimizer steps taken; skipped ones count.
+        params: {'model', 'objective'}, trees of parameters.
+        batch_stats: the model's running statistics.
+        opt_state: the optimizer's slots.
+        objective: the objective's untrained arrays.
+        ema: averaged parameters of the model; {} where none are kept.
+        bad: int32 [], non-finite steps in a row.
+        skipped: int32 [], non-finite steps so far.
+    """
+
+    step: Any
     params: Any
     batch_stats: Any
     opt_state: Any
     objective: Any
     ema: Any
-    bad: jax.Array
-    skipped: jax.Array
+    bad: Any
+    skipped: Any
 
 
-def abstract(model, batch, size: int, labels) -> Spec:
+def abstract(model: nn.Module, batch: Any, size: int, labels: Mapping[str, int]) -> Spec:
     """What an objective may size itself by; nothing is computed.
 
-    batch: abstract device batch (after preprocess.device_stage) of one microbatch.
+    Args:
+        model: the Linen module.
+        batch: abstract device batch (after preprocess.device_stage) of one microbatch.
+        size: records of the training set (M).
+        labels: name -> number of classes.
     """
 
-    def init(key, b):
-        outputs, variables = model.init_with_output(
-            key, b, train=False, rng=Rng.create(0, 0, jnp.zeros(b['index'].shape, jnp.uint32))
-        )
+    def init(key: Array, batch: Any) -> tuple[Any, dict[str, Any]]:
+        rng = Rng.create(0, 0, jnp.zeros(batch['index'].shape, jnp.uint32))
+        outputs, variables = model.init_with_output(key, batch, train=False, rng=rng)
         return outputs, dict(variables)
 
-    init = jax.jit(init)  # so that all who ask for its shapes or values share one trace
-    outputs, variables = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), batch)
-    return Spec(model, outputs, batch, size, labels, variables.get('batch_stats', {}), init)
+    # Jitted, so that all who ask for its shapes or values share one trace.
+    jitted_init = jax.jit(init)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    outputs, variables = jax.eval_shape(jitted_init, key, batch)
+    batch_stats = variables.get('batch_stats', {})
+    return Spec(model, outputs, batch, size, labels, batch_stats, jitted_init)
 
 
 def create(
-    config, model, objective, spec: Spec, mesh
-) -> tuple[Any, Any, Any, optax.GradientTransformation]:
-    """(init, abstract state, shardings, optimizer): `init()` makes the TrainState on the mesh in one jitted call.
+    config: ConfigDict, model: nn.Module, objective: Objective, spec: Spec, mesh: Any
+) -> tuple[Callable[[], TrainState], TrainState, TrainState, optax.GradientTransformation]:
+    """How a run's TrainState is made, and how it lies on the mesh.
 
-    The whole state, optimizer counters included, is made under jit with explicit shardings: arrays made outside sit on
-    one device. Initial values depend on config.seed alone, not on the mesh.
+    The whole state, optimizer counters included, is made under jit with explicit shardings:
+    arrays made outside sit on one device. Initial values depend on config.seed alone, not on the
+    mesh.
+
+    Args:
+        config: of the run.
+        model: the Linen module.
+        objective: of that config.
+        spec: of model and data (`abstract`).
+        mesh: its devices need not be here, as long as nothing is computed.
+
+    Returns:
+        (init, abstract state, shardings, optimizer); `init()` makes the TrainState on the mesh in
+        one jitted call.
     """
 
-    def variables(key):
+    def variables(key: Array) -> tuple[dict[str, Any], Any, Any]:
+        """(params, batch_stats, objective state), still boxed with their logical axes."""
         model_key, objective_key = jax.random.split(key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec.batch)
+        assert spec.init is not None
         _, boxed = spec.init(model_key, zeros)
         objective_params, objective_state = objective.init(objective_key, spec)
-        return (
-            {'model': boxed['params'], 'objective': objective_params},
-            boxed.get('batch_stats', {}),
-            objective_state,
-        )
+        params = {'model': boxed['params'], 'objective': objective_params}
+        return params, boxed.get('batch_stats', {}), objective_state
 
     key = jax.random.key(config.seed)
     boxed_params, boxed_stats, boxed_state = jax.eval_shape(variables, key)
-    plain = nn.meta.unbox(boxed_params)
-    tx = optim.build(config.optimizer, config.steps, plain)
+    tx = optim.build(config.optimizer, config.steps, nn.meta.unbox(boxed_params))
 
-    def init(key):
-        params, stats, state = nn.meta.unbox(variables(key))
+    def init(key: Array) -> TrainState:
+        params, batch_stats, objective_state = nn.meta.unbox(variables(key))
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            batch_stats=stats,
+            batch_stats=batch_stats,
             opt_state=tx.init(params),
-            objective=state,
+            objective=objective_state,
             ema=jax.tree.map(jnp.copy, params['model']) if config.optimizer.ema else {},
             bad=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
         )
 
-    one = sharding.replicated(mesh)
-    masked = lambda x: isinstance(x, optax.MaskedNode)
-    param_shardings = sharding.tree_shardings(boxed_params, mesh)
     shape = jax.eval_shape(init, key)
+    replicated = sharding.replicated(mesh)
+    param_shardings = sharding.tree_shardings(boxed_params, mesh)
     shardings = TrainState(
-        step=one,
+        step=replicated,
         params=param_shardings,
         batch_stats=sharding.tree_shardings(boxed_stats, mesh),
-        # Frozen parameters have no slots: optax leaves a MaskedNode in their place.
-        opt_state=optax.tree.map_params(
-            tx,
-            lambda slot, s: slot if masked(slot) else s,
-            shape.opt_state,
-            param_shardings,
-            transform_non_params=lambda _: one,
-            is_leaf=masked,
-        ),
+        opt_state=_slot_shardings(tx, shape.opt_state, param_shardings, replicated),
         objective=sharding.tree_shardings(boxed_state, mesh),
         ema=param_shardings['model'] if config.optimizer.ema else {},
-        bad=one,
-        skipped=one,
+        bad=replicated,
+        skipped=replicated,
     )
-    # It runs once, and LLVM takes seconds over each random draw (a convolutional tower has a hundred): unoptimised, the same values come sooner.
-    here = isinstance(mesh, jax.sharding.Mesh) and mesh.devices.flat[0].platform == 'cpu'
-    options = {'xla_backend_optimization_level': 0} if here else None
-    return (
-        jax.jit(lambda: init(key), out_shardings=shardings, compiler_options=options),
-        shape,
-        shardings,
+    jitted_init = jax.jit(
+        lambda: init(key), out_shardings=shardings, compiler_options=_init_options(mesh)
+    )
+    return jitted_init, shape, shardings, tx
+
+
+def _slot_shardings(
+    tx: optax.GradientTransformation, opt_state: Any, param_shardings: Any, replicated: Any
+) -> Any:
+    """Shardings of the optimizer's slots: those of their parameters; counters are replicated."""
+
+    def is_masked(node: Any) -> bool:
+        # Frozen parameters have no slots: optax leaves a MaskedNode in their place.
+        return isinstance(node, optax.MaskedNode)
+
+    def slot_sharding(slot: Any, param_sharding: Any) -> Any:
+        return slot if is_masked(slot) else param_sharding
+
+    return optax.tree.map_params(
         tx,
+        slot_sharding,
+        opt_state,
+        param_shardings,
+        transform_non_params=lambda _: replicated,
+        is_leaf=is_masked,
     )
+
+
+def _init_options(mesh: Any) -> dict[str, int] | None:
+    """Compiler options of the initialisation.
+
+    It runs once, and on the CPU LLVM takes seconds over each random draw (a convolutional tower
+    has a hundred): unoptimised, the same values come sooner.
+    """
+    is_cpu = isinstance(mesh, jax.sharding.Mesh) and mesh.devices.flat[0].platform == 'cpu'
+    return {'xla_backend_optimization_level': 0} if is_cpu else None
 
 
 def evaluation_variables(state: TrainState) -> dict[str, Any]:
@@ -124,15 +170,24 @@ def evaluation_variables(state: TrainState) -> dict[str, Any]:
     return {'params': state.ema or state.params['model'], 'batch_stats': state.batch_stats}
 
 
-def fresh_slots(tx, state: TrainState, patterns: tuple[str, ...]) -> Any:
-    """Optimizer state with the slots of objective parameters matching `patterns` as at initialisation."""
+def fresh_slots(
+    tx: optax.GradientTransformation, state: TrainState, patterns: tuple[str, ...]
+) -> Any:
+    """Optimizer state with some slots as at initialisation.
+
+    Args:
+        tx: the optimizer.
+        state: its present slots.
+        patterns: regular expressions; slots of objective parameters whose path within the
+            objective matches one are made anew.
+    """
     if not patterns:
         return state.opt_state
-    new = tx.init(state.params)
-    names = optim.paths(state.opt_state)
-    pick = lambda name, old, fresh: (
-        fresh
-        if '/objective/' in name and optim.matches(name.split('/objective/')[1], patterns)
-        else old
-    )
-    return jax.tree.map(pick, names, state.opt_state, new)
+
+    def choose(path: str, old: Any, fresh: Any) -> Any:
+        # A slot's path ends as its parameter's does: 'inner/mu/objective/heads/kernel'.
+        _, is_objective, name = path.partition('/objective/')
+        return fresh if is_objective and optim.matches(name, patterns) else old
+
+    initial = tx.init(state.params)
+    return jax.tree.map(choose, optim.paths(state.opt_state), state.opt_state, initial)

@@ -2,179 +2,291 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Shaped
+from ml_collections import ConfigDict
 
 from vatt_jax import optim
 from vatt_jax.config import ConfigError
 from vatt_jax.inputs import preprocess
-from vatt_jax.objectives.base import Loss
+from vatt_jax.objectives.base import Loss, Objective
 from vatt_jax.rng import Rng
 from vatt_jax.training.train_state import TrainState
 
+# (params, batch_stats, objective state, device batch, rng) -> (gradients of params, Loss).
+GradientFunction = Callable[[Any, Any, Any, dict[str, Any], Rng], tuple[Any, Loss]]
 
-def gradients(config, model, objective):
-    """(params, batch_stats, objective state, device batch, rng) -> (gradients of params, Loss) of one step, in microbatches where config says so."""
-    parts = config.accumulate
-    # Microbatch a takes rows a, a+parts, …: every device keeps its rows, where contiguous blocks would move them.
-    split = lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-    join = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
-    def device_stage(batch, rng: Rng):
+def make(
+    config: ConfigDict,
+    model: nn.Module,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+) -> Callable[[TrainState, dict[str, Any]], tuple[TrainState, dict[str, Array]]]:
+    """Makes the step of a config.
+
+    Args:
+        config: of the run.
+        model: the Linen module.
+        objective: what is being learnt.
+        tx: the optimizer.
+
+    Returns:
+        step(state, batch) -> (state, metrics), to be jitted. batch: a device batch of global
+        arrays, uint8 / int16 / int32. metrics: float32 scalars, and `index` and `source` [B], so
+        that a bad step can name its records one step late.
+    """
+    learning_rate = optim.schedule(config.optimizer.schedule, config.steps)
+    compute_gradients = gradients(config, model, objective)
+    decay = config.optimizer.ema
+
+    def step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, Array]]:
+        rng = Rng.create(config.seed, state.step, batch['position'])
+        grads, out = compute_gradients(state.params, state.batch_stats, state.objective, batch, rng)
+        grad_norm = optax.global_norm(grads)
+        is_finite = jnp.isfinite(out.value) & jnp.isfinite(grad_norm)  # []
+        # Statistics and the objective's memory also move while it holds parameters still.
+        is_applied = is_finite & jnp.asarray(out.apply_update)  # []
+
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, apply=is_applied)
+        params = optax.apply_updates(state.params, updates)
+        model_params, objective_params, objective_state = objective.after_update(
+            params['model'], params['objective'], out.state, state.step
+        )
+        params = {'model': model_params, 'objective': objective_params}
+        params = optim.kept(is_applied, params, state.params)
+
+        new_state = TrainState(
+            step=state.step + 1,
+            params=params,
+            batch_stats=optim.kept(is_finite, out.batch_stats, state.batch_stats),
+            opt_state=opt_state,
+            objective=optim.kept(is_finite, objective_state, state.objective),
+            ema=moving_average(state.ema, params['model'], decay) if decay else {},
+            bad=jnp.where(is_finite, 0, state.bad + 1),
+            skipped=state.skipped + jnp.where(is_finite, 0, 1),
+        )
+        metrics = {
+            **out.metrics,
+            'loss': out.value,
+            'grad_norm': grad_norm,
+            'lr': learning_rate(state.step),
+            'valid': jnp.mean(batch['valid'].astype(jnp.float32)),
+            'bad': new_state.bad,
+            'skipped': new_state.skipped,
+            'index': batch['index'],
+            'source': batch['source'],
+        }
+        return new_state, metrics
+
+    return step
+
+
+def moving_average(average: Any, params: Any, decay: float) -> Any:
+    """decay * average + (1 - decay) * params, leaf by leaf."""
+    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
+
+
+def gradients(config: ConfigDict, model: nn.Module, objective: Objective) -> GradientFunction:
+    """The function that computes one step's gradients, in microbatches where the config says so."""
+    whole = WholeBatch(config, model, objective)
+    if config.accumulate == 1:
+        return whole.gradients
+    if config.accumulation == 'plain':
+        return MeanOfMicrobatches(whole, config.accumulate).gradients
+    return GradCache(whole, config.accumulate).gradients
+
+
+class WholeBatch:
+    """Gradients of a batch in one go."""
+
+    def __init__(self, config: ConfigDict, model: nn.Module, objective: Objective):
+        self.config = config
+        self.model = model
+        self.objective = objective
+
+    def device_stage(self, batch: dict[str, Any], rng: Rng) -> dict[str, Any]:
         return preprocess.device_stage(
             batch,
-            config.model.inputs,
-            config.augment,
+            self.config.model.inputs,
+            self.config.augment,
             rng.at('augment'),
             augment=True,
-            dtype=config.compute_dtype,
+            dtype=self.config.compute_dtype,
         )
 
-    def whole(params, batch_stats, objective_state, batch, rng: Rng):
-        """(gradients, Loss) of a batch in one go."""
-        batch = device_stage(batch, rng)
+    def gradients(
+        self,
+        params: Any,
+        batch_stats: Any,
+        objective_state: Any,
+        batch: dict[str, Any],
+        rng: Rng,
+    ) -> tuple[Any, Loss]:
+        batch = self.device_stage(batch, rng)
 
-        def loss(params):
+        def loss(params: Any) -> tuple[Array, Loss]:
             variables = {'params': params['model'], 'batch_stats': batch_stats}
-            out = objective.loss(model, variables, params['objective'], objective_state, batch, rng)
+            out = self.objective.loss(
+                self.model, variables, params['objective'], objective_state, batch, rng
+            )
             return out.value, out
 
         (_, out), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, out
 
-    def plain(params, batch_stats, objective_state, batch, rng: Rng):
-        """Means over microbatches, each with a loss of its own."""
 
-        def one(carry, part):
-            stats, objective_state, total = carry
-            examples, part = part
-            grads, out = whole(params, stats, objective_state, part, rng.replace(examples=examples))
-            total = jax.tree.map(lambda t, g: t + g / parts, total, grads)
-            return (out.batch_stats, out.state, total), (
-                out.value,
-                out.metrics,
-                jnp.asarray(out.apply_update),
+class MeanOfMicrobatches:
+    """Means over microbatches, each with a loss of its own; statistics pass through them."""
+
+    def __init__(self, whole: WholeBatch, num_parts: int):
+        self.whole = whole
+        self.num_parts = num_parts
+
+    def gradients(
+        self,
+        params: Any,
+        batch_stats: Any,
+        objective_state: Any,
+        batch: dict[str, Any],
+        rng: Rng,
+    ) -> tuple[Any, Loss]:
+        def one_part(carry: Any, part: Any) -> tuple[Any, Any]:
+            batch_stats, objective_state, total = carry
+            examples, part_batch = part
+            part_rng = rng.replace(examples=examples)
+            grads, out = self.whole.gradients(
+                params, batch_stats, objective_state, part_batch, part_rng
             )
+            total = jax.tree.map(lambda t, g: t + g / self.num_parts, total, grads)
+            outputs = (out.value, out.metrics, jnp.asarray(out.apply_update))
+            return (out.batch_stats, out.state, total), outputs
 
         zeros = jax.tree.map(jnp.zeros_like, params)
-        (stats, objective_state, grads), (value, metrics, apply) = jax.lax.scan(
-            one,
-            (batch_stats, objective_state, zeros),
-            (split(rng.examples), jax.tree.map(split, batch)),
-        )
-        return grads, Loss(
-            value.mean(),
-            jax.tree.map(lambda m: m.mean(0), metrics),
-            stats,
+        carry = (batch_stats, objective_state, zeros)
+        carry, outputs = jax.lax.scan(one_part, carry, split_batch(batch, rng, self.num_parts))
+        batch_stats, objective_state, grads = carry
+        values, metrics, apply_update = outputs  # each [parts]
+        mean_loss = Loss(
+            values.mean(),
+            jax.tree.map(lambda metric: metric.mean(0), metrics),
+            batch_stats,
             objective_state,
-            apply.all(),
+            apply_update.all(),
         )
+        return grads, mean_loss
 
-    def exact(params, batch_stats, objective_state, batch, rng: Rng):
-        """Gradients and Loss of `whole`, with the activations of one microbatch at a time: the pooled vectors of all clips, the loss and its
-        gradient at them, then each microbatch's towers again, backwards from there (GradCache; Gao et al. 2021)."""
-        cut = split(rng.examples), jax.tree.map(split, batch)
 
-        def towers(params, part):
-            examples, part = part
-            mine = rng.replace(examples=examples)
-            return objective.encode(
-                model,
-                {'params': params['model'], 'batch_stats': batch_stats},
-                device_stage(part, mine),
-                mine,
-            )[0]
+class GradCache:
+    """Gradients and Loss of the whole batch, with the activations of one microbatch at a time.
 
-        def rest(params, pooled):
+    GradCache (Gao et al. 2021). With microbatches x_a, towers h_a = f(x_a; w) and one loss
+    L(h_1, ..., h_A; w) of all of them together:
+
+        dL/dw = (dL/dw at fixed h)  +  sum over a of (dh_a/dw)^T dL/dh_a
+
+    First the pooled vectors h of all clips, without their activations; then L and its gradient
+    at h; then each microbatch's towers again, backwards from dL/dh_a.
+    """
+
+    def __init__(self, whole: WholeBatch, num_parts: int):
+        self.whole = whole
+        self.num_parts = num_parts
+
+    def gradients(
+        self,
+        params: Any,
+        batch_stats: Any,
+        objective_state: Any,
+        batch: dict[str, Any],
+        rng: Rng,
+    ) -> tuple[Any, Loss]:
+        model, objective = self.whole.model, self.whole.objective
+        parts = split_batch(batch, rng, self.num_parts)
+
+        def towers(params: Any, part: Any) -> dict[str, Array]:
+            examples, part_batch = part
+            part_rng = rng.replace(examples=examples)
+            variables = {'params': params['model'], 'batch_stats': batch_stats}
+            part_batch = self.whole.device_stage(part_batch, part_rng)
+            pooled, _ = objective.encode(model, variables, part_batch, part_rng)
+            return pooled
+
+        def forward(carry: None, part: Any) -> tuple[None, dict[str, Array]]:
+            return carry, towers(params, part)
+
+        def loss(params: Any, pooled: dict[str, Array]) -> tuple[Array, Loss]:
             variables = {'params': params['model'], 'batch_stats': batch_stats}
             out = objective.judge(
                 model, variables, params['objective'], objective_state, pooled, batch, rng
             )
             return out.value, out
 
-        _, pooled = jax.lax.scan(lambda _, part: (None, towers(params, part)), None, cut)
-        (_, out), (grads, at_pooled) = jax.value_and_grad(rest, argnums=(0, 1), has_aux=True)(
-            params, jax.tree.map(join, pooled)
-        )
-
-        def back(total, part):
-            part, cotangent = part
-            (grads,) = jax.vjp(lambda p: towers(p, part), params)[1](cotangent)
+        def backward(total: Any, part: Any) -> tuple[Any, None]:
+            part, pooled_grads = part
+            _, towers_vjp = jax.vjp(lambda params: towers(params, part), params)
+            (grads,) = towers_vjp(pooled_grads)
             return jax.tree.map(jnp.add, total, grads), None
 
-        grads, _ = jax.lax.scan(back, grads, (cut, jax.tree.map(split, at_pooled)))
+        _, pooled_parts = jax.lax.scan(forward, None, parts)  # leaves [parts, B / parts, D]
+        pooled = jax.tree.map(_join, pooled_parts)  # leaves [B D]
+        value_and_grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        (_, out), (grads, pooled_grads) = value_and_grads(params, pooled)
+
+        pooled_grads = jax.tree.map(lambda x: _split(x, self.num_parts), pooled_grads)
+        grads, _ = jax.lax.scan(backward, grads, (parts, pooled_grads))
         return grads, out
 
-    return whole if parts == 1 else {'plain': plain, 'exact': exact}[config.accumulation]
+
+def split_batch(
+    batch: dict[str, Any], rng: Rng, num_parts: int
+) -> tuple[Shaped[Array, 'A B ...'], dict[str, Any]]:
+    """(examples of the random numbers, batch), cut into A microbatches along a new first axis."""
+    return _split(rng.examples, num_parts), jax.tree.map(lambda x: _split(x, num_parts), batch)
 
 
-def make(config, model, objective, tx: optax.GradientTransformation):
-    """step(state, batch) -> (state, metrics). batch: a device batch of global arrays, uint8 / int16 / int32.
+def _split(x: Shaped[Array, 'N ...'], num_parts: int) -> Shaped[Array, 'A B ...']:
+    # Microbatch a takes rows a, a + A, …: every device keeps its rows, where contiguous blocks
+    # would move them.
+    return x.reshape(x.shape[0] // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1)
 
-    metrics: float32 scalars, and `index`/`source` [B], so that a bad step can name its records one step late.
+
+def _join(x: Shaped[Array, 'A B ...']) -> Shaped[Array, 'N ...']:
+    """The inverse of `_split`."""
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+
+def check(config: ConfigDict, model: nn.Module, objective: Objective, batch_stats: Any) -> None:
+    """Checks that config.accumulation='exact' would be exact.
+
+    Args:
+        config: of the run.
+        model: the Linen module.
+        objective: what is being learnt.
+        batch_stats: of the model, abstract.
+
+    Raises:
+        ConfigError: statistics or mixing of the whole batch come before the pooled vectors.
     """
-    rate = optim.schedule(config.optimizer.schedule, config.steps)
-    of_step = gradients(config, model, objective)
-
-    def step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
-        rng = Rng.create(config.seed, state.step, batch['position'])
-        grads, out = of_step(state.params, state.batch_stats, state.objective, batch, rng)
-        norm = optax.global_norm(grads)
-        finite = jnp.isfinite(out.value) & jnp.isfinite(norm)
-        apply = finite & jnp.asarray(out.apply_update)
-
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, apply=apply)
-        params = optax.apply_updates(state.params, updates)
-        model_params, objective_params, objective_state = objective.after_update(
-            params['model'], params['objective'], out.state, state.step
-        )
-        params = {'model': model_params, 'objective': objective_params}
-        params = optim.kept(apply, params, state.params)
-        decay = config.optimizer.ema
-        new = TrainState(
-            step=state.step + 1,
-            params=params,
-            batch_stats=optim.kept(finite, out.batch_stats, state.batch_stats),
-            opt_state=opt_state,
-            objective=optim.kept(finite, objective_state, state.objective),
-            ema=jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params['model'])
-            if decay
-            else {},
-            bad=jnp.where(finite, 0, state.bad + 1),
-            skipped=state.skipped + jnp.where(finite, 0, 1),
-        )
-        metrics = {
-            **out.metrics,
-            'loss': out.value,
-            'grad_norm': norm,
-            'lr': rate(state.step),
-            'valid': jnp.mean(batch['valid'].astype(jnp.float32)),
-            'bad': new.bad,
-            'skipped': new.skipped,
-            'index': batch['index'],
-            'source': batch['source'],
-        }
-        return new, metrics
-
-    return step
-
-
-def check(config, model, objective, batch_stats) -> None:
-    """Raises ConfigError where config.accumulation='exact' would not be exact. batch_stats: of the model, abstract."""
     if config.accumulate == 1 or config.accumulation != 'exact':
         return
-    met = model.batch_normed(batch_stats)
-    if met:
+    normalised = model.batch_normed(batch_stats)
+    if normalised:
+        name = normalised[0]
         raise ConfigError(
-            f"config.accumulation='exact': the {met[0]} tower ({config.model.towers[met[0]].name}) normalises by statistics of the "
-            "batch, which microbatches do not have; set config.accumulation='plain', or config.accumulate=1, or choose a tower "
-            'without batch norm'
+            f"config.accumulation='exact': the {name} tower ({config.model.towers[name].name}) "
+            'normalises by statistics of the batch, which microbatches do not have; set '
+            "config.accumulation='plain', or config.accumulate=1, or choose a tower without batch "
+            'norm'
         )
     if objective.mixes:
         raise ConfigError(
-            "config.accumulation='exact': config.objective.mixup mixes clips of the whole batch before the towers; set mixup=0, "
-            "or config.accumulation='plain'"
+            "config.accumulation='exact': config.objective.mixup mixes clips of the whole batch "
+            "before the towers; set mixup=0, or config.accumulation='plain'"
         )

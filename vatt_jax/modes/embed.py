@@ -1,0 +1,86 @@
+"""--mode=embed: embeddings of a split of the evaluation data, as npz."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vatt_jax.inference import encoder
+from vatt_jax.parallel import distributed, sharding
+from vatt_jax.run_folder import RunFolder
+from vatt_jax.training import checkpoint
+
+
+def run(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    open_data: Callable[[ConfigDict], Any],
+    split: str = 'test',
+) -> None:
+    """Writes <workdir>/embeddings/<split>.npz, see `as_arrays`, with the newest checkpoint.
+
+    Args:
+        config: names the data, the mesh and the batch size; the model is the stored run's.
+        workdir: the run folder.
+        open_data: config -> data object.
+        split: of config.data.eval.
+
+    Raises:
+        ConfigError: the folder holds no checkpoint.
+    """
+    mesh = sharding.make_mesh(dict(config.mesh))
+    stored_config, variables, _ = checkpoint.load_model(workdir, mesh)
+    data = open_data(config)
+    batches = data.one_pass(
+        split,
+        config.batch_size,
+        process=(jax.process_index(), jax.process_count()),
+        by='segments',
+    )
+    features = encoder.features_of(encoder.Encoder(stored_config, variables, mesh), batches)
+    arrays = as_arrays(features, data.texts(split, by='segments'))
+    if distributed.is_main():
+        path = RunFolder(workdir).embeddings(split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # numpy appends .npz to any other ending.
+        temporary = path.with_name(f'{path.stem}.tmp.npz')
+        # NumPy declares a flag among the keywords that are names of arrays.
+        np.savez(temporary, **arrays)  # type: ignore[arg-type]
+        os.replace(temporary, path)
+        print(f'{len(features["index"])} examples → {path}')
+
+
+def as_arrays(
+    features: Mapping[str, Any], texts: Sequence[Mapping[str, Any]]
+) -> dict[str, np.ndarray]:
+    """Features of a pass as flat names.
+
+    Args:
+        features: of `encoder.features_of`.
+        texts: what the data say in words of each example of the pass.
+
+    Returns:
+        pooled/<stream> [N D], space/<space>/<stream> [N E], labels/<name> [N ...],
+        valid/<stream> [N], and index, id, start [N].
+    """
+    index = features['index']
+    arrays = {}
+    for stream, pooled in features['pooled'].items():
+        arrays[f'pooled/{stream}'] = pooled
+    for space, members in features['spaces'].items():
+        for stream, embedding in members.items():
+            arrays[f'space/{space}/{stream}'] = embedding
+    for name, label in features['labels'].items():
+        arrays[f'labels/{name}'] = label
+    arrays['index'] = index
+    for stream, is_valid in features['valid'].items():
+        arrays[f'valid/{stream}'] = is_valid
+    arrays['id'] = np.array([texts[i]['id'] for i in index])
+    arrays['start'] = np.array([texts[i]['start'] for i in index])
+    return arrays

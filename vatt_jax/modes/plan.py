@@ -1,0 +1,66 @@
+"""--mode=plan: what a run would take on machines that need not be here."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vatt_jax.config import ConfigError
+from vatt_jax.performance import chips
+from vatt_jax.run_folder import RunFolder
+
+
+def run(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    open_data: Callable[[ConfigDict], tuple[Any, list[str]]],
+    topology: str,
+    quick: bool = False,
+    search: bool = False,
+) -> None:
+    """Prints the plan of a run and keeps it in <workdir>/plan/, as a table and as JSON.
+
+    Args:
+        config: of the run.
+        workdir: its folder.
+        open_data: config -> (data object, remarks about it); stands in for data that are not here.
+        topology: such as v5p:4x4x4, see `chips.parse`.
+        quick: stop before code is generated.
+        search: vary the batch per device, rematerialisation and FSDP width.
+
+    Raises:
+        ConfigError: no topology, or one that the config does not fit.
+    """
+    if not topology:
+        raise ConfigError(
+            '--mode=plan: expected --topology, such as v5p:4x4x4, v5e:16x16, h100:8x8 or cpu:8, '
+            'or --machine'
+        )
+    if search and quick:
+        raise ConfigError(
+            '--quick leaves the compiler at work when its plan is made, and --search has further '
+            'plans to make; drop one of them'
+        )
+    target = chips.parse(topology)
+    # Before JAX starts; a config may have imported it, which does not start it.
+    os.environ.update(chips.environment(target))
+    import jax
+
+    jax.config.update('jax_platforms', 'cpu')
+    if target.chip.platform == 'cpu':
+        jax.config.update('jax_num_cpu_devices', target.devices)
+    from vatt_jax.planning import plan
+
+    data, remarks = open_data(config)
+    folder = RunFolder(workdir).plans
+    if search:
+        plan.search(config, data, target, folder, remarks)
+        return
+    result = plan.plan(config, data, target, folder, remarks, quick)
+    print(plan.table(result), end='', flush=True)
+    if quick:
+        os._exit(0)  # the compiler is still at work, and Python would wait for it

@@ -1,0 +1,128 @@
+"""The process around a mode: its settings before, its exit code after."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from vatt_jax import config as configs
+from vatt_jax.config import ConfigError
+from vatt_jax.run_folder import RunFolder
+
+# Options of glibc's mallopt (malloc.h).
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+M_ARENA_MAX = -8
+
+# Failures that one sentence explains -> exit code. By name: their modules are imported late.
+EXIT_CODES = {
+    'DataError': 2,
+    'ShardingError': 2,
+    'TrainingStopped': 1,
+    'Absent': 1,
+    'Unsaved': 1,
+}
+
+
+def prepare(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Platform, processes and compilation cache, as the config has them.
+
+    Raises:
+        ConfigError: no device can be used, or the batch does not divide over them.
+    """
+    if config.jax_platform == 'cpu':
+        keep_freed_memory()
+    import jax
+
+    from vatt_jax.parallel import distributed
+
+    if config.jax_platform:
+        jax.config.update('jax_platforms', config.jax_platform)
+    distributed.initialize()
+    num_devices, num_processes = _count_devices()
+    configs.check_batch(config, num_devices, num_processes)
+    keep_compiled(config, workdir)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep the memory that is freed. Does nothing where there is no glibc.
+
+    It gives large blocks back to the system as they are freed. On the CPU that is all temporaries
+    of every step, and to fault them in again took a quarter of its time. To be called before
+    threads begin, so that they share few heaps.
+    """
+    if sys.platform != 'linux':
+        return
+    set_option = getattr(ctypes.CDLL(None), 'mallopt', None)
+    if set_option is None:
+        return
+    set_option(M_MMAP_MAX, 0)
+    set_option(M_TRIM_THRESHOLD, 2**31 - 1)
+    set_option(M_ARENA_MAX, 4)
+
+
+def keep_compiled(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Keeps programs that take more than a second to compile, for the next start of the same run.
+
+    They go to config.compilation_cache, else where JAX was told to (JAX_COMPILATION_CACHE_DIR),
+    else into the run folder. The latter not on a CPU, whose programs are for one processor.
+    """
+    import jax
+
+    folder = config.compilation_cache
+    # JAX adds its options at run time, unseen by type checkers.
+    chosen_elsewhere = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if not folder and not chosen_elsewhere and jax.default_backend() != 'cpu':
+        folder = RunFolder(workdir.absolute()).compiled
+    if folder:
+        jax.config.update('jax_compilation_cache_dir', str(folder))
+
+
+def _count_devices() -> tuple[int, int]:
+    """(devices, processes) of the whole run."""
+    import jax
+
+    try:
+        return jax.device_count(), jax.process_count()
+    except RuntimeError as error:
+        first_line = str(error).splitlines()[0]
+        raise ConfigError(
+            f'no device could be used ({first_line}); --config.jax_platform=cpu runs on the CPU'
+        ) from error
+
+
+def exit_with_sentence(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    """Runs `main`; mistakes and failures that one sentence explains end without a traceback.
+
+    Args:
+        main: takes the arguments.
+        argv: the arguments.
+    """
+    try:
+        main(argv)
+    except ConfigError as error:
+        configs.fail(str(error))
+    except KeyboardInterrupt:
+        print('interrupted; the same command continues from the last checkpoint', file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        code = EXIT_CODES.get(type(error).__name__)
+        if code is None:
+            import jax
+
+            if not jax.distributed.is_initialized():
+                raise
+            code = 1
+            traceback.print_exc()
+        else:
+            print(f'error: {error}', file=sys.stderr)
+        sys.stderr.flush()
+        sys.stdout.flush()
+        # Out at once: at its end Python would wait for the other processes, and they for this one.
+        os._exit(code)

@@ -1,0 +1,23 @@
+"""--mode=report: the report page, and its table on the terminal."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from vatt_jax.reporting import report
+
+
+def run(workdir: pathlib.Path, others: Sequence[str] = ()) -> None:
+    """Writes <workdir>/report/index.html.
+
+    Args:
+        workdir: the run folder.
+        others: run folders to show beside it.
+
+    Raises:
+        ConfigError: one of the folders holds no run.
+    """
+    path = report.build(workdir, others)
+    print(report.table(workdir, others))
+    print(f'report: {path}')

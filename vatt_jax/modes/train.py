@@ -1,0 +1,54 @@
+"""--mode=train: trains, and where the config asks for it evaluates and reports."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vatt_jax.modes import evaluate, report
+from vatt_jax.modes.stage_clock import StageClock
+from vatt_jax.parallel import distributed
+from vatt_jax.run_folder import RunFolder
+from vatt_jax.training import loop
+
+
+def run(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    open_data: Callable[[ConfigDict], Any],
+    quiet: bool = False,
+) -> None:
+    """Trains to the end or to SIGTERM; the same command continues.
+
+    Args:
+        config: of the run.
+        workdir: the run folder.
+        open_data: config -> data object; may take minutes, as it may make the data first.
+        quiet: plain log lines instead of the live one.
+    """
+    loop.check_run_folder(config, workdir)
+    clock = StageClock(workdir)
+    with clock.stage('data'):
+        data = open_data(config)
+        distributed.barrier('data')
+    with clock.stage('training'):
+        built, _ = loop.train(config, data, workdir, quiet=quiet)
+    clock.save()
+
+    is_done = distributed.agree(RunFolder(workdir).done.exists())
+    if not (config.report and is_done):
+        return
+    # All is saved: SIGTERM may end the process where it is, and the same command makes what is
+    # missing.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    with clock.stage('evaluation and report'):
+        evaluate.compare(config, data, workdir, built)
+    clock.save()
+    distributed.leave()
+    if distributed.is_main():
+        report.run(workdir)

@@ -1,0 +1,86 @@
+"""A run folder: the names of its files, all in one place, and how they are written."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """The files of one run.
+
+    Attributes:
+        path: the folder itself, `--workdir`.
+    """
+
+    path: pathlib.Path
+
+    @property
+    def config(self) -> pathlib.Path:
+        """The resolved config (JSON)."""
+        return self.path / 'config.json'
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        """One folder for each saved step."""
+        return self.path / 'checkpoints'
+
+    @property
+    def metrics(self) -> pathlib.Path:
+        """What was logged, one JSON object a line."""
+        return self.path / 'metrics.jsonl'
+
+    @property
+    def done(self) -> pathlib.Path:
+        """The last word of a training that reached config.steps (JSON); absent before."""
+        return self.path / 'done.json'
+
+    @property
+    def timings(self) -> pathlib.Path:
+        """Seconds of each stage, over restarts (JSON)."""
+        return self.path / 'timings.json'
+
+    @property
+    def profile(self) -> pathlib.Path:
+        """The trace of config.profile, for XProf or TensorBoard."""
+        return self.path / 'profile'
+
+    @property
+    def compiled(self) -> pathlib.Path:
+        """Compiled programs, kept for the next start."""
+        return self.path / 'compiled'
+
+    @property
+    def plans(self) -> pathlib.Path:
+        """Plans made before the run, as tables and as JSON."""
+        return self.path / 'plan'
+
+    def evaluation(self, name: str) -> pathlib.Path:
+        """Folder of one evaluation, named by `evaluation_name` or by its tag."""
+        return self.path / 'evals' / name
+
+    def has_evaluation(self, name: str) -> bool:
+        """Whether that evaluation is finished; its folder appears whole or not at all."""
+        return (self.evaluation(name) / 'results.json').exists()
+
+    def embeddings(self, split: str) -> pathlib.Path:
+        """Embeddings of a split of the evaluation data (npz)."""
+        return self.path / 'embeddings' / f'{split}.npz'
+
+
+# The evaluation of the same network before training.
+RANDOM_INIT = 'random_init'
+
+
+def evaluation_name(step: int) -> str:
+    """Name of the evaluation of a step; names sort by step."""
+    return f'step_{step:06d}'
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes a file that a kill leaves either as it was or complete."""
+    temporary = path.with_name(path.name + '.tmp')
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,57 @@
+"""Training batches, joined with what the last refresh said of their records."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vatt_jax.objectives.base import Objective, only
+from vatt_jax.training.build import process_position
+from vatt_jax.training.metrics import Meter
+from vatt_jax.training.start import TrainingRun
+
+
+class TrainBatches:
+    """This host's rows of the training batches.
+
+    Args:
+        config: of the run.
+        data: the data object of docs/architecture.md.
+        objective: whose streams are loaded.
+        meter: the time that steps wait for data is added to it.
+    """
+
+    def __init__(self, config: ConfigDict, data: Any, objective: Objective, meter: Meter):
+        self.config = config
+        self.data = data
+        self.objective = objective
+        self.meter = meter
+        # source -> number of its first record among all
+        self.first_record = data.offsets('train', by='records')
+        self.iterator: Any = None
+
+    def next(self, run: TrainingRun) -> dict[str, Any]:
+        """The host batch of the run's next step."""
+        if self.iterator is None:
+            weights = {name: run.columns[name] for name in run.weights}
+            self.iterator = self.data.train(
+                run.consumed,
+                self.config.batch_size,
+                process=process_position(),
+                columns=weights or None,
+            )
+        began = time.monotonic()
+        batch = only(next(self.iterator), self.objective.streams())
+        if run.columns:
+            record = self.first_record[batch['source']] + batch['index']  # [B], rows of columns
+            batch['columns'] = {name: column[record] for name, column in run.columns.items()}
+        self.meter.waited += time.monotonic() - began
+        return batch
+
+    def close(self) -> None:
+        """Drops what is prefetched; `next` opens the data anew."""
+        if self.iterator is not None:
+            self.iterator.close()
+            self.iterator = None

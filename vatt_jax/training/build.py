@@ -1,0 +1,241 @@
+"""What a config builds: mesh, model, objective, the jitted step and the state's layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from vatt_jax import config as configs
+from vatt_jax import evals, models, objectives, optim
+from vatt_jax.config import ConfigError
+from vatt_jax.inference.encoder import Encoder, device_part
+from vatt_jax.inputs import preprocess
+from vatt_jax.models import attention
+from vatt_jax.objectives.base import Objective, only
+from vatt_jax.parallel import sharding
+from vatt_jax.rng import Rng
+from vatt_jax.training import train_state, train_step
+
+
+@dataclasses.dataclass
+class Built:
+    """What a config builds, the same in training and in evaluation.
+
+    A function of the config and `info` alone, so that runs may share it.
+
+    Attributes:
+        mesh: the device mesh.
+        model: the Linen module.
+        objective: what is being learnt.
+        tx: the optimizer.
+        init: () -> TrainState, jitted; to be called inside `jax.set_mesh(mesh)`.
+        step: (state, device batch) -> (state, metrics), jitted; to be called inside
+            `jax.set_mesh(mesh)`. It takes its state's memory.
+        shape: abstract TrainState.
+        shardings: the TrainState's tree of shardings.
+        batch: abstract device batch of one step, as it comes from the host.
+        inputs: what of it a loss sees, after the device stage; abstract.
+        outputs: the model's Outputs of `inputs`; abstract.
+        info: what the data say of themselves.
+        encoder: of evaluations; made by the first one, and compiled once for all.
+        passes: of refreshes; (function, augment) -> compiled once for all.
+    """
+
+    mesh: Any
+    model: Any
+    objective: Objective
+    tx: optax.GradientTransformation
+    init: Any
+    step: Any
+    shape: Any
+    shardings: Any
+    batch: Any
+    inputs: Any
+    outputs: Any
+    info: dict[str, Any]
+    encoder: Encoder | None = None
+    passes: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+
+def build(config: ConfigDict, data: Any) -> Built:
+    """Builds all of a run but its values. Computes nothing on devices.
+
+    Args:
+        config: of the run; what only the data know is filled in (`resolve`).
+        data: the data object of docs/architecture.md.
+
+    Raises:
+        ConfigError: config, data and devices do not fit together.
+    """
+    built = assemble(config, data, mesh_of(config))
+    evals.check(config.evals, data, built.outputs)
+    return built
+
+
+def resolve(config: ConfigDict, data: Any) -> None:
+    """Fills in place what only the data know: the vocabulary size of towers whose `vocab` is 0."""
+    for tower in config.model.towers.values():
+        if tower.get('vocab', 1) == 0:
+            tower.vocab = data.info['tokenizer']['size']
+
+
+def mesh_of(config: ConfigDict) -> Any:
+    """The mesh of a config.
+
+    Raises:
+        ConfigError: evaluators, compiler options, attention or batch are wrong. It is raised
+            before anything is built.
+    """
+    for name in config.evals:
+        evals.build(name, config.evals[name])
+    check_compiler_options(config)
+    attention.check(config.model, jax.default_backend())
+    shape = configs.check_batch(config, jax.device_count(), jax.process_count())
+    return sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape)))
+
+
+def check(config: ConfigDict) -> None:
+    """Checks all of a config that does not depend on the data, before minutes go into making them.
+
+    Raises:
+        ConfigError: something is wrong whatever the data say.
+    """
+    config = ConfigDict(config.to_dict())
+    for tower in config.model.towers.values():
+        if tower.get('vocab', 1) == 0:
+            tower.vocab = 2  # any size will do: nothing is computed
+    mesh_of(config)
+    model = models.build(config.model, config.compute_dtype)
+    objective = objectives.build(config.objective)
+    optim.check(config.optimizer, config.steps)
+    streams = objective.streams() or tuple(config.model.towers)
+    batch = preprocess.abstract(config.model.inputs, streams, 2, config.compute_dtype)
+    spec = train_state.abstract(model, batch, 0, {})
+    train_step.check(config, model, objective, spec.batch_stats)
+
+
+def check_compiler_options(config: ConfigDict) -> None:
+    """Compiles nothing much with each of config.compiler_options.
+
+    Raises:
+        ConfigError: this XLA does not take one of them.
+    """
+    for name, value in config.compiler_options.items():
+        try:
+            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        except Exception as error:  # of one of several types, by what is wrong
+            first_line = str(error).splitlines()[0]
+            raise ConfigError(
+                f'config.compiler_options.{name}={value!r} is not taken by XLA on '
+                f'{jax.default_backend()}: {first_line}; leave it out'
+            ) from error
+
+
+def assemble(config: ConfigDict, data: Any, mesh: Any) -> Built:
+    """What `build` builds of a checked config.
+
+    Args:
+        config: of the run; what only the data know is filled in (`resolve`).
+        data: the data object of docs/architecture.md.
+        mesh: its devices need not be here (planning compiles for machines that are elsewhere).
+
+    Raises:
+        ConfigError: the data lack a stream, or the objective cannot be cut into microbatches.
+    """
+    resolve(config, data)
+    model = models.build(config.model, config.compute_dtype)
+    objective = objectives.build(config.objective)
+
+    example = _first_batch(data, objective)
+    batch = _with_rows(example, config.batch_size)
+    columns = {}
+    for name, entry in objective.columns().items():
+        columns[name] = jax.ShapeDtypeStruct((config.batch_size, *entry.shape), entry.dtype)
+    if columns:
+        batch['columns'] = columns
+
+    # With plain accumulation each loss sees one microbatch; otherwise all of the batch.
+    rows = config.batch_size
+    if config.accumulation == 'plain':
+        rows = config.batch_size // config.accumulate
+    inputs = _abstract_inputs(config, _with_rows(example, rows), rows)
+
+    labels = {name: len(classes) for name, classes in data.info.get('labels', {}).items()}
+    spec = train_state.abstract(model, inputs, data.size('train'), labels)
+    train_step.check(config, model, objective, spec.batch_stats)
+    init, shape, shardings, tx = train_state.create(config, model, objective, spec, mesh)
+    step = jax.jit(
+        train_step.make(config, model, objective, tx),
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+        compiler_options=dict(config.compiler_options) or None,
+    )
+    return Built(
+        mesh=mesh,
+        model=model,
+        objective=objective,
+        tx=tx,
+        init=init,
+        step=step,
+        shape=shape,
+        shardings=shardings,
+        batch=batch,
+        inputs=inputs,
+        outputs=spec.outputs,
+        info=data.info,
+    )
+
+
+def _first_batch(data: Any, objective: Objective) -> dict[str, Any]:
+    """A host batch of the training data with the objective's streams: one example a process."""
+    process_id, num_processes = process_position()
+    batches = data.one_pass(
+        'train', num_processes, process=(process_id, num_processes), by='records', limit=1
+    )
+    batch = only(next(iter(batches)), objective.streams())
+    missing = set(objective.streams() or ()) - set(batch)
+    if missing:
+        present = [k for k, v in batch.items() if isinstance(v, dict) and 'data' in v]
+        raise ConfigError(
+            f'config.objective: expected the stream {sorted(missing)[0]!r}, '
+            f'the data has {", ".join(present)} (more views: config.data.views)'
+        )
+    return batch
+
+
+def process_position() -> tuple[int, int]:
+    """(index of this process, number of processes), as the data object takes it."""
+    return jax.process_index(), jax.process_count()
+
+
+def _with_rows(batch: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The abstract device batch of `rows` examples such as those of a host batch."""
+
+    def abstract(array: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *np.shape(array)[1:]), np.asarray(array).dtype)
+
+    return jax.tree.map(abstract, device_part(batch))
+
+
+def _abstract_inputs(config: ConfigDict, batch: dict[str, Any], rows: int) -> dict[str, Any]:
+    """What the device stage makes of an abstract device batch."""
+
+    def device_stage(batch: dict[str, Any], rng: Rng) -> dict[str, Any]:
+        return preprocess.device_stage(
+            batch,
+            config.model.inputs,
+            config.augment,
+            rng,
+            augment=False,
+            dtype=config.compute_dtype,
+        )
+
+    rng = jax.eval_shape(lambda: Rng.create(0, 0, jnp.zeros((rows,), jnp.uint32)))
+    return jax.eval_shape(device_stage, batch, rng)

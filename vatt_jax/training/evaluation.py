@@ -1,0 +1,101 @@
+"""Evaluations of a run: config.evals on one state, written to the run folder and logged."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vatt_jax import evals
+from vatt_jax.evals import base as evals_base
+from vatt_jax.inference import encoder
+from vatt_jax.parallel import distributed
+from vatt_jax.run_folder import RunFolder, evaluation_name
+from vatt_jax.training import train_state
+from vatt_jax.training.build import Built, process_position
+from vatt_jax.training.metrics import Progress, Writer
+from vatt_jax.training.train_state import TrainState
+
+# The scalars that are worth a place on the terminal, by the last part of their names.
+HEADLINES = ('R@10', 'accuracy', 'top1')
+
+
+def evaluate(
+    config: ConfigDict,
+    built: Built,
+    state: TrainState,
+    data: Any,
+    workdir: pathlib.Path,
+    step: int,
+    *,
+    tag: str = '',
+    gallery: bool = False,
+    again: bool = False,
+    writer: Writer | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Runs config.evals on a state.
+
+    A result folder appears whole or not at all, so an evaluation that was killed is simply run
+    again, and one that is there is read and reported.
+
+    Args:
+        config: of the run.
+        built: of that config.
+        state: what to evaluate.
+        data: the data object of docs/architecture.md.
+        workdir: the run folder; results go to `evals/<tag>` in it.
+        step: of the state.
+        tag: of a baseline, for which only the evaluators with `baseline` run; default
+            step_NNNNNN, and all evaluators.
+        gallery: also keep what the report shows of the retrievals.
+        again: evaluate anew where results are there already.
+        writer: scalars are logged to it.
+        progress: the most telling scalars are reported to it.
+
+    Returns:
+        Scalars, 'evaluator/name' -> value.
+    """
+    folder = RunFolder(workdir).evaluation(tag or evaluation_name(step))
+    if not again and distributed.agree((folder / 'results.json').exists()):
+        return _report_scalars(evals.load(folder), step, writer, progress)
+
+    variables = train_state.evaluation_variables(state)
+    if built.encoder is None:
+        built.encoder = encoder.Encoder(config, variables, built.mesh, built.objective)
+    # The same compiled programs on this state's values.
+    state_encoder = built.encoder.on(variables, state.params['objective'], state.objective)
+    view = evals_base.View(state_encoder, data, config.batch_size, process_position(), config.seed)
+    results = evals.run_all(config.evals, view, baseline=bool(tag))
+
+    def save_gallery(path: pathlib.Path) -> None:
+        evals.gallery.save(path, results, config.evals, data, config.batch_size)
+
+    if distributed.is_main():
+        with_gallery = gallery and jax.process_count() == 1
+        evals.save(results, folder, save_gallery if with_gallery else None)
+    return _report_scalars(results, step, writer, progress)
+
+
+def _report_scalars(
+    results: Mapping[str, evals_base.Result],
+    step: int,
+    writer: Writer | None,
+    progress: Progress | None,
+) -> dict[str, float]:
+    scalars = {}
+    for evaluator, result in results.items():
+        for name, value in result.scalars.items():
+            scalars[f'{evaluator}/{name}'] = value
+    if writer is not None:
+        writer.write(step, {f'eval/{name}': value for name, value in scalars.items()})
+    if progress is not None:
+        headlines = []
+        for name, value in scalars.items():
+            if name.rsplit('/', 1)[-1] in HEADLINES:
+                headlines.append(f'{name} {value:.3g}')
+        progress.say(f'step {step}: ' + '  '.join(headlines))
+    return scalars

@@ -1,0 +1,155 @@
+"""The objective's dataset-wide refresh, between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from vatt_jax.inference import encoder
+from vatt_jax.inputs import preprocess
+from vatt_jax.objectives.base import Records, Refreshed, only
+from vatt_jax.parallel import sharding
+from vatt_jax.rng import Rng
+from vatt_jax.training import train_state
+from vatt_jax.training.build import Built, process_position
+from vatt_jax.training.start import TrainingRun
+from vatt_jax.training.train_state import TrainState
+
+
+def refresh(config: ConfigDict, built: Built, data: Any, run: TrainingRun) -> Refreshed:
+    """Refreshes the objective before the next step, and puts the outcome into `run`.
+
+    Args:
+        config: of the run.
+        built: of that config.
+        data: the data object of docs/architecture.md.
+        run: as it stands; state, columns and weights are replaced.
+
+    Returns:
+        What the objective returned.
+    """
+    state = run.state
+    encode = RecordEncoder(config, built, data, state, run.step)
+    refreshed = built.objective.refresh(
+        encode.variables,
+        state.params['objective'],
+        state.objective,
+        run.step,
+        Records(data.size('train'), run.columns, encode),
+    )
+    run.state = _with_refreshed(built, state, refreshed)
+    run.columns = {**run.columns, **refreshed.columns}
+    run.weights = refreshed.weights
+    return refreshed
+
+
+def _with_refreshed(built: Built, state: TrainState, refreshed: Refreshed) -> TrainState:
+    params = _put(refreshed.params, built.shardings.params['objective'])
+    state = state.replace(
+        params={**state.params, 'objective': params},
+        objective=_put(refreshed.state, built.shardings.objective),
+    )
+
+    def fresh_slots(state: TrainState) -> Any:
+        return train_state.fresh_slots(built.tx, state, refreshed.fresh_slots)
+
+    # Under jit with explicit shardings: slots made outside would sit on one device.
+    make_slots = jax.jit(fresh_slots, out_shardings=built.shardings.opt_state)
+    return state.replace(opt_state=make_slots(state))
+
+
+def _put(tree: Any, shardings: Any) -> Any:
+    """Host arrays -> arrays on the mesh."""
+    return jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x), s), tree, shardings)
+
+
+class RecordEncoder:
+    """Applies a traced function to every training record once, as `Records.encode` promises.
+
+    Attributes:
+        variables: the model's trained variables; not their averages.
+    """
+
+    def __init__(self, config: ConfigDict, built: Built, data: Any, state: TrainState, step: int):
+        self.config = config
+        self.built = built
+        self.data = data
+        self.step = step
+        self.objective_params = state.params['objective']
+        self.variables = {'params': state.params['model'], 'batch_stats': state.batch_stats}
+
+    def __call__(
+        self, function: Callable[..., dict[str, jax.Array]], augment: bool = True, draw: int = 0
+    ) -> dict[str, np.ndarray]:
+        """Encodes on all hosts and devices.
+
+        Args:
+            function: traced; (model, variables, params, batch, rng) -> {name: [B ...]}.
+            augment: windows, crops and device augmentation as in training.
+            draw: number of the draw; windows and augmentation differ from draw to draw, as they
+                do from step to step.
+
+        Returns:
+            {name: [n ...]} and `index` int64 [n], the records' rows in columns, ascending.
+            Records that cannot be read are left out.
+        """
+        forward = self._compiled(function, augment)
+        batches = self.data.one_pass(
+            'train',
+            self.config.batch_size,
+            process=process_position(),
+            by='records',
+            augment=augment,
+            draw=f'{self.step}/{draw}',
+        )
+        parts = []
+        for batch in batches:
+            batch = only(batch, self.built.objective.streams())
+            rows = encoder.gather_rows(batch, ('position', 'valid'))
+            outputs = forward(
+                self.variables,
+                self.objective_params,
+                encoder.place(batch, self.built.mesh),
+                np.uint32(self.step),
+                np.uint32(draw),
+            )
+            outputs = jax.tree.map(np.asarray, jax.device_get(outputs))
+            is_valid = rows['valid']
+            part = {'index': rows['position'][is_valid]}
+            for name, array in outputs.items():
+                part[name] = array[is_valid]
+            parts.append(part)
+        order = np.argsort(np.concatenate([part['index'] for part in parts]), kind='stable')
+        joined = {}
+        for name in parts[0]:
+            joined[name] = np.concatenate([part[name] for part in parts])[order]
+        return joined
+
+    def _compiled(self, function: Callable[..., dict[str, jax.Array]], augment: bool) -> Any:
+        """The jitted pass, compiled once for all refreshes: step and draw are its arguments."""
+        config, built = self.config, self.built
+
+        def forward(
+            variables: Any, params: Any, batch: dict[str, Any], step: Any, draw: Any
+        ) -> dict[str, jax.Array]:
+            rng = Rng.create(config.seed, step, batch['position']).at('refresh').at(draw)
+            batch = preprocess.device_stage(
+                batch,
+                config.model.inputs,
+                config.augment,
+                rng.at('augment'),
+                augment=augment,
+                dtype=config.compute_dtype,
+            )
+            return function(built.model, variables, params, batch, rng)
+
+        if (function, augment) not in built.passes:
+            built.passes[function, augment] = jax.jit(
+                forward, out_shardings=sharding.replicated(built.mesh)
+            )
+        return built.passes[function, augment]

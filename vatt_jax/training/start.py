@@ -1,0 +1,217 @@
+"""Where a run starts: at its own newest checkpoint, else at another run's weights, else fresh."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from vatt_jax import config as configs
+from vatt_jax.config import ConfigError
+from vatt_jax.inputs import word_vectors
+from vatt_jax.parallel import distributed
+from vatt_jax.run_folder import RunFolder, write_atomically
+from vatt_jax.training import checkpoint
+from vatt_jax.training.build import Built
+from vatt_jax.training.checkpoint import Checkpoints
+from vatt_jax.training.train_state import TrainState
+
+# A run folder belongs to one choice of these fields ...
+IDENTITY = ('model.', 'objective.', 'optimizer.name', 'optimizer.frozen')
+# ... save for those that only say how the same numbers are computed.
+HOW_IT_IS_COMPUTED = (
+    'model.attention',
+    'model.scan',
+    'model.remat',
+    'model.packed',
+    'objective.method',
+    'objective.block',
+)
+
+# What stands for "none" and "an error" where processes agree on a step, which is one integer.
+NO_STEP = -1
+ALL_DAMAGED = -2
+
+
+@dataclasses.dataclass
+class TrainingRun:
+    """A run as it stands: all that changes from step to step, and is saved.
+
+    Attributes:
+        state: parameters, statistics, slots, on the mesh.
+        step: optimizer steps taken.
+        consumed: training examples consumed.
+        order: digest of the records seen so far, in their order.
+        columns: name -> [M ...], what the last refresh said of each training record.
+        weights: names of the columns by which records are drawn.
+        origin: where the run started, in words.
+    """
+
+    state: TrainState
+    step: int
+    consumed: int = 0
+    order: str = ''
+    columns: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    weights: tuple[str, ...] = ()
+    origin: str = ''
+
+
+def start(
+    config: ConfigDict, built: Built, data: Any, workdir: pathlib.Path
+) -> tuple[TrainingRun, Checkpoints]:
+    """Start order: the run's own newest checkpoint; else config.init_from; else scratch.
+
+    To be called inside `jax.set_mesh(built.mesh)`. From here on the run folder exists.
+
+    Args:
+        config: of the run.
+        built: of that config.
+        data: the data object of docs/architecture.md.
+        workdir: the run folder.
+
+    Returns:
+        The run as it goes on, and the run's checkpoints, open for saving.
+
+    Raises:
+        ConfigError: a checkpoint cannot be read or does not fit, or all are damaged.
+    """
+    folder = RunFolder(workdir)
+    saved_step = newest_sound(workdir)
+    if saved_step is not None:
+        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
+        run = _continue(checkpoints, saved_step, built)
+    else:
+        run = _begin(config, built, data)
+        # Only now, so that a mistake in the config leaves no folder behind.
+        workdir.mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
+
+    if distributed.is_main():
+        write_atomically(folder.config, configs.to_json(config))
+        if run.step < config.steps:
+            # Of a run that was shorter: this one is not done.
+            folder.done.unlink(missing_ok=True)
+    return run, checkpoints
+
+
+def _continue(checkpoints: Checkpoints, saved_step: int, built: Built) -> TrainingRun:
+    state, meta, columns = checkpoints.restore(saved_step, built.shape, built.shardings)
+    return TrainingRun(
+        state,
+        step=int(state.step),
+        consumed=int(meta['consumed']),
+        order=meta['order'],
+        columns=columns,
+        weights=tuple(meta['weights']),
+        origin=f'continuing from step {saved_step}',
+    )
+
+
+def _begin(config: ConfigDict, built: Built, data: Any) -> TrainingRun:
+    state = built.init()
+    origin = 'starting from scratch'
+    if config.init_from:
+        params, batch_stats, fresh = checkpoint.init_from(
+            config.init_from,
+            state.params['model'],
+            state.batch_stats,
+            config.init_rename,
+            config.init_skip,
+        )
+        state = _with_model_params(config, state, params).replace(batch_stats=batch_stats)
+        origin = f'starting from {config.init_from}'
+        if fresh:
+            origin += f', {len(fresh)} parameters fresh'
+
+    # Pretrained word vectors lie over whatever the parameters were until now.
+    if config.init_words:
+        params, message = word_vectors.fill(
+            config.init_words, state.params['model'], data.info['tokenizer']
+        )
+        state = _with_model_params(config, state, params)
+        origin += f', {message}'
+    elif not config.init_from:
+        frozen = [name for name, t in config.model.towers.items() if t.get('frozen_words')]
+        if frozen:
+            origin += (
+                ', random word vectors that stay so (config.init_words is empty and '
+                f'config.model.towers.{frozen[0]}.frozen_words is set)'
+            )
+    return TrainingRun(state, step=int(state.step), origin=origin)
+
+
+def _with_model_params(config: ConfigDict, state: TrainState, params: Any) -> TrainState:
+    """The state with other model parameters; averages begin at them."""
+    ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema else {}
+    return state.replace(params={**state.params, 'model': params}, ema=ema)
+
+
+def newest(workdir: pathlib.Path) -> int | None:
+    """Step of the run's newest complete checkpoint, if any; the same on every process."""
+    saved = checkpoint.steps(RunFolder(workdir).checkpoints)
+    step = distributed.agree(max(saved, default=NO_STEP))
+    return None if step == NO_STEP else step
+
+
+def newest_sound(workdir: pathlib.Path) -> int | None:
+    """Step of the newest checkpoint whose files are what was written, if any.
+
+    Newer ones that are not are reported and set aside. The main process looks, and the others
+    learn its answer.
+
+    Raises:
+        ConfigError: every checkpoint is damaged.
+    """
+    message, step = '', NO_STEP
+    if distributed.is_main():
+        try:
+            found = checkpoint.newest_sound(RunFolder(workdir).checkpoints)
+        except ConfigError as error:
+            message, step = str(error), ALL_DAMAGED
+        else:
+            step = NO_STEP if found is None else found
+    step = distributed.agree(step)
+    if step == ALL_DAMAGED:
+        raise ConfigError(message or f'every checkpoint in {workdir} is damaged')
+    return None if step == NO_STEP else step
+
+
+def check_run_folder(config: ConfigDict, workdir: pathlib.Path, evaluating: bool = False) -> None:
+    """A run folder belongs to one model and objective: never continue it with another.
+
+    Args:
+        config: about to be run in the folder.
+        workdir: the run folder; it need not exist.
+        evaluating: the model may be shown other sizes and rates of its inputs than in training
+            (where a parameter's shape follows from them, reading it will tell).
+
+    Raises:
+        ConfigError: the folder holds a run of another model or objective.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise ConfigError(f'--workdir={workdir}: expected a folder, this is a file')
+    if newest(workdir) is None:
+        return
+    stored = configs.stored(workdir)
+    if stored is None:
+        return
+    old_values, new_values = dict(configs.flatten(stored)), dict(configs.flatten(config))
+    for field in configs.same(stored, config):
+        if not field.startswith(IDENTITY) or field.startswith(HOW_IT_IS_COMPUTED):
+            continue
+        if field not in old_values and not field.startswith(configs.OPEN):
+            continue  # the run is older than the field
+        if field.endswith('.vocab') and new_values.get(field) == 0:
+            continue  # 0 is whatever the data say (`resolve`), and they are not open yet
+        if evaluating and field.startswith('model.inputs.'):
+            continue
+        old, new = (values.get(field, 'absent') for values in (old_values, new_values))
+        raise ConfigError(
+            f'--workdir={workdir} holds a run with config.{field}={old!r} and this config has '
+            f'{new!r}; choose another --workdir, or start from its weights with --config.init_from'
+        )
