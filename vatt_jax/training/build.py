@@ -92,6 +92,7 @@ def mesh_of(config: ConfigDict) -> Any:
         ConfigError: evaluators, compiler options, attention or batch are wrong. It is raised
             before anything is built.
     """
+    # Mistakes in evaluators are found now, not after hours of training.
     for name in config.evals:
         evals.build(name, config.evals[name])
     check_compiler_options(config)
@@ -158,6 +159,7 @@ def assemble(config: ConfigDict, data: Any, mesh: Any) -> Built:
     for name, entry in objective.columns().items():
         columns[name] = jax.ShapeDtypeStruct((config.batch_size, *entry.shape), entry.dtype)
     if columns:
+        # Objectives with refreshes: joined to each batch by record (`TrainBatches.next`).
         batch['columns'] = columns
 
     # With plain accumulation each loss sees one microbatch; otherwise all of the batch.
@@ -170,6 +172,7 @@ def assemble(config: ConfigDict, data: Any, mesh: Any) -> Built:
     spec = train_state.abstract(model, inputs, data.size('train'), labels)
     train_step.check(config, model, objective, spec.batch_stats)
     init, shape, shardings, tx = train_state.create(config, model, objective, spec, mesh)
+    # The old state's memory is the new one's: two of them would not fit beside the activations.
     step = jax.jit(
         train_step.make(config, model, objective, tx),
         in_shardings=(shardings, sharding.batch_sharding(mesh)),

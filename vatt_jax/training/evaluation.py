@@ -60,6 +60,7 @@ def evaluate(
         Scalars, 'evaluator/name' -> value.
     """
     folder = RunFolder(workdir).evaluation(tag or evaluation_name(step))
+    # All processes go by what the main one sees: evaluating takes all of them.
     if not again and distributed.agree((folder / 'results.json').exists()):
         return _report_scalars(evals.load(folder), step, writer, progress)
 

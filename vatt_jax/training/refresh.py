@@ -107,7 +107,7 @@ class RecordEncoder:
             augment=augment,
             draw=f'{self.step}/{draw}',
         )
-        parts = []
+        parts: list[dict[str, np.ndarray]] = []
         for batch in batches:
             batch = only(batch, self.built.objective.streams())
             rows = encoder.gather_rows(batch, ('position', 'valid'))
@@ -119,11 +119,13 @@ class RecordEncoder:
                 np.uint32(draw),
             )
             outputs = jax.tree.map(np.asarray, jax.device_get(outputs))
-            is_valid = rows['valid']
+            # Padding rows of the last batch and records that cannot be read are no records.
+            is_valid = rows['valid']  # [B], of all hosts, as the outputs are
             part = {'index': rows['position'][is_valid]}
             for name, array in outputs.items():
                 part[name] = array[is_valid]
             parts.append(part)
+        # Hosts read ranges of the records side by side, so a batch's rows are not consecutive.
         order = np.argsort(np.concatenate([part['index'] for part in parts]), kind='stable')
         joined = {}
         for name in parts[0]:
@@ -148,6 +150,7 @@ class RecordEncoder:
             )
             return function(built.model, variables, params, batch, rng)
 
+        # Runs that share `built` share these passes: nothing of this refresh may be traced in.
         if (function, augment) not in built.passes:
             built.passes[function, augment] = jax.jit(
                 forward, out_shardings=sharding.replicated(built.mesh)

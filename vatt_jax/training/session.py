@@ -155,6 +155,7 @@ def open_session(
 def _greeting(config: ConfigDict, data: Any, run: TrainingRun) -> str:
     params = run.state.params
     num_params, num_frozen = 0, 0
+    # Of the model and of the objective: both are trained.
     for path, array in zip(jax.tree.leaves(optim.paths(params)), jax.tree.leaves(params)):
         num_params += array.size
         if optim.matches(path, config.optimizer.frozen):
@@ -171,6 +172,7 @@ def _meter(config: ConfigDict, built: Built) -> Meter:
     """The run's speedometer; it tells MFU where the chips' peak is known."""
     peak = chips.peak_of(built.mesh.devices.flat)
     if not peak:
+        # A chip that is not in the table: FLOPs need not be counted, which traces the towers.
         return Meter(None, peak)
     variables = {'params': built.shape.params['model'], 'batch_stats': built.shape.batch_stats}
     return Meter(flops.per_clip(config, built.inputs, variables), peak)

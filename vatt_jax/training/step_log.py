@@ -67,6 +67,7 @@ class LateMetrics:
         if self.pending is None:
             return
         step, device_metrics = self.pending
+        # Before anything can raise: the same metrics must not be read twice.
         self.pending = None
         metrics = {name: np.asarray(value) for name, value in device_metrics.items()}
         records = np.stack([metrics.pop('source'), metrics.pop('index')], axis=1)  # [B 2]
@@ -116,6 +117,7 @@ class BadStepGuard:
         """
         if not num_bad:
             return
+        # The update was skipped on the device already (train_step); here it is only reported.
         names = [f'{source}:{index}' for source, index in records.tolist()]
         self.progress.say(
             f'step {step}: non-finite loss or gradient, update skipped; records {" ".join(names)}'

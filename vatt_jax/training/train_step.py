@@ -160,7 +160,7 @@ class MeanOfMicrobatches:
         def one_part(carry: Any, part: Any) -> tuple[Any, Any]:
             batch_stats, objective_state, total = carry
             examples, part_batch = part
-            part_rng = rng.replace(examples=examples)
+            part_rng = _for_examples(rng, examples)
             grads, out = self.whole.gradients(
                 params, batch_stats, objective_state, part_batch, part_rng
             )
@@ -212,7 +212,7 @@ class GradCache:
 
         def towers(params: Any, part: Any) -> dict[str, Array]:
             examples, part_batch = part
-            part_rng = rng.replace(examples=examples)
+            part_rng = _for_examples(rng, examples)
             variables = {'params': params['model'], 'batch_stats': batch_stats}
             part_batch = self.whole.device_stage(part_batch, part_rng)
             pooled, _ = objective.encode(model, variables, part_batch, part_rng)
@@ -255,6 +255,12 @@ def _split(x: Shaped[Array, 'N ...'], num_parts: int) -> Shaped[Array, 'A B ...'
     # Microbatch a takes rows a, a + A, …: every device keeps its rows, where contiguous blocks
     # would move them.
     return x.reshape(x.shape[0] // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _for_examples(rng: Rng, examples: Shaped[Array, 'B ...']) -> Rng:
+    """The random numbers of some of the examples."""
+    # Flax adds `replace` where type checkers do not see it.
+    return rng.replace(examples=examples)  # type: ignore[attr-defined]
 
 
 def _join(x: Shaped[Array, 'A B ...']) -> Shaped[Array, 'N ...']:
