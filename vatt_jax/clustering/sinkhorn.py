@@ -2,11 +2,11 @@
 
 The samples are given as logits, or as features and head weights.
 
-The problem (Asano et al. 2019, "Self-labelling", section 3.2): minimise the mean cross entropy of the
-labels under the model, subject to the share prior[k] for cluster k, relaxed by an entropy of weight
-1/λ. With Z = λ · mean over views of their logits, the solution is softmax(Z + g) by rows, where the P
-potentials g make its column means equal the prior; the label of a row is argmax(Z + g). Constants of
-a row change nothing, so logits need no log-softmax.
+The problem (Asano et al. 2019, "Self-labelling", section 3.2): minimise the mean cross entropy of
+the labels under the model, subject to the share prior[k] for cluster k, relaxed by an entropy of
+weight 1/λ. With Z = λ · mean over views of their logits, the solution is softmax(Z + g) by rows,
+where the P potentials g make its column means equal the prior; the label of a row is argmax(Z + g).
+Constants of a row change nothing, so logits need no log-softmax.
 
 Only g is unknown. One *pass* reads the rows once, in blocks that stay in cache, and returns the
 column means c(g) of softmax(Z + g). Plain Sinkhorn is g += log(prior / c(g)). It is accelerated
@@ -48,8 +48,8 @@ FINE = 64
 # Nats between a row's best and mean cluster at which annealing starts.
 SOFT = 10.0
 
-# Up to as many clusters Newton's matrix is also built for the guess; on a CPU it costs P / 50 passes
-# over its rows.
+# Up to as many clusters Newton's matrix is also built for the guess; on a CPU it costs P / 50
+# passes over its rows.
 EAGER = 512
 
 # Residual at which the matrix is built where it will be used.
@@ -400,7 +400,11 @@ class Rows:
     def label(
         self, g: np.ndarray, marginal: np.ndarray, prior: np.ndarray, strength: float
     ) -> tuple[np.ndarray, float, float]:
-        """Returns (labels [M], mean cost, published error) at g, whose column means are `marginal`."""
+        """Labels the rows at g, whose column means are `marginal`.
+
+        Returns:
+          (labels [M], mean cost, published error).
+        """
         ratio = np.minimum(prior / np.maximum(marginal, 1e-30), 1e30)
         labels = []
         cost = np.float64(0)
@@ -435,11 +439,11 @@ def combined(pieces: Sequence[Any], heads: Sequence[tuple[Any, Any]] | None) -> 
     """Returns the sum over views of their logits: [rows P]."""
     if heads is None:
         return sum(pieces)
-    logits = [
+    # One view after the other: two [rows P] arrays at a time, however many views there are.
+    return sum(
         jnp.matmul(x, kernel, precision='highest') + bias
         for x, (kernel, bias) in zip(pieces, heads)
-    ]
-    return sum(logits)
+    )
 
 
 class _Chunk(NamedTuple):
