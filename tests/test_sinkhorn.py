@@ -163,14 +163,14 @@ def test_no_array_of_samples_times_clusters_is_made_from_features():
     x = (jax.ShapeDtypeStruct((m, d), 'float32'),)
     heads = ((jax.ShapeDtypeStruct((d, p), 'float32'), jax.ShapeDtypeStruct((p,), 'float32')),)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('rows',))
-    for want in ('marginal', 'label'):
-        lowered = sinkhorn._sweep.lower(
+    for statistic in ('marginal', 'label'):
+        lowered = sinkhorn._block_pass.lower(
             x,
             heads,
             jax.ShapeDtypeStruct((3, p), 'float32'),
             jax.ShapeDtypeStruct((), 'float32'),
             jax.ShapeDtypeStruct((), 'int32'),
-            want=want,
+            statistic=statistic,
             mesh=mesh,
             chunk=sinkhorn.chunk_rows(p),
         )
@@ -245,7 +245,7 @@ def test_mistakes_are_sentences():
         sinkhorn.solve(views, np.array([0.5, 0, 0, 0.5]), 20)
     with pytest.raises(ValueError, match='prior sums to 2'):
         sinkhorn.solve(views, np.full(4, 0.5), 20)
-    with pytest.raises(ValueError, match=r'shape \(50, 4\); \[50 5\] is wanted'):
+    with pytest.raises(ValueError, match=r'expected shape \[50 5\], got \(50, 4\)'):
         sinkhorn.solve(views, np.full(5, 0.2), 20)
     bad = [v.copy() for v in views]
     bad[1][7, 2] = np.nan

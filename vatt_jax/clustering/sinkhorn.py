@@ -1,59 +1,98 @@
-"""Labels by optimal transport: M samples to P clusters of prescribed sizes, from logits or from features and head weights.
+"""Labels by optimal transport: M samples to P clusters of prescribed sizes.
 
-The problem (Asano et al. 2019, "Self-labelling", section 3.2): minimise the mean cross entropy of the labels under the model, subject
-to the share prior[k] for cluster k, relaxed by an entropy of weight 1/λ. With Z = λ · mean over views of their logits, the solution is
-softmax(Z + g) by rows, where the P potentials g make its column means equal the prior; the label of a row is argmax(Z + g). Constants
-of a row change nothing, so logits need no log-softmax.
+The samples are given as logits, or as features and head weights.
 
-Only g is unknown. One *pass* reads the rows once, in blocks that stay in cache, and returns the column means c(g) of softmax(Z + g).
-Plain Sinkhorn is g += log(prior / c(g)). It is accelerated twice, on the host, in float64, on vectors of length P:
+The problem (Asano et al. 2019, "Self-labelling", section 3.2): minimise the mean cross entropy of
+the labels under the model, subject to the share prior[k] for cluster k, relaxed by an entropy of
+weight 1/λ. With Z = λ · mean over views of their logits, the solution is softmax(Z + g) by rows,
+where the P potentials g make its column means equal the prior; the label of a row is argmax(Z + g).
+Constants of a row change nothing, so logits need no log-softmax.
 
-- Preconditioning. Around the solution, log c moves by (I - A) dg with A = diag(1/c) · mean of s sᵀ over rows s of the softmax, so
-  (I - A)⁻¹ log(prior / c) is Newton's step. A is summed over a *sample* of rows only, near the solution that this sample gives.
-- Anderson mixing over the last steps takes care of what A misses. A step that fails falls back to plain Sinkhorn, which cannot.
+Only g is unknown. One *pass* reads the rows once, in blocks that stay in cache, and returns the
+column means c(g) of softmax(Z + g). Plain Sinkhorn is g += log(prior / c(g)). It is accelerated
+twice, on the host, in float64, on vectors of length P:
 
-Large λ (or confident rows) make plain Sinkhorn slow in proportion to λ, so the first potentials are found on a small sample with λ
-doubled from a small value up. All sums over rows are all-reduced, so nothing depends on how rows are spread over devices.
+- Preconditioning. Around the solution, log c moves by (I - A) dg with A = diag(1/c) · mean of s sᵀ
+  over rows s of the softmax, so (I - A)⁻¹ log(prior / c) is Newton's step. A is summed over a
+  *sample* of rows only, near the solution that this sample gives.
+- Anderson mixing over the last steps takes care of what A misses. A step that fails falls back to
+  plain Sinkhorn, which cannot.
+
+Large λ (or confident rows) make plain Sinkhorn slow in proportion to λ, so the first potentials are
+found on a small sample with λ doubled from a small value up. All sums over rows are all-reduced, so
+nothing depends on how rows are spread over devices.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
+from jaxtyping import Array, Bool, Float
 
-PUBLISHED = (
-    0.1  # the published loop stops when sum over samples of |beta / beta' - 1| falls below this
-)
-COARSE, FINE = 16, 64  # rows per cluster of the two samples
-SOFT = 10.0  # nats between a row's best and mean cluster at which annealing starts
-EAGER = 512  # up to as many clusters Newton's matrix is also built for the guess; on a CPU it costs P / 50 passes over its rows
-NEAR = 1e-2  # residual at which the matrix is built where it will be used
-DAMPING = 0.5  # of Newton's matrix, in units of P / rows it was summed over
-HALVINGS = 12  # of a step that failed, before it is given up
-MEMORY = 10  # steps that Anderson mixing looks back on
-LONGEST = 8.0  # nats: longest accelerated step of one potential
-LOST = 1e-3  # a search that ends above this has lost its way: all rows are annealed
-PATIENCE = (
-    60  # passes without a tenth of progress after which float precision is taken to be reached
-)
+# The published loop stops when the sum over samples of |beta / beta' - 1| falls below this.
+PUBLISHED = 0.1
+
+# Rows per cluster of the two samples: one to anneal on, one to sum Newton's matrix over.
+COARSE = 16
+FINE = 64
+
+# Nats between a row's best and mean cluster at which annealing starts.
+SOFT = 10.0
+
+# Up to as many clusters Newton's matrix is also built for the guess; on a CPU it costs P / 50
+# passes over its rows.
+EAGER = 512
+
+# Residual at which the matrix is built where it will be used.
+NEAR = 1e-2
+
+# Damping of Newton's matrix, in units of P / (rows it was summed over).
+DAMPING = 0.5
+
+# How often a step that failed is halved before it is given up.
+HALVINGS = 12
+
+# Steps that Anderson mixing looks back on.
+MEMORY = 10
+
+# Longest accelerated step of one potential, in nats.
+LONGEST = 8.0
+
+# A search that ends above this residual has lost its way: all rows are annealed.
+LOST = 1e-3
+
+# Passes without a tenth of progress after which float precision is taken to be reached.
+PATIENCE = 60
+
+# Method -> how many past steps a step may look back on.
+STEPS = {'newton': MEMORY, 'anderson': MEMORY, 'plain': 0}
 
 
 @dataclasses.dataclass
 class Solution:
     """What `solve` found.
 
-    potentials: float64 [P], weighted mean zero under the prior. labels: int32 [M]. cost: mean over samples and views of -log p(label).
-    residual: sum over clusters of |column mean - prior|. published_error: the published loop's error at these potentials (a sum over
-    samples). passes: full passes over the rows. work: rows read, those of samples included, over M. converged: False when float precision
-    or max_passes ended the search; the potentials are then the best seen. preconditioner: [P P], for the next, similar problem.
+    Attributes:
+      potentials: float64 [P], weighted mean zero under the prior.
+      labels: int32 [M].
+      cost: Mean over samples and views of -log p(label).
+      residual: Sum over clusters of |column mean - prior|.
+      published_error: The published loop's error at these potentials, a sum over samples.
+      passes: Full passes over the rows.
+      work: Rows read, those of samples included, divided by M.
+      converged: False when float precision or max_passes ended the search; the potentials are then
+        the best seen.
+      preconditioner: float64 [P P], for the next, similar problem.
+      history: The residual of every pass.
     """
 
     potentials: np.ndarray
@@ -89,54 +128,68 @@ def solve(
     dtype: str = 'float32',
     mesh: Mesh | None = None,
 ) -> Solution:
-    """Labels of M samples.
+    """Finds the labels of M samples.
 
-    views: one array per view (modality), logits [M P], or features [M D] when `heads` gives each view's (kernel [D P], bias [P]): M × P
-    is then never stored. A view may also be a list of arrays, blocks of rows (all views cut alike): blocks on the host are sent to
-    the devices one by one in each pass.
-    prior: share of each cluster [P], positive, summing to 1. strength: λ.
-    tolerance: on `residual`; or 'published', small enough (0.1 / M) that the published loop would stop, its error being at most M · residual.
-    method: 'newton' (both accelerations), 'anderson' (no preconditioner), 'plain' (Sinkhorn as published).
-    dtype: of the passes; float64 works whatever jax_enable_x64 says. mesh: rows are spread over all its devices (default: one device).
-    Raises ValueError, in a sentence, for a prior with empty clusters or logits that are not finite.
+    Args:
+      views: One array per view (modality): logits [M P], or features [M D] when `heads` is given. A
+        view may also be a list of arrays, blocks of rows (all views cut alike): blocks on the host
+        are sent to the devices one by one in each pass.
+      prior: [P], share of each cluster, positive, summing to 1.
+      strength: λ.
+      heads: Each view's (kernel [D P], bias [P]). M × P logits are then never stored.
+      tolerance: On `residual`; or 'published', small enough (0.1 / M) that the published loop would
+        stop, its error being at most M · residual.
+      start: Potentials, and perhaps a preconditioner, to start from.
+      method: 'newton' (both accelerations), 'anderson' (no preconditioner) or 'plain' (Sinkhorn as
+        published).
+      max_passes: Most full passes over the rows of one search.
+      dtype: Of the passes; float64 works whatever jax_enable_x64 says.
+      mesh: Rows are spread over all its devices (default: one device).
+
+    Raises:
+      ValueError: For a prior with empty clusters, or logits that are not finite.
     """
     prior = check_prior(prior)
     if method not in STEPS:
-        raise ValueError(f'method={method!r}: choose one of {", ".join(STEPS)}')
+        raise ValueError(f'method: expected one of {", ".join(STEPS)}, got {method!r}.')
     if not strength > 0 or not np.isfinite(strength):
-        raise ValueError(f'strength={strength}: a positive, finite λ is wanted')
+        raise ValueError(f'strength: expected a positive, finite λ, got {strength}.')
     with jax.enable_x64(dtype == 'float64'):
         rows = Rows(views, heads, len(prior), dtype, mesh)
+        use_newton = method == 'newton'
         limit = PUBLISHED / rows.count if tolerance == 'published' else float(tolerance)
-        g, inverse, rebuild = np.zeros(len(prior)), None, None
+
+        g = np.zeros(len(prior))
+        inverse = None
+        rebuild = None
         if start is not None:
             g = np.asarray(start.potentials, np.float64)
-            inverse = start.preconditioner if method == 'newton' else None
+            if use_newton:
+                inverse = start.preconditioner
         elif method != 'plain':
-            g, inverse, rebuild = first_guess(rows, prior, strength, method == 'newton')
-        whole = lambda g: rows.marginal(g, strength)
-        found = search(whole, g, prior, limit, max_passes, inverse, rebuild, STEPS[method])
-        if (
-            method != 'plain'
-            and found.residual > max(limit, LOST)
-            and len(found.history) < max_passes
-        ):
-            g = anneal(rows, prior, strength, LOST, method == 'newton')
-            again = search(whole, g, prior, limit, max_passes, None, rebuild)
-            again.history[:0] = found.history
-            found = min(again, found, key=lambda f: f.residual)
+            g, inverse, rebuild = first_guess(rows, prior, strength, use_newton)
+
+        marginal = functools.partial(rows.marginal, strength=strength)
+        found = search(marginal, g, prior, limit, max_passes, inverse, rebuild, STEPS[method])
+        is_lost = found.residual > max(limit, LOST)
+        if method != 'plain' and is_lost and len(found.history) < max_passes:
+            # The guess came from a sample; annealing on all rows cannot be misled by it.
+            g = anneal(rows, prior, strength, LOST, use_newton)
+            second = search(marginal, g, prior, limit, max_passes, None, rebuild)
+            second.history[:0] = found.history
+            found = min(second, found, key=lambda result: result.residual)
         labels, cost, error = rows.label(found.potentials, found.marginal, prior, strength)
     return Solution(
-        found.potentials,
-        labels,
-        cost,
-        found.residual,
-        error,
-        len(found.history),
-        rows.read / rows.count,
-        found.residual <= limit,
-        found.inverse,
-        found.history,
+        potentials=found.potentials,
+        labels=labels,
+        cost=cost,
+        residual=found.residual,
+        published_error=error,
+        passes=len(found.history),
+        work=rows.read / rows.count,
+        converged=found.residual <= limit,
+        preconditioner=found.inverse,
+        history=found.history,
     )
 
 
@@ -147,189 +200,225 @@ def shares(
     heads: Sequence[tuple[Any, Any]] | None = None,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """float64 [P]: share of each cluster without any prior, the column means of softmax(Z). Arguments as for `solve`."""
-    clusters = (
-        heads[0][0].shape[1]
-        if heads is not None
-        else (views[0][0] if isinstance(views[0], (list, tuple)) else views[0]).shape[1]
-    )
-    return Rows(views, heads, clusters, 'float32', mesh).marginal(np.zeros(clusters), strength)
+    """Returns the share of each cluster without any prior: the column means of softmax(Z).
+
+    Args:
+      views: As for `solve`.
+      strength: λ.
+      heads: As for `solve`.
+      mesh: As for `solve`.
+
+    Returns:
+      float64 [P].
+    """
+    if heads is not None:
+        kernel, _ = heads[0]
+        num_clusters = kernel.shape[1]
+    else:
+        is_blocked = isinstance(views[0], (list, tuple))
+        first_block = views[0][0] if is_blocked else views[0]
+        num_clusters = first_block.shape[1]
+    rows = Rows(views, heads, num_clusters, 'float32', mesh)
+    return rows.marginal(np.zeros(num_clusters), strength)
 
 
-def check_prior(prior) -> np.ndarray:
-    """float64 [P], positive and summing to 1; ValueError in a sentence otherwise."""
+def check_prior(prior: Any) -> np.ndarray:
+    """Returns the prior as float64 [P], positive and summing to 1.
+
+    Raises:
+      ValueError: If it is not a vector of at least two positive shares that sum to 1.
+    """
     prior = np.asarray(prior, np.float64)
     if prior.ndim != 1 or len(prior) < 2:
         raise ValueError(
-            f'prior has shape {prior.shape}; a vector with the share of each of at least 2 clusters is wanted'
+            f'prior: expected a vector with the share of each of at least 2 clusters, got shape '
+            f'{prior.shape}.'
         )
     bad = np.flatnonzero(~(prior > 0) | ~np.isfinite(prior))
     if len(bad):
         raise ValueError(
-            f'prior[{bad[0]}]={prior[bad[0]]} ({len(bad)} such of {len(prior)}): every cluster needs a positive share; leave '
-            'empty clusters out, or give them a small one'
+            f'prior[{bad[0]}]={prior[bad[0]]} ({len(bad)} such of {len(prior)}): every cluster '
+            'needs a positive share; leave empty clusters out, or give them a small one'
         )
     if abs(prior.sum() - 1) > 1e-5:
         raise ValueError(
-            f'prior sums to {prior.sum():.6g}; shares that sum to 1 are wanted (divide by the sum)'
+            f'prior sums to {prior.sum():.6g}; expected shares that sum to 1 (divide by the sum).'
         )
     return prior / prior.sum()
 
 
-# ---- the rows: everything that touches devices
+# ---- The rows: everything that touches devices.
 
 
 class Rows:
-    """The samples, placed once (arrays) or block by block in each pass (lists of blocks). count: M. read: rows read so far, by samples of these
-    rows too."""
+    """The samples, placed once (arrays) or block by block in each pass (lists of blocks).
 
-    def __init__(self, views, heads, clusters: int, dtype: str, mesh: Mesh | None):
-        self.dtype, self.clusters, self._read = jnp.dtype(dtype), clusters, [0]
-        self.mesh = (
-            Mesh(np.array(jax.devices()[:1]), ('rows',))
-            if mesh is None
-            else Mesh(mesh.devices, mesh.axis_names)
-        )
+    Attributes:
+      count: M.
+      lengths: Rows of each block, without padding.
+      read: Rows read so far, by samples of these rows too.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[Any],
+        heads: Sequence[tuple[Any, Any]] | None,
+        clusters: int,
+        dtype: str,
+        mesh: Mesh | None,
+    ):
+        self.dtype = jnp.dtype(dtype)
+        self.clusters = clusters
+        # A list, because samples of these rows add to the same count.
+        self._rows_read = [0]
+        if mesh is None:
+            self.mesh = Mesh(np.array(jax.devices()[:1]), ('rows',))
+        else:
+            # Without the axis types of the caller's mesh.
+            self.mesh = Mesh(mesh.devices, mesh.axis_names)
         self.sharding = NamedSharding(self.mesh, Spec(self.mesh.axis_names))
-        self.whole = NamedSharding(self.mesh, Spec())
+        self.replicated = NamedSharding(self.mesh, Spec())
+
         views = tuple(views)
         self.streamed = isinstance(views[0], (list, tuple))
         blocks = list(zip(*views, strict=True)) if self.streamed else [views]
         for block in blocks:
-            for x in block:
-                if (
-                    x.ndim != 2
-                    or len(x) != len(block[0])
-                    or (heads is None and x.shape[1] != clusters)
-                ):
-                    raise ValueError(
-                        f'a view has shape {tuple(x.shape)}; [{len(block[0])} {"D" if heads else clusters}] is wanted'
-                    )
-        self.blocks = blocks if self.streamed else [self.place(b) for b in blocks]
-        self.lengths = [len(b[0]) for b in blocks]
+            self._check_shapes(block, 'D' if heads else clusters, has_heads=heads is not None)
+        self.blocks = blocks if self.streamed else [self.place(block) for block in blocks]
+        self.lengths = [len(block[0]) for block in blocks]
         self.count = sum(self.lengths)
-        self.heads = (
-            None
-            if heads is None
-            else tuple(
-                (
-                    jax.device_put(jnp.asarray(k, self.dtype), self.whole),
-                    jax.device_put(jnp.asarray(b, self.dtype), self.whole),
+        self.heads = None if heads is None else tuple(self._place_head(*head) for head in heads)
+
+    def _check_shapes(self, block: Sequence[Any], width: int | str, has_heads: bool) -> None:
+        num_rows = len(block[0])
+        for x in block:
+            is_wide = has_heads or (x.ndim == 2 and x.shape[1] == self.clusters)
+            if x.ndim != 2 or len(x) != num_rows or not is_wide:
+                raise ValueError(
+                    f'views: expected shape [{num_rows} {width}], got {tuple(x.shape)}.'
                 )
-                for k, b in heads
-            )
-        )
+
+    def _place_head(self, kernel: Any, bias: Any) -> tuple[jax.Array, jax.Array]:
+        kernel = jax.device_put(jnp.asarray(kernel, self.dtype), self.replicated)
+        bias = jax.device_put(jnp.asarray(bias, self.dtype), self.replicated)
+        return kernel, bias
 
     @property
     def read(self) -> int:
-        return self._read[0]
+        return self._rows_read[0]
 
-    def place(self, block) -> tuple[jax.Array, ...]:
-        """Rows over all devices, padded to a multiple of their number."""
-        pad = -len(block[0]) % self.mesh.size
+    def place(self, block: Sequence[Any]) -> tuple[jax.Array, ...]:
+        """Spreads rows over all devices, padded to a multiple of their number."""
+        return tuple(self._place_view(x) for x in block)
 
-        def one(x):
-            if (
-                isinstance(x, jax.Array)
-                and x.dtype == self.dtype
-                and not pad
-                and x.sharding.is_equivalent_to(self.sharding, x.ndim)
-            ):
+    def _place_view(self, x: Any) -> jax.Array:
+        padding = -len(x) % self.mesh.size
+        if isinstance(x, jax.Array) and x.dtype == self.dtype and not padding:
+            if x.sharding.is_equivalent_to(self.sharding, x.ndim):
                 return x
-            x = np.asarray(x, self.dtype)
-            if pad:
-                x = np.concatenate([x, np.zeros((pad, x.shape[1]), x.dtype)])
-            return jax.make_array_from_callback(x.shape, self.sharding, lambda index: x[index])
-
-        return tuple(one(x) for x in block)
+        host = np.asarray(x, self.dtype)
+        if padding:
+            host = np.concatenate([host, np.zeros((padding, host.shape[1]), host.dtype)])
+        return jax.make_array_from_callback(host.shape, self.sharding, lambda index: host[index])
 
     def sample(self, size: int) -> Rows:
-        """`size` rows drawn without regard to their order (the same ones on any mesh), or all rows if there are no more."""
+        """Draws `size` rows, or all rows if there are no more.
+
+        They are drawn without regard to their order, and are the same ones on any mesh.
+        """
         if size >= self.count:
             return self
         chosen = np.sort(np.random.default_rng(0).choice(self.count, size, replace=False))
-        parts, first = [], 0
+        parts = []
+        first = 0
         for block, length in zip(self.blocks, self.lengths):
             index = chosen[(chosen >= first) & (chosen < first + length)] - first
-            take = lambda x, i=index: np.asarray(
-                x[i]
-                if isinstance(x, np.ndarray)
-                else jax.jit(lambda x, i: x[i], out_shardings=self.whole)(x, i)
-            )
-            parts.append([take(x) for x in block])
+            parts.append([self._take(x, index) for x in block])
             first += length
-        out = object.__new__(Rows)
-        out.__dict__.update(self.__dict__)
-        out.streamed, out.count, out.lengths = False, size, [size]
-        out.blocks = [out.place([np.concatenate(p) for p in zip(*parts)])]
+        out = copy.copy(self)
+        out.streamed = False
+        out.count = size
+        out.lengths = [size]
+        out.blocks = [out.place([np.concatenate(pieces) for pieces in zip(*parts)])]
         return out
 
-    def sweep(self, want: str, g: np.ndarray, strength: float, ratio: np.ndarray | None = None):
-        """Results of `_sweep` over all blocks. g is split so that float32 passes still feel changes of g below its own resolution."""
+    def _take(self, x: Any, index: np.ndarray) -> np.ndarray:
+        if isinstance(x, np.ndarray):
+            return np.asarray(x[index])
+        # Replicated, so that every host can read rows that lie on others' devices.
+        gather = jax.jit(lambda x, index: x[index], out_shardings=self.replicated)
+        return np.asarray(gather(x, index))
+
+    def passes(
+        self, statistic: str, g: np.ndarray, strength: float, ratio: np.ndarray | None = None
+    ) -> Iterator[Any]:
+        """Yields the results of `_block_pass` for all blocks.
+
+        g is split so that float32 passes still feel changes of g below its own resolution.
+        """
         coarse = g.astype(self.dtype)
-        vectors = jnp.asarray(
-            np.stack([coarse, np.exp(g - coarse), np.ones(len(g)) if ratio is None else ratio]),
-            self.dtype,
-        )
-        self._read[0] += self.count
+        fine_factor = np.exp(g - coarse)
+        ratio = np.ones(len(g)) if ratio is None else ratio
+        vectors = jnp.asarray(np.stack([coarse, fine_factor, ratio]), self.dtype)  # [3 P]
+        self._rows_read[0] += self.count
         for block, length in zip(self.blocks, self.lengths):
-            block = self.place(block) if self.streamed else block
-            scale = jnp.asarray(strength / len(block), self.dtype)
-            yield _sweep(
+            if self.streamed:
+                block = self.place(block)
+            scale = jnp.asarray(strength / len(block), self.dtype)  # λ / views
+            yield _block_pass(
                 block,
                 self.heads,
                 vectors,
                 scale,
                 np.int32(length),
-                want=want,
+                statistic=statistic,
                 mesh=self.mesh,
                 chunk=chunk_rows(self.clusters),
             )
 
     def marginal(self, g: np.ndarray, strength: float) -> np.ndarray:
-        """float64 [P]: column means c(g)."""
-        total = sum(
-            np.asarray(hi, np.float64) + np.asarray(lo, np.float64)
-            for hi, lo in self.sweep('marginal', g, strength)
-        )
+        """Returns the column means c(g): float64 [P]."""
+        total = np.zeros(self.clusters)
+        for high, low in self.passes('marginal', g, strength):
+            total = total + (np.asarray(high, np.float64) + np.asarray(low, np.float64))
+        # Divided by its own sum, not by M, so that rounding does not move the total from 1.
         return must_be_finite(total) / total.sum()
 
     def coupling(self, g: np.ndarray, strength: float) -> np.ndarray:
-        """float64 [P P]: mean of s sᵀ over the rows s of softmax(Z + g)."""
-        return (
-            sum(np.asarray(x, np.float64) for x in self.sweep('coupling', g, strength)) / self.count
-        )
+        """Returns the mean of s sᵀ over the rows s of softmax(Z + g): float64 [P P]."""
+        total = np.zeros((self.clusters, self.clusters))
+        for block in self.passes('coupling', g, strength):
+            total = total + np.asarray(block, np.float64)
+        return total / self.count
 
     def spread(self, strength: float) -> float:
-        """Mean over rows of max Z - mean Z, in nats."""
-        return (
-            float(
-                must_be_finite(
-                    sum(
-                        np.float64(x)
-                        for x in self.sweep('spread', np.zeros(self.clusters), strength)
-                    )
-                )
-            )
-            / self.count
-        )
+        """Returns the mean over rows of max Z - mean Z, in nats."""
+        blocks = self.passes('spread', np.zeros(self.clusters), strength)
+        total = sum(np.float64(block) for block in blocks)
+        return float(must_be_finite(total)) / self.count
 
     def label(
         self, g: np.ndarray, marginal: np.ndarray, prior: np.ndarray, strength: float
     ) -> tuple[np.ndarray, float, float]:
-        """(labels [M], mean cost, published error) at g, whose column means are `marginal`."""
-        parts = list(
-            self.sweep('label', g, strength, np.minimum(prior / np.maximum(marginal, 1e-30), 1e30))
-        )
-        labels = np.concatenate([np.asarray(p[0])[:n] for p, n in zip(parts, self.lengths)])
-        return (
-            labels,
-            float(sum(np.float64(p[1]) for p in parts)) / self.count,
-            float(sum(np.float64(p[2]) for p in parts)),
-        )
+        """Labels the rows at g, whose column means are `marginal`.
+
+        Returns:
+          (labels [M], mean cost, published error).
+        """
+        ratio = np.minimum(prior / np.maximum(marginal, 1e-30), 1e30)
+        labels = []
+        cost = np.float64(0)
+        error = np.float64(0)
+        results = self.passes('label', g, strength, ratio)
+        for (block_labels, block_cost, block_error), length in zip(results, self.lengths):
+            labels.append(np.asarray(block_labels)[:length])  # without the padding
+            cost += np.float64(block_cost)
+            error += np.float64(block_error)
+        return np.concatenate(labels), float(cost) / self.count, float(error)
 
 
-def must_be_finite(x):
+def must_be_finite(x: Any) -> Any:
+    """Returns x, or raises ValueError where it holds NaN or an infinity."""
     if not np.isfinite(x).all():
         raise ValueError(
             'logits or features hold NaN or +inf (or a row of -inf only); labels need finite values'
@@ -338,120 +427,182 @@ def must_be_finite(x):
 
 
 def chunk_rows(clusters: int) -> int:
-    """Rows of one step of a pass: about 1 MB of float32 on a CPU (its cache), 32 MB on an accelerator."""
-    return max(8, (1 << (18 if jax.default_backend() == 'cpu' else 23)) // clusters)
+    """Returns the rows of one step of a pass.
+
+    About 1 MB of float32 on a CPU (its cache), 32 MB on an accelerator.
+    """
+    scores = 1 << (18 if jax.default_backend() == 'cpu' else 23)
+    return max(8, scores // clusters)
 
 
-def combined(pieces, heads) -> jax.Array:
-    """[rows P]: sum over views of their logits."""
+def combined(pieces: Sequence[Any], heads: Sequence[tuple[Any, Any]] | None) -> jax.Array:
+    """Returns the sum over views of their logits: [rows P]."""
     if heads is None:
         return sum(pieces)
-    return sum(jnp.matmul(x, k, precision='highest') + b for x, (k, b) in zip(pieces, heads))
+    # One view after the other: two [rows P] arrays at a time, however many views there are.
+    return sum(
+        jnp.matmul(x, kernel, precision='highest') + bias
+        for x, (kernel, bias) in zip(pieces, heads)
+    )
 
 
-@functools.partial(jax.jit, static_argnames=('want', 'mesh', 'chunk'))
-def _sweep(block, heads, vectors, scale, count, *, want: str, mesh: Mesh, chunk: int):
-    """One pass over a block of rows. vectors: [3 P], g, factor for what g's rounding lost, prior / c.
+class _Chunk(NamedTuple):
+    """Some rows R and their softmax, which is exponentials [R P] times inverse [R]."""
 
-    want 'marginal': column sums [P] as an unevaluated sum (hi, lo). 'coupling': sum of s sᵀ [P P]. 'label': (labels [rows], sum of costs,
-    sum over rows of |Σ_k s_k prior_k / c_k - 1|, which is |beta / beta' - 1| of the published loop).
+    first: jax.Array
+    pieces: list[jax.Array]  # [R P] or [R D] per view
+    weight: jax.Array  # [R]
+    exponentials: jax.Array
+    inverse: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=('statistic', 'mesh', 'chunk'))
+def _block_pass(
+    block: tuple[jax.Array, ...],
+    heads: tuple[tuple[jax.Array, jax.Array], ...] | None,
+    vectors: jax.Array,
+    scale: jax.Array,
+    count: Any,
+    *,
+    statistic: str,
+    mesh: Mesh,
+    chunk: int,
+) -> Any:
+    """Makes one pass over a block of rows.
+
+    Args:
+      block: One array of rows per view, padded to a multiple of the devices.
+      heads: (kernel [D P], bias [P]) per view, or None where the rows are logits.
+      vectors: [3 P]: g, the factor for what g's rounding lost, and prior / c.
+      scale: [], λ over the number of views.
+      count: Rows that are not padding.
+      statistic: What is computed, see below.
+      mesh: The rows are spread over all its axes.
+      chunk: Rows of one step.
+
+    Returns:
+      'marginal': column sums [P] as an unevaluated sum (high, low).
+      'coupling': sum of s sᵀ [P P].
+      'spread': sum over rows of max Z - mean Z.
+      'label': (labels [rows], sum of costs, sum over rows of |Σ_k s_k prior_k / c_k - 1|, which is
+        |beta / beta' - 1| of the published loop).
     """
     axes = mesh.axis_names
     g, fine, ratio = vectors
 
-    def local(block, heads):
-        rows, clusters = len(block[0]), len(g)
-        size = min(chunk, rows)
-        offset = jax.lax.axis_index(axes) * rows
+    def device_pass(block, heads):
+        num_rows, num_clusters = len(block[0]), len(g)
+        size = min(chunk, num_rows)
+        offset = jax.lax.axis_index(axes) * num_rows
 
-        def softmax(i):
-            # The last chunk starts early enough to be whole; rows already seen, and padding, weigh nothing.
-            first = jnp.minimum(i * size, rows - size)
+        def read_chunk(i):
+            # The last chunk starts early enough to be whole; rows already seen, and padding, weigh
+            # nothing.
+            first = jnp.minimum(i * size, num_rows - size)
             pieces = [jax.lax.dynamic_slice_in_dim(x, first, size) for x in block]
             row = first + jnp.arange(size)
             weight = ((row >= i * size) & (offset + row < count)).astype(g.dtype)
-            x = scale * combined(pieces, heads) + g
-            e = jnp.exp(x - x.max(-1, keepdims=True)) * fine
-            return first, pieces, weight, e, 1 / e.sum(-1)
+            z = scale * combined(pieces, heads) + g  # [R P]
+            exponentials = jnp.exp(z - z.max(-1, keepdims=True)) * fine
+            return _Chunk(first, pieces, weight, exponentials, 1 / exponentials.sum(-1))
 
-        def marginal(i, carry):
-            hi, lo = carry
-            _, _, weight, e, scaled = softmax(i)
-            part = jnp.matmul(weight * scaled, e, precision='highest')
-            new = hi + part
-            back = new - hi
-            return new, lo + ((hi - (new - back)) + (part - back))
+        def step(i, carry):
+            chunk = read_chunk(i)
+            if statistic == 'marginal':
+                return _add_marginal(carry, chunk)
+            if statistic == 'coupling':
+                return _add_coupling(carry, chunk)
+            if statistic == 'spread':
+                return _add_spread(carry, chunk, heads, scale)
+            return _add_labels(carry, chunk, heads, ratio)
 
-        def coupling(i, carry):
-            _, _, weight, e, scaled = softmax(i)
-            s = e * (scaled * weight)[:, None]
-            return carry + jnp.matmul(s.T, s, precision='highest')
-
-        def label(i, carry):
-            labels, cost, error = carry
-            first, pieces, weight, e, scaled = softmax(i)
-            # The first index of the maximum; argmax itself is twice as slow on CPUs.
-            name = jnp.min(
-                jnp.where(e == e.max(-1, keepdims=True), jnp.arange(clusters), clusters), -1
-            )
-            hit = jax.nn.one_hot(name, clusters, dtype=bool)
-            cross = lambda z: jax.nn.logsumexp(z, -1) - jnp.where(hit, z, 0).sum(-1)
-            each = [
-                cross(combined([x], None if heads is None else [h]))
-                for x, h in zip(pieces, heads or [None] * len(pieces))
-            ]
-            cost = cost + jnp.sum(weight * sum(each)) / len(each)
-            error = error + jnp.sum(
-                weight * jnp.abs(scaled * jnp.matmul(e, ratio, precision='highest') - 1)
-            )
-            return (
-                jax.lax.dynamic_update_slice(labels, name.astype(jnp.int32), (first,)),
-                cost,
-                error,
-            )
-
-        def spread(i, carry):
-            _, pieces, weight, _, _ = softmax(i)
-            z = scale * combined(pieces, heads)
-            finite = jnp.isfinite(z)
-            mean = jnp.where(finite, z, 0).sum(-1) / finite.sum(-1)
-            return carry + jnp.sum(weight * (z.max(-1) - mean))
-
-        zero = lambda *shape: jnp.zeros(shape, g.dtype)
-        body, carry = {
-            'marginal': (marginal, (zero(clusters), zero(clusters))),
-            'coupling': (coupling, zero(clusters, clusters)),
-            'spread': (spread, zero()),
-            'label': (label, (jnp.zeros(rows, jnp.int32), zero(), zero())),
-        }[want]
-        out = jax.lax.fori_loop(0, -(-rows // size), body, carry)
-        if want == 'label':
-            return out[0], *(jax.lax.psum(x, axes) for x in out[1:])
-        return jax.tree.map(lambda x: jax.lax.psum(x, axes), out)
+        scalar = jnp.zeros((), g.dtype)
+        start: Any
+        if statistic == 'marginal':
+            start = (jnp.zeros(num_clusters, g.dtype), jnp.zeros(num_clusters, g.dtype))
+        elif statistic == 'coupling':
+            start = jnp.zeros((num_clusters, num_clusters), g.dtype)
+        elif statistic == 'spread':
+            start = scalar
+        else:
+            start = (jnp.zeros(num_rows, jnp.int32), scalar, scalar)
+        total = jax.lax.fori_loop(0, -(-num_rows // size), step, start)
+        if statistic == 'label':
+            labels, cost, error = total
+            return labels, jax.lax.psum(cost, axes), jax.lax.psum(error, axes)
+        return jax.tree.map(lambda x: jax.lax.psum(x, axes), total)
 
     by_rows = Spec(axes)
-    outputs = (by_rows, Spec(), Spec()) if want == 'label' else Spec()
-    out = jax.shard_map(
-        local, mesh=mesh, in_specs=(by_rows, Spec()), out_specs=outputs, check_vma=False
-    )(block, heads)
-    replicate = NamedSharding(mesh, Spec())
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, replicate), out)
+    out_specs = (by_rows, Spec(), Spec()) if statistic == 'label' else Spec()
+    run = jax.shard_map(
+        device_pass, mesh=mesh, in_specs=(by_rows, Spec()), out_specs=out_specs, check_vma=False
+    )
+    # Labels too are replicated, so that every host can read them all.
+    replicated = NamedSharding(mesh, Spec())
+    return jax.tree.map(
+        lambda x: jax.lax.with_sharding_constraint(x, replicated), run(block, heads)
+    )
 
 
-# ---- the search: float64 vectors of length P on the host
+def _add_marginal(carry: Any, chunk: _Chunk) -> Any:
+    """Adds the column sums of the softmax, with the rounding error carried along (two-sum)."""
+    high, low = carry
+    part = jnp.matmul(chunk.weight * chunk.inverse, chunk.exponentials, precision='highest')  # [P]
+    new = high + part
+    back = new - high
+    return new, low + ((high - (new - back)) + (part - back))
+
+
+def _add_coupling(carry: jax.Array, chunk: _Chunk) -> jax.Array:
+    """Adds Σ s sᵀ; a weight is 0 or 1, so that its square is itself."""
+    s = chunk.exponentials * (chunk.inverse * chunk.weight)[:, None]  # [R P]
+    return carry + jnp.matmul(s.T, s, precision='highest')
+
+
+def _add_spread(carry: jax.Array, chunk: _Chunk, heads: Any, scale: jax.Array) -> jax.Array:
+    """Adds Σ max Z - mean Z, the mean over the clusters that are not forbidden (-inf)."""
+    z = scale * combined(chunk.pieces, heads)
+    finite = jnp.isfinite(z)
+    mean = jnp.where(finite, z, 0).sum(-1) / finite.sum(-1)
+    return carry + jnp.sum(chunk.weight * (z.max(-1) - mean))
+
+
+def _add_labels(carry: Any, chunk: _Chunk, heads: Any, ratio: jax.Array) -> Any:
+    """Writes the labels of the rows, and adds their costs and the published loop's error."""
+    labels, cost, error = carry
+    exponentials = chunk.exponentials
+    num_clusters = exponentials.shape[-1]
+    # The first index of the maximum; argmax itself is twice as slow on CPUs.
+    is_top = exponentials == exponentials.max(-1, keepdims=True)
+    label = jnp.min(jnp.where(is_top, jnp.arange(num_clusters), num_clusters), -1)  # [R]
+    is_label = jax.nn.one_hot(label, num_clusters, dtype=bool)  # [R P]
+
+    view_costs = []
+    for view, x in enumerate(chunk.pieces):
+        logits = combined([x], None if heads is None else [heads[view]])
+        log_normaliser = jax.nn.logsumexp(logits, -1)
+        view_costs.append(log_normaliser - jnp.where(is_label, logits, 0).sum(-1))
+    cost = cost + jnp.sum(chunk.weight * sum(view_costs)) / len(view_costs)
+
+    # beta / beta' of the published loop.
+    row_ratio = chunk.inverse * jnp.matmul(exponentials, ratio, precision='highest')
+    error = error + jnp.sum(chunk.weight * jnp.abs(row_ratio - 1))
+    labels = jax.lax.dynamic_update_slice(labels, label.astype(jnp.int32), (chunk.first,))
+    return labels, cost, error
+
+
+# ---- The search: float64 vectors of length P on the host.
 
 
 @dataclasses.dataclass
 class Found:
+    """The best point of a search, and the residual of every pass it made."""
+
     potentials: np.ndarray
     marginal: np.ndarray
     residual: float
     inverse: np.ndarray | None
     history: list[float]
-
-
-# method -> how many past steps a step may look back on
-STEPS = {'newton': MEMORY, 'anderson': MEMORY, 'plain': 0}
 
 
 def search(
@@ -464,137 +615,205 @@ def search(
     rebuild: Callable[[np.ndarray], np.ndarray] | None = None,
     memory: int = MEMORY,
 ) -> Found:
-    """Potentials whose column means are the prior to within `limit` (sum of absolute differences), or the best of max_passes.
+    """Finds potentials whose column means are the prior, or the best of `max_passes`.
 
-    inverse: (I - A)⁻¹ or None. rebuild: makes a better one, once, when near the solution. memory 0: plain Sinkhorn.
+    Args:
+      marginal: g -> c(g), one pass.
+      g: [P], where to start.
+      prior: [P].
+      limit: Sum of absolute differences of column means and prior that is small enough.
+      max_passes: Most passes.
+      inverse: The preconditioner (I - A)⁻¹ [P P], or None.
+      rebuild: Makes a better preconditioner, once, when near the solution.
+      memory: Past steps to mix; 0: plain Sinkhorn.
     """
-    weight, log_prior = np.sqrt(prior), np.log(prior)
-    best, best_c, best_residual, history = g, prior, np.inf, []
-    past: list[tuple[np.ndarray, np.ndarray]] = []  # (g, step) of the points since the last restart
-    since = failures = halved = 0
-    plain_step = lambda c: log_prior - np.log(np.maximum(c, 1e-300))
+    norm_weight = np.sqrt(prior)
+    log_prior = np.log(prior)
+    best, best_marginal, best_residual = g, prior, np.inf
+    history: list[float] = []
+    past: list[tuple[np.ndarray, np.ndarray]] = []  # (g, step) of points since the last restart
+    stalled = 0  # passes without a tenth of progress
+    failures = 0
+    halved = 0
+
+    def sinkhorn_step(c: np.ndarray) -> np.ndarray:
+        return log_prior - np.log(np.maximum(c, 1e-300))
+
     while len(history) < max_passes:
         c = marginal(g)
         residual = float(np.abs(c - prior).sum())
         history.append(residual)
-        since = 0 if residual < 0.9 * best_residual else since + 1
+        stalled = 0 if residual < 0.9 * best_residual else stalled + 1
         if residual < best_residual:
-            best, best_c, best_residual = g, c, residual
-        if best_residual <= limit or (memory and since > PATIENCE):
+            best, best_marginal, best_residual = g, c, residual
+        if best_residual <= limit or (memory and stalled > PATIENCE):
             break
-        plain = plain_step(c)
         if not memory:
-            g = g + plain
+            g = g + sinkhorn_step(c)
             continue
+
         if residual > 2 * best_residual:
             if failures and halved < HALVINGS:
-                # Not the first that fails: rows are nearly decided, so the way is right and its length is not.
-                halved, g = halved + 1, (g + best) / 2
+                # Not the first that fails: rows are nearly decided, so the way is right and its
+                # length is not.
+                halved += 1
+                g = (g + best) / 2
                 continue
-            # Back to the best point and a plain step from there; a preconditioner that misleads three times is dropped.
-            failures, halved = failures + 1, 0
-            inverse = inverse if failures < 3 else None
+            # Back to the best point and a plain step from there; a preconditioner that misleads
+            # three times is dropped.
+            failures += 1
+            halved = 0
+            if failures >= 3:
+                inverse = None
             past = []
-            g = best + np.clip(plain_step(best_c), -LONGEST, LONGEST)
+            g = best + np.clip(sinkhorn_step(best_marginal), -LONGEST, LONGEST)
             continue
+
         halved = 0
         if rebuild is not None and residual < NEAR:
-            inverse, rebuild, past = rebuild(g), None, []
-        step = plain if inverse is None else inverse @ plain
+            # Steps made with another preconditioner cannot be mixed with this one's.
+            inverse = rebuild(g)
+            rebuild = None
+            past = []
+        step = sinkhorn_step(c)
+        if inverse is not None:
+            step = inverse @ step
         past = [*past, (g, step)][-(memory + 1) :]
-        g = g + np.clip(mixed(past, weight), -LONGEST, LONGEST)
+        g = g + np.clip(mixed(past, norm_weight), -LONGEST, LONGEST)
+        # A constant added to all potentials changes nothing; it must not drift away.
         g = g - prior @ g
-    return Found(best, best_c, best_residual, inverse, history)
+    return Found(best, best_marginal, best_residual, inverse, history)
 
 
-def mixed(past, weight: np.ndarray) -> np.ndarray:
-    """Anderson's step (type II): the combination of past points at which the steps, were they linear, would cancel best."""
-    points, steps = np.array([p for p, _ in past]), np.array([s for _, s in past])
+def mixed(past: Sequence[tuple[np.ndarray, np.ndarray]], weight: np.ndarray) -> np.ndarray:
+    """Returns Anderson's step (type II).
+
+    The combination of past points at which the steps, were they linear, would cancel best.
+
+    Args:
+      past: (point [P], step [P]), oldest first.
+      weight: [P], of the components in the least squares.
+    """
+    points = np.array([point for point, _ in past])
+    steps = np.array([step for _, step in past])
     if len(past) < 2:
         return steps[-1]
-    dp, ds = np.diff(points, axis=0), np.diff(steps, axis=0)
-    mix = np.linalg.lstsq((ds * weight).T, steps[-1] * weight, rcond=1e-8)[0]
-    return steps[-1] - mix @ (dp + ds)
+    point_changes = np.diff(points, axis=0)
+    step_changes = np.diff(steps, axis=0)
+    # rcond: near convergence the changes are nearly parallel, and their differences rounding.
+    mix = np.linalg.lstsq((step_changes * weight).T, steps[-1] * weight, rcond=1e-8)[0]
+    return steps[-1] - mix @ (point_changes + step_changes)
 
 
 def preconditioner(rows: Rows, g: np.ndarray, strength: float) -> np.ndarray:
-    """(I - A)⁻¹ [P P] at g, without its null direction (a constant added to all potentials).
+    """Returns (I - A)⁻¹ [P P] at g, without its null direction, a constant added to all potentials.
 
-    The damping is of the order of the noise of a mean over M / P rows for each cluster: slow directions are trusted no further.
+    The damping is of the order of the noise of a mean over M / P rows for each cluster: slow
+    directions are trusted no further.
     """
     coupling = rows.coupling(g, strength)
     mass = coupling.sum(1)
     root = np.sqrt(np.maximum(mass, 1e-12 * mass.max()))
-    # The eigenvalue 1 of the symmetric form belongs to `root`; moved to 0, the matrix below is positive definite.
+    # The eigenvalue 1 of the symmetric form belongs to `root`; moved to 0, the matrix below is
+    # positive definite.
     unit = root / np.linalg.norm(root)
     damping = DAMPING * len(mass) / rows.count
-    symmetric = (
-        (1 + damping) * np.eye(len(mass)) - coupling / root[:, None] / root + np.outer(unit, unit)
-    )
+    damped_identity = (1 + damping) * np.eye(len(mass))
+    symmetric = damped_identity - coupling / root[:, None] / root + np.outer(unit, unit)
     return np.linalg.inv(symmetric) / root[:, None] * root
 
 
 def anneal(
     rows: Rows, prior: np.ndarray, strength: float, tolerance: float, newton: bool
 ) -> np.ndarray:
-    """Potentials found with λ doubled up to `strength`, each time solved to `tolerance`, from a λ at which every row is undecided."""
+    """Finds potentials with λ doubled up to `strength`, each time solved to `tolerance`.
+
+    It starts from a λ at which every row is undecided.
+    """
     doublings = int(np.clip(np.ceil(np.log2(max(rows.spread(strength), 1) / SOFT)), 0, 60))
     g = np.zeros(len(prior))
     for left in range(doublings, -1, -1):
-        here = strength / 2**left
-        build = lambda g, here=here: preconditioner(rows, g, here)
-        g = search(
-            lambda g, here=here: rows.marginal(g, here),
-            g,
-            prior,
-            tolerance,
-            100,
-            *((build(g), build) if newton else ()),
-        ).potentials
-        g = g * (2 if left else 1)
+        lower = strength / 2**left
+        marginal = functools.partial(rows.marginal, strength=lower)
+        inverse = None
+        rebuild = None
+        if newton:
+            rebuild = functools.partial(preconditioner, rows, strength=lower)
+            inverse = rebuild(g)
+        g = search(marginal, g, prior, tolerance, 100, inverse, rebuild).potentials
+        if left:
+            g = g * 2  # potentials are in units of λ
     return g
 
 
-def first_guess(rows: Rows, prior: np.ndarray, strength: float, newton: bool):
-    """(potentials, preconditioner, rebuild) from samples: annealed on a small one, Newton's matrix from a larger one.
+def first_guess(
+    rows: Rows, prior: np.ndarray, strength: float, newton: bool
+) -> tuple[np.ndarray, np.ndarray | None, Callable[[np.ndarray], np.ndarray] | None]:
+    """Finds potentials from samples: annealed on a small one, Newton's matrix from a larger one.
 
-    rebuild(g) is that matrix's preconditioner at g. Without `newton` the last two are None.
+    Returns:
+      (potentials, preconditioner, rebuild), where rebuild(g) is the preconditioner at g. Without
+      `newton` the last two are None.
     """
     g = anneal(rows.sample(COARSE * len(prior)), prior, strength, 0.1, False)
     fine = rows.sample(FINE * len(prior))
-    build = lambda g: preconditioner(fine, g, strength)
-    if not newton or len(prior) > EAGER:
-        return g, None, build if newton else None
-    found = search(lambda g: fine.marginal(g, strength), g, prior, 0.03, 20, build(g))
-    return found.potentials, build(found.potentials), build
+    if not newton:
+        return g, None, None
+    rebuild = functools.partial(preconditioner, fine, strength=strength)
+    if len(prior) > EAGER:
+        return g, None, rebuild
+    marginal = functools.partial(fine.marginal, strength=strength)
+    found = search(marginal, g, prior, 0.03, 20, rebuild(g))
+    return found.potentials, rebuild(found.potentials), rebuild
 
 
-# ---- soft codes
+# ---- Soft codes.
 
 
 def soft_codes(
-    scores: jax.Array, epsilon: float = 0.05, iterations: int = 3, valid: jax.Array | None = None
-) -> jax.Array:
-    """float32 [B P]: SwAV's codes of a batch, rows summing to 1 (Caron et al. 2020, section 3.1). Traced; no gradient.
+    scores: Float[Array | np.ndarray, 'B P'],
+    epsilon: float = 0.05,
+    iterations: int = 3,
+    valid: Bool[Array | np.ndarray, ' B'] | None = None,
+) -> Float[Array, 'B P']:
+    """Returns SwAV's codes of a batch (Caron et al. 2020, section 3.1). Traced; no gradient.
 
-    scores [B P]: similarities to the prototypes. Exactly `iterations` times: clusters scaled to equal mass, then rows to equal mass;
-    three are far from convergence on purpose. Sums over rows are over the global batch. valid bool [B]: rows that count; the codes of
-    others are zero. The maximum is taken out before the exponential, which changes nothing and cannot overflow.
+    Exactly `iterations` times, clusters are scaled to equal mass, then rows to equal mass; three
+    are far from convergence on purpose. Sums over rows are over the global batch.
+
+    Args:
+      scores: Similarities to the prototypes.
+      epsilon: Weight of the entropy; scores are divided by it.
+      iterations: Rounds of scaling.
+      valid: Rows that count; the codes of others are zero.
+
+    Returns:
+      float32, rows summing to 1.
     """
     scores = jax.lax.stop_gradient(scores.astype(jnp.float32)) / epsilon
-    alive = jnp.ones(len(scores), bool) if valid is None else valid
-    log_q = jnp.where(alive[:, None], scores, -jnp.inf)
-    rows = lambda x: jax.nn.logsumexp(x, -1, keepdims=True)
+    valid = jnp.ones(len(scores), bool) if valid is None else valid
+    # In logarithms: the maximum is taken out before every exponential, which changes nothing and
+    # cannot overflow.
+    log_q = jnp.where(valid[:, None], scores, -jnp.inf)
     for _ in range(iterations):
-        log_q = log_q - jnp.where(alive.any(), jax.nn.logsumexp(log_q, 0, keepdims=True), 0)
-        log_q = jnp.where(
-            alive[:, None], log_q - jnp.where(alive[:, None], rows(log_q), 0), -jnp.inf
-        )
+        # Without any valid row all sums are -inf, and -inf - -inf would be NaN.
+        log_q = log_q - jnp.where(valid.any(), jax.nn.logsumexp(log_q, 0, keepdims=True), 0)
+        row_mass = jax.nn.logsumexp(log_q, -1, keepdims=True)
+        scaled = log_q - jnp.where(valid[:, None], row_mass, 0)
+        log_q = jnp.where(valid[:, None], scaled, -jnp.inf)
     return jnp.exp(log_q)
 
 
 def soft_assignments(logits: np.ndarray, potentials: np.ndarray) -> np.ndarray:
-    """softmax(logits + potentials) by rows [m P], float64: the transport plan of some rows of a solved problem; logits already scaled by λ."""
+    """Returns softmax(logits + potentials) by rows: the transport plan of a solved problem's rows.
+
+    Args:
+      logits: [M P], already scaled by λ; some rows are enough.
+      potentials: [P].
+
+    Returns:
+      float64 [M P].
+    """
     x = np.asarray(logits, np.float64) + potentials
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
+    exponentials = np.exp(x - x.max(-1, keepdims=True))
+    return exponentials / exponentials.sum(-1, keepdims=True)

@@ -1,37 +1,51 @@
-"""How rows meet keys, block by block; what is summed when a block meets a block is not known here (similarity.py).
+"""The blockwise loop: how rows meet keys, block by block.
 
-On one device block after block. Inside `jax.set_mesh(mesh)` rows and keys are spread over *all* axes of the mesh (the model and seq axes, which
-hold copies of the batch, take a share of the work too), in one of two ways:
+What is summed when a block meets a block is not known here (similarity.py).
 
-  gather  every device collects all keys once and meets them block by block; key gradients go home in one reduce-scatter.
-          Memory: all keys and their float32 gradient on each device.
-  ring    blocks of keys travel from device to device, their column sums and gradients behind them; the transfer of a block overlaps with the
-          arithmetic on another one. Memory: the device's own share only.
+On one device, block after block. Inside `jax.set_mesh(mesh)`, rows and keys are spread over *all*
+axes of the mesh (the model and seq axes, which hold copies of the batch, take a share of the work
+too), in one of two ways:
+
+  gather  every device collects all keys once and goes over them block by block; key gradients go
+          home in one reduce-scatter. Memory: all keys and their float32 gradient on each device.
+  ring    blocks of keys travel from device to device, their column sums and gradients behind them;
+          the transfer of a block overlaps with the arithmetic on another one. Memory: the device's
+          own share only.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 METHODS = ('auto', 'gather', 'ring')
-SIDE = 512  # rows and keys of a block, where there are enough of both
-KEEP = (
-    20 * 2**20
-)  # up to this many scores per device they are kept for the backward pass: 84 MB, and a matrix product saved
-GATHER_BYTES = (
-    256 * 2**20
-)  # auto: the ring once gathered keys and their gradients would take more than this on a device
+
+# Rows and keys of a block, where there are enough of both.
+SIDE = 512
+
+# Up to this many scores per device are stored for the backward pass: 84 MB, and a matrix product
+# saved.
+KEEP = 20 * 2**20
+
+# auto: the ring, once gathered keys and their gradients would take more than this on a device.
+GATHER_BYTES = 256 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """method: auto | gather | ring. block: rows and keys of one block; 0: chosen. dtype: what the scores are multiplied in
-    ('bfloat16': products exact, sums and everything after them float32)."""
+    """How the sums are computed; the result is the same, up to rounding.
+
+    Attributes:
+      method: auto | gather | ring.
+      block: Rows and keys of one block; 0: chosen.
+      dtype: What the scores are multiplied in ('bfloat16': products exact, sums and everything after
+        them float32).
+    """
 
     method: str = 'auto'
     block: int = 0
@@ -43,130 +57,211 @@ AUTO = How()
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """axes: those of the mesh that rows and keys are spread over, `devices` devices in all; none: one device. meeting: the rows of a device and
-    the keys that meet them at once (in a ring: at each hop). tile: rows and keys of a block. keep: the scores are few enough to be kept."""
+    """How rows and keys lie on devices and in blocks.
+
+    Attributes:
+      mesh: The mesh, or None on one device.
+      axes: The mesh axes that rows and keys are spread over; none on one device.
+      devices: Devices in all.
+      ring: Keys travel in a ring; else they are gathered.
+      local: Rows of a device, and the keys it sees at once (in a ring: at each hop).
+      tile: Rows and keys of a block.
+      store_scores: The scores are few enough to be stored for the backward pass.
+    """
 
     mesh: Any
     axes: tuple[str, ...]
     devices: int
     ring: bool
-    meeting: tuple[int, int]
+    local: tuple[int, int]
     tile: tuple[int, int]
-    keep: bool
+    store_scores: bool
 
 
-def choose(m: int, n: int, key_bytes: int, how: How) -> Layout:
-    """The layout of m rows and n keys inside the mesh that is set, if any. key_bytes: what a gathered key and its gradient take."""
+def choose_layout(num_rows: int, num_keys: int, key_bytes: int, how: How) -> Layout:
+    """Chooses the layout inside the mesh that is set, if any.
+
+    Args:
+      num_rows: Rows of all devices.
+      num_keys: Keys of all devices.
+      key_bytes: Bytes that a gathered key and its gradient take.
+      how: Method and block size.
+
+    Raises:
+      ValueError: For an unknown method.
+    """
     if how.method not in METHODS:
         raise ValueError(f'method={how.method!r}: choose one of {", ".join(METHODS)}')
     mesh = jax.sharding.get_abstract_mesh()
-    axes, devices = (
-        (tuple(mesh.axis_names), mesh.size) if not mesh.empty and mesh.size > 1 else ((), 1)
+    axes: tuple[str, ...] = ()
+    devices = 1
+    if not mesh.empty and mesh.size > 1:
+        axes = tuple(mesh.axis_names)
+        devices = mesh.size
+
+    local_rows = rows_per_device(num_rows, devices)
+    local_keys = rows_per_device(num_keys, devices)
+    is_large = devices * local_keys * key_bytes > GATHER_BYTES
+    ring = devices > 1 and (how.method == 'ring' or (how.method == 'auto' and is_large))
+    if not ring:
+        local_keys = devices * local_keys
+    store_scores = not ring and not how.block and local_rows * local_keys <= KEEP
+
+    tile_rows = _even_block(local_rows, how.block or SIDE)
+    # Few rows make room for more keys: a block has about SIDE * SIDE scores.
+    tile_keys = _even_block(local_keys, how.block or max(SIDE, SIDE * SIDE // tile_rows))
+    return Layout(
+        mesh=mesh if axes else None,
+        axes=axes,
+        devices=devices,
+        ring=ring,
+        local=(local_rows, local_keys),
+        tile=(tile_rows, tile_keys),
+        store_scores=store_scores,
     )
-    rows, keys = share(m, devices), share(n, devices)
-    ring = devices > 1 and (
-        how.method == 'ring' or how.method == 'auto' and devices * keys * key_bytes > GATHER_BYTES
-    )
-    met = keys if ring else devices * keys
-    keep = not ring and not how.block and rows * met <= KEEP
-    high = _even(rows, how.block or SIDE)
-    tile = high, _even(met, how.block or max(SIDE, SIDE * SIDE // high))
-    return Layout(mesh if axes else None, axes, devices, ring, (rows, met), tile, keep)
 
 
-def share(rows: int, devices: int) -> int:
-    """Rows of each device; the last ones may be padding."""
-    return -(-rows // devices)
+def rows_per_device(num_rows: int, devices: int) -> int:
+    """Returns the rows of each device; the last ones may be padding."""
+    return -(-num_rows // devices)
 
 
-def _even(rows: int, most: int) -> int:
-    """Rows of a block when `rows` are cut into as few blocks as `most` allows, all alike, with as little padding as multiples of 8 allow."""
-    blocks = -(-rows // most)
-    even = -(-rows // blocks)
-    return even if blocks == 1 else -(-even // 8) * 8
+def _even_block(num_rows: int, largest: int) -> int:
+    """Returns the rows of a block when `num_rows` are cut into as few blocks as `largest` allows.
+
+    All blocks are alike, with as little padding as multiples of 8 allow.
+    """
+    num_blocks = -(-num_rows // largest)
+    size = -(-num_rows // num_blocks)
+    if num_blocks == 1:
+        return size
+    return -(-size // 8) * 8
 
 
 @functools.cache
-def on_shares(function, task, layout: Layout, inputs, outputs):
-    """function(task, layout, …) run by every device on its share. inputs, outputs: PartitionSpecs.
+def on_devices(
+    function: Callable[..., Any], task: Any, layout: Layout, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """Returns function(task, layout, …), run by every device on its share.
 
-    It is compiled once per shape, so that a loss called outside of jit is not compiled at every call; inside, it is part of the whole.
+    It is compiled once per shape, so that a loss called outside of jit is not compiled at every call;
+    inside, it is part of the whole.
     """
     function = functools.partial(function, task, layout)
     if layout.axes:
         function = jax.shard_map(
-            function, mesh=layout.mesh, in_specs=inputs, out_specs=outputs, check_vma=False
+            function, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
     return jax.jit(function, inline=True)
 
 
-# ---- below: on one device's share
+# ---- Below: on one device's share.
 
 
-def collect(layout: Layout, tree):
-    """The keys a device meets without a hop: all devices' where they are gathered, else its own."""
+def gather_keys(layout: Layout, tree: Any) -> Any:
+    """Returns the keys a device sees without a hop: all where they are gathered, else its own."""
     if not layout.axes or layout.ring:
         return tree
-    return jax.tree.map(lambda a: jax.lax.all_gather(a, layout.axes, tiled=True), tree)
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, layout.axes, tiled=True), tree)
 
 
-def sweep(layout: Layout, meet, state, keys, start, done=lambda part: part):
-    """Lets every block of keys meet this device's rows: meet(state, block, part) -> (state, part), where part, from `start` on, is what is
-    summed up for the block's keys. Returns (state, parts [blocks …]), each part through `done`.
+def loop_over_keys(
+    layout: Layout,
+    visit: Callable[[Any, Any, Any], tuple[Any, Any]],
+    state: Any,
+    keys: Any,
+    start: Any,
+    finish: Callable[[Any], Any] | None = None,
+) -> tuple[Any, Any]:
+    """Lets every block of keys meet this device's rows.
 
-    keys: tree of [blocks t …]. In a ring they travel and their parts follow; after as many hops as there are devices these are home again.
+    Args:
+      layout: Gathered or in a ring.
+      visit: (state, block, part) -> (state, part), where part is what is summed up for the block's
+        keys.
+      state: What is summed up for the rows.
+      keys: Tree of [blocks t …]. In a ring they travel and their parts follow; after as many hops as
+        there are devices these are home again.
+      start: Every part's first value.
+      finish: Applied to each part once it is complete.
+
+    Returns:
+      (state, parts [blocks …]).
     """
-    count = len(jax.tree.leaves(keys)[0])
-    if not layout.ring:
+    if layout.ring:
+        state, parts = _ring(layout, visit, state, keys, start)
+        return state, parts if finish is None else finish(parts)
 
-        def one(state, key):
-            state, part = meet(state, key, start)
-            return state, done(part)
+    def step(state, block):
+        state, part = visit(state, block, start)
+        return state, part if finish is None else finish(part)
 
-        if count == 1:
-            state, part = one(state, at(keys, 0))
-            return state, jax.tree.map(lambda a: a[None], part)
-        return jax.lax.scan(one, state, keys)
+    if len(jax.tree.leaves(keys)[0]) == 1:
+        # A single block needs no loop.
+        state, part = step(state, get_block(keys, 0))
+        return state, jax.tree.map(lambda x: x[None], part)
+    return jax.lax.scan(step, state, keys)
 
-    ring = [(i, (i + 1) % layout.devices) for i in range(layout.devices)]
-    hop = lambda tree: jax.tree.map(lambda a: jax.lax.ppermute(a, layout.axes, ring), tree)
-    parts = jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape)), start)
+
+def _ring(layout: Layout, visit: Any, state: Any, keys: Any, start: Any) -> tuple[Any, Any]:
+    num_blocks = len(jax.tree.leaves(keys)[0])
+    neighbours = [(i, (i + 1) % layout.devices) for i in range(layout.devices)]
+
+    def hop(tree):
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, layout.axes, neighbours), tree)
+
+    parts = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_blocks, *x.shape)), start)
 
     def step(t, carry):
-        # Both transfers start before the block's arithmetic and, by the barrier, are waited for after it: the keys of this block, which its
-        # arithmetic only reads, and the part of the block before.
+        # Both transfers start before the block's arithmetic and, by the barrier, are waited for after
+        # it: the keys of this block, which its arithmetic only reads, and the part of the block
+        # before.
         state, keys, parts, sent = carry
-        j, before = t % count, (t + count - 1) % count
-        key, part = at(keys, j), at(parts, j)
-        arrived, following = hop(sent), hop(key)
-        state, sent = meet(state, key, arrived if count == 1 else part)
+        current, previous = t % num_blocks, (t + num_blocks - 1) % num_blocks
+        block, part = get_block(keys, current), get_block(parts, current)
+        arrived, following = hop(sent), hop(block)
+        # A single block's part is the one that has just arrived.
+        state, sent = visit(state, block, arrived if num_blocks == 1 else part)
         following, arrived, sent = jax.lax.optimization_barrier((following, arrived, sent))
-        return state, put(keys, following, j), put(parts, arrived, before), sent
+        keys = set_block(keys, following, current)
+        parts = set_block(parts, arrived, previous)
+        return state, keys, parts, sent
 
-    state, _, parts, sent = jax.lax.fori_loop(
-        0, layout.devices * count, step, (state, keys, parts, start)
-    )
-    return state, done(put(parts, hop(sent), count - 1))
-
-
-def loop(count, body, carry):
-    return body(0, carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
+    num_steps = layout.devices * num_blocks
+    carry = (state, keys, parts, start)
+    state, _, parts, sent = jax.lax.fori_loop(0, num_steps, step, carry)
+    return state, set_block(parts, hop(sent), num_blocks - 1)
 
 
-def blocks(tree, size):
-    """[rows …] -> [blocks size …], the last block filled with zeros."""
-    return jax.tree.map(
-        lambda a: padded(a, -(-len(a) // size) * size).reshape(-1, size, *a.shape[1:]), tree
-    )
+def loop_over_rows(num_blocks: int, step: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """Runs step(i, carry) for every block of rows; a single one without a loop."""
+    if num_blocks == 1:
+        return step(0, carry)
+    return jax.lax.fori_loop(0, num_blocks, step, carry)
 
 
-def padded(a, rows):
-    return a if len(a) == rows else jnp.pad(a, [(0, rows - len(a))] + [(0, 0)] * (a.ndim - 1))
+def split_blocks(tree: Any, size: int) -> Any:
+    """Cuts [rows …] into [blocks size …], the last block filled with zeros."""
+
+    def split(x):
+        num_blocks = -(-len(x) // size)
+        return pad_rows(x, num_blocks * size).reshape(-1, size, *x.shape[1:])
+
+    return jax.tree.map(split, tree)
 
 
-def at(tree, i):
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), tree)
+def pad_rows(x: Any, num_rows: int) -> Any:
+    """Appends zeros, up to `num_rows` rows."""
+    if len(x) == num_rows:
+        return x
+    return jnp.pad(x, [(0, num_rows - len(x))] + [(0, 0)] * (x.ndim - 1))
 
 
-def put(tree, new, i):
-    return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0), tree, new)
+def get_block(tree: Any, i: Any) -> Any:
+    """Returns block i of every array."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+
+def set_block(tree: Any, block: Any, i: Any) -> Any:
+    """Returns the arrays with block i replaced."""
+    return jax.tree.map(lambda x, b: jax.lax.dynamic_update_index_in_dim(x, b, i, 0), tree, block)

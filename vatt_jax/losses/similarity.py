@@ -2,11 +2,11 @@
 
     score(i, j) = scale * <x_i, y_j> (+ bias)
 
-`log_sum_exp` gives, in one sweep over blocks of keys and rows, the log-sum-exp of every row, of every column, and of every row's positives;
+`log_sum_exp` gives, in one loop over blocks of keys and rows, the log-sum-exp of every row, of every column, and of every row's positives;
 `sigmoid_sum` gives the sum of pairwise logistic losses. The named losses (nce.py) are a few lines on these two. Their derivative is a second
-sweep that makes each block of scores again: four matrix products where a stored matrix needs three, and memory linear in the rows.
+loop that makes each block of scores again: four matrix products where a stored matrix needs three, and memory linear in the rows.
 
-Inside `jax.set_mesh(mesh)` the work is spread over the mesh, by gathering keys or in a ring (sweep.py). Any sizes do: what does not divide into
+Inside `jax.set_mesh(mesh)` the work is spread over the mesh, by gathering keys or in a ring (blockwise.py). Any sizes do: what does not divide into
 blocks or devices is padded with rows that count for nothing.
 
 The result is that of the global batch, whatever the mesh. Differentiable in x, y, scale and bias; reverse mode, once.
@@ -26,16 +26,16 @@ from vatt_jax.losses.blockwise import (
     METHODS,
     How,
     Layout,
-    at,
-    blocks,
-    choose,
-    collect,
-    loop,
-    on_shares,
-    padded,
-    put,
-    share,
-    sweep,
+    choose_layout,
+    gather_keys,
+    get_block,
+    loop_over_keys,
+    loop_over_rows,
+    on_devices,
+    pad_rows,
+    rows_per_device,
+    set_block,
+    split_blocks,
 )
 
 __all__ = ['AUTO', 'METHODS', 'NEVER', 'How', 'Sums', 'log_sum_exp', 'sigmoid_sum']
@@ -124,7 +124,9 @@ def _sums(task: Task, x, y, scale, bias, valid, apart, own, how: How):
         (jnp.dtype(jnp.float64),) * 2 if double else (jnp.dtype(how.dtype), jnp.dtype(jnp.float32))
     )
     (m, width), n = x.shape, len(y)
-    layout = choose(m, n, width * (dtype.itemsize + accumulate.itemsize * task.key_gradient), how)
+    layout = choose_layout(
+        m, n, width * (dtype.itemsize + accumulate.itemsize * task.key_gradient), how
+    )
     y = y if task.key_gradient else jax.lax.stop_gradient(y)
     pairs = [pair or (None, None) for pair in (valid, apart, own)]
     x, y = (
@@ -144,13 +146,13 @@ def _sums(task: Task, x, y, scale, bias, valid, apart, own, how: How):
 def _side(layout: Layout, which: int, data, *more) -> Side:
     """Rows (which = 0) or keys (1), padded to an equal share for each device."""
     side = Side(data, *(None if v is None else jnp.asarray(v) for v in more))
-    rows = layout.devices * share(len(data), layout.devices)
+    rows = layout.devices * rows_per_device(len(data), layout.devices)
     if side.valid is not None:
         # What is masked is cut out before anything is computed from it, so that not even 0 * NaN reaches a gradient.
         side = side._replace(data=jnp.where(side.valid[:, None], data, 0))
-    elif rows > len(data) or layout.meeting[which] % layout.tile[which]:
+    elif rows > len(data) or layout.local[which] % layout.tile[which]:
         side = side._replace(valid=jnp.ones(len(data), bool))  # padding will not be
-    return jax.tree.map(lambda a: padded(a, rows), side)
+    return jax.tree.map(lambda a: pad_rows(a, rows), side)
 
 
 # ---- the derivative's frame: everything below it runs on one device's share, inside shard_map where there is a mesh
@@ -163,13 +165,13 @@ def _pairwise(task: Task, layout: Layout, x: Side, y: Side, scale, bias):
 
 def _pairwise_forward(task, layout, x, y, scale, bias):
     rows, one = P(layout.axes), P()
-    sums, kept = on_shares(_forward, task, layout, (rows, rows, one, one), rows)(x, y, scale, bias)
+    sums, kept = on_devices(_forward, task, layout, (rows, rows, one, one), rows)(x, y, scale, bias)
     return sums, (x, y, scale, bias, sums, kept)
 
 
 def _pairwise_backward(task, layout, residuals, cotangents):
     rows, one = P(layout.axes), P()
-    back = on_shares(
+    back = on_devices(
         _backward, task, layout, (rows, rows, one, one, rows, rows, rows), (rows, rows, one, one)
     )
     dx, dy, dscale, dbias = back(*residuals, cotangents)
@@ -182,38 +184,43 @@ _pairwise.defvjp(_pairwise_forward, _pairwise_backward)
 
 def _forward(task, layout, x: Side, y: Side, scale, bias):
     m, n, accumulate = len(x.data), len(y.data), scale.dtype
-    keys = collect(layout, y)
+    keys = gather_keys(layout, y)
     met = len(keys.data)
-    x, keys = blocks(x, layout.tile[0]), blocks(keys, layout.tile[1])
+    x, keys = split_blocks(x, layout.tile[0]), split_blocks(keys, layout.tile[1])
     start = lambda shape: (jnp.full(shape, NEVER, accumulate), jnp.zeros(shape, accumulate))
     rows = tuple(
         start(x.data.shape[:2]) if wanted else None
         for wanted in (True, task.kind == 'softmax' and x.own is not None)
     )
-    kept = jnp.zeros((len(x.data), *layout.tile), accumulate) if layout.keep else None
+    kept = jnp.zeros((len(x.data), *layout.tile), accumulate) if layout.store_scores else None
 
     def meet(rows, key: Side, part):
         def tile(i, carry):
             (every, own), (column, kept) = carry
-            row = at(x, i)
+            row = get_block(x, i)
             s = _scores(row, key, scale, bias)
-            kept = put(kept, s, i) if layout.keep else None
+            kept = set_block(kept, s, i) if layout.store_scores else None
             row_mask, column_mask, own_mask = _masks(row, key)
             if task.kind == 'sigmoid':
                 total = jnp.sum(_where(row_mask, jax.nn.softplus(_turned(s, own_mask)), 0), 1)
-                return (put(every, (every[0][i], every[1][i] + total), i), own), (column, kept)
+                return (set_block(every, (every[0][i], every[1][i] + total), i), own), (
+                    column,
+                    kept,
+                )
             by_row, by_column = _block_sums(s, row_mask, column_mask, task.columns)
-            every = put(every, _join(at(every, i), by_row), i)
+            every = set_block(every, _join(get_block(every, i), by_row), i)
             if own is not None:
                 add = lambda state: _join(state, _exp_sum(s, own_mask, 1))
-                own = put(
-                    own, jax.lax.cond(jnp.any(own_mask), add, lambda state: state, at(own, i)), i
+                own = set_block(
+                    own,
+                    jax.lax.cond(jnp.any(own_mask), add, lambda state: state, get_block(own, i)),
+                    i,
                 )
             return (every, own), (_join(column, by_column) if task.columns else None, kept)
 
-        return loop(len(x.data), tile, (rows, part))
+        return loop_over_rows(len(x.data), tile, (rows, part))
 
-    (every, own), (columns, kept) = sweep(
+    (every, own), (columns, kept) = loop_over_keys(
         layout, meet, rows, keys, (start(keys.data.shape[1:2]) if task.columns else None, kept)
     )
     if columns is not None:
@@ -250,18 +257,18 @@ def _backward(task, layout, x: Side, y: Side, scale, bias, sums, kept, cotangent
         )
     else:
         every, columns, own = cotangents
-    keys, beside = collect(layout, (y, columns))
+    keys, beside = gather_keys(layout, (y, columns))
     met = len(keys.data)
-    x, every, own = blocks((x, every, own), layout.tile[0])
-    keys, beside = blocks((keys, beside), layout.tile[1])
+    x, every, own = split_blocks((x, every, own), layout.tile[0])
+    keys, beside = split_blocks((keys, beside), layout.tile[1])
 
     def meet(state, key, key_total):
         key, beside, kept = key
 
         def tile(i, carry):
             (x_total, bias_total), key_total = carry
-            row = at(x, i)
-            s = at(kept, i) if layout.keep else _scores(row, key, scale, bias)
+            row = get_block(x, i)
+            s = get_block(kept, i) if layout.store_scores else _scores(row, key, scale, bias)
             row_mask, column_mask, own_mask = _masks(row, key)
             if task.kind == 'sigmoid':
                 w = _where(
@@ -271,16 +278,16 @@ def _backward(task, layout, x: Side, y: Side, scale, bias, sums, kept, cotangent
                 )
                 bias_total = bias_total + jnp.sum(w)
             else:
-                w = _block_weights(s, at(every, i), beside, row_mask, column_mask)
+                w = _block_weights(s, get_block(every, i), beside, row_mask, column_mask)
                 if own is not None:
                     # A positive's pull is joined to its push here, in float32: near convergence they nearly cancel.
-                    total, g = at(own, i)
+                    total, g = get_block(own, i)
                     pull = lambda w: (
                         w + jnp.where(own_mask, jnp.exp(s - total[:, None]) * g[:, None], 0)
                     )
                     w = jax.lax.cond(jnp.any(own_mask), pull, lambda w: w, w)
             w = w.astype(x_type)
-            x_total = put(x_total, x_total[i] + _product(w, key.data, (1, 0), accumulate), i)
+            x_total = set_block(x_total, x_total[i] + _product(w, key.data, (1, 0), accumulate), i)
             if task.key_gradient:
                 # Contracting over the rows of both is a fifth slower on a CPU than turning one of them first.
                 key_total = key_total + jax.lax.platform_dependent(
@@ -292,13 +299,13 @@ def _backward(task, layout, x: Side, y: Side, scale, bias, sums, kept, cotangent
                 )
             return (x_total, bias_total), key_total
 
-        return loop(len(x.data), tile, (state, key_total))
+        return loop_over_rows(len(x.data), tile, (state, key_total))
 
     state = (jnp.zeros(x.data.shape, accumulate), jnp.zeros((), accumulate))
     # On one device a block's key gradient is final when the block is done; gathered or in a ring it is float32 until it is home.
     done = lambda part: part if layout.axes else jax.tree.map(lambda a: a.astype(y_type), part)
     part = jnp.zeros(keys.data.shape[1:], accumulate) if task.key_gradient else None
-    (dx, dbias), dy = sweep(layout, meet, state, (keys, beside, kept), part, done)
+    (dx, dbias), dy = loop_over_keys(layout, meet, state, (keys, beside, kept), part, done)
     dx = dx.reshape(-1, dx.shape[-1])[:m]
     dscale = jnp.sum(dx * x.data.reshape(-1, dx.shape[-1])[:m].astype(accumulate)) / scale
     dbias = dbias / scale
