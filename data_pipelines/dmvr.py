@@ -1,14 +1,20 @@
-"""Existing DMVR records (TFRecord files of SequenceExamples) -> an index beside them; the records are read as they are, where they are.
+"""Existing DMVR records (TFRecord files of SequenceExamples) -> an index beside them.
 
-    python -m data_pipelines.dmvr --train='records/train-*' --test='records/test-*' --fps=10 --rate=48000 --out=data/mine_dmvr
+The records are read as they are, where they are:
 
-reads every record once, checks it, and writes to --out where it begins and what it holds. From then on --out is a dataset like any other
-(config.data.train.NAME.path): random access, exact resume, mixtures, evaluation. What is expected in the records: docs/data.md.
+    python -m data_pipelines.dmvr --train='records/train-*' --test='records/test-*' \\
+        --fps=10 --rate=48000 --out=data/mine_dmvr
+
+reads every record once, checks it, and writes to --out where it begins and what it holds. From then
+on --out is a dataset like any other (config.data.train.NAME.path): random access, exact resume,
+mixtures, evaluation. What is expected in the
+records: docs/data.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import glob
 import io
 import os
@@ -16,7 +22,7 @@ import pathlib
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -31,11 +37,28 @@ from data_pipelines.storage.records import SPLITS
 FRAMES = ('image/encoded',)
 AUDIO = ('WAVEFORM/feature/floats', 'waveform/floats')
 LABELS = ('clip/label', 'label')  # with /index and /text
-HEADER, FOOTER = (
-    12,
-    4,
-)  # bytes of a TFRecord before and behind the data: length and its checksum, checksum of the data
+HEADER = 12  # bytes of a TFRecord before the data: its length and the checksum of that
+FOOTER = 4  # bytes behind the data: its checksum
 _LOUDEST = 4.0  # beyond this, samples are no sound in [-1, 1] that was clipped late
+
+
+@dataclasses.dataclass
+class IndexedSplit:
+    """What was found in the files of one split, in record order.
+
+    Attributes:
+      paths: the files.
+      records: what each record holds, as `Index.of` takes it.
+      crc: checksum of each record.
+      rows: (number of the file, offset, bytes) of each record.
+      pieces: byte offsets of the frames and seconds of each record.
+    """
+
+    paths: list[str]
+    records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    crc: list[int] = dataclasses.field(default_factory=list)
+    rows: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
+    pieces: list[np.ndarray] = dataclasses.field(default_factory=list)
 
 
 def index(
@@ -52,95 +75,76 @@ def index(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Writes the folder `out` for the records in the files that the patterns match. fps, rate: of the stored frames and samples, which DMVR
-    records do not say.
+    """Write the folder `out` for the records in the files that the patterns match.
 
-    Returns {'splits': {split: {'records', 'sentences', 'hours', 'without_audio', 'without_video'}}, 'skipped': {place: reason}}. What
-    follows a damaged record in its file is skipped. Raises DataError for what no file can be read of, and for rates that contradict the records.
+    What follows a damaged record in its file is skipped.
+
+    Args:
+      out: folder of the index.
+      train: pattern of the files of this split; '' for none. Likewise `validation` and `test`.
+      validation: see `train`.
+      test: see `train`.
+      fps: of the stored frames, which DMVR records do not say.
+      rate: of the stored samples, which DMVR records do not say either.
+      name: of the dataset; '' for that of the folder.
+      tokenizer: kind of the tokenizer trained on the captions.
+      vocabulary: its size, at most.
+      overwrite: replace an index.
+      quiet: print nothing.
+
+    Returns:
+      {'splits': {split: {'records', 'sentences', 'hours', 'without_audio', 'without_video'}},
+      'skipped': {place: reason}}.
+
+    Raises:
+      DataError: no record can be read, or fps and rate contradict the records.
     """
     from data_pipelines.preparation.decoded_files import Settings
     from data_pipelines.prepare import _check_arguments, _Console, _dataset_name, _tokenizer
 
-    say, target = _Console(quiet), pathlib.Path(out)
+    say = _Console(quiet)
+    target = pathlib.Path(out)
     name = name or _dataset_name(target)
-    _check_arguments(Settings(float(fps), 256, int(rate), 90, 0.0), name, vocabulary, 0.0, 0.0, 1)
-    files = {
-        split: sorted(glob.glob(pattern))
-        for split, pattern in zip(SPLITS, (train, validation, test))
-        if pattern
-    }
-    if not files:
-        raise DataError(
-            "no records are named: give --train='FOLDER/train-*', and --validation and --test if there are any"
-        )
-    for split, paths in files.items():
-        if not paths:
-            raise DataError(
-                f'no file matches --{split}={dict(zip(SPLITS, (train, validation, test)))[split]}'
-            )
-    if target.exists() and any(target.iterdir()):
-        unfinished = (target / '.staging').is_dir() and not (target / 'prepare.json').is_file()
-        if not unfinished and (not overwrite or not (target / 'index.json').is_file()):
-            raise DataError(
-                f'--out={target} is not empty; choose another, or pass --overwrite to replace an index'
-            )
-        shutil.rmtree(target)
-    (target / '.staging').mkdir(parents=True)
+    # Of the settings only fps and rate matter here; the others pass the check.
+    settings = Settings(float(fps), 256, int(rate), 90, 0.0)
+    _check_arguments(settings, name, vocabulary, 0.0, 0.0, 1)
+    splits = _find_files({'train': train, 'validation': validation, 'test': test})
+    _make_target(target, overwrite)
 
-    names: dict[str, str] = {}
-    classes: dict[int, str] = {}
+    parser = RecordParser(fps, rate)
     skipped: dict[str, str] = {}
-    records = {split: [] for split in files}
-    crc = {split: [] for split in files}
-    rows, pieces = ({split: [] for split in files} for _ in range(2))
-    for split, paths in files.items():
-        for number, path in enumerate(paths):
+    for split_name, split in splits.items():
+        for number, path in enumerate(split.paths):
             say(f'{path} …')
-            for offset, raw in _records(path, skipped):
-                record = _look(raw, f'{path}, byte {offset}', fps, rate, names, classes)
-                records[split].append(
-                    {
-                        **record,
-                        'split': split,
-                        'id': record['id'] or f'{os.path.basename(path)}:{len(records[split])}',
-                    }
-                )
-                crc[split].append(zlib.crc32(raw))
-                rows[split].append((number, offset + HEADER, len(raw)))
-                try:
-                    pieces[split].append(
-                        byte_offsets.of_sequence_example(
-                            raw, names.get('frames', ''), names.get('audio', ''), rate
-                        )
-                    )
-                except ValueError as e:
-                    raise DataError(f'{path}, byte {offset}: {e}') from None
-    everything = [r for split in files for r in records[split]]
-    if not everything:
-        raise DataError(
-            f'no record can be read ({next(iter(skipped.items()), "the files are empty")})'
-        )
-    _check_rates(everything, fps, rate)
-    multi = _number_labels(everything, classes)
-    stage = target / '.staging'
-    _tokenizer(everything, tokenizer, vocabulary, stage)
-    os.replace(stage / 'tokenizer.json', target / 'tokenizer.json')
-    summary: dict[str, Any] = {'splits': {}, 'skipped': skipped}
-    for split in files:
-        if not records[split]:
-            continue
-        table = indices.Index.of(records[split], crc[split], multi)
-        table.save(target / f'index-{split}.npz')
-        byte_offsets.save(target, split, files[split], rows[split], pieces[split])
-        summary['splits'][split] = {
-            'records': len(table),
-            'segments': len(table.segment_record),
-            'sentences': len(table.sentence_start),
-            'hours': round(float(table.duration.sum()) / 3600, 3),
-            'without_audio': int((table.samples == 0).sum()),
-            'without_video': int((table.frames == 0).sum()),
-        }
-    short = [min(r['height'], r['width']) for r in everything if r['frames']]
+            _index_file(split, number, path, parser, skipped)
+        for record in split.records:
+            record['split'] = split_name  # the tokenizer is trained on captions of `train` alone
+    all_records: list[dict[str, Any]] = []
+    for split in splits.values():
+        all_records.extend(split.records)
+    if not all_records:
+        first_skipped = next(iter(skipped.items()), 'the files are empty')
+        raise DataError(f'no record can be read ({first_skipped})')
+    _check_rates(all_records, fps, rate)
+    label_classes = _number_labels(all_records, parser.class_names)
+
+    staging = target / '.staging'
+    _tokenizer(all_records, tokenizer, vocabulary, staging)
+    os.replace(staging / 'tokenizer.json', target / 'tokenizer.json')
+    split_summaries = {}
+    for split_name, split in splits.items():
+        if split.records:
+            split_summaries[split_name] = _save_split(target, split_name, split, label_classes)
+    summary: dict[str, Any] = {'splits': split_summaries, 'skipped': skipped}
+
+    short_sides = [min(r['height'], r['width']) for r in all_records if r['frames']]
+    labels = {}
+    if label_classes:
+        num_classes = max(parser.class_names, default=-1) + 1
+        labels['class'] = [parser.class_names.get(i, f'class {i}') for i in range(num_classes)]
+    stored_files = {}
+    for split_name, split in splits.items():
+        stored_files[split_name] = [[os.path.abspath(p), os.path.getsize(p)] for p in split.paths]
     indices.write_json(target / 'skipped.json', skipped)
     indices.write_json(
         target / 'index.json',
@@ -148,37 +152,105 @@ def index(
             'version': indices.VERSION,
             'name': name,
             'fps': float(fps),
-            'size': min(short, default=0),
+            'size': min(short_sides, default=0),
             'rate': int(rate),
-            'labels': {
-                'class': [classes.get(i, f'class {i}') for i in range(max(classes, default=-1) + 1)]
-            }
-            if multi
-            else {},
-            'multi_hot': [n for n, k in multi.items() if k is not None],
-            'splits': summary['splits'],
+            'labels': labels,
+            'multi_hot': [label for label, count in label_classes.items() if count is not None],
+            'splits': split_summaries,
             'folds': [],
-            'format': {'kind': 'dmvr', **names},
-            'files': {
-                split: [[os.path.abspath(p), os.path.getsize(p)] for p in paths]
-                for split, paths in files.items()
-            },
+            'format': {'kind': 'dmvr', **parser.feature_names},
+            'files': stored_files,
         },
     )
+    # Last: a folder with this file is complete.
     indices.write_json(target / 'prepare.json', {'summary': summary})
-    shutil.rmtree(stage)
+    shutil.rmtree(staging)
     say.summary(target, {**summary, 'seconds': 0}, [])
     return summary
 
 
-def _records(path: str, skipped: dict[str, str]) -> Iterator[tuple[int, bytes]]:
+def _find_files(patterns: Mapping[str, str]) -> dict[str, IndexedSplit]:
+    """The files of every split for which a pattern is given; DataError where there are none."""
+    splits = {}
+    for name, pattern in patterns.items():
+        if pattern:
+            splits[name] = IndexedSplit(sorted(glob.glob(pattern)))
+    if not splits:
+        raise DataError(
+            "no records are named: give --train='FOLDER/train-*', and --validation and --test "
+            'if there are any'
+        )
+    for name, split in splits.items():
+        if not split.paths:
+            raise DataError(f'no file matches --{name}={patterns[name]}')
+    return splits
+
+
+def _make_target(target: pathlib.Path, overwrite: bool) -> None:
+    """Make the empty folder of the index; DataError if that would delete anything but an index."""
+    if target.exists() and any(target.iterdir()):
+        is_staging = (target / '.staging').is_dir()
+        is_unfinished = is_staging and not (target / 'prepare.json').is_file()
+        may_replace = overwrite and (target / 'index.json').is_file()
+        if not is_unfinished and not may_replace:
+            raise DataError(
+                f'--out={target} is not empty; choose another, or pass --overwrite to replace '
+                'an index'
+            )
+        shutil.rmtree(target)
+    (target / '.staging').mkdir(parents=True)
+
+
+def _index_file(
+    split: IndexedSplit, number: int, path: str, parser: RecordParser, skipped: dict[str, str]
+) -> None:
+    """Add the records of the `number`-th file to the split, unreadable ones to `skipped`."""
+    for offset, raw in _read_records(path, skipped):
+        where = f'{path}, byte {offset}'
+        record = parser.parse(raw, where)
+        record_id = record['id'] or f'{os.path.basename(path)}:{len(split.records)}'
+        split.records.append({**record, 'id': record_id})
+        split.crc.append(zlib.crc32(raw))
+        split.rows.append((number, offset + HEADER, len(raw)))
+        try:
+            split.pieces.append(
+                byte_offsets.of_sequence_example(
+                    raw,
+                    parser.feature_names.get('frames', ''),
+                    parser.feature_names.get('audio', ''),
+                    parser.rate,
+                )
+            )
+        except ValueError as e:
+            raise DataError(f'{where}: {e}') from None
+
+
+def _save_split(
+    target: pathlib.Path, name: str, split: IndexedSplit, label_classes: dict[str, int | None]
+) -> dict[str, Any]:
+    """Write the tables of one split; return its summary."""
+    table = indices.Index.of(split.records, split.crc, label_classes)
+    table.save(target / f'index-{name}.npz')
+    byte_offsets.save(target, name, split.paths, split.rows, split.pieces)
+    return {
+        'records': len(table),
+        'segments': len(table.segment_record),
+        'sentences': len(table.sentence_start),
+        'hours': round(float(table.duration.sum()) / 3600, 3),
+        'without_audio': int((table.samples == 0).sum()),
+        'without_video': int((table.frames == 0).sum()),
+    }
+
+
+def _read_records(path: str, skipped: dict[str, str]) -> Iterator[tuple[int, bytes]]:
     """(where the record begins, its bytes), checksums compared, up to the first damage."""
     import tensorflow as tf
 
     with open(path, 'rb') as f:
         if f.read(2) == b'\x1f\x8b':
             raise DataError(
-                f'{path} is compressed (gzip), so its records cannot be reached one by one; unpack it first'
+                f'{path} is compressed (gzip), so its records cannot be reached one by one; '
+                'unpack it first'
             )
     offset = 0
     try:
@@ -186,121 +258,193 @@ def _records(path: str, skipped: dict[str, str]) -> Iterator[tuple[int, bytes]]:
             yield offset, raw
             offset += HEADER + len(raw) + FOOTER
     except (tf.errors.DataLossError, tf.errors.OutOfRangeError) as e:
-        skipped[f'{path}, from byte {offset}'] = (
-            f'corrupt: {str(e).splitlines()[0].split(" [Op")[0][:120]}'
-        )
+        # TensorFlow adds the name of its operation and a stack to the message.
+        reason = str(e).splitlines()[0].split(' [Op')[0][:120]
+        skipped[f'{path}, from byte {offset}'] = f'corrupt: {reason}'
 
 
-def _look(
-    raw: bytes, where: str, fps: float, rate: int, names: dict[str, str], classes: dict[int, str]
-) -> dict[str, Any]:
-    """What one record holds, as Index.of wants it. names: which of the possible features these records have; classes: names of labels; both grow."""
-    import tensorflow as tf
+class RecordParser:
+    """Reads what DMVR records hold, and checks that all of them are laid out alike.
+
+    Attributes:
+      fps: of the stored frames.
+      rate: of the stored samples.
+      feature_names: {'frames', 'audio'} -> which of the possible features these records have.
+      class_names: number of a class -> its name, as far as records name them.
+    """
+
+    def __init__(self, fps: float, rate: int):
+        self.fps = fps
+        self.rate = rate
+        self.feature_names: dict[str, str] = {}
+        self.class_names: dict[int, str] = {}
+
+    def parse(self, raw: bytes, where: str) -> dict[str, Any]:
+        """What one record holds, as `Index.of` takes it.
+
+        Args:
+          raw: a serialized SequenceExample.
+          where: its place in the errors.
+
+        Raises:
+          DataError: the record is no SequenceExample, or not one of DMVR's, or laid out in another
+            way than those before.
+        """
+        import tensorflow as tf
+
+        try:
+            example = tf.train.SequenceExample.FromString(raw)
+        except Exception as e:  # the library's own kinds
+            raise DataError(
+                f'{where}: this is not a SequenceExample ({type(e).__name__}); '
+                'are these DMVR records?'
+            ) from None
+        lists = example.feature_lists.feature_list
+        context = example.context.feature
+
+        frame_features = self._feature_list(lists, 'frames', FRAMES, where)
+        frames = [f.bytes_list.value[0] for f in frame_features if f.bytes_list.value]
+        audio_features = self._feature_list(lists, 'audio', AUDIO, where)
+        sound = [np.asarray(f.float_list.value, np.float32) for f in audio_features]
+        num_samples = sum(len(piece) for piece in sound)
+        if not frames and not num_samples:
+            present = ', '.join([*lists, *context]) or 'nothing'
+            raise DataError(
+                f'{where} has neither {FRAMES[0]} nor {" nor ".join(AUDIO)}; it has {present}'
+            )
+        if num_samples:
+            loudest = max(float(np.abs(piece).max(initial=0)) for piece in sound)
+            if not loudest <= _LOUDEST:  # written so that it holds for NaN too
+                raise DataError(
+                    f'{where}: its sound is not in [-1, 1]; were integers written as floats?'
+                )
+        height, width = _frame_shape(frames, where)
+        labels = self._labels(context, where)
+        duration = len(frames) / self.fps if frames else num_samples / self.rate
+        captions = [caption for caption in _strings(context, 'caption/string') if caption]
+        sentences = [{'text': text, 'start': 0.0, 'end': duration} for text in captions]
+        segment = {
+            'start': 0.0,
+            'end': duration,
+            'caption': captions[0] if captions else '',
+            'labels': {},
+        }
+        return {
+            'id': _clip_id(context),
+            'frames': len(frames),
+            'samples': num_samples,
+            'height': height,
+            'width': width,
+            'duration': duration,
+            'ground_truth': '{}',
+            'labelled': sorted(set(labels)),
+            'sentences': sentences,
+            'segments': [segment],
+        }
+
+    def _feature_list(
+        self, lists: Mapping[str, Any], kind: str, possible: Sequence[str], where: str
+    ) -> list[Any]:
+        """The features of the first possible list that is there, the same in all records."""
+        present = [name for name in possible if name in lists]
+        if not present:
+            return []
+        known = self.feature_names.setdefault(kind, present[0])
+        if known != present[0]:
+            raise DataError(
+                f'{where} has its {kind} in {present[0]!r}, records before in {known!r}; '
+                'index them apart'
+            )
+        return list(lists[present[0]].feature)
+
+    def _labels(self, context: Mapping[str, Any], where: str) -> list[int]:
+        """Numbers of the record's classes; their names are added to `class_names`."""
+        for prefix in LABELS:
+            if f'{prefix}/index' not in context:
+                continue
+            labels = list(context[f'{prefix}/index'].int64_list.value)
+            for label, text in zip(labels, _strings(context, f'{prefix}/text')):
+                known = self.class_names.setdefault(label, text)
+                if known != text:
+                    raise DataError(f'{where}: label {label} is {text!r} here and {known!r} before')
+            for label in labels:
+                self.class_names.setdefault(label, f'class {label}')
+            return labels
+        return []
+
+
+def _strings(context: Mapping[str, Any], key: str) -> list[str]:
+    if key not in context:
+        return []
+    return [value.decode('utf-8', 'replace') for value in context[key].bytes_list.value]
+
+
+def _seconds(context: Mapping[str, Any], key: str) -> float | None:
+    """A timestamp, which DMVR stores in microseconds; None if the record has none."""
+    if key not in context or not context[key].int64_list.value:
+        return None
+    return context[key].int64_list.value[0] / 1e6
+
+
+def _frame_shape(frames: Sequence[bytes], where: str) -> tuple[int, int]:
+    """(height, width) of the first frame, (0, 0) without frames."""
     from PIL import Image
 
+    if not frames:
+        return 0, 0
     try:
-        example = tf.train.SequenceExample.FromString(raw)
-    except Exception as e:  # the library's own kinds
-        raise DataError(
-            f'{where}: this is not a SequenceExample ({type(e).__name__}); are these DMVR records?'
-        ) from None
-    lists, context = example.feature_lists.feature_list, example.context.feature
-
-    def feature(kind: str, possible: tuple[str, ...]) -> list[Any]:
-        here = [n for n in possible if n in lists]
-        if here and names.setdefault(kind, here[0]) != here[0]:
-            raise DataError(
-                f'{where} has its {kind} in {here[0]!r}, records before in {names[kind]!r}; index them apart'
-            )
-        return lists[here[0]].feature if here else []
-
-    frames = [f.bytes_list.value[0] for f in feature('frames', FRAMES) if f.bytes_list.value]
-    sound = [np.asarray(f.float_list.value, np.float32) for f in feature('audio', AUDIO)]
-    samples = sum(map(len, sound))
-    if not frames and not samples:
-        raise DataError(
-            f'{where} has neither {FRAMES[0]} nor {" nor ".join(AUDIO)}; it has {", ".join([*lists, *context]) or "nothing"}'
-        )
-    if (
-        samples and not max(float(np.abs(s).max(initial=0)) for s in sound) <= _LOUDEST
-    ):  # also for NaN
-        raise DataError(f'{where}: its sound is not in [-1, 1]; were integers written as floats?')
-    try:
-        width, height = Image.open(io.BytesIO(frames[0])).size if frames else (0, 0)
+        width, height = Image.open(io.BytesIO(frames[0])).size
     except OSError:
         raise DataError(f'{where}: its first frame is no image') from None
-    said = lambda key: (
-        [b.decode('utf-8', 'replace') for b in context[key].bytes_list.value]
-        if key in context
-        else []
-    )
-    number = lambda key: (
-        context[key].int64_list.value[0] / 1e6
-        if key in context and context[key].int64_list.value
-        else None
-    )
-    labels: list[int] = []
-    for prefix in LABELS:
-        if f'{prefix}/index' in context:
-            labels = list(context[f'{prefix}/index'].int64_list.value)
-            for i, text in zip(labels, said(f'{prefix}/text')):
-                if classes.setdefault(i, text) != text:
-                    raise DataError(
-                        f'{where}: label {i} is {text!r} here and {classes[i]!r} before'
-                    )
-            for i in labels:
-                classes.setdefault(i, f'class {i}')
-            break
-    duration = len(frames) / fps if frames else samples / rate
-    start, end = number('clip/start/timestamp'), number('clip/end/timestamp')
-    file = ''.join(said('video/filename') or said('clip/media_id') or said('clip/data_path'))
-    captions = [t for t in said('caption/string') if t]
-    return {
-        'id': f'{file}@{start:g}-{end:g}'
-        if file and start is not None and end is not None
-        else file,
-        'frames': len(frames),
-        'samples': samples,
-        'height': height,
-        'width': width,
-        'duration': duration,
-        'ground_truth': '{}',
-        'labelled': sorted(set(labels)),
-        'sentences': [{'text': t, 'start': 0.0, 'end': duration} for t in captions],
-        'segments': [
-            {
-                'start': 0.0,
-                'end': duration,
-                'caption': captions[0] if captions else '',
-                'labels': {},
-            }
-        ],
-    }
+    return height, width
 
 
-def _number_labels(records: list[dict[str, Any]], classes: dict[int, str]) -> dict[str, int | None]:
-    """Gives each record's segment its label `class`; returns {label: number of classes if some record has several, else None}."""
-    if not classes:
+def _clip_id(context: Mapping[str, Any]) -> str:
+    """File and times of the clip, '' if the record does not name its file."""
+    file = ''
+    for key in ('video/filename', 'clip/media_id', 'clip/data_path'):
+        file = ''.join(_strings(context, key))
+        if _strings(context, key):
+            break  # also with an empty name: the fields behind are for records without this one
+    start = _seconds(context, 'clip/start/timestamp')
+    end = _seconds(context, 'clip/end/timestamp')
+    if file and start is not None and end is not None:
+        return f'{file}@{start:g}-{end:g}'
+    return file
+
+
+def _number_labels(
+    records: list[dict[str, Any]], class_names: dict[int, str]
+) -> dict[str, int | None]:
+    """Give each record's segment its label `class`.
+
+    Returns:
+      {label: number of classes if some record has several, else None}.
+    """
+    if not class_names:
         return {}
-    count = max(classes) + 1
-    several = any(len(r['labelled']) > 1 for r in records)
-    for r in records:
-        of = r['labelled']
-        r['segments'][0]['labels']['class'] = (
-            [int(i in of) for i in range(count)] if several else of[0] if of else -1
-        )
-    return {'class': count if several else None}
+    num_classes = max(class_names) + 1
+    is_multi_hot = any(len(record['labelled']) > 1 for record in records)
+    for record in records:
+        labelled = record['labelled']
+        value: int | list[int] = -1  # unknown
+        if is_multi_hot:
+            value = [int(i in labelled) for i in range(num_classes)]
+        elif labelled:
+            value = labelled[0]
+        record['segments'][0]['labels']['class'] = value
+    return {'class': num_classes if is_multi_hot else None}
 
 
 def _check_rates(records: list[dict[str, Any]], fps: float, rate: int) -> None:
-    ratios = [
-        r['samples'] / rate / (r['frames'] / fps) for r in records if r['samples'] and r['frames']
-    ]
+    """Frames and sound of a record must last about equally long, or fps or rate is wrong."""
+    with_both = [record for record in records if record['samples'] and record['frames']]
+    ratios = [r['samples'] / rate / (r['frames'] / fps) for r in with_both]
     if ratios and not 0.8 < np.median(ratios) < 1.25:
-        one = next(r for r in records if r['samples'] and r['frames'])
+        frames, samples = with_both[0]['frames'], with_both[0]['samples']
         raise DataError(
-            f'--fps={fps:g} and --rate={rate} cannot both be right: a record has {one["frames"]} frames '
-            f'({one["frames"] / fps:.2f} s) and {one["samples"]} samples ({one["samples"] / rate:.2f} s)'
+            f'--fps={fps:g} and --rate={rate} cannot both be right: a record has {frames} frames '
+            f'({frames / fps:.2f} s) and {samples} samples ({samples / rate:.2f} s)'
         )
 
 
@@ -308,7 +452,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog='python -m data_pipelines.dmvr',
         allow_abbrev=False,
-        description='An index for existing DMVR records, which are then read as they are (docs/data.md).',
+        description='An index for existing DMVR records, which are then read as they are '
+        '(docs/data.md).',
     )
     for split in SPLITS:
         parser.add_argument(

@@ -1,12 +1,15 @@
-"""Position in the stream of examples -> which record: a pure function, hence exact and elastic resume.
+"""Position in the stream of examples -> which record: a pure function, for exact, elastic resume.
 
-Nothing is shuffled in memory and nothing is saved: the checkpoint holds one integer, the examples consumed. Every function
-here is arithmetic on integers (NumPy only), so that any host computes its rows alone and all hosts agree.
+Nothing is shuffled in memory and nothing is saved: the checkpoint holds one integer, the examples
+consumed. Every function here is arithmetic on integers (NumPy only), so that any host computes its
+rows alone and all hosts agree.
 
 What holds when things change between two runs of one seed:
 - another number of hosts: the global order is the same, always;
-- another batch size: the same, if no source has a `share`. With shares a batch holds exact counts, so its boundaries enter:
-  the records already seen of each source are carried over (to within one), the interleaving from there on is new.
+- another batch size: the same, if no source has a `share`. With shares a batch holds exact counts,
+so its boundaries enter:
+  the records already seen of each source are carried over (to within one), the interleaving from
+  there on is new.
 """
 
 from __future__ import annotations
@@ -15,22 +18,25 @@ import dataclasses
 import zlib
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float64, Int, Int64
 
 from data_pipelines.errors import DataError
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ROUNDS = 6  # 4 rounds already decorrelate; two more cost little and help very small sets
-_MAX_BLOCK = (
-    4096  # weights are exact when they are fractions of at most this denominator, else to 1/4096
-)
+# Weights are exact when they are fractions of at most this denominator, else to 1/4096.
+_MAX_BLOCK = 4096
+_MIN_BLOCK = 64
+_MASK_64 = 0xFFFFFFFFFFFFFFFF
 
 
-def mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64, a bijection of uint64."""
+def mix(x: np.ndarray | np.uint64) -> Any:
+    """The finaliser of splitmix64, a bijection of uint64; an array or one number."""
     x = np.asarray(x, np.uint64)
-    with np.errstate(over='ignore'):
+    with np.errstate(over='ignore'):  # products wrap around, as intended
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -38,55 +44,78 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 def key(*words: int | str) -> np.uint64:
     """One 64-bit key of a path of words; every word, and its place, changes all bits."""
-    out = np.uint64(0)
+    state = np.uint64(0)
     with np.errstate(over='ignore'):
         for word in words:
-            number = zlib.crc32(word.encode()) | 1 << 32 if isinstance(word, str) else int(word)
-            out = mix(out + _GOLDEN) ^ mix(np.uint64(number & 0xFFFFFFFFFFFFFFFF) + _GOLDEN)
-        return mix(out + _GOLDEN)
+            if isinstance(word, str):
+                # The bit above the checksum keeps strings apart from numbers.
+                number = zlib.crc32(word.encode()) | 1 << 32
+            else:
+                number = int(word)
+            state = mix(state + _GOLDEN) ^ mix(np.uint64(number & _MASK_64) + _GOLDEN)
+        return np.uint64(mix(state + _GOLDEN))
 
 
-def uniform(seed: int, positions: np.ndarray, site: str, n: int) -> np.ndarray:
-    """float64 [len(positions), n] in [0, 1): the draws of each example at a named site, whatever batch it comes in."""
+def uniform(
+    seed: int, positions: Int[np.ndarray, ' n'], site: str, n: int
+) -> Float64[np.ndarray, 'n draws']:
+    """The draws of each example at a named site, whatever batch it comes in.
+
+    Args:
+      seed: config.seed.
+      positions: of the examples.
+      site: name of the place in the code that draws.
+      n: draws for each example.
+
+    Returns:
+      Uniform numbers in [0, 1), `n` for each position.
+    """
     with np.errstate(over='ignore'):
         rows = mix(np.asarray(positions, np.int64).astype(np.uint64) * _GOLDEN + key(seed, site))
         bits = mix(rows[:, None] + np.arange(1, n + 1, dtype=np.uint64) * _GOLDEN)
+    # The upper 53 bits fill the mantissa of a float64.
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def permute(i: np.ndarray, n: int, *words: int | str) -> np.ndarray:
-    """int64 like `i`: the image of i under the permutation of range(n) that `words` name. O(1) memory.
+def permute(i: np.ndarray | int, n: int, *words: int | str) -> Int64[np.ndarray, ' m']:
+    """The images of `i` under the permutation of range(n) that `words` name, in O(1) memory.
 
-    A Feistel network permutes the smallest even number of bits that holds n; whatever falls outside range(n) is sent
-    through again until it falls inside (cycle walking), which keeps it a bijection.
+    A Feistel network permutes the smallest even number of bits that holds n; whatever falls outside
+    range(n) is sent through again until it falls inside (cycle walking), which keeps it a
+    bijection.
     """
-    i = np.array(i, np.int64, ndmin=1).astype(np.uint64)
+    image = np.array(i, np.int64, ndmin=1).astype(np.uint64)
     if n <= 1:
-        return np.zeros(i.shape, np.int64)
-    half = np.uint64(((n - 1).bit_length() + 1) // 2)
-    low = (np.uint64(1) << half) - np.uint64(1)
+        return np.zeros(image.shape, np.int64)
+    half_bits = np.uint64(((n - 1).bit_length() + 1) // 2)
+    low_mask = (np.uint64(1) << half_bits) - np.uint64(1)
     start = key('permute', *words)
     with np.errstate(over='ignore'):
-        keys = mix(start + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * _GOLDEN)
+        round_keys = mix(start + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * _GOLDEN)
 
         def network(x: np.ndarray) -> np.ndarray:
-            left, right = x >> half, x & low
-            for k in keys:
-                left, right = right, left ^ (mix(right + k) & low)
-            return left << half | right
+            left, right = x >> half_bits, x & low_mask
+            for round_key in round_keys:
+                left, right = right, left ^ (mix(right + round_key) & low_mask)
+            return left << half_bits | right
 
-        i = network(i)
-        while len(outside := np.flatnonzero(i >= n)):
-            i[outside] = network(i[outside])
-    return i.astype(np.int64)
+        image = network(image)
+        while len(outside := np.flatnonzero(image >= n)):
+            image[outside] = network(image[outside])
+    return image.astype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """One source of a mixture.
 
-    size: records. weight: relative frequency among the sources without a share. share: exact fraction of every batch (0: none).
-    sampling: float [size] or None; given, records are drawn with these relative weights, with replacement, instead of in epochs.
+    Attributes:
+      size: records.
+      weight: relative frequency among the sources without a share.
+      share: exact fraction of every batch (0: none).
+      sampling: float [size] or None; given, records are drawn with these relative weights, with
+        replacement, instead of in epochs.
+      name: for errors.
     """
 
     size: int
@@ -97,105 +126,143 @@ class Source:
 
 
 class Order:
-    """rows(positions) for a mixture of sources.
+    """Which record each position of the stream of a mixture is, see `rows`.
 
-    batch_size: global; matters only if some source has a share. offset: where batches begin, modulo batch_size.
-    Raises DataError for shares that are not whole rows of a batch or leave nothing for, or too much to, the weighted sources.
+    A position gives a source and a draw (how many earlier positions had the same source); a draw
+    gives a record.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int, batch_size: int = 1, offset: int = 0):
+        """See the class.
+
+        Args:
+          sources: of the mixture.
+          seed: config.seed.
+          batch_size: global; matters only if some source has a share.
+          offset: where batches begin, modulo batch_size.
+
+        Raises:
+          DataError: shares that are not whole rows of a batch or leave nothing for, or too much to,
+            the weighted sources.
+        """
         if not sources:
             raise DataError('the training mixture config.data.train has no source')
-        for s in sources:
-            if s.size <= 0:
-                raise DataError(f'source {s.name!r} of the training mixture has no records')
-        self.sources, self.seed = tuple(sources), seed
-        self._batch, self._offset = batch_size, offset % batch_size
-        self._counts = [self._rows_of(s) for s in sources]
-        self._rest = batch_size - sum(self._counts)
-        weights = [0.0 if s.share else float(s.weight) for s in sources]
-        if any(w < 0 for w in weights):
+        for source in sources:
+            if source.size <= 0:
+                raise DataError(f'source {source.name!r} of the training mixture has no records')
+        self.sources = tuple(sources)
+        self.seed = seed
+        self._batch_size = batch_size
+        self._offset = offset % batch_size
+        self._share_rows = [_share_rows(source, batch_size) for source in sources]
+        self._weighted_rows = batch_size - sum(self._share_rows)
+        weights = [0.0 if source.share else float(source.weight) for source in sources]
+        self._check(weights)
+        if self._weighted_rows:
+            self._quotas = _quotas(weights)
+        else:
+            self._quotas = np.zeros(len(sources), np.int64)
+        self._cumulative: list[np.ndarray | None] = []
+        for source in sources:
+            self._cumulative.append(None if source.sampling is None else _cumulative(source))
+
+    def _check(self, weights: Sequence[float]) -> None:
+        total_share = sum(source.share for source in self.sources)
+        if any(weight < 0 for weight in weights):
             raise DataError('config.data.train: weights must not be negative')
-        if self._rest < 0:
+        if self._weighted_rows < 0:
             raise DataError(
-                f'config.data.train: the shares sum to {sum(s.share for s in sources):g}, more than a whole batch'
+                f'config.data.train: the shares sum to {total_share:g}, more than a whole batch'
             )
-        if self._rest and not any(weights):
+        if self._weighted_rows and not any(weights):
             raise DataError(
-                f'config.data.train: the shares sum to {sum(s.share for s in sources):g} and no source without a '
+                f'config.data.train: the shares sum to {total_share:g} and no source without a '
                 'share has weight, so part of every batch would be empty'
             )
-        if not self._rest and any(weights):
+        if not self._weighted_rows and any(weights):
             raise DataError(
-                'config.data.train: the shares fill the batch, so sources without a share would never be read'
+                'config.data.train: the shares fill the batch, so sources without a share would '
+                'never be read'
             )
-        self._quotas = _quotas(weights) if self._rest else np.zeros(len(sources), np.int64)
-        self._cumulative = [None if s.sampling is None else _cumulative(s) for s in sources]
 
-    def _rows_of(self, s: Source) -> int:
-        rows = s.share * self._batch
-        if abs(rows - round(rows)) > 1e-6 or not 0 <= s.share <= 1:
-            raise DataError(
-                f'config.data.train: share {s.share:g} of source {s.name!r} is {rows:g} rows of a batch of '
-                f'{self._batch}; it must be a whole number of rows (a fraction of the batch between 0 and 1)'
-            )
-        return round(rows)
+    def rows(
+        self, positions: Int[np.ndarray, ' n']
+    ) -> tuple[Int[np.ndarray, ' n'], Int[np.ndarray, ' n'], Int[np.ndarray, ' n']]:
+        """The examples at these positions of the stream.
 
-    def rows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """int64 positions [n] -> (source int32 [n], record index int64 [n], epoch of that source int64 [n])."""
+        Returns:
+          source int32, index of the record in it int64, and epoch of that source int64.
+        """
         positions = np.asarray(positions, np.int64)
         source, draw = self._draws(positions)
         index = np.zeros(len(positions), np.int64)
         epoch = np.zeros(len(positions), np.int64)
-        for i, s in enumerate(self.sources):
-            mine = np.flatnonzero(source == i)
-            epoch[mine], within = np.divmod(draw[mine], s.size)
-            if self._cumulative[i] is not None:
-                u = uniform(self.seed, draw[mine], f'sampling/{i}', 1)[:, 0]
-                index[mine] = np.minimum(
-                    np.searchsorted(self._cumulative[i], u, side='right'), s.size - 1
-                )
+        for i, spec in enumerate(self.sources):
+            members = np.flatnonzero(source == i)
+            epoch[members], within_epoch = np.divmod(draw[members], spec.size)
+            cumulative = self._cumulative[i]
+            if cumulative is not None:
+                u = uniform(self.seed, draw[members], f'sampling/{i}', 1)[:, 0]
+                record = np.searchsorted(cumulative, u, side='right')
+                index[members] = np.minimum(record, spec.size - 1)
                 continue
-            for e in np.unique(epoch[mine]):
-                now = epoch[mine] == e
-                index[mine[now]] = permute(within[now], s.size, self.seed, 'record', i, int(e))
+            for e in np.unique(epoch[members]):
+                in_epoch = epoch[members] == e
+                index[members[in_epoch]] = permute(
+                    within_epoch[in_epoch], spec.size, self.seed, 'record', i, int(e)
+                )
         return source, index, epoch
 
-    def _draws(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _draws(
+        self, positions: Int[np.ndarray, ' n']
+    ) -> tuple[Int[np.ndarray, ' n'], Int[np.ndarray, ' n']]:
         """Source of each position, and how many earlier positions had the same source."""
-        if not any(self._counts):
-            return self._weighted(positions)
+        if not any(self._share_rows):
+            return self._weighted_draws(positions)
         source = np.zeros(len(positions), np.int32)
         draw = np.zeros(len(positions), np.int64)
-        # Batches begin at multiples of the batch size plus the offset; one partial batch may come before the first.
-        batch, row = np.divmod(positions - self._offset, self._batch)
-        slots = np.arange(self._batch)
-        # Stratum of each slot before the rows of the batch are permuted: the sources with a share, then the rest (-1).
-        strata = np.concatenate(
-            [np.full(c, i) for i, c in enumerate(self._counts)] + [np.full(self._rest, -1)]
-        )
+        # Batches begin at multiples of the batch size plus the offset; one partial batch may come
+        # before the first.
+        batch, row = np.divmod(positions - self._offset, self._batch_size)
         for b in np.unique(batch):
-            mine = np.flatnonzero(batch == b)
-            of_row = strata[permute(slots, self._batch, self.seed, 'strata', int(b))]
-            begin = int(b) * self._batch + self._offset
-            # Integer rounding of share * begin: the same number whatever the batch size that led here.
-            before = [
-                max(0, (2 * begin * c + self._batch) // (2 * self._batch)) for c in self._counts
-            ]
-            rank = np.zeros(self._batch, np.int64)
-            for i in {*np.unique(of_row).tolist()}:
-                here = np.flatnonzero(of_row == i)
-                rank[here] = np.arange(len(here)) + (
-                    max(0, begin - sum(before)) if i < 0 else before[i]
-                )
-            source[mine], draw[mine] = of_row[row[mine]], rank[row[mine]]
-        rest = np.flatnonzero(source < 0)
-        if len(rest):
-            source[rest], draw[rest] = self._weighted(draw[rest])
+            members = np.flatnonzero(batch == b)
+            source_of_row, draw_of_row = self._batch_draws(int(b))
+            source[members] = source_of_row[row[members]]
+            draw[members] = draw_of_row[row[members]]
+        # Of the rows without a share, `draw` is the position in the stream of the weighted sources.
+        weighted = np.flatnonzero(source < 0)
+        if len(weighted):
+            source[weighted], draw[weighted] = self._weighted_draws(draw[weighted])
         return source, draw
 
-    def _weighted(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As _draws, among the sources with a weight: blocks of fixed quotas, permuted inside each block."""
+    def _batch_draws(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `_draws`, of all rows [B] of one batch; source -1 marks the weighted sources."""
+        # Stratum of each slot before the rows are permuted: the sources with a share, then the
+        # rest.
+        blocks = [np.full(count, i) for i, count in enumerate(self._share_rows)]
+        strata = np.concatenate([*blocks, np.full(self._weighted_rows, -1)])
+        slots = permute(np.arange(self._batch_size), self._batch_size, self.seed, 'strata', batch)
+        source_of_row = strata[slots]
+
+        begin = batch * self._batch_size + self._offset
+        draws_before = []
+        for count in self._share_rows:
+            # Integer rounding of share * begin: the same number whatever batch size led here.
+            rounded = (2 * begin * count + self._batch_size) // (2 * self._batch_size)
+            draws_before.append(max(0, rounded))
+        weighted_before = max(0, begin - sum(draws_before))
+
+        draw_of_row = np.zeros(self._batch_size, np.int64)
+        for i in np.unique(source_of_row).tolist():
+            members = np.flatnonzero(source_of_row == i)
+            before = weighted_before if i < 0 else draws_before[i]
+            draw_of_row[members] = np.arange(len(members)) + before
+        return source_of_row, draw_of_row
+
+    def _weighted_draws(
+        self, positions: Int[np.ndarray, ' n']
+    ) -> tuple[Int[np.ndarray, ' n'], Int[np.ndarray, ' n']]:
+        """As `_draws`, among the sources with a weight: permuted blocks of fixed quotas."""
         if len(self.sources) == 1:
             return np.zeros(len(positions), np.int32), positions.copy()
         source = np.zeros(len(positions), np.int32)
@@ -203,21 +270,38 @@ class Order:
         length = int(self._quotas.sum())
         block, slot = np.divmod(positions, length)
         owner = np.repeat(np.arange(len(self.sources)), self._quotas)
-        # One network for all blocks asked for would need a key per element; a batch touches few blocks.
+        # One network for all blocks asked for would need a key per element; a batch touches few.
         for b in np.unique(block):
-            mine = np.flatnonzero(block == b)
-            of_slot = owner[permute(np.arange(length), length, self.seed, 'mixture', int(b))]
-            rank = np.zeros(length, np.int64)
+            members = np.flatnonzero(block == b)
+            slots = permute(np.arange(length), length, self.seed, 'mixture', int(b))
+            source_of_slot = owner[slots]
+            draw_of_slot = np.zeros(length, np.int64)
             for i, quota in enumerate(self._quotas):
-                rank[of_slot == i] = int(b) * int(quota) + np.arange(quota)
-            source[mine], draw[mine] = of_slot[slot[mine]], rank[slot[mine]]
+                first_draw = int(b) * int(quota)
+                draw_of_slot[source_of_slot == i] = first_draw + np.arange(quota)
+            source[members] = source_of_slot[slot[members]]
+            draw[members] = draw_of_slot[slot[members]]
         return source, draw
 
 
-def _quotas(weights: Sequence[float]) -> np.ndarray:
-    """int64 [sources]: slots of a block, in proportion to the weights."""
-    total = sum(Fraction(w).limit_denominator(10**6) for w in weights)
-    shares = [Fraction(w).limit_denominator(10**6) / total for w in weights]
+def _share_rows(source: Source, batch_size: int) -> int:
+    """Rows of every batch that a source's share fills."""
+    rows = source.share * batch_size
+    if abs(rows - round(rows)) > 1e-6 or not 0 <= source.share <= 1:
+        raise DataError(
+            f'config.data.train: share {source.share:g} of source {source.name!r} is {rows:g} rows '
+            f'of a batch of {batch_size}; it must be a whole number of rows (a fraction of the '
+            'batch between 0 and 1)'
+        )
+    return round(rows)
+
+
+def _quotas(weights: Sequence[float]) -> Int64[np.ndarray, ' sources']:
+    """Slots of a block for each source, in proportion to the weights."""
+    fractions = [Fraction(weight).limit_denominator(10**6) for weight in weights]
+    total = sum(fractions)
+    shares = [fraction / total for fraction in fractions]
+    # The least common multiple of the denominators: the shortest block of whole slots.
     length = 1
     for share in shares:
         length = length * share.denominator // np.gcd(length, share.denominator)
@@ -225,57 +309,74 @@ def _quotas(weights: Sequence[float]) -> np.ndarray:
             break
     if length <= _MAX_BLOCK:
         # Blocks of a few slots would alternate almost regularly.
-        length *= max(1, 64 // length)
+        length *= max(1, _MIN_BLOCK // length)
         return np.array([int(share * length) for share in shares], np.int64)
+    # Too long: round to blocks of the greatest length, the largest remainders up.
     quotas = np.array([int(share * _MAX_BLOCK) for share in shares], np.int64)
-    remainders = [float(share * _MAX_BLOCK - q) for share, q in zip(shares, quotas)]
-    for i in np.argsort(remainders)[::-1][: _MAX_BLOCK - int(quotas.sum())]:
+    remainders = [float(share * _MAX_BLOCK - quota) for share, quota in zip(shares, quotas)]
+    num_missing = _MAX_BLOCK - int(quotas.sum())
+    for i in np.argsort(remainders)[::-1][:num_missing]:
         quotas[i] += 1
     return np.maximum(quotas, np.asarray(weights) > 0)  # a tiny weight is rare, not never
 
 
-def _cumulative(s: Source) -> np.ndarray:
-    weights = np.asarray(s.sampling, np.float64)
-    if (
-        weights.shape != (s.size,)
-        or not np.isfinite(weights).all()
-        or (weights < 0).any()
-        or not weights.sum() > 0
-    ):
+def _cumulative(source: Source) -> Float64[np.ndarray, ' size']:
+    """Cumulative distribution of the records of a source with sampling weights."""
+    weights = np.asarray(source.sampling, np.float64)
+    has_shape = weights.shape == (source.size,)
+    is_usable = np.isfinite(weights).all() and not (weights < 0).any() and weights.sum() > 0
+    if not has_shape or not is_usable:
         raise DataError(
-            f'sampling weights of source {s.name!r} must be {s.size} finite numbers, none negative and not all '
-            f'zero; got an array of shape {weights.shape}'
+            f'sampling weights of source {source.name!r} must be {source.size} finite numbers, '
+            f'none negative and not all zero; got an array of shape {weights.shape}'
         )
     total = np.cumsum(weights)
     return total / total[-1]
 
 
 def host_rows(batch_size: int, process: tuple[int, int]) -> tuple[int, int]:
-    """(first, last+1): the rows of every global batch that host i of n owns. Raises DataError if they do not divide."""
-    i, n = process
-    if not 0 <= i < n or batch_size % n:
+    """The rows of every global batch that one host owns.
+
+    Args:
+      batch_size: of the global batch.
+      process: (number of the host, hosts).
+
+    Returns:
+      (first, last + 1).
+
+    Raises:
+      DataError: the rows do not divide over the hosts.
+    """
+    host, num_hosts = process
+    if not 0 <= host < num_hosts or batch_size % num_hosts:
         raise DataError(
-            f'batch_size={batch_size} does not divide over {n} hosts (host {i}); make it a multiple of {n}'
+            f'batch_size={batch_size} does not divide over {num_hosts} hosts (host {host}); '
+            f'make it a multiple of {num_hosts}'
         )
-    return i * batch_size // n, (i + 1) * batch_size // n
+    return host * batch_size // num_hosts, (host + 1) * batch_size // num_hosts
 
 
 def train_positions(
     step: int, consumed: int, batch_size: int, process: tuple[int, int] = (0, 1)
-) -> np.ndarray:
-    """int64 [B/n]: positions of this host's rows in the `step`-th batch (from 0) after `consumed` examples."""
+) -> Int64[np.ndarray, ' B']:
+    """Positions of this host's rows in the `step`-th batch (from 0) after `consumed` examples."""
     first, last = host_rows(batch_size, process)
     return consumed + step * batch_size + np.arange(first, last, dtype=np.int64)
 
 
 def one_pass_batches(size: int, batch_size: int) -> int:
-    return -(-size // batch_size)
+    """Batches of one pass over `size` examples."""
+    return -(-size // batch_size)  # division that rounds up
 
 
 def one_pass(
     step: int, size: int, batch_size: int, process: tuple[int, int] = (0, 1)
-) -> tuple[np.ndarray, np.ndarray]:
-    """(positions int64 [B/n], valid bool [B/n]) of the `step`-th batch of one pass over `size` examples: each exactly once
-    over all hosts, the last batch filled up with rows that are not valid. The example at a position is its number."""
+) -> tuple[Int64[np.ndarray, ' B'], Bool[np.ndarray, ' B']]:
+    """The `step`-th batch of one pass over `size` examples, each exactly once over all hosts.
+
+    Returns:
+      Positions of this host's rows, the example at a position being its number, and which of them
+      are valid: the last batch is filled up with rows that are not.
+    """
     positions = train_positions(step, 0, batch_size, process)
     return positions, positions < size
