@@ -22,7 +22,7 @@ from vatt_jax.evals import base as evals_base
 from vatt_jax.inference import encoder
 from vatt_jax.inputs import preprocess, word_vectors
 from vatt_jax.models import attention
-from vatt_jax.objectives.base import Records, only
+from vatt_jax.objectives.base import TrainingRecords, select_streams
 from vatt_jax.parallel import distributed, sharding
 from vatt_jax.performance import chips, flops
 from vatt_jax.rng import Rng
@@ -114,7 +114,7 @@ def assemble(config: ConfigDict, data, mesh) -> Built:
     )
     process = (jax.process_index(), jax.process_count())
     first = next(iter(data.one_pass('train', process[1], process=process, by='records', limit=1)))
-    first = only(first, objective.streams())
+    first = select_streams(first, objective.streams())
     missing = set(objective.streams() or ()) - set(first)
     if missing:
         raise ConfigError(
@@ -353,7 +353,7 @@ def _train(
                         consumed, config.batch_size, process=process, columns=sampling or None
                     )
                 began = time.monotonic()
-                batch = only(next(batches), built.objective.streams())
+                batch = select_streams(next(batches), built.objective.streams())
                 if columns:
                     record = first_record[batch['source']] + batch['index']
                     batch['columns'] = {k: v[record] for k, v in columns.items()}
@@ -472,7 +472,7 @@ def refresh(config, built: Built, state, step: int, data, process, columns):
             augment=augment,
             draw=f'{step}/{draw}',
         ):
-            batch = only(batch, built.objective.streams())
+            batch = select_streams(batch, built.objective.streams())
             rows = encoder.gather_rows(batch, ('position', 'valid'))
             out = forward(
                 variables, state.params['objective'], encoder.place(batch, built.mesh), *at
@@ -493,7 +493,7 @@ def refresh(config, built: Built, state, step: int, data, process, columns):
         state.params['objective'],
         state.objective,
         step,
-        Records(data.size('train'), columns, encode),
+        TrainingRecords(data.size('train'), columns, encode),
     )
     put = lambda new, like: jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x), s), new, like)
     state = state.replace(

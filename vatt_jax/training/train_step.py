@@ -90,7 +90,7 @@ def gradients(config, model, objective):
 
         def rest(params, pooled):
             variables = {'params': params['model'], 'batch_stats': batch_stats}
-            out = objective.judge(
+            out = objective.compute_loss(
                 model, variables, params['objective'], objective_state, pooled, batch, rng
             )
             return out.value, out
@@ -173,7 +173,7 @@ def check(config, model, objective, batch_stats) -> None:
             "batch, which microbatches do not have; set config.accumulation='plain', or config.accumulate=1, or choose a tower "
             'without batch norm'
         )
-    if objective.mixes:
+    if objective.mixes_examples:
         raise ConfigError(
             "config.accumulation='exact': config.objective.mixup mixes clips of the whole batch before the towers; set mixup=0, "
             "or config.accumulation='plain'"
