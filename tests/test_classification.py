@@ -121,7 +121,7 @@ def test_mixup_mixes_neighbours_by_a_beta_share():
     x = jnp.arange(n, dtype=jnp.float32)[:, None]
     rows = jnp.ones(n, bool).at[7].set(False)
     batch = {'audio': {'data': x, 'valid': rows}, 'labels': {'class': jnp.arange(n) % 3}}
-    mixed = objective(stream='audio', form='sigmoid', mixup=5).meet(
+    mixed = objective(stream='audio', form='sigmoid', mixup=5).mix_examples(
         batch, Rng.create(0, 0, jnp.arange(n))
     )
     share = np.asarray(
@@ -167,7 +167,7 @@ def test_classifiers_start_as_published():
 
 
 def test_what_cannot_be_mixed_is_said():
-    with pytest.raises(ConfigError, match='mixup=5: waveforms are mixed'):
+    with pytest.raises(ConfigError, match='config.objective.mixup: expected an audio stream'):
         objective(stream='video', mixup=5)
     with pytest.raises(ConfigError, match='makes this model read spectrograms'):
         objective(stream='audio', form='sigmoid', mixup=5).init(

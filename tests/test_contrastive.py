@@ -147,7 +147,7 @@ def test_weights_and_the_scale_of_masks_reach_the_loss():
             {'form': 'symmetric', 'pairs': pairs, 'padded': True, 'each_mask': each}
         )
         values[each] = float(
-            objective.judge(
+            objective.compute_loss(
                 model, {}, {}, {}, dict.fromkeys(valid), batch, Rng.create(0, 0, jnp.arange(4))
             ).value
         )
@@ -165,7 +165,7 @@ def test_weights_and_the_scale_of_masks_reach_the_loss():
     learnt = Contrastive(
         {'form': 'symmetric', 'pairs': pairs, 'padded': True, 'learn_temperature': True}
     )
-    metrics = learnt.judge(
+    metrics = learnt.compute_loss(
         model,
         {},
         {'log_scale': jnp.log(jnp.array([10.0, 20.0]))},
@@ -185,5 +185,5 @@ def test_weights_and_the_scale_of_masks_reach_the_loss():
     np.testing.assert_allclose(
         values[True], values[False] * 2 * 4 / (3 * 3), rtol=1e-5
     )  # two clips of four have both, three have each
-    with pytest.raises(ConfigError, match='each_mask=True goes with form="symmetric"'):
+    with pytest.raises(ConfigError, match='each_mask: expected False unless form="symmetric"'):
         Contrastive({'each_mask': True})

@@ -22,7 +22,7 @@ from vatt_jax.rng import Rng
 from vatt_jax.training import loop
 
 
-class Known:
+class Known(View):
     """A view whose features are given. features: {split, (split, draw) or (split, window number, crop): what encoder.features_of returns}."""
 
     seed = 0
@@ -254,7 +254,7 @@ def test_retrieval_mistakes_are_sentences():
         ),
         (
             {'type': 'retrieval', 'pairs': (('audio', 'video'),)},
-            r"config.evals.x.pairs has \('audio', 'video'\); \(query, gallery, space\)",
+            r"config.evals.x.pairs: expected \(query, gallery, space\).* got \('audio', 'video'\)",
         ),
         ({'type': 'sync', 'space': 'joint'}, "video and audio do not meet in space 'joint'"),
         (
@@ -268,11 +268,11 @@ def test_retrieval_mistakes_are_sentences():
         ({'type': 'classification', 'label': 'colour'}, "config.evals.x.label='colour'"),
         (
             {'type': 'linear_probe', 'test_limit': 0},
-            'config.evals.x.test_limit=0: a positive number',
+            'config.evals.x.test_limit: expected a positive number, got 0',
         ),
         (
             {'type': 'linear_probe', 'strengths': (0,)},
-            r'config.evals.x.strengths=\(0,\): positive numbers',
+            r'config.evals.x.strengths: expected positive numbers, got \(0,\)',
         ),
     ],
 )
@@ -668,7 +668,7 @@ def test_neighbours_are_those_of_the_mean_of_unit_features():
     )
     for fields, words in (
         ({'first': (1, 60)}, 'the gallery has 50 clips, fewer than the 60 neighbours'),
-        ({'first': ()}, 'first=()'),
+        ({'first': ()}, 'first: expected numbers of neighbours'),
         ({'stream': 'flow'}, "stream 'flow' is not among video"),
         ({'label': 'colour'}, "label 'colour' is not among"),
     ):
@@ -730,10 +730,11 @@ def test_mmv_probe_standardises_learns_from_passes_and_averages_decisions():
     )
     assert not np.array_equal(plain.artifacts['confusion'], got.artifacts['confusion'])
     with pytest.raises(
-        ConfigError, match=r'config.evals.p.strengths=\(0.1, 1.0\) with passes=3.*give one strength'
+        ConfigError,
+        match=r'config.evals.p.strengths: .* with passes=3, got \(0.1, 1.0\).* Give one strength',
     ):
         evals.build('p', ConfigDict({**fields, 'strengths': (0.1, 1.0)}))
-    with pytest.raises(ConfigError, match='passes=-1'):
+    with pytest.raises(ConfigError, match='passes: expected a number of passes, .* got -1'):
         evals.build('p', ConfigDict({**fields, 'passes': -1}))
 
 
@@ -789,7 +790,7 @@ def test_mlp_probe_of_several_labels():
     assert (single[:, 0].argmax(-1) == y_test[:, 0]).mean() > 0.85
     with pytest.raises(
         ConfigError,
-        match="label 'tags' is multi-hot; a single class per example is wanted, or solver='mlp'",
+        match="label 'tags' is multi-hot; expected a single class per example, or solver='mlp'",
     ):
         evals.build('p', ConfigDict({**fields, 'solver': 'svm'})).run(view)
 
@@ -1064,7 +1065,7 @@ def test_classification_top1_and_top5():
     )  # nor do clips without video
     assert classify(logits[:, :3], np.array([0, 1, 2, 2])).scalars['top5'] == 1
     with pytest.raises(
-        ConfigError, match=r"wants predictions of 'class'; the objective makes colour"
+        ConfigError, match=r"expected a label that the objective predicts \(colour\), got 'class'"
     ):
         classify(logits, np.array([0, 0, 0, 0]), name='colour')
     with pytest.raises(ConfigError, match='none of 4 clips'):
@@ -1089,7 +1090,7 @@ def test_multi_window_logits_or_probabilities_are_averaged():
         .scalars['accuracy']
     )
     assert run() == 1 and run(pool='probabilities') == 0.5
-    with pytest.raises(ConfigError, match='windows=0, crops=2; positive'):
+    with pytest.raises(ConfigError, match='expected positive numbers, got windows=0, crops=2'):
         run(windows=0)
 
 

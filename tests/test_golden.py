@@ -16,7 +16,7 @@ from tests import tiny
 from vatt_jax import optim
 from vatt_jax.inference import encoder
 from vatt_jax.inputs import preprocess
-from vatt_jax.objectives.base import only
+from vatt_jax.objectives.base import select_streams
 from vatt_jax.rng import Rng
 from vatt_jax.training import loop, train_step
 
@@ -178,7 +178,7 @@ def three_steps():
             )
             _, updates = built.model.apply(
                 variables,
-                only(staged, built.objective.streams()),
+                select_streams(staged, built.objective.streams()),
                 train=True,
                 rng=rng,
                 mutable=['batch_stats', 'intermediates'],

@@ -347,7 +347,7 @@ def test_a_pair_that_training_does_not_compute_is_a_sentence():
         ConfigError,
         match="no 'audio' in space 'vat' in training; it has video in va, audio in va, video in vat, text in vat",
     ):
-        Contrastive({'pairs': (('audio', 'text', 'vat', 1.0),)}).judge(
+        Contrastive({'pairs': (('audio', 'text', 'vat', 1.0),)}).compute_loss(
             Model, {}, {}, {}, {}, {}, None
         )
 

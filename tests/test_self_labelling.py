@@ -22,7 +22,7 @@ from vatt_jax.config import ConfigError
 from vatt_jax.evals import gallery
 from vatt_jax.evals.base import Result
 from vatt_jax.evals.clustering import Clustering
-from vatt_jax.objectives import Records
+from vatt_jax.objectives import TrainingRecords
 from vatt_jax.objectives.self_labelling import schedule
 from vatt_jax.parallel import sharding
 from vatt_jax.reporting import report
@@ -168,7 +168,7 @@ def relabelling(features, records=None, columns=None, step=0, mesh=1, change=Non
             params,
             state,
             step,
-            Records(n, columns or {}, lambda fn, augment=True, draw=0: rows),
+            TrainingRecords(n, columns or {}, lambda fn, augment=True, draw=0: rows),
         )
     return objective, params, got
 
@@ -378,7 +378,9 @@ def test_loss_is_the_mean_over_views_and_heads(unit):
 
     @jax.jit
     def both(params, state):
-        call = lambda b: objective.judge(None, {'batch_stats': {}}, params, state, x, b, rng_of(16))
+        call = lambda b: objective.compute_loss(
+            None, {'batch_stats': {}}, params, state, x, b, rng_of(16)
+        )
         return [
             (out.value, out.state, out.apply_update)
             for out in map(call, ({**batch, 'columns': {'label': label}}, batch))
@@ -429,21 +431,24 @@ def test_passes_of_a_refresh_see_other_clips_each_time():
 def test_mistakes_are_sentences():
     build = lambda **f: objectives.build(ConfigDict({'name': 'self_labelling', **f}))
     for fields, words in (
-        ({'groups': 3, 'heads': 2}, 'groups=3: there are only 2 heads'),
+        (
+            {'groups': 3, 'heads': 2},
+            'groups: expected at most one group per head, got 3 for 2 heads',
+        ),
         ({'prior': 'normal'}, 'choose one of uniform'),
         ({'shares': (0.5, 0.5, 0.0), 'clusters': 3}, r'shares: prior\[2\]=0.0'),
-        ({'shares': (0.5, 0.5)}, 'has 2 entries'),
-        ({'views': ()}, 'views is empty'),
+        ({'shares': (0.5, 0.5)}, 'expected one share for each of the 24 clusters, got 2'),
+        ({'views': ()}, 'views: expected at least one stream, got none'),
     ):
         with pytest.raises(ConfigError, match=words):
             build(**fields)
-    with pytest.raises(ConfigError, match='wants views of two modalities'):
+    with pytest.raises(ConfigError, match='expected views of two modalities'):
         objectives.build(
             ConfigDict(
                 {'name': 'kmeans_labels', 'views': ('video', 'video.second'), 'targets': 'other'}
             )
         )
-    with pytest.raises(ConfigError, match='two views at least'):
+    with pytest.raises(ConfigError, match='expected at least two views'):
         objectives.build(ConfigDict({'name': 'online_codes', 'views': ('video',)}))
 
 
@@ -495,7 +500,7 @@ def test_online_codes_are_swavs_swapped_prediction():
     @jax.jit
     def value_and_grad(params, state):
         def value(params):
-            out = objective.judge(
+            out = objective.compute_loss(
                 None, {'batch_stats': {}}, params, state, pooled, batch, rng_of(8)
             )
             return out.value, out.state
@@ -608,7 +613,7 @@ def test_who_predicts_whose_clusters(targets, want):
         for v, ts in want.items()
     }
     with jax.set_mesh(sharding.make_mesh({'replica': 1})):
-        got = objective.refresh(None, params, None, 0, Records(61, {}, lambda fn: rows))
+        got = objective.refresh(None, params, None, 0, TrainingRecords(61, {}, lambda fn: rows))
     split = lambda column, by, use: len({*zip(column[:60][use], by[use])}) == 2
     for name, column in got.columns.items():
         assert column.shape == (61,) and column[60] == -1
@@ -645,12 +650,14 @@ def test_clusters_are_evaluated_against_classes_and_other_clusters(tmp_path):
     encoder = types.SimpleNamespace(
         objective=objective, heads=(None, None), mesh=sharding.make_mesh({'replica': 1})
     )
-    view = types.SimpleNamespace(
-        features=lambda split, limit: features,
-        encoder=encoder,
-        seed=0,
-        data=types.SimpleNamespace(info={'labels': {'class': ['a', 'b', 'c']}}),
-    )
+
+    class Given(evals.View):
+        def features(self, split, **request):
+            return features
+
+    view = Given.__new__(Given)
+    view.encoder, view.seed = encoder, 0
+    view.data = types.SimpleNamespace(info={'labels': {'class': ['a', 'b', 'c']}})
     got = Clustering({'type': 'clustering'}).run(view)
     assert (
         got.scalars['NMI'] == pytest.approx(1)

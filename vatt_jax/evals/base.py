@@ -1,50 +1,66 @@
 """What an evaluator is, and the features they share.
 
-An evaluator is a class with `run(self, view) -> Result`, registered in `vatt_jax/evals/__init__.py` and configured by an
-entry of `config.evals`. The same object runs during training and by `--mode=eval`. Evaluators ask `view` for features;
-equal requests are computed once per evaluation, so adding an evaluator on the same split costs no second pass.
+An evaluator is a subclass of `Evaluator`, registered in `vatt_jax/evals/__init__.py` and configured
+by an entry of `config.evals`. The same object runs during training and by `--mode=eval`. Evaluators
+ask `view` for features; equal requests are computed once per evaluation, so adding an evaluator on
+the same split costs no second pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
-from vatt_jax.config import ConfigError
+from vatt_jax.config import ConfigError, with_defaults
 from vatt_jax.inference.encoder import Encoder, features_of
 
 
 @dataclasses.dataclass
 class Result:
-    """scalars: name -> number (logged as `<evaluator>/<name>`). artifacts: name -> NumPy array or JSON-able value for
-    the report (saved with the evaluation, never logged)."""
+    """What an evaluator found.
+
+    Attributes:
+      scalars: name -> number (logged as `<evaluator>/<name>`).
+      artifacts: name -> NumPy array or JSON-able value for the report (saved with the evaluation,
+        never logged).
+    """
 
     scalars: dict[str, float]
     artifacts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# Named changes of a host batch before encoding (controls); each takes and returns a host batch.
+# ---- Named changes of a host batch before encoding (controls): host batch in, host batch out.
+
+
 def single_frame(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Every frame of a clip replaced by its middle one: what is left without motion."""
-    out = dict(batch)
-    for name, s in batch.items():
-        if name.split('.')[0] == 'video':
-            middle = s['data'][:, s['data'].shape[1] // 2][:, None]
-            out[name] = {**s, 'data': np.broadcast_to(middle, s['data'].shape)}
-    return out
+    changed = dict(batch)
+    for name, stream in batch.items():
+        if modality_of(name) == 'video':
+            frames = stream['data']  # [B T H W C]
+            middle = frames[:, frames.shape[1] // 2][:, None]
+            changed[name] = {**stream, 'data': np.broadcast_to(middle, frames.shape)}
+    return changed
 
 
-CHANGES: dict[str, Callable] = {'single_frame': single_frame}
+CHANGES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {'single_frame': single_frame}
 
 
 class View:
-    """Features of dataset splits under one encoder, computed on first use and kept while the evaluation lasts.
+    """Features of dataset splits under one encoder.
 
-    data: the data object of docs/architecture.md. batch_size: global.
+    They are computed on first use and remembered while the evaluation lasts.
+
+    Attributes:
+      encoder: the frozen model.
+      data: the data object of docs/architecture.md.
+      batch_size: global.
+      process: (index, count) of this host among all.
+      seed: of everything that evaluators draw.
     """
 
     def __init__(
@@ -54,15 +70,13 @@ class View:
         batch_size: int,
         process: tuple[int, int] = (0, 1),
         seed: int = 0,
-    ):
-        self.encoder, self.data, self.batch_size, self.process, self.seed = (
-            encoder,
-            data,
-            batch_size,
-            process,
-            seed,
-        )
-        self._kept: dict[str, dict[str, Any]] = {}
+    ) -> None:
+        self.encoder = encoder
+        self.data = data
+        self.batch_size = batch_size
+        self.process = process
+        self.seed = seed
+        self._computed: dict[str, dict[str, Any]] = {}
 
     def features(
         self,
@@ -77,14 +91,26 @@ class View:
         window: Mapping[str, Any] | None = None,
         draw: str = '',
     ) -> dict[str, Any]:
-        """See `encoder.features_of`. `change`: entry of CHANGES. `views`: extra streams, as config.data.views. `window`: see `one_pass`.
-        `draw`: windows, crops and flips as in training, other ones for every name; '': the middle ones."""
-        key = json.dumps(
-            [split, by, views, change, limit, keep, maps, window, draw],
-            sort_keys=True,
-            default=dict,
-        )
-        if key not in self._kept:
+        """Features of a split.
+
+        Args:
+          split: name of the split.
+          by: what an example is; see the data object.
+          views: extra streams, as config.data.views.
+          change: an entry of CHANGES; '': none.
+          limit: number of examples, the first of the split; None: all.
+          keep: see `encoder.features_of`.
+          maps: see `encoder.features_of`.
+          window: see `one_pass` of the data object.
+          draw: windows, crops and flips as in training, other ones for every name; '': the middle
+            ones.
+
+        Returns:
+          See `encoder.features_of`.
+        """
+        request = [split, by, views, change, limit, keep, maps, window, draw]
+        key = json.dumps(request, sort_keys=True, default=dict)
+        if key not in self._computed:
             batches = self.data.one_pass(
                 split,
                 self.batch_size,
@@ -98,27 +124,151 @@ class View:
             )
             if change:
                 batches = map(CHANGES[change], batches)
-            self._kept[key] = features_of(self.encoder, batches, keep, maps)
-        return self._kept[key]
+            self._computed[key] = features_of(self.encoder, batches, keep, maps)
+        return self._computed[key]
+
+
+# What every message about a missing split, label, stream or space ends with.
+REMEDY = (
+    'name another, or leave this evaluator out of config.evals '
+    "(--config.evals=\"{'NAME': {'type': …}}\" replaces them all)"
+)
+POSITIVE_FIELDS = (
+    'limit',
+    'train_limit',
+    'test_limit',
+    'windows',
+    'crops',
+    'epochs',
+    'iterations',
+)
+
+
+class Evaluator:
+    """A question to frozen encoders, answered in numbers.
+
+    Attributes:
+      DEFAULTS: the fields of its config entry.
+      config: the resolved entry of `config.evals`.
+      where: path of the entry, for messages.
+    """
+
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, config: Any, where: str = 'config.evals') -> None:
+        self.config = with_defaults(config, self.DEFAULTS, where)
+        self.where = where
+
+    def check(self, data: Any, outputs: Any) -> None:
+        """Check the config entry against the data and the model before anything is computed.
+
+        Args:
+          data: the data object of docs/architecture.md.
+          outputs: the model's Outputs; abstract ones do.
+
+        Raises:
+          ConfigError: for a number out of range, or for a split, label, stream or space that the
+            data or the model lack.
+        """
+        c = self.config
+        for field in POSITIVE_FIELDS:
+            if c.get(field, 1) < 1:
+                raise ConfigError(
+                    f'{self.where}.{field}: expected a positive number, got {c[field]}.'
+                )
+        for strength in c.get('strengths', ()):
+            if not isinstance(strength, (int, float)) or not strength > 0:
+                raise ConfigError(
+                    f'{self.where}.strengths: expected positive numbers, got {c.strengths}.'
+                )
+        for field in ('split', 'train', 'test'):
+            if field in c and not data.size(c[field], 'segments'):
+                raise ConfigError(
+                    f'{self.where}.{field}={c[field]!r}: the data have no such split; {REMEDY}'
+                )
+        labels = data.info.get('labels', {})
+        if 'label' in c and c.label not in labels:
+            raise ConfigError(
+                f'{self.where}.label={c.label!r}: the data have '
+                f'{", ".join(labels) or "no labels"}; {REMEDY}'
+            )
+
+    def run(self, view: View) -> Result:
+        """Evaluate the encoder behind `view`."""
+        raise NotImplementedError
+
+
+def modality_of(stream: str) -> str:
+    """The modality of a stream: 'audio' of 'audio.shifted'."""
+    return stream.split('.')[0]
+
+
+def check_spaces(pairs: Iterable[tuple[str, str, str]], outputs: Any, where: str) -> None:
+    """Raise ConfigError unless the model embeds both streams of each pair in the pair's space.
+
+    Args:
+      pairs: (query, gallery, space) each.
+      outputs: the model's Outputs; abstract ones do.
+      where: path of the evaluator's entry.
+    """
+    spaces = {
+        space: {modality_of(stream) for stream in streams}
+        for space, streams in outputs.spaces.items()
+    }
+    for query, gallery, space in pairs:
+        if {modality_of(query), modality_of(gallery)} <= spaces.get(space, set()):
+            continue
+        descriptions = [f'{name}: {", ".join(sorted(found))}' for name, found in spaces.items()]
+        raise ConfigError(
+            f'{where}: {query} and {gallery} do not meet in space {space!r}; '
+            f'spaces are {"; ".join(descriptions) or "none"}; {REMEDY}'
+        )
+
+
+def single_class_labels(features: Mapping[str, Any], name: str, evaluator: str) -> np.ndarray:
+    """int [N]: the label `name` of each example, -1 where it has none.
+
+    Raises:
+      ConfigError: if the data have no such label, or examples may have several of its classes.
+    """
+    labels = features['labels']
+    if name not in labels or labels[name].ndim != 1:
+        available = [key for key, values in labels.items() if values.ndim == 1]
+        raise ConfigError(
+            f'{evaluator}: label {name!r} is not among the single-class labels of the data '
+            f'({", ".join(available) or "none"})'
+        )
+    return labels[name]
 
 
 def over_windows(
-    view: View, split: str, windows: int, crops: int = 1, **asked
+    view: View, split: str, windows: int, crops: int = 1, **request: Any
 ) -> list[dict[str, Any]]:
-    """`view.features` of each of `windows` windows spaced linearly from an example's first to its last, times `crops` squares spaced
-    along the frame's longer side (VATT: 4 times 3). One of each: the middle window, the middle square. All have the same examples in the same order.
+    """`view.features` of several windows and crops of each example.
+
+    Args:
+      view: where features come from.
+      split: name of the split.
+      windows: number of windows, spaced linearly from an example's first to its last; 1: the middle
+        one, if there is one crop too.
+      crops: number of squares spaced along the frame's longer side (VATT: 4 windows, 3 crops); 1:
+        the middle one.
+      **request: other arguments of `view.features`.
+
+    Returns:
+      windows · crops features, all of the same examples in the same order.
     """
     if windows < 1 or crops < 1:
         raise ConfigError(
-            f'config.evals: windows={windows}, crops={crops}; positive numbers are wanted'
+            f'config.evals: expected positive numbers, got windows={windows}, crops={crops}.'
         )
     if windows == crops == 1:
-        return [view.features(split, **asked)]
-    places = [{'crop': i / (crops - 1)} for i in range(crops)] if crops > 1 else [{}]
-    return [
-        view.features(
-            split, window={'kind': 'window', 'number': i, 'of': windows, **place}, **asked
-        )
-        for i in range(windows)
-        for place in places
-    ]
+        return [view.features(split, **request)]
+    parts = []
+    for number in range(windows):
+        for crop in range(crops):
+            window: dict[str, Any] = {'kind': 'window', 'number': number, 'of': windows}
+            if crops > 1:
+                window['crop'] = crop / (crops - 1)  # 0: one end of the longer side, 1: the other
+            parts.append(view.features(split, window=window, **request))
+    return parts

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from vatt_jax.config import ConfigError, choose, with_defaults
+import numpy as np
+from jaxtyping import Float
+
+from vatt_jax.config import ConfigError, choose
 from vatt_jax.evals import statistics
-from vatt_jax.evals.base import Result, View, over_windows
+from vatt_jax.evals.base import Evaluator, Result, View, over_windows
 
 POOLS = ('logits', 'probabilities')
 
 
-class Classification:
-    """Scores on a split, from the objective's own predictions: top-1 and top-5 where a clip has one class, mAP, AUC and d' where it may have
-    several (the label is multi-hot). Clips without the label or without the modality that the head reads are left out.
+class Classification(Evaluator):
+    """Scores on a split, from the objective's own predictions.
 
-    windows, crops: of each example, see `base.over_windows`; the logits, or the probabilities, are averaged over them (VATT: logits, 4 windows and
-    3 crops of video, 4 windows of sound).
+    Top-1 and top-5 where a clip has one class; mAP, AUC and d' where it may have several (the label
+    is multi-hot). Clips without the label or without the modality that the head reads are left out.
+    The logits, or the probabilities, are averaged over windows and crops of each example, see
+    `base.over_windows` (VATT: logits, 4 windows and 3 crops of video, 4 windows of sound).
     """
 
     DEFAULTS = {
@@ -30,47 +34,54 @@ class Classification:
         'pool': 'logits',
     }
 
-    def __init__(self, config, where: str = 'config.evals'):
-        self.config = with_defaults(config, self.DEFAULTS, where)
+    def __init__(self, config: Any, where: str = 'config.evals') -> None:
+        super().__init__(config, where)
         choose(self.config.pool, POOLS, f'{where}.pool')
 
     def run(self, view: View) -> Result:
         c = self.config
         parts = over_windows(view, c.split, c.windows, c.crops, limit=c.limit)
-        f = parts[0]
-        if c.label not in f['predictions']:
+        features = parts[0]
+        if c.label not in features['predictions']:
             raise ConfigError(
-                f'the classification evaluator wants predictions of {c.label!r}; the objective makes '
-                f'{", ".join(f["predictions"]) or "none"}'
+                f'{self.where}.label: expected a label that the objective predicts '
+                f'({", ".join(features["predictions"]) or "none"}), got {c.label!r}.'
             )
-        y = f['labels'][c.label]
-        several = y.ndim > 1
-        pooled = {'logits': lambda x: x, 'probabilities': _sigmoid if several else _softmax}[c.pool]
-        scores = np.mean([pooled(p['predictions'][c.label].astype(np.float64)) for p in parts], 0)
-        use = (y > 0).any(-1) if several else y >= 0
+        targets = features['labels'][c.label]  # [N], or multi-hot [N P]
+        is_multi_label = targets.ndim > 1
+        logits = [part['predictions'][c.label].astype(np.float64) for part in parts]
+        scores = np.mean([self._poolable(x, is_multi_label) for x in logits], 0)  # [N P]
+
+        is_used = (targets > 0).any(-1) if is_multi_label else targets >= 0
         for stream in view.encoder.objective.streams() or ():
-            use = use & f['valid'][stream]
-        if not use.any():
+            is_used = is_used & features['valid'][stream]
+        if not is_used.any():
             raise ConfigError(
-                f'classification: none of {len(y)} clips of split {c.split!r} has the label {c.label!r} and its modality'
+                f'{self.where}: none of {len(targets)} clips of split {c.split!r} has the label '
+                f'{c.label!r} and its modality.'
             )
-        scores, y = scores[use], y[use]
-        if several:
-            return Result(*statistics.multi_label(scores, y, view.seed))
-        order = np.argsort(-scores, -1, kind='stable')
-        scalars, artifacts = {}, {}
-        for name, k in (('accuracy', 1), ('top5', 5)):
-            right = (order[:, :k] == y[:, None]).any(-1)
-            scalars[name] = float(right.mean())
-            artifacts[f'{name}/interval'] = statistics.bootstrap(right, seed=view.seed)
-            artifacts[f'{name}/chance'] = min(1.0, k / scores.shape[-1])
-        return Result(scalars, artifacts)
+        scores, targets = scores[is_used], targets[is_used]
+        if is_multi_label:
+            return Result(*statistics.multi_label(scores, targets, view.seed))
+        return _single_label(scores, targets, view.seed)
+
+    def _poolable(self, logits: np.ndarray, is_multi_label: bool) -> np.ndarray:
+        """What is averaged over windows, [N P]."""
+        if self.config.pool == 'logits':
+            return logits
+        if is_multi_label:
+            return statistics.sigmoid(logits)
+        return statistics.softmax(logits)
 
 
-def _softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(0.5 * x))
+def _single_label(scores: Float[np.ndarray, 'N P'], targets: np.ndarray, seed: int) -> Result:
+    """Top-1 and top-5 accuracy of scores against the one class of each example."""
+    order = np.argsort(-scores, -1, kind='stable')
+    scalars = {}
+    artifacts: dict[str, Any] = {}
+    for name, k in (('accuracy', 1), ('top5', 5)):
+        is_correct = (order[:, :k] == targets[:, None]).any(-1)  # [N]
+        scalars[name] = float(is_correct.mean())
+        artifacts[f'{name}/interval'] = statistics.bootstrap(is_correct, seed=seed)
+        artifacts[f'{name}/chance'] = min(1.0, k / scores.shape[-1])
+    return Result(scalars, artifacts)

@@ -4,173 +4,281 @@ from __future__ import annotations
 
 import itertools
 import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import scipy.special
+from jaxtyping import Int
 
 from vatt_jax.clustering import metrics
 from vatt_jax.clustering.kmeans import labels_of
-from vatt_jax.config import ConfigError, choose, with_defaults
+from vatt_jax.config import ConfigError, choose
 from vatt_jax.evals import statistics
-from vatt_jax.evals.base import Result, View
+from vatt_jax.evals.base import Evaluator, Result, View, single_class_labels
 
-DEFAULTS = {
-    'type': 'clustering',
-    'label': 'class',
-    'split': 'train',  # self-labelling is judged on what it labelled; 'test': on what the heads make of new clips
-    'limit': 1 << 20,
-    'of': 'heads',  # heads: the objective's own clusters, of every head | features: k-means of pooled features
-    'streams': (),  # that must be there for an example to count; features: those clustered together. (): the objective's, or all
-    'clusters': 0,  # features: how many; 0: as many as classes
-    'iterations': 50,  # features: of Lloyd's algorithm
-    'against': (),  # ((name, 'runs/other/evals/step_001000:entry'), …): clusters that other evaluations found on the same split
-    'baseline': True,
-}
-SHOWN = 24  # clusters in the report's gallery
+SHOWN_CLUSTERS = 24  # in the report's gallery
+SHOWN_CLIPS = 5  # of each of them
 
 
-class Clustering:
-    """Scalars of clustering/metrics.py. Heads: labels are the argmax of the sum over views of log p; the head with the lowest running training
-    loss is told as `chosen/…`, the one with the best NMI against the classes (the published choice, an oracle's) without a prefix.
-    NMI_between_heads: mean over pairs of heads; low where heads found different things. NMI_to/<name>: see `against`. Chance: the same clusters
-    against the classes in random order."""
+class Clusters(NamedTuple):
+    """One clustering of N examples.
 
-    def __init__(self, config, where: str = 'config.evals'):
-        self.config = with_defaults(config, DEFAULTS, where)
+    Attributes:
+      labels: int [N], the cluster of each example.
+      log_probs: [N], log p of that cluster; None where the clustering gives none.
+    """
+
+    labels: np.ndarray
+    log_probs: np.ndarray | None
+
+
+class Clustering(Evaluator):
+    """Scalars of clustering/metrics.py.
+
+    Labels of heads are the argmax of the sum over views of log p. The head with the lowest running
+    training loss is reported as `chosen/…`, the one with the best NMI against the classes (the
+    published choice, an oracle's) without a prefix. NMI_between_heads is the mean over pairs of
+    heads; it is low where heads found different things. NMI_to/<name>: see `against`. Chance: the
+    same clusters against the classes in random order.
+    """
+
+    DEFAULTS = {
+        'type': 'clustering',
+        'label': 'class',
+        # Self-labelling is evaluated on what it labelled; 'test': on what the heads make of new
+        # clips.
+        'split': 'train',
+        'limit': 1 << 20,
+        # heads: the objective's own clusters, of every head | features: k-means of pooled features
+        'of': 'heads',
+        # That must be there for an example to count; features: those clustered together.
+        # (): the objective's, or all.
+        'streams': (),
+        # features: how many; 0: as many as classes.
+        'clusters': 0,
+        # features: of Lloyd's algorithm.
+        'iterations': 50,
+        # ((name, 'runs/other/evals/step_001000:entry'), …): clusters that other evaluations found
+        # on the same split.
+        'against': (),
+        'baseline': True,
+    }
+
+    def __init__(self, config: Any, where: str = 'config.evals') -> None:
+        super().__init__(config, where)
         choose(self.config.of, ('heads', 'features'), f'{where}.of')
 
     def run(self, view: View) -> Result:
         c = self.config
-        f = view.features(c.split, limit=c.limit)
-        if c.label not in f['labels'] or f['labels'][c.label].ndim != 1:
-            raise ConfigError(
-                f'clustering: label {c.label!r} is not among the single-class labels of the data '
-                f'({", ".join(k for k, v in f["labels"].items() if v.ndim == 1) or "none"})'
-            )
-        objective = view.encoder.objective
-        streams = (
-            tuple(c.streams)
-            or (objective.streams() if c.of == 'heads' and objective is not None else None)
-            or tuple(s for s, x in f['pooled'].items() if x.ndim == 2)
-        )
-        missing = [s for s in streams if s not in f['pooled']]
-        if missing:
-            raise ConfigError(
-                f'clustering: stream {missing[0]!r} is not among {", ".join(f["pooled"])}'
-            )
-        use = (f['labels'][c.label] >= 0) & np.all([f['valid'][s] for s in streams], 0)
-        classes = f['labels'][c.label][use]
-        if not len(classes):
-            raise ConfigError(
-                f'clustering: no example of split {c.split!r} has label {c.label!r} and the streams {", ".join(streams)}'
-            )
-        names = view.data.info['labels'].get(c.label, [])
+        features = view.features(c.split, limit=c.limit)
+        streams = self._streams(view, features)
+        is_used = self._used_examples(features, streams)  # bool [N]
+        classes = features['labels'][c.label][is_used]
+        clips = features['index'][is_used]
+        class_names = view.data.info['labels'].get(c.label, [])
+
         if c.of == 'features':
-            x = [f['pooled'][s][use] for s in streams]
-            x = np.concatenate(
-                [v / np.linalg.norm(v, axis=-1, keepdims=True).clip(1e-6) for v in x], -1
-            )
-            count = c.clusters or len(np.unique(classes))
-            found = {
-                'features': (
-                    labels_of(jax.random.key(view.seed), x, count, c.iterations, view.encoder.mesh),
-                    None,
-                )
-            }
+            found = self._cluster_features(view, features, streams, is_used, classes)
         else:
-            found = {}
-            for name, p in f['predictions'].items():
-                if name.startswith('cluster/'):
-                    p = (
-                        p[use]
-                        - np.log(
-                            np.sum(
-                                np.exp(p[use] - p[use].max(-1, keepdims=True)), -1, keepdims=True
-                            )
-                        )
-                        - p[use].max(-1, keepdims=True)
-                    )
-                    found[name] = p.argmax(-1), p.max(-1)
-            if not found:
-                raise ConfigError(
-                    "clustering: the run's objective has no cluster heads; set of='features' for k-means of its features"
-                )
-        scored = {
-            name: metrics.evaluate(clusters, classes, sure)
-            for name, (clusters, sure) in found.items()
+            found = self._clusters_of_heads(features, is_used)
+        scores = {
+            name: metrics.evaluate(clusters.labels, classes, clusters.log_probs)
+            for name, clusters in found.items()
         }
-        best = max(scored, key=lambda n: scored[n]['NMI'])
-        (clusters, sure), scalars = found[best], dict(scored[best])
-        chance = metrics.evaluate(
-            clusters, np.random.default_rng(view.seed).permutation(classes), sure
-        )
-        _, named = metrics.hungarian(clusters, classes)
-        confusion = np.zeros((len(names) or classes.max() + 1,) * 2, np.int64)
-        matched = named[clusters] >= 0
-        np.add.at(confusion, (classes[matched], named[clusters][matched]), 1)
+        best = max(scores, key=lambda name: scores[name]['NMI'])
+        clusters = found[best]
+        scalars = dict(scores[best])
         artifacts = {
-            'heads': {name: s['NMI'] for name, s in scored.items()},
+            'heads': {name: score['NMI'] for name, score in scores.items()},
             'best': best,
-            'examples': len(classes),
-            'contingency': metrics.contingency(clusters, classes),
-            'cluster_class': named.tolist(),
-            'confusion': confusion,
-            'classes': names,
-            'accuracy/interval': statistics.bootstrap(named[clusters] == classes, seed=view.seed),
-            'labels': clusters,
-            'clips': f['index'][use],
-            **{f'{k}/chance': v for k, v in chance.items() if k != 'clusters_used'},
+            **_against_classes(clusters, classes, class_names, view.seed),
+            'labels': clusters.labels,
+            'clips': clips,
         }
+        if clusters.log_probs is not None:
+            artifacts['surest'] = _surest_clips(
+                clusters.labels,
+                clusters.log_probs,
+                artifacts['cluster_class'],
+                clips,
+                class_names,
+            )
         for name, where in c.against:
-            scalars[f'NMI_to/{name}'] = metrics.nmi(
-                *others_labels(where, artifacts['labels'], artifacts['clips'])
-            )
+            pair = others_labels(where, clusters.labels, clips)
+            scalars[f'NMI_to/{name}'] = metrics.nmi(*pair)
         if len(found) > 1:
-            scalars['NMI_between_heads'] = float(
-                np.mean(
-                    [metrics.nmi(a[0], b[0]) for a, b in itertools.combinations(found.values(), 2)]
-                )
-            )
-        if sure is not None:
-            biggest = np.argsort(-np.bincount(clusters), kind='stable')[:SHOWN]
-            title = lambda p: names[named[p]] if 0 <= named[p] < len(names) else 'no class'
-            own = {int(p): np.flatnonzero(clusters == p) for p in biggest}
-            artifacts['surest'] = [
-                {
-                    'name': f'cluster {p} ({title(p)}), {len(rows)} clips',
-                    'clips': f['index'][use][
-                        rows[np.argsort(-sure[rows], kind='stable')[:5]]
-                    ].tolist(),
-                }
-                for p, rows in own.items()
-                if len(rows)
-            ]
-        losses = objective.running_losses(view.encoder.heads[1]) if len(scored) > 1 else {}
-        if losses:
-            artifacts['chosen'] = min(scored, key=lambda n: losses[n])
-            scalars |= {f'chosen/{k}': v for k, v in scored[artifacts['chosen']].items()}
+            pairs = itertools.combinations(found.values(), 2)
+            nmis = [metrics.nmi(first.labels, second.labels) for first, second in pairs]
+            scalars['NMI_between_heads'] = float(np.mean(nmis))
+            losses = view.encoder.objective.running_losses(view.encoder.heads[1])
+            if losses:
+                chosen = min(scores, key=lambda name: losses[name])
+                artifacts['chosen'] = chosen
+                for name, value in scores[chosen].items():
+                    scalars[f'chosen/{name}'] = value
         return Result(scalars, artifacts)
+
+    def _streams(self, view: View, features: Mapping[str, Any]) -> tuple[str, ...]:
+        """The streams that an example must have."""
+        streams = tuple(self.config.streams)
+        objective = view.encoder.objective
+        if not streams and self.config.of == 'heads' and objective is not None:
+            streams = objective.streams() or ()
+        if not streams:
+            pooled = features['pooled']
+            # Text has several features per clip, [N K D], and cannot be clustered.
+            streams = tuple(name for name, x in pooled.items() if x.ndim == 2)
+        for stream in streams:
+            if stream not in features['pooled']:
+                raise ConfigError(
+                    f'{self.where}.streams: expected some of {", ".join(features["pooled"])}, got '
+                    f'{stream!r}.'
+                )
+        return streams
+
+    def _used_examples(self, features: Mapping[str, Any], streams: Sequence[str]) -> np.ndarray:
+        """bool [N]: the examples that have the label and all of these streams."""
+        c = self.config
+        labels = single_class_labels(features, c.label, 'clustering')
+        is_present = np.all([features['valid'][stream] for stream in streams], 0)
+        is_used = (labels >= 0) & is_present
+        if not is_used.any():
+            raise ConfigError(
+                f'{self.where}: no example of split {c.split!r} has label {c.label!r} and the '
+                f'streams {", ".join(streams)}.'
+            )
+        return is_used
+
+    def _cluster_features(
+        self,
+        view: View,
+        features: Mapping[str, Any],
+        streams: Sequence[str],
+        is_used: np.ndarray,
+        classes: np.ndarray,
+    ) -> dict[str, Clusters]:
+        """k-means of the unit features of all streams side by side."""
+        unit_features = []
+        for stream in streams:
+            x = features['pooled'][stream][is_used]
+            unit_features.append(x / np.linalg.norm(x, axis=-1, keepdims=True).clip(1e-6))
+        num_clusters = self.config.clusters or len(np.unique(classes))
+        labels = labels_of(
+            jax.random.key(view.seed),
+            np.concatenate(unit_features, -1),
+            num_clusters,
+            self.config.iterations,
+            view.encoder.mesh,
+        )
+        return {'features': Clusters(labels, None)}
+
+    def _clusters_of_heads(
+        self, features: Mapping[str, Any], is_used: np.ndarray
+    ) -> dict[str, Clusters]:
+        """The clusters that the objective's heads predict."""
+        found = {}
+        for name, logits in features['predictions'].items():
+            if name.startswith('cluster/'):
+                log_probs = scipy.special.log_softmax(logits[is_used], axis=-1)  # [N P]
+                found[name] = Clusters(log_probs.argmax(-1), log_probs.max(-1))
+        if not found:
+            raise ConfigError(
+                f"{self.where}.of: expected an objective with cluster heads for of='heads', got "
+                "one without. Set of='features' for k-means of its features."
+            )
+        return found
+
+
+def _against_classes(
+    clusters: Clusters, classes: np.ndarray, class_names: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """Artifacts that compare clusters with classes under the best one-to-one matching."""
+    labels = clusters.labels
+    _, class_of_cluster = metrics.hungarian(labels, classes)  # [P], -1: left over
+    predicted = class_of_cluster[labels]  # [N]
+    num_classes = len(class_names) or classes.max() + 1
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    is_matched = predicted >= 0
+    np.add.at(confusion, (classes[is_matched], predicted[is_matched]), 1)
+
+    shuffled = np.random.default_rng(seed).permutation(classes)
+    chance = metrics.evaluate(labels, shuffled, clusters.log_probs)
+    artifacts = {
+        'examples': len(classes),
+        'contingency': metrics.contingency(labels, classes),
+        'cluster_class': class_of_cluster.tolist(),
+        'confusion': confusion,
+        'classes': class_names,
+        'accuracy/interval': statistics.bootstrap(predicted == classes, seed=seed),
+    }
+    for name, value in chance.items():
+        if name != 'clusters_used':
+            artifacts[f'{name}/chance'] = value
+    return artifacts
+
+
+def _surest_clips(
+    labels: np.ndarray,
+    log_probs: np.ndarray,
+    class_of_cluster: Sequence[int],
+    clips: np.ndarray,
+    class_names: Sequence[str],
+) -> list[dict[str, Any]]:
+    """[{'name', 'clips'}]: the surest clips of the largest clusters, for the report's gallery."""
+    sizes = np.bincount(labels)
+    largest = np.argsort(-sizes, kind='stable')[:SHOWN_CLUSTERS]
+    surest = []
+    for cluster in largest.tolist():
+        rows = np.flatnonzero(labels == cluster)
+        if not len(rows):
+            continue
+        kind = class_of_cluster[cluster]
+        # -1: no class is left for this cluster.
+        title = class_names[kind] if 0 <= kind < len(class_names) else 'no class'
+        by_confidence = np.argsort(-log_probs[rows], kind='stable')
+        surest_rows = rows[by_confidence[:SHOWN_CLIPS]]
+        surest.append(
+            {
+                'name': f'cluster {cluster} ({title}), {len(rows)} clips',
+                'clips': clips[surest_rows].tolist(),
+            }
+        )
+    return surest
 
 
 def others_labels(
-    where: str, labels: np.ndarray, clips: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """(these labels, those of another clustering evaluation) of the clips that both have. where: 'FOLDER:entry', a folder of `evals.save`."""
+    where: str, labels: Int[np.ndarray, ' N'], clips: Int[np.ndarray, ' N']
+) -> tuple[Int[np.ndarray, ' n'], Int[np.ndarray, ' n']]:
+    """Labels of the clips that this and another clustering evaluation both have.
+
+    Args:
+      where: 'FOLDER:entry', a folder of `evals.save`.
+      labels: the clusters of this evaluation.
+      clips: their clips.
+
+    Returns:
+      (the labels of this evaluation [n], those of the other one [n]).
+    """
     folder, _, entry = where.rpartition(':')
     path = pathlib.Path(folder) / 'arrays.npz'
     if not path.exists():
         raise ConfigError(
-            f'clustering: against={where!r}: there is no {path}; a folder of an evaluation and its entry are wanted, such as '
-            "'runs/demo/evals/step_001000:kmeans'"
+            f'clustering: against={where!r}: there is no {path}; expected a folder of an '
+            "evaluation and its entry, such as 'runs/demo/evals/step_001000:kmeans'"
         )
     with np.load(path) as arrays:
         if f'{entry}/labels' not in arrays.files:
-            entries = [k.removesuffix('/labels') for k in arrays.files if k.endswith('/labels')]
+            suffix = '/labels'
+            entries = [key.removesuffix(suffix) for key in arrays.files if key.endswith(suffix)]
             raise ConfigError(
-                f'clustering: {path} has no clusters of {entry!r}; it has those of {", ".join(entries) or "none"}'
+                f'clustering: {path} has no clusters of {entry!r}; it has those of '
+                f'{", ".join(entries) or "none"}'
             )
-        theirs, there = arrays[f'{entry}/labels'], arrays[f'{entry}/clips']
-    both, i, j = np.intersect1d(clips, there, return_indices=True)
-    if not len(both):
+        other_labels = arrays[f'{entry}/labels']
+        other_clips = arrays[f'{entry}/clips']
+    shared, rows, other_rows = np.intersect1d(clips, other_clips, return_indices=True)
+    if not len(shared):
         raise ConfigError(f'clustering: {where} has no clip in common with this evaluation')
-    return labels[i], theirs[j]
+    return labels[rows], other_labels[other_rows]

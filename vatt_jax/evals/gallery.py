@@ -1,10 +1,13 @@
-"""What evaluators found, to look at: clips that came first for a few queries, and the surest ones of each cluster."""
+"""What evaluators found, to look at.
+
+Clips that came first for a few queries, and the surest ones of each cluster.
+"""
 
 from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,99 +16,137 @@ from vatt_jax.evals.base import Result
 
 
 def save(
-    folder: pathlib.Path, results: Mapping[str, Result], config, data, batch_size: int
+    folder: pathlib.Path, results: Mapping[str, Result], config: Any, data: Any, batch_size: int
 ) -> None:
-    """Writes gallery.npz (`retrievals`) and clusters.npz (`clusters`) where there is something to show. config: `config.evals`. Single process."""
+    """Write gallery.npz (`retrievals`) and clusters.npz (`clusters`).
+
+    Each is written where there is something to show. Single process.
+
+    Args:
+      folder: of the evaluation.
+      results: evaluator -> what it found.
+      config: `config.evals`.
+      data: the data object of docs/architecture.md.
+      batch_size: clips read at a time.
+    """
     retrievals(folder / 'gallery.npz', results, config, data, batch_size)
     clusters(folder / 'clusters.npz', results, config, data, batch_size)
 
 
 def clusters(
-    path: pathlib.Path, results: Mapping[str, Result], config, data, batch_size: int
+    path: pathlib.Path, results: Mapping[str, Result], config: Any, data: Any, batch_size: int
 ) -> None:
-    """Writes <path> (npz): `entries` (JSON: evaluator, and [{'name', 'clips': places in the pass}]) and frames/<place> uint8 [T H W 3] of the surest
-    clips of the largest clusters, for the first evaluator of type `clustering` that has them."""
+    """Write the surest clips of the largest clusters.
+
+    They come from the first evaluator of type `clustering` that has them. The file (npz) holds
+    `entries` (JSON: evaluator, and [{'name', 'clips': indices in the pass}]) and frames/<index>
+    uint8 [T H W 3].
+    """
     for name, entry in config.items():
-        chosen = (
-            results[name].artifacts.get('surest')
-            if name in results and entry.get('type') == 'clustering'
-            else None
-        )
-        if not chosen:
+        if name not in results or entry.get('type') != 'clustering':
             continue
-        wanted, frames = {i for c in chosen for i in c['clips']}, {}
-        for batch in data.one_pass(entry.get('split', 'train'), batch_size):
-            for row, index in enumerate(batch['position'].tolist()):
-                if index in wanted and batch['valid'][row] and 'video' in batch:
-                    frames[f'frames/{index}'] = batch['video']['data'][row]
-        np.savez_compressed(
-            path, entries=np.array(json.dumps({'evaluator': name, 'clusters': chosen})), **frames
-        )
+        surest = results[name].artifacts.get('surest')
+        if not surest:
+            continue
+        shown = {clip for cluster in surest for clip in cluster['clips']}
+        batches = data.one_pass(entry.get('split', 'train'), batch_size)
+        frames = _stored_arrays(batches, frames=shown)
+        document = json.dumps({'evaluator': name, 'clusters': surest})
+        _savez(path, document, frames)
         return
 
 
 def retrievals(
     path: pathlib.Path,
     results: Mapping[str, Result],
-    config,
-    data,
+    config: Any,
+    data: Any,
     batch_size: int,
     queries: int = 8,
 ) -> None:
-    """Writes <path> (npz): `entries` (JSON), frames/<index> uint8 [T H W 3] and audio/<index> int16 [S]. Single process.
+    """Write the clips that came first for a few queries. Single process.
 
-    Takes the evaluators of type `retrieval` that change nothing; queries are spaced evenly over the gallery, so
-    nobody chose them.
+    Takes the evaluators of type `retrieval` that change nothing; queries are spaced evenly over the
+    gallery, so nobody chose them. The file (npz) holds `entries` (JSON), frames/<index> uint8
+    [T H W 3] and audio/<index> int16 [S].
     """
-    entries, frames, sounds = [], set(), set()
-    split, limit = None, None
+    entries: list[dict[str, Any]] = []
+    gallery: tuple[str, int] | None = None  # (split, limit)
     for name, entry in config.items():
-        if (
-            entry.get('type') != 'retrieval'
-            or entry.get('change')
-            or entry.get('views')
-            or name not in results
-        ):
+        if name not in results or not _is_plain_retrieval(entry):
             continue
-        here = (entry.get('split', 'test'), entry.get('limit', 512))
-        if split is not None and here != (split, limit):
-            continue  # one gallery, one pass
-        split, limit = here
-        found = results[name].artifacts
-        for key in [k.removesuffix('/top') for k in found if k.endswith('/top')]:
-            query, _, gallery = key.partition('_to_')
-            if gallery != 'video':
-                continue
-            clips = found[f'{key}/clips']
-            for row in np.linspace(0, len(clips) - 1, queries).astype(int):
-                top = found[f'{key}/top'][row].tolist()
-                entries.append(
-                    {
-                        'query': query,
-                        'index': int(clips[row]),
-                        'top': top,
-                        'rank': float(found[f'{key}/rank'][row]),
-                    }
-                )
-                frames |= {int(clips[row]), *top}
-                sounds |= {int(clips[row])} if query == 'audio' else set()
-    if not entries:
+        entry_gallery = (entry.get('split', 'test'), entry.get('limit', 512))
+        if gallery is None:
+            gallery = entry_gallery
+        if entry_gallery == gallery:  # one gallery, one pass
+            entries += _retrieval_entries(results[name].artifacts, queries)
+    if gallery is None or not entries:
         return
-    arrays: dict[str, Any] = {}
-    for batch in data.one_pass(split, batch_size, limit=limit):
-        for row, index in enumerate(batch['position'].tolist()):
-            if batch['valid'][row] and index in frames:
-                arrays[f'frames/{index}'] = batch['video']['data'][row]
-            if batch['valid'][row] and index in sounds:
-                arrays[f'audio/{index}'] = batch['audio']['data'][row]
+
+    frames = set()
+    sounds = set()
+    for shown in entries:
+        frames.update([shown['index'], *shown['top']])
+        if shown['query'] == 'audio':
+            sounds.add(shown['index'])
+    split, limit = gallery
+    arrays = _stored_arrays(data.one_pass(split, batch_size, limit=limit), frames, sounds)
     texts = data.texts(split)
-    told = {
-        str(i): {k: texts[i][k] for k in ('id', 'start', 'end', 'caption', 'sentences')}
-        for i in sorted(frames)
-    }
-    document = {
-        'entries': entries,
-        'clips': told,
-        'rate': int(data.config.model.inputs.audio.rate) if sounds else 0,
-    }
-    np.savez_compressed(path, entries=np.array(json.dumps(document)), **arrays)
+    fields = ('id', 'start', 'end', 'caption', 'sentences')
+    clips = {}
+    for index in sorted(frames):
+        clips[str(index)] = {field: texts[index][field] for field in fields}
+    rate = int(data.config.model.inputs.audio.rate) if sounds else 0
+    document = json.dumps({'entries': entries, 'clips': clips, 'rate': rate})
+    _savez(path, document, arrays)
+
+
+def _is_plain_retrieval(entry: Any) -> bool:
+    """Whether an entry of `config.evals` retrieves clips whose input is not changed."""
+    if entry.get('type') != 'retrieval':
+        return False
+    return not entry.get('change') and not entry.get('views')
+
+
+def _retrieval_entries(artifacts: Mapping[str, Any], queries: int) -> list[dict[str, Any]]:
+    """What to show of one retrieval: queries against galleries of video."""
+    entries = []
+    for key in artifacts:
+        if not key.endswith('/top'):
+            continue
+        pair = key.removesuffix('/top')
+        query, _, gallery = pair.partition('_to_')
+        if gallery != 'video':
+            continue
+        clips = artifacts[f'{pair}/clips']
+        for row in np.linspace(0, len(clips) - 1, queries).astype(int):
+            entries.append(
+                {
+                    'query': query,
+                    'index': int(clips[row]),
+                    'top': artifacts[key][row].tolist(),
+                    'rank': float(artifacts[f'{pair}/rank'][row]),
+                }
+            )
+    return entries
+
+
+def _stored_arrays(
+    batches: Iterable[Mapping[str, Any]], frames: Collection[int], sounds: Collection[int] = ()
+) -> dict[str, np.ndarray]:
+    """frames/<index> [T H W 3] and audio/<index> [S] of the clips with these indices."""
+    arrays = {}
+    for batch in batches:
+        for row, index in enumerate(batch['position'].tolist()):
+            if not batch['valid'][row]:
+                continue
+            if index in frames and 'video' in batch:
+                arrays[f'frames/{index}'] = batch['video']['data'][row]
+            if index in sounds:
+                arrays[f'audio/{index}'] = batch['audio']['data'][row]
+    return arrays
+
+
+def _savez(path: pathlib.Path, document: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write <path> (npz): `entries`, a JSON document, and the arrays."""
+    np.savez_compressed(path, entries=np.array(document), **arrays)  # type: ignore[arg-type]  # stubs: a flag

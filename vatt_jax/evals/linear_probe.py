@@ -4,57 +4,120 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Shaped
 
-from vatt_jax.config import ConfigError, choose, with_defaults
+from vatt_jax.config import ConfigError, choose
 from vatt_jax.evals import statistics
-from vatt_jax.evals.base import CHANGES, Result, View, over_windows
+from vatt_jax.evals.base import (
+    CHANGES,
+    REMEDY,
+    Evaluator,
+    Result,
+    View,
+    modality_of,
+    over_windows,
+)
 from vatt_jax.evals.solvers import SEVERAL, SOLVERS
-
-DEFAULTS = {
-    'type': 'linear_probe',
-    'stream': 'video',  # whose pooled backbone feature (before the common spaces)
-    'label': 'class',
-    'train': 'train',
-    'test': 'test',  # splits
-    'folds': (),  # ((label, class), …): for each, clips of `train` with that class are tested, others learnt from; scores are averaged
-    'train_limit': 2400,
-    'test_limit': 768,
-    'windows': 1,  # of each tested clip, spaced linearly over it (VATT: 4, MMV: 10); scores are averaged
-    'passes': 0,  # over the clips to learn from, with windows, crops and flips drawn anew as in training (MMV: 10). 0: their middle windows
-    'standardise': False,  # features to mean 0 and variance 1 over what is learnt from (MMV's SVM); logistic and mlp always do
-    'solver': 'logistic',  # entry of evals/solvers.py: logistic | head (VATT's code) | svm (VATT, MMV) | mlp (MMV on AudioSet; several labels too)
-    'strengths': (),  # of regularisation (scikit-learn's C), chosen on a fifth of the training part; (): the solver's own
-    'epochs': 1000,  # head, mlp
-    'change': '',  # a change of the input, for both parts
-    'baseline': True,
-}
+from vatt_jax.inference.encoder import gather_rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """x: [N W D], features of each window. labels: name -> [N …]. valid: bool [N], the stream is there."""
+    """Features of a split.
+
+    Attributes:
+      x: [N W D], features of each window.
+      labels: name -> [N …].
+      valid: bool [N], the stream is there.
+    """
 
     x: np.ndarray
     labels: dict[str, np.ndarray]
     valid: np.ndarray
 
 
-class LinearProbe:
-    """Accuracy of a classifier on frozen features, with a 95 % bootstrap interval over test clips; mAP, AUC and d' where the label is multi-hot."""
+class Fold(NamedTuple):
+    """What one classifier learns from and is tested on.
 
-    def __init__(self, config, where: str = 'config.evals'):
-        self.config = with_defaults(config, DEFAULTS, where)
-        choose(self.config.solver, SOLVERS, f'{where}.solver')
-        if self.config.passes < 0:
+    Attributes:
+      x: [N D]; every pass over a clip is an example to learn from.
+      y: int [N], or [N P] of 0 and 1 for several labels.
+      x_test: [M W D].
+      y_test: [M], or [M P].
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+
+
+class LinearProbe(Evaluator):
+    """Accuracy of a classifier on frozen features, with a 95 % bootstrap interval over test clips.
+
+    mAP, AUC and d' where the label is multi-hot.
+    """
+
+    DEFAULTS = {
+        'type': 'linear_probe',
+        # Whose pooled backbone feature (before the common spaces).
+        'stream': 'video',
+        'label': 'class',
+        # Splits.
+        'train': 'train',
+        'test': 'test',
+        # ((label, class), …): for each, clips of `train` with that class are tested, others learnt
+        # from; scores are averaged.
+        'folds': (),
+        'train_limit': 2400,
+        'test_limit': 768,
+        # Of each tested clip, spaced linearly over it (VATT: 4, MMV: 10); scores are averaged.
+        'windows': 1,
+        # Over the clips to learn from, with windows, crops and flips drawn anew as in training
+        # (MMV: 10). 0: their middle windows.
+        'passes': 0,
+        # Features to mean 0 and variance 1 over what is learnt from (MMV's SVM); logistic and mlp
+        # always do.
+        'standardise': False,
+        # Entry of evals/solvers.py: logistic | head (VATT's code) | svm (VATT, MMV) | mlp (MMV on
+        # AudioSet; several labels too)
+        'solver': 'logistic',
+        # Of regularisation (scikit-learn's C), chosen on a fifth of the training part; (): the
+        # solver's own.
+        'strengths': (),
+        # head, mlp
+        'epochs': 1000,
+        # A change of the input, for both parts.
+        'change': '',
+        'baseline': True,
+    }
+
+    def __init__(self, config: Any, where: str = 'config.evals') -> None:
+        super().__init__(config, where)
+        c = self.config
+        choose(c.solver, SOLVERS, f'{where}.solver')
+        if c.passes < 0:
             raise ConfigError(
-                f'{where}.passes={self.config.passes}: a number of passes is wanted, or 0 for middle windows'
+                f'{where}.passes: expected a number of passes, or 0 for middle windows, got '
+                f'{c.passes}.'
             )
-        if self.config.passes > 1 and len(self.config.strengths) > 1:
+        if c.passes > 1 and len(c.strengths) > 1:
             raise ConfigError(
-                f'{where}.strengths={tuple(self.config.strengths)} with passes={self.config.passes}: the part that would choose among '
-                'them holds other windows of the clips learnt from; give one strength, or passes=0'
+                f'{where}.strengths: expected at most one strength with passes={c.passes}, got '
+                f'{tuple(c.strengths)}: the part that would choose among them holds other windows '
+                'of the clips learnt from. Give one strength, or passes=0.'
+            )
+
+    def check(self, data: Any, outputs: Any) -> None:
+        super().check(data, outputs)
+        encoded = {modality_of(stream) for stream in outputs.encoded}
+        if modality_of(self.config.stream) not in encoded:
+            raise ConfigError(
+                f'{self.where}.stream={self.config.stream!r}: the model encodes '
+                f'{", ".join(sorted(encoded))}; {REMEDY}'
             )
 
     def examples(
@@ -69,172 +132,258 @@ class LinearProbe:
             ]
         else:
             parts = over_windows(view, split, windows, limit=limit, change=c.change)
-        if c.stream not in parts[0]['pooled']:
+        first_part = parts[0]
+        if c.stream not in first_part['pooled']:
             raise ConfigError(
-                f'linear probe: stream {c.stream!r} is not among {", ".join(parts[0]["pooled"])}'
+                f'linear probe: stream {c.stream!r} is not among {", ".join(first_part["pooled"])}'
             )
-        return Examples(
-            np.stack([f['pooled'][c.stream] for f in parts], 1),
-            parts[0]['labels'],
-            parts[0]['valid'][c.stream],
-        )
+        x = np.stack([part['pooled'][c.stream] for part in parts], 1)  # [N W D]
+        return Examples(x, first_part['labels'], first_part['valid'][c.stream])
 
-    def parts(self, view: View) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """(x [N D], y [N] or [N P], x_test [N W D], y_test) for each fold; every pass over a clip is an example to learn from."""
+    def folds(self, view: View) -> Iterator[Fold]:
+        """What to learn from and to test on: one fold, or one for each entry of `folds`."""
         c = self.config
         several = c.solver in SEVERAL
-        flat = lambda x, y: (x.reshape(-1, x.shape[-1]), np.repeat(y, x.shape[1], 0))
-        learnt = self.examples(view, c.train, c.train_limit, 1, c.passes)
+        train = self.examples(view, c.train, c.train_limit, 1, c.passes)
         if not c.folds:
-            tested = self.examples(view, c.test, c.test_limit, c.windows)
-            yield (
-                *flat(*_labelled(learnt, c.label, several=several)),
-                *_labelled(tested, c.label, several=several),
+            test = self.examples(view, c.test, c.test_limit, c.windows)
+            yield _fold(
+                *_labelled(train, c.label, several=several),
+                *_labelled(test, c.label, several=several),
             )
             return
-        tested = (
-            learnt
-            if c.windows == 1 and not c.passes
-            else self.examples(view, c.train, c.train_limit, c.windows)
-        )
+
+        # Both parts of a fold are clips of the split `train`.
+        if c.windows == 1 and not c.passes:
+            test = train
+        else:
+            test = self.examples(view, c.train, c.train_limit, c.windows)
         for name, kind in c.folds:
             classes = view.data.info['labels'].get(name, [])
-            if kind not in classes or name not in learnt.labels or learnt.labels[name].ndim != 1:
+            if kind not in classes or name not in train.labels or train.labels[name].ndim != 1:
                 raise ConfigError(
-                    f'linear probe: folds has ({name!r}, {kind!r}); the classes of that label are {", ".join(classes) or "none"}'
+                    f'linear probe: folds has ({name!r}, {kind!r}); the classes of that label are '
+                    f'{", ".join(classes) or "none"}'
                 )
-            fold = learnt.labels[name]
-            inside = fold == classes.index(kind)
-            yield (
-                *flat(*_labelled(learnt, c.label, (fold >= 0) & ~inside, several)),
-                *_labelled(tested, c.label, inside, several),
+            fold_labels = train.labels[name]
+            is_tested = fold_labels == classes.index(kind)
+            # Clips without a fold (-1) belong to neither part.
+            is_learnt_from = (fold_labels >= 0) & ~is_tested
+            yield _fold(
+                *_labelled(train, c.label, is_learnt_from, several),
+                *_labelled(test, c.label, is_tested, several),
             )
 
     def run(self, view: View) -> Result:
         c = self.config
-        rights, shares, strengths, pairs, train, several = [], [], [], [], 0, []
-        for x, y, x_test, y_test in self.parts(view):
-            classes = y.shape[1] if y.ndim == 2 else int(max(y.max(), y_test.max())) + 1
+        num_train = 0
+        targets = []
+        scores = []
+        strengths: list[Any] = []
+        for fold in self.folds(view):
+            x, y, x_test, y_test = fold
+            if y.ndim == 2:
+                num_classes = y.shape[1]
+            else:
+                num_classes = int(max(y.max(), y_test.max())) + 1
             if c.standardise:
                 x, x_test = _standardised(x, x_test)
-            scores, strength = SOLVERS[c.solver](x, y, x_test, classes, c, view.seed)
-            train += len(y)
-            if y.ndim == 2:
-                several.append((scores.mean(1), y_test))
-                continue
-            predicted = scores.mean(1).argmax(-1)
-            rights.append(predicted == y_test)
-            shares.append((np.bincount(y_test) / len(y_test)).max())
+            solver = SOLVERS[c.solver]
+            window_scores, strength = solver(x, y, x_test, num_classes, c, view.seed)  # [M W P]
+            scores.append(window_scores.mean(1))  # [M P]
+            targets.append(y_test)
             strengths.append(strength)
-            pairs.append(np.stack([y_test, predicted], 1))
-        if several:
-            scores, y_test = map(np.concatenate, zip(*several))
-            scalars, artifacts = statistics.multi_label(scores, y_test, view.seed)
-            return Result(scalars, {**artifacts, 'train': train, 'test': len(y_test)})
-        pairs = np.concatenate(pairs)
-        confusion = np.zeros((pairs.max() + 1,) * 2, np.int32)
-        np.add.at(confusion, tuple(pairs.T), 1)
-        scalars = {'accuracy': float(np.mean([r.mean() for r in rights]))}
+            num_train += len(y)
+
+        if targets[0].ndim == 2:
+            all_targets = np.concatenate(targets)
+            scalars, artifacts = statistics.multi_label(
+                np.concatenate(scores), all_targets, view.seed
+            )
+            return Result(scalars, {**artifacts, 'train': num_train, 'test': len(all_targets)})
+        scalars, artifacts = _accuracy(targets, scores, view.seed)
         if strengths[0] is not None:
             scalars['C'] = float(np.mean(strengths))
-        return Result(
-            scalars,
-            {
-                'accuracy/interval': statistics.bootstrap(np.concatenate(rights), seed=view.seed),
-                'accuracy/chance': float(np.mean(shares)),
-                'confusion': confusion,
-                'classes': view.data.info['labels'].get(c.label, []),
-                'train': train,
-                'test': len(pairs),
-            },
-        )
+        artifacts['classes'] = view.data.info['labels'].get(c.label, [])
+        artifacts['train'] = num_train
+        artifacts['test'] = sum(len(y_test) for y_test in targets)
+        return Result(scalars, artifacts)
 
 
 class SimpleProbe(LinearProbe):
-    """The same probe on features nobody had to learn: mean and deviation of each colour channel over the clip, and the log of the
-    mean magnitude spectrum of its sound. What a representation adds must be seen above these."""
+    """The same probe on features nobody had to learn.
 
-    def __init__(self, config, where: str = 'config.evals'):
+    They are mean and deviation of each colour channel over the clip, and the log of the mean
+    magnitude spectrum of its sound. What a representation adds must be seen above these.
+    """
+
+    def __init__(self, config: Any, where: str = 'config.evals') -> None:
         super().__init__({'baseline': False, **config}, where)
-        if self.config.windows != 1 or self.config.passes:
+        c = self.config
+        if c.windows != 1 or c.passes:
             raise ConfigError(
-                f'{where}: windows={self.config.windows}, passes={self.config.passes}; a simple probe sees middle windows: set 1 and 0'
+                f'{where}: expected windows=1 and passes=0 (a simple probe sees middle windows), '
+                f'got windows={c.windows} and passes={c.passes}.'
             )
 
-    def examples(self, view, split, limit, windows, passes=0):
+    def check(self, data: Any, outputs: Any) -> None:
+        # Not LinearProbe's: this probe reads the input, so the model need not encode the stream.
+        Evaluator.check(self, data, outputs)
+
+    def examples(
+        self, view: View, split: str, limit: int, windows: int, passes: int = 0
+    ) -> Examples:
         c = self.config
-        xs, labels, keep = [], [], []
         batches = view.data.one_pass(split, view.batch_size, process=view.process, limit=limit)
-        from vatt_jax.inference.encoder import gather_rows
-
-        for batch in map(CHANGES[c.change], batches) if c.change else batches:
-            if c.stream not in batch:
-                raise ConfigError(f'simple probe: the data has no stream {c.stream!r}')
-            if c.label not in batch.get('labels', {}):
-                raise ConfigError(
-                    f'simple probe: label {c.label!r} is not among {", ".join(batch.get("labels", {})) or "no labels"} of the data'
-                )
+        if c.change:
+            batches = map(CHANGES[c.change], batches)
+        features = []
+        valid = []
+        labels: dict[str, list[np.ndarray]] = {}
+        for batch in batches:
+            self._check_batch(batch)
             data = batch[c.stream]['data']
-            row = {
-                'x': mean_color(data) if c.stream.startswith('video') else mean_spectrum(data),
-                'ok': batch['valid'] & batch[c.stream]['valid'],
+            is_video = c.stream.startswith('video')
+            columns = {
+                'x': mean_color(data) if is_video else mean_spectrum(data),
+                'valid': batch['valid'] & batch[c.stream]['valid'],
             }
-            row |= {f'labels/{k}': v for k, v in batch['labels'].items()}
-            row = gather_rows(row, tuple(row))
-            xs.append(row.pop('x')), keep.append(row.pop('ok')), labels.append(row)
-        found = {
-            k.removeprefix('labels/'): np.concatenate([row[k] for row in labels]) for k in labels[0]
-        }
-        return Examples(np.concatenate(xs)[:, None], found, np.concatenate(keep))
+            for name, values in batch['labels'].items():
+                columns[f'labels/{name}'] = values
+            # Every host gets the rows of all.
+            columns = gather_rows(columns, tuple(columns))
+            features.append(columns['x'])
+            valid.append(columns['valid'])
+            for name in batch['labels']:
+                labels.setdefault(name, []).append(columns[f'labels/{name}'])
+        x = np.concatenate(features)[:, None]  # [N 1 D]
+        all_labels = {name: np.concatenate(values) for name, values in labels.items()}
+        return Examples(x, all_labels, np.concatenate(valid))
+
+    def _check_batch(self, batch: Any) -> None:
+        """Raise ConfigError if the data lack the stream or the label."""
+        c = self.config
+        if c.stream not in batch:
+            raise ConfigError(f'simple probe: the data has no stream {c.stream!r}')
+        labels = batch.get('labels', {})
+        if c.label not in labels:
+            raise ConfigError(
+                f'simple probe: label {c.label!r} is not among {", ".join(labels) or "no labels"} '
+                'of the data'
+            )
 
 
-def _standardised(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both with the means and deviations of x [N D]; a feature that is constant there stays."""
-    mean, deviation = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
-    scale = lambda x: ((x - mean) / np.where(deviation > 0, deviation, 1)).astype(np.float32)
-    return scale(x), scale(x_test)
+def _accuracy(
+    targets: list[np.ndarray], scores: list[np.ndarray], seed: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """(scalars, artifacts) of the folds' scores [M P] against their classes [M]."""
+    correct = []
+    chances = []
+    pairs = []
+    for y_test, fold_scores in zip(targets, scores):
+        predicted = fold_scores.argmax(-1)
+        correct.append(predicted == y_test)
+        # Chance: always the most frequent class.
+        chances.append((np.bincount(y_test) / len(y_test)).max())
+        pairs.append(np.stack([y_test, predicted], 1))
+    all_pairs = np.concatenate(pairs)  # [M 2]
+    num_classes = all_pairs.max() + 1
+    confusion = np.zeros((num_classes, num_classes), np.int32)
+    np.add.at(confusion, tuple(all_pairs.T), 1)
+    scalars = {'accuracy': float(np.mean([is_correct.mean() for is_correct in correct]))}
+    artifacts = {
+        'accuracy/interval': statistics.bootstrap(np.concatenate(correct), seed=seed),
+        'accuracy/chance': float(np.mean(chances)),
+        'confusion': confusion,
+    }
+    return scalars, artifacts
+
+
+def _fold(
+    x: Float[np.ndarray, 'N W D'],
+    y: Shaped[np.ndarray, 'N ...'],
+    x_test: Float[np.ndarray, 'M W2 D'],
+    y_test: Shaped[np.ndarray, 'M ...'],
+) -> Fold:
+    """A fold in which every window to learn from is an example of its own."""
+    num_windows = x.shape[1]
+    flat_x = x.reshape(-1, x.shape[-1])  # [N·W D]
+    return Fold(flat_x, np.repeat(y, num_windows, 0), x_test, y_test)
+
+
+def _standardised(
+    x: Float[np.ndarray, 'N D'], x_test: Float[np.ndarray, 'M W D']
+) -> tuple[Float[np.ndarray, 'N D'], Float[np.ndarray, 'M W D']]:
+    """Both with the means and deviations of x; a feature that is constant there stays."""
+    mean = x.mean(0, dtype=np.float64)
+    deviation = x.std(0, dtype=np.float64)
+    scale = np.where(deviation > 0, deviation, 1)
+    standard = ((x - mean) / scale).astype(np.float32)
+    standard_test = ((x_test - mean) / scale).astype(np.float32)
+    return standard, standard_test
 
 
 def _labelled(
     examples: Examples, name: str, part: np.ndarray | None = None, several: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """(features [N W D], labels [N]) of the examples of `part` (bool [N]; None: all) that have both. several: labels may be multi-hot, [N P]."""
+) -> tuple[Float[np.ndarray, 'N W D'], Shaped[np.ndarray, 'N ...']]:
+    """The examples that have both the stream and the label.
+
+    Args:
+      examples: of a split.
+      name: of the label.
+      part: bool [N], the examples to take; None: all.
+      several: whether labels may be multi-hot.
+
+    Returns:
+      (features [N W D], labels [N] or, multi-hot, [N P]).
+    """
     if name not in examples.labels:
         raise ConfigError(
-            f'linear probe: label {name!r} is not among {", ".join(examples.labels) or "no labels"} of the data'
+            f'linear probe: label {name!r} is not among '
+            f'{", ".join(examples.labels) or "no labels"} of the data'
         )
+    x = np.asarray(examples.x, np.float32)
     y = np.asarray(examples.labels[name])
+    is_used = np.array(examples.valid, bool)
+    if part is not None:
+        is_used &= part
     if y.ndim != 1:
         if not several:
             raise ConfigError(
-                f'linear probe: label {name!r} is multi-hot; a single class per example is wanted, or solver={SEVERAL[0]!r}'
+                f'linear probe: label {name!r} is multi-hot; expected a single class per example, '
+                f'or solver={SEVERAL[0]!r}'
             )
-        use = examples.valid & (y > 0).any(-1) & (True if part is None else part)
-        if use.sum() < 2:
+        is_used &= (y > 0).any(-1)
+        if is_used.sum() < 2:
             raise ConfigError(
-                f'linear probe: label {name!r} has {int(use.sum())} labelled examples; two are needed'
+                f'linear probe: label {name!r} has {int(is_used.sum())} labelled examples; two are '
+                'needed'
             )
-        return np.asarray(examples.x, np.float32)[use], (y[use] > 0).astype(np.float32)
-    use = examples.valid & (y >= 0)
-    use = use if part is None else use & part
-    if use.sum() < 2 or len(np.unique(y[use])) < 2:
+        return x[is_used], (y[is_used] > 0).astype(np.float32)
+    is_used &= y >= 0
+    num_classes = len(np.unique(y[is_used]))
+    if is_used.sum() < 2 or num_classes < 2:
         raise ConfigError(
-            f'linear probe: label {name!r} has {int(use.sum())} labelled examples of {len(np.unique(y[use]))} classes; two are needed'
+            f'linear probe: label {name!r} has {int(is_used.sum())} labelled examples of '
+            f'{num_classes} classes; two are needed'
         )
-    return np.asarray(examples.x, np.float32)[use], y[use].astype(np.int64)
+    return x[is_used], y[is_used].astype(np.int64)
 
 
-def mean_color(frames: np.ndarray) -> np.ndarray:
-    """uint8 [B T H W 3] -> float32 [B 6]."""
-    x = frames.astype(np.float32).reshape(len(frames), -1, 3)
-    return np.concatenate([x.mean(1), x.std(1)], -1)
+def mean_color(frames: Shaped[np.ndarray, 'B T H W 3']) -> Float[np.ndarray, 'B 6']:
+    """Mean and deviation of each colour channel: uint8 [B T H W 3] -> float32 [B 6]."""
+    pixels = frames.astype(np.float32).reshape(len(frames), -1, 3)  # [B T·H·W 3]
+    return np.concatenate([pixels.mean(1), pixels.std(1)], -1)
 
 
-def mean_spectrum(samples: np.ndarray, bands: int = 128) -> np.ndarray:
-    """int16 [B S] -> float32 [B bands]: log of the magnitude spectrum averaged over windows of 2·bands samples."""
-    n = 2 * bands
-    x = (
-        samples[:, : samples.shape[1] // n * n].astype(np.float32).reshape(len(samples), -1, n)
-        / 32768
-    )
-    return np.log(1e-3 + np.abs(np.fft.rfft(x * np.hanning(n)))[..., 1:].mean(1)).astype(np.float32)
+def mean_spectrum(
+    samples: Shaped[np.ndarray, 'B S'], bands: int = 128
+) -> Float[np.ndarray, 'B bands']:
+    """Log of the magnitude spectrum averaged over windows: int16 [B S] -> float32 [B bands]."""
+    length = 2 * bands
+    num_samples = samples.shape[1] // length * length  # whole windows only
+    windows = samples[:, :num_samples].astype(np.float32).reshape(len(samples), -1, length)
+    spectrum = np.fft.rfft(windows / 32768 * np.hanning(length))
+    # Without the constant; 1e-3 bounds the logarithm of silence.
+    magnitude = np.abs(spectrum)[..., 1:].mean(1)  # [B bands]
+    return np.log(1e-3 + magnitude).astype(np.float32)

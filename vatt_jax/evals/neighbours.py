@@ -1,94 +1,141 @@
-"""Nearest neighbours: do the clips of one split that lie nearest to a clip of another show its class?"""
+"""Nearest neighbours: do the clips that lie nearest to a clip of another split show its class?"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from jaxtyping import Float, Int
 
-from vatt_jax.config import ConfigError, choose, with_defaults
+from vatt_jax.config import ConfigError, choose
 from vatt_jax.evals import statistics
-from vatt_jax.evals.base import Result, View, over_windows
+from vatt_jax.evals.base import Evaluator, Result, View, over_windows, single_class_labels
 
-DEFAULTS = {
-    'type': 'neighbours',
-    'stream': 'video',
-    'label': 'class',
-    'queries': 'test',
-    'gallery': 'train',  # splits
-    'query_limit': 1 << 20,
-    'gallery_limit': 1 << 20,
-    'of': 'maps',  # maps: the last map of features after a 2 x 2 x 2 maximum (SeLaVi, GDT) | pooled: the backbone feature
-    'windows': 10,  # of each clip, whose unit features are averaged and not normalised again
-    'first': (1, 5, 10, 20, 50),
-    'baseline': True,
-}
 CHUNK = 256  # queries compared at a time
 
 
-class Neighbours:
-    """R@k in [0, 1]: the share of queries with a clip of their class among the k nearest of the gallery, by Euclidean distance (the published
-    retrieval of SeLaVi and GDT; there ten random clips of the gallery's videos, here windows spaced evenly). Of clips that are equally far the
-    earlier ones come first. Chance: what k clips drawn from the gallery give. Clips without the stream or the label are left out.
+class Neighbours(Evaluator):
+    """R@k in [0, 1]: the share of queries with a clip of their class among the k nearest.
+
+    Distances to the gallery are Euclidean. This is the published retrieval of SeLaVi and GDT; there
+    ten random clips of the gallery's videos, here windows spaced evenly. Of clips that are equally
+    far the earlier ones come first. Chance is what k clips drawn from the gallery give. Clips
+    without the stream or the label are left out.
     """
 
-    def __init__(self, config, where: str = 'config.evals'):
-        c = self.config = with_defaults(config, DEFAULTS, where)
+    DEFAULTS = {
+        'type': 'neighbours',
+        'stream': 'video',
+        'label': 'class',
+        # Splits.
+        'queries': 'test',
+        'gallery': 'train',
+        'query_limit': 1 << 20,
+        'gallery_limit': 1 << 20,
+        # maps: the last map of features after a 2 x 2 x 2 maximum (SeLaVi, GDT) | pooled: the
+        # backbone feature
+        'of': 'maps',
+        # Of each clip, whose unit features are averaged and not normalised again.
+        'windows': 10,
+        # The numbers k of neighbours.
+        'first': (1, 5, 10, 20, 50),
+        'baseline': True,
+    }
+
+    def __init__(self, config: Any, where: str = 'config.evals') -> None:
+        super().__init__(config, where)
+        c = self.config
         choose(c.of, ('maps', 'pooled'), f'{where}.of')
         if not c.first or min(c.first) < 1:
             raise ConfigError(
-                f'{where}.first={tuple(c.first)}: numbers of neighbours, such as (1, 5, 10), are wanted'
+                f'{where}.first: expected numbers of neighbours, such as (1, 5, 10), got '
+                f'{tuple(c.first)}.'
             )
 
     def examples(
         self, view: View, split: str, limit: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(x float32 [N F], class [N], place in the pass [N]) of the clips that count."""
+    ) -> tuple[Float[np.ndarray, 'N F'], Int[np.ndarray, ' N'], Int[np.ndarray, ' N']]:
+        """The clips of a split that have the stream and the label.
+
+        Returns:
+          (features [N F], class [N], index in the pass [N]).
+        """
         c = self.config
-        parts = over_windows(
-            view, split, c.windows, limit=limit, **({'maps': (c.stream,)} if c.of == 'maps' else {})
-        )
-        f = parts[0]
-        if c.stream not in f[c.of]:
+        maps = (c.stream,) if c.of == 'maps' else ()
+        parts = over_windows(view, split, c.windows, limit=limit, maps=maps)
+        first_part = parts[0]
+        if c.stream not in first_part[c.of]:
             raise ConfigError(
-                f'neighbours: stream {c.stream!r} is not among {", ".join(f["pooled"])}'
+                f'neighbours: stream {c.stream!r} is not among {", ".join(first_part["pooled"])}'
             )
-        if c.label not in f['labels'] or f['labels'][c.label].ndim != 1:
+        labels = single_class_labels(first_part, c.label, 'neighbours')
+        is_used = (labels >= 0) & first_part['valid'][c.stream]
+        if not is_used.any():
             raise ConfigError(
-                f'neighbours: label {c.label!r} is not among the single-class labels of the data '
-                f'({", ".join(k for k, v in f["labels"].items() if v.ndim == 1) or "none"})'
+                f'neighbours: no clip of split {split!r} has label {c.label!r} and the stream '
+                f'{c.stream!r}'
             )
-        use = (f['labels'][c.label] >= 0) & f['valid'][c.stream]
-        if not use.any():
-            raise ConfigError(
-                f'neighbours: no clip of split {split!r} has label {c.label!r} and the stream {c.stream!r}'
-            )
-        unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True).clip(1e-6)
-        x = sum(unit(p[c.of][c.stream][use].astype(np.float32)) for p in parts) / len(parts)
-        return x, f['labels'][c.label][use], f['index'][use]
+        total: Any = 0
+        for part in parts:
+            x = part[c.of][c.stream][is_used].astype(np.float32)
+            total = total + x / np.linalg.norm(x, axis=-1, keepdims=True).clip(1e-6)
+        features = total / len(parts)
+        return features, labels[is_used], first_part['index'][is_used]
 
     def run(self, view: View) -> Result:
         c = self.config
-        x, y, _ = self.examples(view, c.queries, c.query_limit)
-        gallery, classes, _ = self.examples(view, c.gallery, c.gallery_limit)
-        if max(c.first) > len(gallery):
+        queries, query_classes, _ = self.examples(view, c.queries, c.query_limit)
+        gallery, gallery_classes, _ = self.examples(view, c.gallery, c.gallery_limit)
+        num_nearest = max(c.first)
+        if num_nearest > len(gallery):
             raise ConfigError(
-                f'neighbours: the gallery has {len(gallery)} clips, fewer than the {max(c.first)} neighbours asked for; '
-                'set first to smaller numbers'
+                f'neighbours: the gallery has {len(gallery)} clips, fewer than the {num_nearest} '
+                'neighbours asked for; set first to smaller numbers'
             )
-        length, right = np.sum(gallery**2, -1), []
-        for i in range(0, len(x), CHUNK):
-            distance = length - 2 * x[i : i + CHUNK] @ gallery.T
-            nearest = np.argsort(distance, 1, kind='stable')[:, : max(c.first)]
-            right.append(classes[nearest] == y[i : i + CHUNK, None])
-        right = np.concatenate(right)
-        scalars, artifacts = {}, {'queries': len(x), 'gallery': len(gallery), 'width': x.shape[1]}
-        same = (classes[None] == np.unique(y)[:, None]).sum(1)[np.unique(y, return_inverse=True)[1]]
+        nearest = _nearest(queries, gallery, num_nearest)
+        is_same_class = gallery_classes[nearest] == query_classes[:, None]  # [N K]
+        num_same = _count_of_class(gallery_classes, query_classes)
+
+        scalars = {}
+        artifacts: dict[str, Any] = {
+            'queries': len(queries),
+            'gallery': len(gallery),
+            'width': queries.shape[1],
+        }
         for k in c.first:
-            hit = right[:, :k].any(1)
-            scalars[f'R@{k}'] = float(hit.mean())
-            artifacts[f'R@{k}/interval'] = statistics.bootstrap(hit, seed=view.seed)
-            # none of k draws without replacement is of the class
-            none = np.prod(
-                [np.maximum(len(gallery) - same - j, 0) / (len(gallery) - j) for j in range(k)], 0
-            )
-            artifacts[f'R@{k}/chance'] = float(1 - none.mean())
+            is_hit = is_same_class[:, :k].any(1)
+            scalars[f'R@{k}'] = float(is_hit.mean())
+            artifacts[f'R@{k}/interval'] = statistics.bootstrap(is_hit, seed=view.seed)
+            artifacts[f'R@{k}/chance'] = _chance(num_same, len(gallery), k)
         return Result(scalars, artifacts)
+
+
+def _nearest(
+    queries: Float[np.ndarray, 'N F'], gallery: Float[np.ndarray, 'M F'], count: int
+) -> Int[np.ndarray, 'N count']:
+    """Rows of the gallery nearest to each query, nearest first."""
+    squared_lengths = np.sum(gallery**2, -1)  # [M]
+    nearest = []
+    for first in range(0, len(queries), CHUNK):
+        block = queries[first : first + CHUNK]
+        # |q - g|² up to |q|², which does not change the order.
+        distances = squared_lengths - 2 * block @ gallery.T  # [CHUNK M]
+        nearest.append(np.argsort(distances, 1, kind='stable')[:, :count])
+    return np.concatenate(nearest)
+
+
+def _count_of_class(
+    gallery_classes: Int[np.ndarray, ' M'], query_classes: Int[np.ndarray, ' N']
+) -> Int[np.ndarray, ' N']:
+    """How many clips of the gallery are of each query's class."""
+    kinds, kind_of_query = np.unique(query_classes, return_inverse=True)
+    is_of_kind = gallery_classes[None] == kinds[:, None]  # [kinds M]
+    return is_of_kind.sum(1)[kind_of_query]
+
+
+def _chance(num_same: Int[np.ndarray, ' N'], num_clips: int, k: int) -> float:
+    """Mean probability that k clips drawn without replacement hold one of the query's class."""
+    # P(none) = Π_j (M - m - j) / (M - j), j = 0 … k - 1, m of M clips being of the class.
+    factors = [np.maximum(num_clips - num_same - j, 0) / (num_clips - j) for j in range(k)]
+    none_of_class = np.prod(factors, 0)
+    return float(1 - none_of_class.mean())

@@ -2,104 +2,183 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+from jaxtyping import Float, Int, Shaped
 
 from vatt_jax.config import ConfigError
 
 
-def places(similarity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(better, equal) int64 [N]: how many of the others in each row of [N N] score higher than the diagonal, and how many exactly as
-    much. What is not a number counts against its query, so a broken model never ranks first."""
-    own = np.diagonal(similarity)[:, None]
-    lost = np.isnan(own[:, 0])
-    better = (~(similarity <= own)).sum(1) - lost
-    return better, np.where(lost, 0, (similarity == own).sum(1) - 1)
+def softmax(x: Float[np.ndarray, '... P']) -> Float[np.ndarray, '... P']:
+    """Softmax over the last axis."""
+    exponentials = np.exp(x - x.max(-1, keepdims=True))
+    return exponentials / exponentials.sum(-1, keepdims=True)
 
 
-def ranks(similarity: np.ndarray) -> np.ndarray:
-    """float64 [N]: 0-based rank of the diagonal in each row, ties sharing their places: half of the others that score exactly as much
-    count as better. A constant matrix thus gives (N-1)/2, chance."""
-    better, equal = places(similarity)
+def sigmoid(x: Float[np.ndarray, ' ...']) -> Float[np.ndarray, ' ...']:
+    """Logistic function, as a hyperbolic tangent so that nothing overflows."""
+    return 0.5 * (1 + np.tanh(0.5 * x))
+
+
+def better_and_equal(
+    similarity: Shaped[np.ndarray, 'N N'],
+) -> tuple[Int[np.ndarray, ' N'], Int[np.ndarray, ' N']]:
+    """Count in each row what scores higher than the diagonal, and what exactly as much.
+
+    What is not a number counts against its query, so a broken model never ranks first.
+
+    Returns:
+      (better, equal), int64 [N] each, without the diagonal itself.
+    """
+    diagonal = np.diagonal(similarity)[:, None]  # [N 1]
+    is_nan = np.isnan(diagonal[:, 0])
+    # Written with `<=` because every comparison with NaN is false: NaN counts as better. Where the
+    # diagonal is NaN all N entries do, itself among them.
+    better = (~(similarity <= diagonal)).sum(1) - is_nan
+    equal = (similarity == diagonal).sum(1) - 1
+    return better, np.where(is_nan, 0, equal)
+
+
+def ranks(similarity: Shaped[np.ndarray, 'N N']) -> Float[np.ndarray, ' N']:
+    """0-based rank of the diagonal in each row, ties sharing their ranks.
+
+    Half of the others that score exactly as much count as better. A constant matrix thus gives
+    (N-1)/2, chance.
+    """
+    better, equal = better_and_equal(similarity)
     return better + 0.5 * equal
 
 
-def hits(similarity: np.ndarray, k: int) -> np.ndarray:
-    """float64 [N]: the share of the places the diagonal of each row may take, its ties in any order, that lie within the first k. A
-    constant matrix gives k/N, chance."""
-    better, equal = places(similarity)
+def hits(similarity: Shaped[np.ndarray, 'N N'], k: int) -> Float[np.ndarray, ' N']:
+    """How far the diagonal of each row is among the first k.
+
+    Of the ranks that the diagonal may take, its ties in any order, the share that lies within the
+    first k. A constant matrix gives k/N, chance.
+    """
+    better, equal = better_and_equal(similarity)
     return np.clip((k - better) / (equal + 1), 0, 1)
 
 
 def bootstrap(
-    values: np.ndarray, statistic=np.mean, seed: int = 0, rounds: int = 1000
+    values: Any, statistic: Callable[..., Any] = np.mean, seed: int = 0, rounds: int = 1000
 ) -> tuple[float, float]:
-    """95 % percentile interval of a statistic of `values` [N] over resampled examples."""
+    """95 % percentile interval of a statistic over resampled examples.
+
+    Args:
+      values: [N], one for each example.
+      statistic: takes [rounds N] and axis=1.
+      seed: of the resampling.
+      rounds: number of resamplings.
+
+    Returns:
+      (low, high).
+    """
     rng = np.random.default_rng(seed)
-    draws = statistic(
-        np.asarray(values)[rng.integers(0, len(values), (rounds, len(values)))], axis=1
-    )
+    rows = rng.integers(0, len(values), (rounds, len(values)))
+    draws = statistic(np.asarray(values)[rows], axis=1)  # [rounds]
     return float(np.percentile(draws, 2.5)), float(np.percentile(draws, 97.5))
 
 
 def average_precision(
-    scores: np.ndarray, targets: np.ndarray, weight: np.ndarray | None = None
-) -> np.ndarray:
-    """float64 [P]: of each class, the mean over its examples of the precision among all that score at least as much; NaN for a class without
-    any. scores, targets [N P]; weight [N]: how often each example counts (None: once)."""
-    weight = np.ones(len(scores)) if weight is None else weight
-    order = np.argsort(-scores, 0, kind='stable')
+    scores: Shaped[np.ndarray, 'N P'],
+    targets: Shaped[np.ndarray, 'N P'],
+    weight: Shaped[np.ndarray, ' N'] | None = None,
+) -> Float[np.ndarray, ' P']:
+    """Average precision of each class.
+
+    It is the mean over the class's examples of the precision among all that score at least as much.
+
+    Args:
+      scores: any monotone ones.
+      targets: above 0 for the examples of the class.
+      weight: how often each example counts; None: once.
+
+    Returns:
+      float64 [P]; NaN for a class without any example.
+    """
+    if weight is None:
+        weight = np.ones(len(scores))
+    order = np.argsort(-scores, 0, kind='stable')  # [N P]
     sorted_scores = np.take_along_axis(scores, order, 0)
     counts = weight[order]
-    hits = counts * np.take_along_axis(targets > 0, order, 0)
-    precision = np.cumsum(hits, 0) / np.maximum(np.cumsum(counts, 0), 1e-300)
-    # ties share the precision at the last of them
-    ends = np.vstack([sorted_scores[1:] != sorted_scores[:-1], np.ones((1, scores.shape[1]), bool)])
-    last = np.where(ends, np.arange(len(scores))[:, None], len(scores))
+    positives = counts * np.take_along_axis(targets > 0, order, 0)
+    num_ranked = np.cumsum(counts, 0)
+    precision = np.cumsum(positives, 0) / np.maximum(num_ranked, 1e-300)  # [N P]
+
+    # Ties share the precision at the last of them: `last` is the smallest end at or after a row.
+    num_examples, num_classes = scores.shape
+    differs_from_next = sorted_scores[1:] != sorted_scores[:-1]
+    is_end = np.vstack([differs_from_next, np.ones((1, num_classes), bool)])
+    last = np.where(is_end, np.arange(num_examples)[:, None], num_examples)
     last = np.minimum.accumulate(last[::-1], 0)[::-1]
-    with np.errstate(invalid='ignore'):
-        return (hits * np.take_along_axis(precision, last, 0)).sum(0) / hits.sum(0)
+    tied_precision = np.take_along_axis(precision, last, 0)
+    with np.errstate(invalid='ignore'):  # 0 / 0 for a class without examples
+        return (positives * tied_precision).sum(0) / positives.sum(0)
 
 
 def multi_label(
-    scores: np.ndarray, targets: np.ndarray, seed: int = 0, rounds: int = 200
-) -> tuple[dict[str, float], dict[str, object]]:
-    """(scalars, artifacts): mAP, AUC and d' of scores [N P] (any monotone ones) against targets [N P] > 0: means over the classes that have both
-    examples and others (VATT, AudioSet). d' = sqrt(2) times the normal quantile of the class's AUC, which is kept half a pair of clips
-    away from 0 and 1, where d' would be infinite.
+    scores: Shaped[np.ndarray, 'N P'],
+    targets: Shaped[np.ndarray, 'N P'],
+    seed: int = 0,
+    rounds: int = 200,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """mAP, AUC and d': means over the classes that have both examples and others.
+
+    These are the scores of VATT on AudioSet. d' is sqrt(2) times the normal quantile of the class's
+    AUC, which is held half a pair of clips away from 0 and 1, where d' would be infinite.
+
+    Args:
+      scores: any monotone ones.
+      targets: above 0 for the examples of a class.
+      seed: of the bootstrap over clips.
+      rounds: its resamplings.
+
+    Returns:
+      (scalars, artifacts).
     """
     from scipy.stats import norm, rankdata
 
-    own = (targets > 0).sum(0)
-    use = (own > 0) & (own < len(targets))
-    if not use.any():
+    num_clips = len(targets)
+    num_positive = (targets > 0).sum(0)  # [P]
+    is_scored = (num_positive > 0) & (num_positive < num_clips)
+    if not is_scored.any():
         raise ConfigError(
-            f'none of {targets.shape[1]} classes has both examples and others among {len(targets)} clips; a larger split is wanted'
+            f'config.evals: expected a class with both examples and others, got none of '
+            f'{targets.shape[1]} classes among {num_clips} clips. Take a larger split.'
         )
-    scores, targets, own = scores[:, use].astype(np.float64), targets[:, use] > 0, own[use]
-    pairs = own * (len(targets) - own)
-    auc = ((rankdata(scores, axis=0) * targets).sum(0) - own * (own + 1) / 2) / pairs
-    d_prime = np.sqrt(2) * norm.ppf(np.clip(auc, 0.5 / pairs, 1 - 0.5 / pairs))
-    rng = np.random.default_rng(seed)
-    draws = [
-        np.nanmean(
-            average_precision(
-                scores,
-                targets,
-                rng.multinomial(len(scores), np.full(len(scores), 1 / len(scores))).astype(float),
-            )
-        )
-        for _ in range(rounds)
-    ]
+    scores = scores[:, is_scored].astype(np.float64)
+    targets = targets[:, is_scored] > 0
+    num_positive = num_positive[is_scored]
+
+    # Mann-Whitney: AUC = (Σ ranks of examples - n (n + 1) / 2) / (n (N - n)), n examples of N.
+    num_pairs = num_positive * (num_clips - num_positive)
+    rank_sums = (rankdata(scores, axis=0) * targets).sum(0)
+    auc = (rank_sums - num_positive * (num_positive + 1) / 2) / num_pairs
+    half_pair = 0.5 / num_pairs
+    d_prime = np.sqrt(2) * norm.ppf(np.clip(auc, half_pair, 1 - half_pair))
+
     precision = average_precision(scores, targets)
-    artifacts = {
-        'mAP/interval': tuple(float(np.percentile(draws, p)) for p in (2.5, 97.5)),
-        'mAP/chance': float((own / len(targets)).mean()),
-        'average_precision': precision,
-        'auc': auc,
-        'classes_scored': int(use.sum()),
-    }
-    return {
+    rng = np.random.default_rng(seed)
+    uniform = np.full(num_clips, 1 / num_clips)
+    draws = []
+    for _ in range(rounds):
+        weight = rng.multinomial(num_clips, uniform).astype(float)
+        # A class that loses all its examples in a draw is NaN there.
+        draws.append(np.nanmean(average_precision(scores, targets, weight)))
+    low, high = float(np.percentile(draws, 2.5)), float(np.percentile(draws, 97.5))
+
+    scalars = {
         'mAP': float(precision.mean()),
         'AUC': float(auc.mean()),
         'd_prime': float(d_prime.mean()),
-    }, artifacts
+    }
+    artifacts = {
+        'mAP/interval': (low, high),
+        'mAP/chance': float((num_positive / num_clips).mean()),
+        'average_precision': precision,
+        'auc': auc,
+        'classes_scored': int(is_scored.sum()),
+    }
+    return scalars, artifacts

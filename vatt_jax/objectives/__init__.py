@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vatt_jax.config import choose
-from vatt_jax.objectives.base import Loss, Objective, Records, Refreshed, Spec
+from vatt_jax.objectives.base import Loss, Objective, Refreshed, Spec, TrainingRecords
 from vatt_jax.objectives.classification import Classification
 from vatt_jax.objectives.contrastive import Contrastive
 from vatt_jax.objectives.kmeans_labels import KMeansLabels
 from vatt_jax.objectives.online_codes import OnlineCodes
 from vatt_jax.objectives.self_labelling import SelfLabelling
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, type[Objective]] = {
     'contrastive': Contrastive,
     'kmeans_labels': KMeansLabels,
     'self_labelling': SelfLabelling,
@@ -18,9 +20,20 @@ OBJECTIVES = {
     'classification': Classification,
 }
 
-__all__ = ['OBJECTIVES', 'Loss', 'Objective', 'Records', 'Refreshed', 'Spec', 'build']
+__all__ = ['OBJECTIVES', 'Loss', 'Objective', 'Refreshed', 'Spec', 'TrainingRecords', 'build']
 
 
-def build(config) -> Objective:
-    """The objective of `config.objective`. Raises ConfigError for an unknown name or field."""
-    return OBJECTIVES[choose(config.name, OBJECTIVES, 'config.objective.name')](config)
+def build(config: Any) -> Objective:
+    """Build the objective that `config.objective` describes.
+
+    Args:
+      config: the group `config.objective`; its field `name` selects an entry of OBJECTIVES.
+
+    Returns:
+      The objective, with its config checked and completed by defaults.
+
+    Raises:
+      ConfigError: for an unknown name or field.
+    """
+    name = choose(config.name, OBJECTIVES, 'config.objective.name')
+    return OBJECTIVES[name](config)

@@ -1,7 +1,8 @@
 """What an objective is: everything the loop needs to know about what is being learnt.
 
-The loop (train.py, train_step.py, train_state.py) names no method; a method is a subclass of `Objective` registered in
-`vatt_jax/objectives/__init__.py`. All methods but `refresh` are pure and traced.
+The training code (vatt_jax/training) names no method; a method is a subclass of `Objective`
+registered in `vatt_jax/objectives/__init__.py`. All methods but `refresh` and those marked as host
+side are pure and traced.
 """
 
 from __future__ import annotations
@@ -19,8 +20,16 @@ from vatt_jax.rng import Rng
 
 @flax.struct.dataclass
 class Loss:
-    """value: float32 []. metrics: name -> float32 []. batch_stats: the model's new statistics. state: the objective's
-    new state. apply_update: bool [], False while the objective still fills its memory and parameters must not move."""
+    """What a step needs to know of a loss.
+
+    Attributes:
+      value: float32 [], the loss.
+      metrics: name -> float32 [].
+      batch_stats: the model's new batch statistics.
+      state: the objective's new state.
+      apply_update: bool [], False while the objective still fills its memory and parameters must
+        not move.
+    """
 
     value: jax.Array
     metrics: dict[str, jax.Array]
@@ -31,9 +40,17 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What an objective may size itself by. model: the Linen module; outputs: `jax.eval_shape` of its Outputs on one
-    global (micro)batch that a loss sees; batch: abstract device batch of it; size: records of the training set (M); labels: name -> classes.
-    batch_stats: the model's, abstract. init: (key, batch) -> (Outputs, the model's initial variables, boxed)."""
+    """What an objective may size itself by.
+
+    Attributes:
+      model: the Linen module.
+      outputs: `jax.eval_shape` of the model's Outputs on one global (micro)batch that a loss sees.
+      batch: the abstract device batch of the same.
+      size: number of records in the training set (M).
+      labels: label name -> number of classes.
+      batch_stats: the model's batch statistics, abstract.
+      init: (key, batch) -> (Outputs, the model's initial variables, boxed).
+    """
 
     model: Any
     outputs: Any
@@ -46,9 +63,18 @@ class Spec:
 
 @dataclasses.dataclass
 class Refreshed:
-    """What a refresh returns. `params`/`state` replace the objective's; parameters whose path (relative to the
-    objective's tree) matches `fresh_slots` get new optimizer slots; `columns`: name -> array [M] by training record,
-    from now on joined to every batch as batch['columns'][name] (and, if listed in `weights`, used for sampling)."""
+    """What a refresh returns.
+
+    Attributes:
+      params: the objective's parameters from now on.
+      state: the objective's state from now on.
+      columns: name -> array [M …] by training record, from now on joined to every batch as
+        batch['columns'][name].
+      fresh_slots: parameters whose path (relative to the objective's tree) matches one of these
+        regular expressions get new optimizer slots.
+      weights: names of columns that are also used as sampling weights.
+      metrics: name -> number to log.
+    """
 
     params: Any
     state: Any
@@ -59,13 +85,18 @@ class Refreshed:
 
 
 @dataclasses.dataclass(frozen=True)
-class Records:
-    """The training set as a refresh sees it. size: M. columns: name -> array [M …], as the last refresh left them (none: the first one).
+class TrainingRecords:
+    """The training set as a refresh sees it.
 
-    encode(fn, augment=True, draw=0): the traced `fn(model, variables, params, batch, rng) -> {name: [B …]}` over every training record
-    once, on all hosts and devices: {name: host array [n …]} and `index` int64 [n], the records' rows in columns, in their order; records that
-    cannot be read are left out. Evaluation statistics; augment: windows, crops and device augmentation as in training, other ones at
-    every step and for every draw.
+    Attributes:
+      size: number of records M.
+      columns: name -> array [M …] as the last refresh left them; empty at the first one.
+      encode: `encode(fn, augment=True, draw=0)` applies the traced
+        `fn(model, variables, params, batch, rng) -> {name: [B …]}` to every training record once,
+        on all hosts and devices, with batch statistics in evaluation mode. It returns {name: host
+        array [n …]} and `index` int64 [n], the rows of these records in columns, in their order;
+        records that cannot be read are left out. With `augment`, windows, crops and device
+        augmentation are as in training, other ones at every step and for every draw.
     """
 
     size: int
@@ -74,11 +105,16 @@ class Records:
 
 
 class Objective:
-    """config: the resolved `config.objective`. mixes: whether `meet` does anything."""
+    """A training method: towers' features in, loss out.
 
-    mixes = False
+    Attributes:
+      config: the resolved `config.objective`.
+      mixes_examples: whether `mix_examples` does anything.
+    """
 
-    def __init__(self, config):
+    mixes_examples: bool = False
+
+    def __init__(self, config: Any) -> None:
         self.config = config
 
     def streams(self) -> tuple[str, ...] | None:
@@ -86,87 +122,149 @@ class Objective:
         return None
 
     def init(self, key: jax.Array, spec: Spec) -> tuple[Any, Any]:
-        """(params, state): trained parameters (may be boxed with logical axes) and untrained arrays."""
+        """Create what the objective trains and remembers.
+
+        Returns:
+          (params, state): trained parameters (may be boxed with logical axes) and untrained arrays.
+        """
         return {}, {}
 
-    def meet(self, batch: Mapping[str, Any], rng: Rng) -> dict[str, Any]:
-        """The batch as the towers see it, where clips meet before them (mixup)."""
+    def mix_examples(self, batch: Mapping[str, Any], rng: Rng) -> dict[str, Any]:
+        """The batch as the towers see it, where clips are mixed before them (mixup)."""
         return dict(batch)
 
     def encode(
-        self, model, variables, batch: Mapping[str, Any], rng: Rng
+        self, model: Any, variables: Any, batch: Mapping[str, Any], rng: Rng
     ) -> tuple[dict[str, jax.Array], Any]:
-        """({stream: pooled [B(,K) D]}, the model's new statistics): the towers. Each clip by itself, unless a tower has batch statistics."""
+        """Run the towers. Each clip by itself, unless a tower has batch statistics.
+
+        Returns:
+          ({stream: pooled features [B(,K) D]}, the model's new batch statistics).
+        """
         pooled, updates = model.apply(
             variables,
-            only(batch, self.streams()),
+            select_streams(batch, self.streams()),
             train=True,
             rng=rng,
             mutable=['batch_stats'],
-            method=_pooled,
+            method=_pooled_features,
         )
         return pooled, updates.get('batch_stats', {})
 
-    def judge(
+    def compute_loss(
         self,
-        model,
-        variables,
-        params,
-        state,
-        pooled: Mapping[str, jax.Array],
+        model: Any,
+        variables: Any,
+        params: Any,
+        state: Any,
+        pooled: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        rng: Any,
+    ) -> Loss:
+        """What follows on `encode`: heads and loss of all clips together.
+
+        Args:
+          model: the Linen module.
+          variables: {'params', 'batch_stats'} of the model, the statistics as `encode` left them.
+          params: the objective's parameters.
+          state: the objective's state.
+          pooled: stream -> pooled features [B(,K) D].
+          batch: masks, labels and columns are read, the data of streams are not.
+          rng: random bits of the step.
+        """
+        raise NotImplementedError
+
+    def loss(
+        self,
+        model: Any,
+        variables: Any,
+        params: Any,
+        state: Any,
         batch: Mapping[str, Any],
         rng: Rng,
     ) -> Loss:
-        """What follows on `encode`: heads and loss of all clips together. batch: masks, labels and columns are read, streams' data are not."""
-        raise NotImplementedError
+        """The whole way from a batch to its loss.
 
-    def loss(self, model, variables, params, state, batch: Mapping[str, Any], rng: Rng) -> Loss:
-        """batch: the device batch after `preprocess.device_stage`, joined with `columns`. Between `encode` and `judge` is where a step may be
-        cut: towers in microbatches, loss of the whole (config.accumulation)."""
-        batch = self.meet(batch, rng)
-        pooled, stats = self.encode(model, variables, batch, rng)
-        return self.judge(
-            model, {**variables, 'batch_stats': stats}, params, state, pooled, batch, rng
-        )
+        Between `encode` and `compute_loss` is where a step may be cut: towers in microbatches, loss
+        of the whole (config.accumulation).
 
-    def predict(self, params, state, encoded: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Outputs of trained heads for evaluators, name -> [B P]; `encoded`: {stream: Encoded} in evaluation mode."""
+        Args:
+          model: the Linen module.
+          variables: {'params', 'batch_stats'} of the model.
+          params: the objective's parameters.
+          state: the objective's state.
+          batch: the device batch after `preprocess.device_stage`, joined with `columns`.
+          rng: random bits of the step.
+        """
+        batch = self.mix_examples(batch, rng)
+        pooled, batch_stats = self.encode(model, variables, batch, rng)
+        variables = {**variables, 'batch_stats': batch_stats}
+        return self.compute_loss(model, variables, params, state, pooled, batch, rng)
+
+    def predict(self, params: Any, state: Any, encoded: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Outputs of trained heads for evaluators.
+
+        Args:
+          params: the objective's parameters.
+          state: the objective's state.
+          encoded: {stream: Encoded} in evaluation mode.
+
+        Returns:
+          name -> [B P].
+        """
         return {}
 
     def columns(self) -> dict[str, jax.ShapeDtypeStruct]:
         """What refreshes join to every record: name -> shape and type of one record's entry."""
         return {}
 
-    def after_update(self, model_params, params, state, step: jax.Array) -> tuple[Any, Any, Any]:
-        """Constraints on what was just updated (renormalise prototypes, momentum encoder, memory write). Pure."""
+    def after_update(
+        self, model_params: Any, params: Any, state: Any, step: Any
+    ) -> tuple[Any, Any, Any]:
+        """Apply constraints to what was just updated (unit prototypes, momentum encoder). Pure.
+
+        Returns:
+          (model_params, params, state) with the constraints applied.
+        """
         return model_params, params, state
 
-    def running_losses(self, state) -> dict[str, float]:
-        """Running training loss of outputs of `predict` that compete (heads), where it is kept."""
+    def running_losses(self, state: Any) -> dict[str, float]:
+        """Running training loss of outputs of `predict` that compete (heads), where it exists."""
         return {}
 
     def refresh_due(self, step: int, steps: int) -> bool:
-        """Host side: does a refresh come before this step of a run of `steps`? A pure function of both, so that resume repeats it."""
+        """Host side: does a refresh come before this step of a run of `steps`?
+
+        A pure function of both, so that a resumed run repeats it.
+        """
         return False
 
-    def refresh(self, variables, params, state, step: int, records: Records) -> Refreshed:
-        """What training goes on with from `step` on. Every host computes the same from the same `records`."""
+    def refresh(
+        self, variables: Any, params: Any, state: Any, step: int, records: TrainingRecords
+    ) -> Refreshed:
+        """What training goes on with from `step` on.
+
+        Host side; every host computes the same from the same `records`.
+        """
         raise NotImplementedError
 
 
-def _pooled(model, batch, *, train: bool, rng: Rng) -> dict[str, jax.Array]:
-    return {
-        name: e.pooled
-        for name, e in model.interact(model.encode_all(batch, train=train, rng=rng)).items()
-    }
+def _pooled_features(
+    model: Any, batch: Mapping[str, Any], *, train: bool, rng: Rng
+) -> dict[str, jax.Array]:
+    """stream -> pooled features [B(,K) D]; a method for `model.apply`."""
+    encoded = model.interact(model.encode_all(batch, train=train, rng=rng))
+    return {name: stream.pooled for name, stream in encoded.items()}
 
 
-def streams(batch: Mapping[str, Any]) -> list[str]:
-    """Names of the streams of a batch."""
-    return [k for k, v in batch.items() if isinstance(v, Mapping) and 'data' in v]
+def stream_names(batch: Mapping[str, Any]) -> list[str]:
+    """Names of the streams of a batch (its entries that hold `data`)."""
+    return [name for name, entry in batch.items() if isinstance(entry, Mapping) and 'data' in entry]
 
 
-def only(batch: Mapping[str, Any], names: tuple[str, ...] | None) -> dict[str, Any]:
-    """The batch without the streams that are not in `names` (None: all)."""
-    drop = set(streams(batch)) - set(names if names is not None else streams(batch))
-    return {k: v for k, v in batch.items() if k not in drop}
+def select_streams(batch: Mapping[str, Any], names: tuple[str, ...] | None) -> dict[str, Any]:
+    """The batch without the streams that are not in `names` (None: all are kept)."""
+    if names is None:
+        return dict(batch)
+    dropped = set(stream_names(batch)) - set(names)
+    return {name: entry for name, entry in batch.items() if name not in dropped}

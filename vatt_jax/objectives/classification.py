@@ -1,141 +1,192 @@
-"""Supervised fine-tuning: a linear classifier on a modality's pooled feature, trained with the tower."""
+"""Supervised fine-tuning: a linear classifier on a modality's pooled feature, with the tower."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Num
 
 from vatt_jax.config import ConfigError, choose, with_defaults
 from vatt_jax.losses.classification import balanced_binary_cross_entropy, softmax_cross_entropy
-from vatt_jax.objectives.base import Loss, Objective
+from vatt_jax.objectives.base import Loss, Objective, Spec
 from vatt_jax.parallel.sharding import logical
 from vatt_jax.rng import Rng
 
 DEFAULTS = {
     'name': 'classification',
     'stream': 'video',
-    'label': 'class',  # which of the data's labels
-    'form': 'softmax',  # softmax: one class each (VATT: video, image) | sigmoid: several (VATT: AudioSet)
-    'dropout': 0.5,  # before the classifier (VATT: 0.5 for video, 0 for audio)
-    'smoothing': 0.1,  # softmax: of labels (VATT: 0.1)
-    'mixup': 0,  # waveforms and their labels mixed with those of the batch's next clip by a share ~ Beta(mixup, mixup); 0: off (VATT: 5)
-    'replicas': 1,  # sigmoid: > 1 counts classes in each of so many parts of the batch, as the official code does on so many devices
+    # Which of the data's labels.
+    'label': 'class',
+    # softmax: one class each (VATT: video, image) | sigmoid: several (VATT: AudioSet)
+    'form': 'softmax',
+    # Before the classifier (VATT: 0.5 for video, 0 for audio).
+    'dropout': 0.5,
+    # softmax: of labels (VATT: 0.1)
+    'smoothing': 0.1,
+    # Waveforms and their labels mixed with those of the batch's next clip by a share
+    # ~ Beta(mixup, mixup); 0: off (VATT: 5)
+    'mixup': 0,
+    # sigmoid: > 1 counts classes in each of so many parts of the batch, as the official code does
+    # on so many devices.
+    'replicas': 1,
 }
 FORMS = ('softmax', 'sigmoid')
 
 
 class Classification(Objective):
-    """softmax: cross entropy with label smoothing (VATT paper, section 4.2; glorot-normal classifier). sigmoid: binary cross entropies, rows
-    weighted by how rare their classes are in the batch; the bias starts where every class has probability 1/P (glorot-uniform classifier).
-    Rows without the label or the modality count for nothing.
+    """Cross entropy of a linear classifier with the labels of the data.
+
+    softmax: cross entropy with label smoothing (VATT paper, section 4.2; glorot-normal classifier).
+    sigmoid: binary cross entropies, rows weighted by how rare their classes are in the batch; the
+    bias starts where every class has probability 1/P (glorot-uniform classifier). Rows without the
+    label or the modality count for nothing.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: Any) -> None:
         super().__init__(with_defaults(config, DEFAULTS, 'config.objective'))
         c = self.config
         choose(c.form, FORMS, 'config.objective.form')
-        if c.mixup and (c.stream.split('.')[0] != 'audio' or c.form != 'sigmoid'):
+        is_audio = c.stream.split('.')[0] == 'audio'
+        if c.mixup and not (is_audio and c.form == 'sigmoid'):
             raise ConfigError(
-                f'config.objective.mixup={c.mixup}: waveforms are mixed, with multi-hot labels; it wants an audio stream and '
-                f'form="sigmoid", here {c.stream!r} and {c.form!r}; set mixup=0'
+                'config.objective.mixup: expected an audio stream and form="sigmoid" (waveforms '
+                f'are mixed, with multi-hot labels), got mixup={c.mixup} with {c.stream!r} and '
+                f'{c.form!r}. Set mixup=0.'
             )
+        self.mixes_examples = c.mixup > 0
 
-        self.mixes = c.mixup > 0
-
-    def streams(self):
+    def streams(self) -> tuple[str, ...]:
         return (self.config.stream,)
 
-    def init(self, key, spec):
-        name = self.config.label
-        if name not in spec.labels:
+    def init(self, key: jax.Array, spec: Spec) -> tuple[Any, Any]:
+        c = self.config
+        if c.label not in spec.labels:
+            available = ', '.join(spec.labels) or 'no labels'
             raise ConfigError(
-                f'config.objective.label={name!r}: the data has {", ".join(spec.labels) or "no labels"}'
+                f'config.objective.label: expected a label of the data ({available}), got '
+                f'{c.label!r}.'
             )
-        if self.config.mixup and spec.batch[self.config.stream]['data'].ndim != 2:
+        if c.mixup and spec.batch[c.stream]['data'].ndim != 2:  # not waveforms [B S]
             raise ConfigError(
-                'config.objective.mixup mixes waveforms, and config.model.inputs.audio.mel makes this model read spectrograms; '
-                'set mixup=0'
+                'config.objective.mixup: expected waveforms to mix, but '
+                'config.model.inputs.audio.mel makes this model read spectrograms. Set mixup=0.'
             )
-        width = spec.outputs.encoded[self.config.stream].pooled.shape[-1]
-        classes = spec.labels[name]
-        softmax = self.config.form == 'softmax'
-        kernel = (
-            jax.nn.initializers.glorot_normal() if softmax else jax.nn.initializers.glorot_uniform()
-        )
-        bias = (
-            jax.nn.initializers.zeros
-            if softmax
-            else jax.nn.initializers.constant(-math.log(max(classes - 1, 1)))
-        )
-        return {
-            'kernel': logical(kernel, 'embed', 'classes')(key, (width, classes)),
-            'bias': logical(bias, 'classes')(key, (classes,)),
-        }, {}
+        width = spec.outputs.encoded[c.stream].pooled.shape[-1]
+        num_classes = spec.labels[c.label]
+        initializers = jax.nn.initializers
+        if c.form == 'softmax':
+            kernel_init = initializers.glorot_normal()
+            bias_init = initializers.zeros
+        else:
+            # sigmoid(bias) = 1/P
+            kernel_init = initializers.glorot_uniform()
+            bias_init = initializers.constant(-math.log(max(num_classes - 1, 1)))
+        params = {
+            'kernel': logical(kernel_init, 'embed', 'classes')(key, (width, num_classes)),
+            'bias': logical(bias_init, 'classes')(key, (num_classes,)),
+        }
+        return params, {}
 
-    def counted(self, batch) -> jax.Array:
+    def counted_rows(self, batch: Mapping[str, Any]) -> jax.Array:
         """bool [B]: rows that have the label and the modality."""
         label = batch['labels'][self.config.label]
-        return (label >= 0 if label.ndim == 1 else label.sum(-1) > 0) & batch[self.config.stream][
-            'valid'
-        ]
+        if label.ndim == 1:
+            has_label = label >= 0
+        else:
+            has_label = label.sum(-1) > 0
+        return has_label & batch[self.config.stream]['valid']
 
-    def meet(self, batch, rng):
+    def mix_examples(self, batch: Any, rng: Rng) -> Any:
+        """The batch with each waveform mixed with the next one, if mixup is on."""
         c = self.config
-        if not self.mixes:
+        if not self.mixes_examples:
             return batch
-        share, stream = own_share(self.counted(batch), c.mixup, rng.at('mixup')), batch[c.stream]
+        share = mixup_share(self.counted_rows(batch), c.mixup, rng.at('mixup'))
+        stream = batch[c.stream]
         return {**batch, c.stream: {**stream, 'data': mix(stream['data'], share)}}
 
-    def judge(self, model, variables, params, state, pooled, batch, rng) -> Loss:
+    def compute_loss(
+        self,
+        model: Any,
+        variables: Any,
+        params: Any,
+        state: Any,
+        pooled: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        rng: Any,
+    ) -> Loss:
         c = self.config
-        label, weight = batch['labels'][c.label], self.counted(batch)
-        if c.form == 'softmax' and label.ndim != 1:
-            raise ConfigError(
-                f'config.objective.label={c.label!r} holds several classes for each clip; set config.objective.form="sigmoid"'
-            )
-        if c.form == 'sigmoid':
-            label = (
-                jax.nn.one_hot(label, params['bias'].shape[0])
-                if label.ndim == 1
-                else label.astype(jnp.float32)
-            )
-        if self.mixes:
-            label = mix(label, own_share(weight, c.mixup, rng.at('mixup')))
-        pooled = rng.at('classifier').dropout(pooled[c.stream].astype(jnp.float32), c.dropout)
-        logits = pooled @ params['kernel'] + params['bias']
-        count = jnp.maximum(weight.sum(), 1)
+        counted = self.counted_rows(batch)  # [B]
+        label = self._label(batch, num_classes=params['bias'].shape[0])
+        if self.mixes_examples:
+            # The same random bits as in `mix_examples`, so the same shares as the waveforms.
+            label = mix(label, mixup_share(counted, c.mixup, rng.at('mixup')))
+
+        features = pooled[c.stream].astype(jnp.float32)  # [B D]
+        features = rng.at('classifier').dropout(features, c.dropout)
+        logits = features @ params['kernel'] + params['bias']  # [B P]
+        predicted = logits.argmax(-1)
+        num_counted = jnp.maximum(counted.sum(), 1)
         if c.form == 'softmax':
-            value = softmax_cross_entropy(
-                logits, jnp.maximum(label, 0), weight=weight, smoothing=c.smoothing
-            )
-            metrics = {'accuracy': jnp.sum((logits.argmax(-1) == label) & weight) / count}
+            # Labels of -1 weigh nothing; they only need to be valid indices.
+            targets = jnp.maximum(label, 0)
+            value = softmax_cross_entropy(logits, targets, weight=counted, smoothing=c.smoothing)
+            is_correct = predicted == label
+            metrics = {'accuracy': jnp.sum(is_correct & counted) / num_counted}
         else:
-            value = balanced_binary_cross_entropy(logits, label, weight=weight, replicas=c.replicas)
-            first = jnp.take_along_axis(label, logits.argmax(-1)[:, None], 1)[:, 0] > 0
-            metrics = {'first_is_right': jnp.sum(first & weight) / count}
+            value = balanced_binary_cross_entropy(
+                logits, label, weight=counted, replicas=c.replicas
+            )
+            is_correct = jnp.take_along_axis(label, predicted[:, None], 1)[:, 0] > 0
+            metrics = {'first_is_right': jnp.sum(is_correct & counted) / num_counted}
         return Loss(value, metrics, variables['batch_stats'], state)
 
-    def predict(self, params, state, encoded):
+    def _label(self, batch: Mapping[str, Any], num_classes: int) -> jax.Array:
+        """Labels in the shape of the form: int [B] for softmax, float32 [B P] for sigmoid."""
+        c = self.config
+        label = batch['labels'][c.label]
+        if c.form == 'softmax':
+            if label.ndim != 1:
+                raise ConfigError(
+                    f'config.objective.label: expected one class for each clip, got {c.label!r} '
+                    'with several. Set config.objective.form="sigmoid".'
+                )
+            return label
+        if label.ndim == 1:
+            return jax.nn.one_hot(label, num_classes)
+        return label.astype(jnp.float32)
+
+    def predict(self, params: Any, state: Any, encoded: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """The name of the label -> logits [B P]."""
         if self.config.stream not in encoded:
             return {}
-        return {
-            self.config.label: encoded[self.config.stream].pooled.astype(jnp.float32)
-            @ params['kernel']
-            + params['bias']
-        }
+        features = encoded[self.config.stream].pooled.astype(jnp.float32)
+        return {self.config.label: features @ params['kernel'] + params['bias']}
 
 
-def own_share(weight: jax.Array, alpha: int, rng: Rng) -> jax.Array:
-    """float32 [B]: how much of each row stays when it is mixed with the next one (mixup; Zhang et al., 2018), ~ Beta(alpha, alpha); all of it
-    where its own or the next clip does not count (weight bool [B])."""
+def mixup_share(counted: Bool[Array, ' B'], alpha: int, rng: Rng) -> Float[Array, ' B']:
+    """How much of each row stays when it is mixed with the next one (mixup; Zhang et al., 2018).
+
+    Args:
+      counted: the rows that count; a row that does not, or whose next one does not, stays whole.
+      alpha: of the distribution Beta(alpha, alpha), a whole number.
+      rng: random bits of the rows.
+
+    Returns:
+      float32 [B] in [0, 1].
+    """
     # Beta(a, a) for whole a: the middle one of 2a - 1 uniform draws
-    share = jnp.sort(rng.uniform((2 * alpha - 1,)), -1)[:, alpha - 1]
-    return jnp.where(weight & jnp.roll(weight, -1), share, 1.0)
+    draws = jnp.sort(rng.uniform((2 * alpha - 1,)), -1)  # [B 2a-1]
+    share = draws[:, alpha - 1]
+    return jnp.where(counted & jnp.roll(counted, -1), share, 1.0)
 
 
-def mix(x: jax.Array, share: jax.Array) -> jax.Array:
-    """x [B D] with `share` [B] of each row and the rest of the next one."""
+def mix(x: Num[Array, 'B D'], share: Float[Array, ' B']) -> Num[Array, 'B D']:
+    """`share` of each row and the rest of the next one."""
     share = share[:, None]
-    return share.astype(x.dtype) * x + (1 - share).astype(x.dtype) * jnp.roll(x, -1, 0)
+    next_rows = jnp.roll(x, -1, 0)
+    return share.astype(x.dtype) * x + (1 - share).astype(x.dtype) * next_rows

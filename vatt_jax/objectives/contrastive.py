@@ -1,6 +1,12 @@
-"""Contrastive learning between modalities in common spaces: VATT, MMV, CLIP, SigLIP, SimCLR-like."""
+"""Contrastive learning between modalities in common spaces.
+
+VATT, MMV, CLIP, SigLIP, SimCLR-like.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +14,7 @@ import jax.numpy as jnp
 from vatt_jax.config import ConfigError, choose, with_defaults
 from vatt_jax.losses import dense, nce, similarity
 from vatt_jax.models import Encoded
-from vatt_jax.objectives.base import Loss, Objective
+from vatt_jax.objectives.base import Loss, Objective, Spec
 
 # form -> its usual temperature. docs/losses.md says what each is and who trains with it.
 FORMS = {
@@ -22,126 +28,123 @@ FORMS = {
 
 DEFAULTS = {
     'name': 'contrastive',
+    # (stream, stream, space, weight)
     'pairs': (
         ('video', 'audio', 'va', 1.0),
         ('video', 'text', 'vat', 1.0),
-    ),  # (stream, stream, space, weight)
-    'form': 'asymmetric',  # asymmetric: one denominator for both directions (VATT, MMV) | symmetric: one each | clip: its half |
-    # siglip: every pair a yes/no question | nt_xent: negatives within views too | mil_nce: raw dot products
-    'temperature': 0.0,  # 0: the form's usual one (FORMS); initial value when learnt
-    'learn_temperature': False,  # one per pair, as exp(log_scale), kept at or above 0.01 (CLIP, section 2.5)
-    'bias': -10.0,  # siglip; learnt with the temperature
-    'padded': False,  # True: sentences that are all padding count as candidates too, as in the official code
-    'each_mask': False,  # symmetric: True: scaled by each modality's mask, one factor times the other, as the official code does
-    'replicas': 1,  # > 1: the official per-replica normalisation of masked clips, by reshaping
-    'method': 'auto',  # auto | gather | ring: how keys meet on a mesh | dense: the definition, with all scores in memory
-    'block': 0,  # rows and keys of one block of scores; 0: chosen by size
-    'dtype': 'float32',  # what the scores are multiplied in: float32 | bfloat16 (sums stay float32)
+    ),
+    # asymmetric: one denominator for both directions (VATT, MMV) | symmetric: one each | clip: its
+    # half | siglip: every pair a yes/no question | nt_xent: negatives within views too |
+    # mil_nce: raw dot products
+    'form': 'asymmetric',
+    # 0: the form's usual one (FORMS); initial value when learnt.
+    'temperature': 0.0,
+    # One per pair, as exp(log_scale), at or above 0.01 (CLIP, section 2.5).
+    'learn_temperature': False,
+    # siglip; learnt with the temperature.
+    'bias': -10.0,
+    # True: sentences that are all padding count as candidates too, as in the official code.
+    'padded': False,
+    # symmetric: True: scaled by each modality's mask, one factor times the other, as the official
+    # code does.
+    'each_mask': False,
+    # > 1: the official per-replica normalisation of masked clips, by reshaping.
+    'replicas': 1,
+    # auto | gather | ring: how keys reach queries on a mesh | dense: the definition, with all
+    # scores in memory
+    'method': 'auto',
+    # Rows and keys of one block of scores; 0: chosen by size.
+    'block': 0,
+    # What the scores are multiplied in: float32 | bfloat16 (sums stay float32).
+    'dtype': 'float32',
 }
+EXAMPLE = '("video", "audio", "va", 1.0)'
 
 
 class Contrastive(Objective):
-    """Mean over pairs, weighted, of a contrastive loss with one candidate or (MIL-NCE) several sentences (VATT paper, section 3.4).
+    """Weighted mean over pairs of streams of a contrastive loss (VATT paper, section 3.4).
 
-    A clip that lacks a pair's modality is left out of that pair: finite loss, zero gradient.
+    Each clip has one candidate or (MIL-NCE) several sentences. A clip that lacks a pair's modality
+    is left out of that pair: finite loss, zero gradient.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: Any) -> None:
         super().__init__(with_defaults(config, DEFAULTS, 'config.objective'))
         c = self.config
-        if not c.pairs:
-            raise ConfigError(
-                'config.objective.pairs is empty; name at least one, such as ("video", "audio", "va", 1.0)'
-            )
-        for pair in c.pairs:
-            if not (
-                isinstance(pair, tuple)
-                and len(pair) == 4
-                and isinstance(pair[3], (int, float))
-                and pair[3] > 0
-            ):
-                raise ConfigError(
-                    f'config.objective.pairs has {pair!r}; (stream, stream, space, weight above 0) is wanted, such as '
-                    '("video", "audio", "va", 1.0)'
-                )
-        choose(c.form, FORMS, 'config.objective.form')
-        choose(c.method, (*similarity.METHODS, 'dense'), 'config.objective.method')
-        choose(c.dtype, ('float32', 'bfloat16'), 'config.objective.dtype')
-        for field in ('temperature', 'block'):
-            if c[field] < 0:
-                raise ConfigError(
-                    f'config.objective.{field}={c[field]}: a positive number is wanted, or 0 for the usual one'
-                )
-        if c.each_mask and c.form != 'symmetric':
-            raise ConfigError(
-                f'config.objective.each_mask=True goes with form="symmetric", here it is {c.form!r}; leave it False'
-            )
-        if c.replicas < 1:
-            raise ConfigError(
-                f'config.objective.replicas={c.replicas}: a positive number is wanted'
-            )
+        _check(c)
         self.temperature = c.temperature or FORMS[c.form]
-        self.how = similarity.How('auto' if c.method == 'dense' else c.method, c.block, c.dtype)
-        self.form = getattr(dense if c.method == 'dense' else nce, c.form)
+        is_dense = c.method == 'dense'
+        self.how = similarity.How('auto' if is_dense else c.method, c.block, c.dtype)
+        self.loss_function = getattr(dense if is_dense else nce, c.form)
 
-    def streams(self):
-        return tuple(
-            dict.fromkeys(s for first, second, _, _ in self.config.pairs for s in (first, second))
-        )
+    def streams(self) -> tuple[str, ...]:
+        names: list[str] = []
+        for first, second, _, _ in self.config.pairs:
+            names += [first, second]
+        return tuple(dict.fromkeys(names))  # each once, in the order of the pairs
 
-    def init(self, key, spec):
+    def init(self, key: jax.Array, spec: Spec) -> tuple[Any, Any]:
+        c = self.config
         spaces = spec.outputs.spaces
-        for first, second, space, _ in self.config.pairs:
-            x, y = (_embedding(spaces, space, s).shape for s in (first, second))
-            candidates = y[1] if len(y) == 3 else 1
-            if len(x) != 2 or self.config.form == 'nt_xent' and candidates > 1:
+        for first, second, space, _ in c.pairs:
+            first_shape = _embedding(spaces, space, first).shape
+            second_shape = _embedding(spaces, space, second).shape  # [B E] or [B K E]
+            num_candidates = second_shape[1] if len(second_shape) == 3 else 1
+            one_each = c.form == 'nt_xent'  # every embedding is a query there
+            if len(first_shape) != 2 or (one_each and num_candidates > 1):
                 raise ConfigError(
-                    f'config.objective.pairs: {first!r} {x} with {second!r} {y} does not fit form={self.config.form!r}; the first '
-                    'stream has one embedding per clip, and for nt_xent the second too (several candidates: asymmetric)'
+                    f'config.objective.pairs: expected a first stream with one embedding per clip '
+                    f'(for nt_xent the second too), got {first!r} {first_shape} with {second!r} '
+                    f'{second_shape} for form={c.form!r}. For several candidates set '
+                    'form="asymmetric".'
                 )
-        rows = spec.batch['index'].shape[0]
-        if rows % self.config.replicas:
+        num_rows = spec.batch['index'].shape[0]
+        if num_rows % c.replicas:
             raise ConfigError(
-                f'config.objective.replicas={self.config.replicas} does not divide the (micro)batch of {rows} clips'
+                f'config.objective.replicas: expected a divisor of the (micro)batch of {num_rows} '
+                f'clips, got {c.replicas}.'
             )
-        if not self.config.learn_temperature:
+        if not c.learn_temperature:
             return {}, {}
-        each = jnp.ones(len(self.config.pairs), jnp.float32)
-        params = {'log_scale': -jnp.log(self.temperature) * each}
-        return params | (
-            {'bias': self.config.bias * each} if self.config.form == 'siglip' else {}
-        ), {}
+        ones = jnp.ones(len(c.pairs), jnp.float32)
+        params = {'log_scale': -jnp.log(self.temperature) * ones}
+        if c.form == 'siglip':
+            params['bias'] = c.bias * ones
+        return params, {}
 
-    def judge(self, model, variables, params, state, pooled, batch, rng) -> Loss:
+    def compute_loss(
+        self,
+        model: Any,
+        variables: Any,
+        params: Any,
+        state: Any,
+        pooled: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        rng: Any,
+    ) -> Loss:
         spaces, updates = model.apply(
             variables,
-            {s: Encoded(x) for s, x in pooled.items()},
-            valid={s: batch[s]['valid'] for s in pooled},
+            {stream: Encoded(features) for stream, features in pooled.items()},
+            valid={stream: batch[stream]['valid'] for stream in pooled},
             train=True,
             mutable=['batch_stats'],
             method='project',
         )
-        total, weights, metrics = 0.0, 0.0, {}
+        total: Any = 0.0
+        total_weight = 0.0
+        metrics = {}
         for i, (first, second, space, weight) in enumerate(self.config.pairs):
-            x, y = (_embedding(spaces, space, s, ' in training') for s in (first, second))
+            options = self._fixed_options()
+            learnt = self._learnt_options(params, i)
+            options.update(learnt)
+            for name, value in learnt.items():
+                metrics[f'{name}/{first}-{second}'] = jax.lax.stop_gradient(value)
+
+            # Padding sentences: without a mask they count as candidates.
             mask = None if self.config.padded else batch[second].get('mask')
-            options = {'temperature': self.temperature}
-            if self.config.form == 'siglip':
-                options['bias'] = self.config.bias
-            if self.config.form == 'symmetric':
-                options['each_mask'] = self.config.each_mask
-            if self.config.learn_temperature:
-                learnt = {'temperature': jnp.exp(-params['log_scale'][i])} | (
-                    {'bias': params['bias'][i]} if 'bias' in params else {}
-                )
-                options |= learnt
-                metrics |= {
-                    f'{name}/{first}-{second}': jax.lax.stop_gradient(v)
-                    for name, v in learnt.items()
-                }
-            value = self.form(
-                x,
-                y,
+            pair_loss = self.loss_function(
+                _embedding(spaces, space, first, ' in training'),  # [B E]
+                _embedding(spaces, space, second, ' in training'),  # [B E] or [B K E]
                 x_valid=batch[first]['valid'],
                 y_valid=batch[second]['valid'],
                 y_mask=mask,
@@ -149,25 +152,89 @@ class Contrastive(Objective):
                 how=self.how,
                 **options,
             )
-            metrics[f'loss/{first}-{second}'] = value
-            total, weights = total + weight * value, weights + weight
-        return Loss(
-            jnp.asarray(total / weights, jnp.float32),
-            metrics,
-            updates.get('batch_stats', {}),
-            state,
-        )
+            metrics[f'loss/{first}-{second}'] = pair_loss
+            total = total + weight * pair_loss
+            total_weight = total_weight + weight
+        mean_loss = jnp.asarray(total / total_weight, jnp.float32)
+        return Loss(mean_loss, metrics, updates.get('batch_stats', {}), state)
 
-    def after_update(self, model_params, params, state, step):
+    def _fixed_options(self) -> dict[str, Any]:
+        """Arguments of the loss function that the config fixes."""
+        options = {'temperature': self.temperature}
+        if self.config.form == 'siglip':
+            options['bias'] = self.config.bias
+        if self.config.form == 'symmetric':
+            options['each_mask'] = self.config.each_mask
+        return options
+
+    def _learnt_options(self, params: Any, pair: int) -> dict[str, jax.Array]:
+        """Arguments of the loss function that are parameters of the pair of this number."""
+        if not self.config.learn_temperature:
+            return {}
+        learnt = {'temperature': jnp.exp(-params['log_scale'][pair])}
+        if 'bias' in params:
+            learnt['bias'] = params['bias'][pair]
+        return learnt
+
+    def after_update(
+        self, model_params: Any, params: Any, state: Any, step: Any
+    ) -> tuple[Any, Any, Any]:
+        """Hold learnt temperatures at or above 0.01 (CLIP, section 2.5)."""
         if params:
-            params = {**params, 'log_scale': jnp.minimum(params['log_scale'], jnp.log(100.0))}
+            log_scale = jnp.minimum(params['log_scale'], jnp.log(100.0))
+            params = {**params, 'log_scale': log_scale}
         return model_params, params, state
 
 
-def _embedding(spaces, space: str, stream: str, when: str = ''):
-    if stream not in spaces.get(space, {}):
-        there = ', '.join(f'{s} in {name}' for name, streams in spaces.items() for s in streams)
+def _check(config: Any) -> None:
+    """Raise ConfigError for values of `config.objective` that cannot work."""
+    if not config.pairs:
         raise ConfigError(
-            f'config.objective.pairs: the model has no {stream!r} in space {space!r}{when}; it has {there}'
+            f'config.objective.pairs: expected at least one pair, got none. Name one, such as '
+            f'{EXAMPLE}.'
+        )
+    for pair in config.pairs:
+        if not _is_pair(pair):
+            raise ConfigError(
+                'config.objective.pairs: expected (stream, stream, space, weight above 0), got '
+                f'{pair!r}. Write it like {EXAMPLE}.'
+            )
+    choose(config.form, FORMS, 'config.objective.form')
+    choose(config.method, (*similarity.METHODS, 'dense'), 'config.objective.method')
+    choose(config.dtype, ('float32', 'bfloat16'), 'config.objective.dtype')
+    for field in ('temperature', 'block'):
+        if config[field] < 0:
+            raise ConfigError(
+                f'config.objective.{field}: expected a positive number, or 0 for the usual one, '
+                f'got {config[field]}.'
+            )
+    if config.each_mask and config.form != 'symmetric':
+        raise ConfigError(
+            'config.objective.each_mask: expected False unless form="symmetric", got True with '
+            f'form={config.form!r}.'
+        )
+    if config.replicas < 1:
+        raise ConfigError(
+            f'config.objective.replicas: expected a positive number, got {config.replicas}.'
+        )
+
+
+def _is_pair(pair: Any) -> bool:
+    """Whether this is (stream, stream, space, weight above 0)."""
+    if not isinstance(pair, tuple) or len(pair) != 4:
+        return False
+    weight = pair[3]
+    return isinstance(weight, (int, float)) and weight > 0
+
+
+def _embedding(
+    spaces: Mapping[str, Mapping[str, Any]], space: str, stream: str, when: str = ''
+) -> Any:
+    """The stream's embeddings in the space: [B E], or [B K E] of candidates."""
+    if stream not in spaces.get(space, {}):
+        available = [f'{name} in {key}' for key, members in spaces.items() for name in members]
+        raise ConfigError(
+            f'config.objective.pairs: the model has no {stream!r} in space {space!r}{when}; '
+            f'it has {", ".join(available)}'
         )
     return spaces[space][stream]

@@ -1,7 +1,8 @@
-"""Heads on pooled features that several objectives train: small, shared by the views of a modality."""
+"""Heads on pooled features that several objectives train: small, shared by views of a modality."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,17 @@ from vatt_jax.rng import Rng
 
 
 class Head(nn.Module):
-    """[B D] -> (hidden [B W], outputs [B O]) float32: dropout, linear, batch norm, relu, dropout, linear (SeLaVi's head); hidden 0: dropout and the
-    last layer alone, and `hidden` is what came in. Initial values: uniform, at most 1/sqrt(fan in), as in the published code."""
+    """SeLaVi's head: dropout, linear, batch norm, relu, dropout, linear.
+
+    With `hidden` 0 it is dropout and the last layer alone. Initial values are uniform, at most
+    1/sqrt(fan in), as in the published code.
+
+    Attributes:
+      outputs: width O of the last layer.
+      hidden: width W of the hidden layer; 0: none.
+      dropout: rate before each layer.
+      bias: whether the last layer has one.
+    """
 
     outputs: int
     hidden: int = 0
@@ -25,84 +35,137 @@ class Head(nn.Module):
     bias: bool = True
 
     @nn.compact
-    def __call__(self, x, valid, rng: Rng, train: bool):
-        init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+    def __call__(self, x: Any, valid: Any, rng: Rng, train: bool) -> tuple[jax.Array, jax.Array]:
+        """Apply the head.
+
+        Args:
+          x: features [B D].
+          valid: bool [B], the rows that batch statistics count.
+          rng: random bits of these rows.
+          train: whether dropout and the batch's own statistics are used.
+
+        Returns:
+          (hidden [B W], outputs [B O]), float32. Without a hidden layer, `hidden` is what came in.
+        """
+        kernel_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
         rate = self.dropout if train else 0.0
         x = x.astype(jnp.float32)
         if self.hidden:
-            kernel = self.param(
-                'hidden', logical(init, 'embed', None), (x.shape[-1], self.hidden), jnp.float32
+            hidden_kernel = self.param(
+                'hidden',
+                logical(kernel_init, 'embed', None),
+                (x.shape[-1], self.hidden),
+                jnp.float32,
             )
-            x = jax.nn.relu(
-                BatchNorm(name='norm')(rng.at('in').dropout(x, rate) @ kernel, valid, train)
-            )
+            x = rng.at('in').dropout(x, rate) @ hidden_kernel
+            x = jax.nn.relu(BatchNorm(name='norm')(x, valid, train))  # [B W]
+
+        width = x.shape[-1]
         kernel = self.param(
-            'kernel', logical(init, 'embed', 'classes'), (x.shape[-1], self.outputs), jnp.float32
+            'kernel', logical(kernel_init, 'embed', 'classes'), (width, self.outputs), jnp.float32
         )
-        bound = x.shape[-1] ** -0.5
-        bias = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
-        y = rng.at('out').dropout(x, rate) @ kernel
-        return x, y + self.param(
-            'bias', logical(bias, 'classes'), (self.outputs,), jnp.float32
-        ) if self.bias else y
+        outputs = rng.at('out').dropout(x, rate) @ kernel  # [B O]
+        if not self.bias:
+            return x, outputs
+
+        bound = width**-0.5
+
+        def bias_init(key: Any, shape: Any, dtype: Any) -> jax.Array:
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        bias = self.param('bias', logical(bias_init, 'classes'), (self.outputs,), jnp.float32)
+        return x, outputs + bias
 
 
 def init(head: Head, key: jax.Array, width: int) -> tuple[Any, Any]:
     """(parameters, batch statistics, {} if none) for features of this width."""
-    out = head.init(
+    variables = head.init(
         key,
         jnp.zeros((1, width)),
         jnp.ones(1, bool),
         Rng.create(0, 0, jnp.zeros(1, jnp.uint32)),
         False,
     )
-    return out['params'], out.get('batch_stats', {})
+    return variables['params'], variables.get('batch_stats', {})
 
 
 def apply(
     head: Head,
-    params,
-    stats,
-    pooled: Mapping[str, jax.Array],
-    valid: Mapping[str, jax.Array],
+    params: Any,
+    stats: Any,
+    pooled: Mapping[str, Any],
+    valid: Mapping[str, Any],
     rng: Rng,
     train: bool,
-):
-    """({view: (hidden, outputs)}, new batch statistics) for the views {view: [B D]} of one modality: one pass, one set of batch statistics."""
-    names = list(pooled)
-    rows = len(pooled[names[0]])
-    x, ok = jnp.concatenate([pooled[v] for v in names]), jnp.concatenate([valid[v] for v in names])
-    rng = rng.replace(
-        examples=jnp.concatenate([rng.at(v).bits(()) for v in names])
-        if len(names) > 1
-        else rng.examples
+) -> tuple[dict[str, tuple[jax.Array, jax.Array]], Any]:
+    """Apply one head to the views of one modality: one pass, one set of batch statistics.
+
+    Args:
+      head: the module.
+      params: its parameters.
+      stats: its batch statistics.
+      pooled: view -> features [B D].
+      valid: view -> bool [B].
+      rng: random bits of the batch's examples.
+      train: see `Head`.
+
+    Returns:
+      ({view: (hidden [B W], outputs [B O])}, new batch statistics).
+    """
+    views = list(pooled)
+    num_rows = len(pooled[views[0]])
+    features = jnp.concatenate([pooled[view] for view in views])  # [V·B D]
+    is_valid = jnp.concatenate([valid[view] for view in views])  # [V·B]
+    if len(views) > 1:
+        # Rows of one example in two views need different bits, so each view renames its examples.
+        examples = jnp.concatenate([rng.at(view).bits(()) for view in views])
+        rng = dataclasses.replace(rng, examples=examples)
+
+    (hidden, outputs), updates = head.apply(
+        {'params': params, 'batch_stats': stats},
+        features,
+        is_valid,
+        rng,
+        train,
+        mutable=['batch_stats'],
     )
-    (hidden, out), new = head.apply(
-        {'params': params, 'batch_stats': stats}, x, ok, rng, train, mutable=['batch_stats']
-    )
-    part = lambda y, i: y[i * rows : (i + 1) * rows]
-    return {v: (part(hidden, i), part(out, i)) for i, v in enumerate(names)}, new.get(
-        'batch_stats', stats
-    )
+    results = {}
+    for i, view in enumerate(views):
+        rows = slice(i * num_rows, (i + 1) * num_rows)
+        results[view] = (hidden[rows], outputs[rows])
+    return results, updates.get('batch_stats', stats)
 
 
 def unit(x: jax.Array, axis: int = -1) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis, keepdims=True), 1e-12))
+    """x scaled to length 1 along `axis`, with a finite gradient at zero."""
+    squared_length = jnp.sum(x * x, axis, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(squared_length, 1e-12))
+
+
+def modality_of(view: str) -> str:
+    """The modality of a view: 'video' of 'video.second'."""
+    return view.split('.')[0]
 
 
 def by_modality(views: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """modality -> its views, in the order given."""
-    out: dict[str, tuple[str, ...]] = {}
-    for v in views:
-        out[v.split('.')[0]] = out.get(v.split('.')[0], ()) + (v,)
-    return out
+    groups: dict[str, tuple[str, ...]] = {}
+    for view in views:
+        modality = modality_of(view)
+        groups[modality] = groups.get(modality, ()) + (view,)
+    return groups
 
 
-def width_of(spec, view: str) -> int:
-    """D of the view's pooled feature; ConfigError for text, of which a clip has several."""
+def width_of(spec: Any, view: str) -> int:
+    """Width D of the view's pooled feature.
+
+    Raises:
+      ConfigError: for text, of which a clip has several candidates.
+    """
     shape = spec.outputs.encoded[view].pooled.shape
     if len(shape) != 2:
         raise ConfigError(
-            f'config.objective.views: {view!r} has {shape[1]} candidates for each clip; a view with one feature per clip is wanted'
+            f'config.objective.views: expected views with one feature per clip, got {view!r} with '
+            f'{shape[1]} candidates for each clip. Leave it out of views.'
         )
     return shape[-1]

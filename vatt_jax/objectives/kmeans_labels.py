@@ -1,10 +1,14 @@
-"""Self-labelling by k-means: clusters of the whole set are the classes that the views must predict.
+"""Self-labelling by k-means: clusters of the whole set are the classes that views must predict.
 
-The scheme of DeepCluster and of XDC (Alwassel et al. 2019, section 3): at each refresh all training records are encoded, their features
-clustered, and fresh linear classifiers learn to name the clusters.
+The scheme of DeepCluster and of XDC (Alwassel et al. 2019, section 3): at each refresh all training
+records are encoded, their features clustered, and fresh linear classifiers learn to name the
+clusters.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,171 +17,246 @@ import numpy as np
 from vatt_jax.clustering.kmeans import labels_of
 from vatt_jax.config import ConfigError, choose, with_defaults
 from vatt_jax.losses.classification import softmax_cross_entropy
-from vatt_jax.objectives.base import Loss, Objective, Refreshed, only
+from vatt_jax.objectives import heads
+from vatt_jax.objectives.base import (
+    Loss,
+    Objective,
+    Refreshed,
+    Spec,
+    TrainingRecords,
+    select_streams,
+)
 from vatt_jax.parallel.sharding import logical
 
 DEFAULTS = {
     'name': 'kmeans_labels',
-    'views': ('video', 'audio'),  # streams that learn to predict clusters
-    'targets': 'joint',  # clusters of what: joint (of all views together: CDC, DeepCluster) | own (SDC) | other (of the views of
-    # other modalities: XDC) | both (own and other, a classifier each: MDC)
+    # Streams that learn to predict clusters.
+    'views': ('video', 'audio'),
+    # Clusters of what: joint (of all views together: CDC, DeepCluster) | own (SDC) | other (of the
+    # views of other modalities: XDC) | both (own and other, a classifier each: MDC)
+    'targets': 'joint',
     'clusters': 24,
-    'every': 500,  # steps between refreshes; the first comes before step 0
-    'iterations': 20,  # of Lloyd's algorithm
-    'balance': True,  # weight classes by the inverse of how often they were seen (DeepCluster's uniform sampling)
-    'momentum': 0.99,  # of that running frequency
+    # Steps between refreshes; the first comes before step 0.
+    'every': 500,
+    # Of Lloyd's algorithm.
+    'iterations': 20,
+    # Weight classes by the inverse of how often they were seen (DeepCluster's uniform sampling).
+    'balance': True,
+    # Of that running frequency.
+    'momentum': 0.99,
 }
 TARGETS = ('joint', 'own', 'other', 'both')
 
 
 class KMeansLabels(Objective):
-    """params: {view: {labeling: linear classifier}}; a labeling is 'joint' or the view whose features were clustered. A record that lacks a
-    modality has no label (-1) in the labelings that need it."""
+    """Mean over views of the cross entropy of linear classifiers with cluster labels.
 
-    def __init__(self, config):
+    params: {view: {labeling: linear classifier}}; a labeling is 'joint' or the view whose features
+    were clustered. A record that lacks a modality has no label (-1) in the labelings that need it.
+
+    Attributes:
+      targets: view -> the labelings it learns to predict.
+      labelings: all of them, sorted.
+    """
+
+    def __init__(self, config: Any) -> None:
         super().__init__(with_defaults(config, DEFAULTS, 'config.objective'))
         c = self.config
-        if c.clusters < 2 or c.every < 1:
-            raise ConfigError(
-                f'config.objective: clusters={c.clusters} must be at least 2 and every={c.every} at least 1'
-            )
+        for field, smallest in (('clusters', 2), ('every', 1)):
+            if c[field] < smallest:
+                raise ConfigError(
+                    f'config.objective.{field}: expected at least {smallest}, got {c[field]}.'
+                )
         choose(c.targets, TARGETS, 'config.objective.targets')
-        modality = lambda view: view.split('.')[0]
-        own = {v: (v,) for v in c.views}
-        other = {v: tuple(u for u in c.views if modality(u) != modality(v)) for v in c.views}
-        if c.targets in ('other', 'both') and not all(other.values()):
-            raise ConfigError(
-                f'config.objective.targets={c.targets!r} wants views of two modalities; config.objective.views has '
-                f'{", ".join(c.views) or "none"} (targets="own" clusters each view by itself)'
-            )
-        self.targets = {
-            'joint': {v: ('joint',) for v in c.views},
-            'own': own,
-            'other': other,
-            'both': {v: own[v] + other[v] for v in c.views},
-        }[c.targets]
-        self.labelings = sorted({t for targets in self.targets.values() for t in targets})
+        self.targets = {view: self._targets_of(view) for view in c.views}
+        labelings = {target for targets in self.targets.values() for target in targets}
+        self.labelings = sorted(labelings)
 
-    def streams(self):
+    def _targets_of(self, view: str) -> tuple[str, ...]:
+        """The labelings that this view learns to predict."""
+        c = self.config
+        if c.targets == 'joint':
+            return ('joint',)
+        if c.targets == 'own':
+            return (view,)
+        modality = heads.modality_of(view)
+        others = tuple(other for other in c.views if heads.modality_of(other) != modality)
+        if not others:
+            raise ConfigError(
+                f'config.objective.views: expected views of two modalities for '
+                f'targets={c.targets!r}, got {", ".join(c.views)}. '
+                'Set targets="own" to cluster each view by itself.'
+            )
+        if c.targets == 'other':
+            return others
+        return (view, *others)
+
+    def streams(self) -> tuple[str, ...]:
         return tuple(self.config.views)
 
-    def columns(self):
-        return {f'cluster.{t}': jax.ShapeDtypeStruct((), jnp.int32) for t in self.labelings}
+    def columns(self) -> dict[str, jax.ShapeDtypeStruct]:
+        label = jax.ShapeDtypeStruct((), jnp.int32)
+        return {f'cluster.{labeling}': label for labeling in self.labelings}
 
-    def init(self, key, spec):
-        p = self.config.clusters
-        if spec.size < p:
+    def init(self, key: jax.Array, spec: Spec) -> tuple[Any, Any]:
+        c = self.config
+        if spec.size < c.clusters:
             raise ConfigError(
-                f'config.objective.clusters={p}: the training set has {spec.size} records only'
+                f'config.objective.clusters: expected at most one cluster per record, got '
+                f'{c.clusters} for {spec.size} records. Set fewer clusters.'
             )
-        params = {}
-        for k, view in zip(jax.random.split(key, len(self.config.views)), self.config.views):
+        kernel_init = logical(jax.nn.initializers.normal(0.01), 'embed', 'classes')
+        bias_init = logical(jax.nn.initializers.zeros, 'classes')
+        params: dict[str, Any] = {}
+        view_keys = jax.random.split(key, len(c.views))
+        for view_key, view in zip(view_keys, c.views):
             width = spec.outputs.encoded[view].pooled.shape[-1]
-            params[view] = {
-                t: {
-                    'kernel': logical(jax.nn.initializers.normal(0.01), 'embed', 'classes')(
-                        jax.random.fold_in(k, i), (width, p)
-                    ),
-                    'bias': logical(jax.nn.initializers.zeros, 'classes')(k, (p,)),
+            params[view] = {}
+            for i, labeling in enumerate(self.targets[view]):
+                kernel_key = jax.random.fold_in(view_key, i)
+                params[view][labeling] = {
+                    'kernel': kernel_init(kernel_key, (width, c.clusters)),
+                    'bias': bias_init(view_key, (c.clusters,)),
                 }
-                for i, t in enumerate(self.targets[view])
-            }
-        return params, {'frequency': {t: jnp.full((p,), 1 / p) for t in self.labelings}}
+        uniform = {labeling: jnp.full((c.clusters,), 1 / c.clusters) for labeling in self.labelings}
+        return params, {'frequency': uniform}
 
-    def judge(self, model, variables, params, state, pooled, batch, rng) -> Loss:
-        c, m = self.config, self.config.momentum
-        frequency, weights, labels = {}, {}, {}
-        for t in self.labelings:
-            label = labels[t] = batch['columns'][f'cluster.{t}']
-            seen = (label >= 0) & batch['valid']
-            one_hot = jax.nn.one_hot(label, c.clusters) * seen[:, None]
-            share = one_hot.sum(0) / jnp.maximum(seen.sum(), 1)
-            before = state['frequency'][t]
-            frequency[t] = jnp.where(seen.any(), m * before + (1 - m) * share, before)
-            weights[t] = jnp.sum(
-                one_hot / (c.clusters * jnp.maximum(before, 1e-3)) if c.balance else one_hot, -1
+    def compute_loss(
+        self,
+        model: Any,
+        variables: Any,
+        params: Any,
+        state: Any,
+        pooled: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        rng: Any,
+    ) -> Loss:
+        labels = {name: batch['columns'][f'cluster.{name}'] for name in self.labelings}  # [B]
+        frequency = {}
+        weights = {}
+        for name in self.labelings:
+            weights[name], frequency[name] = self._class_weights(
+                labels[name], batch['valid'], state['frequency'][name]
             )
 
-        total, metrics = 0.0, {}
-        for view in c.views:
-            x, valid, values, rights = (
-                pooled[view].astype(jnp.float32),
-                batch[view]['valid'],
-                [],
-                [],
-            )
-            for t in self.targets[view]:
-                logits = x @ params[view][t]['kernel'] + params[view][t]['bias']
-                values.append(
-                    softmax_cross_entropy(
-                        logits, jnp.maximum(labels[t], 0), weight=weights[t] * valid
-                    )
-                )
-                seen = (labels[t] >= 0) & batch['valid'] & valid
-                rights.append(
-                    ((logits.argmax(-1) == labels[t]) & seen).sum() / jnp.maximum(seen.sum(), 1)
-                )
-            metrics[f'loss/{view}'], metrics[f'accuracy/{view}'] = (
-                sum(values) / len(values),
-                sum(rights) / len(rights),
-            )
-            total = total + metrics[f'loss/{view}'] / len(c.views)
+        total: Any = 0.0
+        metrics: dict[str, Any] = {}
+        for view in self.config.views:
+            features = pooled[view].astype(jnp.float32)  # [B D]
+            valid = batch[view]['valid']
+            losses = []
+            accuracies = []
+            for name in self.targets[view]:
+                label = labels[name]
+                classifier = params[view][name]
+                logits = features @ classifier['kernel'] + classifier['bias']  # [B P]
+                # Labels of -1 weigh nothing; they only need to be valid indices.
+                targets = jnp.maximum(label, 0)
+                weight = weights[name] * valid
+                losses.append(softmax_cross_entropy(logits, targets, weight=weight))
+                is_labelled = (label >= 0) & batch['valid'] & valid
+                num_correct = ((logits.argmax(-1) == label) & is_labelled).sum()
+                accuracies.append(num_correct / jnp.maximum(is_labelled.sum(), 1))
+            view_loss = sum(losses) / len(losses)
+            metrics[f'loss/{view}'] = view_loss
+            metrics[f'accuracy/{view}'] = sum(accuracies) / len(accuracies)
+            total = total + view_loss / len(self.config.views)
         return Loss(total, metrics, variables['batch_stats'], {'frequency': frequency})
 
-    def features(self, model, variables, params, batch, rng):
-        """Unit features and validity of every view."""
-        encoded = model.apply(
-            variables, only(batch, self.streams()), train=False, rng=rng, method='encode_all'
-        )
-        pooled = {v: encoded[v].pooled.astype(jnp.float32) for v in self.config.views}
-        out = {
-            v: x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-6) for v, x in pooled.items()
-        }
-        return out | {f'{v}/valid': batch[v]['valid'] for v in self.config.views}
+    def _class_weights(
+        self, label: jax.Array, valid: jax.Array, frequency: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Weights of rows from how often their class was seen.
 
-    def refresh_due(self, step, steps):
+        Args:
+          label: int [B], -1: none.
+          valid: bool [B].
+          frequency: float32 [P], the running frequency of classes before this batch.
+
+        Returns:
+          (weights [B], 0 for rows without a label; frequency [P] after this batch).
+        """
+        c = self.config
+        is_labelled = (label >= 0) & valid
+        one_hot = jax.nn.one_hot(label, c.clusters) * is_labelled[:, None]  # [B P]
+        share = one_hot.sum(0) / jnp.maximum(is_labelled.sum(), 1)
+        updated = c.momentum * frequency + (1 - c.momentum) * share
+        # A batch without any label says nothing about frequencies.
+        new_frequency = jnp.where(is_labelled.any(), updated, frequency)
+        if c.balance:
+            # Below 1e-3 a class is not weighted up any further.
+            one_hot = one_hot / (c.clusters * jnp.maximum(frequency, 1e-3))
+        return jnp.sum(one_hot, -1), new_frequency
+
+    def features(
+        self, model: Any, variables: Any, params: Any, batch: Mapping[str, Any], rng: Any
+    ) -> dict[str, jax.Array]:
+        """Unit features (<view>, float32 [B D]) and validity (<view>/valid) of every view."""
+        streams = select_streams(batch, self.streams())
+        encoded = model.apply(variables, streams, train=False, rng=rng, method='encode_all')
+        features = {}
+        for view in self.config.views:
+            x = encoded[view].pooled.astype(jnp.float32)
+            features[view] = x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-6)
+            features[f'{view}/valid'] = batch[view]['valid']
+        return features
+
+    def refresh_due(self, step: int, steps: int) -> bool:
         return step % self.config.every == 0
 
-    def refresh(self, variables, params, state, step, records) -> Refreshed:
-        c = self.config
-        rows = records.encode(self.features)
+    def refresh(
+        self, variables: Any, params: Any, state: Any, step: int, records: TrainingRecords
+    ) -> Refreshed:
+        encoded = records.encode(self.features)
         key = jax.random.fold_in(jax.random.key(17), step)
-        columns, frequency, metrics = {}, {}, {}
-        for i, t in enumerate(self.labelings):
-            views = c.views if t == 'joint' else (t,)
-            there = np.all([rows[f'{v}/valid'] for v in views], 0)
-            if there.sum() < c.clusters:
-                raise ConfigError(
-                    f'config.objective.clusters={c.clusters}: only {there.sum()} training records have {" and ".join(views)}'
-                )
-            x = np.concatenate([rows[v][there] for v in views], -1)
-            column = np.full(records.size, -1, np.int32)
-            column[rows['index'][there]] = labels_of(
-                jax.random.fold_in(key, i) if i else key,
-                x,
-                c.clusters,
-                c.iterations,
-                jax.sharding.get_mesh(),
-            )
-            sizes = np.bincount(column[column >= 0], minlength=c.clusters)
-            columns[f'cluster.{t}'], frequency[t] = (
-                column,
-                jnp.asarray(sizes / sizes.sum(), jnp.float32),
-            )
-            tag = '' if len(self.labelings) == 1 else f'/{t}'
-            metrics |= {
-                f'largest_cluster{tag}': float(sizes.max() / sizes.sum()),
-                f'empty_clusters{tag}': float((sizes == 0).sum()),
-            }
-        leaves, tree = jax.tree.flatten(params)
-        fresh = [
-            0.01 * jax.random.normal(k, p.shape) if p.ndim == 2 else jnp.zeros(p.shape)
-            for k, p in zip(jax.random.split(key, len(leaves)), leaves)
-        ]
+        columns = {}
+        frequency = {}
+        metrics = {}
+        for i, labeling in enumerate(self.labelings):
+            # The first one uses the key as it is.
+            labeling_key = jax.random.fold_in(key, i) if i else key
+            column = self._cluster(labeling_key, labeling, encoded, records.size)
+            columns[f'cluster.{labeling}'] = column
+            sizes = np.bincount(column[column >= 0], minlength=self.config.clusters)
+            frequency[labeling] = jnp.asarray(sizes / sizes.sum(), jnp.float32)
+            suffix = '' if len(self.labelings) == 1 else f'/{labeling}'
+            metrics[f'largest_cluster{suffix}'] = float(sizes.max() / sizes.sum())
+            metrics[f'empty_clusters{suffix}'] = float((sizes == 0).sum())
         return Refreshed(
-            jax.tree.unflatten(tree, fresh),
+            _fresh_classifiers(key, params),
             {'frequency': frequency},
             columns=columns,
-            fresh_slots=('.*',),
+            fresh_slots=('.*',),  # the classifiers are new, so their optimizer slots are too
             metrics=metrics,
         )
+
+    def _cluster(
+        self, key: jax.Array, labeling: str, encoded: Mapping[str, np.ndarray], size: int
+    ) -> np.ndarray:
+        """The column int32 [M] of a labeling: k-means of the features of its views."""
+        c = self.config
+        views = c.views if labeling == 'joint' else (labeling,)
+        is_present = np.all([encoded[f'{view}/valid'] for view in views], 0)  # [n]
+        if is_present.sum() < c.clusters:
+            raise ConfigError(
+                f'config.objective.clusters: expected at most one cluster per record, got '
+                f'{c.clusters} for {is_present.sum()} training records that have '
+                f'{" and ".join(views)}. Set fewer clusters.'
+            )
+        features = np.concatenate([encoded[view][is_present] for view in views], -1)
+        column = np.full(size, -1, np.int32)
+        rows = encoded['index'][is_present]
+        column[rows] = labels_of(key, features, c.clusters, c.iterations, jax.sharding.get_mesh())
+        return column
+
+
+def _fresh_classifiers(key: jax.Array, params: Any) -> Any:
+    """New classifiers in the shapes of `params`: small normal kernels, biases of zero."""
+    leaves, tree = jax.tree.flatten(params)
+    fresh = []
+    for leaf_key, leaf in zip(jax.random.split(key, len(leaves)), leaves):
+        if leaf.ndim == 2:
+            fresh.append(0.01 * jax.random.normal(leaf_key, leaf.shape))
+        else:
+            fresh.append(jnp.zeros(leaf.shape))
+    return jax.tree.unflatten(tree, fresh)

@@ -1,6 +1,12 @@
-"""Online clustering: each view predicts the soft code of another view of the same clip (SwAV; Caron et al. 2020, section 3)."""
+"""Online clustering: each view predicts the soft code of another view of the same clip.
+
+SwAV (Caron et al. 2020, section 3).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,182 +14,283 @@ import jax.numpy as jnp
 from vatt_jax.clustering.sinkhorn import soft_codes
 from vatt_jax.config import ConfigError, with_defaults
 from vatt_jax.objectives import heads
-from vatt_jax.objectives.base import Loss, Objective
+from vatt_jax.objectives.base import Loss, Objective, Spec
 from vatt_jax.parallel.sharding import logical
 from vatt_jax.rng import Rng
 
 DEFAULTS = {
     'name': 'online_codes',
     'views': ('video', 'video.second'),
-    'assign': (),  # views whose codes are predicted by all others; (): all
-    'clusters': 3000,  # prototypes
-    'hidden': 2048,  # of the projection: linear, batch norm, relu, linear; 0: linear
-    'width': 128,  # of the space in which features meet prototypes
-    'epsilon': 0.05,  # of the transport problem that makes codes
-    'iterations': 3,  # of Sinkhorn; far from convergence on purpose: more of them changes the codes
-    'temperature': 0.1,  # of predictions
-    'queue': 0,  # features of former steps, for each view of `assign`, that make codes together with the batch's; 0: none
-    'queue_start': 0,  # step from which the queue is used (it is full before)
-    'freeze': 0,  # steps in which prototypes do not move
+    # Views whose codes are predicted by all others; (): all.
+    'assign': (),
+    # Prototypes.
+    'clusters': 3000,
+    # Of the projection: linear, batch norm, relu, linear; 0: linear.
+    'hidden': 2048,
+    # Of the space that features and prototypes share.
+    'width': 128,
+    # Of the transport problem that makes codes.
+    'epsilon': 0.05,
+    # Of Sinkhorn; far from convergence on purpose: more of them changes the codes.
+    'iterations': 3,
+    # Of predictions.
+    'temperature': 0.1,
+    # Features of former steps, for each view of `assign`, that make codes together with the
+    # batch's; 0: none.
+    'queue': 0,
+    # Step from which the queue is used (it is full before).
+    'queue_start': 0,
+    # Steps in which prototypes do not move.
+    'freeze': 0,
 }
+SMALLEST_VALUES = {
+    'clusters': 2,
+    'width': 1,
+    'iterations': 1,
+    'hidden': 0,
+    'queue': 0,
+    'queue_start': 0,
+    'freeze': 0,
+}
+# What a row of the queue holds.
+EMPTY, NO_VIEW, FEATURE = 0, 1, 2
 
 
 class OnlineCodes(Objective):
-    """Mean over views a of `assign` and views v ≠ a of the cross entropy between a's code and v's softmax over prototypes. Codes: equal mass
-    for every prototype over the *global* batch. Views of a modality share their projection; all share the prototypes."""
+    """Swapped prediction of codes.
 
-    def __init__(self, config):
+    The mean over views a of `assign` and views v ≠ a of the cross entropy between a's code and v's
+    softmax over prototypes. Codes have equal mass for every prototype over the *global* batch.
+    Views of a modality share their projection; all share the prototypes.
+    """
+
+    def __init__(self, config: Any) -> None:
         super().__init__(with_defaults(config, DEFAULTS, 'config.objective'))
         c = self.config
-        self.assign = tuple(c.assign) or tuple(c.views)
-        if len(c.views) < 2:
-            raise ConfigError(
-                f'config.objective.views={tuple(c.views)}: two views at least are wanted, such as ("video", "video.second") with '
-                "config.data.views=(('video.second', {'kind': 'clip'}),)"
-            )
-        if set(self.assign) - set(c.views):
-            raise ConfigError(
-                f'config.objective.assign names {sorted(set(self.assign) - set(c.views))[0]!r}, which is not among '
-                f'config.objective.views ({", ".join(c.views)})'
-            )
-        for field, low in (
-            ('clusters', 2),
-            ('width', 1),
-            ('iterations', 1),
-            ('hidden', 0),
-            ('queue', 0),
-            ('queue_start', 0),
-            ('freeze', 0),
-        ):
-            if c[field] < low:
-                raise ConfigError(f'config.objective.{field}={c[field]}: at least {low} is wanted')
-        for field in ('epsilon', 'temperature'):
-            if not c[field] > 0:
-                raise ConfigError(
-                    f'config.objective.{field}={c[field]}: a positive number is wanted'
-                )
+        self.assigned_views = tuple(c.assign) or tuple(c.views)
+        _check(c)
         self.modalities = heads.by_modality(c.views)
         self.head = heads.Head(c.width, c.hidden)
 
-    def streams(self):
+    def streams(self) -> tuple[str, ...]:
         return tuple(self.config.views)
 
-    def init(self, key, spec):
+    def init(self, key: jax.Array, spec: Spec) -> tuple[Any, Any]:
         c = self.config
-        made = {}
+        projection = {}
+        norm = {}
         for i, (modality, views) in enumerate(self.modalities.items()):
-            widths = [heads.width_of(spec, v) for v in views]
-            made[modality] = heads.init(self.head, jax.random.fold_in(key, i), widths[0])
-        prototypes = jax.random.normal(jax.random.fold_in(key, len(made)), (c.width, c.clusters))
+            widths = [heads.width_of(spec, view) for view in views]  # checks every view
+            projection[modality], norm[modality] = heads.init(
+                self.head, jax.random.fold_in(key, i), widths[0]
+            )
+        prototypes_key = jax.random.fold_in(key, len(self.modalities))
+
+        def unit_columns(_: Any, shape: Any) -> jax.Array:
+            return heads.unit(jax.random.normal(prototypes_key, shape), 0)
+
         params = {
-            'projection': {m: p for m, (p, _) in made.items()},
-            'prototypes': logical(lambda *_: heads.unit(prototypes, 0), None, 'classes')(
-                key, prototypes.shape
-            ),
+            'projection': projection,
+            'prototypes': logical(unit_columns, None, 'classes')(key, (c.width, c.clusters)),
         }
-        state = {'norm': {m: s for m, (_, s) in made.items()}, 'seen': jnp.zeros((), jnp.int32)}
+        state: dict[str, Any] = {'norm': norm, 'seen': jnp.zeros((), jnp.int32)}
         if c.queue:
-            rows = lambda *shape: logical(
-                lambda *_: jnp.zeros((c.queue, *shape)), 'memory', *[None] * len(shape)
-            )(key, (c.queue, *shape))
-            state['queue'] = {v: {'features': rows(c.width), 'filled': rows()} for v in self.assign}
+
+            def zeros(_: Any, shape: Any) -> jax.Array:
+                return jnp.zeros(shape)
+
+            state['queue'] = {}
+            for view in self.assigned_views:
+                state['queue'][view] = {
+                    'features': logical(zeros, 'memory', None)(key, (c.queue, c.width)),
+                    'filled': logical(zeros, 'memory')(key, (c.queue,)),
+                }
         return params, state
 
-    def project(self, params, norm, pooled, valid, rng, train):
+    def project(
+        self,
+        params: Any,
+        norm: Any,
+        pooled: Mapping[str, Any],
+        valid: Mapping[str, Any],
+        rng: Rng,
+        train: bool,
+    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """({view: unit features [B E]}, new batch statistics)."""
-        out, new = {}, dict(norm)
+        projected = {}
+        new_norm = dict(norm)
         for modality, views in self.modalities.items():
-            mine = {v: pooled[v] for v in views if v in pooled}
-            if mine:
-                results, new[modality] = heads.apply(
-                    self.head,
-                    params['projection'][modality],
-                    norm[modality],
-                    mine,
-                    valid,
-                    rng,
-                    train,
-                )
-                out |= {v: heads.unit(y, -1) for v, (_, y) in results.items()}
-        return out, new
+            modality_pooled = {view: pooled[view] for view in views if view in pooled}
+            if not modality_pooled:
+                continue
+            results, new_norm[modality] = heads.apply(
+                self.head,
+                params['projection'][modality],
+                norm[modality],
+                modality_pooled,
+                valid,
+                rng,
+                train,
+            )
+            for view, (_, outputs) in results.items():
+                projected[view] = heads.unit(outputs, -1)
+        return projected, new_norm
 
-    def judge(self, model, variables, params, state, pooled, batch, rng) -> Loss:
+    def compute_loss(
+        self,
+        model: Any,
+        variables: Any,
+        params: Any,
+        state: Any,
+        pooled: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        rng: Any,
+    ) -> Loss:
         c = self.config
-        valid = {v: batch[v]['valid'] & batch['valid'] for v in c.views}
-        z, norm = self.project(
+        valid = {view: batch[view]['valid'] & batch['valid'] for view in c.views}  # [B]
+        features, norm = self.project(
             params,
             state['norm'],
-            {v: pooled[v] for v in c.views},
+            {view: pooled[view] for view in c.views},
             valid,
             rng.at('projection'),
-            True,
+            train=True,
         )
-        prototypes = params['prototypes']
-        prototypes = jnp.where(
-            state['seen'] < c.freeze, jax.lax.stop_gradient(prototypes), prototypes
-        )
-        scores = {v: x @ prototypes for v, x in z.items()}
-        log_p = {v: jax.nn.log_softmax(s / c.temperature, -1) for v, s in scores.items()}
-        new = {**state, 'norm': norm, 'seen': state['seen'] + 1}
-        total, metrics, used = 0.0, {}, 0.0
-        for a in self.assign:
-            code, kept = self.codes(scores[a], z[a], valid[a], prototypes, state, a)
-            if kept is not None:
-                new['queue'] = {**new['queue'], a: kept}
-            others = [v for v in c.views if v != a]
-            each = [mean(-(code * log_p[v]).sum(-1), valid[a] & valid[v]) for v in others]
-            metrics[f'loss/{a}'] = sum(each) / len(each)
-            total = total + metrics[f'loss/{a}'] / len(self.assign)
-            share = jnp.where(
-                valid[a][:, None], jax.nn.one_hot(scores[a].argmax(-1), c.clusters), 0
-            ).sum(0) / jnp.maximum(valid[a].sum(), 1)
-            used = used + jnp.exp(
-                -jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1)), 0).sum()
-            ) / len(self.assign)
-        return Loss(total, {**metrics, 'prototypes_used': used}, variables['batch_stats'], new)
+        prototypes = params['prototypes']  # [E P]
+        is_frozen = state['seen'] < c.freeze
+        prototypes = jnp.where(is_frozen, jax.lax.stop_gradient(prototypes), prototypes)
 
-    def codes(self, scores, z, valid, prototypes, state, view):
-        """(codes [B P] of the batch's rows, the view's new queue or None)."""
+        scores = {}
+        log_probs = {}
+        for view in c.views:
+            scores[view] = features[view] @ prototypes  # [B P]
+            log_probs[view] = jax.nn.log_softmax(scores[view] / c.temperature, -1)
+
+        new_state = {**state, 'norm': norm, 'seen': state['seen'] + 1}
+        total: Any = 0.0
+        prototypes_used: Any = 0.0
+        metrics: dict[str, Any] = {}
+        for assigned in self.assigned_views:
+            code, queue = self.codes(
+                scores[assigned], features[assigned], valid[assigned], prototypes, state, assigned
+            )
+            if queue is not None:
+                new_state['queue'] = {**new_state['queue'], assigned: queue}
+            losses = []
+            for view in c.views:
+                if view != assigned:
+                    cross_entropy = -(code * log_probs[view]).sum(-1)  # [B]
+                    losses.append(masked_mean(cross_entropy, valid[assigned] & valid[view]))
+            view_loss = sum(losses) / len(losses)
+            metrics[f'loss/{assigned}'] = view_loss
+            total = total + view_loss / len(self.assigned_views)
+            num_used = _perplexity(scores[assigned], valid[assigned])
+            prototypes_used = prototypes_used + num_used / len(self.assigned_views)
+        metrics['prototypes_used'] = prototypes_used
+        return Loss(total, metrics, variables['batch_stats'], new_state)
+
+    def codes(
+        self,
+        scores: jax.Array,
+        features: jax.Array,
+        valid: jax.Array,
+        prototypes: jax.Array,
+        state: Any,
+        view: str,
+    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+        """Soft codes of a view, made together with its queue.
+
+        Args:
+          scores: [B P], of features against prototypes.
+          features: [B E].
+          valid: bool [B].
+          prototypes: [E P].
+          state: the objective's state.
+          view: name of the view.
+
+        Returns:
+          (codes [B P] of the batch's rows, the view's new queue or None).
+        """
         c = self.config
         if not c.queue:
             return soft_codes(scores, c.epsilon, c.iterations, valid), None
         queue = state['queue'][view]
-        ready = (queue['filled'][-1] > 0) & (state['seen'] >= c.queue_start)
-        rows = jnp.concatenate([scores, queue['features'] @ prototypes])
-        use = jnp.concatenate([valid, ready & (queue['filled'] > 1)])
-        push = lambda new, old: jnp.concatenate([new.astype(old.dtype), old])[: c.queue]
-        # filled: 0 not yet, 1 a clip without this view, 2 a feature
-        kept = {
-            'features': push(jax.lax.stop_gradient(z), queue['features']),
-            'filled': push(1 + valid, queue['filled']),
+        # The queue counts once its last row has been reached.
+        is_full = queue['filled'][-1] > EMPTY
+        is_ready = is_full & (state['seen'] >= c.queue_start)
+        all_scores = jnp.concatenate([scores, queue['features'] @ prototypes])  # [B+Q P]
+        is_used = jnp.concatenate([valid, is_ready & (queue['filled'] > NO_VIEW)])
+        codes = soft_codes(all_scores, c.epsilon, c.iterations, is_used)[: len(features)]
+
+        def push(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.concatenate([new.astype(old.dtype), old])[: c.queue]
+
+        new_queue = {
+            'features': push(jax.lax.stop_gradient(features), queue['features']),
+            'filled': push(NO_VIEW + valid, queue['filled']),  # NO_VIEW + 1 is FEATURE
         }
-        return soft_codes(rows, c.epsilon, c.iterations, use)[: len(z)], kept
+        return codes, new_queue
 
-    def after_update(self, model_params, params, state, step):
-        return model_params, {**params, 'prototypes': heads.unit(params['prototypes'], 0)}, state
+    def after_update(
+        self, model_params: Any, params: Any, state: Any, step: Any
+    ) -> tuple[Any, Any, Any]:
+        """Scale prototypes to length 1 again."""
+        params = {**params, 'prototypes': heads.unit(params['prototypes'], 0)}
+        return model_params, params, state
 
-    def predict(self, params, state, encoded):
-        """cluster/prototypes [B P]: sum over views of log p."""
-        pooled = {v: encoded[v].pooled for v in self.config.views if v in encoded}
+    def predict(self, params: Any, state: Any, encoded: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """cluster/prototypes -> [B P]: sum over views of log p."""
+        pooled = {view: encoded[view].pooled for view in self.config.views if view in encoded}
         if not pooled:
             return {}
-        rows = len(next(iter(pooled.values())))
-        valid = {v: jnp.ones(rows, bool) for v in pooled}
-        z, _ = self.project(
-            params,
-            state['norm'],
-            pooled,
-            valid,
-            Rng.create(0, 0, jnp.zeros(rows, jnp.uint32)),
-            False,
+        num_rows = len(next(iter(pooled.values())))
+        valid = {view: jnp.ones(num_rows, bool) for view in pooled}
+        rng = Rng.create(0, 0, jnp.zeros(num_rows, jnp.uint32))  # unused in evaluation mode
+        features, _ = self.project(params, state['norm'], pooled, valid, rng, train=False)
+        log_probs = []
+        for x in features.values():
+            logits = x @ params['prototypes'] / self.config.temperature
+            log_probs.append(jax.nn.log_softmax(logits, -1))
+        total: Any = sum(log_probs)
+        return {'cluster/prototypes': total}
+
+
+def _check(config: Any) -> None:
+    """Raise ConfigError for values of `config.objective` that cannot work."""
+    if len(config.views) < 2:
+        raise ConfigError(
+            f'config.objective.views: expected at least two views, got {tuple(config.views)}. '
+            'Set views=("video", "video.second") and '
+            "config.data.views=(('video.second', {'kind': 'clip'}),)."
         )
-        return {
-            'cluster/prototypes': sum(
-                jax.nn.log_softmax(x @ params['prototypes'] / self.config.temperature, -1)
-                for x in z.values()
+    unknown = sorted(set(config.assign) - set(config.views))
+    if unknown:
+        raise ConfigError(
+            f'config.objective.assign: expected some of config.objective.views '
+            f'({", ".join(config.views)}), got {unknown[0]!r}.'
+        )
+    for field, smallest in SMALLEST_VALUES.items():
+        if config[field] < smallest:
+            raise ConfigError(
+                f'config.objective.{field}: expected at least {smallest}, got {config[field]}.'
             )
-        }
+    for field in ('epsilon', 'temperature'):
+        if not config[field] > 0:
+            raise ConfigError(
+                f'config.objective.{field}: expected a positive number, got {config[field]}.'
+            )
 
 
-def mean(x: jax.Array, valid: jax.Array) -> jax.Array:
+def _perplexity(scores: jax.Array, valid: jax.Array) -> jax.Array:
+    """How many prototypes are used: exp(-Σ_k p_k log p_k), p_k the share of rows nearest to k."""
+    nearest = jax.nn.one_hot(scores.argmax(-1), scores.shape[-1])  # [B P]
+    counts = jnp.where(valid[:, None], nearest, 0).sum(0)
+    share = counts / jnp.maximum(valid.sum(), 1)  # [P]
+    # 0 log 0 = 0; the inner `where` keeps the logarithm finite where the outer one drops it.
+    log_share = jnp.log(jnp.where(share > 0, share, 1))
+    return jnp.exp(-jnp.where(share > 0, share * log_share, 0).sum())
+
+
+def masked_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
+    """Mean of x [B] over the rows that are valid; 0 if none is."""
     return jnp.where(valid, x, 0).sum() / jnp.maximum(valid.sum(), 1)

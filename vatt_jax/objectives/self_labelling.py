@@ -1,306 +1,374 @@
-"""Self-labelling by optimal transport: SeLa (one view; Asano et al. 2019) and SeLaVi (views of several modalities; Asano et al. 2020).
+"""Self-labelling by optimal transport: SeLa and SeLaVi.
 
-Every record has one label for each head; all views learn to predict it. A refresh encodes the training set and finds the labels that
-agree best with what the heads say now, among all labelings with the prescribed cluster sizes (clustering/sinkhorn.py).
+SeLa has one view (Asano et al. 2019), SeLaVi views of several modalities (Asano et al. 2020). Every
+record has one label for each head; all views learn to predict it. A refresh encodes the training
+set and finds the labels that agree best with what the heads say now, among all labelings with the
+prescribed cluster sizes (clustering/sinkhorn.py).
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from vatt_jax.clustering import metrics as agreement
 from vatt_jax.clustering import sinkhorn
 from vatt_jax.config import ConfigError, choose, with_defaults
 from vatt_jax.losses.classification import softmax_cross_entropy
 from vatt_jax.objectives import heads
-from vatt_jax.objectives.base import Loss, Objective, Refreshed, only
+from vatt_jax.objectives.base import (
+    Loss,
+    Objective,
+    Refreshed,
+    Spec,
+    TrainingRecords,
+    select_streams,
+)
 from vatt_jax.rng import Rng
 
 DEFAULTS = {
     'name': 'self_labelling',
-    'views': ('video', 'audio'),  # streams that learn the label they share; a single one: SeLa
+    # Streams that learn the label they share; a single one: SeLa.
+    'views': ('video', 'audio'),
     'clusters': 24,
-    'heads': 1,  # labelings side by side on the same towers
-    'groups': 1,  # of heads; each group is labelled from random clips of its own (decorrelated heads)
-    'hidden': 0,  # width of a head's hidden layer with batch norm (SeLaVi: 512); 0: a linear head
-    'dropout': 0.0,  # before each layer of a head (SeLaVi: 0.3)
-    'unit_logits': False,  # training sees logits scaled to length 1, refreshes and evaluation do not: SeLaVi's public code with several heads
-    'strength': 20.0,  # λ of the transport problem, on the geometric mean of the views' probabilities (SeLa: 25)
-    'prior': 'uniform',  # cluster sizes: uniform | gaussian | zipf | exponential
-    'spread': 0.1,  # gaussian: deviation / mean; zipf: exponent; exponential: log of the largest over the smallest
-    'shares': (),  # the prior as a vector of P shares instead
-    'published_prior': False,  # gaussian as in the published code: shares go with 1 / size, and each refresh reshuffles them
-    'align': True,  # before the first refresh, number the clusters of each modality's head as the first one does
-    'refreshes': 100,  # planned over the run; the first comes before any training, the last would come at its end and does not
-    'power': 1.5,  # of the schedule: step · (i / (refreshes - 1)) ^ power (SeLaVi 1.5, SeLa 2)
-    'warmup': 0,  # steps before the first refresh in which only batch statistics move (SeLaVi: about 20)
-    'warm': True,  # start a refresh from the last one's potentials and Newton matrix (heads · clusters² numbers of state)
-    'tolerance': 0.0,  # of the solver: sum of |cluster share - prior|; 0: the published stopping rule
+    # Labelings side by side on the same towers.
+    'heads': 1,
+    # Groups of heads; each is labelled from random clips of its own (decorrelated heads).
+    'groups': 1,
+    # Width of a head's hidden layer with batch norm (SeLaVi: 512); 0: a linear head.
+    'hidden': 0,
+    # Before each layer of a head (SeLaVi: 0.3).
+    'dropout': 0.0,
+    # Training sees logits scaled to length 1, refreshes and evaluation do not: SeLaVi's public code
+    # with several heads.
+    'unit_logits': False,
+    # λ of the transport problem, on the geometric mean of the views' probabilities (SeLa: 25).
+    'strength': 20.0,
+    # Cluster sizes: uniform | gaussian | zipf | exponential.
+    'prior': 'uniform',
+    # gaussian: deviation / mean; zipf: exponent; exponential: log of the largest over the smallest.
+    'spread': 0.1,
+    # The prior as a vector of P shares instead.
+    'shares': (),
+    # gaussian as in the published code: shares go with 1 / size, and each refresh reshuffles them.
+    'published_prior': False,
+    # Before the first refresh, number the clusters of each modality's head as the first one does.
+    'align': True,
+    # Planned over the run; the first comes before any training, the last would come at its end and
+    # does not.
+    'refreshes': 100,
+    # Of the schedule: step · (i / (refreshes - 1)) ^ power (SeLaVi 1.5, SeLa 2).
+    'power': 1.5,
+    # Steps before the first refresh in which only batch statistics move (SeLaVi: about 20).
+    'warmup': 0,
+    # Start a refresh from the last one's potentials and Newton matrix (heads · clusters² numbers of
+    # state).
+    'warm': True,
+    # Of the solver: sum of |cluster share - prior|; 0: the published stopping rule.
+    'tolerance': 0.0,
 }
 PRIORS = ('uniform', 'gaussian', 'zipf', 'exponential')
-PAIRED = 16384  # rows at most that alignment compares
+SMALLEST_VALUES = {
+    'clusters': 2,
+    'heads': 1,
+    'groups': 1,
+    'refreshes': 2,
+    'hidden': 0,
+    'warmup': 0,
+}
+PAIRED = 16384  # rows at most that alignment compares; rows of one block of `product_mass`
+HIDDEN_BLOCK = 16384  # rows that pass through the hidden layer at a time
 
 
 class SelfLabelling(Objective):
     """Mean over views and heads of the cross entropy with the record's label (SeLaVi, section 3).
 
-    params and state['norm']: {modality: {head: …}}; views of a modality share its heads. Columns: label int32 [M heads], -1 for records
-    that no refresh could read. A record that lacks modalities is labelled by those it has.
+    params and state['norm'] are {modality: {head: …}}; views of a modality share its heads. The
+    column `label` is int32 [M heads], -1 for records that no refresh could read. A record that
+    lacks modalities is labelled by those it has.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: Any) -> None:
         super().__init__(with_defaults(config, DEFAULTS, 'config.objective'))
-        c = self.config
-        choose(c.prior, PRIORS, 'config.objective.prior')
-        for field, low in (
-            ('clusters', 2),
-            ('heads', 1),
-            ('groups', 1),
-            ('refreshes', 2),
-            ('hidden', 0),
-            ('warmup', 0),
-        ):
-            if c[field] < low:
-                raise ConfigError(f'config.objective.{field}={c[field]}: at least {low} is wanted')
-        if c.groups > c.heads:
-            raise ConfigError(
-                f'config.objective.groups={c.groups}: there are only {c.heads} heads; set heads to at least as many'
-            )
-        if not c.views:
-            raise ConfigError(
-                'config.objective.views is empty; name at least one stream, such as ("video",)'
-            )
-        if c.shares:
-            try:
-                sinkhorn.check_prior(c.shares)
-            except ValueError as error:
-                raise ConfigError(f'config.objective.shares: {error}') from error
-            if len(c.shares) != c.clusters:
-                raise ConfigError(
-                    f'config.objective.shares has {len(c.shares)} entries and config.objective.clusters={c.clusters}'
-                )
-        self.modalities = heads.by_modality(c.views)
-        self.head = heads.Head(c.clusters, c.hidden, c.dropout)
-        self.names = [str(h) for h in range(c.heads)]
+        _check(self.config)
+        self.modalities = heads.by_modality(self.config.views)
+        self.head = heads.Head(self.config.clusters, self.config.hidden, self.config.dropout)
+        self.head_names = [str(head) for head in range(self.config.heads)]
 
-    def streams(self):
+    def streams(self) -> tuple[str, ...]:
         return tuple(self.config.views)
 
-    def columns(self):
+    def columns(self) -> dict[str, jax.ShapeDtypeStruct]:
         return {'label': jax.ShapeDtypeStruct((self.config.heads,), jnp.int32)}
 
-    def init(self, key, spec):
+    def init(self, key: jax.Array, spec: Spec) -> tuple[Any, Any]:
         c = self.config
         if spec.size < c.clusters:
             raise ConfigError(
-                f'config.objective.clusters={c.clusters}: the training set has {spec.size} records only'
+                f'config.objective.clusters: expected at most one cluster per record, got '
+                f'{c.clusters} for {spec.size} records. Set fewer clusters.'
             )
-        params, norm = {}, {}
+        params: dict[str, Any] = {}
+        norm: dict[str, Any] = {}
         for i, (modality, views) in enumerate(self.modalities.items()):
-            widths = {v: heads.width_of(spec, v) for v in views}
-            made = {
-                h: heads.init(
-                    self.head,
-                    jax.random.fold_in(jax.random.fold_in(key, i), int(h)),
-                    widths[views[0]],
-                )
-                for h in self.names
-            }
-            params[modality], norm[modality] = (
-                {h: m[0] for h, m in made.items()},
-                {h: m[1] for h, m in made.items()},
-            )
-        sizes = jnp.stack([self.sizes(jax.random.fold_in(key, 1000 + i)) for i in range(c.heads)])
+            widths = [heads.width_of(spec, view) for view in views]  # checks every view
+            modality_key = jax.random.fold_in(key, i)
+            params[modality], norm[modality] = {}, {}
+            for head in self.head_names:
+                head_key = jax.random.fold_in(modality_key, int(head))
+                head_params, head_stats = heads.init(self.head, head_key, widths[0])
+                params[modality][head] = head_params
+                norm[modality][head] = head_stats
+
+        # The keys of sizes start at 1000, beyond those of modalities.
+        sizes = [self.sizes(jax.random.fold_in(key, 1000 + i)) for i in range(c.heads)]
         state = {
             'norm': norm,
-            'sizes': sizes,
+            'sizes': jnp.stack(sizes),  # [heads P]
             'loss': jnp.zeros(c.heads),
             'seen': jnp.zeros((), jnp.int32),
             'potentials': jnp.zeros((c.heads, c.clusters)),
             'refreshes': jnp.zeros((), jnp.int32),
         }
-        return params, state | (
-            {'newton': jnp.zeros((c.heads, c.clusters, c.clusters))} if c.warm else {}
-        )
+        if c.warm:
+            state['newton'] = jnp.zeros((c.heads, c.clusters, c.clusters))
+        return params, state
 
-    def sizes(self, key) -> jax.Array:
-        """float32 [P], positive, of mean 1: the sizes of one head's clusters, largest first but for the gaussian ones."""
-        c, rank = self.config, jnp.arange(self.config.clusters)
-        x = {
-            'uniform': lambda: jnp.ones(c.clusters),
-            'zipf': lambda: (1.0 + rank) ** -c.spread,
-            'exponential': lambda: jnp.exp(-c.spread * rank / (c.clusters - 1)),
-            'gaussian': lambda: jnp.maximum(
-                1 + c.spread * jax.random.normal(key, (c.clusters,)), 0.01
-            ),
-        }[c.prior]()
-        x = jnp.asarray(c.shares, jnp.float32) if c.shares else x
-        return x / x.mean()
+    def sizes(self, key: jax.Array) -> jax.Array:
+        """Draw the relative sizes of one head's clusters.
 
-    # ---- a step
-    def judge(self, model, variables, params, state, pooled, batch, rng) -> Loss:
+        Returns:
+          float32 [P], positive, of mean 1; largest first but for the gaussian ones.
+        """
+        c = self.config
+        rank = jnp.arange(c.clusters)
+        if c.shares:
+            sizes = jnp.asarray(c.shares, jnp.float32)
+        elif c.prior == 'uniform':
+            sizes = jnp.ones(c.clusters)
+        elif c.prior == 'zipf':
+            sizes = (1.0 + rank) ** -c.spread
+        elif c.prior == 'exponential':
+            sizes = jnp.exp(-c.spread * rank / (c.clusters - 1))
+        else:
+            noise = jax.random.normal(key, (c.clusters,))
+            sizes = jnp.maximum(1 + c.spread * noise, 0.01)  # a size stays positive
+        return sizes / sizes.mean()
+
+    # ---- A step.
+
+    def compute_loss(
+        self,
+        model: Any,
+        variables: Any,
+        params: Any,
+        state: Any,
+        pooled: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        rng: Any,
+    ) -> Loss:
         views = self.config.views
-        logits, norm = self.apply(
-            params,
-            state['norm'],
-            pooled,
-            {v: batch[v]['valid'] for v in views},
-            rng.at('heads'),
-            True,
+        is_present = {view: batch[view]['valid'] for view in views}
+        logits, norm = self.apply_heads(
+            params, state['norm'], pooled, is_present, rng.at('heads'), train=True
         )
-        stats = variables['batch_stats']
+        batch_stats = variables['batch_stats']
         state = {**state, 'norm': norm, 'seen': state['seen'] + 1}
-        if 'columns' not in batch:  # before the first refresh
-            return Loss(jnp.zeros(()), {}, stats, state, jnp.zeros((), bool))
-        label = batch['columns']['label']
-        each, metrics = {}, {}
-        for v in views:
-            seen = (label >= 0) & (batch['valid'] & batch[v]['valid'])[:, None]
-            z = {
-                h: heads.unit(logits[h][v][1]) if self.config.unit_logits else logits[h][v][1]
-                for h in self.names
-            }
-            each[v] = jnp.stack(
-                [
-                    softmax_cross_entropy(z[h], jnp.maximum(label[:, i], 0), weight=seen[:, i])
-                    for i, h in enumerate(self.names)
-                ]
-            )
-            right = sum(
-                ((logits[h][v][1].argmax(-1) == label[:, i]) & seen[:, i]).sum()
-                for i, h in enumerate(self.names)
-            )
-            metrics |= {
-                f'loss/{v}': each[v].mean(),
-                f'accuracy/{v}': right / jnp.maximum(seen.sum(), 1),
-            }
-        by_head = sum(each.values()) / len(views)
-        state['loss'] = jnp.where(state['loss'] > 0, 0.99 * state['loss'] + 0.01 * by_head, by_head)
-        return Loss(by_head.mean(), metrics, stats, state)
+        if 'columns' not in batch:
+            # Before the first refresh there are no labels: only batch statistics move.
+            return Loss(jnp.zeros(()), {}, batch_stats, state, jnp.zeros((), bool))
 
-    def apply(self, params, norm, pooled, valid, rng, train):
-        """({head: {view: (hidden, logits)}}, new batch statistics of the heads)."""
-        out, new = {h: {} for h in self.names}, {m: {} for m in self.modalities}
+        labels = batch['columns']['label']  # [B heads]
+        losses_by_view = []
+        metrics = {}
+        for view in views:
+            row_counts = batch['valid'] & is_present[view]  # [B]
+            is_labelled = (labels >= 0) & row_counts[:, None]  # [B heads]
+            view_losses = []
+            num_correct = 0
+            for i, head in enumerate(self.head_names):
+                _, head_logits = logits[head][view]  # [B P]
+                predicted = head_logits.argmax(-1)
+                num_correct += ((predicted == labels[:, i]) & is_labelled[:, i]).sum()
+                if self.config.unit_logits:
+                    head_logits = heads.unit(head_logits)
+                # Labels of -1 weigh nothing; they only need to be valid indices.
+                targets = jnp.maximum(labels[:, i], 0)
+                view_losses.append(
+                    softmax_cross_entropy(head_logits, targets, weight=is_labelled[:, i])
+                )
+            view_loss = jnp.stack(view_losses)  # [heads]
+            losses_by_view.append(view_loss)
+            metrics[f'loss/{view}'] = view_loss.mean()
+            metrics[f'accuracy/{view}'] = num_correct / jnp.maximum(is_labelled.sum(), 1)
+
+        loss_by_head: Any = sum(losses_by_view) / len(views)  # [heads]
+        # The running loss starts from the first value instead of from 0.
+        running = 0.99 * state['loss'] + 0.01 * loss_by_head
+        state['loss'] = jnp.where(state['loss'] > 0, running, loss_by_head)
+        return Loss(loss_by_head.mean(), metrics, batch_stats, state)
+
+    def apply_heads(
+        self,
+        params: Any,
+        norm: Any,
+        pooled: Mapping[str, Any],
+        valid: Mapping[str, Any],
+        rng: Rng,
+        train: bool,
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+        """Apply all heads to the views that are there.
+
+        Returns:
+          ({head: {view: (hidden [B W], logits [B P])}}, the heads' new batch statistics).
+        """
+        results: dict[str, dict[str, Any]] = {head: {} for head in self.head_names}
+        new_norm: dict[str, dict[str, Any]] = {modality: {} for modality in self.modalities}
         for modality, views in self.modalities.items():
-            mine = lambda x, views=views: {v: x[v] for v in views if v in x}
-            for h in self.names:
-                if mine(pooled):
-                    results, new[modality][h] = heads.apply(
-                        self.head,
-                        params[modality][h],
-                        norm[modality][h],
-                        mine(pooled),
-                        mine(valid),
-                        rng.at(h),
-                        train,
-                    )
-                    out[h] |= results
-        return out, new
+            modality_pooled = {view: pooled[view] for view in views if view in pooled}
+            modality_valid = {view: valid[view] for view in views if view in valid}
+            if not modality_pooled:
+                continue
+            for head in self.head_names:
+                by_view, new_norm[modality][head] = heads.apply(
+                    self.head,
+                    params[modality][head],
+                    norm[modality][head],
+                    modality_pooled,
+                    modality_valid,
+                    rng.at(head),
+                    train,
+                )
+                results[head].update(by_view)
+        return results, new_norm
 
-    def predict(self, params, state, encoded):
-        """cluster/<head> [B P]: sum over views of log p, whose maximum is the label that evaluation reads (no transport)."""
-        pooled = {v: encoded[v].pooled for v in self.config.views if v in encoded}
+    def predict(self, params: Any, state: Any, encoded: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Sum over views of log p for every head.
+
+        Its maximum is the label that evaluation reads (no transport).
+
+        Returns:
+          cluster/<head> -> [B P].
+        """
+        pooled = {view: encoded[view].pooled for view in self.config.views if view in encoded}
         if not pooled:
             return {}
-        valid = {v: jnp.ones(len(x), bool) for v, x in pooled.items()}
-        rng = Rng.create(0, 0, jnp.zeros(len(next(iter(pooled.values()))), jnp.uint32))
-        logits, _ = self.apply(params, state['norm'], pooled, valid, rng, False)
-        return {
-            f'cluster/{h}': sum(jax.nn.log_softmax(z, -1) for _, z in by_view.values())
-            for h, by_view in logits.items()
-        }
+        num_rows = len(next(iter(pooled.values())))
+        valid = {view: jnp.ones(num_rows, bool) for view in pooled}
+        rng = Rng.create(0, 0, jnp.zeros(num_rows, jnp.uint32))  # unused in evaluation mode
+        logits, _ = self.apply_heads(params, state['norm'], pooled, valid, rng, train=False)
+        predictions = {}
+        for head, by_view in logits.items():
+            log_probs = [jax.nn.log_softmax(z, -1) for _, z in by_view.values()]
+            total: Any = sum(log_probs)
+            predictions[f'cluster/{head}'] = total
+        return predictions
 
-    def running_losses(self, state):
-        return {f'cluster/{h}': float(x) for h, x in zip(self.names, np.asarray(state['loss']))}
+    def running_losses(self, state: Any) -> dict[str, float]:
+        losses = np.asarray(state['loss'])
+        return {f'cluster/{head}': float(loss) for head, loss in zip(self.head_names, losses)}
 
-    # ---- a refresh
-    def refresh_due(self, step, steps):
-        return step in schedule(
-            steps - self.config.warmup, self.config.refreshes, self.config.power, self.config.warmup
-        )
+    # ---- A refresh, on the host.
 
-    def features(self, model, variables, params, batch, rng):
-        """Pooled features and validity of every view."""
-        encoded = model.apply(
-            variables, only(batch, self.streams()), train=False, rng=rng, method='encode_all'
-        )
-        return {v: encoded[v].pooled.astype(jnp.float32) for v in self.config.views} | {
-            f'{v}/valid': batch[v]['valid'] for v in self.config.views
-        }
+    def refresh_due(self, step: int, steps: int) -> bool:
+        c = self.config
+        return step in schedule(steps - c.warmup, c.refreshes, c.power, c.warmup)
 
-    def refresh(self, variables, params, state, step, records) -> Refreshed:
-        c, mesh = self.config, jax.sharding.get_mesh()
-        params, state = jax.tree.map(
-            np.array, jax.device_put((params, state), jax.NamedSharding(mesh, jax.P()))
-        )
-        column = np.full((records.size, c.heads), -1, np.int32)
-        told: dict[str, list[float]] = {}
+    def features(
+        self, model: Any, variables: Any, params: Any, batch: Mapping[str, Any], rng: Any
+    ) -> dict[str, jax.Array]:
+        """Pooled features (<view>, float32 [B D]) and validity (<view>/valid) of every view."""
+        streams = select_streams(batch, self.streams())
+        encoded = model.apply(variables, streams, train=False, rng=rng, method='encode_all')
+        features = {}
+        for view in self.config.views:
+            features[view] = encoded[view].pooled.astype(jnp.float32)
+            features[f'{view}/valid'] = batch[view]['valid']
+        return features
+
+    def refresh(
+        self, variables: Any, params: Any, state: Any, step: int, records: TrainingRecords
+    ) -> Refreshed:
+        c = self.config
+        mesh = jax.sharding.get_mesh()
+        # Whole copies on the host, which `relabel` may change in place.
+        replicated = jax.device_put((params, state), jax.NamedSharding(mesh, jax.P()))
+        params, state = jax.tree.map(np.array, replicated)
+
+        new_labels = np.full((records.size, c.heads), -1, np.int32)
+        metrics: dict[str, list[float]] = {}
         for group in range(c.groups):
-            rows = records.encode(self.features, draw=group)
-            valid = np.stack([rows[f'{v}/valid'] for v in c.views], 1)
-            use = valid.any(1)
-            index = rows['index'][use]
+            encoded = records.encode(self.features, draw=group)
+            valid = np.stack([encoded[f'{view}/valid'] for view in c.views], 1)  # [n views]
+            is_used = valid.any(1)
+            features = {view: encoded[view][is_used] for view in c.views}
+            rows = encoded['index'][is_used]
             for i in range(group, c.heads, c.groups):
-                labels, here = self.relabel(
-                    i, params, state, {v: rows[v][use] for v in c.views}, valid[use], mesh
+                labels, head_metrics = self.relabel(
+                    i, params, state, features, valid[is_used], mesh
                 )
-                column[index, i] = labels
-                before = (
-                    records.columns['label'][index, i]
-                    if 'label' in records.columns
-                    else np.full(1, -1)
-                )
-                if (before >= 0).all():
-                    here |= {
-                        'changed': np.mean(before != labels),
-                        'NMI_to_last': agreement.nmi(labels, before),
-                    }
-                for name, value in here.items():
-                    told.setdefault(name, []).append(float(value))
+                new_labels[rows, i] = labels
+                if 'label' in records.columns:
+                    old_labels = records.columns['label'][rows, i]
+                    if (old_labels >= 0).all():
+                        head_metrics['changed'] = np.mean(old_labels != labels)
+                        head_metrics['NMI_to_last'] = agreement.nmi(labels, old_labels)
+                for name, value in head_metrics.items():
+                    metrics.setdefault(name, []).append(float(value))
         state['refreshes'] = state['refreshes'] + 1
         return Refreshed(
             params,
             state,
-            columns={'label': column},
-            metrics={k: float(np.mean(v)) for k, v in told.items()},
+            columns={'label': new_labels},
+            metrics={name: float(np.mean(values)) for name, values in metrics.items()},
         )
 
-    def relabel(self, i, params, state, features, valid, mesh):
-        """(labels int32 [n], what is to be told) of head number i from features {view: [n D]} and valid [n views], at least one of a row; params
-        (aligned, the first time) and the head's part of state are changed in place."""
-        c, h, first = self.config, self.names[i], not state['refreshes']
-        hidden = {v: self.hidden(params, state['norm'], v, h, features[v]) for v in c.views}
-        if first and c.align:
-            self.align(params, h, hidden, valid)
-        # A last column carries the bias, so that one weight per row gives the mean over the views that a record has.
-        weight = valid * (len(c.views) / valid.sum(1, keepdims=True)).astype(np.float32)
-        views = [
-            np.concatenate([hidden[v], np.ones((len(valid), 1), np.float32)], 1)
-            * weight[:, j : j + 1]
-            for j, v in enumerate(c.views)
-        ]
-        last = [params[v.split('.')[0]][h] for v in c.views]
-        kernels = [
-            (np.concatenate([p['kernel'], p['bias'][None]]), np.zeros(c.clusters, np.float32))
-            for p in last
-        ]
-        mass = (
-            (lambda: product_mass(views, kernels))
-            if c.published_prior
-            else lambda: sinkhorn.shares(views, c.strength, heads=kernels, mesh=mesh)
-        )
-        state['sizes'][i], prior = self.prior(state['sizes'][i], mass)
-        start = None
-        if c.warm and not first:
-            start = sinkhorn.Start(
-                state['potentials'][i], state['newton'][i] if state['newton'][i].any() else None
-            )
-        found = sinkhorn.solve(
+    def relabel(
+        self,
+        head_index: int,
+        params: Any,
+        state: Any,
+        features: Mapping[str, Float[np.ndarray, 'n _']],
+        valid: Bool[np.ndarray, 'n V'],
+        mesh: Any,
+    ) -> tuple[Int[np.ndarray, ' n'], dict[str, Any]]:
+        """Find the labels of one head by optimal transport.
+
+        Params (aligned, the first time) and the head's part of the state are changed in place.
+
+        Args:
+          head_index: number of the head.
+          params: the objective's parameters, on the host.
+          state: the objective's state, on the host.
+          features: view -> pooled features [n D].
+          valid: which views each record has, at least one.
+          mesh: devices of the solver.
+
+        Returns:
+          (labels int32 [n], name -> number to report).
+        """
+        c = self.config
+        head = self.head_names[head_index]
+        is_first = not state['refreshes']
+        hidden = {
+            view: self.hidden_features(params, state['norm'], view, head, features[view])
+            for view in c.views
+        }
+        if is_first and c.align:
+            self.align(params, head, hidden, valid)
+
+        # The solver reads the logits as products of views and kernels.
+        views, kernels = self._transport_inputs(params, head, hidden, valid)
+        prior = self._update_sizes(head_index, state, views, kernels, mesh)
+        start = self._previous_solution(head_index, state) if c.warm and not is_first else None
+        solution = sinkhorn.solve(
             views,
             prior,
             c.strength,
@@ -309,102 +377,243 @@ class SelfLabelling(Objective):
             start=start,
             mesh=mesh,
         )
-        state['potentials'][i] = found.potentials
+        state['potentials'][head_index] = solution.potentials
         if c.warm:
-            state['newton'][i] = 0 if found.preconditioner is None else found.preconditioner
-        sizes = np.bincount(found.labels, minlength=c.clusters) / len(valid)
-        # The weights above leave labels as they are, not the cost of records that lack a view.
-        cost = {'cost': found.cost} if valid.all() else {}
-        return found.labels, {
-            **cost,
-            'passes': found.work,
-            'residual': found.residual,
-            'published_error': found.published_error,
-            'converged': found.converged,
-            'largest_cluster': sizes.max(),
-            'empty_clusters': (sizes == 0).sum(),
+            newton = solution.preconditioner
+            state['newton'][head_index] = 0 if newton is None else newton
+
+        shares = np.bincount(solution.labels, minlength=c.clusters) / len(valid)  # [P]
+        metrics = {
+            'passes': solution.work,
+            'residual': solution.residual,
+            'published_error': solution.published_error,
+            'converged': solution.converged,
+            'largest_cluster': shares.max(),
+            'empty_clusters': (shares == 0).sum(),
         }
+        # The weights of views leave labels as they are, but not the cost of records that lack a
+        # view, so the cost is reported only where every record has all views.
+        if valid.all():
+            metrics = {'cost': solution.cost, **metrics}
+        return solution.labels, metrics
 
-    def hidden(self, params, norm, view, h, x) -> np.ndarray:
-        """float32 [n W]: what the view's last layer sees, in evaluation mode; x: host features [n D]."""
+    def _transport_inputs(
+        self,
+        params: Any,
+        head: str,
+        hidden: Mapping[str, Float[np.ndarray, 'n _']],
+        valid: Bool[np.ndarray, 'n V'],
+    ) -> tuple[list[np.ndarray], list[tuple[np.ndarray, np.ndarray]]]:
+        """(views [n D+1], (kernel [D+1 P], bias [P]) of each) whose products are the logits."""
+        c = self.config
+        # A last column carries the bias, so that one weight per row gives the mean over the views
+        # that a record has.
+        weights = valid * (len(c.views) / valid.sum(1, keepdims=True)).astype(np.float32)  # [n V]
+        ones = np.ones((len(valid), 1), np.float32)
+        views = []
+        kernels = []
+        for i, view in enumerate(c.views):
+            with_ones = np.concatenate([hidden[view], ones], 1)  # [n D+1]
+            views.append(with_ones * weights[:, i : i + 1])
+            last_layer = params[heads.modality_of(view)][head]
+            kernel = np.concatenate([last_layer['kernel'], last_layer['bias'][None]])  # [D+1 P]
+            kernels.append((kernel, np.zeros(c.clusters, np.float32)))
+        return views, kernels
+
+    def _update_sizes(
+        self,
+        head_index: int,
+        state: Any,
+        views: Sequence[np.ndarray],
+        kernels: Sequence[tuple[np.ndarray, np.ndarray]],
+        mesh: Any,
+    ) -> np.ndarray:
+        """Assign the sizes to clusters, in place, and return the share of each cluster [P]."""
+
+        def mass() -> np.ndarray:
+            if self.config.published_prior:
+                return product_mass(views, kernels)
+            return sinkhorn.shares(views, self.config.strength, heads=kernels, mesh=mesh)
+
+        sizes, prior = self.prior(state['sizes'][head_index], mass)
+        state['sizes'][head_index] = sizes
+        return prior
+
+    def _previous_solution(self, head_index: int, state: Any) -> sinkhorn.Start:
+        """Where the last refresh of this head ended."""
+        newton = state['newton'][head_index]
+        # All zeros: the last solution came without a matrix.
+        preconditioner = newton if newton.any() else None
+        return sinkhorn.Start(state['potentials'][head_index], preconditioner)
+
+    def hidden_features(
+        self, params: Any, norm: Any, view: str, head: str, features: Float[np.ndarray, 'n _']
+    ) -> Float[np.ndarray, 'n _']:
+        """What the view's last layer sees in evaluation mode: float32 [n W] on the host."""
         if not self.config.hidden:
-            return x
-        modality = view.split('.')[0]
-        blocks = [
-            _hidden(self.head, params[modality][h], norm[modality][h], x[i : i + 16384])
-            for i in range(0, len(x), 16384)
-        ]
-        return np.concatenate([np.asarray(b) for b in blocks])
+            return features
+        modality = heads.modality_of(view)
+        blocks = []
+        for first in range(0, len(features), HIDDEN_BLOCK):
+            block = features[first : first + HIDDEN_BLOCK]
+            hidden = _hidden(self.head, params[modality][head], norm[modality][head], block)
+            blocks.append(hidden)
+        # Fetched only now, so that a block is computed while the next one is sent.
+        return np.concatenate([np.asarray(block) for block in blocks])
 
-    def align(self, params, h, hidden, valid) -> None:
-        """Renumbers, in place, the clusters of every modality's head but the first: the permutation of least L1 distance between what the two
-        say of the same records (SeLaVi's "modality alignment", solved exactly instead of by random swaps)."""
+    def align(
+        self,
+        params: Any,
+        head: str,
+        hidden: Mapping[str, Float[np.ndarray, 'n _']],
+        valid: Bool[np.ndarray, 'n V'],
+    ) -> None:
+        """Renumber, in place, the clusters of every modality's head but the first.
+
+        The permutation has the least L1 distance between what the two say of the same records:
+        SeLaVi's "modality alignment", solved exactly instead of by random swaps.
+        """
         from scipy.optimize import linear_sum_assignment
 
-        views = {m: vs[0] for m, vs in self.modalities.items()}
-        reference, *others = views
-        place = {v: j for j, v in enumerate(self.config.views)}
+        first_views = {modality: views[0] for modality, views in self.modalities.items()}
+        reference, *others = first_views
+
+        def has_modality(modality: str) -> np.ndarray:
+            return valid[:, list(self.config.views).index(first_views[modality])]  # [n]
+
+        def probabilities(modality: str, rows: np.ndarray) -> np.ndarray:
+            last_layer = params[modality][head]
+            x = hidden[first_views[modality]][rows]
+            logits = x @ last_layer['kernel'] + last_layer['bias']
+            return np.asarray(jax.nn.softmax(logits))  # [rows P]
+
         for modality in others:
-            rows = np.flatnonzero(
-                valid[:, place[views[reference]]] & valid[:, place[views[modality]]]
-            )[:PAIRED]
-            p, q = (
-                np.asarray(
-                    jax.nn.softmax(
-                        hidden[views[m]][rows] @ params[m][h]['kernel'] + params[m][h]['bias']
-                    )
-                )
-                for m in (reference, modality)
-            )
-            cost = np.stack([np.abs(p[:, k : k + 1] - q).sum(0) for k in range(p.shape[1])])
-            order = linear_sum_assignment(cost)[1]
-            old = params[modality][h]
-            params[modality][h] = {
-                **old,
-                'kernel': old['kernel'][:, order],
-                'bias': old['bias'][order],
+            rows = np.flatnonzero(has_modality(reference) & has_modality(modality))[:PAIRED]
+            p = probabilities(reference, rows)
+            q = probabilities(modality, rows)
+            # cost[k, l] = sum over rows of |p_k - q_l|
+            num_clusters = p.shape[1]
+            cost = np.stack([np.abs(p[:, k : k + 1] - q).sum(0) for k in range(num_clusters)])
+            _, order = linear_sum_assignment(cost)
+            last_layer = params[modality][head]
+            params[modality][head] = {
+                **last_layer,
+                'kernel': last_layer['kernel'][:, order],
+                'bias': last_layer['bias'][order],
             }
 
-    def prior(self, sizes, mass) -> tuple[np.ndarray, np.ndarray]:
-        """(sizes, share of each cluster [P]): the largest size goes to the cluster with most mass. mass() [P]: column means without transport;
-        published_prior: sums of the views' product. There the sort is along an axis of one, so what is left of it is a permutation."""
+    def prior(
+        self, sizes: np.ndarray, mass: Callable[[], np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Assign sizes to clusters: the largest one goes to the cluster with most mass.
+
+        In the published code the sort of sizes is along an axis of one, so what is left of it is a
+        permutation; `published_prior` does the same, and its shares go with 1 / size.
+
+        Args:
+          sizes: [P], as the last refresh left them.
+          mass: gives [P], the column means without transport or, with `published_prior`, the sums
+            of the product of the views' probabilities. Called only where sizes differ.
+
+        Returns:
+          (sizes [P] by cluster, share of each cluster [P]).
+        """
         if (sizes == sizes[0]).all():
             return sizes, np.full(len(sizes), 1 / len(sizes))
-        rank, placed = np.argsort(mass(), kind='stable'), np.empty(len(sizes), sizes.dtype)
+        by_mass = np.argsort(mass(), kind='stable')
+        assigned = np.empty(len(sizes), sizes.dtype)
         if self.config.published_prior:
-            placed[rank] = sizes
-            return placed, (1 / placed) / (1 / placed).sum()
-        placed[rank] = np.sort(sizes)
-        return sizes, placed / placed.sum()
+            assigned[by_mass] = sizes
+            return assigned, (1 / assigned) / (1 / assigned).sum()
+        assigned[by_mass] = np.sort(sizes)
+        return sizes, assigned / assigned.sum()
 
 
-def product_mass(views, kernels) -> np.ndarray:
-    """float64 [P]: sums over records of the product over views of their probabilities. views: features [n D]; kernels: (kernel [D P], bias [P])."""
-    total = np.zeros(len(kernels[0][1]))
-    for i in range(0, len(views[0]), PAIRED):
-        logits = [x[i : i + PAIRED].astype(np.float64) @ k + b for x, (k, b) in zip(views, kernels)]
-        total += np.prod(
-            [sinkhorn.soft_assignments(z, np.zeros(z.shape[1])) for z in logits], 0
-        ).sum(0)
+def _check(config: Any) -> None:
+    """Raise ConfigError for values of `config.objective` that cannot work."""
+    choose(config.prior, PRIORS, 'config.objective.prior')
+    for field, smallest in SMALLEST_VALUES.items():
+        if config[field] < smallest:
+            raise ConfigError(
+                f'config.objective.{field}: expected at least {smallest}, got {config[field]}.'
+            )
+    if config.groups > config.heads:
+        raise ConfigError(
+            f'config.objective.groups: expected at most one group per head, got {config.groups} '
+            f'for {config.heads} heads. Set heads to at least as many.'
+        )
+    if not config.views:
+        raise ConfigError(
+            'config.objective.views: expected at least one stream, got none. '
+            'Name one, such as ("video",).'
+        )
+    if config.shares:
+        try:
+            sinkhorn.check_prior(config.shares)
+        except ValueError as error:
+            raise ConfigError(f'config.objective.shares: {error}') from error
+        if len(config.shares) != config.clusters:
+            raise ConfigError(
+                f'config.objective.shares: expected one share for each of the {config.clusters} '
+                f'clusters, got {len(config.shares)}. Change shares or clusters.'
+            )
+
+
+def product_mass(
+    views: Sequence[Float[np.ndarray, 'n _']],
+    kernels: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> Float[np.ndarray, ' P']:
+    """Sums over records of the product over views of their probabilities.
+
+    Args:
+      views: features of each view.
+      kernels: (kernel [D P], bias [P]) of each view.
+
+    Returns:
+      float64 [P].
+    """
+    num_clusters = len(kernels[0][1])
+    total = np.zeros(num_clusters)
+    for first in range(0, len(views[0]), PAIRED):
+        probs = []
+        for features, (kernel, bias) in zip(views, kernels):
+            block = features[first : first + PAIRED].astype(np.float64)
+            logits = block @ kernel + bias  # [rows P]
+            probs.append(sinkhorn.soft_assignments(logits, np.zeros(num_clusters)))
+        total += np.prod(probs, 0).sum(0)
     return total
 
 
 @functools.partial(jax.jit, static_argnames='head')
-def _hidden(head, params, stats, x):
-    rng = Rng.create(0, 0, jnp.zeros(len(x), jnp.uint32))
-    return heads.apply(head, params, stats, {'x': x}, {'x': jnp.ones(len(x), bool)}, rng, False)[0][
-        'x'
-    ][0]
+def _hidden(head: heads.Head, params: Any, stats: Any, x: Any) -> jax.Array:
+    """[n W]: the head's hidden layer in evaluation mode."""
+    rng = Rng.create(0, 0, jnp.zeros(len(x), jnp.uint32))  # unused in evaluation mode
+    valid = jnp.ones(len(x), bool)
+    results, _ = heads.apply(head, params, stats, {'x': x}, {'x': valid}, rng, False)
+    hidden, _ = results['x']
+    return hidden
 
 
 @functools.cache
 def schedule(steps: int, count: int, power: float, first: int = 0) -> frozenset[int]:
-    """Steps before which a refresh comes: first + steps · (i / (count - 1)) ^ power, one per step at most, so that times that fall into one
-    step move on to the next ones; the end of the run is never one."""
-    out, last = [], -1
+    """Steps before which a refresh comes: first + steps · (i / (count - 1)) ^ power.
+
+    There is one per step at most, so that times that fall into one step move on to the next ones.
+    The end of the run is never one.
+
+    Args:
+      steps: length of the run after `first`.
+      count: refreshes planned over the run.
+      power: above 1, refreshes are more frequent at the beginning.
+      first: step of the first refresh.
+    """
+    due = []
+    last = -1
     for i in range(count):
-        last = max(last + 1, math.ceil(steps * (i / (count - 1)) ** power - 1e-9))
+        time = steps * (i / (count - 1)) ** power
+        # Rounding must not push a whole number to the next step.
+        last = max(last + 1, math.ceil(time - 1e-9))
         if last >= steps:
             break
-        out.append(first + last)
-    return frozenset(out)
+        due.append(first + last)
+    return frozenset(due)

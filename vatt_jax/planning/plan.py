@@ -33,7 +33,7 @@ from vatt_jax import models
 from vatt_jax.config import ConfigError
 from vatt_jax.models import attention
 from vatt_jax.models.multimodal import NETS, SIZE
-from vatt_jax.objectives.base import streams
+from vatt_jax.objectives.base import stream_names
 from vatt_jax.parallel import sharding
 from vatt_jax.performance import chips, flops, hlo
 from vatt_jax.training import loop
@@ -567,7 +567,7 @@ def add_roofline(
             'clips_per_s_per_chip': result['batch'] / bound / topology.chips,
         }
     result['roofline'] = roofline
-    names = streams(built.batch)
+    names = stream_names(built.batch)
     row = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in jax.tree.leaves(built.batch))
     frames = sum(built.batch[s]['data'].shape[1] for s in names if s.split('.')[0] == 'video')
     host: dict[str, Any] = {'bytes_per_clip': row, 'frames_per_clip': frames}

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vatt_jax.objectives.base import Objective, only
+from vatt_jax.objectives.base import Objective, select_streams
 from vatt_jax.training.build import process_position
 from vatt_jax.training.metrics import Meter
 from vatt_jax.training.start import TrainingRun
@@ -43,7 +43,7 @@ class TrainBatches:
                 columns=weights or None,
             )
         began = time.monotonic()
-        batch = only(next(self.iterator), self.objective.streams())
+        batch = select_streams(next(self.iterator), self.objective.streams())
         if run.columns:
             record = self.first_record[batch['source']] + batch['index']  # [B], rows of columns
             batch['columns'] = {name: column[record] for name, column in run.columns.items()}

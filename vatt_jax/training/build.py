@@ -17,7 +17,7 @@ from vatt_jax.config import ConfigError
 from vatt_jax.inference.encoder import Encoder, device_part
 from vatt_jax.inputs import preprocess
 from vatt_jax.models import attention
-from vatt_jax.objectives.base import Objective, only
+from vatt_jax.objectives.base import Objective, select_streams
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
 from vatt_jax.training import train_state, train_step
@@ -202,7 +202,7 @@ def _first_batch(data: Any, objective: Objective) -> dict[str, Any]:
     batches = data.one_pass(
         'train', num_processes, process=(process_id, num_processes), by='records', limit=1
     )
-    batch = only(next(iter(batches)), objective.streams())
+    batch = select_streams(next(iter(batches)), objective.streams())
     missing = set(objective.streams() or ()) - set(batch)
     if missing:
         present = [k for k, v in batch.items() if isinstance(v, dict) and 'data' in v]

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax.inference import encoder
 from vatt_jax.inputs import preprocess
-from vatt_jax.objectives.base import Records, Refreshed, only
+from vatt_jax.objectives.base import Refreshed, TrainingRecords, select_streams
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
 from vatt_jax.training import train_state
@@ -40,7 +40,7 @@ def refresh(config: ConfigDict, built: Built, data: Any, run: TrainingRun) -> Re
         state.params['objective'],
         state.objective,
         run.step,
-        Records(data.size('train'), run.columns, encode),
+        TrainingRecords(data.size('train'), run.columns, encode),
     )
     run.state = _with_refreshed(built, state, refreshed)
     run.columns = {**run.columns, **refreshed.columns}
@@ -69,7 +69,7 @@ def _put(tree: Any, shardings: Any) -> Any:
 
 
 class RecordEncoder:
-    """Applies a traced function to every training record once, as `Records.encode` promises.
+    """Applies a traced function to every training record once, as `TrainingRecords.encode` promises.
 
     Attributes:
         variables: the model's trained variables; not their averages.
@@ -109,7 +109,7 @@ class RecordEncoder:
         )
         parts: list[dict[str, np.ndarray]] = []
         for batch in batches:
-            batch = only(batch, self.built.objective.streams())
+            batch = select_streams(batch, self.built.objective.streams())
             rows = encoder.gather_rows(batch, ('position', 'valid'))
             outputs = forward(
                 self.variables,

@@ -223,7 +223,7 @@ class GradCache:
 
         def loss(params: Any, pooled: dict[str, Array]) -> tuple[Array, Loss]:
             variables = {'params': params['model'], 'batch_stats': batch_stats}
-            out = objective.judge(
+            out = objective.compute_loss(
                 model, variables, params['objective'], objective_state, pooled, batch, rng
             )
             return out.value, out
@@ -291,7 +291,7 @@ def check(config: ConfigDict, model: nn.Module, objective: Objective, batch_stat
             "config.accumulation='plain', or config.accumulate=1, or choose a tower without batch "
             'norm'
         )
-    if objective.mixes:
+    if objective.mixes_examples:
         raise ConfigError(
             "config.accumulation='exact': config.objective.mixup mixes clips of the whole batch "
             "before the towers; set mixup=0, or config.accumulation='plain'"
