@@ -1,4 +1,7 @@
-"""Preparation by Apache Beam's DirectRunner. Skipped without apache-beam, which the tests' environment cannot hold (docs/data.md)."""
+"""Preparation by Apache Beam's DirectRunner.
+
+Skipped without apache-beam, which the tests' environment cannot hold (docs/data.md).
+"""
 
 import subprocess
 import sys

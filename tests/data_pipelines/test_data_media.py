@@ -3,6 +3,7 @@ import pathlib
 import struct
 
 import av
+import chex
 import numpy as np
 import pytest
 from clocks import FPS, RATE, audio_time, clock, video_time, write_wav
@@ -20,7 +21,9 @@ def test_round_trip_keeps_time(tmp_path):
     frames, audio = clock(3.0)
     media.write_mp4(tmp_path / 'a.mp4', frames, FPS, audio, RATE)
     got, pcm = read(tmp_path / 'a.mp4')
-    assert got.shape == frames.shape and pcm.dtype == np.int16 and len(pcm) == 3 * RATE
+    chex.assert_equal_shape([got, frames])
+    chex.assert_type([got, pcm], [np.uint8, np.int16])
+    chex.assert_shape(pcm, (3 * RATE,))
     np.testing.assert_allclose(video_time(got), np.arange(30) / FPS, atol=0.05)
     middles = (np.arange(75) + 0.5) * 320 / RATE
     np.testing.assert_allclose(audio_time(pcm)[2:-2], middles[2:-2], atol=0.06)
@@ -54,7 +57,8 @@ def test_short_side(tmp_path, shape, size, want):
     frames, _ = clock(1.0, *shape)
     media.write_mp4(tmp_path / 'a.mp4', frames, FPS)
     got, pcm = read(tmp_path / 'a.mp4', size=size)
-    assert got.shape == (10, *want, 3) and pcm is None
+    chex.assert_shape(got, (10, *want, 3))
+    assert pcm is None
 
 
 def test_other_frame_rates(tmp_path):
@@ -67,7 +71,7 @@ def test_other_frame_rates(tmp_path):
 
 
 def encode(path, times, frames, audio=None, audio_at=0.0, container='mp4'):
-    """A video whose pictures have the given time stamps, its sound beginning at second `audio_at`."""
+    """A video whose pictures have the given time stamps, its sound beginning at `audio_at`."""
     with av.open(str(path), 'w', format=container) as c:
         v = c.add_stream('libx264', rate=FPS, options={'bf': '0'})
         v.height, v.width, v.pix_fmt = *frames.shape[1:3], 'yuv420p'
@@ -145,7 +149,7 @@ def test_rotation(tmp_path):
     )  # to be shown turned clockwise
     (tmp_path / 'a.mp4').write_bytes(data)
     got, _ = read(tmp_path / 'a.mp4')
-    assert got.shape == (10, 96, 64, 3)
+    chex.assert_shape(got, (10, 96, 64, 3))
     bright = got[0].mean(-1)
     assert (
         bright[:40, 40:].min() > 200 and bright[:40, :24].max() < 50 and bright[56:].max() < 50

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import chex
 import layouts
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ LABEL = {
     'msrvtt_full': 'category',
     'howto100m': 'category',
 }
-# (records of each split, or of each fold's; class names; classes of the segments of each record in the last split, sorted by id)
+# Name -> (records of each split, or of each fold's; class names; classes of the segments of each
+# record in the last split, sorted by id).
 WANT = {
     'ucf101': ([{'train': 4, 'test': 2}] * 3, ['Archery', 'YoYo'], [[0], [1]]),
     'hmdb51': (
@@ -164,11 +166,8 @@ def test_folds_in_a_run(made):
     } == {'g01', 'g03'}
     batch = next(it := data.train(0, 4))
     it.close()
-    assert (
-        batch['video']['data'].shape == (4, 4, 32, 48, 3)
-        and batch['valid'].all()
-        and set(batch['labels']['class']) == {0, 1}
-    )
+    chex.assert_shape(batch['video']['data'], (4, 4, 32, 48, 3))
+    assert batch['valid'].all() and set(batch['labels']['class']) == {0, 1}
     # all clips at once, and where each is in every fold
     every = next(data.one_pass('clips', 8))
     group = {'g01': [], 'g02': [], 'g03': []}
@@ -209,7 +208,8 @@ def test_a_clip_is_cut_out_of_the_whole_video(made):
     np.testing.assert_allclose(
         audio_time(audio)[2:-2], 1 + (np.arange(50)[2:-2] + 0.5) * 0.04, atol=0.06
     )
-    # A file that is as long as the clip was cut before, whatever the list says of its place in the whole.
+    # A file that is as long as the clip was cut before, whatever the list says of its place in the
+    # whole.
     frames, _ = contents(made('kinetics400')[0], 'test')['test/ttt.mp4@5-6']
     np.testing.assert_allclose(video_time(frames), np.arange(10) / FPS, atol=0.06)
     sounds = contents(made('audioset')[0], 'test')
@@ -222,7 +222,10 @@ def test_a_clip_is_cut_out_of_the_whole_video(made):
 
 @pytest.mark.parametrize('suffix', ['avi', 'mp4', 'webm', 'wav', 'ogg'])
 def test_a_part_is_that_of_the_whole(files, suffix, tmp_path):
-    """Cut while reading = read whole and cut, for every container: what is behind a seek is placed by its time."""
+    """Cut while reading = read whole and cut, for every container.
+
+    What is behind a seek is positioned by its time.
+    """
     path = tmp_path / f'long.{suffix}'
     frames, audio = layouts.clock(3.4, 32, 48, rate=16000 if suffix == 'avi' else RATE)
     frames, audio = np.tile(frames, (2, 1, 1, 1)), np.tile(audio, 2)
@@ -253,15 +256,16 @@ def test_a_part_is_that_of_the_whole(files, suffix, tmp_path):
             atol=0.03,
         )
     assert len(part.audio) == 2.5 * RATE
-    told, want = (
-        audio_time(part.audio),
-        audio_time(whole.audio[round(2.2 * RATE) :][: len(part.audio)]),
-    )
-    assert (np.abs(told - want)[3:] > 0.08).sum() <= 1  # the piece in which the second half begins
+    heard = audio_time(part.audio)
+    expected = audio_time(whole.audio[round(2.2 * RATE) :][: len(part.audio)])
+    # One may differ: the piece in which the second half begins.
+    assert (np.abs(heard - expected)[3:] > 0.08).sum() <= 1
 
 
 def test_captions_and_segments(made):
-    index = lambda name, split: Split(Prepared(made(name)[0]), split).index
+    def index(name, split):
+        return Split(Prepared(made(name)[0]), split).index
+
     t = index('youcook2', 'train')
     assert list(t.sentence_text) == list(t.segment_caption) == [
         'add the bacon',
@@ -275,9 +279,8 @@ def test_captions_and_segments(made):
     assert sorted(index('msrvtt', 'train').sentence_text) == sorted(
         f'sentence {k} about {i}' for k in range(3) for i in range(3)
     )
-    t = index(
-        'howto100m', 'train'
-    )  # of three sentences one has no words; one ends before it starts
+    # Of three sentences one has no words; one ends before it starts.
+    t = index('howto100m', 'train')
     assert list(t.sentence_text) == ['put onions', 'stir soup'] and t.sentence_end.tolist() == [
         1.5,
         2.0,
@@ -302,7 +305,8 @@ def test_an_image_is_a_clip_of_one_frame_that_repeats(made):
     data = data_pipelines.open(c)
     batch = next(data.one_pass('validation', 1))
     data.close()
-    assert batch['video']['data'].shape == (1, 4, 32, 48, 3) and not batch['audio']['valid'].any()
+    chex.assert_shape(batch['video']['data'], (1, 4, 32, 48, 3))
+    assert not batch['audio']['valid'].any()
     assert (np.abs(batch['video']['data'].astype(int) - 99) < 3).all()
 
 
@@ -339,9 +343,10 @@ def test_other_forms_of_the_annotations(files, tmp_path):
 
     def per_video(layout):
         captions = layout.pop('caption.json')
+        rows = ('start,end,text', '0.5,1.5,put onions', '2.0,1.0,stir soup', '3.0,4.0,', '')
         return {
             **layout,
-            'howto100m_captions/nAmFnsR7g6A.csv': 'start,end,text\n0.5,1.5,put onions\n2.0,1.0,stir soup\n3.0,4.0,\n',
+            'howto100m_captions/nAmFnsR7g6A.csv': '\n'.join(rows),
             'howto100m_captions/second.json': captions['gone'],
         }
 
@@ -374,13 +379,15 @@ def test_other_forms_of_the_annotations(files, tmp_path):
         lambda layout: {k: v for k, v in layout.items() if k != 'class_labels_indices.csv'},
     )
     assert other.classes == {'class': ['Dog', 'Speech']}
-    of = lambda r: {
-        f: [r.classes['class'][i][:3] for i in m['segments'][0]['labels']['class']]
-        for f, m in r.annotations.items()
-    }
-    assert {k: sorted(v) for k, v in of(usual).items()} == {
-        k: sorted(v) for k, v in of(other).items()
-    }
+
+    def class_names(catalog):
+        names = {}
+        for file_id, annotation in catalog.annotations.items():
+            numbers = annotation['segments'][0]['labels']['class']
+            names[file_id] = sorted(catalog.classes['class'][i][:3] for i in numbers)
+        return names
+
+    assert class_names(usual) == class_names(other)
 
     def sorted_into_folders(layout):
         return {
@@ -528,15 +535,10 @@ def test_broken_annotations_are_one_sentence(files, tmp_path, capsys, name, path
 
 
 def test_other_mistakes_are_one_sentence(place, files, tmp_path):
-    call = lambda **kw: prepare.prepare(
-        **{
-            'out': str(tmp_path / 'out'),
-            'dataset': 'ucf101',
-            'manual_dir': str(place('ucf101')),
-            **SMALL,
-            **kw,
-        }
-    )
+    def call(**changes):
+        usual = {'dataset': 'ucf101', 'manual_dir': str(place('ucf101'))}
+        return prepare.prepare(**{'out': str(tmp_path / 'out'), **usual, **SMALL, **changes})
+
     with pytest.raises(DataError, match='--dataset=ufc is unknown; datasets are ucf101'):
         call(dataset='ufc')
     with pytest.raises(DataError, match='is not a folder; it holds the files of ucf101'):
@@ -561,9 +563,12 @@ def test_second_run_does_nothing_and_a_changed_list_is_noticed(
     place, files, made, tmp_path, monkeypatch
 ):
     layouts.write(tmp_path / 'in', layouts.vggsound(files))
-    call = lambda: prepare.prepare(
-        dataset='vggsound', manual_dir=str(tmp_path / 'in'), out=str(tmp_path / 'out'), **SMALL
-    )
+
+    def call():
+        return prepare.prepare(
+            dataset='vggsound', manual_dir=str(tmp_path / 'in'), out=str(tmp_path / 'out'), **SMALL
+        )
+
     assert call()['fresh'] and not call()['fresh']
     with open(tmp_path / 'in/vggsound.csv', 'a') as f:
         f.write('d,0,dog barking,train\n')

@@ -157,7 +157,10 @@ def test_killed_run_goes_on(tmp_path, monkeypatch):
         '--min_seconds=0.5',
         '--quiet',
     ]
-    staged = lambda: [p for p in (out / '.staging' / 'files').glob('*/*') if '.' not in p.name]
+
+    def staged():
+        return [p for p in (out / '.staging' / 'files').glob('*/*') if '.' not in p.name]
+
     process = subprocess.Popen(command)
     while len(staged()) < 3:
         time.sleep(0.002)
