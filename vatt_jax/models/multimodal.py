@@ -98,7 +98,7 @@ WORDS = {
 }
 # Towers that are one network: name -> (modality, module).
 # module(data, valid [B], train) -> (pooled, map); its attributes are the tower's config fields.
-NETS = {
+NETS: dict[str, tuple[str, Any]] = {
     'linear': ('text', LinearWords),
     'i3d': ('video', I3D),
     's3d': ('video', S3D),
@@ -131,8 +131,16 @@ TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
         {'name': 'bert', **SIZE, **WORDS, 'positions': 16, 'pre_norm': True, 'extra': False},
     ),
 }
-for _name, (_modality, _module) in NETS.items():
-    TOWERS[_name] = (_modality, {'name': _name, **net_fields(_module)})
+
+
+def register_net(name: str, modality: str, module: Any) -> None:
+    """Makes a network of one's own a tower that a config may name (CONTRIBUTING.md)."""
+    NETS[name] = (modality, module)
+    TOWERS[name] = (modality, {'name': name, **net_fields(module)})
+
+
+for _name, (_modality, _module) in tuple(NETS.items()):
+    register_net(_name, _modality, _module)
 
 # Names of the patched axes, which are those of the position tables.
 AXES = {
