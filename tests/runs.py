@@ -30,6 +30,7 @@ _server.set_forkserver_preload(
         'sklearn.preprocessing',
         'vatt_jax.api',
         'vatt_jax.evals',
+        'vatt_jax.modes.train',
         'vatt_jax.reporting.report',
         'vatt_jax.training.loop',
     ]
