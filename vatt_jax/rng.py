@@ -26,7 +26,7 @@ _GOLDEN = 0x9E3779B9  # 2^32 divided by the golden ratio: its multiples spread e
 Layout = Sequence[tuple[int, int]]
 
 
-def mix(x: UInt32[Array, '...']) -> UInt32[Array, '...']:
+def mix(x: UInt32[Array, '*shape']) -> UInt32[Array, '*shape']:
     """Hash 32 bits: a bijective finaliser with low bias ("lowbias32" constants)."""
     x = x ^ (x >> 16)
     x = x * jnp.uint32(0x7FEB352D)
@@ -35,17 +35,17 @@ def mix(x: UInt32[Array, '...']) -> UInt32[Array, '...']:
     return x ^ (x >> 16)
 
 
-def _word(value: str | int | Array | np.integer) -> UInt32[Array, '...']:
+def _word(value: str | int | Array | np.integer) -> UInt32[Array, '*shape']:
     """Return 32 bits that stand for a site's name or a number."""
     if isinstance(value, str):
-        return jnp.uint32(zlib.crc32(value.encode()))  # type: ignore[return-value]  # an Array
+        return jnp.uint32(zlib.crc32(value.encode()))
     if isinstance(value, int):
         # A seed may be any integer; JAX would refuse one beyond int32.
-        return jnp.uint32(value & 0xFFFFFFFF)  # type: ignore[return-value]  # an Array
+        return jnp.uint32(value & 0xFFFFFFFF)
     return jnp.asarray(value).astype(jnp.uint32)
 
 
-def _fold(key: Array, value: str | int | Array | np.integer) -> UInt32[Array, '...']:
+def _fold(key: Array, value: str | int | Array | np.integer) -> UInt32[Array, '*shape']:
     """Return the key one step further down the path."""
     return mix((key + jnp.uint32(_GOLDEN)) ^ mix(_word(value) + jnp.uint32(0x85EBCA6B)))
 
@@ -59,8 +59,9 @@ class Rng:
         examples: uint32 [B], identity of each example of the batch.
     """
 
-    key: jax.Array
-    examples: jax.Array
+    # Any: JAX rebuilds this tree with other things than arrays as leaves (shardings, avals).
+    key: Any
+    examples: Any
 
     @staticmethod
     def create(
@@ -74,7 +75,7 @@ class Rng:
             examples: Integers [B], the global position of each example.
         """
         root = jnp.uint32(0)
-        key = _fold(_fold(root, seed), step)  # type: ignore[arg-type]  # jnp.uint32 makes an Array
+        key = _fold(_fold(root, seed), step)
         return Rng(key, jnp.asarray(examples).astype(jnp.uint32))
 
     def at(self, site: str | int | Array | np.integer) -> Rng:
@@ -97,19 +98,19 @@ class Rng:
         """Draw uint32 [B, *shape], bits of each example."""
         return _draw(self.examples, self.key, _counter(shape))
 
-    def shared_bits(self, shape: tuple[int, ...]) -> UInt32[Array, '...']:
+    def shared_bits(self, shape: tuple[int, ...]) -> UInt32[Array, '*shape']:
         """Draw uint32 of this shape, the same bits whatever the batch holds."""
         return mix(mix(_counter(shape) + self.key) ^ (self.key * jnp.uint32(_GOLDEN)))
 
     def uniform(
         self, shape: tuple[int, ...] = (), low: float = 0.0, high: float = 1.0
-    ) -> Float[Array, '...']:
+    ) -> Float[Array, '*shape']:
         """Draw float32 [B, *shape], uniform in [low, high)."""
         # The upper 24 bits are exact in float32, so that no draw is rounded up to 1.
         unit = (self.bits(shape) >> 8).astype(jnp.float32) * (1.0 / (1 << 24))
         return low + (high - low) * unit
 
-    def normal(self, shape: tuple[int, ...] = ()) -> Float[Array, '...']:
+    def normal(self, shape: tuple[int, ...] = ()) -> Float[Array, '*shape']:
         """Draw float32 [B, *shape], standard normal.
 
         By the inverse error function of a uniform draw in (-1, 1).
@@ -141,7 +142,7 @@ class Rng:
         orders = jnp.argsort(self.shared_bits((parts, n)), axis=-1).astype(jnp.int32)
         return jnp.repeat(orders, len(self.examples) // parts, axis=0)  # [B n]
 
-    def dropout(self, x: Float[Array, '...'], rate: float) -> Float[Array, '...']:
+    def dropout(self, x: Float[Array, '*shape'], rate: float) -> Float[Array, '*shape']:
         """Zero each element of x [B …] with probability `rate`, scale the rest by 1/(1-rate)."""
         if rate == 0.0:
             return x
@@ -161,7 +162,7 @@ class Packed(Rng):
         column: uint32 [N], where in its row each column is.
     """
 
-    column: jax.Array
+    column: Any
 
     @staticmethod
     def of(parts: Sequence[Rng], layout: Layout) -> Packed:
@@ -207,7 +208,7 @@ class Packed(Rng):
         )
 
 
-def _draw(examples: Array, key: Array, counter: Array) -> UInt32[Array, '...']:
+def _draw(examples: Array, key: Array, counter: Array) -> UInt32[Array, '*shape']:
     """Hash a bit pattern for each example and counter under a path.
 
     Args:
@@ -222,7 +223,7 @@ def _draw(examples: Array, key: Array, counter: Array) -> UInt32[Array, '...']:
     return mix(mix(counter + row) ^ (row * jnp.uint32(_GOLDEN) + key))
 
 
-def _counter(shape: tuple[int, ...]) -> UInt32[Array, '...']:
+def _counter(shape: tuple[int, ...]) -> UInt32[Array, '*shape']:
     """Return 0, 1, 2, … in row-major order, built from iotas so that nothing is stored."""
     count = jnp.zeros(shape, jnp.uint32)
     stride = 1
