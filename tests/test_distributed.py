@@ -113,7 +113,7 @@ def test_places(environment, want):
     'environment, sentence',
     [
         ({'VATT_PROCESSES': '2'}, 'VATT_PROCESSES=2 without VATT_COORDINATOR'),
-        ({'VATT_COORDINATOR': 'node1'}, 'VATT_COORDINATOR=node1: host:port is wanted'),
+        ({'VATT_COORDINATOR': 'node1'}, 'VATT_COORDINATOR=node1: expected host:port'),
         (
             {'VATT_COORDINATOR': 'node1:1', 'VATT_PROCESSES': '2', 'VATT_PROCESS': '2'},
             "VATT_PROCESS='2': give the number of processes",
@@ -125,7 +125,7 @@ def test_places(environment, want):
                 'VATT_PROCESS': '0',
                 'VATT_DEVICES': 'all',
             },
-            'VATT_DEVICES=all: numbers',
+            'VATT_DEVICES=all: expected numbers',
         ),
         ({**SLURM, 'SLURM_PROCID': '4'}, 'this is process 4 of 4'),
         (
@@ -272,8 +272,8 @@ def test_launch_forwards_sigterm_to_all(tmp_path):
 @pytest.mark.parametrize(
     'flags, sentence',
     [
-        (['--processes=0', 'run.py'], '--processes=0: a positive number'),
-        (['--processes=2', '--each=all', 'run.py'], '--each=all: gpu or a positive'),
+        (['--processes=0', 'run.py'], '--processes=0: expected a positive number'),
+        (['--processes=2', '--each=all', 'run.py'], '--each=all: expected gpu or a positive'),
         (['--processes=2', 'ran.py'], 'ran.py is no file'),
         (['--processes=2'], 'nothing is no file'),
     ],

@@ -1,12 +1,16 @@
 """Starts one command as several processes of this machine that train together.
 
+    # two processes
     python -m vatt_jax.launch --processes=2 run.py --config=configs/demo.py --workdir=runs/two
-    python -m vatt_jax.launch --processes=8 --each=gpu run.py --config=configs/vatt.py:bbs --workdir=runs/bbs      # one GPU each
-    python -m vatt_jax.launch --processes=2 --each=4 run.py …                                                      # four simulated CPU devices each
+    # one GPU each
+    python -m vatt_jax.launch --processes=8 --each=gpu run.py --config=configs/vatt.py:bbs …
+    # four simulated CPU devices each
+    python -m vatt_jax.launch --processes=2 --each=4 run.py …
 
-Process 0 speaks; what the others say is shown when they fail. SIGTERM and SIGINT go to all of them, once: they save the same step and leave.
-When one fails, the rest is given 20 seconds and then ended. The exit code is that of the first to fail (128 + signal for a killed one),
-0 when all succeed. Several machines: docs/scaling.md.
+Process 0 writes to the terminal; the output of the others is shown when they fail. SIGTERM and
+SIGINT go to all of them, once: they save the same step and leave. When one fails, the rest is given
+20 seconds and then ended. The exit code is that of the first to fail (128 + signal for a killed
+one), 0 when all succeed. Several machines: docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -20,92 +24,143 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 GRACE = 20.0  # seconds
-LINES = 60  # of a silent process's output that are kept for the case that it fails
+LINES = 60  # of a silent process's output, remembered for the case that it fails
 
 
 def environment(process: int, processes: int, port: int, each: str) -> dict[str, str]:
-    """What process number `process` gets beside the environment there is."""
-    own = {
+    """Return the variables one process gets beside the environment there is.
+
+    Args:
+        process: The number of this process.
+        processes: How many there are.
+        port: Port of the coordinator on this machine.
+        each: Devices of each process, see `--each`.
+    """
+    variables = {
         'VATT_COORDINATOR': f'127.0.0.1:{port}',
         'VATT_PROCESSES': str(processes),
         'VATT_PROCESS': str(process),
     }
     if each == 'gpu':
-        return own | {'VATT_DEVICES': str(process)}
-    return own | ({'JAX_NUM_CPU_DEVICES': each, 'JAX_PLATFORMS': 'cpu'} if each else {})
+        variables['VATT_DEVICES'] = str(process)
+    elif each:
+        variables['JAX_NUM_CPU_DEVICES'] = each
+        variables['JAX_PLATFORMS'] = 'cpu'
+    return variables
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        return listener.getsockname()[1]
 
 
 class Together:
     """The processes of one command, from start to the exit code of them all."""
 
     def __init__(self, command: list[str], processes: int, each: str = '', grace: float = GRACE):
-        self.grace, self.heard = grace, [collections.deque(maxlen=LINES) for _ in range(processes)]
-        self.asked = False
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            port = s.getsockname()[1]
-        # Sessions of their own: a terminal's Ctrl-C reaches this process alone, which hands it on once.
-        self.children = [
-            subprocess.Popen(
+        """Start the processes.
+
+        Args:
+            command: The program and its arguments.
+            processes: How many to start.
+            each: Devices of each process, see `--each`.
+            grace: Seconds that the others are given when one fails.
+        """
+        self.grace = grace
+        self.asked = False  # whether a signal was forwarded
+        # The last lines of each process; those of process 0 go to the terminal.
+        self.heard: list[collections.deque[str]] = [
+            collections.deque(maxlen=LINES) for _ in range(processes)
+        ]
+        port = _free_port()
+        self.children: list[subprocess.Popen[bytes]] = []
+        for process in range(processes):
+            output: dict[str, Any] = {}
+            if process > 0:
+                output = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT}
+            child = subprocess.Popen(
                 command,
-                env=os.environ | environment(i, processes, port, each),
+                env=os.environ | environment(process, processes, port, each),
+                # A session of its own: a terminal's Ctrl-C reaches this process alone, which
+                # forwards it once.
                 start_new_session=True,
-                **({} if i == 0 else {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT}),
+                **output,
             )
-            for i in range(processes)
-        ]
-        self.listeners = [
-            threading.Thread(target=self._listen, args=(i,), daemon=True)
-            for i in range(1, processes)
-        ]
-        for t in self.listeners:
-            t.start()
+            self.children.append(child)
+        # A process whose output nobody reads would stop when the pipe is full.
+        self.listeners: list[threading.Thread] = []
+        for process in range(1, processes):
+            listener = threading.Thread(target=self._listen, args=(process,), daemon=True)
+            listener.start()
+            self.listeners.append(listener)
 
-    def _listen(self, i: int) -> None:
-        for line in self.children[i].stdout:
-            self.heard[i].append(line.decode(errors='replace').rstrip('\n'))
+    def _listen(self, process: int) -> None:
+        output = self.children[process].stdout
+        assert output is not None  # a pipe, as started above
+        for line in output:
+            self.heard[process].append(line.decode(errors='replace').rstrip('\n'))
 
-    def forward(self, number: int, *_) -> None:
-        """A signal handler: sends it to all that still run. The second time SIGKILL."""
+    def _send(self, number: int) -> None:
+        """Send a signal to all that still run."""
         for child in self.children:
             if child.poll() is None:
-                child.send_signal(signal.SIGKILL if self.asked else number)
+                child.send_signal(number)
+
+    def forward(self, number: int, *_: Any) -> None:
+        """Handle a signal: send it to all that still run, the second time SIGKILL."""
+        self._send(signal.SIGKILL if self.asked else number)
         self.asked = True
 
     def wait(self) -> int:
-        """Exit code of the whole, once every process has ended."""
-        first, since = None, 0.0
-        while any(c.poll() is None for c in self.children):
-            failed = [i for i, c in enumerate(self.children) if c.poll() not in (None, 0)]
-            if failed and first is None:
-                first, since = failed[0], time.monotonic()
-            waited = time.monotonic() - since if first is not None else 0.0
-            if waited > self.grace:
-                for child in self.children:
-                    if child.poll() is None:
-                        child.send_signal(
-                            signal.SIGTERM if waited < 2 * self.grace else signal.SIGKILL
-                        )
-            time.sleep(0.05)
-        if first is None:
-            first = next((i for i, c in enumerate(self.children) if c.returncode), None)
-        for t in self.listeners:
-            t.join(5)
-        if first is None:
+        """Wait until every process has ended and return the exit code of the whole."""
+        failed = self._wait_for_all()
+        for listener in self.listeners:
+            listener.join(5)
+        if failed is None:
             return 0
-        if self.heard[first]:
-            print(f'process {first} said last:', *self.heard[first], sep='\n', file=sys.stderr)
-        code = self.children[first].returncode
-        how = f'signal {-code}' if code < 0 else f'exit code {code}'
+        if self.heard[failed]:
+            print(f'process {failed} said last:', *self.heard[failed], sep='\n', file=sys.stderr)
+        code = self.children[failed].returncode
+        # Popen reports a signal as its negative number, shells as 128 + number.
+        ending = f'signal {-code}' if code < 0 else f'exit code {code}'
         print(
-            f'process {first} of {len(self.children)} ended with {how}', file=sys.stderr, flush=True
+            f'process {failed} of {len(self.children)} ended with {ending}',
+            file=sys.stderr,
+            flush=True,
         )
         return 128 - code if code < 0 else code
 
+    def _wait_for_all(self) -> int | None:
+        """Wait for all processes and return the number of the first to fail, None without one."""
+        failed: int | None = None
+        failed_at = 0.0
+        while any(child.poll() is None for child in self.children):
+            if failed is None:
+                failed = self._any_failed()
+                failed_at = time.monotonic()
+            if failed is not None:
+                # Those that are left wait for the failed one in a collective.
+                elapsed = time.monotonic() - failed_at
+                if elapsed > 2 * self.grace:
+                    self._send(signal.SIGKILL)
+                elif elapsed > self.grace:
+                    self._send(signal.SIGTERM)
+            time.sleep(0.05)
+        return self._any_failed() if failed is None else failed
 
-def main(argv: list[str]) -> int:
+    def _any_failed(self) -> int | None:
+        for process, child in enumerate(self.children):
+            if child.poll():  # neither running (None) nor successful (0)
+                return process
+        return None
+
+
+def _parse_flags(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line; a mistake is a sentence and exit code 2."""
     parser = argparse.ArgumentParser(
         prog='python -m vatt_jax.launch',
         description=__doc__,
@@ -116,18 +171,29 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         '--each',
         default='',
-        help='gpu: one GPU for each process; a number: so many simulated CPU devices; default: all there is',
+        help=(
+            'gpu: one GPU for each process; a number: so many simulated CPU devices; default: all '
+            'there is'
+        ),
     )
     parser.add_argument('command', nargs=argparse.REMAINDER, help='run.py and its arguments')
     flags = parser.parse_args(argv)
     if flags.processes < 1:
-        parser.error(f'--processes={flags.processes}: a positive number is wanted')
-    if flags.each not in ('', 'gpu') and not (flags.each.isdigit() and int(flags.each)):
-        parser.error(f'--each={flags.each}: gpu or a positive number of CPU devices is wanted')
+        parser.error(f'--processes={flags.processes}: expected a positive number.')
+    is_device_count = flags.each.isdigit() and int(flags.each) > 0
+    if flags.each not in ('', 'gpu') and not is_device_count:
+        parser.error(f'--each={flags.each}: expected gpu or a positive number of CPU devices.')
     if not flags.command or not os.path.exists(flags.command[0]):
+        script = flags.command[0] if flags.command else 'nothing'
         parser.error(
-            f'{flags.command[0] if flags.command else "nothing"} is no file; give the script to start, such as run.py, and its arguments'
+            f'{script} is no file; give the script to start, such as run.py, and its arguments'
         )
+    return flags
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line and return the exit code."""
+    flags = _parse_flags(argv)
     together = Together([sys.executable, *flags.command], flags.processes, flags.each)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, together.forward)

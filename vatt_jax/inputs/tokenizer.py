@@ -1,37 +1,45 @@
-"""Sentences -> word numbers. Three kinds, one interface; 0 is padding and 1 the unknown word in all of them.
+"""Sentences -> word numbers. Three kinds, one interface; 0 is padding and 1 the unknown word.
 
-`words` is the tokenizer of VATT: ASCII punctuation deleted, lower case, split at white space, vocabulary look-up, no begin
-or end marks. It needs nothing but Python; the other two import their libraries when made.
+`words` is the tokenizer of VATT: ASCII punctuation deleted, lower case, split at white space,
+vocabulary look-up, no begin or end marks. It needs nothing but Python; the other two import their
+libraries when made.
 """
 
 from __future__ import annotations
 
 import base64
 import collections
+import importlib
 import io
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int32
 
 PAD, UNKNOWN = 0, 1
 _DELETE = str.maketrans('', '', string.punctuation)
 
 
 def split_words(text: str) -> list[str]:
-    """'It's HOT, now!' -> ['its', 'hot', 'now']."""
+    """Return the words of a sentence: 'It's HOT, now!' -> ['its', 'hot', 'now']."""
     return text.translate(_DELETE).lower().split()
 
 
 class Tokenizer:
-    """size: numbers in use, padding and unknown included (rows of a word table). spec: JSON-able, see `from_spec`."""
+    """The interface of all kinds.
+
+    Attributes:
+        kind: The name in `config.model.inputs.text.tokenizer`.
+        size: Numbers in use, padding and unknown included (rows of a word table).
+    """
 
     kind = ''
     size = 0
 
-    def encode(self, texts: Sequence[str], words: int) -> np.ndarray:
-        """n sentences -> int32 [n, words], cut or filled with 0."""
+    def encode(self, texts: Sequence[str], words: int) -> Int32[np.ndarray, 'N L']:
+        """Return the numbers of N sentences, each cut to `words` or filled with 0."""
         out = np.zeros((len(texts), words), np.int32)
         for row, numbers in zip(out, self._numbers(texts)):
             row[: len(numbers)] = numbers[:words]
@@ -41,16 +49,29 @@ class Tokenizer:
         raise NotImplementedError
 
     def to_spec(self) -> dict[str, Any]:
+        """Return a JSON-able description, see `from_spec`."""
         raise NotImplementedError
 
 
 class Words(Tokenizer):
-    """vocabulary: the words numbered first, first + 1, …; any other word is number `unknown`."""
+    """Whole words of a vocabulary."""
 
     kind = 'words'
 
     def __init__(self, vocabulary: Sequence[str], first: int = 2, unknown: int = UNKNOWN):
-        self.vocabulary, self.first, self.unknown = list(vocabulary), first, unknown
+        """Number the words.
+
+        Args:
+            vocabulary: The words numbered first, first + 1, …
+            first: The number of the first word.
+            unknown: The number of any other word.
+
+        Raises:
+            ValueError: The vocabulary holds a word twice.
+        """
+        self.vocabulary = list(vocabulary)
+        self.first = first
+        self.unknown = unknown
         self._number = {word: i + first for i, word in enumerate(self.vocabulary)}
         if len(self._number) != len(self.vocabulary):
             raise ValueError('the vocabulary of a words tokenizer holds a word twice')
@@ -58,49 +79,48 @@ class Words(Tokenizer):
 
     @classmethod
     def from_table(cls, words: Sequence[str]) -> Words:
-        """The tokenizer of a word table whose row i is words[i]: `<pad>` first, `<unk>` anywhere (official VATT vocabularies).
-        Raises ValueError when either is not there."""
+        """Return the tokenizer of a word table whose row i is words[i].
+
+        Official VATT vocabularies are of this form: `<pad>` first, `<unk>` anywhere.
+
+        Raises:
+            ValueError: Either is not there.
+        """
         words = list(words)
-        if not words or words[0] != '<pad>' or '<unk>' not in words:
+        has_unknown = '<unk>' in words
+        if words[:1] != ['<pad>'] or not has_unknown:
             raise ValueError(
-                f'a word table begins with <pad> and has <unk>; this one begins with {words[:1]} and '
-                f'{"has" if "<unk>" in words else "lacks"} <unk>'
+                f'a word table begins with <pad> and has <unk>; this one begins with {words[:1]} '
+                f'and {"has" if has_unknown else "lacks"} <unk>'
             )
         return cls(words[1:], 1, words.index('<unk>'))
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> Words:
-        """The `size` - 2 most frequent words, the most frequent first, ties in alphabetical order."""
-        count = collections.Counter(word for text in texts for word in split_words(text))
-        return cls(
-            [
-                word
-                for word, _ in sorted(count.items(), key=lambda item: (-item[1], item[0]))[
-                    : size - 2
-                ]
-            ]
-        )
+        """Take the `size` - 2 most frequent words, ties in alphabetical order."""
+        counts = collections.Counter(word for text in texts for word in split_words(text))
+        by_frequency = sorted(counts, key=lambda word: (-counts[word], word))
+        return cls(by_frequency[: size - 2])  # two numbers are padding and unknown
 
-    def _numbers(self, texts):
-        return (
-            [self._number.get(word, self.unknown) for word in split_words(text)] for text in texts
-        )
+    def _numbers(self, texts: Sequence[str]) -> Iterable[Sequence[int]]:
+        for text in texts:
+            yield [self._number.get(word, self.unknown) for word in split_words(text)]
 
-    def to_spec(self):
-        numbers = (
-            {}
-            if (self.first, self.unknown) == (2, UNKNOWN)
-            else {'first': self.first, 'unknown': self.unknown}
-        )
-        return {'kind': self.kind, 'size': self.size, 'vocabulary': self.vocabulary, **numbers}
+    def to_spec(self) -> dict[str, Any]:
+        spec = {'kind': self.kind, 'size': self.size, 'vocabulary': self.vocabulary}
+        if (self.first, self.unknown) != (2, UNKNOWN):
+            spec['first'] = self.first
+            spec['unknown'] = self.unknown
+        return spec
 
 
 class WordPiece(Tokenizer):
-    """BERT-style pieces, lower-cased. model: the JSON text of a `tokenizers` tokenizer with [PAD] 0 and [UNK] 1."""
+    """BERT-style pieces, lower-cased."""
 
     kind = 'wordpiece'
 
     def __init__(self, model: str):
+        """Load a model, the JSON text of a `tokenizers` tokenizer with [PAD] 0 and [UNK] 1."""
         self._model = _library('tokenizers', self.kind).Tokenizer.from_str(model)
         self._json = model
         self.size = self._model.get_vocab_size()
@@ -110,32 +130,33 @@ class WordPiece(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> WordPiece:
-        t = _library('tokenizers', cls.kind)
-        model = t.Tokenizer(t.models.WordPiece(unk_token='[UNK]'))
-        model.normalizer = t.normalizers.BertNormalizer(lowercase=True)
-        model.pre_tokenizer = t.pre_tokenizers.BertPreTokenizer()
-        model.decoder = t.decoders.WordPiece()
-        model.train_from_iterator(
-            texts,
-            t.trainers.WordPieceTrainer(
-                vocab_size=size, special_tokens=['[PAD]', '[UNK]'], show_progress=False
-            ),
+        """Train a model with at most `size` pieces."""
+        library = _library('tokenizers', cls.kind)
+        model = library.Tokenizer(library.models.WordPiece(unk_token='[UNK]'))
+        model.normalizer = library.normalizers.BertNormalizer(lowercase=True)
+        model.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+        model.decoder = library.decoders.WordPiece()
+        trainer = library.trainers.WordPieceTrainer(
+            vocab_size=size, special_tokens=['[PAD]', '[UNK]'], show_progress=False
         )
+        model.train_from_iterator(texts, trainer)
         return cls(model.to_str())
 
-    def _numbers(self, texts):
-        return [e.ids for e in self._model.encode_batch(list(texts), add_special_tokens=False)]
+    def _numbers(self, texts: Sequence[str]) -> Iterable[Sequence[int]]:
+        encodings = self._model.encode_batch(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
-    def to_spec(self):
+    def to_spec(self) -> dict[str, Any]:
         return {'kind': self.kind, 'size': self.size, 'model': self._json}
 
 
 class SentencePiece(Tokenizer):
-    """model: the bytes of a `sentencepiece` model trained with padding 0 and unknown 1."""
+    """Pieces of a unigram model."""
 
     kind = 'sentencepiece'
 
     def __init__(self, model: bytes):
+        """Load a `sentencepiece` model trained with padding 0 and unknown 1."""
         self._bytes = model
         self._model = _library('sentencepiece', self.kind).SentencePieceProcessor(model_proto=model)
         self.size = self._model.get_piece_size()
@@ -143,7 +164,7 @@ class SentencePiece(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> SentencePiece:
-        """`size` is an upper limit: a small corpus gives fewer pieces."""
+        """Train a model with at most `size` pieces: a small corpus gives fewer."""
         writer = io.BytesIO()
         _library('sentencepiece', cls.kind).SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
@@ -154,15 +175,15 @@ class SentencePiece(Tokenizer):
             unk_id=UNKNOWN,
             bos_id=-1,
             eos_id=-1,
-            normalization_rule_name='nmt_nfkc_cf',
+            normalization_rule_name='nmt_nfkc_cf',  # cf: case folding
             minloglevel=2,
         )
         return cls(writer.getvalue())
 
-    def _numbers(self, texts):
+    def _numbers(self, texts: Sequence[str]) -> Iterable[Sequence[int]]:
         return self._model.encode(list(texts))
 
-    def to_spec(self):
+    def to_spec(self) -> dict[str, Any]:
         return {
             'kind': self.kind,
             'size': self.size,
@@ -170,16 +191,30 @@ class SentencePiece(Tokenizer):
         }
 
 
-KINDS: dict[str, type] = {t.kind: t for t in (Words, WordPiece, SentencePiece)}
+KINDS: dict[str, Any] = {
+    Words.kind: Words,
+    WordPiece.kind: WordPiece,
+    SentencePiece.kind: SentencePiece,
+}
 
 
 def train(kind: str, texts: Iterable[str], size: int) -> Tokenizer:
-    """A tokenizer of this kind with at most `size` numbers. Raises ValueError for an unknown kind or no text at all."""
+    """Train a tokenizer.
+
+    Args:
+        kind: One of KINDS.
+        texts: The sentences to train on.
+        size: The most numbers it may use.
+
+    Raises:
+        ValueError: The kind is unknown, the size too small, or there is no text at all.
+    """
     if kind not in KINDS:
         raise ValueError(f'tokenizer {kind!r} is unknown; kinds are {", ".join(KINDS)}')
     if size < 3:
         raise ValueError(
-            f'a vocabulary of {size} has no room: 0 is padding, 1 the unknown word, so it needs at least 3'
+            f'a vocabulary of {size} has no room: 0 is padding, 1 the unknown word, so it needs at '
+            'least 3'
         )
     texts = [text for text in texts if text.strip()]
     if not texts and kind != Words.kind:
@@ -190,7 +225,11 @@ def train(kind: str, texts: Iterable[str], size: int) -> Tokenizer:
 
 
 def from_spec(spec: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_spec` described. Raises ValueError for an unknown kind."""
+    """Return the tokenizer that `to_spec` described.
+
+    Raises:
+        ValueError: Its kind is unknown.
+    """
     kind = spec.get('kind')
     if kind == Words.kind:
         return Words(spec['vocabulary'], spec.get('first', 2), spec.get('unknown', UNKNOWN))
@@ -202,16 +241,19 @@ def from_spec(spec: Mapping[str, Any]) -> Tokenizer:
 
 
 def _library(name: str, kind: str) -> Any:
+    """Import the library that a kind needs."""
     try:
-        return __import__(name)
-    except ImportError as e:
+        return importlib.import_module(name)
+    except ImportError as error:
         raise ImportError(
             f'a {kind} tokenizer needs the package {name!r}; install it, or use the words tokenizer'
-        ) from e
+        ) from error
 
 
 def _check_special(kind: str, pad: int | None, unknown: int | None) -> None:
+    """Raise ValueError where a model numbers padding and unknown otherwise than all kinds do."""
     if (pad, unknown) != (PAD, UNKNOWN):
         raise ValueError(
-            f'this {kind} model numbers padding {pad} and unknown {unknown}; they must be {PAD} and {UNKNOWN}'
+            f'this {kind} model numbers padding {pad} and unknown {unknown}; they must be {PAD} '
+            f'and {UNKNOWN}'
         )

@@ -1,4 +1,4 @@
-"""Several processes: finding one another, one voice, waiting for one another, and stopping together."""
+"""Several processes: finding one another, one voice, barriers, and stopping together."""
 
 from __future__ import annotations
 
@@ -18,11 +18,20 @@ from vatt_jax.config import ConfigError
 
 PATIENCE = 600  # seconds that processes wait for one another
 TPU_PORT = 8482  # of the coordinator where the environment names hosts only
+# Ports computed from a job's number lie in 61440 to 65535, above those that Linux hands out.
+FIRST_PORT, NUM_PORTS = 61440, 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """This process among the others. address: host:port of process 0. devices: the local accelerators it may use, None: all."""
+    """This process among the others.
+
+    Attributes:
+        address: host:port of process 0.
+        processes: How many processes there are.
+        process: The number of this one.
+        devices: The local accelerators it may use, None for all.
+    """
 
     address: str
     processes: int
@@ -31,66 +40,98 @@ class Place:
 
 
 def place(environment: Mapping[str, str]) -> Place | None:
-    """Where an environment puts this process; None: alone. Raises ConfigError for a contradiction.
+    """Find where an environment puts this process.
 
-    The first that applies: VATT_COORDINATOR, VATT_PROCESSES, VATT_PROCESS (set by hand, by vatt_jax.launch, or by a Kubernetes job,
-    whose JOB_COMPLETION_INDEX stands in for the last); a SLURM step (srun); Open MPI; Cloud TPU hosts under GKE, with or without several slices.
-    One process of a host takes all its accelerators; where there are several, each takes the one of its local number. (jax.distributed's own
-    detection gives a process one accelerator even where it is the only one of its host.)
+    The first that applies:
+
+    - VATT_COORDINATOR, VATT_PROCESSES, VATT_PROCESS: set by hand, by vatt_jax.launch, or by a
+      Kubernetes job, whose JOB_COMPLETION_INDEX stands in for the last;
+    - a SLURM step (srun);
+    - Open MPI;
+    - Cloud TPU hosts under GKE, with or without several slices.
+
+    One process of a host takes all its accelerators; where there are several, each takes the one of
+    its local number. (jax.distributed's own detection gives a process one accelerator even where it
+    is the only one of its host.)
+
+    Args:
+        environment: Environment variables.
+
+    Returns:
+        The place, None for a process that is alone.
+
+    Raises:
+        ConfigError: The variables contradict one another.
     """
-    for rule in (_explicit, _slurm, _open_mpi, _cloud_tpu):
-        found = rule(environment)
-        if found is not None:
-            if not 0 <= found.process < found.processes:
-                raise ConfigError(
-                    f'this is process {found.process} of {found.processes}: give the number of processes and the place of this one '
-                    'among them, 0 to one less (VATT_PROCESSES, VATT_PROCESS)'
-                )
-            return found if found.processes > 1 else None
+    for detect in (_explicit, _slurm, _open_mpi, _cloud_tpu):
+        found = detect(environment)
+        if found is None:
+            continue
+        if not 0 <= found.process < found.processes:
+            raise ConfigError(
+                f'this is process {found.process} of {found.processes}: give the number of '
+                'processes and the place of this one among them, 0 to one less (VATT_PROCESSES, '
+                'VATT_PROCESS)'
+            )
+        return found if found.processes > 1 else None
     return None
 
 
 def _explicit(env: Mapping[str, str]) -> Place | None:
+    """Read the variables of this project."""
     address = env.get('VATT_COORDINATOR')
     if not address:
-        left = [name for name in ('VATT_PROCESSES', 'VATT_PROCESS') if env.get(name)]
-        if left:
-            raise ConfigError(
-                f'{left[0]}={env[left[0]]} without VATT_COORDINATOR: give host:port of process 0 too'
-            )
+        for name in ('VATT_PROCESSES', 'VATT_PROCESS'):
+            if env.get(name):
+                raise ConfigError(
+                    f'{name}={env[name]} without VATT_COORDINATOR: give host:port of process 0 too'
+                )
         return None
     if not re.search(r':\d+$', address):
-        raise ConfigError(f'VATT_COORDINATOR={address}: host:port is wanted, such as node1:8476')
-    own = env.get('VATT_PROCESS') or env.get('JOB_COMPLETION_INDEX', '')
-    count = env.get('VATT_PROCESSES', '')
-    if not (count.isdigit() and own.isdigit() and int(own) < int(count)):
+        raise ConfigError(f'VATT_COORDINATOR={address}: expected host:port, such as node1:8476.')
+    process = env.get('VATT_PROCESS') or env.get('JOB_COMPLETION_INDEX', '')
+    processes = env.get('VATT_PROCESSES', '')
+    are_numbers = processes.isdigit() and process.isdigit()
+    if not are_numbers or int(process) >= int(processes):
         raise ConfigError(
-            f'VATT_COORDINATOR={address} with VATT_PROCESSES={count!r} and VATT_PROCESS={own!r}: give the number of '
-            'processes and the place of this one among them, 0 to one less'
+            f'VATT_COORDINATOR={address} with VATT_PROCESSES={processes!r} and '
+            f'VATT_PROCESS={process!r}: give the number of processes and the place of this one '
+            'among them, 0 to one less'
         )
-    return Place(address, int(count), int(own), _numbers(env, 'VATT_DEVICES'))
+    return Place(address, int(processes), int(process), _device_numbers(env, 'VATT_DEVICES'))
 
 
 def _slurm(env: Mapping[str, str]) -> Place | None:
-    """A step that srun started. Inside salloc or a batch script, without srun, there is one process whatever SLURM_NTASKS says."""
+    """Read the variables of a step that srun started.
+
+    Inside salloc or a batch script, without srun, there is one process whatever SLURM_NTASKS says.
+    """
     if 'SLURM_STEP_NODELIST' not in env or 'SLURM_PROCID' not in env:
         return None
-    count = int(env.get('SLURM_STEP_NUM_TASKS') or env['SLURM_NTASKS'])
-    port = 61440 + int(env['SLURM_JOB_ID']) % 4096  # two jobs on a host seldom meet
-    # '4', '4(x2)' or '2,1': tasks of each node
-    several = any(
-        int(n) > 1 for n in re.findall(r'(?:^|,)(\d+)', env.get('SLURM_STEP_TASKS_PER_NODE', '1'))
-    )
+    # Tasks of each node, '4', '4(x2)' or '2,1'. The count in brackets is one of nodes.
+    tasks_per_node = env.get('SLURM_STEP_TASKS_PER_NODE', '1')
+    task_counts = re.findall(r'(?:^|,)(\d+)', tasks_per_node)
+    devices = None
+    if any(int(count) > 1 for count in task_counts):
+        devices = (int(env['SLURM_LOCALID']),)
+    host = first_host(env['SLURM_STEP_NODELIST'])
+    # From the job's number: two jobs on one host seldom get the same port.
+    port = FIRST_PORT + int(env['SLURM_JOB_ID']) % NUM_PORTS
     return Place(
-        f'{first_host(env["SLURM_STEP_NODELIST"])}:{port}',
-        count,
-        int(env['SLURM_PROCID']),
-        (int(env['SLURM_LOCALID']),) if several else None,
+        address=f'{host}:{port}',
+        processes=int(env.get('SLURM_STEP_NUM_TASKS') or env['SLURM_NTASKS']),
+        process=int(env['SLURM_PROCID']),
+        devices=devices,
     )
 
 
 def first_host(nodes: str) -> str:
-    """'gpu[007-009,12],login' -> 'gpu007': the first host of a SLURM list."""
+    """Return the first host of a SLURM list: 'gpu[007-009,12],login' -> 'gpu007'.
+
+    Raises:
+        ConfigError: The list names none.
+    """
+    # prefix, first number in the brackets, suffix
     found = re.match(r'([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?', nodes)
     if not found:
         raise ConfigError(f'SLURM_STEP_NODELIST={nodes!r} names no host')
@@ -98,84 +139,107 @@ def first_host(nodes: str) -> str:
 
 
 def _open_mpi(env: Mapping[str, str]) -> Place | None:
+    """Read the variables of mpirun."""
     if 'OMPI_COMM_WORLD_SIZE' not in env:
         return None
-    count, own, here = (
-        int(env[f'OMPI_COMM_WORLD_{name}']) for name in ('SIZE', 'RANK', 'LOCAL_SIZE')
+    processes = int(env['OMPI_COMM_WORLD_SIZE'])
+    process = int(env['OMPI_COMM_WORLD_RANK'])
+    local_processes = int(env['OMPI_COMM_WORLD_LOCAL_SIZE'])
+    devices = None
+    if local_processes > 1:
+        devices = (int(env['OMPI_COMM_WORLD_LOCAL_RANK']),)
+    if processes == 1:
+        return Place('', 1, process)
+    # Version 4 tells where mpirun runs, which is where rank 0 is unless it was placed elsewhere;
+    # version 5 does not. '1531576320.0;tcp://10.96.0.1,10.148.0.1:34911': job number, then the
+    # addresses of that host, IPv6 ones in brackets.
+    mpirun = re.search(
+        r'^(\d+)\.\d+;(?:tcp://([^,:]+)|tcp6://(\[[^,\]]+))',
+        env.get('OMPI_MCA_orte_hnp_uri', ''),
     )
-    devices = (int(env['OMPI_COMM_WORLD_LOCAL_RANK']),) if here > 1 else None
-    if count == 1:
-        return Place('', 1, own)
-    # Version 4 tells where mpirun runs, which is where rank 0 is unless it was placed elsewhere; version 5 does not.
-    found = re.search(
-        r'^(\d+)\.\d+;(?:tcp://([^,:]+)|tcp6://(\[[^,\]]+))', env.get('OMPI_MCA_orte_hnp_uri', '')
-    )
-    if here == count:
-        number = int(found[1]) // 4096 if found else os.getppid()
-        return Place(f'127.0.0.1:{61440 + number % 4096}', count, own, devices)
-    if not found:
+    if local_processes == processes:
+        # All on this host. Without a job number, that of mpirun itself is one all processes share.
+        number = int(mpirun[1]) // NUM_PORTS if mpirun else os.getppid()
+        host = '127.0.0.1'
+    elif mpirun:
+        number = int(mpirun[1]) // NUM_PORTS
+        host = mpirun[2] or mpirun[3] + ']'
+    else:
         raise ConfigError(
-            'Open MPI does not say where process 0 is; name it: mpirun -x VATT_COORDINATOR=host:8476 -x VATT_PROCESSES='
-            f"{count} … sh -c 'VATT_PROCESS=$OMPI_COMM_WORLD_RANK python run.py …'"
+            'Open MPI does not say where process 0 is; name it: mpirun '
+            f'-x VATT_COORDINATOR=host:8476 -x VATT_PROCESSES={processes} … '
+            "sh -c 'VATT_PROCESS=$OMPI_COMM_WORLD_RANK python run.py …'"
         )
-    return Place(
-        f'{found[2] or found[3] + "]"}:{61440 + int(found[1]) // 4096 % 4096}', count, own, devices
-    )
+    return Place(f'{host}:{FIRST_PORT + number % NUM_PORTS}', processes, process, devices)
 
 
 def _cloud_tpu(env: Mapping[str, str]) -> Place | None:
-    """GKE's variables of a TPU pod slice, and of several slices (MEGASCALE_…)."""
-    hosts = [h for h in env.get('TPU_WORKER_HOSTNAMES', '').split(',') if h]
+    """Read GKE's variables of a TPU pod slice, and of several slices (MEGASCALE_…)."""
+    hosts = [host for host in env.get('TPU_WORKER_HOSTNAMES', '').split(',') if host]
     slices = int(env.get('MEGASCALE_NUM_SLICES') or 1)
-    if not hosts or 'TPU_WORKER_ID' not in env or len(hosts) * slices == 1:
+    processes = len(hosts) * slices
+    if not hosts or 'TPU_WORKER_ID' not in env or processes == 1:
         return None
-    first = (env.get('MEGASCALE_COORDINATOR_ADDRESS') or hosts[0]).split(':')[0]
-    own = int(env.get('MEGASCALE_SLICE_ID') or 0) * len(hosts) + int(env['TPU_WORKER_ID'])
-    return Place(f'{first}:{TPU_PORT}', len(hosts) * slices, own)
+    coordinator = env.get('MEGASCALE_COORDINATOR_ADDRESS') or hosts[0]
+    host = coordinator.split(':')[0]  # its port there is that of another service
+    slice_number = int(env.get('MEGASCALE_SLICE_ID') or 0)
+    process = slice_number * len(hosts) + int(env['TPU_WORKER_ID'])
+    return Place(f'{host}:{TPU_PORT}', processes, process)
 
 
-def _numbers(env: Mapping[str, str], name: str) -> tuple[int, ...] | None:
+def _device_numbers(env: Mapping[str, str], name: str) -> tuple[int, ...] | None:
     text = env.get(name, '')
     if not text:
         return None
     if not re.fullmatch(r'\d+(,\d+)*', text):
         raise ConfigError(
-            f'{name}={text}: numbers of local accelerators are wanted, such as 0 or 0,1'
+            f'{name}={text}: expected numbers of local accelerators, such as 0 or 0,1.'
         )
-    return tuple(int(n) for n in text.split(','))
+    return tuple(int(number) for number in text.split(','))
 
 
 def initialize(environment: Mapping[str, str] = os.environ, timeout: int = PATIENCE) -> None:
-    """Joins the other processes, if the environment says there are any. VATT_COORDINATOR=auto leaves the search to JAX (Cloud TPU VMs without
-    GKE, whose hosts are known to their metadata server only)."""
+    """Join the other processes, if the environment says there are any.
+
+    VATT_COORDINATOR=auto leaves the search to JAX (Cloud TPU VMs without GKE, whose hosts are known
+    to their metadata server only).
+
+    Args:
+        environment: Environment variables.
+        timeout: Seconds to wait for the others.
+
+    Raises:
+        ConfigError: The environment contradicts itself, or the others were not found in time.
+    """
     if environment.get('VATT_COORDINATOR') == 'auto':
         jax.distributed.initialize(initialization_timeout=timeout)
     else:
-        own = place(environment)
-        if own is None:
+        placement = place(environment)
+        if placement is None:
             return
         try:
             jax.distributed.initialize(
-                own.address,
-                own.processes,
-                own.process,
-                local_device_ids=own.devices,
+                placement.address,
+                placement.processes,
+                placement.process,
+                local_device_ids=placement.devices,
                 cluster_detection_method='deactivate',
                 initialization_timeout=timeout,
             )
         except RuntimeError as error:
             raise ConfigError(
-                f'process {own.process} on {socket.gethostname()} did not find the other {own.processes - 1} by way of '
-                f'{own.address} within {timeout} s ({str(error).splitlines()[0]}); look whether all of them started and reach '
-                'that address'
+                f'process {placement.process} on {socket.gethostname()} did not find the other '
+                f'{placement.processes - 1} by way of {placement.address} within {timeout} s '
+                f'({str(error).splitlines()[0]}); check that all of them started and reach that '
+                'address'
             ) from error
+    # So that a barrier can name the host of a process that does not come.
     _client().key_value_set(f'vatt/host/{jax.process_index()}', socket.gethostname())
 
 
-def _client():
-    from jax._src import (
-        distributed,
-    )  # there is no public way to its store and barriers, which need no device
+def _client() -> Any:
+    # There is no public way to JAX's key-value store and barriers, which need no device.
+    from jax._src import distributed
 
     return distributed.global_state.client
 
@@ -185,61 +249,91 @@ class Absent(RuntimeError):
 
 
 def barrier(name: str, timeout: float = PATIENCE) -> None:
-    """Waits until every process is here. Raises Absent, which names those that did not come within `timeout` seconds."""
+    """Wait until every process is here.
+
+    Args:
+        name: The name of this point in the program; each is passed once.
+        timeout: Seconds to wait.
+
+    Raises:
+        Absent: Naming the processes that did not come.
+    """
     count = jax.process_count()
     if count == 1:
         return
-    client, began = _client(), time.monotonic()
+    client = _client()
+    began = time.monotonic()
     client.key_value_set(f'vatt/barrier/{name}/{jax.process_index()}', 'here', allow_overwrite=True)
     try:
         client.wait_at_barrier(f'vatt/{name}', int(timeout * 1000))
-    except Exception as error:  # of a type that differs with the version
-        keys = lambda folder: {
-            key.rsplit('/', 1)[1]: value for key, value in client.key_value_dir_get(folder)
-        }
+    except Exception as error:  # its type differs from version to version
         try:
-            came, hosts = keys(f'vatt/barrier/{name}/'), keys('vatt/host/')
+            present = _read_folder(client, f'vatt/barrier/{name}/')
+            hosts = _read_folder(client, 'vatt/host/')
         except Exception:  # the coordinator itself is gone
             raise Absent(
-                f'the coordinating process cannot be reached at {name!r}: {str(error).splitlines()[0]}'
+                f'the coordinating process cannot be reached at {name!r}: '
+                f'{str(error).splitlines()[0]}'
             ) from error
-        missing = [str(i) for i in range(count) if str(i) not in came]
-        told = (
-            ', '.join(f'process {i} on {hosts.get(i, "an unknown host")}' for i in missing)
-            or f'none is missing: {error}'
-        )
+        missing = [str(number) for number in range(count) if str(number) not in present]
+        descriptions = [
+            f'process {number} on {hosts.get(number, "an unknown host")}' for number in missing
+        ]
+        who = ', '.join(descriptions) or f'none is missing: {error}'
+        elapsed = time.monotonic() - began
         raise Absent(
-            f'{len(missing)} of {count} processes did not come to {name!r} within {time.monotonic() - began:.0f} s: {told}'
+            f'{len(missing)} of {count} processes did not come to {name!r} within {elapsed:.0f} s: '
+            f'{who}'
         ) from error
 
 
+def _read_folder(client: Any, folder: str) -> dict[str, str]:
+    """Return last part of the key -> value for the keys below a folder of the store."""
+    return {key.rsplit('/', 1)[1]: value for key, value in client.key_value_dir_get(folder)}
+
+
 def leave() -> None:
-    """The last thing that processes do together. One that simply ended would close connections on which another still reads the last collective,
-    and the end of the coordinating one would abort the others."""
+    """Leave together, the last thing that processes do.
+
+    One that simply ended would close connections on which another still reads the last collective,
+    and the end of the coordinating one would abort the others.
+    """
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
 
 
 def look_for_absent(error: BaseException, timeout: float = 20) -> None:
-    """To be called with what a failed collective raised. Raises Absent when not every process comes here within `timeout` seconds: where one of
-    them was killed, the others fail in the step under way."""
+    """Find out whether a collective failed because a process is gone.
+
+    Where one process was killed, the others fail in the step under way.
+
+    Args:
+        error: What the failed collective raised.
+        timeout: Seconds to wait for the others to come here.
+
+    Raises:
+        Absent: Not every process came.
+    """
     try:
         barrier('the end of a failed step', timeout)
     except Absent as absent:
         raise Absent(
-            f'{absent}. The step under way failed ({str(error).splitlines()[0][:200]}). The same command, started again on all hosts, '
-            'continues from the last checkpoint'
+            f'{absent}. The step under way failed ({str(error).splitlines()[0][:200]}). The same '
+            'command, started again on all hosts, continues from the last checkpoint'
         ) from error
 
 
 def is_main() -> bool:
-    """True on the one process that writes logs."""
+    """Return True on the one process that writes logs."""
     return jax.process_index() == 0
 
 
 def agree(value: int) -> int:
-    """The main process's value on every process. What is read from the run folder is read once: another process would see the files
-    of a moment later, go another way and leave the others waiting in a collective."""
+    """Return the main process's value on every process.
+
+    What is read from the run folder is read once: another process would see the files of a moment
+    later, go another way and leave the others waiting in a collective.
+    """
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -248,12 +342,16 @@ def agree(value: int) -> int:
 
 
 class Stop:
-    """SIGTERM (preemption, a scheduler's time limit) asks the loop to save and leave after the step under way. A context: outside
-    of it the signal does what it did before."""
+    """SIGTERM asks the loop to save and leave after the step under way.
+
+    It comes with preemption or at a scheduler's time limit. A context: outside of it the signal
+    does what it did before.
+    """
 
     def __enter__(self) -> Stop:
         self._asked = False
-        if jax.process_count() == 1:  # with several, jax.distributed has installed its own handler
+        # With several processes, jax.distributed has installed its own handler.
+        if jax.process_count() == 1:
             self._previous = signal.signal(signal.SIGTERM, self._ask)
         return self
 
@@ -266,7 +364,7 @@ class Stop:
         return self._asked
 
     def now(self, step: int) -> bool:
-        """The same answer on every process at the same step."""
+        """Return whether to stop after this step, the same on every process."""
         if jax.process_count() == 1:
             return self._asked
         from jax.experimental import multihost_utils

@@ -1,4 +1,4 @@
-"""What a run tells: one live line, `metrics.jsonl`, TensorBoard events."""
+"""What a run reports: one live line, `metrics.jsonl` and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -8,152 +8,228 @@ import os
 import pathlib
 import sys
 import time
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+# Results that are reported for a step after its checkpoint is saved.
+AFTER = ('eval/', 'refresh/')
+
 
 class Writer:
-    """Scalars to `<workdir>/metrics.jsonl` and TensorBoard. `active` False (not the main process): writes nothing.
+    """Writes scalars to `<workdir>/metrics.jsonl` and TensorBoard.
 
-    On resume, lines that came after the checkpoint of the resumed step are dropped, so the file reads as if the run had never stopped:
-    lines of later steps, and what is told of a step once it is saved (AFTER), which the continued run tells again."""
+    On resume, lines that came after the checkpoint of the resumed step are dropped, so that the
+    file reads as if the run had never stopped: lines of later steps, and what is reported for a
+    step once it is saved (AFTER), which the continued run reports again.
+    """
 
     def __init__(self, workdir: pathlib.Path, step: int, active: bool = True):
-        self.file = None
+        """Open the files.
+
+        Args:
+            workdir: The run folder.
+            step: The step the run starts or resumes from.
+            active: False on all processes but the main one: nothing is written.
+        """
+        self.file: IO[str] | None = None
         if not active:
             return
         path = workdir / 'metrics.jsonl'
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _before(line, step)]
-            temporary = path.with_suffix('.tmp')
-            temporary.write_text(''.join(line + '\n' for line in lines))
-            os.replace(temporary, path)
+            _drop_later_lines(path, step)
         self.file = path.open('a')
         from tensorboardX import SummaryWriter  # imported late: it takes a second
 
         self.board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1, flush_secs=30)
 
     def write(self, step: int, scalars: dict[str, Any]) -> None:
-        """One line {'step': …, **scalars}; numbers also go to TensorBoard. JSON has no NaN and no infinity: they are null."""
+        """Write one line {'step': …, **scalars}; numbers also go to TensorBoard.
+
+        JSON has neither NaN nor infinity: they are written as null.
+        """
         if self.file is None:
             return
-        told = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in scalars.items()
-        }
-        self.file.write(json.dumps({'step': step, **told}, allow_nan=False) + '\n')
-        self.file.flush()
+        finite: dict[str, Any] = {}
+        for name, value in scalars.items():
+            is_finite = not isinstance(value, float) or math.isfinite(value)
+            finite[name] = value if is_finite else None
+        self.file.write(json.dumps({'step': step, **finite}, allow_nan=False) + '\n')
+        self.file.flush()  # so that a killed run loses no line
         for name, value in scalars.items():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Close both files."""
         if self.file is not None:
             self.file.close()
             self.board.close()
 
 
-AFTER = ('eval/', 'refresh/')
+def _drop_later_lines(path: pathlib.Path, step: int) -> None:
+    """Rewrite metrics.jsonl with the lines older than the checkpoint of `step`."""
+    lines = [line for line in path.read_text().splitlines() if _before(line, step)]
+    # Written beside it and renamed: a kill at any moment leaves one of the two files whole.
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(''.join(f'{line}\n' for line in lines))
+    os.replace(temporary, path)
 
 
 def _before(line: str, step: int) -> bool:
-    """Whether a line of metrics.jsonl is older than the checkpoint of `step`. False for a line that a kill cut short."""
+    """Return whether a line of metrics.jsonl is older than the checkpoint of `step`.
+
+    False for a line that a kill cut short.
+    """
     try:
         values = json.loads(line)
-        return (
-            values['step'] < step
-            or values['step'] == step
-            and not any(name.startswith(AFTER) for name in values)
-        )
+        if values['step'] != step:
+            return values['step'] < step
+        return not any(name.startswith(AFTER) for name in values)
     except (ValueError, KeyError, TypeError):
         return False
 
 
 class Progress:
-    """One live line on a terminal; plain lines now and then in a log (`quiet`, or no terminal)."""
+    """One live line on a terminal; plain lines now and then in a log."""
 
     def __init__(self, steps: int, start: int, quiet: bool, active: bool = True):
-        self.steps, self.start, self.active = steps, start, active
-        self.began = self.said = time.monotonic()
+        """Begin the line.
+
+        Args:
+            steps: Steps of the whole run.
+            start: The step the run starts or resumes from.
+            quiet: Plain lines even on a terminal, and fewer of them.
+            active: False on all processes but the main one: nothing is shown.
+        """
+        self.steps = steps
+        self.start = start
+        self.active = active
+        self.began = time.monotonic()
+        self.last_shown = self.began
+        self.interval = 30.0 if quiet else 10.0  # seconds between plain lines
+        self.live: Live | None = None
         console = Console(stderr=False)
-        self.live = (
-            Live(console=console, refresh_per_second=4, transient=False)
-            if active and not quiet and console.is_terminal
-            else None
-        )
-        self.every = 30.0 if quiet else 10.0
-        if self.live:
+        if active and not quiet and console.is_terminal:
+            self.live = Live(console=console, refresh_per_second=4, transient=False)
             self.live.start()
 
     def show(self, step: int, values: dict[str, float]) -> None:
+        """Show the state of the run.
+
+        Args:
+            step: Steps taken.
+            values: loss, lr, clips_per_s, data_wait, goodput, and mfu where it is known.
+        """
         if not self.active:
             return
         now = time.monotonic()
-        left = (now - self.began) / max(1, step - self.start) * (self.steps - step)
-        mfu = f'MFU {100 * values["mfu"]:.1f}%  ' if 'mfu' in values else ''
-        line = (
-            f'step {step}/{self.steps}  loss {values["loss"]:.4f}  lr {values["lr"]:.2e}  {values["clips_per_s"]:.0f} clips/s  {mfu}'
-            f'waiting for data {100 * values["data_wait"]:.0f}%  goodput {100 * values["goodput"]:.0f}%  ETA {duration(left)}'
-        )
+        line = self._line(step, values, now)
         if self.live:
             self.live.update(Text(line))
-        elif now - self.said > self.every or step == self.steps or step == self.start + 1:
+            return
+        is_first_or_last = step in (self.start + 1, self.steps)
+        if is_first_or_last or now - self.last_shown > self.interval:
             print(line, flush=True)
-            self.said = now
+            self.last_shown = now
+
+    def _line(self, step: int, values: dict[str, float], now: float) -> str:
+        seconds_per_step = (now - self.began) / max(1, step - self.start)
+        remaining = seconds_per_step * (self.steps - step)
+        parts = [
+            f'step {step}/{self.steps}',
+            f'loss {values["loss"]:.4f}',
+            f'lr {values["lr"]:.2e}',
+            f'{values["clips_per_s"]:.0f} clips/s',
+        ]
+        if 'mfu' in values:
+            parts.append(f'MFU {100 * values["mfu"]:.1f}%')
+        parts += [
+            f'waiting for data {100 * values["data_wait"]:.0f}%',
+            f'goodput {100 * values["goodput"]:.0f}%',
+            f'ETA {duration(remaining)}',
+        ]
+        return '  '.join(parts)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
-        if self.active:
-            (
-                self.live.console.print(text, markup=False, highlight=False)
-                if self.live
-                else print(text, flush=True)
-            )
+        """Print a line that stays."""
+        if not self.active:
+            return
+        if self.live:
+            # Above the live line; rich must not read [brackets] in it as markup.
+            self.live.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
 
     def close(self) -> None:
+        """End the live line."""
         if self.live:
             self.live.stop()
         sys.stdout.flush()
 
 
 def duration(seconds: float) -> str:
-    """'1:02:03' or '2:03'."""
-    s = int(seconds)
-    return (
-        f'{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}' if s >= 3600 else f'{s // 60}:{s % 60:02d}'
-    )
+    """Return '1:02:03' or '2:03'."""
+    minutes, secs = divmod(int(seconds), 60)
+    if int(seconds) < 3600:
+        return f'{minutes}:{secs:02d}'
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02d}:{secs:02d}'
 
 
 class Meter:
-    """Speed since the last reading, and what of the time since its start went into steps.
+    """Speed since the last reading, and the share of the time since its start that went into steps.
 
-    flops: of one clip's training step as the model needs it. peak: FLOP/s of all chips together by their data sheet. None: unknown, then no MFU.
+    The caller adds to the attributes as things happen.
+
+    Attributes:
+        clips: Clips trained on since the last reading.
+        waited: Seconds since then that waited for data.
+        lost: Seconds since then that waited for checkpoints.
     """
 
     def __init__(self, flops: float | None = None, peak: float | None = None):
-        self.flops, self.peak = flops, peak
-        self.start, self.useful = time.monotonic(), 0.0
+        """Start the clock.
+
+        Args:
+            flops: FLOPs of one clip's training step, as the model needs them.
+            peak: FLOP/s of all chips together by their data sheet. Where either is None, unknown,
+                there is no MFU.
+        """
+        self.flops = flops
+        self.peak = peak
+        self.start = time.monotonic()
+        self.useful = 0.0
         self.reset()
 
     def reset(self) -> None:
-        """Begins anew; what went before (compilation, evaluation, a refresh) was no step."""
-        self.began, self.waited, self.lost, self.clips = time.monotonic(), 0.0, 0.0, 0
+        """Begin anew; what went before (compilation, evaluation, a refresh) was no step."""
+        self.began = time.monotonic()
+        self.waited = 0.0
+        self.lost = 0.0
+        self.clips = 0
 
     def read(self) -> dict[str, float]:
-        """clips_per_s; data_wait: share of the time; goodput: share of all time since the start that neither waited for data or checkpoints, nor
-        compiled, evaluated or refreshed; mfu: FLOPs that the model needs, of the data sheet's."""
+        """Return the figures since the last reading and begin anew.
+
+        Returns:
+            clips_per_s: Clips trained on each second.
+            data_wait: Share of the time that waited for data.
+            goodput: Share of all time since the start that neither waited for data or checkpoints,
+                nor compiled, evaluated or refreshed.
+            mfu: FLOPs that the model needs, as a share of the data sheet's; absent if unknown.
+        """
         now = time.monotonic()
-        took = max(1e-9, now - self.began)
-        self.useful += max(0.0, took - self.waited - self.lost)
-        out = {
-            'clips_per_s': self.clips / took,
-            'data_wait': self.waited / took,
+        elapsed = max(1e-9, now - self.began)  # no division by zero
+        self.useful += max(0.0, elapsed - self.waited - self.lost)
+        figures = {
+            'clips_per_s': self.clips / elapsed,
+            'data_wait': self.waited / elapsed,
             'goodput': self.useful / max(1e-9, now - self.start),
         }
         if self.flops and self.peak:
-            out['mfu'] = self.clips / took * self.flops / self.peak
+            figures['mfu'] = self.clips / elapsed * self.flops / self.peak
         self.reset()
-        return out
+        return figures
