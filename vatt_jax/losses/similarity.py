@@ -1,21 +1,25 @@
-"""Sums over all pairs of two sets of embeddings, exact, without ever holding the matrix of their scores.
+"""Sums over all pairs of two sets of embeddings, exact, without ever holding the matrix of scores.
 
     score(i, j) = scale * <x_i, y_j> (+ bias)
 
-`log_sum_exp` gives, in one loop over blocks of keys and rows, the log-sum-exp of every row, of every column, and of every row's positives;
-`sigmoid_sum` gives the sum of pairwise logistic losses. The named losses (nce.py) are a few lines on these two. Their derivative is a second
-loop that makes each block of scores again: four matrix products where a stored matrix needs three, and memory linear in the rows.
+`log_sum_exp` gives, in one loop over blocks of keys and rows, the log-sum-exp of every row, of every
+column, and of every row's positives; `sigmoid_sum` gives the sum of pairwise logistic losses. The
+named losses (nce.py) are a few lines on these two. Their derivative is a second loop that makes each
+block of scores again: four matrix products where a stored matrix needs three, and memory linear in
+the rows.
 
-Inside `jax.set_mesh(mesh)` the work is spread over the mesh, by gathering keys or in a ring (blockwise.py). Any sizes do: what does not divide into
-blocks or devices is padded with rows that count for nothing.
+Inside `jax.set_mesh(mesh)` the work is spread over the mesh, by gathering keys or in a ring
+(blockwise.py). Any sizes do: what does not divide into blocks or devices is padded with rows that
+count for nothing.
 
-The result is that of the global batch, whatever the mesh. Differentiable in x, y, scale and bias; reverse mode, once.
+The result is that of the global batch, whatever the mesh. Differentiable in x, y, scale and bias;
+reverse mode, once.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +44,19 @@ from vatt_jax.losses.blockwise import (
 
 __all__ = ['AUTO', 'METHODS', 'NEVER', 'How', 'Sums', 'log_sum_exp', 'sigmoid_sum']
 
-NEVER = -1e9  # the log-sum-exp of nothing
-SPAN = 60.0  # scores closer than this can share an exponential in float32: exp(-60) is far from its smallest number
+# The log-sum-exp of nothing.
+NEVER = -1e9
+
+# Scores closer than this can share an exponential in float32: exp(-60) is far from its smallest
+# number.
+SPAN = 60.0
 
 
 class Sums(NamedTuple):
-    """rows [m], columns [n], positives [m]: float32; None where not asked for. A sum over nothing is NEVER."""
+    """rows [m], columns [n], positives [m]: float32; None where not asked for.
+
+    A sum over nothing is NEVER.
+    """
 
     rows: jax.Array
     columns: jax.Array | None
@@ -53,8 +64,14 @@ class Sums(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One set: data [rows E]; valid bool [rows]; apart, own int32 [rows]: pairs equal in `apart` are left out, pairs equal in `own` are
-    positives. None: all valid, none apart, no positives."""
+    """One of the two sets, rows or keys.
+
+    Attributes:
+      data: [rows E].
+      valid: bool [rows]; None: all are valid.
+      apart: int32 [rows]. Pairs equal in it are left out; None: none is.
+      own: int32 [rows]. Pairs equal in it are positives; None: there are none.
+    """
 
     data: jax.Array
     valid: jax.Array | None = None
@@ -83,79 +100,88 @@ def log_sum_exp(
     stop_gradient: bool = False,
     how: How = AUTO,
 ) -> Sums:
-    """rows[i] = log sum_j exp score(i, j) over valid keys; columns[j] = the same over valid rows; positives[i] = over row i's positives.
+    """Computes log-sum-exps of the scores.
 
-    x [m E], y [n E]; x_valid bool [m], y_valid bool [n]; apart, own: pairs of int32 arrays ([m], [n]), see `Side`. stop_gradient: y gets
-    no gradient, and none is computed. The sums of rows and columns that are not valid themselves mean nothing. Over several key sets (a
-    queue beside the batch): `jnp.logaddexp` of the rows of several calls.
+    rows[i] = log sum_j exp score(i, j) over valid keys; columns[j] = the same over valid rows;
+    positives[i] = over row i's positives. Over several key sets (a queue beside the batch):
+    `jnp.logaddexp` of the rows of several calls.
+
+    Args:
+      x: [m E], rows.
+      y: [n E], keys.
+      scale: [], what products are multiplied by.
+      x_valid: bool [m]. The sums of rows that are not valid themselves mean nothing.
+      y_valid: bool [n]. Likewise of columns.
+      apart: Pair of int32 arrays ([m], [n]), see `Side`.
+      own: Pair of int32 arrays ([m], [n]), see `Side`.
+      columns: Whether columns are summed too.
+      stop_gradient: y gets no gradient, and none is computed.
+      how: Method, block size and dtype.
     """
-    return Sums(
-        *_sums(
-            Task('softmax', columns, not stop_gradient),
-            x,
-            y,
-            scale,
-            0.0,
-            (x_valid, y_valid),
-            apart,
-            own,
-            how,
-        )
-    )
+    task = Task('softmax', columns, not stop_gradient)
+    valid = (x_valid, y_valid)
+    return Sums(*_sums(task, x, y, scale, 0.0, valid, apart, own, how))
 
 
 def sigmoid_sum(
     x, y, scale, bias, *, own, x_valid=None, y_valid=None, how: How = AUTO
 ) -> jax.Array:
-    """float32 [m]: sum_j softplus(score(i, j)) over valid keys, with the score's sign turned for row i's positives."""
-    return _sums(
-        Task('sigmoid', False, True), x, y, scale, bias, (x_valid, y_valid), None, own, how
-    )[0]
+    """Computes sum_j softplus(score(i, j)) over valid keys: float32 [m].
+
+    The score's sign is turned for row i's positives. Arguments as for `log_sum_exp`.
+    """
+    task = Task('sigmoid', False, True)
+    total, _, _ = _sums(task, x, y, scale, bias, (x_valid, y_valid), None, own, how)
+    return total
 
 
 def _sums(task: Task, x, y, scale, bias, valid, apart, own, how: How):
-    """valid, apart, own: each a pair, of rows and keys; None: see `Side`."""
+    """Pads both sides to equal shares, sums, and cuts the padding off again.
+
+    valid, apart, own: each a pair, of rows and keys; None: see `Side`.
+    """
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or not len(x) or not len(y):
         raise ValueError(
-            f'x {x.shape} and y {y.shape}: two sets of embeddings [rows E] of one width are wanted, neither empty'
+            f'x {x.shape} and y {y.shape}: two sets of embeddings [rows E] of one width are wanted, '
+            'neither empty'
         )
-    double = jnp.promote_types(x.dtype, y.dtype) == jnp.float64
-    dtype, accumulate = (
-        (jnp.dtype(jnp.float64),) * 2 if double else (jnp.dtype(how.dtype), jnp.dtype(jnp.float32))
-    )
+    dtype, accumulate = jnp.dtype(how.dtype), jnp.dtype(jnp.float32)
+    if jnp.promote_types(x.dtype, y.dtype) == jnp.float64:
+        dtype = accumulate = jnp.dtype(jnp.float64)
     (m, width), n = x.shape, len(y)
-    layout = choose_layout(
-        m, n, width * (dtype.itemsize + accumulate.itemsize * task.key_gradient), how
-    )
-    y = y if task.key_gradient else jax.lax.stop_gradient(y)
+    key_bytes = width * (dtype.itemsize + accumulate.itemsize * task.key_gradient)
+    layout = choose_layout(m, n, key_bytes, how)
+    if not task.key_gradient:
+        y = jax.lax.stop_gradient(y)
     pairs = [pair or (None, None) for pair in (valid, apart, own)]
-    x, y = (
-        _side(layout, i, data.astype(dtype), *(pair[i] for pair in pairs))
-        for i, data in enumerate((x, y))
-    )
-    rows, columns, positives = _pairwise(
-        task, layout, x, y, jnp.asarray(scale, accumulate), jnp.asarray(bias, accumulate)
-    )
-    return (
-        rows[:m],
-        None if columns is None else columns[:n],
-        None if positives is None else positives[:m],
-    )
+    x = _side(layout, 0, x.astype(dtype), *(of_rows for of_rows, _ in pairs))
+    y = _side(layout, 1, y.astype(dtype), *(of_keys for _, of_keys in pairs))
+    scale, bias = jnp.asarray(scale, accumulate), jnp.asarray(bias, accumulate)
+    rows, columns, positives = _pairwise(task, layout, x, y, scale, bias)
+    if columns is not None:
+        columns = columns[:n]
+    if positives is not None:
+        positives = positives[:m]
+    return rows[:m], columns, positives
 
 
-def _side(layout: Layout, which: int, data, *more) -> Side:
-    """Rows (which = 0) or keys (1), padded to an equal share for each device."""
-    side = Side(data, *(None if v is None else jnp.asarray(v) for v in more))
-    rows = layout.devices * rows_per_device(len(data), layout.devices)
+def _side(layout: Layout, which: int, data: Any, *more: Any) -> Side:
+    """Makes rows (which = 0) or keys (1), padded to an equal share for each device."""
+    side = Side(data, *(None if array is None else jnp.asarray(array) for array in more))
+    num_rows = layout.devices * rows_per_device(len(data), layout.devices)
+    is_padded = num_rows > len(data) or layout.local[which] % layout.tile[which]
     if side.valid is not None:
-        # What is masked is cut out before anything is computed from it, so that not even 0 * NaN reaches a gradient.
+        # What is masked is cut out before anything is computed from it, so that not even 0 * NaN
+        # reaches a gradient.
         side = side._replace(data=jnp.where(side.valid[:, None], data, 0))
-    elif rows > len(data) or layout.local[which] % layout.tile[which]:
-        side = side._replace(valid=jnp.ones(len(data), bool))  # padding will not be
-    return jax.tree.map(lambda a: pad_rows(a, rows), side)
+    elif is_padded:
+        # Padding is filled with False.
+        side = side._replace(valid=jnp.ones(len(data), bool))
+    return jax.tree.map(lambda array: pad_rows(array, num_rows), side)
 
 
-# ---- the derivative's frame: everything below it runs on one device's share, inside shard_map where there is a mesh
+# ---- The derivative's frame. Everything below it runs on one device's share, inside shard_map where
+# there is a mesh.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -187,10 +213,13 @@ def _forward(task, layout, x: Side, y: Side, scale, bias):
     keys = gather_keys(layout, y)
     met = len(keys.data)
     x, keys = split_blocks(x, layout.tile[0]), split_blocks(keys, layout.tile[1])
-    start = lambda shape: (jnp.full(shape, NEVER, accumulate), jnp.zeros(shape, accumulate))
+
+    def start(shape):
+        return jnp.full(shape, NEVER, accumulate), jnp.zeros(shape, accumulate)
+
     rows = tuple(
-        start(x.data.shape[:2]) if wanted else None
-        for wanted in (True, task.kind == 'softmax' and x.own is not None)
+        start(x.data.shape[:2]) if is_needed else None
+        for is_needed in (True, task.kind == 'softmax' and x.own is not None)
     )
     kept = jnp.zeros((len(x.data), *layout.tile), accumulate) if layout.store_scores else None
 
@@ -210,12 +239,13 @@ def _forward(task, layout, x: Side, y: Side, scale, bias):
             by_row, by_column = _block_sums(s, row_mask, column_mask, task.columns)
             every = set_block(every, _join(get_block(every, i), by_row), i)
             if own is not None:
-                add = lambda state: _join(state, _exp_sum(s, own_mask, 1))
-                own = set_block(
-                    own,
-                    jax.lax.cond(jnp.any(own_mask), add, lambda state: state, get_block(own, i)),
-                    i,
+                own_block = jax.lax.cond(
+                    jnp.any(own_mask),
+                    lambda state: _join(state, _exp_sum(s, own_mask, 1)),
+                    lambda state: state,
+                    get_block(own, i),
                 )
+                own = set_block(own, own_block, i)
             return (every, own), (_join(column, by_column) if task.columns else None, kept)
 
         return loop_over_rows(len(x.data), tile, (rows, part))
@@ -238,7 +268,10 @@ def _forward(task, layout, x: Side, y: Side, scale, bias):
         columns = _finish(columns)
     if task.kind == 'sigmoid':
         return (every[1].reshape(-1)[:m], None, None), kept
-    finish = lambda state: None if state is None else _finish(state).reshape(-1)[:m]
+
+    def finish(state):
+        return None if state is None else _finish(state).reshape(-1)[:m]
+
     return (finish(every), columns, finish(own)), kept
 
 
@@ -249,7 +282,8 @@ def _backward(task, layout, x: Side, y: Side, scale, bias, sums, kept, cotangent
         scale.dtype,
         (x.data.dtype, y.data.dtype),
     )
-    # The scale of every score's derivative is folded into the cotangents, so that the gradients need no further pass.
+    # The scale of every score's derivative is folded into the cotangents, so that the gradients need
+    # no further pass.
     cotangents = [None if g is None else g * scale for g in cotangents]
     if task.kind == 'softmax':
         every, columns, own = (
@@ -280,16 +314,20 @@ def _backward(task, layout, x: Side, y: Side, scale, bias, sums, kept, cotangent
             else:
                 w = _block_weights(s, get_block(every, i), beside, row_mask, column_mask)
                 if own is not None:
-                    # A positive's pull is joined to its push here, in float32: near convergence they nearly cancel.
+                    # A positive's pull is joined to its push here, in float32: near convergence they
+                    # nearly cancel.
                     total, g = get_block(own, i)
-                    pull = lambda w: (
-                        w + jnp.where(own_mask, jnp.exp(s - total[:, None]) * g[:, None], 0)
-                    )
+
+                    def pull(w):
+                        pulled = jnp.exp(s - total[:, None]) * g[:, None]
+                        return w + jnp.where(own_mask, pulled, 0)
+
                     w = jax.lax.cond(jnp.any(own_mask), pull, lambda w: w, w)
             w = w.astype(x_type)
             x_total = set_block(x_total, x_total[i] + _product(w, key.data, (1, 0), accumulate), i)
             if task.key_gradient:
-                # Contracting over the rows of both is a fifth slower on a CPU than turning one of them first.
+                # Contracting over the rows of both is a fifth slower on a CPU than turning one of
+                # them first.
                 key_total = key_total + jax.lax.platform_dependent(
                     w,
                     cpu=lambda w: _product(
@@ -302,8 +340,14 @@ def _backward(task, layout, x: Side, y: Side, scale, bias, sums, kept, cotangent
         return loop_over_rows(len(x.data), tile, (state, key_total))
 
     state = (jnp.zeros(x.data.shape, accumulate), jnp.zeros((), accumulate))
-    # On one device a block's key gradient is final when the block is done; gathered or in a ring it is float32 until it is home.
-    done = lambda part: part if layout.axes else jax.tree.map(lambda a: a.astype(y_type), part)
+
+    def done(part):
+        # On one device a block's key gradient is final when the block is done; gathered or in a ring
+        # it is float32 until it is home.
+        if layout.axes:
+            return part
+        return jax.tree.map(lambda array: array.astype(y_type), part)
+
     part = jnp.zeros(keys.data.shape[1:], accumulate) if task.key_gradient else None
     (dx, dbias), dy = loop_over_keys(layout, meet, state, (keys, beside, kept), part, done)
     dx = dx.reshape(-1, dx.shape[-1])[:m]
@@ -348,7 +392,11 @@ def _masks(row: Side, key: Side):
 
 
 def _both(a, b):
-    return b if a is None else a if b is None else a & b
+    if a is None:
+        return b
+    if b is None:
+        return a
+    return a & b
 
 
 def _where(mask, a, b):
@@ -359,17 +407,19 @@ def _turned(s, own):
     return s if own is None else jnp.where(own, -s, s)
 
 
-# Sums of exponentials are kept as (top, total): total = sum of exp(score - top), top = NEVER where nothing was summed.
+# Sums of exponentials are stored as (top, total): total = sum of exp(score - top), top = NEVER where
+# nothing was summed.
 
 
 def _block_sums(s, row_mask, column_mask, columns: bool):
-    """The sums of a block's rows and, if wanted, columns."""
+    """Sums a block's rows and, if asked for, columns."""
     if not columns:
         return _exp_sum(s, row_mask, 1), None
     top = jnp.max(s)
 
     def shared(s):
-        # One exponential serves both directions when no score is so far below the block's largest that it could be lost.
+        # One exponential serves both directions when no score is so far below the block's largest
+        # that it could be lost.
         e = jnp.exp(s - top)
         totals = jnp.sum(_where(row_mask, e, 0), 1), jnp.sum(_where(column_mask, e, 0), 0)
         return tuple((jnp.where(t > 0, top, NEVER), t) for t in totals)
@@ -398,14 +448,23 @@ def _finish(state):
 
 
 def _nonempty(total, g):
-    """(log-sum-exp, cotangent) in which an empty sum has no cotangent and does not stretch the range of the others."""
+    """Returns (log-sum-exp, cotangent).
+
+    An empty sum has no cotangent, and does not stretch the range of the others.
+    """
     empty = total <= NEVER / 2
     return jnp.where(empty, jnp.max(total), total), jnp.where(empty, 0, g)
 
 
 def _block_weights(s, row, column, row_mask, column_mask):
-    """Derivative by each score: exp(s_ij - row_i) g_i + exp(s_ij - column_j) h_j. row, column: (log-sum-exp, cotangent); column may be None."""
-    weight = lambda s, total, g, mask: _where(mask, jnp.exp(s - total) * g, 0)
+    """Computes the derivative by each score: exp(s_ij - row_i) g_i + exp(s_ij - column_j) h_j.
+
+    row, column: (log-sum-exp, cotangent); column may be None.
+    """
+
+    def weight(s, total, g, mask):
+        return _where(mask, jnp.exp(s - total) * g, 0)
+
     (r, g) = (v[:, None] for v in row)
     if column is None:
         return weight(s, r, g, row_mask)
