@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 import data_pipelines
 from tests import tiny
 from vatt_jax.config import ConfigError
+from vatt_jax.objectives.base import Spec
 from vatt_jax.objectives.contrastive import Contrastive
 from vatt_jax.training import loop
 
@@ -74,13 +76,14 @@ def test_the_learnt_scale_stops_at_a_hundred():
             "config.objective.method='rign': choose one of auto, gather, ring, dense",
         ),
         ({'dtype': 'float16'}, "config.objective.dtype='float16': choose one of float32, bfloat16"),
-        ({'temperature': -1.0}, 'config.objective.temperature=-1.0: a positive number'),
-        ({'replicas': 0}, 'config.objective.replicas=0'),
+        ({'temperature': -1.0}, 'config.objective.temperature: expected a positive number'),
+        ({'replicas': 0}, 'config.objective.replicas: expected a positive number, got 0'),
         ({'blok': 3}, "config.objective.blok=3: no such field; did you mean 'block'"),
-        ({'pairs': ()}, 'config.objective.pairs is empty'),
+        ({'pairs': ()}, 'config.objective.pairs: expected at least one pair'),
         (
             {'pairs': (('video', 'audio', 'va'),)},
-            "config.objective.pairs has ('video', 'audio', 'va'); (stream, stream, space, weight above 0)",
+            'config.objective.pairs: expected (stream, stream, space, weight above 0), got '
+            "('video', 'audio', 'va')",
         ),
     ],
 )
@@ -97,30 +100,26 @@ def test_mistakes_in_the_config_are_sentences(fields, told):
             {'pairs': (('video', 'audio', 'vat', 1.0),)},
             "no 'audio' in space 'vat'; it has video in va",
         ),
-        ({'form': 'nt_xent'}, "does not fit form='nt_xent'"),
+        ({'form': 'nt_xent'}, "for form='nt_xent'"),
         (
             {'pairs': (('text', 'video', 'vat', 1.0),)},
-            'the first stream has one embedding per clip',
+            'expected a first stream with one embedding per clip',
         ),
         (
             {'replicas': 5},
-            'config.objective.replicas=5 does not divide the (micro)batch of 16 clips',
+            'config.objective.replicas: expected a divisor of the (micro)batch of 16 clips, got 5',
         ),
     ],
 )
 def test_what_the_model_or_the_batch_does_not_have_is_a_sentence(fields, told):
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
 
-    class spec:
-        """An objective sizes itself by abstract shapes alone."""
-
-        class outputs:
-            spaces = {
-                'va': {'video': shape(16, 8), 'audio': shape(16, 8)},
-                'vat': {'video': shape(16, 4), 'text': shape(16, 2, 4)},
-            }
-
-        batch = {'index': shape(16)}
+    spaces = {
+        'va': {'video': shape(16, 8), 'audio': shape(16, 8)},
+        'vat': {'video': shape(16, 4), 'text': shape(16, 2, 4)},
+    }
+    # An objective sizes itself by abstract shapes alone.
+    spec = Spec(None, types.SimpleNamespace(spaces=spaces), {'index': shape(16)}, 64, {})
 
     with pytest.raises(ConfigError) as error:
         Contrastive(fields).init(jax.random.key(0), spec)
