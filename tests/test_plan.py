@@ -1,5 +1,6 @@
 """Plans: what is exact is checked against the state and by hand, what is a bound against its own definition; a real compile for eight CPU devices."""
 
+import importlib.util
 import json
 import pathlib
 import re
@@ -19,7 +20,7 @@ from vatt_jax.config import ConfigError
 from vatt_jax.models import presets
 from vatt_jax.parallel import sharding
 from vatt_jax.performance import chips, flops, hlo
-from vatt_jax.planning import plan
+from vatt_jax.planning import compilation, plan
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -232,7 +233,7 @@ def test_a_plan_is_kept_and_shown(planned, monkeypatch):
 
 def test_a_plan_without_a_compiler(monkeypatch):
     """GPUs that are not here: the state is exact, collectives are the least there can be, and the plan says what it lacks and what would help."""
-    monkeypatch.setattr(plan, 'PLUGINS', ())
+    monkeypatch.setattr(compilation, 'PLUGINS', ())
     config = tiny.config(batch_size=128, mesh__replica=-1, compute_dtype='bfloat16')
     data = data_pipelines.open(config)
     p = plan.plan(config, data, chips.parse('h100:8x8'))
@@ -351,7 +352,7 @@ def test_no_logits_in_the_compiled_program(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_search_tells_each_and_names_the_fastest(monkeypatch):
-    monkeypatch.setattr(plan, 'PLUGINS', ())
+    monkeypatch.setattr(compilation, 'PLUGINS', ())
     config = tiny.config(batch_size=64, mesh__replica=-1)
     lines = []
     best = plan.search(
@@ -392,7 +393,7 @@ def test_mistakes_on_the_command_line(cli, tmp_path, arguments, words):  # noqa:
 
 
 def test_a_missing_libtpu_is_told():
-    if plan.importlib.util.find_spec('libtpu'):
+    if importlib.util.find_spec('libtpu'):
         pytest.skip('libtpu is here')
     with pytest.raises(
         ConfigError, match=r"libtpu, which is not installed; pip install 'vatt_jax\[tpu\]'"

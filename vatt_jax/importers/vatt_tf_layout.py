@@ -1,0 +1,360 @@
+"""The variables of official VATT checkpoints: which parameter of ours each of them is.
+
+Both layouts hold the same numbers: every variable of one is a reshape of a variable of the other,
+or one layer of it (ours are stacked over layers). So a single table (`layout`) serves reading and
+writing, and also says which config field decides each dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vatt_jax.config import ConfigError
+from vatt_jax.importers.parameter_map import Entry, Path
+from vatt_jax.models.multimodal import AXES, patch_of
+
+ROOT = 'model/layer_with_weights-0'
+BASE = f'{ROOT}/_base_layer'  # backbones of a pretrained model
+FINETUNED_BASE = f'{ROOT}/_base'  # the only backbone of a fine-tuned one
+CLASSIFIER = f'{ROOT}/_ops/cls'
+HEAD = f'{ROOT}/_head_layer/_bridge_heads/0'
+UNIFIED = f'{BASE}/unified_backbone/unified_transformer'
+
+SHORT = {'video': 'vid', 'audio': 'aud', 'text': 'txt'}
+PATCH = {'vit': 'voxel_to_patch', 'wat': 'wave_to_patch', 'spt': 'spectrum_to_patch'}
+AXIS = {
+    'temporal': 'temporal',
+    'vertical': 'vertical',
+    'horizontal': 'horizontal',
+    'spectral': 'spectoral',  # sic, in the official names
+}
+# Of a batch norm: our name -> theirs.
+STATISTICS = {'scale': 'gamma', 'bias': 'beta', 'mean': 'moving_mean', 'var': 'moving_variance'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Dim:
+    """One dimension of a variable.
+
+    Attributes:
+        size: number of elements along it.
+        field: the config field that decides the size, '' where none does.
+    """
+
+    size: int
+    field: str
+
+
+def layout(
+    model: Mapping[str, Any],
+    objective: ConfigDict | Mapping[str, Any] | None = None,
+    classes: int = 0,
+) -> Iterator[Entry]:
+    """List every variable of a model.
+
+    Args:
+        model: `config.model` with all defaults filled in (see `filled`).
+        objective: `config.objective` where the checkpoint is fine-tuned, that is, holds one tower
+            and a classifier; None for a pretrained one.
+        classes: number of classes of that classifier.
+
+    Yields:
+        One entry for each variable of the official checkpoint.
+
+    Raises:
+        ConfigError: the official layout has no such tower or head.
+    """
+    if objective is not None:
+        modality = objective['stream'].split('.')[0]
+        yield from _patch_tower(model, modality, FINETUNED_BASE)
+        dims = (_pooled_width(model, modality), Dim(classes, 'objective.label'))
+        yield from _dense(('objective',), CLASSIFIER, dims)
+        return
+
+    if model['shared']:
+        for modality in model['towers']:
+            yield from _shared_front(model, modality)
+        shared_encoder = ('params', 'shared_encoder')
+        yield from _encoder(shared_encoder, f'{UNIFIED}/tx', model['encoder'], 'model.encoder')
+    else:
+        for modality in model['towers']:
+            backbone = f'{BASE}/{SHORT[modality]}_backbone'
+            if modality == 'text':
+                yield from _text_tower(model, backbone)
+            else:
+                yield from _patch_tower(model, modality, f'{backbone}/_base')
+    yield from _head(model)
+
+
+# ---- layers
+def _variable(ours: Path, theirs: str, *dims: Dim, layer: int | None = None) -> Entry:
+    shape = tuple(dim.size for dim in dims)
+    fields = tuple(dim.field for dim in dims)
+    return Entry(ours, layer, theirs, shape, fields)
+
+
+def _dense(
+    ours: Path,
+    theirs: str,
+    dims: Sequence[Dim],
+    bias: bool = True,
+    layer: int | None = None,
+) -> Iterator[Entry]:
+    """A dense layer or a convolution; `dims` are those of the official kernel, outputs last."""
+    yield _variable((*ours, 'kernel'), f'{theirs}/kernel', *dims, layer=layer)
+    if bias:
+        yield _variable((*ours, 'bias'), f'{theirs}/bias', dims[-1], layer=layer)
+
+
+def _layer_norm(ours: Path, theirs: str, width: Dim, layer: int | None = None) -> Iterator[Entry]:
+    yield _variable((*ours, 'scale'), f'{theirs}/gamma', width, layer=layer)
+    yield _variable((*ours, 'bias'), f'{theirs}/beta', width, layer=layer)
+
+
+def _batch_norm(name: str, theirs: str, width: Dim) -> Iterator[Entry]:
+    """A batch norm of the head; its running statistics live in a tree of their own."""
+    for our_leaf, their_leaf in STATISTICS.items():
+        group = 'params' if our_leaf in ('scale', 'bias') else 'batch_stats'
+        yield _variable((group, 'head', name, our_leaf), f'{theirs}/{their_leaf}', width)
+
+
+def _positions(
+    ours: Path, theirs: str, axes: Sequence[str], rows: Sequence[Dim], width: Dim
+) -> Iterator[Entry]:
+    """Learned position tables, one for each axis, and the norm after their sum."""
+    for axis, num_rows in zip(axes, rows, strict=True):
+        table = f'{theirs}/{AXIS[axis]}_position_embeddings/embeddings'
+        yield _variable((*ours, f'{axis}_positions'), table, num_rows, width)
+    yield from _layer_norm((*ours, 'norm'), f'{theirs}/layernorm', width)
+
+
+def _patch_projection(
+    ours: Path, theirs: str, tower: Mapping[str, Any], where: str, width: Dim
+) -> Iterator[Entry]:
+    """The convolution that makes a token of each patch of pixels, samples or mel bins."""
+    channels = 3 if tower['name'] == 'vit' else 1
+    patch_dims = [Dim(size, f'{where}.patch') for size in patch_of(tower)]
+    yield from _dense((*ours, 'patch'), theirs, (*patch_dims, Dim(channels, ''), width))
+
+
+# ---- encoders
+def _encoder_dims(size: Mapping[str, Any], where: str) -> tuple[Dim, Dim, Dim]:
+    """Width, inner width of the attention (all heads), and width inside the MLP."""
+    width = Dim(size['width'], f'{where}.width')
+    inner = Dim(size['heads'] * size['head_width'], f'{where}.heads')
+    mlp = Dim(size['mlp'], f'{where}.mlp')
+    return width, inner, mlp
+
+
+def _encoder(
+    ours: Path,
+    theirs: str,
+    size: Mapping[str, Any],
+    where: str,
+    bias: bool = True,
+    final_norm: bool = True,
+) -> Iterator[Entry]:
+    """A pre-LN (or post-LN) transformer in the layout of the video tower's `tx`."""
+    width, inner, mlp = _encoder_dims(size, where)
+    layers = (*ours, 'layers')
+    for i in range(size['layers']):
+        block = f'{theirs}/layers/{i}'
+        attention, feed_forward = f'{block}/mha', f'{block}/feed_forward'
+
+        yield from _layer_norm((*layers, 'attention_norm'), f'{block}/layer_norm', width, i)
+        yield from _dense((*layers, 'query'), f'{attention}/q', (width, inner), bias, i)
+        yield from _dense((*layers, 'key'), f'{attention}/k', (width, inner), bias, i)
+        yield from _dense((*layers, 'value'), f'{attention}/v', (width, inner), bias, i)
+        yield from _dense((*layers, 'out'), f'{attention}/o', (inner, width), bias, i)
+
+        yield from _layer_norm((*layers, 'mlp_norm'), f'{feed_forward}/layer_norm', width, i)
+        yield from _dense((*layers, 'mlp_in'), f'{feed_forward}/mlp/wi', (width, mlp), bias, i)
+        yield from _dense((*layers, 'mlp_out'), f'{feed_forward}/mlp/wo', (mlp, width), bias, i)
+    if final_norm:
+        yield from _layer_norm((*ours, 'final_norm'), f'{theirs}/final_layer_norm', width)
+
+
+def _t5_encoder(ours: Path, theirs: str, size: Mapping[str, Any], where: str) -> Iterator[Entry]:
+    """T5: no biases, scale-only norms before attention, one relative bias for all layers."""
+    width, inner, mlp = _encoder_dims(size, where)
+    layers = (*ours, 'layers')
+    for i in range(size['layers']):
+        block = f'{theirs}/layers/{i}'
+        attention = f'{block}/self_attention/attention'
+        feed_forward = f'{block}/feed_forward'
+
+        norm = f'{block}/self_attention/layer_norm/weight'
+        yield _variable((*layers, 'attention_norm', 'scale'), norm, width, layer=i)
+        yield from _dense((*layers, 'query'), f'{attention}/q', (width, inner), False, i)
+        yield from _dense((*layers, 'key'), f'{attention}/k', (width, inner), False, i)
+        yield from _dense((*layers, 'value'), f'{attention}/v', (width, inner), False, i)
+        yield from _dense((*layers, 'out'), f'{attention}/o', (inner, width), False, i)
+
+        # The norm before the MLP is an ordinary one in the official code, scale and bias.
+        yield from _layer_norm((*layers, 'mlp_norm'), f'{feed_forward}/layer_norm', width, i)
+        yield from _dense((*layers, 'mlp_in'), f'{feed_forward}/mlp/wi', (width, mlp), False, i)
+        yield from _dense((*layers, 'mlp_out'), f'{feed_forward}/mlp/wo', (mlp, width), False, i)
+
+    # All layers use the bias of the first.
+    first_attention = f'{theirs}/layers/0/self_attention/attention'
+    yield _variable(
+        (*ours, 'relative_bias'),
+        f'{first_attention}/relative_attention_bias/embeddings',
+        Dim(size['buckets'], f'{where}.buckets'),
+        Dim(size['heads'], f'{where}.heads'),
+    )
+    yield _variable((*ours, 'final_norm', 'scale'), f'{theirs}/final_layer_norm/weight', width)
+
+
+# ---- towers
+def _patch_tower(model: Mapping[str, Any], modality: str, theirs: str) -> Iterator[Entry]:
+    """A video or audio tower with an encoder of its own (vit, wat, spt).
+
+    A tower whose encoder is the shared one comes here too where it is fine-tuned alone: the
+    official code makes it a tower of its own then.
+    """
+    tower, shared = model['towers'][modality], model['shared']
+    where = f'model.towers.{modality}'
+    if tower['name'] not in PATCH:
+        raise ConfigError(
+            f'config.{where}.name={tower["name"]!r}: the official layout of {", ".join(PATCH)} is '
+            'known; choose one of them'
+        )
+    if shared and tower['name'] == 'spt':
+        raise ConfigError(
+            f'config.{where}.name="spt" with config.model.shared=True: the official spectrogram '
+            'tower has no biases and a shared encoder has; choose wat'
+        )
+
+    if shared:
+        size, size_field, encoder = model['encoder'], 'model.encoder', 'shared_encoder'
+    else:
+        size, size_field, encoder = tower, where, f'encoders_{modality}'
+    width = Dim(size['width'], f'{size_field}.width')
+    front = ('params', f'fronts_{modality}')
+
+    patch = f'{theirs}/{PATCH[tower["name"]]}'
+    yield from _patch_projection(front, patch, tower, where, width)
+    yield _variable((*front, 'agg'), f'{theirs}/agg_embedding', width)
+    if shared or tower['pre']:
+        yield from _dense((*front, 'projection'), f'{theirs}/pre_proj', (width, width))
+
+    rows = [Dim(num_rows, f'{where}.positions') for num_rows in tower['positions']]
+    lookup = f'{theirs}/pos_embedding_lookup'
+    yield from _positions((*front, 'positions'), lookup, AXES[tower['name']], rows, width)
+
+    has_bias = tower['name'] != 'spt'
+    yield from _encoder(('params', encoder), f'{theirs}/tx', size, size_field, has_bias)
+    if tower['post']:
+        dims = (width, Dim(tower['post'], f'{where}.post'))
+        yield from _dense(('params', f'posts_{modality}'), f'{theirs}/post_proj', dims)
+
+
+def _text_tower(model: Mapping[str, Any], theirs: str) -> Iterator[Entry]:
+    tower, where = model['towers']['text'], 'model.towers.text'
+    name = tower['name']
+    if name not in ('t5', 'bert', 'linear'):
+        raise ConfigError(
+            f'config.{where}.name={name!r}: the official layout of t5, bert and linear is known; '
+            'choose one of them'
+        )
+    language_model = f'{theirs}/base_lm'
+    front = ('params', 'nets_text' if name == 'linear' else 'fronts_text')
+    vocab = Dim(tower['vocab'], f'{where}.vocab')
+    word_width = Dim(tower['word_width'], f'{where}.word_width')
+    width = Dim(tower['width'], f'{where}.width')
+
+    yield _variable((*front, 'word_table'), f'{theirs}/embedding/embeddings', vocab, word_width)
+    if name == 'linear':
+        # A convolution over words of size one.
+        dims = (Dim(1, ''), word_width, width)
+        yield from _dense((*front, 'projection'), f'{language_model}/conv1d', dims)
+        return
+
+    # The token put before the words, before they are projected. Official bert_small has a second
+    # one behind the projection.
+    if name == 't5':
+        yield _variable((*front, 'agg'), f'{theirs}/agg_embedding', word_width)
+    elif tower['extra']:
+        yield _variable((*front, 'word_agg'), f'{theirs}/agg_embedding', word_width)
+    yield from _dense((*front, 'projection'), f'{theirs}/pre_proj', (word_width, width), False)
+
+    encoder = ('params', 'encoders_text')
+    if name == 't5':
+        yield from _t5_encoder(encoder, language_model, tower, where)
+        return
+    yield _variable((*front, 'agg'), f'{language_model}/agg_embedding', width)
+    rows = [Dim(tower['positions'], f'{where}.positions')]
+    lookup = f'{language_model}/pos_embedding_lookup'
+    yield from _positions((*front, 'positions'), lookup, ['temporal'], rows, width)
+    yield from _encoder(encoder, f'{language_model}/tx', tower, where, final_norm=tower['pre_norm'])
+
+
+def _shared_front(model: Mapping[str, Any], modality: str) -> Iterator[Entry]:
+    """What a modality has of its own before and behind the shared encoder."""
+    tower, where = model['towers'][modality], f'model.towers.{modality}'
+    front = ('params', f'fronts_{modality}')
+    raw = f'{UNIFIED}/raw_to_embeddings/{modality}'
+    width = Dim(model['encoder']['width'], 'model.encoder.width')
+
+    if modality == 'text':
+        axes: Sequence[str] = ('temporal',)
+        rows = [Dim(model['inputs']['text']['words'], 'model.inputs.text.words')]
+        vocab = Dim(tower['vocab'], f'{where}.vocab')
+        raw_width = Dim(tower['word_width'], f'{where}.word_width')
+        yield _variable((*front, 'word_table'), f'{raw}/embeddings', vocab, raw_width)
+    else:
+        axes = AXES[tower['name']]
+        rows = [Dim(num_rows, f'{where}.positions') for num_rows in tower['positions']]
+        raw_width = width
+        yield from _patch_projection(front, raw, tower, where, width)
+
+    projection = f'{UNIFIED}/pre_proj/{modality}'
+    yield from _dense((*front, 'projection'), projection, (raw_width, width))
+    lookup = f'{UNIFIED}/pos_embedding_lookup/{modality}'
+    yield from _positions((*front, 'positions'), lookup, axes, rows, width)
+    yield _variable((*front, 'agg'), f'{UNIFIED}/{SHORT[modality]}_agg_embedding', width)
+    if tower['post']:
+        dims = (width, Dim(tower['post'], f'{where}.post'))
+        yield from _dense(('params', f'posts_{modality}'), f'{UNIFIED}/post_proj/{modality}', dims)
+
+
+# ---- the common spaces
+def _pooled_width(model: Mapping[str, Any], modality: str) -> Dim:
+    """Width of the vector that a tower pools its tokens into."""
+    tower, where = model['towers'][modality], f'model.towers.{modality}'
+    if tower.get('post'):
+        return Dim(tower['post'], f'{where}.post')
+    if model['shared']:
+        return Dim(model['encoder']['width'], 'model.encoder.width')
+    return Dim(tower['width'], f'{where}.width')
+
+
+def _head(model: Mapping[str, Any]) -> Iterator[Entry]:
+    head, towers = model['head'], model['towers']
+    if head['name'] != 'fac':
+        raise ConfigError(
+            f'config.model.head.name={head["name"]!r}: official checkpoints have the head fac'
+        )
+    ours = ('params', 'head')
+    va = Dim(head['va'], 'model.head.va')  # video-audio space
+    vat = Dim(head['vat'], 'model.head.vat')  # video-audio-text space
+
+    if 'video' in towers:
+        dims = (_pooled_width(model, 'video'), va)
+        yield from _dense((*ours, 'video_hidden'), f'{HEAD}/vid_to_hid', dims, bias=False)
+        yield from _batch_norm('video_va_pre_norm', f'{HEAD}/hid_to_va/pre_bn', va)
+        yield from _dense((*ours, 'video_va'), f'{HEAD}/hid_to_va/dense', (va, va), bias=False)
+        yield from _batch_norm('video_va_norm', f'{HEAD}/hid_to_va/bn', va)
+        yield from _dense((*ours, 'video_vat'), f'{HEAD}/va_to_vat/dense', (va, vat), bias=False)
+        yield from _batch_norm('video_vat_norm', f'{HEAD}/va_to_vat/bn', vat)
+    if 'audio' in towers:
+        dims = (_pooled_width(model, 'audio'), va)
+        yield from _dense((*ours, 'audio_va'), f'{HEAD}/aud_to_va', dims)
+    if 'text' in towers:
+        dims = (_pooled_width(model, 'text'), vat)
+        yield from _dense((*ours, 'text_vat'), f'{HEAD}/txt_to_vat', dims)

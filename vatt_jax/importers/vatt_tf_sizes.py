@@ -1,0 +1,310 @@
+"""Sizes of a VATT model: inferred from a checkpoint's shapes, filled in from a config, compared."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vatt_jax.config import ConfigError, choose, with_defaults
+from vatt_jax.importers.vatt_tf_layout import AXIS, BASE, FINETUNED_BASE, HEAD, PATCH, UNIFIED
+from vatt_jax.models.multimodal import AXES, SIZE, TOWERS, extent, patch_of
+
+HEAD_WIDTH = 64  # of every official model; the kernels' shapes do not say it
+MODALITIES = ('video', 'audio', 'text')
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def kind(shapes: Shapes) -> str:
+    """Classify a checkpoint by the names of its variables.
+
+    Returns:
+        'ut_fac' (modality-agnostic), 'tx_fac' (modality-specific) or 'finetuned'.
+
+    Raises:
+        ConfigError: it is no VATT checkpoint.
+    """
+    prefixes = (
+        ('ut_fac', f'{BASE}/unified_backbone/'),
+        ('tx_fac', f'{BASE}/'),
+        ('finetuned', f'{FINETUNED_BASE}/'),
+    )
+    for name, prefix in prefixes:
+        if any(key.startswith(prefix) for key in shapes):
+            return name
+    first_keys = ', '.join(sorted(shapes)[:3]) or 'nothing'
+    raise ConfigError(
+        f'this is no VATT checkpoint: no variable starts with {BASE}/ or {FINETUNED_BASE}/; it has '
+        f'{first_keys}'
+    )
+
+
+# ---- from a checkpoint
+def infer(shapes: Shapes) -> dict[str, Any]:
+    """Infer `config.model` as far as the shapes determine it.
+
+    Dropout rates and inputs do not show in a checkpoint and are left out.
+
+    Args:
+        shapes: {variable: shape} of the checkpoint.
+
+    Returns:
+        The fields `towers`, `encoder`, `shared` and `head` of `config.model`.
+
+    Raises:
+        ConfigError: a variable whose shape is needed is missing.
+    """
+    reader = _SizeReader(shapes)
+    checkpoint_kind = kind(shapes)
+    if checkpoint_kind == 'finetuned':
+        tower = reader.patch_tower(FINETUNED_BASE)
+        modality = TOWERS[tower['name']][0]
+        return {
+            'shared': False,
+            'encoder': {},
+            'towers': {modality: tower},
+            'head': {'name': 'none'},
+        }
+
+    head = {
+        'name': 'fac',
+        'va': reader.shape(f'{HEAD}/aud_to_va/kernel')[1],
+        'vat': reader.shape(f'{HEAD}/txt_to_vat/kernel')[1],
+    }
+    if checkpoint_kind == 'tx_fac':
+        towers = {
+            'video': reader.patch_tower(f'{BASE}/vid_backbone/_base'),
+            'audio': reader.patch_tower(f'{BASE}/aud_backbone/_base'),
+            'text': reader.text_tower(f'{BASE}/txt_backbone'),
+        }
+        return {'shared': False, 'encoder': {}, 'head': head, 'towers': towers}
+    return {
+        'shared': True,
+        'encoder': reader.encoder(f'{UNIFIED}/tx'),
+        'towers': reader.shared_towers(),
+        'head': head,
+    }
+
+
+class _SizeReader:
+    """Reads sizes of layers, encoders and towers off the shapes of their variables."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        self.shapes = shapes
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        if key not in self.shapes:
+            raise ConfigError(
+                f'the checkpoint has no variable {key}; without it its sizes are unknown'
+            )
+        return self.shapes[key]
+
+    def encoder(self, prefix: str, query: str = 'mha/q') -> dict[str, Any]:
+        layers = set()
+        for key in self.shapes:
+            match = re.match(re.escape(prefix) + r'/layers/(\d+)/', key)
+            if match:
+                layers.add(int(match[1]))
+        width, inner_width = self.shape(f'{prefix}/layers/0/{query}/kernel')
+        # One wide head where the width is no multiple of 64; `import_checkpoint` refuses it.
+        heads = inner_width // HEAD_WIDTH if inner_width % HEAD_WIDTH == 0 else 1
+        return {
+            'layers': len(layers),
+            'width': width,
+            'mlp': self.shape(f'{prefix}/layers/0/feed_forward/mlp/wi/kernel')[1],
+            'heads': heads,
+            'head_width': inner_width // heads,
+        }
+
+    def patch(self, prefix: str) -> int | tuple[int, ...]:
+        *patch, _, _ = self.shape(f'{prefix}/kernel')  # [*patch C D]
+        return tuple(patch) if len(patch) > 1 else patch[0]
+
+    def position_rows(self, prefix: str, tower_name: str) -> tuple[int, ...]:
+        """Lengths of the position tables of a tower, one for each axis."""
+        tables = [
+            f'{prefix}/{AXIS[axis]}_position_embeddings/embeddings' for axis in AXES[tower_name]
+        ]
+        return tuple(self.shape(table)[0] for table in tables)
+
+    def patch_tower(self, prefix: str) -> dict[str, Any]:
+        """A video or audio tower with an encoder of its own."""
+        names = [name for name in PATCH if f'{prefix}/{PATCH[name]}/kernel' in self.shapes]
+        if not names:
+            raise ConfigError(
+                f'{prefix} has no {" nor ".join(PATCH.values())}; expected a vit, wat or spt tower'
+            )
+        name = names[0]
+        post_shape = self.shapes.get(f'{prefix}/post_proj/kernel')
+        return {
+            'name': name,
+            'patch': self.patch(f'{prefix}/{PATCH[name]}'),
+            **self.encoder(f'{prefix}/tx'),
+            'positions': self.position_rows(f'{prefix}/pos_embedding_lookup', name),
+            'pre': f'{prefix}/pre_proj/kernel' in self.shapes,
+            'post': post_shape[1] if post_shape else 0,
+        }
+
+    def text_tower(self, prefix: str) -> dict[str, Any]:
+        language_model = f'{prefix}/base_lm'
+        vocab, word_width = self.shape(f'{prefix}/embedding/embeddings')
+        words = {'vocab': vocab, 'word_width': word_width}
+        if f'{language_model}/conv1d/kernel' in self.shapes:
+            width = self.shape(f'{language_model}/conv1d/kernel')[-1]
+            return {'name': 'linear', **words, 'width': width}
+        positions = f'{language_model}/pos_embedding_lookup/temporal_position_embeddings/embeddings'
+        if positions in self.shapes:
+            return self._bert(prefix, positions, words)
+        return self._t5(language_model, words)
+
+    def _bert(self, prefix: str, positions: str, words: dict[str, int]) -> dict[str, Any]:
+        encoder = f'{prefix}/base_lm/tx'
+        # Official bert_small is recognised by its second token: it has norms after the sums,
+        # whether or not its file holds a final norm.
+        extra = f'{prefix}/agg_embedding' in self.shapes
+        return {
+            'name': 'bert',
+            **words,
+            **self.encoder(encoder),
+            'positions': self.shape(positions)[0],
+            'extra': extra,
+            'pre_norm': not extra and f'{encoder}/final_layer_norm/gamma' in self.shapes,
+        }
+
+    def _t5(self, prefix: str, words: dict[str, int]) -> dict[str, Any]:
+        attention = 'self_attention/attention'
+        bias = f'{prefix}/layers/0/{attention}/relative_attention_bias/embeddings'
+        buckets, heads = self.shape(bias)
+        size = self.encoder(prefix, query=f'{attention}/q')
+        inner_width = size['heads'] * size['head_width']
+        # The relative bias has a column for each head, so here their number is known.
+        size |= {'heads': heads, 'head_width': inner_width // heads}
+        return {'name': 't5', **words, **size, 'buckets': buckets}
+
+    def shared_towers(self) -> dict[str, Any]:
+        """What the modalities of a modality-agnostic model have of their own."""
+        raw = f'{UNIFIED}/raw_to_embeddings'
+        post = {m: self.shape(f'{UNIFIED}/post_proj/{m}/kernel')[1] for m in MODALITIES}
+        vocab, word_width = self.shape(f'{raw}/text/embeddings')
+        towers: dict[str, Any] = {}
+        for modality, name in (('video', 'vit'), ('audio', 'wat')):
+            lookup = f'{UNIFIED}/pos_embedding_lookup/{modality}'
+            towers[modality] = {
+                'name': name,
+                'patch': self.patch(f'{raw}/{modality}'),
+                'positions': self.position_rows(lookup, name),
+                'post': post[modality],
+            }
+        towers['text'] = {
+            'name': 't5',
+            'vocab': vocab,
+            'word_width': word_width,
+            'post': post['text'],
+        }
+        return towers
+
+
+# ---- from a config
+def filled(config: ConfigDict) -> dict[str, Any]:
+    """Return `config.model` as a plain dict with every default written out.
+
+    The defaults of its towers and of its encoder are included, and the lengths of position tables,
+    which otherwise follow from the inputs and the patches.
+    """
+    model = config.model.to_dict()
+    if model['shared']:
+        model['encoder'] = with_defaults(model['encoder'], SIZE, 'config.model.encoder').to_dict()
+    for modality, given in model['towers'].items():
+        where = f'config.model.towers.{modality}'
+        name = choose(given['name'], TOWERS, f'{where}.name')
+        defaults = TOWERS[name][1]
+        tower = with_defaults(given, defaults, where).to_dict()
+        if tower['name'] in AXES and not tower['positions']:
+            sizes = extent(modality, model['inputs'])
+            patch = patch_of(tower)
+            tower['positions'] = tuple(n // p for n, p in zip(sizes, patch, strict=True))
+        model['towers'][modality] = tower
+    return model
+
+
+# ---- one against the other
+def differences(
+    inferred: Mapping[str, Any],
+    model: Mapping[str, Any],
+    objective: ConfigDict | Mapping[str, Any] | None = None,
+) -> list[str]:
+    """List where a config and a checkpoint have different sizes.
+
+    Position tables are resized, so they do not count. Nor does how an encoder's heads share their
+    width, save T5's, whose bias has a column for each head.
+
+    Args:
+        inferred: what `infer` read off the checkpoint.
+        model: `config.model`, filled.
+        objective: `config.objective` of a classifier.
+
+    Returns:
+        Sentences of the form 'config.field=ours (checkpoint: theirs)'.
+    """
+    found = []
+    if objective is not None and objective['stream'].split('.')[0] not in inferred['towers']:
+        found.append(
+            f'config.objective.stream={objective["stream"]!r} '
+            f'(checkpoint: {", ".join(inferred["towers"])})'
+        )
+    for modality, theirs in inferred['towers'].items():
+        if modality in model['towers']:
+            found += _tower_differences(modality, theirs, model, inferred['shared'])
+    if inferred['shared'] and model['shared']:
+        found += _field_differences('model.encoder', inferred['encoder'], model['encoder'])
+    if model['head']['name'] != 'none' and inferred['head']['name'] != 'none':
+        found += _field_differences('model.head', inferred['head'], model['head'])
+    return found
+
+
+def _tower_differences(
+    modality: str, theirs: Mapping[str, Any], model: Mapping[str, Any], checkpoint_shared: bool
+) -> list[str]:
+    found = []
+    if model['shared'] and not checkpoint_shared:
+        # A fine-tuned checkpoint: its tower holds the encoder, and a projection before it where
+        # the encoder was a shared one.
+        encoder = {field: value for field, value in theirs.items() if field in SIZE}
+        found += _field_differences('model.encoder', encoder, model['encoder'])
+        if not theirs['pre']:
+            found.append('config.model.shared=True (checkpoint: a tower without pre_proj)')
+        theirs = {k: v for k, v in theirs.items() if k not in SIZE and k != 'pre'}
+    ours = model['towers'][modality]
+    return found + _field_differences(f'model.towers.{modality}', theirs, ours)
+
+
+def _field_differences(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    if theirs.get('name') != ours.get('name'):
+        # The fields of one kind of tower mean nothing for another kind.
+        return [f'config.{where}.name={ours.get("name")!r} (checkpoint: {theirs.get("name")!r})']
+    ignored = {'positions'}
+    if theirs.get('name') != 't5' and _same_inner_width(theirs, ours):
+        ignored |= {'heads', 'head_width'}
+    found = []
+    for field, value in theirs.items():
+        if field in ignored or field not in ours:
+            continue
+        if _as_tuple(ours[field]) != _as_tuple(value):
+            found.append(
+                f'config.{where}.{field}={ours[field]!r} (checkpoint: {_as_tuple(value)!r})'
+            )
+    return found
+
+
+def _same_inner_width(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    if 'heads' not in theirs or 'heads' not in ours:
+        return False
+    return theirs['heads'] * theirs['head_width'] == ours['heads'] * ours['head_width']
+
+
+def _as_tuple(value: Any) -> Any:
+    """A list as a tuple: configs hold both."""
+    return tuple(value) if isinstance(value, list) else value
