@@ -223,25 +223,28 @@ def test_media_files(model, tmp_path):
         ({'video': []}, r'embed\(video=\[\]\): the list is empty'),
         (
             {'video': np.zeros((4, 16, 16, 3), np.float32)},
-            r'embed\(video=…\): float32 \[4, 16, 16, 3\] found, uint8 frames \[T H W 3\] wanted',
+            r'embed\(video=…\): expected uint8 frames \[T H W 3\] .* got float32 \[4, 16, 16, 3\]',
         ),
-        ({'video': np.zeros((4, 16, 16, 1), np.uint8)}, r'uint8 \[4, 16, 16, 1\] found'),
-        ({'video': np.zeros((16, 16, 3), np.uint8)}, r'uint8 \[16, 16, 3\] found'),
-        ({'video': np.zeros((0, 16, 16, 3), np.uint8)}, r'uint8 \[0, 16, 16, 3\] found'),
+        ({'video': np.zeros((4, 16, 16, 1), np.uint8)}, r'got uint8 \[4, 16, 16, 1\]'),
+        ({'video': np.zeros((16, 16, 3), np.uint8)}, r'got uint8 \[16, 16, 3\]'),
+        ({'video': np.zeros((0, 16, 16, 3), np.uint8)}, r'got uint8 \[0, 16, 16, 3\]'),
         (
             {'audio': np.zeros(8, np.int32)},
-            r'embed\(audio=…\): int32 \[8\] found, int16 or float samples \[S\] wanted \(mono\)',
+            r'embed\(audio=…\): expected int16 or float samples \[S\] \(mono\), got int32 \[8\]',
         ),
-        ({'audio': np.zeros((2, 2, 8), np.int16)}, r'int16 \[2, 8\] found'),
-        ({'audio': np.zeros(0, np.int16)}, r'int16 \[0\] found'),
+        ({'audio': np.zeros((2, 2, 8), np.int16)}, r'got int16 \[2, 8\]'),
+        ({'audio': np.zeros(0, np.int16)}, r'got int16 \[0\]'),
         (
             {'audio': np.full(8, 3.5)},
             r'floats must be finite and in \[-1, 1\]; the largest magnitude is 3.5',
         ),
         ({'audio': np.full(8, np.nan)}, r'must be finite'),
-        ({'audio': np.zeros(8), 'rate': 0}, r'rate=0\): a positive number'),
-        ({'text': [3]}, r'embed\(text=…\): int found, strings are wanted'),
-        ({'text': [None]}, r'NoneType found'),
+        (
+            {'audio': np.zeros(8), 'rate': 0},
+            r'expected a positive number of samples per second, got 0',
+        ),
+        ({'text': [3]}, r'embed\(text=…\): expected strings, got int'),
+        ({'text': [None]}, r'expected strings, got NoneType'),
     ],
 )
 def test_wrong_input_is_a_sentence(model, call, sentence):
