@@ -1,4 +1,7 @@
-"""Self-supervised pretraining of video, audio and text encoders: `vatt_jax.load(checkpoint).embed(video=…, audio=…, text=…)`."""
+"""Self-supervised pretraining of video, audio and text encoders.
+
+vatt_jax.load(checkpoint).embed(video=…, audio=…, text=…)
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ __version__ = '0.1.0'
 __all__ = ['load']
 
 
-def load(path: Any):
+def load(path: Any) -> Any:
     """A trained model (vatt_jax.api.Model) from a run folder or a checkpoint folder."""
     from vatt_jax import api  # late: importing the package must not start JAX
 

@@ -1,10 +1,17 @@
-"""Attention, in one place: separate queries and keys, key mask, bias, dropout on probabilities; the definition and the kernels of each platform."""
+"""Attention, in one place: the definition, and the kernels of each platform.
+
+Separate queries and keys, key mask, bias, dropout on probabilities.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from vatt_jax.config import ConfigError
 from vatt_jax.parallel import sharding
@@ -14,6 +21,7 @@ IMPLEMENTATIONS = ('auto', 'dense', 'xla', 'cudnn', 'triton', 'splash')
 HOME = {'cudnn': 'gpu', 'triton': 'gpu', 'splash': 'tpu'}  # kernel -> its platform
 FUSED = {'gpu': 'cudnn', 'tpu': 'splash'}  # platform -> the kernel that `auto` takes
 LANES = 128  # kernels in Pallas pad tokens to a multiple, and fewer are not worth it
+MASKED = -1e9  # added to the logits of masked keys
 
 
 def attention(
@@ -28,140 +36,275 @@ def attention(
     rng: Rng | None = None,
     implementation: str = 'dense',
 ) -> jax.Array:
-    """[B Nq heads kv] attending to [B Nk heads kv] -> [B Nq heads kv]; softmax in float32.
+    """Multi-head attention, softmax in float32.
 
-    mask: bool [B Nk] (keys) or [B Nq Nk]; False gets -1e9, so a row without any key is uniform, not NaN. bias: [1|B heads Nq Nk].
-    `dense` is the definition and the only one with dropout on probabilities. `splash` (TPU) is used where it saves something and can do it: from
-    128 queries and keys on, without bias and with a mask of keys at most; what is smaller (words, the last layer's one query) or has a bias is
-    dense. `triton` (GPU, Pallas) likewise, for as many queries as keys and without any mask: it needs no cuDNN. `auto`: the platform's kernel where
-    there is one and no dropout, else dense.
+        softmax(scale · Q Kᵀ + bias + mask) V
+
+    `dense` is the definition and the only implementation with dropout on probabilities.
+    `splash` (TPU) is used where it saves something and can do it: from 128 queries and keys on,
+    without bias and with a mask of keys at most; what is smaller (words, the last layer's one
+    query) or has a bias is dense. `triton` (GPU, Pallas) likewise, for as many queries as keys and
+    without any mask: it needs no cuDNN. `auto` is the platform's kernel where there is one and no
+    dropout, else dense.
+
+    Args:
+        q: queries [B Nq heads kv].
+        k: keys [B Nk heads kv].
+        v: values [B Nk heads kv].
+        mask: bool [B Nk] (keys) or [B Nq Nk]. False adds -1e9 to the logit, so a row without any
+            key is uniform, not NaN.
+        bias: added to the logits, [1|B heads Nq Nk].
+        scale: factor on the logits.
+        dropout: rate on the probabilities.
+        rng: for dropout.
+        implementation: entry of IMPLEMENTATIONS.
+
+    Returns:
+        [B Nq heads kv].
+
+    Raises:
+        ConfigError: for dropout with an implementation that has none.
     """
     if implementation == 'auto':
-        implementation = 'dense' if dropout else FUSED.get(jax.default_backend(), 'dense')
-        if implementation == 'cudnn' and q.dtype.itemsize != 2:  # it takes no others
-            implementation = 'dense'
+        implementation = _choose_kernel(q.dtype, dropout)
     if implementation != 'dense' and dropout:
         raise ConfigError(
-            f'config.model.attention={implementation!r} has no dropout on attention probabilities; set '
-            'attention_dropout=0.0 in every tower, or use dense'
+            f'config.model.attention={implementation!r} has no dropout on attention probabilities; '
+            'set attention_dropout=0.0 in every tower, or use dense'
         )
-    if (
-        implementation == 'splash'
-        and bias is None
-        and min(q.shape[1], k.shape[1]) >= LANES
-        and (mask is None or mask.ndim == 2)
-    ):
+
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    is_long = min(num_queries, num_keys) >= LANES
+    masks_keys_only = mask is None or mask.ndim == 2
+    if implementation == 'splash' and is_long and bias is None and masks_keys_only:
         return splash(q, k, v, mask, scale)
-    if (
-        implementation == 'triton'
-        and bias is None
-        and mask is None
-        and q.shape[1] == k.shape[1] >= LANES
-    ):
+    is_square = num_queries == num_keys
+    if implementation == 'triton' and is_long and is_square and bias is None and mask is None:
         return triton(q, k, v, scale)
+
     if mask is not None and mask.ndim == 2:
-        mask = mask[:, None]
+        mask = mask[:, None]  # [B 1 Nk]
     if implementation in ('xla', 'cudnn'):
-        full = None if mask is None else mask[:, None]
+        head_mask = None if mask is None else mask[:, None]  # [B 1 1|Nq Nk]
+        kernel: Any = implementation  # one of two literals for the type checker
         return jax.nn.dot_product_attention(
-            q, k, v, bias=bias, mask=full, scale=scale, implementation=implementation
+            q,
+            k,
+            v,
+            bias=bias,
+            mask=head_mask,
+            scale=scale,
+            implementation=kernel,
         )
-    logits = jnp.einsum('bqhd,bkhd->bhqk', q * jnp.asarray(scale, q.dtype), k).astype(jnp.float32)
+    return _dense(q, k, v, mask, bias, scale, dropout, rng)
+
+
+def _dense(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    bias: jax.Array | None,
+    scale: float,
+    dropout: float,
+    rng: Rng | None,
+) -> jax.Array:
+    """The definition; mask [B 1|Nq Nk]. See `attention`."""
+    scaled_q = q * jnp.asarray(scale, q.dtype)
+    logits = jnp.einsum('bqhd,bkhd->bhqk', scaled_q, k).astype(jnp.float32)  # [B heads Nq Nk]
     if bias is not None:
         logits = logits + bias
     if mask is not None:
-        logits = logits + jnp.where(mask[:, None], 0.0, -1e9)
-    weights = jax.nn.softmax(logits, -1).astype(v.dtype)
+        logits = logits + jnp.where(mask[:, None], 0.0, MASKED)
+    probabilities = jax.nn.softmax(logits, -1).astype(v.dtype)
     if dropout and rng is not None:
-        weights = rng.at('probabilities').dropout(weights, dropout)
-    return jnp.einsum('bhqk,bkhd->bqhd', weights, v)
+        probabilities = rng.at('probabilities').dropout(probabilities, dropout)
+    return jnp.einsum('bhqk,bkhd->bqhd', probabilities, v)
 
 
-def portable(config):
-    """`config.model` for evaluation on any machine: instead of the kernel of the platform that it was trained on, whatever there is here."""
+def _choose_kernel(dtype: Any, dropout: float) -> str:
+    """What `auto` means on this platform."""
+    if dropout:
+        return 'dense'
+    kernel = FUSED.get(jax.default_backend(), 'dense')
+    if kernel == 'cudnn' and dtype.itemsize != 2:  # it takes 16-bit types alone
+        return 'dense'
+    return kernel
+
+
+def portable(config: ConfigDict) -> ConfigDict:
+    """`config.model` for evaluation on any machine.
+
+    Instead of the kernel of the platform that it was trained on, it has what this machine offers.
+    """
     if config.attention in HOME:
         config = config.copy_and_resolve_references()
         config.attention = 'auto'
     return config
 
 
-def check(config, platform: str) -> None:
-    """Raises ConfigError for a kernel of another platform (of JAX's names) than this one."""
-    if HOME.get(config.attention, platform) != platform:
+def check(config: ConfigDict, platform: str) -> None:
+    """Check that this machine has the attention kernel of `config.model`.
+
+    Args:
+        config: `config.model`.
+        platform: of this machine, by JAX's names.
+
+    Raises:
+        ConfigError: for a kernel of another platform.
+    """
+    kernel_platform = HOME.get(config.attention, platform)
+    if kernel_platform != platform:
         raise ConfigError(
-            f'config.model.attention={config.attention!r} is a kernel of {HOME[config.attention].upper()}s and this is {platform}; set '
+            f'config.model.attention={config.attention!r} is a kernel of '
+            f'{kernel_platform.upper()}s and this is {platform}; set '
             "config.model.attention='auto' for whatever the machine has, or 'dense'"
         )
 
 
-def splash(q, k, v, mask, scale: float, interpret: bool = False) -> jax.Array:
-    """The fused kernel of TPUs (Pallas): logits stay on the chip. mask: bool [B Nk] or None; every row needs a key. On a mesh each device
-    computes its own clips and heads. interpret: in Python, for tests."""
+def splash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    scale: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """The fused kernel of TPUs (Pallas): logits stay on the chip.
+
+    On a mesh each device computes its own clips and heads.
+
+    Args:
+        q: queries [B Nq heads kv].
+        k: keys [B Nk heads kv].
+        v: values [B Nk heads kv].
+        mask: bool [B Nk] or None; every row needs a key.
+        scale: factor on the logits.
+        interpret: whether to run the kernel in Python, for tests.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 
-    (b, n), m = q.shape[:2], k.shape[1]
-    pad = lambda x, length: jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(
-        1, 2
+    batch_size, num_queries = q.shape[:2]
+    num_keys = k.shape[1]
+    padded_queries = _round_up(num_queries)
+    padded_keys = _round_up(num_keys)
+
+    def heads_first(x: jax.Array, length: int) -> jax.Array:
+        return _pad_tokens(x, length).swapaxes(1, 2)  # [B heads N kv]
+
+    # Padded keys belong to another segment than every query. Padded queries are computed, and cut
+    # off.
+    key_mask = jnp.ones((batch_size, num_keys), bool) if mask is None else mask
+    segments = jnp.pad(key_mask, ((0, 0), (0, padded_keys - num_keys))).astype(jnp.int32)
+
+    def attend_locally(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        run = _splash_kernel(q.shape[1], padded_queries, padded_keys, interpret)
+
+        def attend_example(
+            q: jax.Array, k: jax.Array, v: jax.Array, key_segments: jax.Array
+        ) -> jax.Array:
+            query_segments = jnp.ones(padded_queries, jnp.int32)
+            return run(q, k, v, kernel.SegmentIds(query_segments, key_segments))
+
+        return jax.vmap(attend_example)(q, k, v, segments)
+
+    arguments = (
+        heads_first(q * jnp.asarray(scale, q.dtype), padded_queries),
+        heads_first(k, padded_keys),
+        heads_first(v, padded_keys),
+        segments,
     )
-    rows, keys = (-(-length // LANES) * LANES for length in (n, m))
-    # Padded keys belong to another segment than every query. Padded queries are computed, and cut off.
-    there = jnp.ones((b, m), bool) if mask is None else mask
-    segment = jnp.pad(there, ((0, 0), (0, keys - m))).astype(jnp.int32)
-
-    def local(q, k, v, segment):
-        run = _kernel(q.shape[1], rows, keys, interpret)
-        ids = lambda s: kernel.SegmentIds(jnp.ones(rows, jnp.int32), s)
-        return jax.vmap(lambda q, k, v, s: run(q, k, v, ids(s)))(q, k, v, segment)
-
-    arguments = pad(q * jnp.asarray(scale, q.dtype), rows), pad(k, keys), pad(v, keys), segment
-    return _on_each_device(local, arguments, ('batch', 'heads', None, None)).swapaxes(1, 2)[:, :n]
+    attended = _on_each_device(attend_locally, arguments, ('batch', 'heads', None, None))
+    return attended.swapaxes(1, 2)[:, :num_queries]
 
 
-def triton(q, k, v, scale: float, interpret: bool = False) -> jax.Array:
-    """A fused kernel of GPUs (Pallas, Triton): logits stay on the chip. As many queries as keys. On a mesh and interpret: as splash."""
+def triton(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, interpret: bool = False
+) -> jax.Array:
+    """A fused kernel of GPUs (Pallas, Triton): logits stay on the chip.
+
+    As many queries as keys; on a mesh, and `interpret`: as splash.
+    """
     from jax.experimental.pallas.ops.gpu import attention as kernel
 
-    b, n = q.shape[:2]
-    rows = -(-n // LANES) * LANES
-    sizes = kernel.BlockSizes(
+    batch_size, num_tokens = q.shape[:2]
+    padded = _round_up(num_tokens)
+    block_sizes = kernel.BlockSizes(
         block_q=128, block_k=128, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64
     )
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, rows - n), (0, 0), (0, 0)))
     # Padding is a segment of its own.
-    segment = jnp.broadcast_to(jnp.arange(rows) < n, (b, rows)).astype(jnp.int32)
-    local = lambda q, k, v, s: kernel.mha(
-        q, k, v, s, sm_scale=scale, block_sizes=sizes, interpret=interpret
+    is_token = jnp.arange(padded) < num_tokens
+    segments = jnp.broadcast_to(is_token, (batch_size, padded)).astype(jnp.int32)
+
+    def attend_locally(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        return kernel.mha(
+            q, k, v, segments, sm_scale=scale, block_sizes=block_sizes, interpret=interpret
+        )
+
+    arguments = (
+        _pad_tokens(q, padded),
+        _pad_tokens(k, padded),
+        _pad_tokens(v, padded),
+        segments,
     )
-    return _on_each_device(
-        local, (pad(q), pad(k), pad(v), segment), ('batch', None, 'heads', None)
-    )[:, :n]
+    attended = _on_each_device(attend_locally, arguments, ('batch', None, 'heads', None))
+    return attended[:, :num_tokens]
 
 
-def _on_each_device(local, arguments, names):
-    """local(q, k, v, segments [B N]) of each device's own clips and heads: no partitioner can split a kernel. names: of the axes of q, k and v."""
+def _round_up(length: int) -> int:
+    """The next multiple of LANES."""
+    return -(-length // LANES) * LANES
+
+
+def _pad_tokens(x: jax.Array, length: int) -> jax.Array:
+    """[B N heads kv] with zeros up to `length` tokens."""
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
+
+
+def _on_each_device(
+    function: Callable[..., jax.Array],
+    arguments: tuple[jax.Array, ...],
+    names: tuple[str | None, ...],
+) -> jax.Array:
+    """Apply a function to each device's own clips and heads: no partitioner can split a kernel.
+
+    Args:
+        function: of q, k, v and segments [B N].
+        arguments: these, global.
+        names: logical, of the axes of q, k and v.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
         spec = sharding.mesh_spec(names, dict(mesh.shape), arguments[0].shape)
-        local = jax.shard_map(
-            local, in_specs=(spec, spec, spec, P(spec[0])), out_specs=spec, check_vma=False
+        function = jax.shard_map(
+            function, in_specs=(spec, spec, spec, P(spec[0])), out_specs=spec, check_vma=False
         )
-    return local(*arguments)
+    return function(*arguments)
 
 
 def _tile(n: int) -> int:
     """The largest block that divides n (a multiple of 128) into equal ones of at most 1024."""
-    return max(t for t in range(LANES, min(n, 1024) + 1, LANES) if n % t == 0)
+    candidates = range(LANES, min(n, 1024) + 1, LANES)
+    return max(size for size in candidates if n % size == 0)
 
 
-def _kernel(heads: int, rows: int, keys: int, interpret: bool):
+def _splash_kernel(
+    num_heads: int, num_queries: int, num_keys: int, interpret: bool
+) -> Callable[..., jax.Array]:
+    """The kernel of one example, for padded numbers of queries and keys, without a static mask."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    a, b = _tile(rows), _tile(keys)
-    sizes = kernel.BlockSizes(
-        block_q=a, block_kv=b, block_q_dkv=a, block_kv_dkv=b, use_fused_bwd_kernel=True
+    query_block = _tile(num_queries)
+    key_block = _tile(num_keys)
+    block_sizes = kernel.BlockSizes(
+        block_q=query_block,
+        block_kv=key_block,
+        block_q_dkv=query_block,
+        block_kv_dkv=key_block,
+        use_fused_bwd_kernel=True,
     )
-    everything = masks.MultiHeadMask([masks.FullMask((rows, keys))] * heads)
+    full_mask = masks.MultiHeadMask([masks.FullMask((num_queries, num_keys))] * num_heads)
     return kernel.make_splash_mha(
-        everything, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        full_mask, block_sizes=block_sizes, head_shards=1, q_seq_shards=1, interpret=interpret
     )

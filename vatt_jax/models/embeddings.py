@@ -1,15 +1,20 @@
-"""From a stream to tokens: patches, words, positions, DropToken. One front per kind of input, entries of FRONTS."""
+"""From a stream to tokens: patches, words, positions, DropToken.
+
+One front for each kind of input.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from vatt_jax.models.layers import Dense, LayerNorm
 from vatt_jax.parallel.sharding import logical
@@ -18,8 +23,14 @@ from vatt_jax.rng import Rng
 
 @dataclasses.dataclass
 class Tokens:
-    """x [R N D], first the aggregate token; R = B, or B*K for text. mask bool [R N] or None. grid: token counts per axis.
-    kept int32 [N'] or [B N']: which grid tokens DropToken left, or None."""
+    """Tokens of a stream.
+
+    Attributes:
+        x: [R N D], the aggregate token first; R = B, or B·K for text.
+        mask: bool [R N], or None where all tokens are real.
+        grid: number of tokens along each axis.
+        kept: int32 [N'] or [B N'], which grid tokens DropToken left, or None.
+    """
 
     x: Any
     mask: Any
@@ -28,11 +39,20 @@ class Tokens:
 
 
 class Positions(nn.Module):
-    """One learnt table per axis, summed, normalised, added, dropped out (VATT paper, section 3.2; official module: its own
-    LayerNorm, and a dropout rate of its own). Tables of another size than the grid are resized by spline.
+    """One learnt table for each axis, summed, normalised, added, dropped out.
 
-    transposed: places are numbered with the first axis fastest although tokens come with the last one fastest, so token i of a grid (T, F)
-    gets the rows i mod T and i div T. The official spectrogram tower does this, and its released weights were trained with it.
+    VATT paper, section 3.2; the official module has its own LayerNorm, and a dropout rate of its
+    own. Tables of another size than the grid are resized by spline.
+
+    Attributes:
+        sizes: rows of each table.
+        names: of the axes.
+        width: D.
+        dropout: rate, after the positions were added.
+        transposed: whether tokens are numbered with the first axis fastest although they come with
+            the last one fastest, so that token i of a grid (T, F) gets the rows i mod T and
+            i div T. The official spectrogram tower does this, and its released weights were trained
+            with it.
     """
 
     sizes: tuple[int, ...]
@@ -42,52 +62,97 @@ class Positions(nn.Module):
     transposed: bool = False
 
     @nn.compact
-    def __call__(self, x, grid, kept, rng: Rng, train: bool):
-        """x [B N D]: the tokens of `kept` (None: all of the grid, in row-major order)."""
+    def __call__(
+        self,
+        x: Float[Array, 'B N D'],
+        grid: tuple[int, ...],
+        kept: Any,
+        rng: Rng,
+        train: bool,
+    ) -> Float[Array, 'B N D']:
+        """Add positions to tokens.
+
+        Args:
+            x: tokens.
+            grid: number of tokens along each axis.
+            kept: which grid tokens these are; None: all of the grid, in row-major order.
+            rng: of the tokens' rows.
+            train: whether dropout is on.
+        """
         init = jax.nn.initializers.truncated_normal(self.width**-0.5)
-        total = 0.0
-        for axis, (size, name, n) in enumerate(zip(self.sizes, self.names, grid, strict=True)):
+        positions: Any = 0.0
+        for axis, (size, name, length) in enumerate(zip(self.sizes, self.names, grid, strict=True)):
             table = self.param(
                 f'{name}_positions',
                 logical(init, 'buckets', 'embed'),
                 (size, self.width),
                 jnp.float32,
             )
-            if n != size:
-                table = jnp.asarray(spline_matrix(size, n), jnp.float32) @ table
-            shape = [1] * len(grid) + [self.width]
-            shape[len(grid) - 1 - axis if self.transposed else axis] = n
-            total = total + table.reshape(shape)
-        total = LayerNorm(name='norm')(total.reshape(-1, self.width))
+            if length != size:
+                table = jnp.asarray(spline_matrix(size, length), jnp.float32) @ table
+            # Broadcast over the other axes of the grid.
+            table_shape = [1] * len(grid) + [self.width]
+            table_axis = len(grid) - 1 - axis if self.transposed else axis
+            table_shape[table_axis] = length
+            positions = positions + table.reshape(table_shape)
+        positions = LayerNorm(name='norm')(positions.reshape(-1, self.width))  # [N D]
         if kept is not None:
-            total = total[kept]
-        x = x + total.astype(x.dtype)
-        return rng.at('positions').dropout(x, self.dropout) if train else x
+            positions = positions[kept]
+        x = x + positions.astype(x.dtype)
+        if not train:
+            return x
+        return rng.at('positions').dropout(x, self.dropout)
 
 
-def spline_matrix(n: int, m: int) -> np.ndarray:
-    """float64 [m n]: cubic polyharmonic spline through n rows at i/n, read at j/m (official `interpolate`: order 3 with a linear
-    term, no regularisation). The interpolant is linear in the rows, so it is this matrix, whatever the table holds."""
-    x, q = np.arange(n) / n, np.arange(m) / m
-    cubic = lambda r: np.maximum(r * r, 1e-10) ** 1.5
-    a, ones = cubic(np.abs(x[:, None] - x[None])), np.stack([x, np.ones(n)], 1)
-    system = np.block([[a, ones], [ones.T, np.zeros((2, 2))]])
-    weights = np.linalg.solve(system, np.concatenate([np.eye(n), np.zeros((2, n))]))
-    return (
-        np.concatenate([cubic(np.abs(q[:, None] - x[None])), np.stack([q, np.ones(m)], 1)], 1)
-        @ weights
-    )
+def spline_matrix(n: int, m: int) -> Float[np.ndarray, 'M N']:
+    """The matrix that resizes a table of n rows to m rows by a cubic polyharmonic spline.
+
+    The spline goes through n rows at i/n and is read at j/m (official `interpolate`: order 3 with a
+    linear term, no regularisation). The interpolant is linear in the rows, so it is this matrix,
+    whatever the table holds:
+
+        [Φ(q - x)  q  1] · [Φ(x - x')  x  1; (x 1)ᵀ  0]⁻¹ · [I; 0],   Φ(r) = |r|³
+    """
+    knots = np.arange(n) / n
+    queries = np.arange(m) / m
+    kernel = _cubic(np.abs(knots[:, None] - knots[None]))  # [n n]
+    linear = np.stack([knots, np.ones(n)], axis=1)  # [n 2]
+    system = np.block([[kernel, linear], [linear.T, np.zeros((2, 2))]])
+    values = np.concatenate([np.eye(n), np.zeros((2, n))])
+    weights = np.linalg.solve(system, values)  # [n+2 n]
+    query_kernel = _cubic(np.abs(queries[:, None] - knots[None]))  # [m n]
+    query_linear = np.stack([queries, np.ones(m)], axis=1)  # [m 2]
+    return np.concatenate([query_kernel, query_linear], axis=1) @ weights
+
+
+def _cubic(distance: np.ndarray) -> np.ndarray:
+    """|r|³, with the floor of the official code."""
+    return np.maximum(distance * distance, 1e-10) ** 1.5
 
 
 class Patches(nn.Module):
-    """Video, waveform or spectrogram: non-overlapping patches, DropToken, one matrix (the convolution with kernel = stride, VALID),
-    positions, AGG.
+    """Video, waveform or spectrogram to tokens.
 
-    patch: size per axis. tables: rows of the position tables. drop_token: share of tokens dropped in training; the number kept comes
-    from the tables, as in the official code. per_example: a permutation of its own for each clip instead of one for the batch; replicas > 1:
-    one for each of so many equal parts of the batch, as on so many devices of the official code.
-    projection: a further Dense + GELU per token (modality-agnostic). patch_init: factor on the initial matrix; 1 is official. The position
-    codes have variance 1 from the start and the patches' projections a tenth of it or less, which a short run does not make up for.
+    Non-overlapping patches, DropToken, one matrix (the convolution with kernel = stride, VALID),
+    positions, aggregate token.
+
+    Attributes:
+        patch: size along each axis.
+        tables: rows of the position tables.
+        names: of the axes.
+        width: D.
+        drop_token: share of tokens dropped in training. How many stay follows from the tables, as
+            in the official code.
+        per_example: whether each clip has a permutation of its own instead of one for the batch.
+        replicas: if above 1, there is one permutation for each of so many equal parts of the batch,
+            as on so many devices of the official code.
+        projection: whether there is a further Dense + GELU for each token (modality-agnostic).
+        position_dropout: rate.
+        transposed: see Positions.
+        patch_init: factor on the initial matrix; 1 is official. The position codes have variance 1
+            from the start and the patches' projections a tenth of it or less, which a short run
+            does not make up for.
+        dtype: of activations.
     """
 
     patch: tuple[int, ...]
@@ -104,30 +169,31 @@ class Patches(nn.Module):
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, data, rng: Rng, train: bool) -> Tokens:
-        """data: [B T H W C], [B S] or [B T F]."""
-        data = data[..., None] if data.ndim == len(self.patch) + 1 else data
-        x, grid = fold(data, self.patch)
+    def __call__(self, data: jax.Array, rng: Rng, train: bool) -> Tokens:
+        """Turn data, [B T H W C], [B S] or [B T F], into tokens."""
+        has_channels = data.ndim != len(self.patch) + 1
+        x, grid = fold(data if has_channels else data[..., None], self.patch)
+        num_patches = x.shape[1]
+        num_kept = int((1 - self.drop_token) * math.prod(self.tables))
         kept = None
-        count = int((1 - self.drop_token) * math.prod(self.tables))
-        if train and self.drop_token and count < x.shape[1]:
+        if train and self.drop_token and num_kept < num_patches:
             # What is dropped is never projected: tokens are independent until the encoder.
-            kept = rng.at('drop_token').permutation(x.shape[1], self.per_example, self.replicas)[
-                ..., :count
-            ]
-            x = jnp.take_along_axis(x, kept[..., None], 1) if kept.ndim == 2 else x[:, kept]
+            order = rng.at('drop_token').permutation(num_patches, self.per_example, self.replicas)
+            kept = order[..., :num_kept]  # [N'] or [B N']
+            if kept.ndim == 2:
+                x = jnp.take_along_axis(x, kept[..., None], 1)
+            else:
+                x = x[:, kept]
         x = Dense(
             self.width,
             ('patch', 'embed'),
             init_scale=self.patch_init,
             dtype=self.dtype,
             name='patch',
-        )(x)
+        )(x)  # [B N D]
         if self.projection:
-            x = jax.nn.gelu(
-                Dense(self.width, ('embed', None), dtype=self.dtype, name='projection')(x),
-                approximate=False,
-            )
+            x = Dense(self.width, ('embed', None), dtype=self.dtype, name='projection')(x)
+            x = jax.nn.gelu(x, approximate=False)
         positions = Positions(
             self.tables,
             self.names,
@@ -136,105 +202,168 @@ class Patches(nn.Module):
             self.transposed,
             name='positions',
         )
-        return Tokens(
-            prepend(self, 'agg', positions(x, grid, kept, rng, train), self.width), None, grid, kept
-        )
+        x = positions(x, grid, kept, rng, train)
+        x = prepend(self, 'agg', x, self.width)
+        return Tokens(x, None, grid, kept)
 
 
-def fold(data: jax.Array, patch: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
-    """[B axes… C] -> ([B N patch·C] in row-major order of the grid, pixels in (axes…, C) order, grid). What does not fill a patch falls off."""
-    grid = tuple(n // p for n, p in zip(data.shape[1:-1], patch, strict=True))
-    b, c, k = data.shape[0], data.shape[-1], len(patch)
-    data = data[(slice(None), *(slice(g * p) for g, p in zip(grid, patch)))]
-    # Channels stay with the last axis: an array that ends in 16 × 3 takes ten times its size on a TPU, which pads the last axis to 128.
-    inside = *patch[:-1], patch[-1] * c
-    data = data.reshape(b, *(n for g, p in zip(grid, inside) for n in (g, p)))
-    data = data.transpose(0, *range(1, 2 * k, 2), *range(2, 2 * k + 1, 2))
-    return data.reshape(b, math.prod(grid), math.prod(inside)), grid
+def fold(data: jax.Array, patch: Sequence[int]) -> tuple[jax.Array, tuple[int, ...]]:
+    """Cut an array into patches. What does not fill a patch at the end of an axis is left out.
+
+    Args:
+        data: [B axes… C].
+        patch: size along each axis.
+
+    Returns:
+        The patches [B N patch·C], in row-major order of the grid, pixels in the order (axes…, C);
+        and the grid.
+    """
+    batch_size, *lengths, channels = data.shape
+    grid = tuple(length // size for length, size in zip(lengths, patch, strict=True))
+    covered = tuple(slice(count * size) for count, size in zip(grid, patch))
+    data = data[(slice(None), *covered)]
+
+    # Channels stay with the last axis: an array that ends in 16 × 3 takes ten times its size on a
+    # TPU, which pads the last axis to 128.
+    cell = (*patch[:-1], patch[-1] * channels)
+    split_shape: list[int] = []
+    for count, size in zip(grid, cell):
+        split_shape += [count, size]
+    data = data.reshape(batch_size, *split_shape)  # [B grid_0 cell_0 grid_1 cell_1 …]
+    num_axes = len(patch)
+    grid_axes = range(1, 2 * num_axes, 2)
+    cell_axes = range(2, 2 * num_axes + 1, 2)
+    data = data.transpose(0, *grid_axes, *cell_axes)
+    return data.reshape(batch_size, math.prod(grid), math.prod(cell)), grid
 
 
-def prepend(module: nn.Module, name: str, x: jax.Array, width: int) -> jax.Array:
-    """A learnt token before the others. As aggregate token it has no position and is never dropped."""
+def prepend(
+    module: nn.Module, name: str, x: Float[Array, 'R N D'], width: int
+) -> Float[Array, 'R M D']:
+    """Put a learnt token before the others.
+
+    As aggregate token it has no position and is never dropped.
+
+    Args:
+        module: whose parameter the token is.
+        name: of the parameter.
+        x: the others.
+        width: D.
+    """
     # Official initialiser: glorot normal of a vector, which has fan in = fan out = its length.
-    token = module.param(
-        name, logical(jax.nn.initializers.normal(width**-0.5), 'embed'), (width,), jnp.float32
-    )
-    return jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, width)), x], 1)
+    init = logical(jax.nn.initializers.normal(width**-0.5), 'embed')
+    token = module.param(name, init, (width,), jnp.float32)
+    repeated = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, width))
+    return jnp.concatenate([repeated, x], axis=1)
 
 
 def look_up(module: nn.Module, ids: jax.Array, vocab: int, width: int, frozen: bool) -> jax.Array:
-    """ids [...] -> rows of the word table [... width]. frozen: no gradient reaches it (the official word2vec table)."""
-    table = module.param(
-        'word_table',
-        logical(jax.nn.initializers.normal(width**-0.5), 'vocab', 'word'),
-        (vocab, width),
-        jnp.float32,
-    )
-    return (jax.lax.stop_gradient(table) if frozen else table)[ids]
+    """Rows of the word table, ids [...] -> [... width].
+
+    Args:
+        module: whose parameter the table is.
+        ids: of words.
+        vocab: number of rows.
+        width: of the table.
+        frozen: whether no gradient reaches the table (the official word2vec table).
+    """
+    init = logical(jax.nn.initializers.normal(width**-0.5), 'vocab', 'word')
+    table = module.param('word_table', init, (vocab, width), jnp.float32)
+    if frozen:
+        table = jax.lax.stop_gradient(table)
+    return table[ids]
 
 
 class Words(nn.Module):
-    """Word ids [R L] -> tokens: table, Dense + GELU, and what the kind of tower asks for:
+    """Word ids [R L] to tokens: a table, Dense + GELU, and what the kind of tower needs.
 
-    T5: aggregate token in word space before the Dense; relative positions are the encoder's. BERT, modality-agnostic: absolute positions (a
-    table of `positions` rows), then the aggregate token. Official `bert_small` inherits T5's settings and has both (`extra`): a learnt
-    token in word space that takes part in positions and counts as a word, then the aggregate token; its table is resized by spline.
+    - T5: the aggregate token in word space, before the Dense; relative positions are the encoder's.
+    - BERT and modality-agnostic: absolute positions (a table of `positions` rows), then the
+      aggregate token.
+    - Official `bert_small` inherits T5's settings and has both (`extra`): a learnt token in word
+      space that takes part in positions and counts as a word, then the aggregate token; its table
+      is resized by spline.
+
+    Attributes:
+        vocab: rows of the word table.
+        word_width: of the word table.
+        width: D.
+        frozen: whether the word table is not trained.
+        positions: rows of the table of absolute positions; 0: T5.
+        bias: whether the Dense has one.
+        extra: whether there is the token of `bert_small`.
+        dropout: rate after the Dense (T5).
+        position_dropout: rate after the positions.
+        dtype: of activations.
     """
 
     vocab: int
     word_width: int
     width: int
     frozen: bool = True
-    positions: int = 0  # rows of the absolute table; 0: T5
-    bias: bool = False  # of the Dense
+    positions: int = 0
+    bias: bool = False
     extra: bool = False
-    dropout: float = 0.0  # after the Dense (T5)
+    dropout: float = 0.0
     position_dropout: float = 0.1
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, ids, rng: Rng, train: bool) -> Tokens:
+    def __call__(self, ids: jax.Array, rng: Rng, train: bool) -> Tokens:
         x = look_up(self, ids, self.vocab, self.word_width, self.frozen).astype(self.dtype)
-        mask = ids != 0
-        prefix = lambda mask: jnp.concatenate([jnp.ones_like(mask[:, :1]), mask], 1)
+        mask = ids != 0  # [R L]; 0 is padding
         if not self.positions or self.extra:
-            x, mask = (
-                prepend(self, 'word_agg' if self.extra else 'agg', x, self.word_width),
-                prefix(mask),
-            )
-        x = jax.nn.gelu(
-            Dense(
-                self.width, ('word', 'embed'), bias=self.bias, dtype=self.dtype, name='projection'
-            )(x),
-            approximate=False,
+            x = prepend(self, 'word_agg' if self.extra else 'agg', x, self.word_width)
+            mask = _prepend_true(mask)
+        projection = Dense(
+            self.width, ('word', 'embed'), bias=self.bias, dtype=self.dtype, name='projection'
         )
-        x = rng.at('words').dropout(x, self.dropout) if train else x
+        x = jax.nn.gelu(projection(x), approximate=False)  # [R N D]
+        if train:
+            x = rng.at('words').dropout(x, self.dropout)
         if not self.positions:
             return Tokens(x, mask, (x.shape[1] - 1,))
+
         grid = (x.shape[1],)
-        x = Positions(
+        positions = Positions(
             (self.positions,), ('temporal',), self.width, self.position_dropout, name='positions'
-        )(x, grid, None, rng, train)
-        return Tokens(prepend(self, 'agg', x, self.width), prefix(mask), grid)
+        )
+        x = positions(x, grid, None, rng, train)
+        x = prepend(self, 'agg', x, self.width)
+        return Tokens(x, _prepend_true(mask), grid)
+
+
+def _prepend_true(mask: jax.Array) -> jax.Array:
+    """The mask [R N] with a token before the others."""
+    return jnp.concatenate([jnp.ones_like(mask[:, :1]), mask], axis=1)
 
 
 class LinearWords(nn.Module):
-    """Word ids [R L] -> (pooled [R D], words [R L D]): each word through one matrix and ReLU, then the maximum over words, padding included
-    (MMV's text tower and official VATT's `linear`, after MIL-NCE). valid and train are those of every net, and of no use here."""
+    """Word ids [R L] -> (pooled [R D], words [R L D]).
+
+    Each word goes through one matrix and ReLU; then the maximum over words is taken, padding
+    included (MMV's text tower and official VATT's `linear`, after MIL-NCE).
+
+    Attributes:
+        init: entry of layers.INITS; MMV: fan_in.
+        The others are those of Words.
+    """
 
     vocab: int = 1 << 16
     word_width: int = 300
     width: int = 2048
     frozen_words: bool = True
-    init: str = 'glorot'  # entry of layers.INITS; MMV: fan_in
+    init: str = 'glorot'  # type: ignore[assignment]  # no one calls Module.init of this
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, ids, valid=None, train: bool = False):
+    def __call__(
+        self, ids: jax.Array, valid: Any = None, train: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Encode sentences; valid and train are arguments of every net and not read here."""
         x = look_up(self, ids, self.vocab, self.word_width, self.frozen_words).astype(self.dtype)
-        x = jax.nn.relu(
-            Dense(
-                self.width, ('word', 'embed'), init=self.init, dtype=self.dtype, name='projection'
-            )(x)
+        projection = Dense(
+            self.width, ('word', 'embed'), init=self.init, dtype=self.dtype, name='projection'
         )
+        x = jax.nn.relu(projection(x))
         return x.max(1), x

@@ -1,14 +1,18 @@
-"""Named sizes: the towers and whole models of the releases of VATT and MMV, as fields of `config.model`.
+"""Named sizes: towers and models of the releases of VATT and MMV, as fields of `config.model`.
 
-    m.towers.video = presets.tower('vit_base')                 # a dict; change what you like
-    m.update(presets.model('mbs'))                             # towers, shared, encoder and head of a published model
-    fields, pairs = presets.mmv('s3d', 'fac', 'vat')           # of MMV: towers, head and inputs; the objective's pairs
+    m.towers.video = presets.tower('vit_base')        # a dict; change what you like
+    m.update(presets.model('mbs'))                    # a published model: its towers, shared,
+                                                      # encoder, head and inputs
+    fields, pairs = presets.mmv('s3d', 'fac', 'vat')  # of MMV: the same, and the objective's pairs
 
-Parameter counts (in millions, backbone alone, without the frozen 19.66 M word table) stand beside the names; tests/test_presets.py holds them.
+Parameter counts (in millions, backbone alone, without the frozen 19.66 M word table) stand beside
+the names; tests/test_presets.py checks them.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -33,8 +37,9 @@ TOWERS: dict[str, dict[str, Any]] = {
     'spt_large': {'name': 'spt', **LARGE},  # 302.202
     't5_small': {'name': 't5', **SMALL},  # 19.038
     't5_base': {'name': 't5', **BASE},  # 85.194
-    # Official `bert_small` inherits T5's settings: post-LN, and a second learnt token in word space. 19.078: the released code makes no
-    # final norm for it; counts that include one (1024 parameters) say 19.079.
+    # Official `bert_small` inherits T5's settings: post-LN, and a second learnt token in word
+    # space. 19.078: the released code makes no final norm for it; counts that include one (1024
+    # parameters) say 19.079.
     'bert_small': {'name': 'bert', **SMALL, 'pre_norm': False, 'extra': True},
     'bert_base': {'name': 'bert', **BASE},  # 85.301
     'linear': {'name': 'linear', 'width': 2048},  # 0.616
@@ -47,18 +52,17 @@ TOWERS: dict[str, dict[str, Any]] = {
     'tsm50': {'name': 'tsm_resnet', 'depth': 50},  # 23.500
     'tsm50x2': {'name': 'tsm_resnet', 'depth': 50, 'multiplier': 2.0},  # 93.892
     'r2plus1d': {'name': 'r2plus1d', 'mid': 'conv'},  # 33.166: XDC, MMV's table
-    'r2plus1d_torchvision': {
-        'name': 'r2plus1d',
-        'mid': 'block',
-    },  # 31.300: torchvision, GDT, SeLaVi
+    # 31.300: torchvision, GDT, SeLaVi
+    'r2plus1d_torchvision': {'name': 'r2plus1d', 'mid': 'block'},
     'resnet2d_v2_18': {'name': 'resnet2d_v2', 'depth': 18},
     'resnet2d_v2_34': {'name': 'resnet2d_v2', 'depth': 34},
     'resnet2d_v2_50': {'name': 'resnet2d_v2', 'depth': 50},  # 23.494
     'resnet9': {'name': 'resnet9'},  # 4.900: SeLaVi and GDT
     'mmv_words': {'name': 'linear', 'width': 2048, 'init': 'fan_in'},  # 0.616
 }
-# Inputs and position tables of every published model: 32 frames at 10 fps, 3.2 s at 48 kHz, five sentences of 16 words.
-POSITIONS = {'vit': (8, 14, 14), 'wat': (1200,), 'spt': (9, 16)}
+# Inputs and position tables of every published model: 32 frames at 10 fps, 3.2 s at 48 kHz, five
+# sentences of 16 words.
+POSITIONS: dict[str, tuple[int, ...]] = {'vit': (8, 14, 14), 'wat': (1200,), 'spt': (9, 16)}
 MEL = {
     'bins': 80,
     'window': 2048,
@@ -69,7 +73,7 @@ MEL = {
     'scale': 1e4,
     'stretch': True,
 }
-INPUTS = {
+INPUTS: dict[str, dict[str, Any]] = {
     'video': {'frames': 32, 'size': 224, 'fps': 10.0, 'range': (-1.0, 1.0)},
     'audio': {'samples': 153600, 'rate': 48000, 'mel': {}},
     'text': {'candidates': 5, 'words': 16, 'tokenizer': 'words'},
@@ -90,16 +94,16 @@ POST = 1024  # width of the modality-agnostic models' post-projection
 
 
 def _specific(video: str, audio: str, text: str) -> dict[str, Any]:
-    return {
-        'shared': False,
-        'encoder': {},
-        'towers': {'video': tower(video), 'audio': tower(audio), 'text': tower(text)},
-        'head': FAC,
-    }
+    """A model with a tower of its own for each modality."""
+    towers = {'video': tower(video), 'audio': tower(audio), 'text': tower(text)}
+    return {'shared': False, 'encoder': {}, 'towers': towers, 'head': FAC}
 
 
 def _agnostic(size: dict[str, int]) -> dict[str, Any]:
-    """One encoder of `size`; patches, projections, positions and aggregate token for each modality."""
+    """A model with one encoder of `size` for all modalities.
+
+    Each has its own patches, projections, positions and aggregate token.
+    """
     towers = {
         'video': {'name': 'vit', 'positions': POSITIONS['vit'], 'post': POST},
         'audio': {'name': 'wat', 'positions': POSITIONS['wat'], 'post': POST},
@@ -108,17 +112,23 @@ def _agnostic(size: dict[str, int]) -> dict[str, Any]:
     return {'shared': True, 'encoder': dict(size), 'towers': towers, 'head': FAC}
 
 
-MODELS = {
-    'bbs': lambda: _specific(
-        'vit_base', 'wat_base', 't5_small'
-    ),  # tx_fac, the release's default; head 1.317 M
-    'mbs': lambda: _specific('vit_medium', 'wat_base', 't5_small'),  # head 1.448 M
-    'lbs': lambda: _specific('vit_large', 'wat_base', 't5_small'),
-    'agnostic_base': lambda: _agnostic(BASE),  # ut_base 92.258
-    'agnostic_medium': lambda: _agnostic(MEDIUM),  # ut_fac, ut_medium 161.283; head 1.710 M
-    'agnostic_large': lambda: _agnostic(LARGE),  # ut_large 312.438
-    'mmv': lambda: _specific('i3d', 'resnet2d_50', 'linear'),  # mmv_fac
+# Functions, so that every caller gets dicts of its own.
+MODELS: dict[str, Callable[[], dict[str, Any]]] = {
+    # tx_fac, the release's default; head 1.317 M
+    'bbs': functools.partial(_specific, 'vit_base', 'wat_base', 't5_small'),
+    # head 1.448 M
+    'mbs': functools.partial(_specific, 'vit_medium', 'wat_base', 't5_small'),
+    'lbs': functools.partial(_specific, 'vit_large', 'wat_base', 't5_small'),
+    # ut_base 92.258
+    'agnostic_base': functools.partial(_agnostic, BASE),
+    # ut_fac, ut_medium 161.283; head 1.710 M
+    'agnostic_medium': functools.partial(_agnostic, MEDIUM),
+    # ut_large 312.438
+    'agnostic_large': functools.partial(_agnostic, LARGE),
+    # mmv_fac
+    'mmv': functools.partial(_specific, 'i3d', 'resnet2d_50', 'linear'),
 }
+# The release's names -> ours.
 OFFICIAL = {
     'tx_fac': 'bbs',
     'ut_fac': 'agnostic_medium',
@@ -129,63 +139,101 @@ OFFICIAL = {
 }
 
 
-def tower(name: str, **changes) -> dict[str, Any]:
-    """Fields of `config.model.towers.<modality>` of a named tower, with `changes`. Raises ConfigError for an unknown name."""
-    fields = TOWERS[choose(name, TOWERS, 'presets.tower')]
+def tower(name: str, **changes: Any) -> dict[str, Any]:
+    """Fields of `config.model.towers.<modality>` of a named tower.
+
+    Args:
+        name: key of TOWERS.
+        **changes: fields to set otherwise.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    fields = dict(TOWERS[choose(name, TOWERS, 'presets.tower')])
     positions = POSITIONS.get(fields['name'])
-    return {**fields, **({'positions': positions} if positions else {}), **changes}
+    if positions:
+        fields['positions'] = positions
+    return {**fields, **changes}
 
 
 def model(name: str) -> ConfigDict:
-    """`towers`, `encoder`, `shared`, `head` and `inputs` of `config.model` of a published model, by our name or the release's."""
+    """Fields of `config.model` of a published model.
+
+    Args:
+        name: ours (key of MODELS) or the release's (key of OFFICIAL).
+
+    Returns:
+        `towers`, `encoder`, `shared`, `head` and `inputs`.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
     name = OFFICIAL.get(name, name)
-    fields = MODELS[choose(name, [*MODELS, *OFFICIAL], 'presets.model')]()
-    spectrogram = fields['towers']['audio']['name'] in ('spt', 'resnet2d')
-    return ConfigDict(
-        {
-            **fields,
-            'inputs': {**INPUTS, 'audio': {**INPUTS['audio'], 'mel': MEL if spectrogram else {}}},
-        }
-    )
+    make_fields = MODELS[choose(name, [*MODELS, *OFFICIAL], 'presets.model')]
+    fields = make_fields()
+    reads_spectrogram = fields['towers']['audio']['name'] in ('spt', 'resnet2d')
+    mel = MEL if reads_spectrogram else {}
+    inputs = {**INPUTS, 'audio': {**INPUTS['audio'], 'mel': mel}}
+    return ConfigDict({**fields, 'inputs': inputs})
 
 
-# MMV's graphs by the paper's names -> (entry of common_space.GRAPHS, {pair: (space, further spaces on the way)})
-MMV_GRAPHS = {
+# MMV's graphs by the paper's names
+# -> (entry of common_space.GRAPHS, {pair: (space, further spaces on the way)})
+MMV_GRAPHS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     'fac': ('mmv_fac_relu', {'va': ('va',), 'vt': ('vat', 'va')}),  # the released one
     'fac_plain': ('mmv_fac', {'va': ('va',), 'vt': ('vat', 'va')}),
     'fac_bnrelu': ('mmv_fac_bnrelu', {'va': ('va',), 'vt': ('vat', 'va')}),
     'shared': ('mmv_shared', {'va': ('joint',), 'vt': ('joint',)}),
     'disjoint': ('mmv_disjoint', {'va': ('va',), 'vt': ('vt',)}),
 }
-MMV_SUBSETS = {'va': ('va',), 'vt': ('vt',), 'vat': ('va', 'vt')}
+MMV_SUBSETS: dict[str, tuple[str, ...]] = {'va': ('va',), 'vt': ('vt',), 'vat': ('va', 'vt')}
 MMV_BACKBONES = ('s3d', 's3d_pixels', 'tsm50', 'tsm50x2', 'r2plus1d')
+MMV_PARTNERS = {'va': 'audio', 'vt': 'text'}  # pair -> what video is paired with
 
 
 def mmv(
     backbone: str, graph: str, modalities: str, widths: tuple[int, int] = (512, 256)
 ) -> tuple[ConfigDict, tuple]:
-    """(`towers`, `encoder`, `shared`, `head` and `inputs` of `config.model`, pairs of the objective) of an MMV network: its backbone, graph and the
-    pairs of modalities that it learns from, by the names of MMV_BACKBONES, MMV_GRAPHS and MMV_SUBSETS.
+    """Fields of an MMV network.
 
-    widths: of all spaces, and of FAC's coarse one. Replace `config.model.head` by it, rather than update: other graphs have other spaces.
+    Replace `config.model.head` by that of the result, rather than update: other graphs have other
+    spaces.
+
+    Args:
+        backbone: of video, one of MMV_BACKBONES.
+        graph: key of MMV_GRAPHS.
+        modalities: the pairs of modalities that it learns from, key of MMV_SUBSETS.
+        widths: of all spaces, and of FAC's coarse one.
+
+    Returns:
+        `towers`, `encoder`, `shared`, `head` and `inputs` of `config.model`; and the pairs of the
+        objective, (modality, modality, space, weight) each.
+
+    Raises:
+        ConfigError: for an unknown name.
     """
     choose(backbone, MMV_BACKBONES, 'presets.mmv backbone')
-    name, spaces = MMV_GRAPHS[choose(graph, MMV_GRAPHS, 'presets.mmv graph')]
+    graph_name, spaces = MMV_GRAPHS[choose(graph, MMV_GRAPHS, 'presets.mmv graph')]
     subset = MMV_SUBSETS[choose(modalities, MMV_SUBSETS, 'presets.mmv modalities')]
-    towers = (
-        {'video': tower(backbone)}
-        | ({'audio': tower('resnet2d_v2_50')} if 'va' in subset else {})
-        | ({'text': tower('mmv_words')} if 'vt' in subset else {})
-    )
-    head = {'name': name} | {s: widths[s == 'vat'] for pair in subset for s in spaces[pair]}
+
+    towers = {'video': tower(backbone)}
+    if 'va' in subset:
+        towers['audio'] = tower('resnet2d_v2_50')
+    if 'vt' in subset:
+        towers['text'] = tower('mmv_words')
+
+    width, coarse_width = widths
+    head: dict[str, Any] = {'name': graph_name}
+    pairs = []
+    for pair in subset:
+        for space in spaces[pair]:
+            head[space] = coarse_width if space == 'vat' else width
+        pairs.append(('video', MMV_PARTNERS[pair], spaces[pair][0], 1.0))
+
     inputs = {
         'video': {'frames': 32, 'size': 200, 'fps': 10.0, 'range': (0.0, 1.0)},
         'audio': {**INPUTS['audio'], 'mel': MMV_MEL},
         'text': INPUTS['text'],
     }
-    pairs = tuple(
-        ('video', {'va': 'audio', 'vt': 'text'}[pair], spaces[pair][0], 1.0) for pair in subset
-    )
-    return ConfigDict(
-        {'shared': False, 'encoder': {}, 'towers': towers, 'head': head, 'inputs': inputs}
-    ), pairs
+    fields = {'shared': False, 'encoder': {}, 'towers': towers, 'head': head, 'inputs': inputs}
+    return ConfigDict(fields), tuple(pairs)

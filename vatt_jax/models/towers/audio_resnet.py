@@ -1,16 +1,27 @@
-"""ResNets over spectrograms: post-activation as VATT's `mmv_fac` has it (padded after SimCLR's ResNet), pre-activation as MMV, and SeLaVi's."""
+"""ResNets over spectrograms.
+
+Post-activation as VATT's `mmv_fac` has it (padded after SimCLR's ResNet), pre-activation as MMV
+has it, and SeLaVi's.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
+from jaxtyping import Array, Float
 
 from vatt_jax.models.towers.convolutions import ConvNorm, max_pool
 from vatt_jax.models.towers.resnet_v2 import ResNetV2
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3 (with the stride), 1×1 to four times the width; added to the input or its projection; ReLU."""
+    """1×1, 3×3 (with the stride), 1×1 to four times the width; added to a shortcut; ReLU.
+
+    Attributes:
+        projected: whether the shortcut is a projection of the input, or the input itself.
+    """
 
     width: int
     stride: int
@@ -18,54 +29,74 @@ class Bottleneck(nn.Module):
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x, valid, train: bool):
-        unit = lambda features, k, stride, name, **kw: ConvNorm(
-            features,
-            (k, k),
-            (stride, stride),
-            'SAME' if stride == 1 else 'FIXED',
-            dtype=self.dtype,
-            name=name,
-            **kw,
-        )
-        short = (
-            unit(4 * self.width, 1, self.stride, 'short', relu=False)(x, valid, train)
-            if self.projected
-            else x
-        )
-        x = unit(self.width, 1, 1, 'conv_1')(x, valid, train)
-        x = unit(self.width, 3, self.stride, 'conv_2')(x, valid, train)
-        x = unit(4 * self.width, 1, 1, 'conv_3', relu=False, scale_init=0.0)(x, valid, train)
-        return jax.nn.relu(x + short)
+    def __call__(
+        self, x: Float[Array, 'B H W C'], valid: Any, train: bool
+    ) -> Float[Array, 'B H2 W2 D']:
+        def conv(
+            x: jax.Array, features: int, size: int, stride: int, name: str, **options: Any
+        ) -> jax.Array:
+            return ConvNorm(
+                features,
+                (size, size),
+                (stride, stride),
+                'SAME' if stride == 1 else 'FIXED',
+                dtype=self.dtype,
+                name=name,
+                **options,
+            )(x, valid, train)
+
+        shortcut = x
+        if self.projected:
+            shortcut = conv(x, 4 * self.width, 1, self.stride, 'short', relu=False)
+        x = conv(x, self.width, 1, 1, 'conv_1')
+        x = conv(x, self.width, 3, self.stride, 'conv_2')
+        # A scale of zero makes every block the identity at first.
+        x = conv(x, 4 * self.width, 1, 1, 'conv_3', relu=False, scale_init=0.0)
+        return jax.nn.relu(x + shortcut)
 
 
 class ResNet2D(nn.Module):
-    """Spectrogram [B T F] -> (pooled [B 2048], map [B T/32 F/32 2048]). blocks: of each of the four groups; (3, 4, 6, 3) is ResNet-50."""
+    """Spectrogram [B T F] -> (pooled [B 2048], map [B T/32 F/32 2048]).
 
-    blocks: tuple[int, ...] = (3, 4, 6, 3)
+    Attributes:
+        blocks: of each of the four groups; (3, 4, 6, 3) is ResNet-50.
+        dtype: of activations.
+    """
+
+    blocks: Any = (3, 4, 6, 3)
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x, valid, train: bool):
-        x = ConvNorm(64, (7, 7), (2, 2), 'FIXED', dtype=self.dtype, name='stem')(
-            x[..., None], valid, train
-        )
+    def __call__(
+        self, x: Float[Array, 'B T F'], valid: Any, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        stem = ConvNorm(64, (7, 7), (2, 2), 'FIXED', dtype=self.dtype, name='stem')
+        x = stem(x[..., None], valid, train)
         x = max_pool(x, (3, 3), (2, 2), 'SAME')
-        for group, count in enumerate(self.blocks):
-            for block in range(count):
+        for group, num_blocks in enumerate(self.blocks):
+            for block in range(num_blocks):
+                # Every group but the first halves the map, in its first block.
                 x = Bottleneck(
-                    64 << group,
-                    2 if group and not block else 1,
-                    not block,
-                    self.dtype,
+                    width=64 << group,
+                    stride=2 if group > 0 and block == 0 else 1,
+                    projected=block == 0,
+                    dtype=self.dtype,
                     name=f'group_{group + 1}_block_{block + 1}',
                 )(x, valid, train)
         return x.mean((1, 2)), x
 
 
 class ResNet2DV2(nn.Module):
-    """Spectrogram [B T F] -> (pooled [B 2048·w], map [B T/32 F/32 2048·w] *before* the last batch norm and ReLU, the released end point), w =
-    `multiplier`; depth 50, 34 or 18 (the latter two: 512·w)."""
+    """Spectrogram [B T F] -> (pooled [B 2048·w], map [B T/32 F/32 2048·w]), w = `multiplier`.
+
+    The map is that *before* the last batch norm and ReLU, the released end point.
+
+    Attributes:
+        depth: 50, 34 or 18; the latter two have a width of 512·w.
+        multiplier: of all widths.
+        norm: entry of layers.NORMS.
+        dtype: of activations.
+    """
 
     depth: int = 50
     multiplier: float = 1.0
@@ -73,47 +104,65 @@ class ResNet2DV2(nn.Module):
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x, valid, train: bool):
-        before, after = ResNetV2(
+    def __call__(
+        self, x: Float[Array, 'B T F'], valid: Any, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        resnet = ResNetV2(
             self.depth, self.multiplier, norm=self.norm, dtype=self.dtype, name='resnet'
-        )(x[..., None], valid, train)
-        return after.mean((1, 2)), before
+        )
+        unnormalised, activated = resnet(x[..., None], valid, train)
+        return activated.mean((1, 2)), unnormalised
 
 
 class ResNet9(nn.Module):
-    """Spectrogram [B T F] -> (pooled [B 512·w], map [B T/32 F/32 512·w]), w = `multiplier`: torchvision's ResNet with one basic block in each
-    group (SeLaVi and GDT: log-filterbanks of 257 bands of one second). Padded evenly."""
+    """Spectrogram [B T F] -> (pooled [B 512·w], map [B T/32 F/32 512·w]), w = `multiplier`.
+
+    Torchvision's ResNet with one basic block in each group (SeLaVi and GDT: log-filterbanks of 257
+    bands of one second). Padded evenly.
+
+    Attributes:
+        multiplier: of all widths.
+        norm: entry of layers.NORMS.
+        dtype: of activations.
+    """
 
     multiplier: float = 1.0
     norm: str = 'torch'
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x, valid, train: bool):
-        unit = lambda x, features, k, stride, name, **kw: ConvNorm(
-            features,
-            (k, k),
-            (stride, stride),
-            'FIXED',
-            norm=self.norm,
-            init='kaiming',
-            dtype=self.dtype,
-            name=name,
-            **kw,
-        )(x, valid, train)
-        scale = lambda width: max(1, round(width * self.multiplier))
-        x = unit(x[..., None], scale(64), 7, 2, 'stem')
+    def __call__(
+        self, x: Float[Array, 'B T F'], valid: Any, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        def conv(
+            x: jax.Array, features: int, size: int, stride: int, name: str, relu: bool = True
+        ) -> jax.Array:
+            return ConvNorm(
+                features,
+                (size, size),
+                (stride, stride),
+                'FIXED',
+                relu=relu,
+                norm=self.norm,
+                init='kaiming',
+                dtype=self.dtype,
+                name=name,
+            )(x, valid, train)
+
+        def scaled(width: int) -> int:
+            return max(1, round(width * self.multiplier))
+
+        x = conv(x[..., None], scaled(64), 7, 2, 'stem')
         x = max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for group in range(4):
-            width, stride, name = scale(64 << group), 2 if group else 1, f'group_{group + 1}'
-            short = unit(x, width, 1, stride, f'{name}_short', relu=False) if group else x
-            y = unit(
-                unit(x, width, 3, stride, f'{name}_conv_1'),
-                width,
-                3,
-                1,
-                f'{name}_conv_2',
-                relu=False,
-            )
-            x = jax.nn.relu(y + short)
+            width = scaled(64 << group)
+            name = f'group_{group + 1}'
+            stride = 1
+            shortcut = x
+            if group > 0:  # every group but the first halves the map
+                stride = 2
+                shortcut = conv(x, width, 1, stride, f'{name}_short', relu=False)
+            y = conv(x, width, 3, stride, f'{name}_conv_1')
+            y = conv(y, width, 3, 1, f'{name}_conv_2', relu=False)
+            x = jax.nn.relu(y + shortcut)
         return x.mean((1, 2)), x

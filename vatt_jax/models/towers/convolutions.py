@@ -1,9 +1,14 @@
-"""Convolutions without bias, the batch norm that follows them, and maxima over windows: what convolutional towers are made of."""
+"""What convolutional towers are made of.
+
+Convolutions without bias, the batch norm that follows them, and maxima over windows.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,34 +17,51 @@ import jax.numpy as jnp
 from vatt_jax.models.layers import INITS, BatchNorm
 from vatt_jax.parallel.sharding import logical
 
-THIN = 64  # channels of all frames that a kernel sees, up to which these become channels of one
+# Up to so many channels in all frames that a kernel sees, the frames become channels of one frame.
+MAX_STACKED_CHANNELS = 64
 
 
-def convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding) -> jax.Array:
-    """Cross-correlation of x [B axes… I] with kernel [axes… I O]; padding: 'SAME' as TensorFlow pads, or pairs (before, after).
+def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any) -> jax.Array:
+    """Cross-correlate x with a kernel.
 
-    A kernel that sees one place is a product of matrices; one that sees one frame runs over pictures; one that sees one place of several frames is
-    a sum of products; one of several frames with few channels (a network's first) sees the frames as channels of one. Elsewhere it is XLA's
-    convolution. These are the same sums; on a CPU, XLA has slow routines for convolutions in three dimensions and for their derivatives.
+    XLA has slow routines on a CPU for convolutions in three dimensions and for their derivatives,
+    so the same sums are computed in other ways where these are faster:
+
+    - a kernel of a single point is a product of matrices;
+    - one that sees one frame runs over pictures;
+    - one that sees one pixel of several frames is a sum of products;
+    - one that sees several frames of few channels (a network's first) sees them as channels of one.
+
+    Elsewhere it is XLA's convolution.
+
+    Args:
+        x: [B axes… I].
+        kernel: [axes… I O].
+        strides: one for each axis.
+        padding: 'SAME' as TensorFlow pads, or pairs (before, after).
+
+    Returns:
+        [B axes'… O].
     """
-    *axes, _, out = kernel.shape
+    *kernel_sizes, _, out_channels = kernel.shape
     if padding == 'SAME':
-        padding = jax.lax.padtype_to_pads(x.shape[1:-1], axes, strides, 'SAME')
-    if len(axes) == 3:
-        frames, *space = axes
-        flat = math.prod(space) == 1
-        if flat or frames * x.shape[-1] <= THIN or frames == 1:
-            parts = windows(x, 1, frames, strides[0], padding[0], 0)
-            b, t = parts[0].shape[:2]
-            parts, kernels = [p.reshape(b * t, *p.shape[2:]) for p in parts], list(kernel)
-            if not flat:  # taps become channels
-                parts, kernels = [jnp.concatenate(parts, -1)], [jnp.concatenate(kernels, -2)]
-            y = sum(convolve(p, k, strides[1:], padding[1:]) for p, k in zip(parts, kernels))
-            return y.reshape(b, t, *y.shape[1:])
-    elif math.prod(axes) == 1 and not any(map(sum, padding)):
-        x = x[(slice(None), *(slice(None, None, s) for s in strides))]
-        return (x.reshape(-1, x.shape[-1]) @ kernel.reshape(-1, out)).reshape(*x.shape[:-1], out)
-    spatial = 'DHW'[-len(axes) :]
+        padding = jax.lax.padtype_to_pads(x.shape[1:-1], kernel_sizes, strides, 'SAME')
+
+    if len(kernel_sizes) == 3:
+        num_frames, *spatial_sizes = kernel_sizes
+        is_temporal = math.prod(spatial_sizes) == 1
+        stacks_frames = num_frames * x.shape[-1] <= MAX_STACKED_CHANNELS
+        if is_temporal or stacks_frames or num_frames == 1:
+            return _convolve_frames(x, kernel, strides, padding)
+
+    is_pointwise = math.prod(kernel_sizes) == 1
+    if len(kernel_sizes) != 3 and is_pointwise and not any(map(sum, padding)):
+        strided = tuple(slice(None, None, stride) for stride in strides)
+        x = x[(slice(None), *strided)]
+        product = x.reshape(-1, x.shape[-1]) @ kernel.reshape(-1, out_channels)
+        return product.reshape(*x.shape[:-1], out_channels)
+
+    spatial = 'DHW'[-len(kernel_sizes) :]
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -49,71 +71,112 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding)
     )
 
 
+def _convolve_frames(
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any
+) -> jax.Array:
+    """A convolution of x [B T H W I] in three dimensions by convolutions over pictures."""
+    num_frames, *spatial_sizes, _, _ = kernel.shape
+    # The first, second, … frame of every window in time: [B T' H W I] each.
+    frames = windows(x, 1, num_frames, strides[0], padding[0], 0)
+    batch_size, out_frames = frames[0].shape[:2]
+    pictures = [frame.reshape(batch_size * out_frames, *frame.shape[2:]) for frame in frames]
+    kernels = list(kernel)
+    if math.prod(spatial_sizes) > 1:
+        # One convolution over all frames as channels. A kernel of one pixel needs no such copy:
+        # there each frame is a matrix product, and these are added.
+        pictures = [jnp.concatenate(pictures, axis=-1)]
+        kernels = [jnp.concatenate(kernels, axis=-2)]
+    y: Any = sum(
+        convolve(picture, frame_kernel, strides[1:], padding[1:])
+        for picture, frame_kernel in zip(pictures, kernels)
+    )
+    return y.reshape(batch_size, out_frames, *y.shape[1:])
+
+
 def windows(
-    x: jax.Array, axis: int, size: int, stride: int, padding: tuple[int, int], fill: float
+    x: jax.Array, axis: int, size: int, stride: int, padding: Sequence[int], fill: float
 ) -> list[jax.Array]:
     """The first, second, … element of every window of `size` along an axis, one array for each."""
-    pads = [(0, 0)] * x.ndim
-    pads[axis] = padding
-    x = jnp.pad(x, pads, constant_values=fill) if any(padding) else x
-    count = (x.shape[axis] - size) // stride + 1
+    if any(padding):
+        pads = [(0, 0)] * x.ndim
+        pads[axis] = (padding[0], padding[1])
+        x = jnp.pad(x, pads, constant_values=fill)
+    num_windows = (x.shape[axis] - size) // stride + 1
+    length = (num_windows - 1) * stride + 1
     return [
-        jax.lax.slice_in_dim(x, i, i + (count - 1) * stride + 1, stride, axis) for i in range(size)
+        jax.lax.slice_in_dim(x, offset, offset + length, stride, axis) for offset in range(size)
     ]
 
 
 def max_pool(
-    x: jax.Array, window: tuple[int, ...], strides: tuple[int, ...], padding='SAME'
+    x: jax.Array, window: Sequence[int], strides: Sequence[int], padding: Any = 'SAME'
 ) -> jax.Array:
-    """Maxima over windows of x [B axes… C], padded by minus infinity as TensorFlow pads, or by pairs (before, after).
+    """Maxima over windows.
 
-    One axis after another, which is the same maximum: XLA's derivative of a window's maximum is many times slower on a CPU. For the derivative the
-    steps in between are computed again, not stored.
+    One axis after another, which is the same maximum: XLA's derivative of a window's maximum is
+    many times slower on a CPU. For the derivative the steps in between are computed again, not
+    stored.
+
+    Args:
+        x: [B axes… C].
+        window: its size along each axis.
+        strides: one for each axis.
+        padding: by minus infinity, 'SAME' as TensorFlow pads, or pairs (before, after).
     """
     if padding == 'SAME':
         padding = jax.lax.padtype_to_pads(x.shape[1:-1], window, strides, 'SAME')
 
-    def maxima(x):
-        for axis, (size, stride, pads) in enumerate(zip(window, strides, padding), 1):
+    def separable_max(x: jax.Array) -> jax.Array:
+        for axis, (size, stride, pads) in enumerate(zip(window, strides, padding), start=1):
             if size > 1 or stride > 1:
-                x = functools.reduce(jnp.maximum, windows(x, axis, size, stride, pads, -jnp.inf))
+                elements = windows(x, axis, size, stride, pads, -jnp.inf)
+                x = functools.reduce(jnp.maximum, elements)
         return x
 
-    return jax.checkpoint(maxima)(x)
+    return jax.checkpoint(separable_max)(x)
 
 
 class Conv(nn.Module):
-    """x [B axes… I] -> [B axes'… O]; kernel [axes… I O], cross-correlation, no bias.
+    """Cross-correlation without bias, x [B axes… I] -> [B axes'… O]; kernel [axes… I O].
 
-    padding: 'SAME' as TensorFlow pads (more at the end), or 'FIXED': (k-1)/2 on both sides whatever the input's size.
+    Attributes:
+        padding: 'SAME' as TensorFlow pads (more at the end), or 'FIXED': (k-1)/2 on both sides
+            whatever the input's size.
+        init: entry of layers.INITS.
     """
 
     features: int
     kernel: tuple[int, ...]
     strides: tuple[int, ...]
     padding: str = 'SAME'
-    init: str = 'glorot'  # entry of layers.INITS
+    init: str = 'glorot'  # type: ignore[assignment]  # no one calls Module.init of this
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x):
-        axes = (None,) * (len(self.kernel) + 1)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        input_axes = (None,) * (len(self.kernel) + 1)
         kernel = self.param(
             'kernel',
-            logical(INITS[self.init], *axes, 'hidden'),
+            logical(INITS[self.init], *input_axes, 'hidden'),
             (*self.kernel, x.shape[-1], self.features),
             jnp.float32,
         )
-        padding = (
-            self.padding
-            if self.padding == 'SAME'
-            else tuple(((k - 1) // 2, k - 1 - (k - 1) // 2) for k in self.kernel)
-        )
+        padding: Any = self.padding
+        if padding != 'SAME':
+            # An even kernel has the odd one at the end.
+            padding = tuple(((size - 1) // 2, size - 1 - (size - 1) // 2) for size in self.kernel)
         return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, padding)
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm over the valid rows of the global batch, ReLU if `relu`."""
+    """Convolution, batch norm over the valid rows of the global batch, ReLU if `relu`.
+
+    Attributes:
+        scale_init: initial scale of the batch norm.
+        norm: entry of layers.NORMS.
+        init: entry of layers.INITS.
+        The others are those of Conv.
+    """
 
     features: int
     kernel: tuple[int, ...]
@@ -121,13 +184,13 @@ class ConvNorm(nn.Module):
     padding: str = 'SAME'
     relu: bool = True
     scale_init: float = 1.0
-    norm: str = 'plain'  # entry of layers.NORMS
-    init: str = 'glorot'  # entry of layers.INITS
+    norm: str = 'plain'
+    init: str = 'glorot'  # type: ignore[assignment]  # no one calls Module.init of this
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x, valid, train: bool):
-        """x [B axes… I], valid bool [B]."""
+    def __call__(self, x: jax.Array, valid: Any, train: bool) -> jax.Array:
+        """Apply to x [B axes… I]; valid bool [B], the rows that count in batch statistics."""
         x = Conv(
             self.features,
             self.kernel,
@@ -138,4 +201,6 @@ class ConvNorm(nn.Module):
             name='conv',
         )(x)
         x = BatchNorm(self.norm, self.scale_init, name='norm')(x, valid, train)
-        return (jax.nn.relu(x) if self.relu else x).astype(self.dtype)
+        if self.relu:
+            x = jax.nn.relu(x)
+        return x.astype(self.dtype)

@@ -1,17 +1,24 @@
-"""I3D: Inception inflated to three dimensions (Carreira & Zisserman, 2017), as VATT's `mmv_fac` and MIL-NCE use it."""
+"""I3D: Inception inflated to three dimensions, as VATT's `mmv_fac` and MIL-NCE use it.
+
+Carreira & Zisserman, 2017.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from vatt_jax.config import ConfigError
 from vatt_jax.models.towers.convolutions import ConvNorm, max_pool
 
-# name -> widths of the branches (1×1; 1×1 before 3×3, 3×3; 1×1 before 3×3, 3×3; 1×1 after the max pool)
-MIXED = {
+# Widths of a Mixed block's four branches:
+#       1×1×1, (1×1×1 before 3×3×3, 3×3×3), (1×1×1 before 3×3×3, 3×3×3), 1×1×1 after the max pool
+MIXED: dict[str, Any] = {
     'mixed_3b': (64, (96, 128), (16, 32), 32),
     'mixed_3c': (128, (128, 192), (32, 96), 64),
     'mixed_4b': (192, (96, 208), (16, 48), 64),
@@ -22,81 +29,124 @@ MIXED = {
     'mixed_5b': (256, (160, 320), (32, 128), 128),
     'mixed_5c': (384, (192, 384), (48, 128), 128),
 }
-BLOCKS = (2, 5, 2)  # mixed_3*, 4*, 5*
+BLOCKS = (2, 5, 2)  # mixed_3*, mixed_4*, mixed_5*
+
+# Window and stride of the max pool before each stage of Mixed blocks (the first pool of all stands
+# before conv_2b).
+STAGE_POOLS = {
+    3: ((1, 3, 3), (1, 2, 2)),
+    4: ((3, 3, 3), (2, 2, 2)),
+    5: ((2, 2, 2), (2, 2, 2)),
+}
 
 
 class Mixed(nn.Module):
-    """Four branches side by side, concatenated in their order. unit(width, kernel, name): a convolutional unit."""
+    """Four branches side by side, concatenated in their order.
 
-    widths: tuple
+    Attributes:
+        widths: a row of MIXED.
+        unit: makes a convolutional unit, unit(features, kernel, name=…).
+    """
+
+    widths: Any
     unit: Callable
 
     @nn.compact
-    def __call__(self, x, valid, train: bool):
-        apply = lambda x, features, k, name: self.unit(features, (k, k, k), name=name)(
-            x, valid, train
-        )
-        b0, (b1_in, b1), (b2_in, b2), b3 = self.widths
-        return jnp.concatenate(
-            [
-                apply(x, b0, 1, 'b0'),
-                apply(apply(x, b1_in, 1, 'b1_in'), b1, 3, 'b1'),
-                apply(apply(x, b2_in, 1, 'b2_in'), b2, 3, 'b2'),
-                apply(max_pool(x, (3, 3, 3), (1, 1, 1)), b3, 1, 'b3'),
-            ],
-            -1,
-        )
+    def __call__(self, x: jax.Array, valid: Any, train: bool) -> jax.Array:
+        def conv(x: jax.Array, features: int, size: int, name: str) -> jax.Array:
+            unit = self.unit(features, (size, size, size), name=name)
+            return unit(x, valid, train)
+
+        pointwise, (reduced_1, wide_1), (reduced_2, wide_2), pooled = self.widths
+        branch_0 = conv(x, pointwise, 1, 'b0')
+        branch_1 = conv(x, reduced_1, 1, 'b1_in')
+        branch_1 = conv(branch_1, wide_1, 3, 'b1')
+        branch_2 = conv(x, reduced_2, 1, 'b2_in')
+        branch_2 = conv(branch_2, wide_2, 3, 'b2')
+        branch_3 = max_pool(x, (3, 3, 3), (1, 1, 1))
+        branch_3 = conv(branch_3, pooled, 1, 'b3')
+        return jnp.concatenate([branch_0, branch_1, branch_2, branch_3], axis=-1)
 
 
 def trunk(
-    x, unit: Callable, valid, train: bool, pools: int = 4, blocks: tuple[int, int, int] = BLOCKS
-):
-    """From the map of the first layer to that of the last: what every network of this family shares. unit: see Mixed.
+    x: Float[Array, 'B T H W C'],
+    unit: Callable,
+    valid: Any,
+    train: bool,
+    pools: int = 4,
+    blocks: Sequence[int] = BLOCKS,
+) -> jax.Array:
+    """Compute the last map from that of the first layer: what all networks of this family share.
 
-    pools: how many of the four max pools that halve the map are there, from the first on. blocks: how many of mixed_3*, mixed_4* and mixed_5*, from
-    the first on of each. The published numbers are made for 200 pixels and many steps. With fewer of either, leave out the last pools, so that there
-    are places to average over, and some blocks: without shortcuts, gradients grow towards the first layer with every block (docs/mmv.md).
+    The published numbers are made for 200 pixels and many steps. With fewer of either, leave out
+    the last pools, so that there are places to average over, and some blocks: without shortcuts,
+    gradients grow towards the first layer with every block (docs/mmv.md).
+
+    Args:
+        x: the map of the first layer.
+        unit: makes a convolutional unit; see Mixed.
+        valid: bool [B], the rows that count in batch statistics.
+        train: whether batch norms take statistics of the batch.
+        pools: how many of the four max pools that halve the map there are, from the first on.
+        blocks: how many of mixed_3*, mixed_4* and mixed_5* there are, from the first on of each.
+
+    Raises:
+        ConfigError: for numbers of pools or blocks that do not exist.
     """
-    if (
-        pools not in range(5)
-        or len(blocks) != 3
-        or not all(1 <= n <= most for n, most in zip(blocks, BLOCKS))
-    ):
-        raise ConfigError(
-            f'config.model.towers.video: pools={pools}, blocks={tuple(blocks)}: 0 to 4 pools and three numbers of blocks are wanted, '
-            f'from 1 to {BLOCKS}'
-        )
-    x = max_pool(x, (1, 3, 3), (1, 2, 2)) if pools > 0 else x
+    _check_depth(pools, blocks)
+    if pools > 0:
+        x = max_pool(x, (1, 3, 3), (1, 2, 2))
     x = unit(64, (1, 1, 1), name='conv_2b')(x, valid, train)
     x = unit(192, (3, 3, 3), name='conv_2c')(x, valid, train)
-    for stage, (count, pool) in enumerate(
-        zip(blocks, (((1, 3, 3), (1, 2, 2)), ((3, 3, 3), (2, 2, 2)), ((2, 2, 2), (2, 2, 2)))), 3
-    ):
-        x = max_pool(x, *pool) if pools > stage - 2 else x
-        for name in [name for name in MIXED if name.startswith(f'mixed_{stage}')][:count]:
+    for (stage, pool), num_blocks in zip(STAGE_POOLS.items(), blocks):
+        # Stage 3 has the second pool, stage 4 the third, stage 5 the fourth.
+        if pools > stage - 2:
+            window, strides = pool
+            x = max_pool(x, window, strides)
+        names = [name for name in MIXED if name.startswith(f'mixed_{stage}')]
+        for name in names[:num_blocks]:
             x = Mixed(MIXED[name], unit, name=name)(x, valid, train)
     return x
 
 
+def _check_depth(pools: int, blocks: Sequence[int]) -> None:
+    blocks_exist = len(blocks) == len(BLOCKS) and all(
+        1 <= count <= most for count, most in zip(blocks, BLOCKS)
+    )
+    if pools not in range(5) or not blocks_exist:
+        raise ConfigError(
+            f'config.model.towers.video: pools={pools}, blocks={tuple(blocks)}: expected 0 to 4 '
+            f'pools and three numbers of blocks, from 1 to {BLOCKS}.'
+        )
+
+
 class I3D(nn.Module):
-    """Video [B T H W 3] -> (pooled [B 1024], map [B T/8 H/32 W/32 1024]). The official width multiplier has no effect and is left out.
-    pools, blocks: see trunk."""
+    """Video [B T H W 3] -> (pooled [B 1024], map [B T/8 H/32 W/32 1024]).
+
+    The official width multiplier has no effect and is left out.
+
+    Attributes:
+        pools: see trunk.
+        blocks: see trunk.
+        dtype: of activations.
+    """
 
     pools: int = 4
-    blocks: tuple[int, int, int] = BLOCKS
+    blocks: Any = BLOCKS
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x, valid, train: bool):
-        unit = lambda features, kernel, strides=(1, 1, 1), name=None: ConvNorm(
-            features, kernel, strides, dtype=self.dtype, name=name
-        )
-        x = trunk(
-            unit(64, (7, 7, 7), (2, 2, 2), name='conv_1a')(x, valid, train),
-            unit,
-            valid,
-            train,
-            self.pools,
-            self.blocks,
-        )
+    def __call__(
+        self, x: Float[Array, 'B T H W C'], valid: Any, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        def unit(
+            features: int,
+            kernel: tuple[int, int, int],
+            strides: tuple[int, int, int] = (1, 1, 1),
+            name: str | None = None,
+        ) -> ConvNorm:
+            return ConvNorm(features, kernel, strides, dtype=self.dtype, name=name)
+
+        x = unit(64, (7, 7, 7), (2, 2, 2), name='conv_1a')(x, valid, train)
+        x = trunk(x, unit, valid, train, self.pools, self.blocks)
         return x.mean((1, 2, 3)), x

@@ -1,9 +1,15 @@
-"""R(2+1)D-18: each 3-D convolution is one over space and one over time (Tran et al., 2018), in the forms of torchvision and of XDC."""
+"""R(2+1)D-18: each 3-D convolution is one over space and one over time (Tran et al., 2018).
+
+In the forms of torchvision and of XDC.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
+from jaxtyping import Array, Float
 
 from vatt_jax.config import choose
 from vatt_jax.models.towers.convolutions import ConvNorm
@@ -17,7 +23,11 @@ def mid_planes(inputs: int, outputs: int) -> int:
 
 
 class Factorised(nn.Module):
-    """1×3×3 to `mid` with the spatial stride, batch norm, ReLU, 3×1×1 to `features` with the temporal one, batch norm, and ReLU if `relu`."""
+    """A convolution over space to `mid` channels, then one over time to `features`.
+
+    1×3×3 with the spatial stride, batch norm, ReLU; 3×1×1 with the temporal one, batch norm, and
+    ReLU if `relu`.
+    """
 
     features: int
     mid: int
@@ -27,59 +37,77 @@ class Factorised(nn.Module):
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x, valid, train: bool):
-        s, options = (
-            self.stride,
-            {'padding': 'FIXED', 'norm': self.norm, 'init': 'kaiming', 'dtype': self.dtype},
+    def __call__(
+        self, x: Float[Array, 'B T H W C'], valid: Any, train: bool
+    ) -> Float[Array, 'B T2 H2 W2 D']:
+        options: dict[str, Any] = conv_options(self.norm, self.dtype)
+        stride = self.stride
+        spatial = ConvNorm(self.mid, (1, 3, 3), (1, stride, stride), name='spatial', **options)
+        temporal = ConvNorm(
+            self.features, (3, 1, 1), (stride, 1, 1), relu=self.relu, name='temporal', **options
         )
-        x = ConvNorm(self.mid, (1, 3, 3), (1, s, s), name='spatial', **options)(x, valid, train)
-        return ConvNorm(
-            self.features, (3, 1, 1), (s, 1, 1), relu=self.relu, name='temporal', **options
-        )(x, valid, train)
+        x = spatial(x, valid, train)
+        return temporal(x, valid, train)
+
+
+def conv_options(norm: str, dtype: str) -> dict[str, Any]:
+    """What all convolutions of the network have in common."""
+    return {'padding': 'FIXED', 'norm': norm, 'init': 'kaiming', 'dtype': dtype}
 
 
 class R2Plus1D(nn.Module):
-    """Video [B T H W 3] -> (pooled [B 512·w], map [B T/8 H/16 W/16 512·w]), w = `multiplier`. Padded evenly, no max pool.
+    """Video [B T H W 3] -> (pooled [B 512·w], map [B T/8 H/16 W/16 512·w]), w = `multiplier`.
 
-    mid: 'block', the width between the halves is computed once for a block, from its input and output, and its second convolution has it too
-    (torchvision, GDT, SeLaVi); 'conv', for each convolution (XDC; its size is the published 33.3 M).
+    Padded evenly, no max pool.
+
+    Attributes:
+        mid: how the width between the halves is computed. 'block': once for a block, from its input
+            and output, and its second convolution has it too (torchvision, GDT, SeLaVi). 'conv':
+            for each convolution (XDC; its size is the published 33.3 M).
+        multiplier: of all widths.
+        norm: entry of layers.NORMS, 'torch' or 'xdc': eps 1e-3, and running statistics that hold a
+            tenth of the past.
+        dtype: of activations.
     """
 
     mid: str = 'block'
     multiplier: float = 1.0
-    norm: str = (
-        'torch'  # torch | xdc: eps 1e-3, and running statistics that hold a tenth of the past
-    )
+    norm: str = 'torch'
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x, valid, train: bool):
+    def __call__(
+        self, x: Float[Array, 'B T H W C'], valid: Any, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
         choose(self.mid, MIDS, 'config.model.towers.video.mid')
-        scale = lambda width: max(1, round(width * self.multiplier))
-        options = {'padding': 'FIXED', 'norm': self.norm, 'init': 'kaiming', 'dtype': self.dtype}
-        x = ConvNorm(scale(45), (1, 7, 7), (1, 2, 2), name='stem_spatial', **options)(
-            x, valid, train
-        )
-        x = ConvNorm(scale(64), (3, 1, 1), (1, 1, 1), name='stem_temporal', **options)(
-            x, valid, train
-        )
+        options = conv_options(self.norm, self.dtype)
+
+        def scaled(width: int) -> int:
+            return max(1, round(width * self.multiplier))
+
+        stem_spatial = ConvNorm(scaled(45), (1, 7, 7), (1, 2, 2), name='stem_spatial', **options)
+        x = stem_spatial(x, valid, train)
+        stem_temporal = ConvNorm(scaled(64), (3, 1, 1), (1, 1, 1), name='stem_temporal', **options)
+        x = stem_temporal(x, valid, train)
         for layer in range(4):
-            width = scale(64 << layer)
+            width = scaled(64 << layer)
             for block in range(2):
-                stride, name = 2 if layer and not block else 1, f'layer_{layer + 1}_block_{block}'
-                inputs = x.shape[-1]
-                mid = mid_planes(inputs, width)
-                short = x
+                # Every layer but the first halves the map, in its first block.
+                stride = 2 if layer > 0 and block == 0 else 1
+                name = f'layer_{layer + 1}_block_{block}'
+                mid = mid_planes(x.shape[-1], width)
+                second_mid = mid if self.mid == 'block' else mid_planes(width, width)
+                shortcut = x
                 if stride > 1:
-                    short = ConvNorm(
+                    projection = ConvNorm(
                         width, (1, 1, 1), (stride,) * 3, relu=False, name=f'{name}_short', **options
-                    )(x, valid, train)
-                part = lambda inner, stride, relu, which: Factorised(
-                    width, inner, stride, relu, self.norm, self.dtype, name=f'{name}_{which}'
-                )  # noqa: B023
-                y = part(mid, stride, True, 'conv_1')(x, valid, train)
-                y = part(
-                    mid if self.mid == 'block' else mid_planes(width, width), 1, False, 'conv_2'
+                    )
+                    shortcut = projection(x, valid, train)
+                y = Factorised(
+                    width, mid, stride, True, self.norm, self.dtype, name=f'{name}_conv_1'
+                )(x, valid, train)
+                y = Factorised(
+                    width, second_mid, 1, False, self.norm, self.dtype, name=f'{name}_conv_2'
                 )(y, valid, train)
-                x = jax.nn.relu(y + short)
+                x = jax.nn.relu(y + shortcut)
         return x.mean((1, 2, 3)), x

@@ -1,83 +1,123 @@
-"""ResNet v2 (pre-activation; He et al., 2016) as MMV has it: over spectrograms, and over frames with a temporal shift (tsm_resnet.py)."""
+"""ResNet v2 (pre-activation; He et al., 2016) as MMV has it.
+
+It runs over spectrograms, and over frames with a temporal shift (tsm_resnet.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
+from jaxtyping import Array, Float
 
 from vatt_jax.config import choose
 from vatt_jax.models.layers import BatchNorm
 from vatt_jax.models.towers.convolutions import Conv, max_pool
 
-# depth -> (blocks of the four units, bottleneck blocks?, widths of their results)
-DEPTHS = {
+# depth -> (blocks of the four units, whether these are bottlenecks, widths of the units' results)
+DEPTHS: dict[int, Any] = {
     18: ((2, 2, 2, 2), False, (64, 128, 256, 512)),
     34: ((3, 4, 6, 3), False, (64, 128, 256, 512)),
     50: ((3, 4, 6, 3), True, (256, 512, 1024, 2048)),
 }
 
 
-class Block(nn.Module):
-    """Batch norm and ReLU before each convolution; the shortcut is the input, or, where the width changes, a projection of the first ReLU.
+def identity(x: jax.Array) -> jax.Array:
+    """Return x: nothing is mixed into the branch."""
+    return x
 
-    Bottleneck: 1×1 to a quarter of the width, 3×3 with the stride, 1×1. Basic: 1×1, 3×3 with the stride (official: no 3×3 in the first place).
-    mix: what the branch, not the shortcut, sees of the first ReLU (the temporal shift).
+
+class Block(nn.Module):
+    """Batch norm and ReLU before each convolution, and a shortcut around them.
+
+    The shortcut is the input, or, where the width changes, a projection of the first ReLU.
+    Bottleneck: 1×1 to a quarter of the width, 3×3 with the stride, 1×1. Basic: 1×1, 3×3 with the
+    stride (official: no 3×3 in the first place).
+
+    Attributes:
+        mix: applied to what the branch, not the shortcut, sees of the first ReLU (the temporal
+            shift).
     """
 
     width: int
     stride: int
     bottleneck: bool
-    mix: Callable = lambda x: x
+    mix: Callable[[jax.Array], jax.Array] = identity
     norm: str = 'debiased'
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x, valid, train: bool):
-        conv = lambda features, k, stride, name: Conv(
-            features, (k, k), (stride, stride), init='fan_in', dtype=self.dtype, name=name
-        )
-        active = lambda x, i: jax.nn.relu(
-            BatchNorm(self.norm, name=f'norm_{i}')(x, valid, train)
-        ).astype(self.dtype)
-        p = active(x, 0)
-        short = conv(self.width, 1, self.stride, 'shortcut')(p) if x.shape[-1] != self.width else x
-        inner = self.width // 4 if self.bottleneck else self.width
-        y = active(conv(inner, 1, 1, 'conv_0')(self.mix(p)), 1)
-        y = conv(inner, 3, self.stride, 'conv_1')(y)
+    def __call__(
+        self, x: Float[Array, 'N H W C'], valid: Any, train: bool
+    ) -> Float[Array, 'N H2 W2 D']:
+        def conv(x: jax.Array, features: int, size: int, stride: int, name: str) -> jax.Array:
+            kernel = (size, size)
+            strides = (stride, stride)
+            return Conv(features, kernel, strides, init='fan_in', dtype=self.dtype, name=name)(x)
+
+        def norm_relu(x: jax.Array, name: str) -> jax.Array:
+            x = BatchNorm(self.norm, name=name)(x, valid, train)
+            return jax.nn.relu(x).astype(self.dtype)
+
+        preactivated = norm_relu(x, 'norm_0')
+        shortcut = x
+        if x.shape[-1] != self.width:
+            shortcut = conv(preactivated, self.width, 1, self.stride, 'shortcut')
+        inner_width = self.width // 4 if self.bottleneck else self.width
+        y = conv(self.mix(preactivated), inner_width, 1, 1, 'conv_0')
+        y = norm_relu(y, 'norm_1')
+        y = conv(y, inner_width, 3, self.stride, 'conv_1')
         if self.bottleneck:
-            y = conv(self.width, 1, 1, 'conv_2')(active(y, 2))
-        return short + y
+            y = norm_relu(y, 'norm_2')
+            y = conv(y, self.width, 1, 1, 'conv_2')
+        return shortcut + y
 
 
 class ResNetV2(nn.Module):
-    """Pictures [N H W C] -> (map before the last batch norm, map after it and ReLU), both [N H/32 W/32 D]; valid bool [N].
+    """Pictures [N H W C] -> (map before the last batch norm, map after it and ReLU).
 
-    multiplier: on every width. mix: see Block.
+    Both maps are [N H/32 W/32 D].
+
+    Attributes:
+        depth: entry of DEPTHS.
+        multiplier: of every width.
+        mix: see Block.
+        norm: entry of layers.NORMS.
+        dtype: of activations.
     """
 
     depth: int = 50
     multiplier: float = 1.0
-    mix: Callable = lambda x: x
+    mix: Callable[[jax.Array], jax.Array] = identity
     norm: str = 'debiased'
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x, valid, train: bool):
-        blocks, bottleneck, widths = DEPTHS[choose(self.depth, DEPTHS, 'config.model.towers depth')]
-        scale = lambda width: 4 * max(1, round(width * self.multiplier / 4))
-        x = Conv(scale(64), (7, 7), (2, 2), init='fan_in', dtype=self.dtype, name='stem')(x)
+    def __call__(
+        self, x: Float[Array, 'N H W C'], valid: Any, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        choose(self.depth, DEPTHS, 'config.model.towers depth')  # type: ignore[arg-type]
+        num_blocks, bottleneck, widths = DEPTHS[self.depth]
+
+        def scaled(width: int) -> int:
+            # A multiple of 4, so that a bottleneck's inner width is a quarter of it.
+            return 4 * max(1, round(width * self.multiplier / 4))
+
+        x = Conv(scaled(64), (7, 7), (2, 2), init='fan_in', dtype=self.dtype, name='stem')(x)
         x = max_pool(x, (3, 3), (2, 2), 'SAME')
-        for unit, (count, width) in enumerate(zip(blocks, widths)):
+        for unit, (count, width) in enumerate(zip(num_blocks, widths)):
             for block in range(count):
+                # Every unit but the first halves the map, in its first block.
                 x = Block(
-                    scale(width),
-                    2 if unit and not block else 1,
-                    bottleneck,
-                    self.mix,
-                    self.norm,
-                    self.dtype,
+                    width=scaled(width),
+                    stride=2 if unit > 0 and block == 0 else 1,
+                    bottleneck=bottleneck,
+                    mix=self.mix,
+                    norm=self.norm,
+                    dtype=self.dtype,
                     name=f'unit_{unit}_block_{block}',
                 )(x, valid, train)
-        return x, jax.nn.relu(BatchNorm(self.norm, name='norm')(x, valid, train)).astype(self.dtype)
+        normalised = BatchNorm(self.norm, name='norm')(x, valid, train)
+        return x, jax.nn.relu(normalised).astype(self.dtype)
