@@ -43,8 +43,8 @@ class How:
     Attributes:
       method: auto | gather | ring.
       block: Rows and keys of one block; 0: chosen.
-      dtype: What the scores are multiplied in ('bfloat16': products exact, sums and everything after
-        them float32).
+      dtype: What the scores are multiplied in ('bfloat16': products exact, sums and everything
+        after them float32).
     """
 
     method: str = 'auto'
@@ -144,8 +144,8 @@ def on_devices(
 ) -> Callable[..., Any]:
     """Returns function(task, layout, …), run by every device on its share.
 
-    It is compiled once per shape, so that a loss called outside of jit is not compiled at every call;
-    inside, it is part of the whole.
+    It is compiled once per shape, so that a loss called outside of jit is not compiled at every
+    call; inside, it is part of the whole.
     """
     function = functools.partial(function, task, layout)
     if layout.axes:
@@ -180,8 +180,8 @@ def loop_over_keys(
       visit: (state, block, part) -> (state, part), where part is what is summed up for the block's
         keys.
       state: What is summed up for the rows.
-      keys: Tree of [blocks t …]. In a ring they travel and their parts follow; after as many hops as
-        there are devices these are home again.
+      keys: Tree of [blocks t …]. In a ring they travel and their parts follow; after as many hops
+        as there are devices these are home again.
       start: Every part's first value.
       finish: Applied to each part once it is complete.
 
@@ -213,9 +213,9 @@ def _ring(layout: Layout, visit: Any, state: Any, keys: Any, start: Any) -> tupl
     parts = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_blocks, *x.shape)), start)
 
     def step(t, carry):
-        # Both transfers start before the block's arithmetic and, by the barrier, are waited for after
-        # it: the keys of this block, which its arithmetic only reads, and the part of the block
-        # before.
+        # Both transfers start before the block's arithmetic and, by the barrier, are waited for
+        # after it: the keys of this block, which its arithmetic only reads, and the part of the
+        # block before.
         state, keys, parts, sent = carry
         current, previous = t % num_blocks, (t + num_blocks - 1) % num_blocks
         block, part = get_block(keys, current), get_block(parts, current)

@@ -2,11 +2,11 @@
 
     score(i, j) = scale * <x_i, y_j> (+ bias)
 
-`log_sum_exp` gives, in one loop over blocks of keys and rows, the log-sum-exp of every row, of every
-column, and of every row's positives; `sigmoid_sum` gives the sum of pairwise logistic losses. The
-named losses (nce.py) are a few lines on these two. Their derivative is a second loop that makes each
-block of scores again: four matrix products where a stored matrix needs three, and memory linear in
-the rows.
+`log_sum_exp` gives, in one loop over blocks of keys and rows, the log-sum-exp of every row, of
+every column, and of every row's positives; `sigmoid_sum` gives the sum of pairwise logistic losses.
+The named losses (nce.py) are a few lines on these two. Their derivative is a second loop that makes
+each block of scores again: four matrix products where a stored matrix needs three, and memory
+linear in the rows.
 
 Inside `jax.set_mesh(mesh)` the work is spread over the mesh, by gathering keys or in a ring
 (blockwise.py). Any sizes do: what does not divide into blocks or devices is padded with rows that
@@ -142,8 +142,8 @@ def _sums(task: Task, x, y, scale, bias, valid, apart, own, how: How):
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or not len(x) or not len(y):
         raise ValueError(
-            f'x {x.shape} and y {y.shape}: two sets of embeddings [rows E] of one width are wanted, '
-            'neither empty'
+            f'x {x.shape} and y {y.shape}: two sets of embeddings [rows E] of one width are '
+            'wanted, neither empty'
         )
     dtype, accumulate = jnp.dtype(how.dtype), jnp.dtype(jnp.float32)
     if jnp.promote_types(x.dtype, y.dtype) == jnp.float64:
@@ -180,8 +180,8 @@ def _side(layout: Layout, which: int, data: Any, *more: Any) -> Side:
     return jax.tree.map(lambda array: pad_rows(array, num_rows), side)
 
 
-# ---- The derivative's frame. Everything below it runs on one device's share, inside shard_map where
-# there is a mesh.
+# ---- The derivative's frame. Everything below it runs on one device's share, inside shard_map
+# where there is a mesh.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -282,8 +282,8 @@ def _backward(task, layout, x: Side, y: Side, scale, bias, sums, kept, cotangent
         scale.dtype,
         (x.data.dtype, y.data.dtype),
     )
-    # The scale of every score's derivative is folded into the cotangents, so that the gradients need
-    # no further pass.
+    # The scale of every score's derivative is folded into the cotangents, so that the gradients
+    # need no further pass.
     cotangents = [None if g is None else g * scale for g in cotangents]
     if task.kind == 'softmax':
         every, columns, own = (
@@ -314,8 +314,8 @@ def _backward(task, layout, x: Side, y: Side, scale, bias, sums, kept, cotangent
             else:
                 w = _block_weights(s, get_block(every, i), beside, row_mask, column_mask)
                 if own is not None:
-                    # A positive's pull is joined to its push here, in float32: near convergence they
-                    # nearly cancel.
+                    # A positive's pull is joined to its push here, in float32: near convergence
+                    # they nearly cancel.
                     total, g = get_block(own, i)
 
                     def pull(w):
@@ -342,8 +342,8 @@ def _backward(task, layout, x: Side, y: Side, scale, bias, sums, kept, cotangent
     state = (jnp.zeros(x.data.shape, accumulate), jnp.zeros((), accumulate))
 
     def done(part):
-        # On one device a block's key gradient is final when the block is done; gathered or in a ring
-        # it is float32 until it is home.
+        # On one device a block's key gradient is final when the block is done; gathered or in a
+        # ring it is float32 until it is home.
         if layout.axes:
             return part
         return jax.tree.map(lambda array: array.astype(y_type), part)
@@ -407,8 +407,8 @@ def _turned(s, own):
     return s if own is None else jnp.where(own, -s, s)
 
 
-# Sums of exponentials are stored as (top, total): total = sum of exp(score - top), top = NEVER where
-# nothing was summed.
+# Sums of exponentials are stored as (top, total): total = sum of exp(score - top), top = NEVER
+# where nothing was summed.
 
 
 def _block_sums(s, row_mask, column_mask, columns: bool):
