@@ -62,37 +62,33 @@ def to_ours(
     Position tables of another length are resized by spline. Raises ConfigError that lists all differences, missing variables, those whose shape
     does not fit (both shapes, the config field behind the difference) and unused ones; and where the table and `wanted` differ.
     """
-    fits = lambda e, have: (
-        have == e.shape or e.ours[-1].endswith('_positions') and have[1:] == e.shape[1:]
-    )
-    taken = {e.theirs for e in entries}
-    rest = sorted(k for k in shapes if k not in taken)
-    unused = [k for k in rest if not bookkeeping(k)]
-    missing = [e.theirs for e in entries if e.theirs not in shapes]
-    wrong = [e for e in entries if e.theirs in shapes and not fits(e, tuple(shapes[e.theirs]))]
+    used = {entry.theirs for entry in entries}
+    rest = sorted(key for key in shapes if key not in used)
+    unused = [key for key in rest if not bookkeeping(key)]
+    missing = [entry.theirs for entry in entries if entry.theirs not in shapes]
+    wrong = []
+    for entry in entries:
+        if entry.theirs in shapes and not _fits(entry, tuple(shapes[entry.theirs])):
+            wrong.append(entry)
     if differences or missing or wrong:
-        raise ConfigError(
-            '\n'.join(
-                [
-                    f'{where} does not fit this config'
-                    + (f': {", ".join(differences)}' if differences else '')
-                    + (
-                        '; set these fields as the checkpoint has them, or leave out --config and let it tell its sizes'
-                        if differences or wrong
-                        else ''
-                    ),
-                    *(
-                        [
-                            f'lacks {len(missing)} of the {len(entries)} variables this config wants: {", ".join(missing)}'
-                        ]
-                        if missing
-                        else []
-                    ),
-                    *(_misfit(e, tuple(shapes[e.theirs])) for e in wrong),
-                    *([f'not used: {", ".join(unused)}'] if unused else []),
-                ]
+        first_line = f'{where} does not fit this config'
+        if differences:
+            first_line += f': {", ".join(differences)}'
+        if differences or wrong:
+            first_line += (
+                '; set these fields as the checkpoint has them, or leave out --config and let it '
+                'tell its sizes'
             )
-        )
+        lines = [first_line]
+        if missing:
+            lines.append(
+                f'lacks {len(missing)} of the {len(entries)} variables this config wants: '
+                f'{", ".join(missing)}'
+            )
+        lines += [_misfit(entry, tuple(shapes[entry.theirs])) for entry in wrong]
+        if unused:
+            lines.append(f'not used: {", ".join(unused)}')
+        raise ConfigError('\n'.join(lines))
     out: dict[Path, np.ndarray] = {}
     resized = []
     for e in entries:
@@ -114,6 +110,13 @@ def to_ours(
             f'this config has parameters that the official layout does not: {listed(lost)}'
         )
     return out, Report(len(entries), resized, unused, len(rest) - len(unused))
+
+
+def _fits(entry: Entry, have: tuple[int, ...]) -> bool:
+    """Whether a shape is that of the table, or a position table's, which can be resized."""
+    if have == entry.shape:
+        return True
+    return entry.ours[-1].endswith('_positions') and have[1:] == entry.shape[1:]
 
 
 def _misfit(e: Entry, have: tuple[int, ...]) -> str:
