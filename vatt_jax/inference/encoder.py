@@ -86,7 +86,7 @@ class Encoder:
             augment=False,
             dtype=self.config.compute_dtype,
         )
-        out = self.model.apply(variables, batch, train=False, rng=rng, features=bool(maps))
+        out: Any = self.model.apply(variables, batch, train=False, rng=rng, features=bool(maps))
         features: dict[str, Any] = {
             'predictions': {},
             'pooled': {s: e.pooled.astype(jnp.float32) for s, e in out.encoded.items()},
