@@ -1,8 +1,9 @@
-"""Sources that need neither files nor TensorFlow: patterns computed from the position, and prepared batches in one npz.
+"""Sources without TensorFlow: patterns computed from the position, and batches in one npz.
 
-The synthetic world: every record has a class and an instance. The class decides the colour and motion of a grating, the pitch
-of a tone and the words; the instance decides when the grating flashes and the tone swells, so video and audio of one moment of
-one record belong together. There is something to learn for every objective, and it costs a few milliseconds per clip.
+The synthetic world: every record has a class and an instance. The class decides the colour and
+motion of a grating, the pitch of a tone and the words; the instance decides when the grating
+flashes and the tone swells, so video and audio of one moment of one record belong together. There
+is something to learn for every objective, and it costs a few milliseconds per clip.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ _LEVELS = 256  # of the phase tables
 
 
 class Synthetic(Data):
-    """config.data.synthetic_size training records; validation and test have an eighth of it, at least 32."""
+    """The synthetic world, with config.data.synthetic_size training records.
+
+    Validation and test have an eighth of it, at least 32.
+    """
 
     def __init__(self, config):
         super().__init__(config)
@@ -115,7 +119,7 @@ class Synthetic(Data):
                 stream['box'], stream['flip'] = self.crops(
                     request, rows, v, np.full(b, size), np.full(b, size)
                 )
-                # A mirrored grating moves the other way: here direction is the class, so nothing is ever flipped.
+                # A mirrored grating moves the other way, and direction is the class: never flip.
                 stream['flip'] = np.zeros(b, bool)
             elif v.modality == 'audio':
                 n, rate = self.inputs['audio']['samples'], self.inputs['audio']['rate']
@@ -168,7 +172,10 @@ def _sentences(kind: int) -> list[str]:
 
 
 def _envelope(u: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """Loudness of the tone and brightness of the grating at seconds t, in [0.15, 1]: the instance's own rhythm."""
+    """Loudness of the tone and brightness of the grating at seconds t, in [0.15, 1].
+
+    This is the instance's own rhythm.
+    """
     beat = np.sin(2 * np.pi * ((0.4 + 1.2 * u[0]) * t + u[1]))
     return 0.575 + 0.425 * np.tanh(3 * beat)
 
@@ -206,8 +213,10 @@ def save_npz(
 ) -> None:
     """Host batches -> one file that `config.data.source = 'npz'` reads.
 
-    batches: for all splits, or {split: batches}. Arrays are stored as 'video/data' … (or 'train:video/data' …) with all rows
-    stacked; rows with valid False are left out. info: the data object's, for tokenizer and class names.
+    batches: for all splits, or {split: batches}. Arrays are stored as 'video/data' … (or
+      'train:video/data' …) with all rows
+    stacked; rows with valid False are left out. info: the data object's, for tokenizer and class
+    names.
     """
     by_split = batches if isinstance(batches, Mapping) else {'': batches}
     out: dict[str, np.ndarray] = {'info': np.array(json.dumps(dict(info or {})))}
@@ -236,10 +245,12 @@ def _flatten(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 class Npz(Data):
-    """config.data.npz: a file of `save_npz`. Clips are fixed: passes and training differ only in crop and flip.
+    """config.data.npz: a file of `save_npz`.
 
-    Views must be in the file, except `reverse`, which is made. Raises DataError for a missing file, a missing stream, or a
-    stream whose shape is not that of config.model.inputs.
+    Clips are fixed: passes and training differ only in crop and flip.
+
+    Views must be in the file, except `reverse`, which is made. Raises DataError for a missing file,
+    a missing stream, or a stream whose shape is not that of config.model.inputs.
     """
 
     def __init__(self, config):
@@ -290,7 +301,7 @@ class Npz(Data):
         }
 
     def _check(self, path: pathlib.Path) -> None:
-        """Every view must be in every split that holds rows, in the shape of config.model.inputs."""
+        """Check that every split with rows has every view in the shape of config.model.inputs."""
         for split, rows in self._rows.items():
             if not rows:
                 continue
@@ -341,8 +352,8 @@ class Npz(Data):
                 moved or f'{v.stream}/data' not in self._rows[request.split] and v.kind != 'reverse'
             ) and number != 0:
                 raise DataError(
-                    f'the npz has no {"other window of" if moved else "stream"} {v.stream!r}; a file of prepared batches cannot make '
-                    'other windows'
+                    f'the npz has no {"other window of" if moved else "stream"} {v.stream!r}; '
+                    'a file of prepared batches cannot make other windows'
                 )
         steps = itertools.count() if number is None else range(number)
         return (self._make(request, rows(step)) for step in steps)
