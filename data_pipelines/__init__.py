@@ -1,4 +1,7 @@
-"""Everything that touches files. TensorFlow is imported only for prepared records, never by importing this package."""
+"""Everything that touches files.
+
+TensorFlow is imported only for prepared records, never by importing this package.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,14 @@ from data_pipelines.errors import DataError
 __all__ = ['DataError', 'open', 'open_or_make', 'open_or_synthetic']
 
 
-def open(config) -> Any:
-    """The data object of docs/architecture.md for a resolved config; `config.data.source` chooses which.
+def open(config: ConfigDict) -> Any:
+    """The data object of docs/architecture.md for a resolved config.
 
-    Raises DataError when the data is missing or does not fit the config.
+    Args:
+          config: `config.data.source` chooses which.
+
+    Raises:
+        DataError: the data is missing or does not fit the config.
     """
     source = config.data.source
     if source == 'records':
@@ -31,7 +38,7 @@ def open(config) -> Any:
         from data_pipelines.loading.synthetic import Npz
 
         return Npz(config)
-    raise DataError(f'config.data.source is {source!r}; it is one of records, synthetic, npz')
+    raise DataError(f'config.data.source: expected one of records, synthetic, npz, got {source!r}.')
 
 
 def open_or_make(config: ConfigDict, check: Callable[[ConfigDict], None]) -> Any:

@@ -80,7 +80,7 @@ class Data:
     def _batches(
         self, request: Request, rows: Callable[[int], Rows], number: int | None
     ) -> Iterator[dict[str, Any]]:
-        """Batches 0, 1, … (`number` of them, None: endless), each of the rows that rows(i) names."""
+        """Batches 0, 1, … (`number` of them, None: endless), batch i of rows(i)."""
         raise NotImplementedError
 
     # ---- the contract
@@ -308,8 +308,9 @@ def tokenizer_of(
         return tokenizers.from_spec(expected)
     if expected != data_spec['kind']:
         raise DataError(
-            f'config.model.inputs.text.tokenizer is {expected!r} and {where} has a {data_spec["kind"]!r} '
-            f'vocabulary; prepare it with --tokenizer={expected}, or set the field'
+            f'config.model.inputs.text.tokenizer is {expected!r} and {where} has a '
+            f'{data_spec["kind"]!r} vocabulary; '
+            f'prepare it with --tokenizer={expected}, or set the field'
         )
     return tokenizers.from_spec(data_spec)
 
@@ -317,7 +318,7 @@ def tokenizer_of(
 def _with_sampling(
     sources: list[order.Source], columns: Mapping[str, np.ndarray]
 ) -> list[order.Source]:
-    """Sources whose sampling weights are multiplied by the columns [M], sources one after another."""
+    """Multiply the sampling weights by the columns [M], sources one after another."""
     total = sum(source.size for source in sources)
     weights = np.ones(total)
     for name, values in columns.items():

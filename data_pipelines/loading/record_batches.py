@@ -208,7 +208,7 @@ class RecordBatches(Iterator):
 
 
 def _frame_arrays(contents: list[RowContents], request: ReadRequest) -> list[np.ndarray]:
-    """The columns of `_fetch_tensors` behind the step: rows filled up to the longest one of the batch.
+    """The columns of `_fetch_tensors` behind the step, rows filled up to the longest one.
 
     Packets are filled up with b'' and entries with packet -1.
     """

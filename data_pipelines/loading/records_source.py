@@ -236,8 +236,8 @@ def few_labels(part: Split, label: str, per_class: int, seed: int) -> Float64[np
     if stored is None or stored.ndim != 1:
         possible = [name for name, values in labels.items() if values.ndim == 1]
         raise DataError(
-            f'{field}: {part.prepared.path} has no label {label!r} with one class for each segment; '
-            f'it has {", ".join(possible) or "none"} (field label)'
+            f'{field}: {part.prepared.path} has no label {label!r} with one class for each '
+            f'segment; it has {", ".join(possible) or "none"} (field label)'
         )
     record_rank = order.permute(part.index.segment_record, len(part), seed, 'few labels')
     is_known = np.zeros(len(stored), bool)

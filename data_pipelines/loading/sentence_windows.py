@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool, Int32
 
 from vatt_jax.inputs.tokenizer import Tokenizer
 
@@ -12,26 +13,50 @@ from vatt_jax.inputs.tokenizer import Tokenizer
 def candidates(begin: np.ndarray, end: np.ndarray, start: float, window: float, k: int) -> range:
     """The k sentences nearest in time to a window: contiguous neighbours, as in the official data.
 
-    begin, end: seconds [n] of the record's sentences, sorted by begin. The run is placed around the sentence nearest to the
-    window (gap in time, then distance of centres, then order) and moved inside the list; shorter lists give all they have.
+    The run is placed around the sentence nearest to the window (gap in time, then distance of
+    centres, then order) and moved inside the list; shorter lists give all they have.
+
+    Args:
+      begin: of the record's sentences [n], in seconds, sorted.
+      end: of the record's sentences [n], in seconds.
+      start: of the window, in seconds.
+      window: its length in seconds.
+      k: sentences to choose.
     """
-    n = len(begin)
-    if n <= k:
-        return range(n)
+    num_sentences = len(begin)
+    if num_sentences <= k:
+        return range(num_sentences)
     gap = np.maximum(np.maximum(begin - (start + window), start - end), 0.0)
-    centre = np.abs((begin + end) / 2 - (start + window / 2))
-    nearest = int(np.lexsort((np.arange(n), centre, gap))[0])
-    first = min(max(nearest - (k - 1) // 2, 0), n - k)
+    centre_distance = np.abs((begin + end) / 2 - (start + window / 2))
+    # lexsort takes the most important key last.
+    ranking = np.lexsort((np.arange(num_sentences), centre_distance, gap))
+    nearest = int(ranking[0])
+    first = min(max(nearest - (k - 1) // 2, 0), num_sentences - k)
     return range(first, first + k)
 
 
 def encode(
     tokenizer: Tokenizer, sentences: Sequence[Sequence[str]], k: int, words: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sentences of each row -> (data int32 [B k words], mask bool [B k]); a sentence without any word is masked."""
+) -> tuple[Int32[np.ndarray, 'B K L'], Bool[np.ndarray, 'B K']]:
+    """Encode the sentences of each row.
+
+    Args:
+      tokenizer: of the data.
+      sentences: of each row; those beyond the first k are left out.
+      k: sentences of a row; rows of fewer are filled with 0.
+      words: of a sentence.
+
+    Returns:
+      Word numbers, and a mask of the sentences that hold any word.
+    """
     data = np.zeros((len(sentences), k, words), np.int32)
-    places = [(b, j) for b, row in enumerate(sentences) for j in range(min(k, len(row)))]
-    if places:
-        b, j = np.array(places).T
-        data[b, j] = tokenizer.encode([sentences[x][y] for x, y in places], words)
-    return data, (data != 0).any(-1)
+    rows, columns, texts = [], [], []
+    for row, row_sentences in enumerate(sentences):
+        for column, text in enumerate(row_sentences[:k]):
+            rows.append(row)
+            columns.append(column)
+            texts.append(text)
+    if texts:
+        # All sentences of the batch at once: tokenizers are faster so.
+        data[rows, columns] = tokenizer.encode(texts, words)
+    return data, (data != 0).any(axis=-1)

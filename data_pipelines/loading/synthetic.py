@@ -1,8 +1,9 @@
-"""Sources that need neither files nor TensorFlow: patterns computed from the position, and prepared batches in one npz.
+"""Sources without TensorFlow: patterns computed from the position, and batches in one npz.
 
-The synthetic world: every record has a class and an instance. The class decides the colour and motion of a grating, the pitch
-of a tone and the words; the instance decides when the grating flashes and the tone swells, so video and audio of one moment of
-one record belong together. There is something to learn for every objective, and it costs a few milliseconds per clip.
+The synthetic world: every record has a class and an instance. The class decides the colour and
+motion of a grating, the pitch of a tone and the words; the instance decides when the grating
+flashes and the tone swells, so video and audio of one moment of one record belong together. There
+is something to learn for every objective, and it costs a few milliseconds per clip.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ _LEVELS = 256  # of the phase tables
 
 
 class Synthetic(Data):
-    """config.data.synthetic_size training records; validation and test have an eighth of it, at least 32."""
+    """The synthetic world, with config.data.synthetic_size training records.
+
+    Validation and test have an eighth of it, at least 32.
+    """
 
     def __init__(self, config):
         super().__init__(config)
@@ -105,7 +109,7 @@ class Synthetic(Data):
         }
         for v in request.views:
             start = starts[v.suffix]
-            stream = {'valid': np.ones(b, bool), 'start': start.astype(np.float32)}
+            stream: dict[str, Any] = {'valid': np.ones(b, bool), 'start': start.astype(np.float32)}
             if v.modality == 'video':
                 n, size = self.inputs['video']['frames'], self.inputs['video']['size']
                 at = start[:, None] + np.arange(n) / fps
@@ -115,7 +119,7 @@ class Synthetic(Data):
                 stream['box'], stream['flip'] = self.crops(
                     request, rows, v, np.full(b, size), np.full(b, size)
                 )
-                # A mirrored grating moves the other way: here direction is the class, so nothing is ever flipped.
+                # A mirrored grating moves the other way, and direction is the class: never flip.
                 stream['flip'] = np.zeros(b, bool)
             elif v.modality == 'audio':
                 n, rate = self.inputs['audio']['samples'], self.inputs['audio']['rate']
@@ -168,7 +172,10 @@ def _sentences(kind: int) -> list[str]:
 
 
 def _envelope(u: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """Loudness of the tone and brightness of the grating at seconds t, in [0.15, 1]: the instance's own rhythm."""
+    """Loudness of the tone and brightness of the grating at seconds t, in [0.15, 1].
+
+    This is the instance's own rhythm.
+    """
     beat = np.sin(2 * np.pi * ((0.4 + 1.2 * u[0]) * t + u[1]))
     return 0.575 + 0.425 * np.tanh(3 * beat)
 
@@ -206,8 +213,10 @@ def save_npz(
 ) -> None:
     """Host batches -> one file that `config.data.source = 'npz'` reads.
 
-    batches: for all splits, or {split: batches}. Arrays are stored as 'video/data' … (or 'train:video/data' …) with all rows
-    stacked; rows with valid False are left out. info: the data object's, for tokenizer and class names.
+    batches: for all splits, or {split: batches}. Arrays are stored as 'video/data' … (or
+      'train:video/data' …) with all rows
+    stacked; rows with valid False are left out. info: the data object's, for tokenizer and class
+    names.
     """
     by_split = batches if isinstance(batches, Mapping) else {'': batches}
     out: dict[str, np.ndarray] = {'info': np.array(json.dumps(dict(info or {})))}
@@ -222,7 +231,7 @@ def save_npz(
                     keep
                 ]
     with open(path, 'wb') as f:
-        np.savez(f, **out)
+        np.savez(f, **out)  # type: ignore[arg-type]  # numpy's stub takes arrays for flags
 
 
 def _flatten(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -236,10 +245,12 @@ def _flatten(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 class Npz(Data):
-    """config.data.npz: a file of `save_npz`. Clips are fixed: passes and training differ only in crop and flip.
+    """config.data.npz: a file of `save_npz`.
 
-    Views must be in the file, except `reverse`, which is made. Raises DataError for a missing file, a missing stream, or a
-    stream whose shape is not that of config.model.inputs.
+    Clips are fixed: passes and training differ only in crop and flip.
+
+    Views must be in the file, except `reverse`, which is made. Raises DataError for a missing file,
+    a missing stream, or a stream whose shape is not that of config.model.inputs.
     """
 
     def __init__(self, config):
@@ -290,28 +301,37 @@ class Npz(Data):
         }
 
     def _check(self, path: pathlib.Path) -> None:
-        i = self.inputs
-        want = {
-            'video': lambda: (i['video']['frames'], None, None, 3),
-            'audio': lambda: (i['audio']['samples'],),
-            'text': lambda: (i['text']['candidates'], i['text']['words']),
-        }
+        """Check that every split with rows has every view in the shape of config.model.inputs."""
         for split, rows in self._rows.items():
-            for v in self._views if rows else ():
-                name = v.stream if f'{v.stream}/data' in rows else v.modality
-                if name != v.stream and v.kind != 'reverse' or f'{name}/data' not in rows:
+            if not rows:
+                continue
+            for view in self._views:
+                has_stream = f'{view.stream}/data' in rows
+                name = view.stream if has_stream else view.modality
+                can_make = has_stream or name == view.stream or view.kind == 'reverse'
+                if not can_make or f'{name}/data' not in rows:
                     raise DataError(
-                        f'{path} has no array {v.stream}/data for split {split!r}; a file of prepared batches cannot '
-                        'make other windows'
+                        f'{path} has no array {view.stream}/data for split {split!r}; a file of '
+                        'prepared batches cannot make other windows'
                     )
-                shape, wanted = rows[f'{name}/data'].shape[1:], want[v.modality]()
-                if len(shape) != len(wanted) or any(
-                    w not in (None, s) for s, w in zip(shape, wanted)
-                ):
+                shape = rows[f'{name}/data'].shape[1:]
+                expected = self._row_shape(view.modality)
+                sizes_match = all(e in (None, size) for size, e in zip(shape, expected))
+                if len(shape) != len(expected) or not sizes_match:
+                    expected_text = str(expected).replace('None', 'any')
                     raise DataError(
-                        f'{path}: {name}/data has rows of shape {shape}, config.model.inputs.{v.modality} wants '
-                        f'{wanted}'.replace('None', 'any')
+                        f'{path}: {name}/data has rows of shape {shape}, '
+                        f'config.model.inputs.{view.modality} expects {expected_text}'
                     )
+
+    def _row_shape(self, modality: str) -> tuple[int | None, ...]:
+        """Shape of a row of a stream's data; None where any size will do."""
+        spec = self.inputs[modality]
+        if modality == 'video':
+            return (spec['frames'], None, None, 3)
+        if modality == 'audio':
+            return (spec['samples'],)
+        return (spec['candidates'], spec['words'])
 
     def _sources(self, split, by):
         rows = self._rows[split]
@@ -332,14 +352,14 @@ class Npz(Data):
                 moved or f'{v.stream}/data' not in self._rows[request.split] and v.kind != 'reverse'
             ) and number != 0:
                 raise DataError(
-                    f'the npz has no {"other window of" if moved else "stream"} {v.stream!r}; a file of prepared batches cannot make '
-                    'other windows'
+                    f'the npz has no {"other window of" if moved else "stream"} {v.stream!r}; '
+                    'a file of prepared batches cannot make other windows'
                 )
         steps = itertools.count() if number is None else range(number)
         return (self._make(request, rows(step)) for step in steps)
 
     def _make(self, request: Request, rows: Rows) -> dict[str, Any]:
-        stored, b = self._rows[request.split], len(rows.position)
+        stored = self._rows[request.split]
         batch: dict[str, Any] = {
             'index': rows.index.astype(np.int32),
             'source': rows.source,
@@ -351,31 +371,38 @@ class Npz(Data):
         }
         if labels:
             batch['labels'] = labels
-        wanted = list(request.views)
+        views = list(request.views)
         if request.segments and 'text.caption/data' in stored:
-            wanted.append(view_rules.View('text.caption', 'text', 'caption'))
-        for v in wanted:
-            name, modality = v.stream, v.modality
-            made = f'{name}/data' not in stored
-            source = modality if made else name
-            get = lambda part, default: (
-                stored[f'{source}/{part}'][rows.index] if f'{source}/{part}' in stored else default
-            )  # noqa: B023
-            stream = {
-                'data': get('data', None),
-                'valid': get('valid', np.ones(b, bool)),
-                'start': get('start', np.zeros(b, np.float32)),
-            }
-            if modality == 'video':
-                height, width = (np.full(b, n) for n in stream['data'].shape[2:4])
-                stream['box'], stream['flip'] = self.crops(request, rows, v, height, width)
-                if not request.augment and v.crop is None:
-                    stream['box'] = get('box', stream['box'])
-                    stream['flip'] = get('flip', stream['flip'])
-            if modality == 'text':
-                stream['mask'] = get('mask', (stream['data'] != 0).any(-1))
-                stream['valid'] = stream['mask'].any(-1)
-            elif made:
-                stream['data'] = np.ascontiguousarray(stream['data'][:, ::-1])
-            batch[name] = stream
+            views.append(view_rules.View('text.caption', 'text', 'caption'))
+        for view in views:
+            batch[view.stream] = self._stream(request, rows, view)
         return blank(batch, ~rows.valid)
+
+    def _stream(self, request: Request, rows: Rows, view: view_rules.View) -> dict[str, Any]:
+        """One stream of a batch, as stored, or reversed here if the file does not hold it."""
+        stored = self._rows[request.split]
+        batch_size = len(rows.position)
+        is_made = f'{view.stream}/data' not in stored
+        source = view.modality if is_made else view.stream
+
+        def stored_or(part: str, default: Any) -> Any:
+            name = f'{source}/{part}'
+            return stored[name][rows.index] if name in stored else default
+
+        stream = {
+            'data': stored_or('data', None),
+            'valid': stored_or('valid', np.ones(batch_size, bool)),
+            'start': stored_or('start', np.zeros(batch_size, np.float32)),
+        }
+        if view.modality == 'video':
+            height, width = (np.full(batch_size, n) for n in stream['data'].shape[2:4])
+            stream['box'], stream['flip'] = self.crops(request, rows, view, height, width)
+            if not request.augment and view.crop is None:
+                stream['box'] = stored_or('box', stream['box'])
+                stream['flip'] = stored_or('flip', stream['flip'])
+        if view.modality == 'text':
+            stream['mask'] = stored_or('mask', (stream['data'] != 0).any(axis=-1))
+            stream['valid'] = stream['mask'].any(axis=-1)
+        elif is_made:
+            stream['data'] = np.ascontiguousarray(stream['data'][:, ::-1])
+        return stream

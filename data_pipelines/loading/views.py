@@ -1,4 +1,7 @@
-"""The streams of a batch and the windows they share: config.model.inputs and views -> stream names -> starts in seconds."""
+"""The streams of a batch and the windows they share.
+
+config.model.inputs and views -> stream names -> starts in seconds.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import numpy as np
 from data_pipelines.errors import DataError
 from data_pipelines.loading import frame_windows
 
+# Kind of view -> the fields of its entry, and those it may have besides.
 KINDS = {
     'clip': {'kind'},
     'shift': {'kind', 'seconds'},
@@ -22,7 +26,14 @@ OPTIONAL = {'window': {'crop'}}
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """One stream. suffix: '' for the main window; all streams of one suffix share one window. spec: the config's entry."""
+    """One stream; the fields of its entry are attributes too, such as `kind`.
+
+    Attributes:
+      stream: its name in the batch.
+      modality: 'video', 'audio' or 'text'.
+      suffix: '' for the main window; all streams of one suffix share one window.
+      spec: the config's entry, as sorted pairs.
+    """
 
     stream: str
     modality: str
@@ -30,6 +41,7 @@ class View:
     spec: tuple[tuple[str, Any], ...] = (('kind', 'main'),)
 
     def __getattr__(self, name: str) -> Any:
+        # Not self.spec: while a copy is made it may be missing, and looking it up would recurse.
         fields = dict(object.__getattribute__(self, 'spec'))
         if name in fields:
             return fields[name]
@@ -37,76 +49,97 @@ class View:
 
     @property
     def crop(self) -> float | None:
-        """Where along the frame's longer side its largest square lies, 0 to 1; None: as the request says (random, or the middle)."""
+        """Where along the frame's longer side its largest square lies, 0 to 1.
+
+        None: as the request says (random, or the middle).
+        """
         return dict(self.spec).get('crop')
 
 
 def streams(
     inputs: Mapping[str, Any],
-    views: Mapping[str, Any] | Iterable[tuple[str, Any]] | None,
+    views: Mapping[str, Any] | Iterable[Any] | None,
     window: Mapping[str, Any] | None = None,
 ) -> tuple[View, ...]:
-    """The main stream of each modality of config.model.inputs, then the views. Raises DataError naming the wrong view.
+    """The main stream of each modality of config.model.inputs, then the views.
 
-    views: {stream: {'kind': …}}, or pairs of the same (config.data.views: config fields take no dots). window: of the main streams, as a view of
-    kind `window`; None: the request's own (random, or the middle one).
+    Args:
+      inputs: config.model.inputs.
+      views: {stream: {'kind': …}}, or pairs of the same (config.data.views: config fields take no
+        dots).
+      window: of the main streams, as a view of kind `window`; None: the request's own (random, or
+        the middle one).
+
+    Raises:
+      DataError: naming the wrong view.
     """
+    main_spec: tuple[tuple[str, Any], ...] = (('kind', 'main'),)
     if window is not None:
         _check('window', window)
         if window['kind'] != 'window':
-            raise DataError(f"window={dict(window)}: a view of kind 'window' is wanted")
-    main = {} if window is None else {'spec': tuple(sorted(window.items()))}
-    out = [View(m, m, '', **main) for m in ('video', 'audio', 'text') if m in inputs]
-    windows: dict[str, tuple] = {}
-    try:
-        given = {stream: dict(spec) for stream, spec in dict(views or {}).items()}
-    except (TypeError, ValueError):
-        raise DataError(
-            f'config.data.views is {views!r}; pairs of a stream and a view are wanted, such as '
-            "(('video.second', {'kind': 'clip'}),)"
-        ) from None
-    for stream, spec in given.items():
+            raise DataError(f"window={dict(window)}: expected a view of kind 'window'")
+        main_spec = tuple(sorted(window.items()))
+    result = []
+    for modality in ('video', 'audio', 'text'):
+        if modality in inputs:
+            result.append(View(modality, modality, '', main_spec))
+    spec_of_suffix: dict[str, tuple[tuple[str, Any], ...]] = {}
+    for stream, spec in _as_dicts(views).items():
         modality, _, suffix = stream.partition('.')
         if modality not in inputs or not suffix:
             raise DataError(
-                f'config.data.views has {stream!r}; a view is named modality.suffix with a modality of '
-                f'config.model.inputs ({", ".join(inputs)})'
+                f'config.data.views has {stream!r}; a view is named modality.suffix with a '
+                f'modality of config.model.inputs ({", ".join(inputs)})'
             )
         _check(f'config.data.views: {stream!r}', spec)
         view = View(stream, modality, suffix, tuple(sorted(spec.items())))
-        if windows.setdefault(suffix, view.spec) != view.spec:
+        if spec_of_suffix.setdefault(suffix, view.spec) != view.spec:
             raise DataError(
-                f'config.data.views: the streams with suffix {suffix!r} share one window, so their entries must '
-                f'be equal; {stream!r} differs'
+                f'config.data.views: the streams with suffix {suffix!r} share one window, so '
+                f'their entries must be equal; {stream!r} differs'
             )
-        out.append(view)
-    return tuple(out)
+        result.append(view)
+    return tuple(result)
+
+
+def _as_dicts(views: Any) -> dict[str, dict[str, Any]]:
+    try:
+        return {stream: dict(spec) for stream, spec in dict(views or {}).items()}
+    except (TypeError, ValueError):
+        raise DataError(
+            f'config.data.views: expected pairs of a stream and a view, such as '
+            f"(('video.second', {{'kind': 'clip'}}),), got {views!r}."
+        ) from None
 
 
 def _check(where: str, spec: Mapping[str, Any]) -> None:
+    """Raise DataError for an entry that is no view, naming it as `where`."""
     kind = spec.get('kind')
-    if kind not in KINDS or not KINDS[kind] <= set(spec) <= KINDS[kind] | OPTIONAL.get(kind, set()):
-        raise DataError(
-            f'{where} is {dict(spec)}; views are '
-            + '; '.join(
-                f'{k}: {", ".join([*sorted(v), *(f"{o} (if wanted)" for o in OPTIONAL.get(k, ()))])}'
-                for k, v in KINDS.items()
-            )
-        )
-    if (
-        kind == 'shift'
-        and spec['seconds'] != 'random'
-        and not isinstance(spec['seconds'], (int, float))
-    ):
-        raise DataError(f'{where}.seconds is {spec["seconds"]!r}; give a number or "random"')
+    fields = set(spec)
+    if kind not in KINDS or not KINDS[kind] <= fields <= KINDS[kind] | OPTIONAL.get(kind, set()):
+        raise DataError(f'{where} is {dict(spec)}; views are {_describe_kinds()}')
+    if kind == 'shift':
+        seconds = spec['seconds']
+        if seconds != 'random' and not isinstance(seconds, (int, float)):
+            raise DataError(f'{where}.seconds is {seconds!r}; give a number or "random"')
     if kind == 'window' and not 0 <= spec['number'] < spec['of']:
         raise DataError(
             f'{where}: number runs from 0 to of - 1; got {spec["number"]} of {spec["of"]}'
         )
-    if 'crop' in spec and not (isinstance(spec['crop'], (int, float)) and 0 <= spec['crop'] <= 1):
-        raise DataError(
-            f'{where}.crop is {spec["crop"]!r}; give a number from 0 (left, top) to 1 (right, bottom)'
-        )
+    if 'crop' in spec:
+        crop = spec['crop']
+        if not (isinstance(crop, (int, float)) and 0 <= crop <= 1):
+            raise DataError(
+                f'{where}.crop is {crop!r}; give a number from 0 (left, top) to 1 (right, bottom)'
+            )
+
+
+def _describe_kinds() -> str:
+    descriptions = []
+    for kind, required in KINDS.items():
+        optional = [f'{field} (optional)' for field in OPTIONAL.get(kind, ())]
+        descriptions.append(f'{kind}: {", ".join([*sorted(required), *optional])}')
+    return '; '.join(descriptions)
 
 
 def window_seconds(inputs: Mapping[str, Any]) -> float:
@@ -127,34 +160,43 @@ def starts(
     segments: tuple[np.ndarray, np.ndarray] | None,
     step: np.ndarray | float,
 ) -> dict[str, np.ndarray]:
-    """Window starts {suffix: float64 [B]}.
+    """Window starts {suffix: float64 [B]}, in seconds.
 
-    duration: seconds [B]. draw(site): uniform numbers [B]. segments: (begin, end) [B] in evaluation, None in training, where
-    the main window is uniform over the record. step: seconds between stored frames [B]; starts are multiples of it.
+    Args:
+      views: the streams.
+      window: its length in seconds.
+      duration: of the records [B], in seconds.
+      draw: site -> uniform numbers [B].
+      segments: (begin, end) [B] in evaluation; None in training, where the main window is uniform
+        over the record.
+      step: seconds between stored frames, [B] or one for all; starts are multiples of it.
     """
-    anywhere = lambda site: frame_windows.anywhere(duration, window, step, draw(site))
-    within = segments if segments is not None else (np.zeros_like(duration), duration)
-    spaced = lambda v: frame_windows.spaced(*within, duration, window, v.number, v.of)
-    of_main = next((v for v in views if not v.suffix and v.kind == 'window'), None)
-    if of_main is not None:
-        main = spaced(of_main)
+    begin, end = segments if segments is not None else (np.zeros_like(duration), duration)
+
+    def anywhere(site: str) -> np.ndarray:
+        return frame_windows.anywhere(duration, window, step, draw(site))
+
+    def spaced(view: View) -> np.ndarray:
+        return frame_windows.spaced(begin, end, duration, window, view.number, view.of)
+
+    fixed_main_views = [view for view in views if not view.suffix and view.kind == 'window']
+    if fixed_main_views:
+        main = spaced(fixed_main_views[0])
+    elif segments is None:
+        main = anywhere('window')
     else:
-        main = (
-            anywhere('window')
-            if segments is None
-            else frame_windows.centred(*segments, duration, window)
-        )
-    out = {'': frame_windows.snap(main, step)}
-    for v in views:
-        if v.suffix in out:
+        main = frame_windows.centred(begin, end, duration, window)
+    result = {'': frame_windows.snap(main, step)}
+    for view in views:
+        if view.suffix in result:
             continue
-        if v.kind == 'clip' or v.kind == 'shift' and v.seconds == 'random':
-            start = anywhere(f'window.{v.suffix}')
-        elif v.kind == 'shift':
-            start = frame_windows.shifted(out[''], float(v.seconds), duration, window)
-        elif v.kind == 'window':
-            start = spaced(v)
-        else:
-            start = out['']
-        out[v.suffix] = frame_windows.snap(start, step)
-    return out
+        if view.kind == 'clip' or (view.kind == 'shift' and view.seconds == 'random'):
+            start = anywhere(f'window.{view.suffix}')
+        elif view.kind == 'shift':
+            start = frame_windows.shifted(result[''], float(view.seconds), duration, window)
+        elif view.kind == 'window':
+            start = spaced(view)
+        else:  # reverse: the main window
+            start = result['']
+        result[view.suffix] = frame_windows.snap(start, step)
+    return result

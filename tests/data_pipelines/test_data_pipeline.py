@@ -336,7 +336,7 @@ def test_views(config):
     check_clocks(main)
     for wrong, say in (
         ({'kind': 'window', 'number': 3, 'of': 3}, 'number runs from 0'),
-        ({'kind': 'clip'}, "of kind 'window' is wanted"),
+        ({'kind': 'clip'}, "expected a view of kind 'window'"),
         ({'kind': 'window', 'number': 0, 'of': 1, 'crop': 2}, 'crop is 2; give a number from 0'),
     ):
         with pytest.raises(DataError, match=say):
@@ -606,7 +606,7 @@ def test_frames_of_different_shapes_are_cut_to_squares(config, tmp_path):
             {'data.train': {'a': {'path': 'tests', 'spilt': 'test'}}},
             "config.data.train.a has no field 'spilt'",
         ),
-        ({'data.views': (3,)}, 'config.data.views is .*pairs of a stream and a view'),
+        ({'data.views': (3,)}, 'config.data.views: expected pairs of a stream and a view'),
     ],
 )
 def test_what_does_not_fit_is_named(config, change, say):
