@@ -20,7 +20,7 @@ def open(config: ConfigDict) -> Any:
     """The data object of docs/architecture.md for a resolved config.
 
     Args:
-          config: `config.data.source` chooses which.
+        config: `config.data.source` chooses which.
 
     Raises:
         DataError: the data is missing or does not fit the config.
