@@ -1,62 +1,93 @@
-"""The contrastive losses, dense: the readable definitions that nce.py must equal. They hold matrices of all scores.
+"""The contrastive losses, dense: the readable definitions that nce.py must equal.
 
-The same names, arguments and semantics as in nce.py, where each loss is described; `how` is taken and only its dtype used.
+They hold matrices of all scores. The same names, arguments and semantics as in nce.py, where each
+loss is described; of `how` only the dtype is used.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
-from vatt_jax.losses.nce import Keys, mean_over_clips, prepare
-from vatt_jax.losses.similarity import AUTO, NEVER
+from vatt_jax.losses.nce import (
+    AnyArray,
+    CandidateMask,
+    Candidates,
+    Embeddings,
+    Keys,
+    Prepared,
+    Scalar,
+    Valid,
+    mean_over_clips,
+    prepare,
+)
+from vatt_jax.losses.similarity import AUTO, NEVER, How
 
 
-def scores(x, y, temperature):
-    """float32 [B A K]: x_b against every candidate y_ak."""
+def scores(
+    x: Float[Array, 'B E'], y: Float[Array, 'A K E'], temperature: Scalar
+) -> Float[Array, 'B A K']:
+    """x_b against every candidate y_ak, at least in float32."""
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
-    return (
-        jnp.einsum('be,ake->bak', x, y, precision='highest', preferred_element_type=accumulate)
-        / temperature
+    products = jnp.einsum(
+        'be,ake->bak', x, y, precision='highest', preferred_element_type=accumulate
     )
+    return products / temperature
 
 
-def log_sum_exp(s, mask, axes):
+def log_sum_exp(s: jax.Array, mask: Bool[Array, '...'], axes: int | tuple[int, ...]) -> jax.Array:
+    """Over the scores that the mask holds. No score at all: a large negative number, not -inf."""
     return jax.nn.logsumexp(jnp.where(mask, s, NEVER), axes)
 
 
-def terms(p, temperature):
-    """Per clip b: forward = over every candidate of x_b; backward = over every x of its own candidates; positive = over its own pairs."""
-    s = scores(p.x, p.y, temperature)
-    own = (
-        jnp.einsum('be,bke->bk', p.x, p.y, precision='highest', preferred_element_type=s.dtype)
-        / temperature
+def terms(p: Prepared, temperature: Scalar) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The sums that most losses are made of.
+
+    Returns:
+        Per clip b, each [B]: over every candidate of x_b; over every x of its own candidates; over
+        its own pairs.
+    """
+    s = scores(p.x, p.y, temperature)  # [B A K]
+    products = jnp.einsum(
+        'be,bke->bk', p.x, p.y, precision='highest', preferred_element_type=s.dtype
     )
+    own = products / temperature  # [B K]
     forward = log_sum_exp(s, p.y_mask[None], (1, 2))
     backward = log_sum_exp(s, p.y_mask[None] & p.x_valid[:, None, None], (0, 2))
     return forward, backward, log_sum_exp(own, p.y_mask, 1)
 
 
 def asymmetric(
-    x,
-    y,
+    x: Embeddings,
+    y: Candidates,
     *,
-    x_valid=None,
-    y_valid=None,
-    y_mask=None,
-    temperature=0.07,
-    replicas=1,
-    normalise=True,
-    how=AUTO,
-):
+    x_valid: Valid = None,
+    y_valid: Valid = None,
+    y_mask: CandidateMask = None,
+    temperature: Scalar = 0.07,
+    replicas: int = 1,
+    normalise: bool = True,
+    how: How = AUTO,
+) -> Float[Array, '']:
+    """See nce.asymmetric."""
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
     forward, backward, positive = terms(p, temperature)
     return mean_over_clips(jnp.logaddexp(forward, backward) - positive, p.valid, replicas)
 
 
 def mil_nce(
-    x, y, *, x_valid=None, y_valid=None, y_mask=None, temperature=1.0, replicas=1, how=AUTO
-):
+    x: Embeddings,
+    y: Candidates,
+    *,
+    x_valid: Valid = None,
+    y_valid: Valid = None,
+    y_mask: CandidateMask = None,
+    temperature: Scalar = 1.0,
+    replicas: int = 1,
+    how: How = AUTO,
+) -> Float[Array, '']:
+    """See nce.mil_nce."""
     return asymmetric(
         x,
         y,
@@ -71,69 +102,66 @@ def mil_nce(
 
 
 def symmetric(
-    x,
-    y,
+    x: Embeddings,
+    y: Candidates,
     *,
-    x_valid=None,
-    y_valid=None,
-    y_mask=None,
-    temperature=0.07,
-    replicas=1,
-    normalise=True,
-    each_mask=False,
-    how=AUTO,
-):
+    x_valid: Valid = None,
+    y_valid: Valid = None,
+    y_mask: CandidateMask = None,
+    temperature: Scalar = 0.07,
+    replicas: int = 1,
+    normalise: bool = True,
+    each_mask: bool = False,
+    how: How = AUTO,
+) -> Float[Array, '']:
+    """See nce.symmetric."""
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
     forward, backward, positive = terms(p, temperature)
-    return mean_over_clips(
-        forward + backward - 2 * positive,
-        p.valid,
-        replicas,
-        (p.x_valid, p.y_mask.any(-1)) if each_mask else (),
-    )
+    masks = (p.x_valid, p.y_mask.any(-1)) if each_mask else ()
+    return mean_over_clips(forward + backward - 2 * positive, p.valid, replicas, masks)
 
 
 def clip(
-    x,
-    y,
+    x: Embeddings,
+    y: Candidates,
     *,
-    x_valid=None,
-    y_valid=None,
-    y_mask=None,
-    temperature=0.07,
-    replicas=1,
-    normalise=True,
-    how=AUTO,
-):
-    return (
-        symmetric(
-            x,
-            y,
-            x_valid=x_valid,
-            y_valid=y_valid,
-            y_mask=y_mask,
-            temperature=temperature,
-            replicas=replicas,
-            normalise=normalise,
-            how=how,
-        )
-        / 2
+    x_valid: Valid = None,
+    y_valid: Valid = None,
+    y_mask: CandidateMask = None,
+    temperature: Scalar = 0.07,
+    replicas: int = 1,
+    normalise: bool = True,
+    how: How = AUTO,
+) -> Float[Array, '']:
+    """See nce.clip."""
+    both = symmetric(
+        x,
+        y,
+        x_valid=x_valid,
+        y_valid=y_valid,
+        y_mask=y_mask,
+        temperature=temperature,
+        replicas=replicas,
+        normalise=normalise,
+        how=how,
     )
+    return both / 2
 
 
 def siglip(
-    x,
-    y,
+    x: Embeddings,
+    y: Candidates,
     *,
-    x_valid=None,
-    y_valid=None,
-    y_mask=None,
-    temperature=0.1,
-    bias=-10.0,
-    replicas=1,
-    normalise=True,
-    how=AUTO,
-):
+    x_valid: Valid = None,
+    y_valid: Valid = None,
+    y_mask: CandidateMask = None,
+    temperature: Scalar = 0.1,
+    bias: Scalar = -10.0,
+    replicas: int = 1,
+    normalise: bool = True,
+    how: How = AUTO,
+) -> Float[Array, '']:
+    """See nce.siglip."""
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
     s = scores(p.x, p.y, temperature) + bias
     sign = jnp.where(jnp.eye(len(p.x), dtype=bool)[..., None], -1, 1)
@@ -142,17 +170,18 @@ def siglip(
 
 
 def nt_xent(
-    x,
-    y,
+    x: Embeddings,
+    y: Candidates,
     *,
-    x_valid=None,
-    y_valid=None,
-    y_mask=None,
-    temperature=0.1,
-    replicas=1,
-    normalise=True,
-    how=AUTO,
-):
+    x_valid: Valid = None,
+    y_valid: Valid = None,
+    y_mask: CandidateMask = None,
+    temperature: Scalar = 0.1,
+    replicas: int = 1,
+    normalise: bool = True,
+    how: How = AUTO,
+) -> Float[Array, '']:
+    """See nce.nt_xent."""
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how, single=True)
     views = jnp.concatenate([p.x, p.y[:, 0]])
     usable = jnp.concatenate([p.x_valid, p.y_mask[:, 0]])
@@ -165,43 +194,47 @@ def nt_xent(
 
 
 def info_nce(
-    x,
-    y,
+    x: Embeddings,
+    y: Candidates,
     *,
-    x_valid=None,
-    y_valid=None,
-    y_mask=None,
-    ids=None,
+    x_valid: Valid = None,
+    y_valid: Valid = None,
+    y_mask: CandidateMask = None,
+    ids: Int[AnyArray, ' B'] | None = None,
     keys: tuple[Keys, ...] = (),
-    temperature=0.07,
-    replicas=1,
-    normalise=True,
-    stop_gradient=True,
-    how=AUTO,
-):
+    temperature: Scalar = 0.07,
+    replicas: int = 1,
+    normalise: bool = True,
+    stop_gradient: bool = True,
+    how: How = AUTO,
+) -> Float[Array, '']:
+    """See nce.info_nce."""
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
     b, k, _ = p.y.shape
-    stop = jax.lax.stop_gradient if stop_gradient else lambda a: a
-    s = scores(p.x, stop(p.y), temperature).reshape(b, -1)
-    allowed, positive = (
-        [jnp.broadcast_to(p.y_mask.reshape(1, -1), s.shape)],
-        [jnp.repeat(jnp.eye(b, dtype=bool), k, axis=1)],
-    )
-    every = [s]
-    for q in keys:
-        data = q.prepared(normalise, how)
-        every.append(scores(p.x, stop(data)[:, None], temperature)[..., 0])
-        allowed.append(
-            jnp.ones((b, len(data)), bool)
-            if q.valid is None
-            else jnp.broadcast_to(q.valid, (b, len(data)))
-        )
-        if q.apart is not None:
-            allowed[-1] &= ids[:, None] != q.apart
-        positive.append(jnp.zeros((b, len(data)), bool) if q.own is None else ids[:, None] == q.own)
-    every, allowed, positive = (jnp.concatenate(a, 1) for a in (every, allowed, positive))
-    return mean_over_clips(
-        log_sum_exp(every, allowed, 1) - log_sum_exp(every, allowed & positive, 1),
-        p.valid,
-        replicas,
-    )
+
+    def stopped(data: jax.Array) -> jax.Array:
+        return jax.lax.stop_gradient(data) if stop_gradient else data
+
+    # One block of columns for the batch's own candidates, then one for each further set of keys.
+    blocks = [scores(p.x, stopped(p.y), temperature).reshape(b, -1)]  # [B B·K]
+    allowed = [jnp.broadcast_to(p.y_mask.reshape(1, -1), blocks[0].shape)]
+    positive = [jnp.repeat(jnp.eye(b, dtype=bool), k, axis=1)]
+    query = None if ids is None else jnp.asarray(ids)[:, None]
+    for further in keys:
+        data = further.prepared(normalise, how)
+        blocks.append(scores(p.x, stopped(data)[:, None], temperature)[..., 0])  # [B M]
+        shape = (b, len(data))
+        usable = jnp.ones(shape, bool)
+        if further.valid is not None:
+            usable = jnp.broadcast_to(further.valid, shape)
+        if further.apart is not None:
+            usable &= query != further.apart
+        allowed.append(usable)
+        is_own = jnp.zeros(shape, bool)
+        if further.own is not None:
+            is_own = query == further.own
+        positive.append(is_own)
+    s = jnp.concatenate(blocks, 1)
+    is_allowed, is_positive = jnp.concatenate(allowed, 1), jnp.concatenate(positive, 1)
+    loss = log_sum_exp(s, is_allowed, 1) - log_sum_exp(s, is_allowed & is_positive, 1)
+    return mean_over_clips(loss, p.valid, replicas)
