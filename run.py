@@ -28,6 +28,8 @@ from vatt_jax.modes import process
 from vatt_jax.modes.process import keep_freed_memory as keep_freed_memory  # benchmarks call it
 
 # TensorFlow, which is imported late, decodes on the host and need not introduce itself.
+# Read when TensorFlow is loaded, so before any import that might; setdefault leaves the user's own
+# choice.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
@@ -38,12 +40,14 @@ def main(argv: list[str]) -> None:
     """Runs one mode. Each is imported when it is asked for: JAX takes seconds to import."""
     flags, overrides = parse(argv)
     workdir = pathlib.Path(flags.workdir)
+    # Needs no config of its own and no device.
     if flags.mode == 'report':
         from vatt_jax.modes import report
 
         report.run(workdir, flags.compare.split(',') if flags.compare else ())
         return
     config = read_config(flags, overrides, workdir)
+    # Before `process.prepare`, which would start the devices of this machine.
     if flags.mode == 'plan':
         from vatt_jax.modes import plan
 
@@ -52,6 +56,7 @@ def main(argv: list[str]) -> None:
         plan.run(config, workdir, open_any, topology, flags.quick, flags.search)
         return
 
+    # Sets the platform; what is imported below may use JAX at once.
     process.prepare(config, workdir)
     from vatt_jax.modes import deflate, embed, evaluate, train
     from vatt_jax.parallel import distributed
@@ -64,6 +69,7 @@ def main(argv: list[str]) -> None:
         embed.run(config, workdir, open_data, flags.split)
     else:
         deflate.run(config, workdir, open_data, flags.out, flags.naive, flags.fit, flags.rate)
+    # Last of all: no collective may come after it.
     distributed.leave()
 
 
@@ -80,6 +86,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
         prog='run.py',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        # --con would otherwise stand for --config, and a typo would train.
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -112,6 +119,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     add('--fit', default=1000, type=int, help='deflate: steps of config.batch_size pictures')
     add('--rate', default=1e-3, type=float, help='deflate: first learning rate of these steps')
 
+    # Fields are open-ended, so argparse cannot know them: --config.* is taken out first. Both
+    # --config.a=1 and --config.a 1 are accepted.
     overrides, rest = [], []
     words = iter(argv)
     for word in words:
@@ -138,14 +147,17 @@ def read_config(
             f'--workdir={workdir} holds no run (no config.json); '
             'train first, or name another folder'
         )
+    # A given config counts before the stored one; start compares the two.
     if flags.config or stored is None:
         config = configs.load(flags.config or 'configs/demo.py')
     else:
         # A run older than some fields: the defaults keep its behaviour.
         config = configs.complete(stored, default.get_config())
+    # Machine first, then overrides: a field given by hand counts over the machine's.
     if flags.machine:
         machines.apply(config, flags.machine)
     configs.override(config, overrides)
+    # After the overrides, which may have replaced whole groups.
     configs.check_fields(config, default.get_config())
     return config
 
