@@ -83,7 +83,7 @@ def run(
     for path, array in flatten_dict(image_params).items():
         arrays['params', *path] = array
     info = {**info, 'deflated': _summary(workdir, naive, losses)}
-    # Names and shapes that a checkpoint of the image model has, with which `write_run` compares.
+    # Shapes of the image model's TrainState: `write_run` makes its slots and counters as zeros.
     state = parameter_map.abstract_state(image_config, info.get('labels', {}))
     parameter_map.write_run(new_folder, image_config, state, arrays, info)
     print(f'{"naively " if naive else ""}deflated {workdir} → {new_folder}')

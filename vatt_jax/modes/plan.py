@@ -55,7 +55,7 @@ def run(
     if target.chip.platform == 'cpu':
         # A CPU topology is compiled for, and so simulated by, as many devices of this host.
         jax.config.update('jax_num_cpu_devices', target.devices)
-    # Imports JAX modules whose constants would start a backend: after the settings above.
+    # After the settings above: an array made at import time would start a backend.
     from vatt_jax.planning import plan
 
     data, remarks = open_data(config)

@@ -36,7 +36,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
         ConfigError: no device can be used, or the batch does not divide over them.
     """
-    # First of all: importing JAX begins threads.
+    # First of all, before JAX and its threads.
     if config.jax_platform == 'cpu':
         keep_freed_memory()
     import jax

@@ -37,9 +37,8 @@ def run(
     clock = StageClock(workdir)
     with clock.stage('data'):
         data = open_data(config)
-        # Where data are made, one process makes them while the others wait in `open_data` or here.
-        # Without the barrier the first collective would time out instead, with a message about
-        # anything else.
+        # Opening data may take longer on one host than on another. Without the barrier it would be
+        # the first collective that times out, with a message about anything but data.
         distributed.barrier('data')
     with clock.stage('training'):
         built, _ = loop.train(config, data, workdir, quiet=quiet)
