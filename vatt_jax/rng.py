@@ -47,6 +47,7 @@ def _word(value: str | int | Array | np.integer) -> UInt32[Array, '*shape']:
 
 def _fold(key: Array, value: str | int | Array | np.integer) -> UInt32[Array, '*shape']:
     """Return the key one step further down the path."""
+    # mix(0) is 0: without the constants seed 0 and step 0 would leave the key at 0.
     return mix((key + jnp.uint32(_GOLDEN)) ^ mix(_word(value) + jnp.uint32(0x85EBCA6B)))
 
 
