@@ -27,6 +27,7 @@ def paths(tree: Any) -> Any:
 
 def matches(path: str, patterns: Iterable[str]) -> bool:
     """Return whether any of the regular expressions is found in the path."""
+    # search, not match: 'bias$' needs no '.*' before it, and '^' anchors where that is meant.
     return any(re.search(pattern, path) for pattern in patterns)
 
 

@@ -66,6 +66,7 @@ def table(
         drawn.add_column(name, justify='right')
     for row in body:
         drawn.add_row(*row)
+    # Into a string with a width of its own: the terminal's would wrap rows, and a file has none.
     text = io.StringIO()
     Console(file=text, width=width or 110 + 16 * len(others)).print(drawn)
     return text.getvalue().rstrip()
@@ -105,8 +106,10 @@ def _label(evaluator: str, key: str, is_only_one: bool) -> str:
 
 def _form(key: str) -> Callable[[float], str]:
     """How a scalar of this name is written."""
+    # Median and mean rank, in clips.
     if 'rank' in key:
         return _number
+    # Natural logarithms.
     if 'entropy' in key:
         return _nats
     return _percent
