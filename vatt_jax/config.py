@@ -31,6 +31,7 @@ class ConfigError(ValueError):
 # Groups whose entries a config file names freely; whoever reads them checks their fields, see
 # with_defaults.
 OPEN = (
+    # {} for raw samples, so its fields cannot be required.
     'model.inputs.audio.mel',
     'model.towers',
     'model.encoder',
@@ -40,6 +41,7 @@ OPEN = (
     'data.eval',
     'data.make',
     'evals',
+    # Names are XLA's, and differ from version to version.
     'compiler_options',
 )
 
@@ -77,6 +79,7 @@ INTERVALS = {
     'data.crop': 1,
     'data.aspect': float('inf'),
 }
+# Field -> its values. '' leaves the platform to JAX.
 CHOICES = {
     'jax_platform': ('', 'cpu', 'cuda', 'tpu'),
     'compute_dtype': ('float32', 'bfloat16'),
@@ -196,6 +199,7 @@ def _find_field(config: ConfigDict, path: str, text: str) -> tuple[ConfigDict, s
             raise ConfigError(
                 f'--config.{path}={text}: {parent} has no field {key!r}; {_suggestion(key, node)}'
             )
+        # The last group on the way, kept for the assignment: ConfigDict has no parent links.
         group = node
         node = node[key]
     return group, keys[-1]
@@ -212,6 +216,7 @@ def _parse_group(path: str, text: str, current: ConfigDict) -> ConfigDict:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
+    # Also a text that is no literal at all ends up here.
     if not isinstance(value, dict) or not all(isinstance(key, str) and key for key in value):
         raise ConfigError(
             f'--config.{path}={text}: {path} is a group of fields '
@@ -413,6 +418,8 @@ def with_defaults(
                 f'{where}.{key}={value!r}: no such field; {_suggestion(key, defaults)}'
             )
         if isinstance(value, ConfigDict):
+            # Groups below are checked by whoever reads them; their types may differ from the
+            # default's.
             merged[key] = value
         else:
             merged[key] = _typed(value, defaults[key], f'{where}.{key}')
@@ -542,7 +549,7 @@ def from_json(text: str) -> ConfigDict:
 
     Lists become tuples, as configs write them. Renamed fields get their new names, with a warning.
     """
-    # JSON knows lists only, and a list would not fit a field that the schema declares as a tuple.
+    # JSON knows lists only, where configs write tuples.
     config = ConfigDict(_with_tuples(json.loads(text)))
     _move_renamed(config)
     return config

@@ -25,6 +25,7 @@ def run(
     workdir: pathlib.Path,
     open_data: Callable[[ConfigDict], Any],
     out: str,
+    # n-def of the paper; without it, def.
     naive: bool = False,
     fit_steps: int = 1000,
     fit_rate: float = 1e-3,
@@ -54,6 +55,7 @@ def run(
     video_config.batch_size = config.batch_size
     image_config = deflation.still_config(video_config)
 
+    # read_run gives flat paths, (group, module, …, name) -> array.
     video_params = _group(variables, 'params')
     image_params = deflation.naive(video_config, video_params)
     losses: list[float] = []
@@ -76,6 +78,7 @@ def run(
             sharding.make_mesh(dict(config.mesh)),
             report,
         )
+        # Its threads would go on decoding while the result is written.
         pictures.close()
 
     # Statistics and the objective's parameters stay those of the video network.

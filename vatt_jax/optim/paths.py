@@ -16,6 +16,8 @@ def paths(tree: Any) -> Any:
 
     def path_of_leaf(key_path: tuple[Any, ...], _: Any) -> str:
         names = []
+        # JAX has a class for each kind of container: dicts of parameters, dataclasses (TrainState)
+        # and named tuples of optax, lists and tuples.
         for key in key_path:
             # DictKey has a key, GetAttrKey a name; a SequenceKey is written as JAX prints it.
             name = getattr(key, 'key', getattr(key, 'name', key))

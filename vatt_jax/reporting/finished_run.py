@@ -39,6 +39,7 @@ class FinishedRun:
         self.config: dict[str, Any] = stored.to_dict()
         self.timings = _read_json(self.path / 'timings.json')
         self.done = _read_json(self.path / 'done.json')
+        # A run under way can be reported too: all of these may be absent or short.
         self.metrics = _read_lines(self.path / 'metrics.jsonl')
         # By results.json, which tells a finished evaluation; names sort by step.
         evaluations = sorted((self.path / 'evals').glob('step_*/results.json'))

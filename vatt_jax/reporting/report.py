@@ -41,6 +41,7 @@ def build(workdir: str | os.PathLike, others: Sequence[str | os.PathLike] = ()) 
     """
     run, beside = FinishedRun(workdir), [FinishedRun(other) for other in others]
     title, config = _text(run.config['name']), _text(json.dumps(run.config, indent=1))
+    # Each section is HTML or '', so that a run shows what it has.
     body = [
         f'<h1>{title}</h1>',
         _facts(run),
@@ -81,6 +82,7 @@ def _text(value: Any) -> str:
 def _facts(run: FinishedRun) -> str:
     config = run.config
     facts = [
+        # done.json is absent while a run is under way.
         f'{run.done.get("step", "–")} steps of {config["batch_size"]} clips',
         f'seed {config["seed"]}',
         f'objective {config["objective"]["name"]}',
@@ -89,6 +91,7 @@ def _facts(run: FinishedRun) -> str:
     ]
     order = run.done.get('order', '')
     if order:
+        # Twelve digits tell two runs apart at a glance; done.json has them all.
         facts.append(f'order {order[:12]}')
     return f'<p class="facts">{_text(" · ".join(facts))}</p>'
 
@@ -171,12 +174,14 @@ def _retrieval(
     """
     own = clips[str(entry['index'])]
     query = f'<audio controls preload="none" src="{sound}"></audio>' if sound else ''
+    # Clips without a caption still have their spoken sentences.
     spoken = own['caption'] or ' / '.join(own['sentences'])
     query += f'<q>{_text(spoken)}</q> <small>own clip came at rank {entry["rank"]:g}</small>'
     cells = []
     # npz and JSON have text keys only, hence str(index) throughout.
     for index in map(str, entry['top']):
         if index in stills:
+            # A class of STYLE: the green frame.
             marked = ' right' if index == str(entry['index']) else ''
             name = _text(clips[index]['caption'] or clips[index]['id'])
             cells.append(
@@ -266,6 +271,7 @@ def _confusion_rows(matrix: np.ndarray, classes: Sequence[str]) -> str:
     # By true class, so that rare classes are as dark as frequent ones; empty rows stay 0.
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     numbers = [str(i) for i in range(len(matrix))]
+    # Clusters and classes without a name are numbered.
     names = [*classes[: len(matrix)], *numbers[len(classes) :]]
     lines = []
     for true, row, counts in zip(names, shares, matrix.tolist(), strict=True):
@@ -273,6 +279,7 @@ def _confusion_rows(matrix: np.ndarray, classes: Sequence[str]) -> str:
         for predicted, share, count in zip(names, row, counts, strict=True):
             cells.append(
                 f'<td title="{_text(true)} taken for {_text(predicted)}: {count}" '
+                # The share is the opacity: a row's cells add up to one full blue.
                 f'style="background:rgba(37,99,235,{share:.2f})">{count or ""}</td>'
             )
         lines.append(f'<tr><th>{_text(true)}</th>{"".join(cells)}</tr>')
@@ -314,6 +321,7 @@ def _stills(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
     for index, frames in _members(arrays, 'frames'):
         # Evenly spaced, the first and the last frame among them.
         chosen = frames[np.linspace(0, len(frames) - 1, STILLS).astype(int)]  # [T H W 3]
+        # One strip a clip, so one data URI.
         strips[index] = data_uris.png(np.concatenate(list(chosen), 1))
     return strips
 
@@ -323,6 +331,7 @@ NOTE = (
     'their places, so a constant embedding scores chance. “random init” is the same network before '
     'training; “chance” is what guessing gives.</p>'
 )
+# Inline, as the page must be one file that opens without a server.
 STYLE = """
 body{margin:0;background:#fff;color:#1f2937;font:15px/1.5 system-ui,sans-serif}
 main{max-width:1080px;margin:0 auto;padding:24px}

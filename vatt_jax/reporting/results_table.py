@@ -61,6 +61,7 @@ def table(
 
     header, body = rows(FinishedRun(workdir), [FinishedRun(other) for other in others])
     drawn = TextTable(box=box.SIMPLE_HEAD)
+    # no_wrap: a name over two lines would read as two rows.
     drawn.add_column(header[0], justify='left', no_wrap=True)
     for name in header[1:]:
         drawn.add_column(name, justify='right')
@@ -79,6 +80,7 @@ def _is_shown(key: str, result: Result) -> bool:
 def _cell(
     results: Mapping[str, Result], evaluator: str, key: str, form: Callable[[float], str]
 ) -> str:
+    # Runs may have been evaluated by other evaluators.
     if evaluator not in results or key not in results[evaluator].scalars:
         return ABSENT
     return form(results[evaluator].scalars[key])
@@ -99,6 +101,7 @@ def _label(evaluator: str, key: str, is_only_one: bool) -> str:
     *pair, last = key.split('/')
     parts = [part.replace('_to_', ' → ') for part in pair]
     words = ' '.join([evaluator, *parts]).replace('_', ' ')
+    # Saying "accuracy" in each row would only widen the table.
     if last == 'accuracy' and is_only_one:
         return words
     return f'{words} {last.replace("_", " ")}'
@@ -112,6 +115,7 @@ def _form(key: str) -> Callable[[float], str]:
     # Natural logarithms.
     if 'entropy' in key:
         return _nats
+    # Recalls, accuracies and NMI, from 0 to 1.
     return _percent
 
 

@@ -227,7 +227,7 @@ class Checkpoints:
         # needs arrays of our own.
         state = jax.jit(copy_tree, out_shardings=shardings)(restored.state)
         columns = {
-            # A writable copy in host memory: columns are updated by refreshes.
+            # A copy of our own, as of the state.
             name: np.array(column)
             for name, column in restored.columns.items()
             if name != _PLACEHOLDER

@@ -41,6 +41,7 @@ class Session:
     batches: TrainBatches
     metrics: LateMetrics
     profiler: Profiler
+    # time.monotonic(), for the `seconds` of done.json: of this start, not of the whole run.
     began: float
 
     def save(self, run: TrainingRun) -> None:
