@@ -148,7 +148,7 @@ class Rng:
         if rate == 0.0:
             return x
         threshold = min(round(rate * 2**32), 2**32 - 1)  # compared as integers: exact
-        keep = self.bits(x.shape[1:]) >= jnp.uint32(threshold)
+        keep = self.bits(x.shape[1:]) >= jnp.uint32(threshold)  # [B …]
         scale = jnp.asarray(1.0 / (1.0 - rate), x.dtype)
         return jnp.where(keep, x * scale, jnp.zeros((), x.dtype))
 

@@ -45,7 +45,7 @@ def device_stage(
         if modality not in STAGES:
             continue
         data = STAGES[modality](stream, inputs[modality], config, rng.at(name), augment)
-        valid = stream['valid'].reshape((-1,) + (1,) * (data.ndim - 1))
+        valid = stream['valid'].reshape((-1,) + (1,) * (data.ndim - 1))  # [B 1 …]
         # The crop is taken: what said where it is has done its work.
         rest = {key: value for key, value in stream.items() if key not in ('box', 'flip')}
         out[name] = {**rest, 'data': jnp.where(valid, data, 0).astype(dtype)}
@@ -119,8 +119,8 @@ def video(
     num_clips = data.shape[0]
 
     def weights(height: int, width: int) -> tuple[jax.Array, jax.Array]:
-        columns = resample(box[:, 1], box[:, 3], width, size)
-        rows = resample(box[:, 0], box[:, 2], height, size)
+        columns = resample(box[:, 1], box[:, 3], width, size)  # [B size W]
+        rows = resample(box[:, 0], box[:, 2], height, size)  # [B size H]
         mirrored = jnp.where(stream['flip'][:, None, None], columns[:, ::-1], columns)
         return rows, mirrored
 
@@ -144,11 +144,11 @@ def _from_pixels(
     """uint8 [B T H W 3] -> pixels of -1 to 1 [B T size size·3] without their shift, shift [B 3]."""
     b, t, height, width, _ = data.shape
     rows, columns = weights(height, width)
-    x = data.astype(jnp.float32) * (2 / 255) - 1
+    x = data.astype(jnp.float32) * (2 / 255) - 1  # [B T H W 3]
     # The mean over time, then over the resampled frame: the weights of each source row and column
     # say how much it counts.
     mean = jnp.einsum('bhwc,bh,bw->bc', x.mean(1), rows.mean(1), columns.mean(1))
-    matrix, shift = jitter(mean)
+    matrix, shift = jitter(mean)  # [B 3 3], [B 3]
     # Columns and colours in one matrix [B W·3 size·3].
     mixed = jnp.einsum('bjw,bdc->bwcjd', columns, matrix).reshape(b, width * 3, size * 3)
     x = jnp.matmul(x.reshape(b, t * height, width * 3), mixed).reshape(b, t, height, size * 3)
@@ -165,7 +165,7 @@ def _from_planes(
     b, t = data.shape[:2]
     height, width = data.shape[2] * 2 // 3, data.shape[3]
     x = data.astype(jnp.float32)
-    chroma = x[:, :, height:].reshape(b, t, 2, height // 2, width // 2)
+    chroma = x[:, :, height:].reshape(b, t, 2, height // 2, width // 2)  # U, then V
     planes = [x[:, :, :height], chroma[:, :, 0], chroma[:, :, 1]]  # Y, U, V
     luma_axes = weights(height, width)
     chroma_axes = weights(height // 2, width // 2)
@@ -235,10 +235,10 @@ def resample(
         size: pixels to make.
     """
     # Source pixels from one output pixel to the next.
-    step = (high - low) * length / size
-    centre = low[:, None] * length + (jnp.arange(size) + 0.5) * step[:, None]
+    step = (high - low) * length / size  # [B]
+    centre = low[:, None] * length + (jnp.arange(size) + 0.5) * step[:, None]  # [B size]
     reach = jnp.maximum(step, 1.0)[:, None, None]
-    distance = jnp.abs(centre[:, :, None] - (jnp.arange(length) + 0.5))
+    distance = jnp.abs(centre[:, :, None] - (jnp.arange(length) + 0.5))  # [B size length]
     weight = jnp.maximum(0.0, 1.0 - distance / reach)
     # At the edge of the axis part of the triangle lies outside; what is inside counts for all of
     # it.
@@ -275,14 +275,14 @@ def color_jitter(
     # Pixels are twice as wide as in [0, 1], so brightness is too.
     brightness = 2 * draw('brightness', -config['brightness'], config['brightness'])
     #  brightness  x -> x + b, before the saturation
-    shift = matrix @ (brightness * jnp.ones((3, 1)))
+    shift = matrix @ (brightness * jnp.ones((3, 1)))  # [B 3 1]
     #  contrast    x -> c x + (1 - c) mean: the mean pixel is the fixed point
     centre = matrix @ mean[..., None] + shift
     matrix, shift = contrast * matrix, centre + contrast * (shift - centre)
     turn = _hue(draw('hue', -config['hue'], config['hue'])[:, 0, 0])
     matrix, shift = turn @ matrix, (turn @ shift)[..., 0]
     # One draw for all four.
-    applied = draw('apply', 0.0, 1.0) < config['color']
+    applied = draw('apply', 0.0, 1.0) < config['color']  # [B 1 1]
     return jnp.where(applied, matrix, eye), jnp.where(applied[:, 0], shift, 0)
 
 

@@ -118,7 +118,7 @@ def _through_levels(levels: Levels, curve: Callable[[jax.Array], jax.Array]) -> 
         # Branch-free, as the step is traced: later segments overwrite earlier ones. Beyond the last
         # level progress stays 1.
         for (start, start_rate), (end, end_rate) in zip(levels, levels[1:]):
-            progress = jnp.clip((step - start) / (end - start), 0.0, 1.0)
+            progress = jnp.clip((step - start) / (end - start), 0.0, 1.0)  # 0 at start, 1 at end
             segment = end_rate + (start_rate - end_rate) * curve(progress)
             value = jnp.where(step >= start, segment, value)
         return value.astype(jnp.float32)

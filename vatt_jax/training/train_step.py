@@ -53,7 +53,7 @@ def make(
         grads, out = compute_gradients(state.params, state.batch_stats, state.objective, batch, rng)
         # Before clipping, which is part of `tx`. One non-finite gradient anywhere makes the norm
         # non-finite, so this one number stands for all.
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.global_norm(grads)  # []
         is_finite = jnp.isfinite(out.value) & jnp.isfinite(grad_norm)  # []
         # Statistics and the objective's memory also move while it holds parameters still.
         is_applied = is_finite & jnp.asarray(out.apply_update)  # []
@@ -228,7 +228,7 @@ class GradCache:
         rng: Rng,
     ) -> tuple[Any, Loss]:
         model, objective = self.whole.model, self.whole.objective
-        parts = split_batch(batch, rng, self.num_parts)
+        parts = split_batch(batch, rng, self.num_parts)  # leaves [parts, B / parts, …]
 
         def towers(params: Any, part: Any) -> dict[str, Array]:
             examples, part_batch = part
