@@ -116,7 +116,7 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
     devices = None
     if any(int(count) > 1 for count in task_counts):
         devices = (int(env['SLURM_LOCALID']),)
-    # SLURM puts rank 0 on the first node of the step, unless it is told otherwise.
+    # SLURM puts rank 0 on the first node of the step, unless configured otherwise.
     host = first_host(env['SLURM_STEP_NODELIST'])
     # From the job's number: two jobs on one host seldom get the same port.
     port = FIRST_PORT + int(env['SLURM_JOB_ID']) % NUM_PORTS
