@@ -31,6 +31,7 @@ class ConfigError(ValueError):
 # Groups whose entries a config file names freely; whoever reads them checks their fields, see
 # with_defaults.
 OPEN = (
+    # {} for raw samples, so its fields cannot be required.
     'model.inputs.audio.mel',
     'model.towers',
     'model.encoder',
@@ -40,6 +41,7 @@ OPEN = (
     'data.eval',
     'data.make',
     'evals',
+    # Names are XLA's, and differ from version to version.
     'compiler_options',
 )
 
@@ -49,6 +51,7 @@ RENAMED_FIELDS: dict[str, str] = {}
 
 # Field -> smallest value.
 COUNTS = {
+    # Of all processes and microbatches together.
     'batch_size': 1,
     'accumulate': 1,
     'steps': 1,
@@ -76,6 +79,7 @@ INTERVALS = {
     'data.crop': 1,
     'data.aspect': float('inf'),
 }
+# Field -> its values. '' leaves the platform to JAX.
 CHOICES = {
     'jax_platform': ('', 'cpu', 'cuda', 'tpu'),
     'compute_dtype': ('float32', 'bfloat16'),
@@ -105,6 +109,8 @@ def load(spec: str) -> ConfigDict:
         )
     try:
         return get_config(*arguments)
+    # What a get_config raises for an argument that it does not know. Other errors are bugs of the
+    # file, whose traceback is worth more than a sentence.
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         # str() of a KeyError would put its message in quotes.
         message = error.args[0] if error.args else error
@@ -122,6 +128,7 @@ def _get_config_function(spec: str, path: str) -> Any:
             'configs/default.py'
         )
     try:
+        # The file may do anything, and so raise anything.
         module = _run_file(file)
     except Exception as error:
         raise ConfigError(
@@ -138,6 +145,7 @@ def _get_config_function(spec: str, path: str) -> Any:
 
 
 def _run_file(file: pathlib.Path) -> types.ModuleType:
+    # Loaded by path, and not put into sys.modules: two config files of one name do not clash there.
     module_spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
     assert module_spec is not None and module_spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(module_spec)
@@ -191,6 +199,7 @@ def _find_field(config: ConfigDict, path: str, text: str) -> tuple[ConfigDict, s
             raise ConfigError(
                 f'--config.{path}={text}: {parent} has no field {key!r}; {_suggestion(key, node)}'
             )
+        # The last group on the way, kept for the assignment: ConfigDict has no parent links.
         group = node
         node = node[key]
     return group, keys[-1]
@@ -207,12 +216,14 @@ def _parse_group(path: str, text: str, current: ConfigDict) -> ConfigDict:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
+    # Also a text that is no literal at all ends up here.
     if not isinstance(value, dict) or not all(isinstance(key, str) and key for key in value):
         raise ConfigError(
             f'--config.{path}={text}: {path} is a group of fields '
             f'({", ".join(current) or "none yet"}); name one of them, or replace it by a '
             'dictionary in quotes, such as "{\'name\': value}"'
         )
+    # Sequences are tuples, as config files write them.
     return ConfigDict(_with_tuples(value))
 
 
@@ -282,6 +293,7 @@ def parse(text: str, like: Any, where: str) -> Any:
     Raises:
         ConfigError: It is none; the message names the field `where`.
     """
+    # Strings need no quotes on the command line, and '1' for a string field stays a string.
     if isinstance(like, str):
         return text
     try:
@@ -296,6 +308,7 @@ def _typed(value: Any, like: Any, where: str) -> Any:
     """Return `value` converted to the type of `like` where nothing is lost, or raise."""
     # Python counts a bool as an int.
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # A field whose default is None may hold anything.
     if like is None:
         return value
     if isinstance(like, bool):
@@ -303,6 +316,7 @@ def _typed(value: Any, like: Any, where: str) -> Any:
     elif isinstance(like, float):
         fits = is_number
     elif isinstance(like, int):
+        # A float is refused even where it is whole, such as 1e3.
         fits = is_number and isinstance(value, int)
     elif isinstance(like, (tuple, list)):
         fits = isinstance(value, (tuple, list))
@@ -314,6 +328,8 @@ def _typed(value: Any, like: Any, where: str) -> Any:
             f'such as {like!r}'
         )
     if isinstance(like, float):
+        # An int given for a float would fix the field's type as int: ConfigDict refuses a later
+        # 0.5.
         return float(value)
     if isinstance(like, (tuple, list)):
         return _with_tuples(value)
@@ -341,6 +357,7 @@ def check_fields(
         field_name = f'{where}.{key}'
         if key not in schema:
             raise ConfigError(f'{field_name}={value!r}: no such field; {_suggestion(key, schema)}')
+        # Its entries are checked by whoever reads them.
         if field_path in OPEN:
             continue
         is_group = isinstance(schema[key], ConfigDict)
@@ -351,6 +368,7 @@ def check_fields(
             check_fields(value, schema[key], field_name, field_path)
         else:
             config[key] = _typed(value, schema[key], field_name)
+    # The other direction: what the schema has and the config lacks.
     for key in schema:
         if key not in config:
             raise ConfigError(
@@ -378,6 +396,7 @@ def complete(config: ConfigDict, defaults: ConfigDict, path: str = '') -> Config
             config[key] = default
             continue
         are_groups = isinstance(default, ConfigDict) and isinstance(config[key], ConfigDict)
+        # Open groups are taken as they are: an entry that is absent was left out on purpose.
         if are_groups and field_path not in OPEN:
             complete(config[key], default, field_path)
     return config
@@ -399,6 +418,8 @@ def with_defaults(
                 f'{where}.{key}={value!r}: no such field; {_suggestion(key, defaults)}'
             )
         if isinstance(value, ConfigDict):
+            # Groups below are checked by whoever reads them; their types may differ from the
+            # default's.
             merged[key] = value
         else:
             merged[key] = _typed(value, defaults[key], f'{where}.{key}')
@@ -427,6 +448,7 @@ def check_values(config: ConfigDict) -> None:
     for field, upper in INTERVALS.items():
         _check_interval(_field(config, field), upper, f'config.{field}')
     fps = config.model.inputs.video.fps
+    # Not `fps <= 0`, which is False for NaN.
     if not fps > 0:
         raise ConfigError(f'config.model.inputs.video.fps={fps:g}: expected a positive number.')
     _check_profile(config.profile)
@@ -499,6 +521,8 @@ def check_batch(config: ConfigDict, devices: int, processes: int) -> tuple[int, 
         raise ConfigError(str(error)) from error
     check_values(config)
     data_parallel = shape[0] * shape[1]  # replica, fsdp
+    # Each microbatch must divide over the data-parallel devices by itself. The axes model and seq
+    # share rows, so they do not count.
     unit = data_parallel * config.accumulate
     if config.batch_size % unit:
         smaller = max(1, config.batch_size // unit) * unit
@@ -507,6 +531,7 @@ def check_batch(config: ConfigDict, devices: int, processes: int) -> tuple[int, 
             f'data-parallel devices × config.accumulate={config.accumulate} microbatches; '
             f'{smaller} or {smaller + unit} would'
         )
+    # Each process reads its own rows of the batch.
     if config.batch_size % processes:
         raise ConfigError(
             f'config.batch_size={config.batch_size} does not divide over {processes} processes'
@@ -524,6 +549,7 @@ def from_json(text: str) -> ConfigDict:
 
     Lists become tuples, as configs write them. Renamed fields get their new names, with a warning.
     """
+    # JSON knows lists only, where configs write tuples.
     config = ConfigDict(_with_tuples(json.loads(text)))
     _move_renamed(config)
     return config
@@ -552,6 +578,7 @@ def same(a: ConfigDict, b: ConfigDict) -> list[str]:
     fields_a = dict(flatten(a))
     fields_b = dict(flatten(b))
     differing = []
+    # A field that only one of them has counts as None in the other.
     for name in fields_a.keys() | fields_b.keys():
         # One of the two may come from JSON, with lists for tuples.
         if _with_tuples(fields_a.get(name)) != _with_tuples(fields_b.get(name)):
@@ -585,6 +612,7 @@ def _one_line(text: Any) -> str:
 def _suggestion(key: str, fields: Iterable[str]) -> str:
     """Return the clause that names the field most like `key`, or all of them."""
     fields = list(fields)
+    # cutoff 0.5, below difflib's 0.6: a far-fetched suggestion is still better than a long list.
     close = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
     if close:
         return f'did you mean {close[0]!r}?'

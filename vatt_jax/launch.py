@@ -48,12 +48,15 @@ def environment(process: int, processes: int, port: int, each: str) -> dict[str,
         variables['VATT_DEVICES'] = str(process)
     elif each:
         variables['JAX_NUM_CPU_DEVICES'] = each
+        # On a machine with a GPU the simulated devices would otherwise not be used.
         variables['JAX_PLATFORMS'] = 'cpu'
     return variables
 
 
 def _free_port() -> int:
     with socket.socket() as listener:
+        # Port 0: the system picks one. It is released again before the coordinator binds it, so
+        # another program could take it in between; that is rare.
         listener.bind(('127.0.0.1', 0))
         return listener.getsockname()[1]
 
@@ -81,6 +84,7 @@ class Together:
         for process in range(processes):
             output: dict[str, Any] = {}
             if process > 0:
+                # One pipe for both streams keeps their lines in order.
                 output = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT}
             child = subprocess.Popen(
                 command,
@@ -94,6 +98,7 @@ class Together:
         # A process whose output nobody reads would stop when the pipe is full.
         self.listeners: list[threading.Thread] = []
         for process in range(1, processes):
+            # Daemons: a grandchild that holds a pipe open must not keep this process from leaving.
             listener = threading.Thread(target=self._listen, args=(process,), daemon=True)
             listener.start()
             self.listeners.append(listener)
@@ -102,6 +107,7 @@ class Together:
         output = self.children[process].stdout
         assert output is not None  # a pipe, as started above
         for line in output:
+            # Native libraries write whatever bytes they like.
             self.heard[process].append(line.decode(errors='replace').rstrip('\n'))
 
     def _send(self, number: int) -> None:
@@ -119,6 +125,7 @@ class Together:
         """Wait until every process has ended and return the exit code of the whole."""
         failed = self._wait_for_all()
         for listener in self.listeners:
+            # Their last lines may still be in the pipes.
             listener.join(5)
         if failed is None:
             return 0
@@ -145,10 +152,12 @@ class Together:
             if failed is not None:
                 # Those that are left wait for the failed one in a collective.
                 elapsed = time.monotonic() - failed_at
+                # SIGTERM first: a process that is not stuck then leaves by itself.
                 if elapsed > 2 * self.grace:
                     self._send(signal.SIGKILL)
                 elif elapsed > self.grace:
                     self._send(signal.SIGTERM)
+            # Polled, since there is no portable way to wait for any of several Popen objects.
             time.sleep(0.05)
         return self._any_failed() if failed is None else failed
 
@@ -176,6 +185,7 @@ def _parse_flags(argv: list[str]) -> argparse.Namespace:
             'there is'
         ),
     )
+    # REMAINDER: flags after the script are the script's.
     parser.add_argument('command', nargs=argparse.REMAINDER, help='run.py and its arguments')
     flags = parser.parse_args(argv)
     if flags.processes < 1:

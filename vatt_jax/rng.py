@@ -47,6 +47,7 @@ def _word(value: str | int | Array | np.integer) -> UInt32[Array, '*shape']:
 
 def _fold(key: Array, value: str | int | Array | np.integer) -> UInt32[Array, '*shape']:
     """Return the key one step further down the path."""
+    # mix(0) is 0: without the constants seed 0 and step 0 would leave the key at 0.
     return mix((key + jnp.uint32(_GOLDEN)) ^ mix(_word(value) + jnp.uint32(0x85EBCA6B)))
 
 
@@ -147,7 +148,7 @@ class Rng:
         if rate == 0.0:
             return x
         threshold = min(round(rate * 2**32), 2**32 - 1)  # compared as integers: exact
-        keep = self.bits(x.shape[1:]) >= jnp.uint32(threshold)
+        keep = self.bits(x.shape[1:]) >= jnp.uint32(threshold)  # [B …]
         scale = jnp.asarray(1.0 / (1.0 - rate), x.dtype)
         return jnp.where(keep, x * scale, jnp.zeros((), x.dtype))
 

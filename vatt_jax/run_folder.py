@@ -76,11 +76,13 @@ RANDOM_INIT = 'random_init'
 
 def evaluation_name(step: int) -> str:
     """Name of the evaluation of a step; names sort by step."""
+    # Six digits, for names are sorted as text; longer numbers keep their digits but sort wrongly.
     return f'step_{step:06d}'
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """Writes a file that a kill leaves either as it was or complete."""
+    # In the same folder, since a rename is atomic within one file system only.
     temporary = path.with_name(path.name + '.tmp')
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -45,13 +45,17 @@ def still_config(config: ConfigDict) -> ConfigDict:
         ConfigError: the tower cannot be deflated.
     """
     tower = _video_tower(config)
+    # A deep copy: the video network's config is still needed.
     still = config.copy_and_resolve_references()
     if tower['name'] == 's3d':
         still.model.towers.video.still = True
     else:
+        # No channel is shifted: what the shift did is in the kernels (`naive`).
         still.model.towers.video.share = 0.0
     still.model.inputs.video.frames = 1
     still.name = f'{config.name} deflated'
+    # The new folder holds a finished model: nothing is to be started from or reported when it is
+    # opened.
     still.init_from = ''
     still.report = False
     return still
@@ -90,10 +94,12 @@ def naive(config: ConfigDict, params: Mapping[str, Any]) -> dict[str, Any]:
     for name, kernel in flat.items():
         if not name.startswith(f'{TOWER}/') or not name.endswith('/kernel'):
             continue
+        # [t h w C D]; kernels of fewer axes (gates) have no time.
         if tower['name'] == 's3d' and np.ndim(kernel) == 5:
             reads_blocks = tower['space_to_depth'] and '/conv_1a/' in name
             flat[name] = _sum_over_time(kernel, reads_blocks)
         elif tower['name'] == 'tsm_resnet' and name.endswith('/conv_0/kernel'):
+            # The first convolution of each block is the one that reads shifted channels.
             channels = exchanged(kernel.shape[2], tower['share'])
             flat[name] = np.asarray(kernel)[:, :, channels]  # [h w C D]
     return unflatten_dict(flat, sep='/')
@@ -103,11 +109,14 @@ def _sum_over_time(
     kernel: Float[Array | np.ndarray, 't h w C D'], reads_blocks: bool
 ) -> Float[np.ndarray, '1 h w c D']:
     """A kernel for equal frames. reads_blocks: its channels are those of blocks of pixels."""
+    # On equal frames x: sum over t of K_t x = (sum over t of K_t) x. In float64, since the terms
+    # often cancel.
     summed = np.asarray(kernel, np.float64).sum(0, keepdims=True)
     if reads_blocks:
         # Channels of a block are (frame of two, row, column, colour): both frames are one.
         height, width, out_channels = summed.shape[1], summed.shape[2], summed.shape[-1]
         by_frame = summed.reshape(1, height, width, 2, -1, out_channels)
+        # Axis 3 is the frame of the two within a block.
         summed = by_frame.sum(3)
     return summed.astype(np.float32)
 
@@ -121,11 +130,13 @@ def exchanged(width: int, share: float) -> Integer[np.ndarray, ' C']:
         width: number of channels (C).
         share: of the channels that is shifted in each direction.
     """
+    # Rounded down, as the tower does it.
     num_shifted = int(width * share)
     channels = np.arange(width)
     first = channels[:num_shifted]
     middle = channels[num_shifted : width - num_shifted]
     last = channels[width - num_shifted :]
+    # On equal frames a shift in time changes no values, it only lets both groups change places.
     return np.concatenate([last, middle, first])
 
 
@@ -168,6 +179,7 @@ def refit(
     num_frames = config.model.inputs.video.frames
     input_spec = still.model.inputs.video.to_dict()
     flat = flatten_dict(dict(params), sep='/')
+    # Two flat dicts, so that gradients and slots exist for the fitted parameters alone.
     fitted = {name: jnp.asarray(x) for name, x in flat.items() if FITTED.match(name)}
     fixed = {name: x for name, x in flat.items() if name not in fitted}
     tx = optax.adam(optax.cosine_decay_schedule(rate, steps))
@@ -177,18 +189,23 @@ def refit(
         fitted: Any, slots: Any, variables: Any, fixed: Any, batch: dict[str, Any]
     ) -> tuple[Any, Any, Array]:
         rng = Rng.create(0, 0, batch['position'])
+        # No augmentation: teacher and student see the same pixels.
         frame = preprocess.video(batch['video'], input_spec, config.augment, rng, False)
         frame = frame.astype(config.compute_dtype)  # [B 1 H W 3]
+        # The picture for as long as the video network's clips are [B T H W 3].
         clip = jnp.broadcast_to(frame, (len(frame), num_frames, *frame.shape[2:]))
+        # Outside of `loss`, so no gradient is taken through the teacher.
         target = _pooled(teacher, variables, clip, rng)  # [B D]
         is_valid = batch['video']['valid']  # [B]
 
         def loss(fitted: Any) -> Array:
             student_variables = {
                 'params': unflatten_dict({**fixed, **fitted}, sep='/'),
+                # The video network's: both towers have the same batch norms.
                 'batch_stats': variables['batch_stats'],
             }
             output = _pooled(student, student_variables, frame, rng)  # [B D]
+            # MMV's L1 between the two embeddings.
             distance = jnp.abs(output - target).mean(-1)  # [B]
             return jnp.where(is_valid, distance, 0).sum() / jnp.maximum(is_valid.sum(), 1)
 
@@ -200,6 +217,8 @@ def refit(
     with jax.set_mesh(mesh):
         replicated = sharding.replicated(mesh)
         fitted = jax.device_put(fitted, replicated)
+        # As arguments of the step rather than closed over, or they would be constants of the
+        # program.
         variables = jax.device_put(dict(variables), replicated)
         fixed = jax.device_put(fixed, replicated)
         slots = jax.jit(tx.init, out_shardings=replicated)(fitted)
@@ -220,6 +239,7 @@ def _pooled(
     encoded: Any = model.apply(
         variables, 'video', {'data': clip}, train=False, rng=rng, method='encode'
     )
+    # The difference of two nearly equal bfloat16 vectors would be mostly rounding.
     return encoded.pooled.astype(jnp.float32)
 
 

@@ -45,7 +45,7 @@ def device_stage(
         if modality not in STAGES:
             continue
         data = STAGES[modality](stream, inputs[modality], config, rng.at(name), augment)
-        valid = stream['valid'].reshape((-1,) + (1,) * (data.ndim - 1))
+        valid = stream['valid'].reshape((-1,) + (1,) * (data.ndim - 1))  # [B 1 …]
         # The crop is taken: what said where it is has done its work.
         rest = {key: value for key, value in stream.items() if key not in ('box', 'flip')}
         out[name] = {**rest, 'data': jnp.where(valid, data, 0).astype(dtype)}
@@ -119,8 +119,8 @@ def video(
     num_clips = data.shape[0]
 
     def weights(height: int, width: int) -> tuple[jax.Array, jax.Array]:
-        columns = resample(box[:, 1], box[:, 3], width, size)
-        rows = resample(box[:, 0], box[:, 2], height, size)
+        columns = resample(box[:, 1], box[:, 3], width, size)  # [B size W]
+        rows = resample(box[:, 0], box[:, 2], height, size)  # [B size H]
         mirrored = jnp.where(stream['flip'][:, None, None], columns[:, ::-1], columns)
         return rows, mirrored
 
@@ -144,11 +144,11 @@ def _from_pixels(
     """uint8 [B T H W 3] -> pixels of -1 to 1 [B T size size·3] without their shift, shift [B 3]."""
     b, t, height, width, _ = data.shape
     rows, columns = weights(height, width)
-    x = data.astype(jnp.float32) * (2 / 255) - 1
+    x = data.astype(jnp.float32) * (2 / 255) - 1  # [B T H W 3]
     # The mean over time, then over the resampled frame: the weights of each source row and column
     # say how much it counts.
     mean = jnp.einsum('bhwc,bh,bw->bc', x.mean(1), rows.mean(1), columns.mean(1))
-    matrix, shift = jitter(mean)
+    matrix, shift = jitter(mean)  # [B 3 3], [B 3]
     # Columns and colours in one matrix [B W·3 size·3].
     mixed = jnp.einsum('bjw,bdc->bwcjd', columns, matrix).reshape(b, width * 3, size * 3)
     x = jnp.matmul(x.reshape(b, t * height, width * 3), mixed).reshape(b, t, height, size * 3)
@@ -165,7 +165,7 @@ def _from_planes(
     b, t = data.shape[:2]
     height, width = data.shape[2] * 2 // 3, data.shape[3]
     x = data.astype(jnp.float32)
-    chroma = x[:, :, height:].reshape(b, t, 2, height // 2, width // 2)
+    chroma = x[:, :, height:].reshape(b, t, 2, height // 2, width // 2)  # U, then V
     planes = [x[:, :, :height], chroma[:, :, 0], chroma[:, :, 1]]  # Y, U, V
     luma_axes = weights(height, width)
     chroma_axes = weights(height // 2, width // 2)
@@ -183,6 +183,8 @@ def _from_planes(
         resized.append(jnp.einsum('bih,bthw->btiw', rows, plane))
         mixed.append(jnp.einsum('bjw,bd->bwjd', columns, matrix[..., channel]))
     x = jnp.concatenate(resized, -1)  # [B T size 2W]: Y of W columns, U and V of W/2 each
+    # The sum over the three planes is part of the product: they lie side by side along its inner
+    # axis.
     by_columns = jnp.concatenate(mixed, 1).reshape(b, 2 * width, size * 3)
     x = jnp.matmul(x.reshape(b, t * size, 2 * width), by_columns)
     return x.reshape(b, t, size, size * 3), shift
@@ -232,11 +234,14 @@ def resample(
         length: of the axis, in pixels.
         size: pixels to make.
     """
-    step = (high - low) * length / size
-    centre = low[:, None] * length + (jnp.arange(size) + 0.5) * step[:, None]
+    # Source pixels from one output pixel to the next.
+    step = (high - low) * length / size  # [B]
+    centre = low[:, None] * length + (jnp.arange(size) + 0.5) * step[:, None]  # [B size]
     reach = jnp.maximum(step, 1.0)[:, None, None]
-    distance = jnp.abs(centre[:, :, None] - (jnp.arange(length) + 0.5))
+    distance = jnp.abs(centre[:, :, None] - (jnp.arange(length) + 0.5))  # [B size length]
     weight = jnp.maximum(0.0, 1.0 - distance / reach)
+    # At the edge of the axis part of the triangle lies outside; what is inside counts for all of
+    # it.
     return weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-6)
 
 
@@ -261,18 +266,23 @@ def color_jitter(
         return rng.at(site).uniform((), low, high)[:, None, None]  # [B 1 1]
 
     eye = jnp.eye(3)
+    # Luma weights of BT.601, the same for each output channel.
     gray = jnp.broadcast_to(jnp.array([0.299, 0.587, 0.114]), (3, 3))
     saturation = draw('saturation', 1 - config['saturation'], 1 + config['saturation'])
     contrast = draw('contrast', 1 - config['contrast'], 1 + config['contrast'])
+    #  saturation  x -> s x + (1 - s) luma(x)
     matrix = gray + (eye - gray) * saturation
     # Pixels are twice as wide as in [0, 1], so brightness is too.
     brightness = 2 * draw('brightness', -config['brightness'], config['brightness'])
-    shift = matrix @ (brightness * jnp.ones((3, 1)))
+    #  brightness  x -> x + b, before the saturation
+    shift = matrix @ (brightness * jnp.ones((3, 1)))  # [B 3 1]
+    #  contrast    x -> c x + (1 - c) mean: the mean pixel is the fixed point
     centre = matrix @ mean[..., None] + shift
     matrix, shift = contrast * matrix, centre + contrast * (shift - centre)
     turn = _hue(draw('hue', -config['hue'], config['hue'])[:, 0, 0])
     matrix, shift = turn @ matrix, (turn @ shift)[..., 0]
-    applied = draw('apply', 0.0, 1.0) < config['color']
+    # One draw for all four.
+    applied = draw('apply', 0.0, 1.0) < config['color']  # [B 1 1]
     return jnp.where(applied, matrix, eye), jnp.where(applied[:, 0], shift, 0)
 
 
@@ -311,12 +321,14 @@ def audio(
     Returns:
         float32 [B S] in [-1, 1], or log-mel [B T F] of it.
     """
+    # 2^15, the magnitude of the lowest int16.
     x = stream['data'].astype(jnp.float32) / 32768
     # Configs of runs from before this field do not have it.
     volume = config.get('volume', 0.0)
     if augment and volume > 0:
         x = x * rng.at('volume').uniform((), 1 - volume, 1 + volume)[:, None]
     if augment and config['audio_noise'] > 0:
+        # By the clip's own peak, so that quiet clips are not drowned.
         noise = rng.at('noise').normal(x.shape[1:]) * config['audio_noise']
         x = x + noise * jnp.abs(x).max(-1, keepdims=True)
     if spec.get('mel'):

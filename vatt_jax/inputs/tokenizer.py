@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int32
 
 PAD, UNKNOWN = 0, 1
+# Deleted, not replaced by a space: "don't" becomes one word, as in the official vocabulary.
 _DELETE = str.maketrans('', '', string.punctuation)
 
 
@@ -40,6 +41,7 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str], words: int) -> Int32[np.ndarray, 'N L']:
         """Return the numbers of N sentences, each cut to `words` or filled with 0."""
+        # 0 is PAD.
         out = np.zeros((len(texts), words), np.int32)
         for row, numbers in zip(out, self._numbers(texts)):
             row[: len(numbers)] = numbers[:words]
@@ -93,12 +95,15 @@ class Words(Tokenizer):
                 f'a word table begins with <pad> and has <unk>; this one begins with {words[:1]} '
                 f'and {"has" if has_unknown else "lacks"} <unk>'
             )
+        # `<unk>` stays in the list, so that the numbers of all others are the rows of the table. A
+        # word `<unk>` cannot occur in a text: its brackets are deleted.
         return cls(words[1:], 1, words.index('<unk>'))
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> Words:
         """Take the `size` - 2 most frequent words, ties in alphabetical order."""
         counts = collections.Counter(word for text in texts for word in split_words(text))
+        # Ties by alphabet: Counter.most_common would order them as they were found.
         by_frequency = sorted(counts, key=lambda word: (-counts[word], word))
         return cls(by_frequency[: size - 2])  # two numbers are padding and unknown
 
@@ -108,6 +113,7 @@ class Words(Tokenizer):
 
     def to_spec(self) -> dict[str, Any]:
         spec = {'kind': self.kind, 'size': self.size, 'vocabulary': self.vocabulary}
+        # Left out where they are the defaults, so that older specs and new ones are equal.
         if (self.first, self.unknown) != (2, UNKNOWN):
             spec['first'] = self.first
             spec['unknown'] = self.unknown
@@ -122,6 +128,7 @@ class WordPiece(Tokenizer):
     def __init__(self, model: str):
         """Load a model, the JSON text of a `tokenizers` tokenizer with [PAD] 0 and [UNK] 1."""
         self._model = _library('tokenizers', self.kind).Tokenizer.from_str(model)
+        # Kept as it came: to_str() of another version of the library may write it otherwise.
         self._json = model
         self.size = self._model.get_vocab_size()
         _check_special(
@@ -133,16 +140,22 @@ class WordPiece(Tokenizer):
         """Train a model with at most `size` pieces."""
         library = _library('tokenizers', cls.kind)
         model = library.Tokenizer(library.models.WordPiece(unk_token='[UNK]'))
+        # BERT's own steps: clean, lower-case, strip accents, then split at white space and
+        # punctuation.
         model.normalizer = library.normalizers.BertNormalizer(lowercase=True)
         model.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
         model.decoder = library.decoders.WordPiece()
         trainer = library.trainers.WordPieceTrainer(
-            vocab_size=size, special_tokens=['[PAD]', '[UNK]'], show_progress=False
+            # Special tokens are numbered first, in this order: PAD is 0 and UNK 1.
+            vocab_size=size,
+            special_tokens=['[PAD]', '[UNK]'],
+            show_progress=False,
         )
         model.train_from_iterator(texts, trainer)
         return cls(model.to_str())
 
     def _numbers(self, texts: Sequence[str]) -> Iterable[Sequence[int]]:
+        # No [CLS] or [SEP]: towers add an aggregate token of their own where they have one.
         encodings = self._model.encode_batch(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -170,12 +183,15 @@ class SentencePiece(Tokenizer):
             sentence_iterator=iter(texts),
             model_writer=writer,
             vocab_size=size,
+            # A small corpus cannot fill the vocabulary; with the hard limit training would fail.
             hard_vocab_limit=False,
             pad_id=PAD,
             unk_id=UNKNOWN,
+            # -1 switches a mark off. Padding is off by default and unknown is 0, hence all four.
             bos_id=-1,
             eos_id=-1,
             normalization_rule_name='nmt_nfkc_cf',  # cf: case folding
+            # Errors only.
             minloglevel=2,
         )
         return cls(writer.getvalue())
@@ -187,6 +203,7 @@ class SentencePiece(Tokenizer):
         return {
             'kind': self.kind,
             'size': self.size,
+            # A protocol buffer; base64 lets it travel in the JSON of a checkpoint.
             'model': base64.b64encode(self._bytes).decode(),
         }
 
@@ -217,6 +234,7 @@ def train(kind: str, texts: Iterable[str], size: int) -> Tokenizer:
             'least 3'
         )
     texts = [text for text in texts if text.strip()]
+    # A words tokenizer of no words maps everything to unknown, enough for data without captions.
     if not texts and kind != Words.kind:
         raise ValueError(
             f'a {kind} tokenizer cannot be trained without any text; use --tokenizer=words'
@@ -232,6 +250,7 @@ def from_spec(spec: Mapping[str, Any]) -> Tokenizer:
     """
     kind = spec.get('kind')
     if kind == Words.kind:
+        # Older specs have neither.
         return Words(spec['vocabulary'], spec.get('first', 2), spec.get('unknown', UNKNOWN))
     if kind == WordPiece.kind:
         return WordPiece(spec['model'])
@@ -243,6 +262,7 @@ def from_spec(spec: Mapping[str, Any]) -> Tokenizer:
 def _library(name: str, kind: str) -> Any:
     """Import the library that a kind needs."""
     try:
+        # Optional packages: `words`, the default, needs neither.
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(

@@ -25,6 +25,7 @@ def run(
     workdir: pathlib.Path,
     open_data: Callable[[ConfigDict], Any],
     out: str,
+    # n-def of the paper; without it, def.
     naive: bool = False,
     fit_steps: int = 1000,
     fit_rate: float = 1e-3,
@@ -45,17 +46,21 @@ def run(
         ConfigError: wrong arguments, or a model that cannot be deflated.
     """
     _check_flags(out, fit_steps, fit_rate)
+    # Both before minutes of work: the target must be free, and the source must hold a run.
     new_folder = parameter_map.check_new(out)
     video_config, info, variables = parameter_map.read_run(workdir)
+    # The model is the stored run's; where and on what to fit it is this command's.
     video_config.data = config.data
     video_config.mesh = config.mesh
     video_config.batch_size = config.batch_size
     image_config = deflation.still_config(video_config)
 
+    # read_run gives flat paths, (group, module, …, name) -> array.
     video_params = _group(variables, 'params')
     image_params = deflation.naive(video_config, video_params)
     losses: list[float] = []
     if not naive:
+        # image_config asks for one frame a clip, so the training clips are read as pictures.
         pictures = open_data(image_config).train(0, config.batch_size)
 
         def report(step: int, loss: float) -> None:
@@ -73,6 +78,7 @@ def run(
             sharding.make_mesh(dict(config.mesh)),
             report,
         )
+        # Its threads would go on decoding while the result is written.
         pictures.close()
 
     # Statistics and the objective's parameters stay those of the video network.
@@ -80,6 +86,7 @@ def run(
     for path, array in flatten_dict(image_params).items():
         arrays['params', *path] = array
     info = {**info, 'deflated': _summary(workdir, naive, losses)}
+    # Shapes of the image model's TrainState: `write_run` makes its slots and counters as zeros.
     state = parameter_map.abstract_state(image_config, info.get('labels', {}))
     parameter_map.write_run(new_folder, image_config, state, arrays, info)
     print(f'{"naively " if naive else ""}deflated {workdir} → {new_folder}')
@@ -113,6 +120,7 @@ def _summary(workdir: pathlib.Path, naive: bool, losses: Sequence[float]) -> dic
     """What the new run's info says of its making."""
     first_and_last = []
     if losses:
+        # Of ten steps each: a single batch says little.
         first_and_last = [float(np.mean(losses[:10])), float(np.mean(losses[-10:]))]
     return {
         'fitted': not naive,

@@ -35,6 +35,7 @@ def run(
         ConfigError: the folder holds no checkpoint.
     """
     mesh = sharding.make_mesh(dict(config.mesh))
+    # The encoder follows the stored config, whatever model the given one names.
     stored_config, variables, _ = checkpoint.load_model(workdir, mesh)
     data = open_data(config)
     batches = data.one_pass(
@@ -43,6 +44,7 @@ def run(
         process=(jax.process_index(), jax.process_count()),
         by='segments',
     )
+    # Every process takes part, and each gets the features of all.
     features = encoder.features_of(encoder.Encoder(stored_config, variables, mesh), batches)
     arrays = as_arrays(features, data.texts(split, by='segments'))
     if distributed.is_main():
@@ -81,6 +83,8 @@ def as_arrays(
     arrays['index'] = index
     for stream, is_valid in features['valid'].items():
         arrays[f'valid/{stream}'] = is_valid
+    # An index is the example's place in the pass, and so in `texts`; examples that could not be
+    # read are missing from it.
     arrays['id'] = np.array([texts[i]['id'] for i in index])
     arrays['start'] = np.array([texts[i]['start'] for i in index])
     return arrays

@@ -64,15 +64,20 @@ def compare(
         return
     folder = RunFolder(workdir)
 
+    # On every process as on the main one: evaluating takes all of them.
     def is_due(name: str) -> bool:
         return again or not distributed.agree(folder.has_evaluation(name))
 
     with jax.set_mesh(built.mesh):
         if is_due(evaluation_name(step)):
+            # Restored onto the mesh of this config, which need not be that of the training.
             checkpoints = checkpoint.Checkpoints(folder.checkpoints, config.checkpoint)
             state, _, _ = checkpoints.restore(step, built.shape, built.shardings)
             checkpoints.close()
             loop.evaluate(config, built, state, data, workdir, step, gallery=True, again=again)
         if is_due(RANDOM_INIT):
+            # The very values that training began with: they depend on config.seed alone. With
+            # config.init_from it is still the random network, so that the baseline is one without
+            # training.
             state = built.init()
             loop.evaluate(config, built, state, data, workdir, 0, tag=RANDOM_INIT, again=again)

@@ -50,9 +50,12 @@ def run(
     os.environ.update(chips.environment(target))
     import jax
 
+    # The host only drives the compiler. Whatever accelerator it has is not the one planned for.
     jax.config.update('jax_platforms', 'cpu')
     if target.chip.platform == 'cpu':
+        # A CPU topology is compiled for, and so simulated by, as many devices of this host.
         jax.config.update('jax_num_cpu_devices', target.devices)
+    # After the settings above: an array made at import time would start a backend.
     from vatt_jax.planning import plan
 
     data, remarks = open_data(config)

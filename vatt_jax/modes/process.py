@@ -36,16 +36,20 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
         ConfigError: no device can be used, or the batch does not divide over them.
     """
+    # First of all, before JAX and its threads.
     if config.jax_platform == 'cpu':
         keep_freed_memory()
     import jax
 
     from vatt_jax.parallel import distributed
 
+    # An update, not an environment variable: JAX may have been imported by the config file.
     if config.jax_platform:
         jax.config.update('jax_platforms', config.jax_platform)
+    # Before the first use of a device, after which JAX refuses it.
     distributed.initialize()
     num_devices, num_processes = _count_devices()
+    # Cheap, and before the data are made or opened.
     configs.check_batch(config, num_devices, num_processes)
     keep_compiled(config, workdir)
 
@@ -59,11 +63,15 @@ def keep_freed_memory() -> None:
     """
     if sys.platform != 'linux':
         return
+    # CDLL(None) is the process itself; musl has no mallopt.
     set_option = getattr(ctypes.CDLL(None), 'mallopt', None)
     if set_option is None:
         return
+    # No block by mmap, whose pages go back as soon as it is freed ...
     set_option(M_MMAP_MAX, 0)
+    # ... nor is the top of the heap returned, up to the largest threshold that an int holds ...
     set_option(M_TRIM_THRESHOLD, 2**31 - 1)
+    # ... and few arenas, or each thread's would keep freed memory of its own.
     set_option(M_ARENA_MAX, 4)
 
 
@@ -90,6 +98,7 @@ def _count_devices() -> tuple[int, int]:
 
     try:
         return jax.device_count(), jax.process_count()
+    # What JAX raises where a platform fails to start, here at its first use.
     except RuntimeError as error:
         first_line = str(error).splitlines()[0]
         raise ConfigError(
@@ -110,12 +119,14 @@ def exit_with_sentence(main: Callable[[list[str]], None], argv: list[str]) -> No
         configs.fail(str(error))
     except KeyboardInterrupt:
         print('interrupted; the same command continues from the last checkpoint', file=sys.stderr)
+        # 128 + SIGINT, as shells have it.
         sys.exit(130)
     except Exception as error:
         code = EXIT_CODES.get(type(error).__name__)
         if code is None:
             import jax
 
+            # A single process ends as Python does, with its traceback and exit code 1.
             if not jax.distributed.is_initialized():
                 raise
             code = 1

@@ -18,6 +18,7 @@ def run(workdir: pathlib.Path, others: Sequence[str] = ()) -> None:
     Raises:
         ConfigError: one of the folders holds no run.
     """
+    # No JAX device is touched, so that a report can be made beside a running training.
     path = report.build(workdir, others)
     print(report.table(workdir, others))
     print(f'report: {path}')

@@ -27,13 +27,16 @@ class StageClock:
         """Measures its body; one that fails does not count."""
         began = time.monotonic()
         yield
+        # No try/finally: a stage that failed is repeated, and would be counted twice.
         self.seconds[name] = time.monotonic() - began
 
     def save(self) -> None:
         if distributed.is_main():
+            # Of earlier starts of the same run.
             total = json.loads(self.path.read_text()) if self.path.exists() else {}
             for name, seconds in self.seconds.items():
                 total[name] = total.get(name, 0) + seconds
             rounded = {name: round(seconds, 1) for name, seconds in total.items()}
             write_atomically(self.path, json.dumps(rounded, indent=1))
+        # What is saved must not be added again by the next call.
         self.seconds = {}

@@ -31,15 +31,20 @@ def run(
         open_data: config -> data object; may take minutes, as it may make the data first.
         quiet: plain log lines instead of the live one.
     """
+    # Before the data are made, which may take minutes; the loop checks again, with the data's
+    # fields.
     loop.check_run_folder(config, workdir)
     clock = StageClock(workdir)
     with clock.stage('data'):
         data = open_data(config)
+        # Opening data may take longer on one host than on another. Without the barrier it would be
+        # the first collective that times out, with a message about anything but data.
         distributed.barrier('data')
     with clock.stage('training'):
         built, _ = loop.train(config, data, workdir, quiet=quiet)
     clock.save()
 
+    # done.json is written by the main process, and others may not see it yet.
     is_done = distributed.agree(RunFolder(workdir).done.exists())
     if not (config.report and is_done):
         return

@@ -41,6 +41,7 @@ def check(config: ConfigDict, steps: int) -> None:
         ConfigError: A field has a value that makes no sense.
     """
     choose(config.name, OPTIMIZERS, 'config.optimizer.name')
+    # Called for its checks only.
     schedule(config.schedule, steps)
     for field, upper in UPPER_BOUNDS.items():
         if not 0 <= config[field] < upper:
@@ -92,6 +93,8 @@ def build(config: ConfigDict, steps: int, params: Any) -> optax.GradientTransfor
     clip_paths = tuple(config.get('clip_paths', ()))
     _check_found('rates', [pattern for pattern, _ in config.rates], names)
     _check_found('clip_paths', clip_paths, names)
+    # Trees shaped like the parameters, made once from the paths: inside the step nothing is
+    # matched.
     is_frozen = jax.tree.map(lambda name: matches(name, config.frozen), names)
 
     def mask_frozen(tree: Any) -> Any:
@@ -107,6 +110,7 @@ def build(config: ConfigDict, steps: int, params: Any) -> optax.GradientTransfor
                 return float(factor)
         return 1.0
 
+    # The norm of the gradients, before anything scales them.
     clip = optax.identity()
     if config.clip:
         clip = optax.clip_by_global_norm(config.clip)
@@ -114,6 +118,8 @@ def build(config: ConfigDict, steps: int, params: Any) -> optax.GradientTransfor
             is_clipped = jax.tree.map(lambda name: matches(name, clip_paths), names)
             clip = optax.masked(clip, mask_frozen(is_clipped))
 
+    # Decoupled (AdamW, Loshchilov & Hutter 2019): after the direction, so that no second moment
+    # divides it.
     weight_decay = optax.identity()
     if config.weight_decay:
         is_decayed = jax.tree.map(lambda name: not matches(name, config.decay_skip), names)
@@ -123,6 +129,7 @@ def build(config: ConfigDict, steps: int, params: Any) -> optax.GradientTransfor
     if config.name == 'keras_sgd':
         velocity = guarded(optax.trace(config.momentum))
 
+    # After the learning rate: a factor of 10 is ten times the schedule. It scales weight decay too.
     path_factors = optax.identity()
     if config.rates:
         path_factors = scale_by_path(mask_frozen(jax.tree.map(rate_factor, names)))
@@ -131,10 +138,12 @@ def build(config: ConfigDict, steps: int, params: Any) -> optax.GradientTransfor
     method = optax.chain(
         clip,
         _direction(config, weight_decay),
+        # Guarded too: it counts steps, so warm-up waits where steps are not applied.
         guarded(optax.scale_by_learning_rate(schedule(config.schedule, steps))),
         velocity,
         path_factors,
     )
+    # set_to_zero has no slots, so frozen towers take no optimizer memory.
     labels = jax.tree.map(lambda frozen: 'frozen' if frozen else 'train', is_frozen)
     return optax.partition({'train': method, 'frozen': optax.set_to_zero()}, labels)
 
@@ -152,7 +161,9 @@ def _direction(
         return optax.chain(keras_adam, weight_decay)
     adam = guarded(optax.scale_by_adam(config.b1, config.b2, config.eps))
     if config.name == 'lamb':
+        # LAMB: the trust ratio |w| / |update| scales the decayed direction, layer by layer.
         return optax.chain(adam, weight_decay, optax.scale_by_trust_ratio())
+    # adam and adamw are one: what tells them apart is config.weight_decay.
     return optax.chain(adam, weight_decay)
 
 
@@ -171,6 +182,7 @@ def scale_by_path(factors: Any) -> optax.GradientTransformation:
     """Multiply each update by its factor, a tree of floats shaped like the parameters."""
 
     def scale(updates: Any, params: Any) -> Any:
+        # Python floats, so that the updates keep their dtype.
         return jax.tree.map(lambda update, factor: update * factor, updates, factors)
 
     return optax.stateless(scale)

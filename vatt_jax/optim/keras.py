@@ -37,8 +37,10 @@ def scale_by_keras_adam(
 
     def bias_correction(decay: float, count: jax.Array) -> jax.Array | float:
         """Return 1 - decay^t, without the cancellation that costs 1e-4 in early steps."""
+        # log(0) does not exist; without decay there is no bias.
         if not decay:
             return 1.0
+        # decay^t = exp(t log decay). In float32, 1 - 0.999^t of small t would lose its last digits.
         return -jnp.expm1(count.astype(jnp.float32) * math.log(decay))
 
     def init(params: Any) -> KerasAdamState:
@@ -56,9 +58,11 @@ def scale_by_keras_adam(
         apply: Bool[Array, ''] | None = None,
         **_: Any,
     ) -> tuple[Any, KerasAdamState]:
+        # t counts from 1.
         count = state.count + 1
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+        # []: both corrections in one factor, as Keras folds them into the learning rate.
         scale = jnp.sqrt(bias_correction(b2, count)) / bias_correction(b1, count)
         # The direction is read from the moments as they are stored, so that these are updated in
         # place; otherwise XLA on CPU keeps a copy of the old ones to make the direction from.
@@ -76,6 +80,7 @@ def kept(apply: Bool[Array, ''] | None, new: Any, old: Any) -> Any:
     """Select the tree `new` where `apply` is True or None, `old` where it is False."""
     if apply is None:
         return new
+    # A select, not a product with 0: NaN times 0 is NaN.
     return jax.tree.map(lambda n, o: jnp.where(apply, n, o), new, old)
 
 
@@ -93,6 +98,7 @@ def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformation
         apply: Bool[Array, ''] | None = None,
         **_: Any,
     ) -> tuple[Any, Any]:
+        # `apply` stays here: plain optax transformations take no extra arguments.
         updates, new_state = inner.update(updates, state, params)
         return updates, kept(apply, new_state, state)
 

@@ -16,6 +16,8 @@ def paths(tree: Any) -> Any:
 
     def path_of_leaf(key_path: tuple[Any, ...], _: Any) -> str:
         names = []
+        # JAX has a class for each kind of container: dicts of parameters, dataclasses (TrainState)
+        # and named tuples of optax, lists and tuples.
         for key in key_path:
             # DictKey has a key, GetAttrKey a name; a SequenceKey is written as JAX prints it.
             name = getattr(key, 'key', getattr(key, 'name', key))
@@ -27,6 +29,7 @@ def paths(tree: Any) -> Any:
 
 def matches(path: str, patterns: Iterable[str]) -> bool:
     """Return whether any of the regular expressions is found in the path."""
+    # search, not match: 'bias$' needs no '.*' before it, and '^' anchors where that is meant.
     return any(re.search(pattern, path) for pattern in patterns)
 
 

@@ -69,9 +69,11 @@ def _levels(config: ConfigDict, steps: int) -> Levels:
     """Return the levels that the rate passes through, the warm-up's end first."""
     if config.name == 'vatt':
         levels = config.levels
+        # The last level may be the end of the run; otherwise the rate falls to 0 from there.
         if levels[-1][0] < steps:
             levels = (*levels, (steps, 0.0))
     else:
+        # The other two are special cases: a single descent from the warm-up's end.
         levels = ((config.warmup, config.peak), (steps, config.end))
         if config.warmup >= steps:
             raise ConfigError(
@@ -93,10 +95,12 @@ def _constant(peak: float, warmup: int) -> optax.Schedule:
 
 
 def _half_cosine(progress: jax.Array) -> jax.Array:
+    # Flat at both ends.
     return 0.5 * (1 + jnp.cos(math.pi * progress))
 
 
 def _quarter_cosine(progress: jax.Array) -> jax.Array:
+    # Flat at the start, steepest at the end.
     return jnp.cos(math.pi / 2 * progress)
 
 
@@ -104,13 +108,17 @@ def _through_levels(levels: Levels, curve: Callable[[jax.Array], jax.Array]) -> 
     """Warm up linearly to the first level and follow `curve` (1 at 0, 0 at 1) between levels."""
 
     def rate(step: Any) -> jax.Array:
+        # Exact for steps up to 2^24, about 17 million.
         step = jnp.asarray(step, jnp.float32)
         first_step, first_rate = levels[0]
+        # max: without warm-up first_step is 0.
         value = first_rate * step / max(1, first_step)
         if len(levels) == 1:
             return jnp.minimum(value, first_rate)
+        # Branch-free, as the step is traced: later segments overwrite earlier ones. Beyond the last
+        # level progress stays 1.
         for (start, start_rate), (end, end_rate) in zip(levels, levels[1:]):
-            progress = jnp.clip((step - start) / (end - start), 0.0, 1.0)
+            progress = jnp.clip((step - start) / (end - start), 0.0, 1.0)  # 0 at start, 1 at end
             segment = end_rate + (start_rate - end_rate) * curve(progress)
             value = jnp.where(step >= start, segment, value)
         return value.astype(jnp.float32)

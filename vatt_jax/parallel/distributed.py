@@ -63,6 +63,8 @@ def place(environment: Mapping[str, str]) -> Place | None:
     Raises:
         ConfigError: The variables contradict one another.
     """
+    # What a user sets counts before what a scheduler set: a script inside a SLURM job may start its
+    # own processes.
     for detect in (_explicit, _slurm, _open_mpi, _cloud_tpu):
         found = detect(environment)
         if found is None:
@@ -114,11 +116,13 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
     devices = None
     if any(int(count) > 1 for count in task_counts):
         devices = (int(env['SLURM_LOCALID']),)
+    # SLURM puts rank 0 on the first node of the step, unless configured otherwise.
     host = first_host(env['SLURM_STEP_NODELIST'])
     # From the job's number: two jobs on one host seldom get the same port.
     port = FIRST_PORT + int(env['SLURM_JOB_ID']) % NUM_PORTS
     return Place(
         address=f'{host}:{port}',
+        # SLURM_NTASKS is the job's number, of which a step may take fewer.
         processes=int(env.get('SLURM_STEP_NUM_TASKS') or env['SLURM_NTASKS']),
         process=int(env['SLURM_PROCID']),
         devices=devices,
@@ -175,6 +179,7 @@ def _open_mpi(env: Mapping[str, str]) -> Place | None:
 
 def _cloud_tpu(env: Mapping[str, str]) -> Place | None:
     """Read GKE's variables of a TPU pod slice, and of several slices (MEGASCALE_…)."""
+    # Hosts of this slice only; every slice has as many.
     hosts = [host for host in env.get('TPU_WORKER_HOSTNAMES', '').split(',') if host]
     slices = int(env.get('MEGASCALE_NUM_SLICES') or 1)
     processes = len(hosts) * slices
@@ -182,6 +187,7 @@ def _cloud_tpu(env: Mapping[str, str]) -> Place | None:
         return None
     coordinator = env.get('MEGASCALE_COORDINATOR_ADDRESS') or hosts[0]
     host = coordinator.split(':')[0]  # its port there is that of another service
+    # Numbered slice by slice, so that the processes of a slice are neighbours.
     slice_number = int(env.get('MEGASCALE_SLICE_ID') or 0)
     process = slice_number * len(hosts) + int(env['TPU_WORKER_ID'])
     return Place(f'{host}:{TPU_PORT}', processes, process)
@@ -223,6 +229,8 @@ def initialize(environment: Mapping[str, str] = os.environ, timeout: int = PATIE
                 placement.processes,
                 placement.process,
                 local_device_ids=placement.devices,
+                # The place is known; JAX's own detection would overrule what is left out
+                # (local_device_ids).
                 cluster_detection_method='deactivate',
                 initialization_timeout=timeout,
             )
@@ -263,8 +271,11 @@ def barrier(name: str, timeout: float = PATIENCE) -> None:
         return
     client = _client()
     began = time.monotonic()
+    # Left before waiting, so that those who come can be told from those who do not.
     client.key_value_set(f'vatt/barrier/{name}/{jax.process_index()}', 'here', allow_overwrite=True)
     try:
+        # JAX takes milliseconds. A barrier of a name can be passed once, hence names, not a
+        # counter.
         client.wait_at_barrier(f'vatt/{name}', int(timeout * 1000))
     except Exception as error:  # its type differs from version to version
         try:
@@ -299,6 +310,7 @@ def leave() -> None:
     and the end of the coordinating one would abort the others.
     """
     if jax.distributed.is_initialized():
+        # A barrier itself: it waits for all processes.
         jax.distributed.shutdown()
 
 
@@ -315,6 +327,7 @@ def look_for_absent(error: BaseException, timeout: float = 20) -> None:
         Absent: Not every process came.
     """
     try:
+        # A process that is alive failed in the same collective, and comes here within seconds.
         barrier('the end of a failed step', timeout)
     except Absent as absent:
         raise Absent(
@@ -338,6 +351,7 @@ def agree(value: int) -> int:
         return value
     from jax.experimental import multihost_utils
 
+    # int32: without jax_enable_x64 an int64 would be truncated in silence.
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
@@ -356,6 +370,7 @@ class Stop:
         return self
 
     def _ask(self, *_: Any) -> None:
+        # Only a flag: a handler runs between any two bytecodes, where saving would see half a step.
         self._asked = True
 
     @property
@@ -369,6 +384,8 @@ class Stop:
             return self._asked
         from jax.experimental import multihost_utils
 
+        # JAX's service has taken note of SIGTERM on any of the hosts and agreed on a step, a little
+        # ahead, that all have yet to reach.
         return multihost_utils.reached_preemption_sync_point(step)
 
     def __exit__(self, *_: Any) -> None:

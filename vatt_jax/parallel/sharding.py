@@ -16,6 +16,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+# Outermost first: neighbours on the last axes are neighbours in the machine. replica: copies of the
+# parameters. fsdp: they are split, and rows of the batch with them. model: tensor parallelism. seq:
+# tokens.
 MESH_AXES = ('replica', 'fsdp', 'model', 'seq')
 
 # logical axis -> mesh axes, tried in order; a mesh axis is used once per array.
@@ -79,11 +82,14 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """
     _check_names(names)
     mesh = jax.sharding.get_abstract_mesh()
+    # Outside of a mesh, as in tests and in inference on one device, there is nothing to pin.
     if mesh is None or mesh.empty or mesh.size == 1:
         return x
     parts = math.prod(mesh.shape.get(axis, 1) for axis in LENGTH_AXES)
     padded_shape = []
     for name, size in zip(names, x.shape, strict=True):
+        # As if padded: mesh_spec leaves out what does not divide. Fewer tokens than devices stay
+        # whole.
         if name == 'length' and size >= parts:
             size = math.ceil(size / parts) * parts
         padded_shape.append(size)
@@ -130,6 +136,8 @@ def mesh_spec(names: Sequence[str | None], sizes: Mapping[str, int], shape: Sequ
     dimensions: list[Any] = []
     for name, length in zip(names, shape, strict=True):
         candidates = RULES[name] if name else None
+        # A mesh axis may occur once in a PartitionSpec: in a matrix [embed, hidden] the first one
+        # gets fsdp.
         axes = tuple(
             axis for axis in candidates or () if sizes.get(axis, 1) > 1 and axis not in used
         )
@@ -159,11 +167,15 @@ def make_mesh(sizes: AxisSizes, devices: Sequence[jax.Device] | None = None) -> 
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(sizes, len(devices))
     devices = devices[: math.prod(shape)]
+    # Auto: the compiler propagates shardings from the constraints, as opposed to Explicit, where
+    # they are part of types.
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
     num_slices = 1
     if devices[0].platform == 'tpu':
         num_slices = len({getattr(device, 'slice_index', 0) for device in devices})
     if num_slices == 1:
+        # Orders the devices by the machine's links, which a plain reshape of jax.devices() does
+        # not.
         return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=axis_types)
     if shape[0] % num_slices:
         raise ShardingError(
@@ -201,6 +213,7 @@ def mesh_shape(sizes: AxisSizes, devices: int) -> tuple[int, ...]:
         raise ShardingError(
             f'config.mesh ({text}): sizes are positive, and at most one is -1 (all that is left)'
         )
+    # The product of what is given, -1 left out.
     required = math.prod(size for size in shape if size > 0)
     if -1 in shape:
         if devices % required:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+# As many lines as colours are drawn; further ones are dropped (zip, strict=False).
 COLORS = ('#2563eb', '#dc2626', '#059669', '#d97706', '#7c3aed', '#0891b2')
 # Size of a chart, and the room left of and below its plot, in the units of the SVG.
 WIDTH, HEIGHT, LEFT, BOTTOM = 430, 230, 66, 26
@@ -46,11 +47,13 @@ class _Plot:
         # A line that is level still gets room above and below it.
         margin = (high - low) * 0.05 or abs(high) * 0.05 or 1
         self.low, self.high = low - margin, high + margin
+        # x is a step: the axis begins at 0.
         self.last_x = max(x for x, _ in points) or 1
 
     def position(self, x: float, y: float) -> tuple[str, str]:
         """Coordinates in the SVG, as text."""
         across = LEFT + x / self.last_x * (WIDTH - LEFT - RIGHT)
+        # SVG's y axis points down.
         down = TOP + (self.high - y) / (self.high - self.low) * (HEIGHT - BOTTOM - TOP)
         return f'{across:.1f}', f'{down:.1f}'
 
@@ -71,6 +74,7 @@ class _Plot:
         parts = []
         for value in (0, self.last_x / 2, self.last_x):
             x, _ = self.position(value, self.low)
+            # The last label would run out of the picture if it were centred.
             anchor = 'end' if value == self.last_x else 'middle'
             parts.append(
                 f'<text x="{x}" y="{HEIGHT - 8}" text-anchor="{anchor}">{value:.0f}</text>'
@@ -79,6 +83,7 @@ class _Plot:
 
 
 def _is_finite(value: Any) -> bool:
+    # None stands for NaN in metrics.jsonl.
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 

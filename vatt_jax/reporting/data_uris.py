@@ -31,6 +31,7 @@ def png(image: UInt8[np.ndarray, 'H W 3']) -> str:
 
 def _png_chunk(kind: bytes, data: bytes) -> bytes:
     checksum = zlib.crc32(kind + data)
+    # The length counts the data alone, the checksum also the kind.
     return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', checksum)
 
 
@@ -39,7 +40,9 @@ def wav(samples: Int16[np.ndarray, 'S'], rate: int) -> str:
     file = io.BytesIO()
     with wave.open(file, 'wb') as writer:
         writer.setnchannels(1)
+        # Bytes of a sample.
         writer.setsampwidth(2)
         writer.setframerate(rate)
+        # WAV is little-endian, whatever the machine is.
         writer.writeframes(samples.astype('<i2').tobytes())
     return 'data:audio/wav;base64,' + base64.b64encode(file.getvalue()).decode()

@@ -39,12 +39,15 @@ class FinishedRun:
         self.config: dict[str, Any] = stored.to_dict()
         self.timings = _read_json(self.path / 'timings.json')
         self.done = _read_json(self.path / 'done.json')
+        # A run under way can be reported too: all of these may be absent or short.
         self.metrics = _read_lines(self.path / 'metrics.jsonl')
+        # By results.json, which tells a finished evaluation; names sort by step.
         evaluations = sorted((self.path / 'evals').glob('step_*/results.json'))
         self.evaluation_folder = evaluations[-1].parent if evaluations else None
         self.results = {}
         if self.evaluation_folder is not None:
             self.results = evals.load(self.evaluation_folder)
+        # run_folder.RANDOM_INIT.
         random_init = self.path / 'evals' / 'random_init'
         self.baseline = {}
         if (random_init / 'results.json').exists():

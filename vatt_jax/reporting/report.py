@@ -41,6 +41,7 @@ def build(workdir: str | os.PathLike, others: Sequence[str | os.PathLike] = ()) 
     """
     run, beside = FinishedRun(workdir), [FinishedRun(other) for other in others]
     title, config = _text(run.config['name']), _text(json.dumps(run.config, indent=1))
+    # Each section is HTML or '', so that a run shows what it has.
     body = [
         f'<h1>{title}</h1>',
         _facts(run),
@@ -63,6 +64,7 @@ def build(workdir: str | os.PathLike, others: Sequence[str | os.PathLike] = ()) 
     )
     path = run.path / 'report' / 'index.html'
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed into place: a browser that reloads never shows half a page.
     temporary = path.with_suffix('.tmp')
     temporary.write_text(page, encoding='utf-8')
     os.replace(temporary, path)
@@ -80,6 +82,7 @@ def _text(value: Any) -> str:
 def _facts(run: FinishedRun) -> str:
     config = run.config
     facts = [
+        # done.json is absent while a run is under way.
         f'{run.done.get("step", "–")} steps of {config["batch_size"]} clips',
         f'seed {config["seed"]}',
         f'objective {config["objective"]["name"]}',
@@ -88,6 +91,7 @@ def _facts(run: FinishedRun) -> str:
     ]
     order = run.done.get('order', '')
     if order:
+        # Twelve digits tell two runs apart at a glance; done.json has them all.
         facts.append(f'order {order[:12]}')
     return f'<p class="facts">{_text(" · ".join(facts))}</p>'
 
@@ -105,6 +109,7 @@ def _html_table(content: Table) -> str:
 
 
 def _curves(run: FinishedRun, beside: Sequence[FinishedRun]) -> str:
+    # The total and its parts: which there are depends on the objective.
     losses = set()
     for line in run.metrics:
         losses |= {key for key in line if key == 'loss' or key.startswith('loss/')}
@@ -131,12 +136,14 @@ def _gallery(run: FinishedRun) -> str:
     arrays = _evaluation_arrays(run, 'gallery.npz')
     if arrays is None:
         return ''
+    # JSON inside the npz, as a string array of no dimensions: no pickle is needed to read it.
     document = json.loads(str(arrays['entries']))
     stills = _stills(arrays)
     sounds = {}
     for index, samples in _members(arrays, 'audio'):
         sounds[index] = data_uris.wav(samples, document['rate'])
     sections = []
+    # Each kind of query once, in the order of the entries.
     for query in dict.fromkeys(entry['query'] for entry in document['entries']):
         blocks = []
         for entry in document['entries']:
@@ -167,11 +174,14 @@ def _retrieval(
     """
     own = clips[str(entry['index'])]
     query = f'<audio controls preload="none" src="{sound}"></audio>' if sound else ''
+    # Clips without a caption still have their spoken sentences.
     spoken = own['caption'] or ' / '.join(own['sentences'])
     query += f'<q>{_text(spoken)}</q> <small>own clip came at rank {entry["rank"]:g}</small>'
     cells = []
+    # npz and JSON have text keys only, hence str(index) throughout.
     for index in map(str, entry['top']):
         if index in stills:
+            # A class of STYLE: the green frame.
             marked = ' right' if index == str(entry['index']) else ''
             name = _text(clips[index]['caption'] or clips[index]['id'])
             cells.append(
@@ -212,6 +222,7 @@ def _similarity(run: FinishedRun) -> str:
     figures = []
     result = run.results.get('retrieval')
     for key, matrix in result.artifacts.items() if result else ():
+        # Into video only: the other direction is the transpose.
         if key.endswith('/similarity') and key.partition('_to_')[2].startswith('video'):
             picture = data_uris.png(_matrix_picture(matrix))
             title = _text(key.split('/')[0].replace('_to_', ' → '))
@@ -230,7 +241,9 @@ def _similarity(run: FinishedRun) -> str:
 def _matrix_picture(matrix: Any) -> np.ndarray:
     """uint8 [N N 3]: from white, the least similar, to blue."""
     x = np.asarray(matrix, np.float32)[:MATRIX_CLIPS, :MATRIX_CLIPS]
+    # Full contrast whatever the temperature; 1e-6 for a matrix of one value.
     x = (x - x.min()) / max(1e-6, float(x.max() - x.min()))
+    # White (255, 255, 255) at 0, (30, 100, 195) at 1.
     return np.stack([255 - 225 * x, 255 - 155 * x, 255 - 60 * x], -1).astype(np.uint8)
 
 
@@ -239,7 +252,9 @@ def _confusion(run: FinishedRun) -> str:
     figures = []
     for name, result in run.results.items():
         matrix = result.artifacts.get('confusion')
+        # Of clusterings only those whose clusters were matched to classes.
         is_probe = name.startswith('probe') or 'cluster_class' in result.artifacts
+        # Baselines from colour statistics, spectra or single frames.
         is_control = 'simple' in name or 'single' in name
         if matrix is None or not is_probe or is_control or len(matrix) > MOST_CLASSES:
             continue
@@ -253,8 +268,10 @@ def _confusion(run: FinishedRun) -> str:
 
 def _confusion_rows(matrix: np.ndarray, classes: Sequence[str]) -> str:
     """Rows of a table. matrix: counts [P P], true class by row. classes: names, maybe fewer."""
+    # By true class, so that rare classes are as dark as frequent ones; empty rows stay 0.
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     numbers = [str(i) for i in range(len(matrix))]
+    # Clusters and classes without a name are numbered.
     names = [*classes[: len(matrix)], *numbers[len(classes) :]]
     lines = []
     for true, row, counts in zip(names, shares, matrix.tolist(), strict=True):
@@ -262,6 +279,7 @@ def _confusion_rows(matrix: np.ndarray, classes: Sequence[str]) -> str:
         for predicted, share, count in zip(names, row, counts, strict=True):
             cells.append(
                 f'<td title="{_text(true)} taken for {_text(predicted)}: {count}" '
+                # The share is the opacity: a row's cells add up to one full blue.
                 f'style="background:rgba(37,99,235,{share:.2f})">{count or ""}</td>'
             )
         lines.append(f'<tr><th>{_text(true)}</th>{"".join(cells)}</tr>')
@@ -301,7 +319,9 @@ def _stills(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Clip -> data URI of a few of its frames, side by side."""
     strips = {}
     for index, frames in _members(arrays, 'frames'):
+        # Evenly spaced, the first and the last frame among them.
         chosen = frames[np.linspace(0, len(frames) - 1, STILLS).astype(int)]  # [T H W 3]
+        # One strip a clip, so one data URI.
         strips[index] = data_uris.png(np.concatenate(list(chosen), 1))
     return strips
 
@@ -311,6 +331,7 @@ NOTE = (
     'their places, so a constant embedding scores chance. “random init” is the same network before '
     'training; “chance” is what guessing gives.</p>'
 )
+# Inline, as the page must be one file that opens without a server.
 STYLE = """
 body{margin:0;background:#fff;color:#1f2937;font:15px/1.5 system-ui,sans-serif}
 main{max-width:1080px;margin:0 auto;padding:24px}

@@ -61,11 +61,13 @@ def table(
 
     header, body = rows(FinishedRun(workdir), [FinishedRun(other) for other in others])
     drawn = TextTable(box=box.SIMPLE_HEAD)
+    # no_wrap: a name over two lines would read as two rows.
     drawn.add_column(header[0], justify='left', no_wrap=True)
     for name in header[1:]:
         drawn.add_column(name, justify='right')
     for row in body:
         drawn.add_row(*row)
+    # Into a string with a width of its own: the terminal's would wrap rows, and a file has none.
     text = io.StringIO()
     Console(file=text, width=width or 110 + 16 * len(others)).print(drawn)
     return text.getvalue().rstrip()
@@ -78,6 +80,7 @@ def _is_shown(key: str, result: Result) -> bool:
 def _cell(
     results: Mapping[str, Result], evaluator: str, key: str, form: Callable[[float], str]
 ) -> str:
+    # Runs may have been evaluated by other evaluators.
     if evaluator not in results or key not in results[evaluator].scalars:
         return ABSENT
     return form(results[evaluator].scalars[key])
@@ -98,6 +101,7 @@ def _label(evaluator: str, key: str, is_only_one: bool) -> str:
     *pair, last = key.split('/')
     parts = [part.replace('_to_', ' → ') for part in pair]
     words = ' '.join([evaluator, *parts]).replace('_', ' ')
+    # Saying "accuracy" in each row would only widen the table.
     if last == 'accuracy' and is_only_one:
         return words
     return f'{words} {last.replace("_", " ")}'
@@ -105,10 +109,13 @@ def _label(evaluator: str, key: str, is_only_one: bool) -> str:
 
 def _form(key: str) -> Callable[[float], str]:
     """How a scalar of this name is written."""
+    # Median and mean rank, in clips.
     if 'rank' in key:
         return _number
+    # Natural logarithms.
     if 'entropy' in key:
         return _nats
+    # Recalls, accuracies and NMI, from 0 to 1.
     return _percent
 
 

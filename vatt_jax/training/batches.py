@@ -30,11 +30,14 @@ class TrainBatches:
         self.meter = meter
         # source -> number of its first record among all
         self.first_record = data.offsets('train', by='records')
+        # Opened by the first `next`: where to begin and with what weights is known by then only.
         self.iterator: Any = None
 
     def next(self, run: TrainingRun) -> dict[str, Any]:
         """The host batch of the run's next step."""
         if self.iterator is None:
+            # Weighted drawing needs the weights of all records before the first one is drawn, so a
+            # refresh that changes them closes this iterator, and it is opened anew here.
             weights = {name: run.columns[name] for name in run.weights}
             self.iterator = self.data.train(
                 run.consumed,
@@ -43,10 +46,14 @@ class TrainBatches:
                 columns=weights or None,
             )
         began = time.monotonic()
+        # Streams that the objective does not read are dropped here, before they cross to the
+        # device.
         batch = select_streams(next(self.iterator), self.objective.streams())
         if run.columns:
+            # An index counts within its source; columns run over all sources, one after the other.
             record = self.first_record[batch['source']] + batch['index']  # [B], rows of columns
             batch['columns'] = {name: column[record] for name, column in run.columns.items()}
+        # The host's wait only. The device may be busy with the step before all the while.
         self.meter.waited += time.monotonic() - began
         return batch
 

@@ -107,6 +107,7 @@ def check(config: ConfigDict) -> None:
     Raises:
         ConfigError: something is wrong whatever the data say.
     """
+    # A copy: the placeholder for the vocabulary below must not reach the caller's config.
     config = ConfigDict(config.to_dict())
     for tower in config.model.towers.values():
         if tower.get('vocab', 1) == 0:
@@ -116,6 +117,8 @@ def check(config: ConfigDict) -> None:
     objective = objectives.build(config.objective)
     optim.check(config.optimizer, config.steps)
     streams = objective.streams() or tuple(config.model.towers)
+    # Only traced for its shapes, so any number of rows will do; neither the number of records nor
+    # the labels matter to what is checked here.
     batch = preprocess.abstract(config.model.inputs, streams, 2, config.compute_dtype)
     spec = train_state.abstract(model, batch, 0, {})
     train_step.check(config, model, objective, spec.batch_stats)
@@ -127,6 +130,8 @@ def check_compiler_options(config: ConfigDict) -> None:
     Raises:
         ConfigError: this XLA does not take one of them.
     """
+    # XLA looks at its options only when it compiles. One option at a time, so that the message can
+    # name the field.
     for name, value in config.compiler_options.items():
         try:
             jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
@@ -168,11 +173,14 @@ def assemble(config: ConfigDict, data: Any, mesh: Any) -> Built:
         rows = config.batch_size // config.accumulate
     inputs = _abstract_inputs(config, _with_rows(example, rows), rows)
 
+    # Objectives with labels size their classifiers by the number of classes.
     labels = {name: len(classes) for name, classes in data.info.get('labels', {}).items()}
     spec = train_state.abstract(model, inputs, data.size('train'), labels)
     train_step.check(config, model, objective, spec.batch_stats)
     init, shape, shardings, tx = train_state.create(config, model, objective, spec, mesh)
     # The old state's memory is the new one's: two of them would not fit beside the activations.
+    # Rows of the batch are split over both data axes. Metrics come back replicated: each process
+    # can then read them without a collective of its own.
     step = jax.jit(
         train_step.make(config, model, objective, tx),
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
@@ -199,12 +207,16 @@ def assemble(config: ConfigDict, data: Any, mesh: Any) -> Built:
 def _first_batch(data: Any, objective: Objective) -> dict[str, Any]:
     """A host batch of the training data with the objective's streams: one example a process."""
     process_id, num_processes = process_position()
+    # Shapes and dtypes are read off a real example, so that they are stated in one place only:
+    # where the data are read. A pass deals each batch out over the processes, hence one row for
+    # each.
     batches = data.one_pass(
         'train', num_processes, process=(process_id, num_processes), by='records', limit=1
     )
     batch = select_streams(next(iter(batches)), objective.streams())
     missing = set(objective.streams() or ()) - set(batch)
     if missing:
+        # An entry with `data` is a stream; the others are labels, positions and the like.
         present = [k for k, v in batch.items() if isinstance(v, dict) and 'data' in v]
         raise ConfigError(
             f'config.objective: expected the stream {sorted(missing)[0]!r}, '
@@ -222,6 +234,7 @@ def _with_rows(batch: dict[str, Any], rows: int) -> dict[str, Any]:
     """The abstract device batch of `rows` examples such as those of a host batch."""
 
     def abstract(array: Any) -> jax.ShapeDtypeStruct:
+        # The first axis is replaced: a host batch has the rows of one process, a device batch all.
         return jax.ShapeDtypeStruct((rows, *np.shape(array)[1:]), np.asarray(array).dtype)
 
     return jax.tree.map(abstract, device_part(batch))
@@ -230,6 +243,8 @@ def _with_rows(batch: dict[str, Any], rows: int) -> dict[str, Any]:
 def _abstract_inputs(config: ConfigDict, batch: dict[str, Any], rows: int) -> dict[str, Any]:
     """What the device stage makes of an abstract device batch."""
 
+    # Traced rather than computed by hand: crops, spectrograms and dtypes are known to the stage
+    # alone. Augmentation changes no shape.
     def device_stage(batch: dict[str, Any], rng: Rng) -> dict[str, Any]:
         return preprocess.device_stage(
             batch,
@@ -240,5 +255,6 @@ def _abstract_inputs(config: ConfigDict, batch: dict[str, Any], rows: int) -> di
             dtype=config.compute_dtype,
         )
 
+    # An Rng is a pytree of arrays, so it can be abstract as well.
     rng = jax.eval_shape(lambda: Rng.create(0, 0, jnp.zeros((rows,), jnp.uint32)))
     return jax.eval_shape(device_stage, batch, rng)

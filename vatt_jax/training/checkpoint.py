@@ -71,6 +71,8 @@ class Best:
         """Return the result of a step, -inf where it was not (or not yet) evaluated."""
         evaluator, _, name = self.scalar.partition('/')
         try:
+            # Read anew each time: the evaluation of a step comes after its save, so its result
+            # appears at a later call only.
             results = json.loads((self.evals / f'step_{step:06d}' / 'results.json').read_text())
             return float(results[evaluator]['scalars'][name])
         except (OSError, ValueError, KeyError, TypeError):
@@ -82,6 +84,7 @@ class Best:
         best = max(values, default=-math.inf)
         preserved = [False] * len(values)
         if best > -math.inf:
+            # index() finds the first of equal values, so a result must be beaten to move the mark.
             preserved[values.index(best)] = True
         return preserved
 
@@ -96,7 +99,9 @@ class Checkpoints:
             folder: `<workdir>/checkpoints`.
             config: `config.checkpoint`.
         """
+        # Orbax refuses relative paths.
         folder = pathlib.Path(folder).absolute()
+        # A checkpoint stays if any policy preserves it (AnyPreservationPolicy below).
         policies: list[Any] = [managers.LatestN(max(1, config.keep))]
         if config.keep_every:
             policies.append(managers.EveryNSteps(config.keep_every))
@@ -113,6 +118,7 @@ class Checkpoints:
 
         options = ocp.CheckpointManagerOptions(
             preservation_policy=managers.AnyPreservationPolicy(policies),
+            # Training goes on once the arrays are copied to the host; a thread writes them.
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=seal),
         )
@@ -138,8 +144,11 @@ class Checkpoints:
         Raises:
             Unsaved: The previous or this checkpoint could not be written.
         """
+        # At the end of a run the last step may be a multiple of checkpoint.every as well.
         if self.manager.latest_step() == step:
             return
+        # One save at a time: `saving` names the step in errors and in `seal`, which runs in orbax's
+        # thread.
         self.wait()
         self.saving = step
         items = ocp.args.Composite(
@@ -148,6 +157,7 @@ class Checkpoints:
             columns=ocp.args.StandardSave({_PLACEHOLDER: np.zeros((), np.int8), **columns}),
         )
         with self._report_write_errors():
+            # force: without it orbax applies its own rule of which steps are worth saving.
             self.manager.save(step, args=items, force=True)
 
     @contextlib.contextmanager
@@ -156,6 +166,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            # Read off the disk: only complete folders can be gone back to.
             complete = steps(pathlib.Path(self.manager.directory))
             earlier = [step for step in complete if step != self.saving]
             if earlier:
@@ -189,10 +200,12 @@ class Checkpoints:
         """
 
         def abstract_leaf(leaf: Any, leaf_sharding: Any) -> jax.ShapeDtypeStruct:
+            # Orbax reads each device's part straight from disk when the target names a sharding.
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf_sharding)
 
         target = jax.tree.map(abstract_leaf, shape, shardings)
         path = pathlib.Path(self.manager.directory) / str(step)
+        # Before the restore, whose own message would be about the first mismatch of its internals.
         _check_shapes(path, target)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(target),
@@ -214,6 +227,7 @@ class Checkpoints:
         # needs arrays of our own.
         state = jax.jit(copy_tree, out_shardings=shardings)(restored.state)
         columns = {
+            # A copy of our own, as of the state.
             name: np.array(column)
             for name, column in restored.columns.items()
             if name != _PLACEHOLDER
@@ -243,6 +257,8 @@ def _numbered_folders(folder: pathlib.Path, member: str) -> list[int]:
 
 def steps(folder: pathlib.Path) -> list[int]:
     """Return the steps of the complete checkpoints of a folder, ascending."""
+    # Orbax writes into <step>.orbax-checkpoint-tmp… and renames it at the end, so a folder whose
+    # name is a number is complete; its metadata file tells it from a folder of another making.
     return _numbered_folders(folder, '_CHECKPOINT_METADATA')
 
 
@@ -257,6 +273,7 @@ def _file_digests(folder: pathlib.Path) -> dict[str, str]:
         if not path.is_file() or path.name in skipped:
             continue
         with path.open('rb') as file:
+            # Streams the file: checkpoints may be larger than memory.
             file_hash = hashlib.file_digest(file, 'sha256')
         digests[str(path.relative_to(folder))] = file_hash.hexdigest()
     return digests
@@ -265,6 +282,7 @@ def _file_digests(folder: pathlib.Path) -> dict[str, str]:
 def write_manifest(folder: pathlib.Path) -> None:
     """Write the digests of a finished checkpoint's files, beside them."""
     temporary = folder / f'{MANIFEST}.tmp'
+    # Renamed into place, so that a manifest is never half there: `damage` would call that damaged.
     temporary.write_text(json.dumps(_file_digests(folder), indent=0))
     os.replace(temporary, folder / MANIFEST)
 
@@ -283,6 +301,7 @@ def damage(folder: pathlib.Path) -> str:
     except (OSError, ValueError) as error:
         return f'{MANIFEST} cannot be read: {_first_line(error)}'
     found = _file_digests(folder)
+    # Files beyond the manifest's do no harm.
     missing = sorted(set(recorded) - set(found))
     if missing:
         return f'{missing[0]} is missing'
@@ -308,6 +327,8 @@ def newest_sound(folder: pathlib.Path, say: Callable[[str], object] = print) -> 
         ConfigError: All checkpoints are damaged; then none is renamed.
     """
     damages: dict[int, str] = {}
+    # Newest first. Nothing is renamed until a sound one is found: with none, the folder stays as it
+    # is.
     for step in reversed(steps(folder)):
         reason = damage(folder / str(step))
         if not reason:
@@ -331,6 +352,7 @@ def newest_sound(folder: pathlib.Path, say: Callable[[str], object] = print) -> 
 def _set_aside(folder: pathlib.Path, step: int) -> None:
     """Rename a checkpoint, so that orbax no longer takes it for one."""
     target = folder / f'{step}.damaged'
+    # From an earlier damage of the same step; os.replace cannot replace a folder that is not empty.
     shutil.rmtree(target, ignore_errors=True)
     os.replace(folder / str(step), target)
 
@@ -377,6 +399,8 @@ def _path_name(key_path: Sequence[Any]) -> str:
     """Return 'params/model/kernel' for a key path of JAX, whatever kinds of keys it holds."""
     parts = []
     for key in key_path:
+        # Live states have GetAttrKeys (a dataclass), what orbax returns has DictKeys: both must
+        # give one name.
         for attribute in ('key', 'name', 'idx'):  # of DictKey, GetAttrKey and SequenceKey
             if hasattr(key, attribute):
                 key = getattr(key, attribute)
@@ -449,12 +473,16 @@ def _read_variables(path: pathlib.Path, with_heads: bool) -> dict[str, Any]:
     parts = {'params': params, 'batch_stats': saved['batch_stats'], 'ema': saved['ema'] or {}}
     # Orbax cannot restore a tree without leaves.
     parts = {name: tree for name, tree in parts.items() if _has_leaves(tree)}
+    # Scalars as placeholders: only the tree and the dtypes of the target count, shapes are the
+    # saved ones.
     target = jax.tree.map(lambda metadata: np.zeros((), metadata.dtype), parts)
     # Without a restore type orbax would place the arrays on the devices that saved them.
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(
             path / 'state',
+            # partial_restore: what the target does not name, optimizer slots above all, is not
+            # read.
             args=ocp.args.PyTreeRestore(target, restore_args=as_numpy, partial_restore=True),
         )
 
@@ -478,6 +506,7 @@ def read_model(path: pathlib.Path, objective: bool = False) -> dict[str, Any]:
     except Exception as error:
         raise _unreadable(path, error) from error
     variables = {
+        # Averages where there are some: they are what evaluation uses.
         'params': restored.get('ema') or restored['params']['model'],
         'batch_stats': restored.get('batch_stats', {}),
     }
@@ -505,6 +534,7 @@ def load_model(
     path = sound(path)
     meta = read_meta(path)
     variables = jax.device_put(read_model(path), sharding.replicated(mesh))
+    # By way of JSON, as a stored config is read: tuples are restored and renamed fields moved.
     return from_json(json.dumps(meta['config'])), variables, meta['info']
 
 
@@ -530,6 +560,7 @@ def init_from(
         ConfigError: A parameter is absent there or has another shape, or nothing was taken.
     """
     _check_init_fields(rename, skip)
+    # NumPy on the host: the other run's whole model need not fit on one device.
     available = _named_variables(read_model(sound(path)))
     skipped: list[str] = []
     num_taken = 0
@@ -542,12 +573,14 @@ def init_from(
                 return initial
             value = _fitting_value(path, available, group, name, rename, initial.shape)
             num_taken += 1
+            # In this run's dtype and layout, whichever the other run had.
             return jax.device_put(np.asarray(value, initial.dtype), initial.sharding)
 
         return jax.tree.map(transfer_leaf, optim.paths(tree), tree)
 
     params = transfer('params', params)
     batch_stats = transfer('batch_stats', batch_stats)
+    # Most likely a mistake in a pattern; training from scratch in silence would cost days.
     if not num_taken:
         raise ConfigError(
             f'config.init_from={path}: config.init_skip={tuple(skip)} leaves every parameter out'
@@ -589,6 +622,7 @@ def _fitting_value(
     """Return the other run's value for our parameter `name`, or raise ConfigError."""
     source_name = name
     for pattern, replacement in rename:
+        # Each pattern sees what the one before it made.
         source_name = re.sub(pattern, replacement, source_name)
     value = available.get(f'{group}/{source_name}')
     if value is None:
@@ -596,6 +630,7 @@ def _fitting_value(
             f'config.init_from={path}: it has no parameter {source_name!r} (wanted for {name!r}); '
             'map it with config.init_rename or leave it out with config.init_skip'
         )
+    # [N D]: only the number of positions may differ.
     is_position_table = name.endswith('_positions') and value.shape[1:] == shape[1:]
     if is_position_table and len(value) != shape[0]:
         # Another grid of patches: resized by the rule of the official implementation, in float64.
@@ -616,6 +651,7 @@ def digest(tree: Any) -> str:
     tree_hash = hashlib.sha256()
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.asarray(jax.device_get(leaf))
+        # Without shapes and dtypes, arrays of the same bytes would be taken for one another.
         tree_hash.update(f'{_path_name(key_path)}{array.shape}{array.dtype}'.encode())
         tree_hash.update(np.ascontiguousarray(array).tobytes())
     return tree_hash.hexdigest()

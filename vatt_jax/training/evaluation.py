@@ -64,18 +64,24 @@ def evaluate(
     if not again and distributed.agree((folder / 'results.json').exists()):
         return _report_scalars(evals.load(folder), step, writer, progress)
 
+    # Averaged parameters where the run keeps an average, the trained ones otherwise.
     variables = train_state.evaluation_variables(state)
     if built.encoder is None:
         built.encoder = encoder.Encoder(config, variables, built.mesh, built.objective)
     # The same compiled programs on this state's values.
     state_encoder = built.encoder.on(variables, state.params['objective'], state.objective)
     view = evals_base.View(state_encoder, data, config.batch_size, process_position(), config.seed)
+    # Every process takes part: a batch is encoded on the devices of all.
     results = evals.run_all(config.evals, view, baseline=bool(tag))
 
+    # Called by `evals.save` on the folder while it is temporary: results and gallery appear
+    # together.
     def save_gallery(path: pathlib.Path) -> None:
         evals.gallery.save(path, results, config.evals, data, config.batch_size)
 
     if distributed.is_main():
+        # The gallery reads clips by their place in the whole pass, of which a process among several
+        # has a part only.
         with_gallery = gallery and jax.process_count() == 1
         evals.save(results, folder, save_gallery if with_gallery else None)
     return _report_scalars(results, step, writer, progress)

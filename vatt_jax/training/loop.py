@@ -70,9 +70,12 @@ def train(
         TrainingStopped: the run cannot go on.
     """
     workdir = pathlib.Path(workdir)
+    # From before the build on: compiling takes minutes, in which SIGTERM may come too.
     with distributed.Stop() as stop:
         built = build(config, data)
+        # After the build, which fills in what only the data know, and before anything is written.
         check_run_folder(config, workdir)
+        # `sharding.constrain` looks this mesh up when the step is traced.
         with jax.set_mesh(built.mesh):
             run, checkpoints = start(config, built, data, workdir)
             session = open_session(config, built, data, workdir, run, checkpoints, quiet)
@@ -87,9 +90,14 @@ def _run_steps(session: Session, run: TrainingRun, stop: distributed.Stop) -> di
     first_step = run.step + 1
     scalars: dict[str, float] = {}
     while run.step < config.steps:
+        # At the top of the loop, so that a run resumed here makes up for an evaluation that was cut
+        # short; finished ones are only read. Step 0 is the random initialisation, evaluated
+        # elsewhere.
         if config.eval_every and run.step and run.step % config.eval_every == 0:
             scalars = _evaluate(session, run)
             meter.reset()
+        # Likewise: the checkpoint of this step holds the state before the refresh, which a resumed
+        # run repeats.
         if built.objective.refresh_due(run.step, config.steps):
             _refresh(session, run)
             meter.reset()
@@ -99,6 +107,8 @@ def _run_steps(session: Session, run: TrainingRun, stop: distributed.Stop) -> di
         # Dispatched only: while the device works, the host reads on and prepares the next batch.
         run.state, metrics = built.step(run.state, encoder.place(batch, built.mesh))
         run.step += 1
+        # Examples of all processes: the position in the training order where a resumed run reads
+        # on.
         run.consumed += config.batch_size
         session.profiler.after_step(run.step, metrics)
         if run.step == first_step:
@@ -107,6 +117,8 @@ def _run_steps(session: Session, run: TrainingRun, stop: distributed.Stop) -> di
         session.metrics.hold(run.step, metrics)
         meter.clips += config.batch_size
 
+        # Called by every process at every step: JAX needs that to find a step at which all can
+        # stop.
         is_stopping = stop.now(run.step)
         if is_stopping or run.step % config.checkpoint.every == 0 or run.step == config.steps:
             session.save(run)
@@ -117,7 +129,10 @@ def _run_steps(session: Session, run: TrainingRun, stop: distributed.Stop) -> di
             )
             return scalars
 
+    # A save runs in the background. It must be complete before the run counts as done: a full disk
+    # shows here, not after hours of evaluation.
     session.checkpoints.wait()
+    # The gallery of retrievals is for the report, which shows the last evaluation.
     if config.evals and not stop.asked:
         scalars = _evaluate(session, run, gallery=config.report)
     if stop.asked:
@@ -147,6 +162,8 @@ def _refresh(session: Session, run: TrainingRun) -> None:
     session.progress.say(f'step {run.step}: refresh')
     refreshed = refresh(session.config, session.built, session.data, run)
     metrics = {f'refresh/{name}': value for name, value in refreshed.metrics.items()}
+    # Under `refresh/`, a prefix that a resumed run drops from the file and writes again
+    # (metrics.AFTER).
     session.writer.write(run.step, metrics)
     if refreshed.weights:
         session.batches.close()  # what is prefetched was drawn with the old weights

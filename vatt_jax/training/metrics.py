@@ -43,6 +43,7 @@ class Writer:
         self.file = path.open('a')
         from tensorboardX import SummaryWriter  # imported late: it takes a second
 
+        # purge_step does for the events what `_drop_later_lines` does for the JSON lines.
         self.board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1, flush_secs=30)
 
     def write(self, step: int, scalars: dict[str, Any]) -> None:
@@ -52,6 +53,8 @@ class Writer:
         """
         if self.file is None:
             return
+        # json.dumps would write NaN, which few readers take; allow_nan=False guards this
+        # conversion.
         finite: dict[str, Any] = {}
         for name, value in scalars.items():
             is_finite = not isinstance(value, float) or math.isfinite(value)
@@ -85,6 +88,8 @@ def _before(line: str, step: int) -> bool:
     """
     try:
         values = json.loads(line)
+        # Of the checkpoint's own step, what training logged stays; what followed the save is
+        # repeated.
         if values['step'] != step:
             return values['step'] < step
         return not any(name.startswith(AFTER) for name in values)
@@ -111,6 +116,7 @@ class Progress:
         self.last_shown = self.began
         self.interval = 30.0 if quiet else 10.0  # seconds between plain lines
         self.live: Live | None = None
+        # In a log file a live line would be one control sequence after another.
         console = Console(stderr=False)
         if active and not quiet and console.is_terminal:
             self.live = Live(console=console, refresh_per_second=4, transient=False)
@@ -136,6 +142,8 @@ class Progress:
             self.last_shown = now
 
     def _line(self, step: int, values: dict[str, float], now: float) -> str:
+        # Averaged over this process's life, evaluations and compilation included: the rest has them
+        # too.
         seconds_per_step = (now - self.began) / max(1, step - self.start)
         remaining = seconds_per_step * (self.steps - step)
         parts = [
@@ -230,6 +238,8 @@ class Meter:
             'goodput': self.useful / max(1e-9, now - self.start),
         }
         if self.flops and self.peak:
+            # Model FLOPs utilisation (PaLM, appendix B): FLOPs that the model needs, without those
+            # that rematerialisation repeats, over the chips' peak.
             figures['mfu'] = self.clips / elapsed * self.flops / self.peak
         self.reset()
         return figures

@@ -43,12 +43,15 @@ def refresh(config: ConfigDict, built: Built, data: Any, run: TrainingRun) -> Re
         TrainingRecords(data.size('train'), run.columns, encode),
     )
     run.state = _with_refreshed(built, state, refreshed)
+    # Columns that this refresh does not name stay as the last one left them.
     run.columns = {**run.columns, **refreshed.columns}
     run.weights = refreshed.weights
     return refreshed
 
 
 def _with_refreshed(built: Built, state: TrainState, refreshed: Refreshed) -> TrainState:
+    # The objective computes on the host; here its trees get back the layout that the step expects,
+    # whose in_shardings refuse any other.
     params = _put(refreshed.params, built.shardings.params['objective'])
     state = state.replace(
         params={**state.params, 'objective': params},
@@ -56,6 +59,7 @@ def _with_refreshed(built: Built, state: TrainState, refreshed: Refreshed) -> Tr
     )
 
     def fresh_slots(state: TrainState) -> Any:
+        # Moments of a replaced parameter (a head whose clusters are new) belong to the old one.
         return train_state.fresh_slots(built.tx, state, refreshed.fresh_slots)
 
     # Under jit with explicit shardings: slots made outside would sit on one device.
@@ -99,6 +103,8 @@ class RecordEncoder:
             Records that cannot be read are left out.
         """
         forward = self._compiled(function, augment)
+        # Each record once, in a fixed order. The draw's name carries the step, so that windows
+        # differ from refresh to refresh and a resumed run draws the same.
         batches = self.data.one_pass(
             'train',
             self.config.batch_size,
@@ -110,6 +116,8 @@ class RecordEncoder:
         parts: list[dict[str, np.ndarray]] = []
         for batch in batches:
             batch = select_streams(batch, self.built.objective.streams())
+            # Outputs are replicated, so they have the rows of all hosts; which ones these are must
+            # be gathered too. `position` is the record's row in columns.
             rows = encoder.gather_rows(batch, ('position', 'valid'))
             outputs = forward(
                 self.variables,
@@ -118,6 +126,8 @@ class RecordEncoder:
                 np.uint32(self.step),
                 np.uint32(draw),
             )
+            # Fetched batch by batch: the outputs of the whole training set need not fit on the
+            # device.
             outputs = jax.tree.map(np.asarray, jax.device_get(outputs))
             # Padding rows of the last batch and records that cannot be read are no records.
             is_valid = rows['valid']  # [B], of all hosts, as the outputs are
@@ -139,6 +149,7 @@ class RecordEncoder:
         def forward(
             variables: Any, params: Any, batch: dict[str, Any], step: Any, draw: Any
         ) -> dict[str, jax.Array]:
+            # A site of its own, so that no bit is shared with the training step of the same number.
             rng = Rng.create(config.seed, step, batch['position']).at('refresh').at(draw)
             batch = preprocess.device_stage(
                 batch,

@@ -41,12 +41,15 @@ class Session:
     batches: TrainBatches
     metrics: LateMetrics
     profiler: Profiler
+    # time.monotonic(), for the `seconds` of done.json: of this start, not of the whole run.
     began: float
 
     def save(self, run: TrainingRun) -> None:
         """Starts saving the run as it stands. No time of the steps' goes into it."""
         self.metrics.settle()  # the order of all records seen is saved too
         began = time.monotonic()
+        # All that a resumed run needs beside the arrays; the config and the data's info make the
+        # folder enough to load the model elsewhere.
         meta = {
             'step': run.step,
             'consumed': run.consumed,
@@ -55,6 +58,8 @@ class Session:
             'config': self.config.to_dict(),
             'info': self.built.info,
         }
+        # Arrays are copied off the device before this returns; the next step may then overwrite
+        # them.
         self.checkpoints.save(run.step, run.state, meta, run.columns)
         self.meter.lost += time.monotonic() - began
 
@@ -93,6 +98,8 @@ class Session:
         others_are_here = True
         try:
             yield
+        # What a collective raises when a peer dies, and also what an out-of-memory raises: only
+        # whether the others come to a barrier tells the two apart.
         except jax.errors.JaxRuntimeError as error:
             others_are_here = False  # until all of them come
             distributed.look_for_absent(error)
@@ -131,6 +138,8 @@ def open_session(
         quiet: plain log lines instead of the live one.
     """
     folder, is_main = RunFolder(workdir), distributed.is_main()
+    # Opened on every process and inactive on all but one, so that no caller asks which process it
+    # is.
     writer = Writer(workdir, run.step, is_main)
     progress = Progress(config.steps, run.step, quiet, is_main)
     progress.say(_greeting(config, data, run))

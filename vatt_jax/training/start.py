@@ -92,6 +92,8 @@ def start(
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
 
     if distributed.is_main():
+        # Also of a continued run: fields that may change (steps, batch size) are now those of this
+        # config.
         write_atomically(folder.config, configs.to_json(config))
         if run.step < config.steps:
             # Of a run that was shorter: this one is not done.
@@ -100,6 +102,7 @@ def start(
 
 
 def _continue(checkpoints: Checkpoints, saved_step: int, built: Built) -> TrainingRun:
+    # Straight onto this run's mesh, which need not be the one that saved it.
     state, meta, columns = checkpoints.restore(saved_step, built.shape, built.shardings)
     return TrainingRun(
         state,
@@ -116,6 +119,7 @@ def _begin(config: ConfigDict, built: Built, data: Any) -> TrainingRun:
     state = built.init()
     origin = 'starting from scratch'
     if config.init_from:
+        # Optimizer slots, step and objective stay fresh: only the model is taken.
         params, batch_stats, fresh = checkpoint.init_from(
             config.init_from,
             state.params['model'],
@@ -154,6 +158,7 @@ def _with_model_params(config: ConfigDict, state: TrainState, params: Any) -> Tr
 def newest(workdir: pathlib.Path) -> int | None:
     """Step of the run's newest complete checkpoint, if any; the same on every process."""
     saved = checkpoint.steps(RunFolder(workdir).checkpoints)
+    # Another process may see the shared folder a moment later; all follow the main one.
     step = distributed.agree(max(saved, default=NO_STEP))
     return None if step == NO_STEP else step
 
@@ -171,12 +176,14 @@ def newest_sound(workdir: pathlib.Path) -> int | None:
     if distributed.is_main():
         try:
             found = checkpoint.newest_sound(RunFolder(workdir).checkpoints)
+        # Raised on one process alone, it would leave the others waiting in `agree`.
         except ConfigError as error:
             message, step = str(error), ALL_DAMAGED
         else:
             step = NO_STEP if found is None else found
     step = distributed.agree(step)
     if step == ALL_DAMAGED:
+        # Only the main process knows the reasons; the others say the short form.
         raise ConfigError(message or f'every checkpoint in {workdir} is damaged')
     return None if step == NO_STEP else step
 
@@ -202,6 +209,7 @@ def check_run_folder(config: ConfigDict, workdir: pathlib.Path, evaluating: bool
         return
     old_values, new_values = dict(configs.flatten(stored)), dict(configs.flatten(config))
     for field in configs.same(stored, config):
+        # Rates, steps, batch size, data and mesh may change between two starts.
         if not field.startswith(IDENTITY) or field.startswith(HOW_IT_IS_COMPUTED):
             continue
         if field not in old_values and not field.startswith(configs.OPEN):

@@ -52,10 +52,12 @@ class LateMetrics:
         self.meter = meter
         self.bad_steps = bad_steps
         self.unreadable = UnreadableRecords(data, writer, progress)
+        # One step at most: `settle` comes before each `hold`.
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def hold(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of a step that was just dispatched."""
+        # Still futures: nothing is read, so nothing is waited for.
         self.pending = (step, metrics)
 
     def settle(self) -> None:
@@ -69,11 +71,15 @@ class LateMetrics:
         step, device_metrics = self.pending
         # Before anything can raise: the same metrics must not be read twice.
         self.pending = None
+        # np.asarray of a JAX array blocks until its step has been computed.
         metrics = {name: np.asarray(value) for name, value in device_metrics.items()}
         records = np.stack([metrics.pop('source'), metrics.pop('index')], axis=1)  # [B 2]
+        # The digest grows with every step, in order. Steps that were skipped count: their records
+        # were seen.
         self.run.order = extend_order(self.run.order, records)
         scalars = {name: float(value) for name, value in metrics.items()}
 
+        # Each step is looked at, whatever log_every is.
         self.bad_steps.look_at(step, scalars['bad'], records)
         if step % self.config.log_every == 0 or step == self.config.steps:
             speed = self.meter.read()
@@ -84,6 +90,8 @@ class LateMetrics:
 
 def extend_order(order: str, records: Integer[np.ndarray, 'B 2']) -> str:
     """Digest of all records seen: of the digest before, and one step's (source, index) pairs."""
+    # A chain, so that the digest alone is enough to go on from: a resumed run needs no list of
+    # records. int32 whatever the platform's default integer is.
     return hashlib.sha256(order.encode() + records.astype(np.int32).tobytes()).hexdigest()
 
 
@@ -123,6 +131,7 @@ class BadStepGuard:
             f'step {step}: non-finite loss or gradient, update skipped; records {" ".join(names)}'
         )
         self.writer.write(step, {'event': 'non-finite step', 'records': names})
+        # Counted in the state (train_state.bad), so that a resumed run goes on counting.
         if num_bad >= self.limit:
             raise TrainingStopped(
                 f'{int(num_bad)} non-finite steps in a row up to step {step}; the last good '
@@ -142,6 +151,7 @@ class UnreadableRecords:
         self.num_reported = 0
 
     def report(self, step: int) -> None:
+        # The list only grows, so what lies beyond the last report is new.
         found = self.data.problems()['indices'][self.num_reported :]
         if not found:
             return
@@ -167,6 +177,7 @@ class Profiler:
     def __init__(
         self, steps: tuple[int, ...], folder: pathlib.Path, active: bool, progress: Progress
     ):
+        # Steps count from 1: 0 never comes.
         self.first, self.last = steps or (0, 0)
         self.folder = folder
         self.active = active
@@ -175,6 +186,8 @@ class Profiler:
 
     def before_step(self, step: int) -> None:
         if self.active and step == self.first:
+            # Started before the dispatch, which belongs to the trace as much as the device's work
+            # does.
             jax.profiler.start_trace(str(self.folder))
             self.is_tracing = True
 

@@ -33,6 +33,7 @@ class TrainState(flax.struct.PyTreeNode):
         skipped: int32 [], non-finite steps so far.
     """
 
+    # Any: the same class holds arrays, ShapeDtypeStructs and NamedShardings.
     step: Any
     params: Any
     batch_stats: Any
@@ -54,6 +55,7 @@ def abstract(model: nn.Module, batch: Any, size: int, labels: Mapping[str, int])
     """
 
     def init(key: Array, batch: Any) -> tuple[Any, dict[str, Any]]:
+        # train=False draws nothing; the rng only has to have the right shape.
         rng = Rng.create(0, 0, jnp.zeros(batch['index'].shape, jnp.uint32))
         outputs, variables = model.init_with_output(key, batch, train=False, rng=rng)
         return outputs, dict(variables)
@@ -62,6 +64,7 @@ def abstract(model: nn.Module, batch: Any, size: int, labels: Mapping[str, int])
     jitted_init = jax.jit(init)
     key = jax.eval_shape(lambda: jax.random.key(0))
     outputs, variables = jax.eval_shape(jitted_init, key, batch)
+    # Absent for towers without batch norm.
     batch_stats = variables.get('batch_stats', {})
     return Spec(model, outputs, batch, size, labels, batch_stats, jitted_init)
 
@@ -89,7 +92,10 @@ def create(
 
     def variables(key: Array) -> tuple[dict[str, Any], Any, Any]:
         """(params, batch_stats, objective state), still boxed with their logical axes."""
+        # jax.random here, not `Rng`: parameters belong to no example.
         model_key, objective_key = jax.random.split(key)
+        # Flax initialises by a forward pass. Values depend on the key and on shapes alone, so zeros
+        # will do, and under jit the pass itself is dead code that XLA removes.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec.batch)
         assert spec.init is not None
         _, boxed = spec.init(model_key, zeros)
@@ -98,6 +104,8 @@ def create(
         return params, boxed.get('batch_stats', {}), objective_state
 
     key = jax.random.key(config.seed)
+    # Traced once with the boxes, which carry the logical axes, and below once without: optax and
+    # the objectives work on plain arrays.
     boxed_params, boxed_stats, boxed_state = jax.eval_shape(variables, key)
     tx = optim.build(config.optimizer, config.steps, nn.meta.unbox(boxed_params))
 
@@ -109,6 +117,7 @@ def create(
             batch_stats=batch_stats,
             opt_state=tx.init(params),
             objective=objective_state,
+            # A copy, since a buffer that occurs twice in the state cannot be donated.
             ema=jax.tree.map(jnp.copy, params['model']) if config.optimizer.ema else {},
             bad=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
@@ -145,6 +154,8 @@ def _slot_shardings(
     def slot_sharding(slot: Any, param_sharding: Any) -> Any:
         return slot if is_masked(slot) else param_sharding
 
+    # Finds the parts of an optimizer's state that are shaped like the parameters, in whatever
+    # transformation they are nested.
     return optax.tree.map_params(
         tx,
         slot_sharding,
@@ -167,6 +178,7 @@ def _init_options(mesh: Any) -> dict[str, int] | None:
 
 def evaluation_variables(state: TrainState) -> dict[str, Any]:
     """The model's variables as evaluation uses them: averaged parameters where they are kept."""
+    # An empty dict is false: no average is kept.
     return {'params': state.ema or state.params['model'], 'batch_stats': state.batch_stats}
 
 
@@ -189,5 +201,6 @@ def fresh_slots(
         _, is_objective, name = path.partition('/objective/')
         return fresh if is_objective and optim.matches(name, patterns) else old
 
+    # All slots are made and most thrown away; under jit XLA computes only those that are chosen.
     initial = tx.init(state.params)
     return jax.tree.map(choose, optim.paths(state.opt_state), state.opt_state, initial)

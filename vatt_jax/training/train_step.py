@@ -47,15 +47,23 @@ def make(
     decay = config.optimizer.ema
 
     def step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, Array]]:
+        # The state's own counter, not the host's: a resumed step draws the same bits, and
+        # `position`, not the place in the batch, identifies an example (see vatt_jax.rng).
         rng = Rng.create(config.seed, state.step, batch['position'])
         grads, out = compute_gradients(state.params, state.batch_stats, state.objective, batch, rng)
-        grad_norm = optax.global_norm(grads)
+        # Before clipping, which is part of `tx`. One non-finite gradient anywhere makes the norm
+        # non-finite, so this one number stands for all.
+        grad_norm = optax.global_norm(grads)  # []
         is_finite = jnp.isfinite(out.value) & jnp.isfinite(grad_norm)  # []
         # Statistics and the objective's memory also move while it holds parameters still.
         is_applied = is_finite & jnp.asarray(out.apply_update)  # []
 
+        # Computed in any case. Where it is not applied, `guarded` keeps the slots and `kept` below
+        # the parameters.
         updates, opt_state = tx.update(grads, state.opt_state, state.params, apply=is_applied)
         params = optax.apply_updates(state.params, updates)
+        # On the new parameters, before the guard: a step that is not applied drops these changes as
+        # well.
         model_params, objective_params, objective_state = objective.after_update(
             params['model'], params['objective'], out.state, state.step
         )
@@ -63,11 +71,13 @@ def make(
         params = optim.kept(is_applied, params, state.params)
 
         new_state = TrainState(
+            # A skipped step counts too: the data go on, or the same records would come again.
             step=state.step + 1,
             params=params,
             batch_stats=optim.kept(is_finite, out.batch_stats, state.batch_stats),
             opt_state=opt_state,
             objective=optim.kept(is_finite, objective_state, state.objective),
+            # From the guarded parameters, so that a bad step cannot reach the average.
             ema=moving_average(state.ema, params['model'], decay) if decay else {},
             bad=jnp.where(is_finite, 0, state.bad + 1),
             skipped=state.skipped + jnp.where(is_finite, 0, 1),
@@ -76,10 +86,13 @@ def make(
             **out.metrics,
             'loss': out.value,
             'grad_norm': grad_norm,
+            # By the run's own counter; the optimizer's, which is guarded, counts applied steps
+            # only.
             'lr': learning_rate(state.step),
             'valid': jnp.mean(batch['valid'].astype(jnp.float32)),
             'bad': new_state.bad,
             'skipped': new_state.skipped,
+            # Not scalars: the records of this step, replicated as all metrics are.
             'index': batch['index'],
             'source': batch['source'],
         }
@@ -138,6 +151,8 @@ class WholeBatch:
             )
             return out.value, out
 
+        # Statistics and the objective's state leave as auxiliary output; no gradient flows through
+        # them.
         (_, out), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, out
 
@@ -164,12 +179,17 @@ class MeanOfMicrobatches:
             grads, out = self.whole.gradients(
                 params, batch_stats, objective_state, part_batch, part_rng
             )
+            # The mean, not the sum: the learning rate need not follow the number of microbatches.
             total = jax.tree.map(lambda t, g: t + g / self.num_parts, total, grads)
             outputs = (out.value, out.metrics, jnp.asarray(out.apply_update))
             return (out.batch_stats, out.state, total), outputs
 
         zeros = jax.tree.map(jnp.zeros_like, params)
+        # Statistics and the objective's state run through the microbatches as through successive
+        # steps; parameters stay.
         carry = (batch_stats, objective_state, zeros)
+        # A scan, not a Python loop: one compiled body, whose activations are freed before the next
+        # part.
         carry, outputs = jax.lax.scan(one_part, carry, split_batch(batch, rng, self.num_parts))
         batch_stats, objective_state, grads = carry
         values, metrics, apply_update = outputs  # each [parts]
@@ -208,7 +228,7 @@ class GradCache:
         rng: Rng,
     ) -> tuple[Any, Loss]:
         model, objective = self.whole.model, self.whole.objective
-        parts = split_batch(batch, rng, self.num_parts)
+        parts = split_batch(batch, rng, self.num_parts)  # leaves [parts, B / parts, …]
 
         def towers(params: Any, part: Any) -> dict[str, Array]:
             examples, part_batch = part
@@ -218,9 +238,12 @@ class GradCache:
             pooled, _ = objective.encode(model, variables, part_batch, part_rng)
             return pooled
 
+        # Pass 1: pooled vectors only. Nothing differentiates through this scan, so no activation is
+        # kept.
         def forward(carry: None, part: Any) -> tuple[None, dict[str, Array]]:
             return carry, towers(params, part)
 
+        # Pass 2: heads and loss on the whole batch, with gradients of its own parameters and of h.
         def loss(params: Any, pooled: dict[str, Array]) -> tuple[Array, Loss]:
             variables = {'params': params['model'], 'batch_stats': batch_stats}
             out = objective.compute_loss(
@@ -228,6 +251,9 @@ class GradCache:
             )
             return out.value, out
 
+        # Pass 3: the towers again with activations. They draw the same bits as in pass 1, since
+        # these are keyed by example, so the forward values agree with those that dL/dh was taken
+        # at.
         def backward(total: Any, part: Any) -> tuple[Any, None]:
             part, pooled_grads = part
             _, towers_vjp = jax.vjp(lambda params: towers(params, part), params)
@@ -240,6 +266,7 @@ class GradCache:
         (_, out), (grads, pooled_grads) = value_and_grads(params, pooled)
 
         pooled_grads = jax.tree.map(lambda x: _split(x, self.num_parts), pooled_grads)
+        # The carry begins at dL/dw at fixed h, the first term of the formula.
         grads, _ = jax.lax.scan(backward, grads, (parts, pooled_grads))
         return grads, out
 
@@ -291,6 +318,7 @@ def check(config: ConfigDict, model: nn.Module, objective: Objective, batch_stat
             "config.accumulation='plain', or config.accumulate=1, or choose a tower without batch "
             'norm'
         )
+    # Mixup pairs each clip with any other of the batch, which may be in another microbatch.
     if objective.mixes_examples:
         raise ConfigError(
             "config.accumulation='exact': config.objective.mixup mixes clips of the whole batch "
