@@ -39,6 +39,8 @@ def asymmetric(
     """
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
     forward, backward, positive = _both_ways(p, temperature, how)
+    # -log( Σ_k e^s(x_b,y_bk) / (Σ_ak e^s(x_b,y_ak) + Σ_ak e^s(x_a,y_bk)) ), one logarithm for both
+    # directions: it is not the sum of two cross entropies.
     return mean_over_clips(jnp.logaddexp(forward, backward) - positive, p.valid, replicas)
 
 
@@ -54,6 +56,7 @@ def mil_nce(
     how: How = AUTO,
 ) -> jax.Array:
     """MIL-NCE as its authors released it: `asymmetric` on raw dot products (no sphere, no temperature)."""
+    # Lengths are left to the model: they do the work of a temperature.
     return asymmetric(
         x,
         y,
@@ -87,9 +90,11 @@ def symmetric(
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
     forward, backward, positive = _both_ways(p, temperature, how)
     return mean_over_clips(
+        # Each direction is a cross entropy of its own: (forward - P) + (backward - P).
         forward + backward - 2 * positive,
         p.valid,
         replicas,
+        # Which clips have the one modality, and which the other.
         (p.x_valid, p.y_mask.any(-1)) if each_mask else (),
     )
 
@@ -139,6 +144,8 @@ def siglip(
     """Sigmoid loss (SigLIP, equation 1): every pair is a yes/no question, -log sigmoid(z (s + bias)), z = 1 for own pairs and -1 otherwise;
     summed over pairs and divided by valid clips. Its defaults are the paper's initial values of the learnt temperature and bias."""
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
+    # A clip has K positives and (B - 1) K negatives; the bias of -10 makes up for that at the
+    # start (SigLIP, section 3.2).
     loss = similarity.sigmoid_sum(
         p.x, p.keys, 1 / temperature, bias, own=p.own, y_valid=p.key_valid, how=how
     )
@@ -161,6 +168,8 @@ def nt_xent(
     included; the mean over both. One candidate only (K = 1)."""
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how, single=True)
     forward, backward, positive = _both_ways(p, temperature, how)
+    # A view is not compared with itself, its own score 1 / temperature being the largest of all.
+    # Within one kind the matrix of scores is symmetric: sums of its rows are enough.
     me = jnp.arange(len(p.x))
     within = lambda a, valid: (
         similarity.log_sum_exp(
@@ -179,12 +188,13 @@ class Keys(NamedTuple):
     """Further keys of `info_nce`, such as a queue. data [M E]; valid bool [M]; apart, own int32 [M]: a key whose number equals the query's
     `ids` is left out (apart) or is one more positive (own). None: all valid, none left out, none positive."""
 
-    data: jax.Array
-    valid: jax.Array | None = None
-    apart: jax.Array | None = None
-    own: jax.Array | None = None
+    data: jax.Array  # [M E]
+    valid: jax.Array | None = None  # bool [M]
+    apart: jax.Array | None = None  # int32 [M]
+    own: jax.Array | None = None  # int32 [M]
 
     def prepared(self, normalise: bool, how: How) -> jax.Array:
+        # Empty slots of a queue may hold anything; cut out before the norm, as in `prepare`.
         data = self.data if self.valid is None else jnp.where(self.valid[:, None], self.data, 0)
         return _cast(unit(_wide(data)) if normalise else _wide(data), how)
 
@@ -207,11 +217,12 @@ def info_nce(
     """x_b must find its own keys y_b among the batch's and any further keys: MoCo (a queue), CoCLR (several positives in the queue, their sum
     inside the logarithm), GDT (other views' keys). Keys carry no gradient unless stop_gradient is False. ids: int32 [B], see `Keys`."""
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
+    # One direction only, from query to key, as in MoCo.
     options = {'columns': False, 'stop_gradient': stop_gradient, 'how': how}
     batch = similarity.log_sum_exp(
         p.x, p.keys, 1 / temperature, y_valid=p.key_valid, own=p.own, **options
     )
-    every, positive = batch.rows, batch.positives
+    every, positive = batch.rows, batch.positives  # [B], [B]
     for k in keys:
         more = similarity.log_sum_exp(
             p.x,
@@ -222,6 +233,7 @@ def info_nce(
             own=None if k.own is None else (ids, k.own),
             **options,
         )
+        # The log-sum-exp over a union of keys; batch and queue are never concatenated.
         every = jnp.logaddexp(every, more.rows)
         positive = positive if k.own is None else jnp.logaddexp(positive, more.positives)
     return mean_over_clips(every - positive, p.valid, replicas)
@@ -230,15 +242,15 @@ def info_nce(
 class Prepared(NamedTuple):
     """x [B E], y [B K E]: ready to be multiplied; x_valid, valid bool [B], y_mask bool [B K]."""
 
-    x: jax.Array
-    y: jax.Array
-    x_valid: jax.Array
-    y_mask: jax.Array
-    valid: jax.Array
+    x: jax.Array  # [B E]
+    y: jax.Array  # [B K E]
+    x_valid: jax.Array  # bool [B]
+    y_mask: jax.Array  # bool [B K]
+    valid: jax.Array  # bool [B], both sides are there
 
     @property
     def keys(self):
-        return self.y.reshape(-1, self.y.shape[-1])
+        return self.y.reshape(-1, self.y.shape[-1])  # [B*K E]: key a * K + k
 
     @property
     def key_valid(self):
@@ -248,13 +260,13 @@ class Prepared(NamedTuple):
     def own(self):
         """Which clip each row and each key belongs to."""
         b, k = self.y_mask.shape
-        return jnp.arange(b), jnp.arange(b * k) // k
+        return jnp.arange(b), jnp.arange(b * k) // k  # [B], [B*K]
 
 
 def prepare(x, y, x_valid, y_valid, y_mask, normalise, how: How, single: bool = False) -> Prepared:
     if x.ndim != 2 or y.ndim not in (2, 3) or len(x) != len(y) or x.shape[-1] != y.shape[-1]:
         raise ValueError(f'x {x.shape}, y {y.shape}: [B E] and [B E] or [B K E] are wanted')
-    y = y[:, None] if y.ndim == 2 else y
+    y = y[:, None] if y.ndim == 2 else y  # [B K E]
     b, k = y.shape[:2]
     if single and k > 1:
         raise ValueError(
@@ -262,6 +274,7 @@ def prepare(x, y, x_valid, y_valid, y_mask, normalise, how: How, single: bool = 
         )
     x_valid = jnp.ones(b, bool) if x_valid is None else jnp.asarray(x_valid)
     y_valid = jnp.ones(b, bool) if y_valid is None else jnp.asarray(y_valid)
+    # A clip without y has no candidates, whatever its mask says.
     y_mask = y_valid[:, None] & (
         jnp.ones((b, k), bool) if y_mask is None else jnp.asarray(y_mask).reshape(b, k)
     )
@@ -275,6 +288,8 @@ def prepare(x, y, x_valid, y_valid, y_mask, normalise, how: How, single: bool = 
 
 def unit(x: jax.Array) -> jax.Array:
     """x / |x| over the last axis, the squared norm floored at 1e-12 (official VATT)."""
+    # With the floor inside, zero vectors (masked rows are) have a finite gradient; x / norm(x) has
+    # NaN there.
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
 
 
@@ -286,8 +301,11 @@ def mean_over_clips(loss, valid, replicas: int, masks: tuple = ()):
     """
     if len(loss) % replicas:
         raise ValueError(f'replicas={replicas} does not divide the batch of {len(loss)} clips')
+    # Consecutive rows make a replica, as the official code shards its batch.
     split = lambda a: a.reshape(replicas, -1)
     rows, count = len(loss) // replicas, lambda mask: jnp.maximum(split(mask).sum(-1), 1)
+    # An invalid clip's value means nothing (it may be 1e9, see NEVER). The count is at least 1:
+    # without any valid clip the loss is 0, not 0 / 0.
     loss = split(jnp.where(valid, loss, 0)).sum(-1)
     if not masks:
         return jnp.mean(loss / count(valid))
@@ -301,6 +319,7 @@ def _both_ways(p: Prepared, temperature, how):
     s = similarity.log_sum_exp(
         p.x, p.keys, 1 / temperature, x_valid=p.x_valid, y_valid=p.key_valid, own=p.own, how=how
     )
+    # Columns are sums over all x for one candidate; a clip's are joined over its K.  [B K] -> [B]
     backward = jax.nn.logsumexp(jnp.where(p.y_mask, s.columns.reshape(p.y_mask.shape), NEVER), -1)
     return s.rows, backward, s.positives
 
@@ -310,4 +329,5 @@ def _wide(x):
 
 
 def _cast(x, how: How):
+    # Called after `unit`: norms are computed in float32, and the result rounded once.
     return x if x.dtype == jnp.float64 else x.astype(how.dtype)
