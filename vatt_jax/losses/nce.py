@@ -168,7 +168,7 @@ def nt_xent(
     included; the mean over both. One candidate only (K = 1)."""
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how, single=True)
     forward, backward, positive = _both_ways(p, temperature, how)
-    # A view is not compared with itself, its own score 1 / temperature being the largest of all.
+    # A view is not compared with itself: of unit vectors that score is the largest of all.
     # Within one kind the matrix of scores is symmetric: sums of its rows are enough.
     me = jnp.arange(len(p.x))
     within = lambda a, valid: (

@@ -23,7 +23,7 @@ from vatt_jax.performance import chips, hlo
 
 # The first file that a compiler dumps after those a quick plan reads.
 CODE = {'tpu': 'after_buffer_assignment.txt', 'cuda': '.ptx'}
-# JAX's plugins for CUDA; either holds the compiler.
+# JAX's plugins, one for each major version of CUDA; either will do.
 PLUGINS = ('jax_cuda13_plugin', 'jax_cuda12_plugin')
 PLUGIN_ADVICE = (
     f'To compile without a GPU: pip install --no-deps jax-cuda12-plugin=={jax.__version__} '
