@@ -154,6 +154,7 @@ def solve(
         raise ValueError(f'method: expected one of {", ".join(STEPS)}, got {method!r}.')
     if not strength > 0 or not np.isfinite(strength):
         raise ValueError(f'strength: expected a positive, finite λ, got {strength}.')
+    # Without it JAX would cast float64 arrays to float32, silently.
     with jax.enable_x64(dtype == 'float64'):
         rows = Rows(views, heads, len(prior), dtype, mesh)
         use_newton = method == 'newton'
@@ -244,6 +245,7 @@ def check_prior(prior: Any) -> np.ndarray:
         raise ValueError(
             f'prior sums to {prior.sum():.6g}; expected shares that sum to 1 (divide by the sum).'
         )
+    # Shares computed in float32 miss a sum of 1 by their rounding, and tolerances can be smaller.
     return prior / prior.sum()
 
 
@@ -312,6 +314,7 @@ class Rows:
         return tuple(self._place_view(x) for x in block)
 
     def _place_view(self, x: Any) -> jax.Array:
+        # shard_map takes equal shares only; padding rows get weight 0 in `_block_pass`.
         padding = -len(x) % self.mesh.size
         if isinstance(x, jax.Array) and x.dtype == self.dtype and not padding:
             if x.sharding.is_equivalent_to(self.sharding, x.ndim):
@@ -319,6 +322,7 @@ class Rows:
         host = np.asarray(x, self.dtype)
         if padding:
             host = np.concatenate([host, np.zeros((padding, host.shape[1]), host.dtype)])
+        # Every process holds all rows; the callback hands out only those of its own devices.
         return jax.make_array_from_callback(host.shape, self.sharding, lambda index: host[index])
 
     def sample(self, size: int) -> Rows:
@@ -328,6 +332,7 @@ class Rows:
         """
         if size >= self.count:
             return self
+        # A fixed seed: all processes must draw the same rows, and a resumed run those of the first.
         chosen = np.sort(np.random.default_rng(0).choice(self.count, size, replace=False))
         parts = []
         first = 0
@@ -356,6 +361,7 @@ class Rows:
 
         g is split so that float32 passes still feel changes of g below its own resolution.
         """
+        # exp(z + g) = exp(z + coarse) · exp(g - coarse), whose second factor is near 1.
         coarse = g.astype(self.dtype)
         fine_factor = np.exp(g - coarse)
         ratio = np.ones(len(g)) if ratio is None else ratio
@@ -379,6 +385,7 @@ class Rows:
     def marginal(self, g: np.ndarray, strength: float) -> np.ndarray:
         """Returns the column means c(g): float64 [P]."""
         total = np.zeros(self.clusters)
+        # The two halves are added in float64: high + low in float32 would round low away.
         for high, low in self.passes('marginal', g, strength):
             total = total + (np.asarray(high, np.float64) + np.asarray(low, np.float64))
         # Divided by its own sum, not by M, so that rounding does not move the total from 1.
@@ -405,6 +412,7 @@ class Rows:
         Returns:
           (labels [M], mean cost, published error).
         """
+        # Bounded, so that an empty cluster is no inf in float32 (which ends at 3e38).
         ratio = np.minimum(prior / np.maximum(marginal, 1e-30), 1e30)
         labels = []
         cost = np.float64(0)
@@ -502,6 +510,7 @@ def _block_pass(
             pieces = [jax.lax.dynamic_slice_in_dim(x, first, size) for x in block]
             row = first + jnp.arange(size)
             weight = ((row >= i * size) & (offset + row < count)).astype(g.dtype)
+            # NaN, +inf or a row of -inf only turn the sums into NaN, which must_be_finite reports.
             z = scale * combined(pieces, heads) + g  # [R P]
             exponentials = jnp.exp(z - z.max(-1, keepdims=True)) * fine
             return _Chunk(first, pieces, weight, exponentials, 1 / exponentials.sum(-1))
@@ -548,6 +557,7 @@ def _add_marginal(carry: Any, chunk: _Chunk) -> Any:
     """Adds the column sums of the softmax, with the rounding error carried along (two-sum)."""
     high, low = carry
     part = jnp.matmul(chunk.weight * chunk.inverse, chunk.exponentials, precision='highest')  # [P]
+    # Knuth's two-sum: what `new` lost to rounding, exactly. XLA does not reassociate floats.
     new = high + part
     back = new - high
     return new, low + ((high - (new - back)) + (part - back))
@@ -627,6 +637,7 @@ def search(
       rebuild: Makes a better preconditioner, once, when near the solution.
       memory: Past steps to mix; 0: plain Sinkhorn.
     """
+    # Anderson's least squares: Σ_k prior_k · (step of cluster k)², large clusters count more.
     norm_weight = np.sqrt(prior)
     log_prior = np.log(prior)
     best, best_marginal, best_residual = g, prior, np.inf
@@ -637,6 +648,7 @@ def search(
     halved = 0
 
     def sinkhorn_step(c: np.ndarray) -> np.ndarray:
+        # A cluster may have lost all its mass in floating point: no log of 0.
         return log_prior - np.log(np.maximum(c, 1e-300))
 
     while len(history) < max_passes:
@@ -652,6 +664,7 @@ def search(
             g = g + sinkhorn_step(c)
             continue
 
+        # A step that failed. Somewhat above the best is no failure: mixing is not monotone.
         if residual > 2 * best_residual:
             if failures and halved < HALVINGS:
                 # Not the first that fails: rows are nearly decided, so the way is right and its
@@ -713,6 +726,8 @@ def preconditioner(rows: Rows, g: np.ndarray, strength: float) -> np.ndarray:
     """
     coupling = rows.coupling(g, strength)
     mass = coupling.sum(1)
+    # With C the coupling, D its row sums (c) and S = D^-1/2 C D^-1/2, which is symmetric:
+    # (I - A)⁻¹ = (I - D⁻¹ C)⁻¹ = D^-1/2 (I - S)⁻¹ D^1/2.
     root = np.sqrt(np.maximum(mass, 1e-12 * mass.max()))
     # The eigenvalue 1 of the symmetric form belongs to `root`; moved to 0, the matrix below is
     # positive definite.
@@ -730,6 +745,7 @@ def anneal(
 
     It starts from a λ at which every row is undecided.
     """
+    # Z grows in proportion to λ, and its spread with it: log2(spread / SOFT) halvings.
     doublings = int(np.clip(np.ceil(np.log2(max(rows.spread(strength), 1) / SOFT)), 0, 60))
     g = np.zeros(len(prior))
     for left in range(doublings, -1, -1):
@@ -740,6 +756,7 @@ def anneal(
         if newton:
             rebuild = functools.partial(preconditioner, rows, strength=lower)
             inverse = rebuild(g)
+        # 100 passes at most: every λ but the last is only a start for the next one.
         g = search(marginal, g, prior, tolerance, 100, inverse, rebuild).potentials
         if left:
             g = g * 2  # potentials are in units of λ
@@ -755,6 +772,7 @@ def first_guess(
       (potentials, preconditioner, rebuild), where rebuild(g) is the preconditioner at g. Without
       `newton` the last two are None.
     """
+    # To 0.1 only: 16 rows of a cluster say no more than that about all of its rows.
     g = anneal(rows.sample(COARSE * len(prior)), prior, strength, 0.1, False)
     fine = rows.sample(FINE * len(prior))
     if not newton:
@@ -792,6 +810,7 @@ def soft_codes(
     """
     scores = jax.lax.stop_gradient(scores.astype(jnp.float32)) / epsilon
     valid = jnp.ones(len(scores), bool) if valid is None else valid
+    # log Q of the transport plan Q = exp(scores / ε), [B P]; rows that do not count have no mass.
     # In logarithms: the maximum is taken out before every exponential, which changes nothing and
     # cannot overflow.
     log_q = jnp.where(valid[:, None], scores, -jnp.inf)
@@ -799,6 +818,7 @@ def soft_codes(
         # Without any valid row all sums are -inf, and -inf - -inf would be NaN.
         log_q = log_q - jnp.where(valid.any(), jax.nn.logsumexp(log_q, 0, keepdims=True), 0)
         row_mass = jax.nn.logsumexp(log_q, -1, keepdims=True)
+        # The same trap, of rows: one that does not count is -inf throughout.
         scaled = log_q - jnp.where(valid[:, None], row_mass, 0)
         log_q = jnp.where(valid[:, None], scaled, -jnp.inf)
     return jnp.exp(log_q)
@@ -815,5 +835,5 @@ def soft_assignments(logits: np.ndarray, potentials: np.ndarray) -> np.ndarray:
       float64 [M P].
     """
     x = np.asarray(logits, np.float64) + potentials
-    exponentials = np.exp(x - x.max(-1, keepdims=True))
+    exponentials = np.exp(x - x.max(-1, keepdims=True))  # [M P]
     return exponentials / exponentials.sum(-1, keepdims=True)

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 METHODS = ('auto', 'gather', 'ring')
 
 # Rows and keys of a block, where there are enough of both.
+# 512 x 512 scores in float32 are 1 MiB.
 SIDE = 512
 
 # Up to this many scores per device are stored for the backward pass: 84 MB, and a matrix product
@@ -33,6 +34,7 @@ SIDE = 512
 KEEP = 20 * 2**20
 
 # auto: the ring, once gathered keys and their gradients would take more than this on a device.
+# 256 MiB are 65 536 keys of width 512 in float32 (4 bytes of the key, 4 of its gradient).
 GATHER_BYTES = 256 * 2**20
 
 
@@ -92,6 +94,7 @@ def choose_layout(num_rows: int, num_keys: int, key_bytes: int, how: How) -> Lay
     """
     if how.method not in METHODS:
         raise ValueError(f'method={how.method!r}: choose one of {", ".join(METHODS)}')
+    # Axis names and sizes are all that is needed. Empty without jax.set_mesh.
     mesh = jax.sharding.get_abstract_mesh()
     axes: tuple[str, ...] = ()
     devices = 1
@@ -105,6 +108,8 @@ def choose_layout(num_rows: int, num_keys: int, key_bytes: int, how: How) -> Lay
     ring = devices > 1 and (how.method == 'ring' or (how.method == 'auto' and is_large))
     if not ring:
         local_keys = devices * local_keys
+    # In a ring all that belongs to a block of keys travels with it; scores would be far too much.
+    # A block size that was asked for is a sign that memory is short.
     store_scores = not ring and not how.block and local_rows * local_keys <= KEEP
 
     tile_rows = _even_block(local_rows, how.block or SIDE)
@@ -123,6 +128,7 @@ def choose_layout(num_rows: int, num_keys: int, key_bytes: int, how: How) -> Lay
 
 def rows_per_device(num_rows: int, devices: int) -> int:
     """Returns the rows of each device; the last ones may be padding."""
+    # Ceiling division in integers; the same below.
     return -(-num_rows // devices)
 
 
@@ -138,6 +144,8 @@ def _even_block(num_rows: int, largest: int) -> int:
     return -(-size // 8) * 8
 
 
+# All arguments hash by value, so equal ones return the same jitted function. A new partial at every
+# call would be a new function to jit, and compile again.
 @functools.cache
 def on_devices(
     function: Callable[..., Any], task: Any, layout: Layout, in_specs: Any, out_specs: Any
@@ -149,6 +157,8 @@ def on_devices(
     """
     function = functools.partial(function, task, layout)
     if layout.axes:
+        # check_vma off: similarity.py writes its derivative by hand, outside of the shard_map, so
+        # nothing in here is ever transposed.
         function = jax.shard_map(
             function, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
@@ -162,6 +172,7 @@ def gather_keys(layout: Layout, tree: Any) -> Any:
     """Returns the keys a device sees without a hop: all where they are gathered, else its own."""
     if not layout.axes or layout.ring:
         return tree
+    # tiled: concatenated along the rows, not stacked on a new axis.
     return jax.tree.map(lambda x: jax.lax.all_gather(x, layout.axes, tiled=True), tree)
 
 
@@ -189,6 +200,7 @@ def loop_over_keys(
       (state, parts [blocks …]).
     """
     if layout.ring:
+        # A part is complete only when it is back home, so `finish` has to wait until the end.
         state, parts = _ring(layout, visit, state, keys, start)
         return state, parts if finish is None else finish(parts)
 
@@ -200,11 +212,13 @@ def loop_over_keys(
         # A single block needs no loop.
         state, part = step(state, get_block(keys, 0))
         return state, jax.tree.map(lambda x: x[None], part)
+    # scan stacks the parts: [blocks …].
     return jax.lax.scan(step, state, keys)
 
 
 def _ring(layout: Layout, visit: Any, state: Any, keys: Any, start: Any) -> tuple[Any, Any]:
     num_blocks = len(jax.tree.leaves(keys)[0])
+    # (source, destination) pairs of ppermute; devices are numbered along all axes together.
     neighbours = [(i, (i + 1) % layout.devices) for i in range(layout.devices)]
 
     def hop(tree):
@@ -227,9 +241,11 @@ def _ring(layout: Layout, visit: Any, state: Any, keys: Any, start: Any) -> tupl
         parts = set_block(parts, arrived, previous)
         return state, keys, parts, sent
 
+    # Every block of this device's share visits every device once.
     num_steps = layout.devices * num_blocks
     carry = (state, keys, parts, start)
     state, _, parts, sent = jax.lax.fori_loop(0, num_steps, step, carry)
+    # The part of the last block is still to make its last hop.
     return state, set_block(parts, hop(sent), num_blocks - 1)
 
 

@@ -45,6 +45,7 @@ from vatt_jax.losses.blockwise import (
 __all__ = ['AUTO', 'METHODS', 'NEVER', 'How', 'Sums', 'log_sum_exp', 'sigmoid_sum']
 
 # The log-sum-exp of nothing.
+# Finite, because -inf - -inf would be NaN where two empty sums are joined.
 NEVER = -1e9
 
 # Scores closer than this can share an exponential in float32: exp(-60) is far from its smallest
@@ -145,15 +146,21 @@ def _sums(task: Task, x, y, scale, bias, valid, apart, own, how: How):
             f'x {x.shape} and y {y.shape}: two sets of embeddings [rows E] of one width are '
             'wanted, neither empty'
         )
+    # float64 embeddings (as in checks of the gradient) stay float64, whatever `how` says.
     dtype, accumulate = jnp.dtype(how.dtype), jnp.dtype(jnp.float32)
     if jnp.promote_types(x.dtype, y.dtype) == jnp.float64:
         dtype = accumulate = jnp.dtype(jnp.float64)
     (m, width), n = x.shape, len(y)
+    # Gathered keys are in `dtype`, their gradients in `accumulate` until they are summed.
     key_bytes = width * (dtype.itemsize + accumulate.itemsize * task.key_gradient)
     layout = choose_layout(m, n, key_bytes, how)
     if not task.key_gradient:
+        # The derivative below would return zeros for y; cut here, what y came from is not
+        # differentiated at all.
         y = jax.lax.stop_gradient(y)
     pairs = [pair or (None, None) for pair in (valid, apart, own)]
+    # Cast, masked and padded outside of the custom derivative: JAX takes gradients back through
+    # these by itself.
     x = _side(layout, 0, x.astype(dtype), *(of_rows for of_rows, _ in pairs))
     y = _side(layout, 1, y.astype(dtype), *(of_keys for _, of_keys in pairs))
     scale, bias = jnp.asarray(scale, accumulate), jnp.asarray(bias, accumulate)
@@ -169,6 +176,8 @@ def _side(layout: Layout, which: int, data: Any, *more: Any) -> Side:
     """Makes rows (which = 0) or keys (1), padded to an equal share for each device."""
     side = Side(data, *(None if array is None else jnp.asarray(array) for array in more))
     num_rows = layout.devices * rows_per_device(len(data), layout.devices)
+    # Padding comes twice: here to equal shares, in split_blocks to whole blocks. `valid` must be
+    # there for either, or zeros would be keys of score 0.
     is_padded = num_rows > len(data) or layout.local[which] % layout.tile[which]
     if side.valid is not None:
         # What is masked is cut out before anything is computed from it, so that not even 0 * NaN
@@ -177,6 +186,7 @@ def _side(layout: Layout, which: int, data: Any, *more: Any) -> Side:
     elif is_padded:
         # Padding is filled with False.
         side = side._replace(valid=jnp.ones(len(data), bool))
+    # None is an empty tree to JAX, not a leaf: what is absent stays absent.
     return jax.tree.map(lambda array: pad_rows(array, num_rows), side)
 
 
@@ -190,6 +200,7 @@ def _pairwise(task: Task, layout: Layout, x: Side, y: Side, scale, bias):
 
 
 def _pairwise_forward(task, layout, x, y, scale, bias):
+    # Specs are prefixes of trees: one P stands for all the arrays of a Side, or of the sums.
     rows, one = P(layout.axes), P()
     sums, kept = on_devices(_forward, task, layout, (rows, rows, one, one), rows)(x, y, scale, bias)
     return sums, (x, y, scale, bias, sums, kept)
@@ -201,6 +212,7 @@ def _pairwise_backward(task, layout, residuals, cotangents):
         _backward, task, layout, (rows, rows, one, one, rows, rows, rows), (rows, rows, one, one)
     )
     dx, dy, dscale, dbias = back(*residuals, cotangents)
+    # None as a cotangent means zero: masks and numbers have no derivative.
     x, y, *_ = (jax.tree.map(lambda _: None, r) for r in residuals)
     return x._replace(data=dx), y._replace(data=dy), dscale, dbias
 
@@ -211,26 +223,30 @@ _pairwise.defvjp(_pairwise_forward, _pairwise_backward)
 def _forward(task, layout, x: Side, y: Side, scale, bias):
     m, n, accumulate = len(x.data), len(y.data), scale.dtype
     keys = gather_keys(layout, y)
+    # Keys before they are padded to whole blocks.
     met = len(keys.data)
     x, keys = split_blocks(x, layout.tile[0]), split_blocks(keys, layout.tile[1])
 
     def start(shape):
         return jnp.full(shape, NEVER, accumulate), jnp.zeros(shape, accumulate)
 
+    # (every, own): for each block of rows a pair (top, total), both [blocks t].
     rows = tuple(
         start(x.data.shape[:2]) if is_needed else None
         for is_needed in (True, task.kind == 'softmax' and x.own is not None)
     )
+    # All rows' scores with one block of keys; the loop over keys stacks these.  [blocks t u]
     kept = jnp.zeros((len(x.data), *layout.tile), accumulate) if layout.store_scores else None
 
     def meet(rows, key: Side, part):
         def tile(i, carry):
             (every, own), (column, kept) = carry
             row = get_block(x, i)
-            s = _scores(row, key, scale, bias)
+            s = _scores(row, key, scale, bias)  # [t u]
             kept = set_block(kept, s, i) if layout.store_scores else None
             row_mask, column_mask, own_mask = _masks(row, key)
             if task.kind == 'sigmoid':
+                # -log σ(z s) = softplus(-z s). A plain sum: of (top, total) only the total is used.
                 total = jnp.sum(_where(row_mask, jax.nn.softplus(_turned(s, own_mask)), 0), 1)
                 return (set_block(every, (every[0][i], every[1][i] + total), i), own), (
                     column,
@@ -239,6 +255,7 @@ def _forward(task, layout, x: Side, y: Side, scale, bias):
             by_row, by_column = _block_sums(s, row_mask, column_mask, task.columns)
             every = set_block(every, _join(get_block(every, i), by_row), i)
             if own is not None:
+                # Positives are few: most blocks hold none and skip the exponentials.
                 own_block = jax.lax.cond(
                     jnp.any(own_mask),
                     lambda state: _join(state, _exp_sum(s, own_mask, 1)),
@@ -257,6 +274,7 @@ def _forward(task, layout, x: Side, y: Side, scale, bias):
         columns = tuple(c.reshape(-1)[:met] for c in columns)
         if layout.axes and not layout.ring:
             # Each device has seen its rows only: join them, and keep the columns of its own keys.
+            # Totals can be added once they refer to the same top.
             top = jax.lax.pmax(columns[0], layout.axes)
             total = jax.lax.psum_scatter(
                 columns[1] * jnp.exp(columns[0] - top), layout.axes, tiled=True
@@ -286,6 +304,8 @@ def _backward(task, layout, x: Side, y: Side, scale, bias, sums, kept, cotangent
     # need no further pass.
     cotangents = [None if g is None else g * scale for g in cotangents]
     if task.kind == 'softmax':
+        # d logsumexp_i / d s_ij = exp(s_ij - logsumexp_i): of the forward pass only the sums are
+        # needed.
         every, columns, own = (
             None if g is None else _nonempty(total, g) for total, g in zip(sums, cotangents)
         )
@@ -305,6 +325,7 @@ def _backward(task, layout, x: Side, y: Side, scale, bias, sums, kept, cotangent
             s = get_block(kept, i) if layout.store_scores else _scores(row, key, scale, bias)
             row_mask, column_mask, own_mask = _masks(row, key)
             if task.kind == 'sigmoid':
+                # d softplus(-z s) / ds = -z σ(-z s), times the row's cotangent.
                 w = _where(
                     row_mask,
                     _turned(jax.nn.sigmoid(_turned(s, own_mask)) * every[i][:, None], own_mask),
@@ -323,6 +344,7 @@ def _backward(task, layout, x: Side, y: Side, scale, bias, sums, kept, cotangent
                         return w + jnp.where(own_mask, pulled, 0)
 
                     w = jax.lax.cond(jnp.any(own_mask), pull, lambda w: w, w)
+            # dx_i = Σ_j w_ij y_j and dy_j = Σ_i w_ij x_i; w is rounded once, for both products.
             w = w.astype(x_type)
             x_total = set_block(x_total, x_total[i] + _product(w, key.data, (1, 0), accumulate), i)
             if task.key_gradient:
@@ -351,6 +373,8 @@ def _backward(task, layout, x: Side, y: Side, scale, bias, sums, kept, cotangent
     part = jnp.zeros(keys.data.shape[1:], accumulate) if task.key_gradient else None
     (dx, dbias), dy = loop_over_keys(layout, meet, state, (keys, beside, kept), part, done)
     dx = dx.reshape(-1, dx.shape[-1])[:m]
+    # dx_i is Σ_j scale g_ij y_j, g being the derivative by the score: what the scale needs,
+    # Σ_ij g_ij <x_i, y_j>, is Σ_i <dx_i, x_i> / scale.
     dscale = jnp.sum(dx * x.data.reshape(-1, dx.shape[-1])[:m].astype(accumulate)) / scale
     dbias = dbias / scale
     if dy is None:
@@ -358,6 +382,7 @@ def _backward(task, layout, x: Side, y: Side, scale, bias, sums, kept, cotangent
     else:
         dy = dy.reshape(-1, dx.shape[-1])[:met]
         if layout.axes and not layout.ring:
+            # Every device has a part of all keys' gradients: add them up, and keep one's own keys'.
             dy = jax.lax.psum_scatter(dy, layout.axes, tiled=True)
     if layout.axes:
         dscale, dbias = jax.lax.psum((dscale, dbias), layout.axes)
@@ -368,6 +393,8 @@ def _backward(task, layout, x: Side, y: Side, scale, bias, sums, kept, cotangent
 
 
 def _product(a, b, contracted, accumulate):
+    # Products of two bfloat16 are exact in float32. Operands in float32 would be rounded at the
+    # default precision: to bfloat16 on TPUs, to TF32 on GPUs.
     precision = jax.lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     return jax.lax.dot_general(
         a,
@@ -384,6 +411,8 @@ def _scores(row: Side, key: Side, scale, bias):
 
 def _masks(row: Side, key: Side):
     """Which pairs count: for rows, for columns, as positives; None: all."""
+    # A row that is not valid has sums like any other, which the caller drops; it must only stay
+    # out of the columns' sums. And the reverse.
     apart = None if row.apart is None else row.apart[:, None] != key.apart
     rows = _both(apart, None if key.valid is None else key.valid[None])
     columns = _both(apart, None if row.valid is None else row.valid[:, None])
@@ -415,6 +444,7 @@ def _block_sums(s, row_mask, column_mask, columns: bool):
     """Sums a block's rows and, if asked for, columns."""
     if not columns:
         return _exp_sum(s, row_mask, 1), None
+    # The largest of all scores, of masked ones too: it only has to be near those that count.
     top = jnp.max(s)
 
     def shared(s):
@@ -433,12 +463,15 @@ def _block_sums(s, row_mask, column_mask, columns: bool):
 
 
 def _exp_sum(s, mask, axis):
+    # A masked score may be above the top and its exponential inf: it is replaced, and JAX never
+    # differentiates this (the gradient of where would be NaN).
     top = jnp.max(_where(mask, s, NEVER), axis)
     return top, jnp.sum(_where(mask, jnp.exp(s - jnp.expand_dims(top, axis)), 0), axis)
 
 
 def _join(a, b):
     top = jnp.maximum(a[0], b[0])
+    # Both exponents are at most 0; where both are NEVER, 0 * exp(0).
     return top, a[1] * jnp.exp(a[0] - top) + b[1] * jnp.exp(b[0] - top)
 
 
@@ -452,6 +485,7 @@ def _nonempty(total, g):
 
     An empty sum has no cotangent, and does not stretch the range of the others.
     """
+    # No real score comes near NEVER / 2.
     empty = total <= NEVER / 2
     return jnp.where(empty, jnp.max(total), total), jnp.where(empty, 0, g)
 
@@ -473,6 +507,8 @@ def _block_weights(s, row, column, row_mask, column_mask):
 
     def shared(s):
         # No score that counts is above its row's log-sum-exp.
+        # One that does not count may be, and inf * 0 would be NaN. The factors exp(top - r) are at
+        # most exp(SPAN), far from the largest float32.
         return jnp.exp(jnp.minimum(s - top, 0)) * (
             _where(row_mask, g * jnp.exp(top - r), 0) + _where(column_mask, h * jnp.exp(top - c), 0)
         )

@@ -26,6 +26,7 @@ import re
 
 from vatt_jax.config import ConfigError
 
+# Data sheets count in both, see above; rates are always in powers of ten.
 GB = 1e9
 GIB = 2**30
 
@@ -39,22 +40,27 @@ class Chip:
     between hosts (GPU) or slices (TPU). host: chips of one host. devices: JAX devices of one chip. axes: of the torus.
     """
 
-    name: str
-    platform: str
-    peak: float | None = None
-    memory: float | None = None
-    bandwidth: float | None = None
-    link: float | None = None
-    wrap: int = 0
-    network: float | None = None
-    host: int = 1
-    devices: int = 1
-    axes: int = 1
+    name: str  # as written in --topology
+    platform: str  # tpu | cuda | cpu
+    peak: float | None = None  # FLOP/s
+    memory: float | None = None  # bytes
+    bandwidth: float | None = None  # bytes/s
+    link: float | None = None  # bytes/s, one way
+    wrap: int = 0  # chips
+    network: float | None = None  # bytes/s, one way
+    host: int = 1  # chips
+    devices: int = 1  # JAX devices
+    axes: int = 1  # numbers that a shape has
 
 
+# name, platform, peak, memory, bandwidth, link, wrap, network, host. Network rates are bits over 8.
+# A link's rate is the page's total divided by the ports (four on v5e and v6e, six on v5p and tpu7x)
+# and, where the page counts both ways, by two.
 CHIPS = {
     c.name: c
     for c in (
+        # Three axes: cubes of 4 x 4 x 4 behind optical switches, which close an axis of whole cubes
+        # to a ring. Two axes (v5e, v6e): only the full side of a pod, 16 chips, is closed.
         Chip('v4', 'tpu', 275e12, 32 * GIB, 1228 * GB, 50 * GB, 4, 25e9 / 8, 4, axes=3),
         Chip('v5e', 'tpu', 197e12, 16 * GB, 819 * GB, 50 * GB, 16, 25e9 / 8, 8, axes=2),
         Chip('v5p', 'tpu', 459e12, 95 * GIB, 2765 * GB, 100 * GB, 4, 50e9 / 8, 4, axes=3),
@@ -72,6 +78,7 @@ CHIPS = {
             devices=2,
             axes=3,
         ),
+        # Hosts and GPUs of a host are two axes; a switch joins the GPUs of a host, each to all.
         Chip('h100', 'cuda', 989.4e12, 80 * GB, 3350 * GB, 450 * GB, 0, 400e9 / 8, 8, axes=2),
         Chip('h200', 'cuda', 989.4e12, 141 * GB, 4800 * GB, 450 * GB, 0, 400e9 / 8, 8, axes=2),
         Chip('cpu', 'cpu'),
@@ -85,7 +92,7 @@ class Topology:
 
     chip: Chip
     shape: tuple[int, ...]
-    slices: int = 1
+    slices: int = 1  # joined by the data-centre network; TPU only
 
     def __str__(self) -> str:
         return f'{self.chip.name}:{"x".join(map(str, self.shape))}' + (
@@ -102,6 +109,7 @@ class Topology:
 
     @property
     def hosts(self) -> int:
+        # A slice smaller than a host still takes one.
         return 1 if self.chip.platform == 'cpu' else -(-self.chips // self.chip.host)
 
     @property
@@ -115,9 +123,13 @@ class Topology:
         one link, two where the axis is a ring."""
         if self.chip.link is None:
             return None
+        # A switch: the rate is that of all links together.
         if not self.chip.wrap:
             return self.chip.link
+        # Inside an open axis a chip has two neighbours, but a collective waits for the ends, which
+        # have one.
         links = sum((2 if n % self.chip.wrap == 0 else 1) for n in self.shape if n > 1)
+        # A single chip has no axis to count: all of its links, so that the rate is not 0.
         return self.chip.link * (links or 2 * self.chip.axes) / self.chip.devices
 
     def of_device(self, rate: float | None) -> float | None:
@@ -135,6 +147,7 @@ def gpu_target(chip: Chip) -> str:
         'shared_memory_per_core': 228 * 1024,
         'shared_memory_per_block_optin': 227 * 1024,
         'threads_per_core_limit': 2048,
+        # A core is a streaming multiprocessor in these names.
         'core_count': 132,
         'fpus_per_core': 128,
         'block_dim_limit_x': 2**31 - 1,
@@ -147,6 +160,7 @@ def gpu_target(chip: Chip) -> str:
         'memory_bandwidth': int(chip.bandwidth),
         'device_memory_size': int(chip.memory),
     }
+    # device_description_str is what JAX reports as device_kind on the GPU itself.
     kind = next(kind for kind, name in KINDS.items() if name == chip.name)
     return (
         f'gpu_device_info {{ {" ".join(f"{k}: {v}" for k, v in info.items())} cuda_compute_capability {{ major: 9 }} }} platform_name: "CUDA" '
@@ -155,6 +169,7 @@ def gpu_target(chip: Chip) -> str:
 
 
 # JAX's device_kind -> chip
+# JAX calls the v5e 'TPU v5 lite' and the v5p 'TPU v5'; the product names are accepted too.
 KINDS = {
     'TPU v4': 'v4',
     'TPU v5 lite': 'v5e',
@@ -171,6 +186,7 @@ KINDS = {
 
 def peak_of(devices) -> float | None:
     """FLOP/s of these JAX devices together by the data sheet; None where it is not in the table."""
+    # A peak is a chip's; where a chip is two JAX devices each has half.
     chip = CHIPS.get(KINDS.get(devices[0].device_kind, ''))
     return chip.peak / chip.devices * len(devices) if chip else None
 
@@ -178,6 +194,7 @@ def peak_of(devices) -> float | None:
 def parse(text: str) -> Topology:
     """'v5p:8x8x4', 'v5e:16x16*4' (four slices), 'h100:8x8' (hosts × GPUs), 'cpu:8'. Raises ConfigError that says what would work."""
     flag = f'--topology={text}'
+    # chip:AxBxC, and *slices where there are several.
     found = re.fullmatch(r'([a-z0-9]+):(\d+(?:x\d+)*)(?:\*(\d+))?', text)
     if not found:
         raise ConfigError(
@@ -212,15 +229,19 @@ def parse(text: str) -> Topology:
 def environment(topology: Topology) -> dict[str, str]:
     """What JAX is to find when it starts in order to compile for this topology: no accelerator of this machine is touched, libtpu
     neither looks for hardware nor keeps others from being loaded, and the plugin for GPUs does not miss their libraries."""
+    # JAX itself runs on the CPU; the target's compiler is loaded by name (planning/compilation.py).
     cpu = {'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '3', 'ABSL_MIN_LOG_LEVEL': '3'}
     if topology.chip.platform == 'cpu':
         return cpu | {'JAX_NUM_CPU_DEVICES': str(topology.devices)}
     return cpu | {
+        # No metadata server to ask: that exists on Google's virtual machines only.
         'TPU_SKIP_MDS_QUERY': '1',
+        # Stands in for what that server would say; the slice that is compiled for is named later.
         'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
         'TPU_WORKER_HOSTNAMES': 'localhost',
         'TPU_WORKER_ID': '0',
         'TPU_STDERR_LOG_LEVEL': '3',
         'TPU_MIN_LOG_LEVEL': '3',
+        # libtpu takes a lock on the machine's TPUs, also where there are none.
         'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
     }

@@ -23,6 +23,7 @@ from vatt_jax.performance import chips, hlo
 
 # The first file that a compiler dumps after those a quick plan reads.
 CODE = {'tpu': 'after_buffer_assignment.txt', 'cuda': '.ptx'}
+# JAX's plugins, one for each major version of CUDA; either will do.
 PLUGINS = ('jax_cuda13_plugin', 'jax_cuda12_plugin')
 PLUGIN_ADVICE = (
     f'To compile without a GPU: pip install --no-deps jax-cuda12-plugin=={jax.__version__} '
@@ -70,6 +71,7 @@ def suit(config: ConfigDict, chip: chips.Chip) -> list[str]:
         options = config.compiler_options.items()
         config.compiler_options = ConfigDict({k: v for k, v in options if k not in foreign})
         notes.append(f'compiler_options left out, of another platform: {", ".join(foreign)}')
+    # Not changed: the plan is that of the run, even if its MFU looks low.
     if config.compute_dtype != 'bfloat16' and chip.peak:
         notes.append(
             f'compute_dtype is {config.compute_dtype}; the peak it is compared with is that of '
@@ -88,6 +90,7 @@ def _suit_attention(config: ConfigDict, chip: chips.Chip) -> list[str]:
         else:
             config.model.attention = attention.FUSED.get(platform, 'dense')
     kernel = config.model.attention
+    # Kernels without a home (dense) run everywhere.
     if attention.HOME.get(kernel, platform) != platform:
         config.model.attention = 'dense'
         return [
@@ -139,6 +142,7 @@ def devices_of(topology: chips.Topology) -> tuple[list[Any] | None, str]:
     if platform == 'cpu':
         return _cpu_devices(topology), ''
     if platform == 'cuda':
+        # Looked for, not imported: importing is up to JAX, when it loads its plugins.
         if any(importlib.util.find_spec(plugin) for plugin in PLUGINS):
             return _gpu_devices(topology), ''
         return None, (
@@ -172,6 +176,7 @@ def _gpu_devices(topology: chips.Topology) -> list[Any]:
         description = topologies.get_topology_desc(
             platform='cuda',
             topology_name=topology.chip.name,
+            # Slices, hosts of a slice, GPUs of a host.
             topology=f'1x{hosts}x{gpus}',
             target_config=chips.gpu_target(topology.chip),
         )
@@ -191,6 +196,7 @@ def _tpu_devices(topology: chips.Topology) -> list[Any]:
     if topology.slices > 1:
         options['num_slices'] = topology.slices
     if math.prod(topology.shape) == 1:
+        # libtpu's default host has several chips, more than this machine.
         options['chips_per_host_bounds'] = (1, 1, 1)
     if chip.name == 'v4':
         options['chip_config_name'] = 'megacore'  # two cores as one device
@@ -208,6 +214,7 @@ def _tpu_devices(topology: chips.Topology) -> list[Any]:
 def abstract_mesh(config: ConfigDict, topology: chips.Topology) -> jax.sharding.AbstractMesh:
     """Make a mesh of no devices: enough to say how everything is sharded."""
     shape = sharding.mesh_shape(dict(config.mesh), topology.devices)
+    # Auto, as in sharding.make_mesh: the compiler propagates shardings.
     axis_types = (jax.sharding.AxisType.Auto,) * len(shape)
     return jax.sharding.AbstractMesh(shape, sharding.MESH_AXES, axis_types=axis_types)
 
@@ -235,16 +242,19 @@ def compile_step(traced: Any, topology: chips.Topology, quick: bool = False) -> 
         options: dict[str, Any] = {
             'xla_dump_to': dump,
             'xla_dump_hlo_as_text': True,
+            # jit names a module after its function; other programs are not dumped.
             'xla_dump_hlo_module_re': 'jit_step.*',
         }
         if platform == 'cuda':
             # Products as calls of cuBLAS: to choose tiles of its own, the compiler would have to
             # time them on the GPU.
             options |= {'xla_gpu_enable_triton_gemm': False, 'xla_gpu_autotune_level': 0}
+        # The target's lowering rules (its kernels), although JAX's own backend here is the CPU.
         lowered = traced.lower(lowering_platforms=(platform,))
         code_suffix = CODE[platform] if quick else None
         compiled, error = _run_compiler(lowered, options, dump, code_suffix)
         if error is not None:
+            # Too much memory is a result; any other error is an error.
             sizes = out_of_memory(str(error))
             if sizes is None:
                 raise error
@@ -252,6 +262,7 @@ def compile_step(traced: Any, topology: chips.Topology, quick: bool = False) -> 
             seconds = time.monotonic() - start
             return Compiled(seconds, memory=None, needed=needed, limit=limit)
 
+        # The file appears before code is generated: a quick plan reads it while `compiled` is None.
         program = _find_dump(dump, 'after_optimizations.txt')
         text = program.read_text() if program else compiled.as_text()
         memory = _memory_of(compiled, dump)
@@ -278,6 +289,7 @@ def _run_compiler(
     if code_suffix is None:
         work()
     else:
+        # compile() cannot be interrupted, so it runs beside this thread, which watches the dump.
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         while thread.is_alive() and not _find_dump(dump, code_suffix):
@@ -295,6 +307,7 @@ def _memory_of(compiled: Any, dump: str) -> dict[str, float | None]:
     if compiled is None:
         assignment = _find_dump(dump, 'buffer-assignment.txt')
         assert assignment is not None, 'XLA dumps it before any code'
+        # Before code generation, which may still add scratch: a little below the final numbers.
         parts = hlo.buffers(assignment.read_text())
         live = None
     else:
@@ -302,6 +315,7 @@ def _memory_of(compiled: Any, dump: str) -> dict[str, float | None]:
         parts = {
             'arguments': float(analysis.argument_size_in_bytes),
             'temporaries': float(analysis.temp_size_in_bytes),
+            # The step donates its state: outputs that alias arguments take no memory of their own.
             'outputs': float(analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
         }
         live = float(getattr(analysis, 'peak_memory_in_bytes', 0))
@@ -319,6 +333,7 @@ def out_of_memory(message: str) -> tuple[float | None, float | None] | None:
     """
     if 'RESOURCE_EXHAUSTED' not in message and 'Ran out of memory' not in message:
         return None
+    # TPU: 'Ran out of memory in memory space hbm. Used 18.20G of 15.75G hbm.'
     match = re.search(r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)', message)
     if not match:
         return None, None
@@ -326,5 +341,6 @@ def out_of_memory(message: str) -> tuple[float | None, float | None] | None:
 
 
 def _bytes(number: str, unit: str) -> float:
+    # XLA's K, M, G and T are powers of 1024.
     exponent = ' KMGT'.index(unit or ' ')
     return float(number) * 1024**exponent

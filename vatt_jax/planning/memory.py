@@ -26,6 +26,7 @@ def shares(shape: Any, shardings: Any) -> float:
     )
     total = 0.0
     for leaf, leaf_sharding in zip(leaves, leaf_shardings, strict=True):
+        # shard_shape is one device's; what is replicated counts whole on each.
         total += math.prod(leaf_sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return total
 
@@ -41,11 +42,13 @@ def add_memory(
         built: what the config builds, shapes only.
         compiled: what the compiler made of the step, None where there is no compiler.
     """
+    # All numbers are bytes of one JAX device, which on some TPUs is half a chip.
     limit = topology.of_device(topology.chip.memory)
     state = shares(built.shape, built.shardings)
     batch_leaves = jax.tree.leaves(built.batch)
     batch_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in batch_leaves)
     replica, fsdp = built.mesh.axis_sizes[:2]  # the axes that rows are sharded over
+    # Along the model and seq axes devices hold copies of the same rows.
     batch = batch_bytes / (replica * fsdp)
     memory: dict[str, Any] = {'limit': limit, 'state': state, 'batch': batch}
 
@@ -60,9 +63,11 @@ def add_memory(
         }
     elif compiled.memory is None:
         memory |= {
+            # The compiler gave up: all that is known of it is in its message.
             'arguments': state + batch,
             'temporaries': None,
             'peak': compiled.needed,
+            # The compiler's limit is below the data sheet's, as the runtime reserves some memory.
             'limit': compiled.limit or limit,
             'fits': False,
         }
@@ -96,19 +101,23 @@ def would_fit(result: Mapping[str, Any], memory: Mapping[str, Any]) -> list[str]
     limit, state, peak = memory['limit'], memory['state'], memory['peak']
     mesh = result['mesh']
     data_parallel = mesh['replica'] * mesh['fsdp']
+    # As if all of the state could be sharded, which holds but for small arrays.
     sharded_state = state * mesh['fsdp'] / data_parallel
     advice = []
 
     # Sharding helps where it is the state that fills the memory, rather than the activations.
     if peak:
+        # A tenth of the peak, or less where less is missing.
         worthwhile = min(0.1 * peak, peak - limit)
     else:
+        # Nothing is known of the activations; the state has to be a good part of the memory.
         worthwhile = 0.2 * limit
     if state - sharded_state >= worthwhile:
         advice.append(
             f'config.mesh.fsdp={data_parallel}: parameters and optimizer over all data-parallel '
             f'devices, about {sharded_state / 1e9:.1f} GB each instead of {state / 1e9:.1f}'
         )
+    # Only transformer encoders have layers that remat knows of.
     if result['model']['remat'] != 'full' and result['model']['layers']:
         advice.append("config.model.remat='full': the backward pass recomputes each layer")
 
@@ -132,11 +141,14 @@ def _smaller_batch(
 ) -> list[str]:
     """The batch that would fit: what is not the state grows with the rows of a microbatch."""
     limit, state, peak = memory['limit'], memory['state'], memory['peak']
+    # peak(rows) ≈ state + rows · (peak - state) / microbatch, solved for the limit, with a margin
+    # of a tenth.
     fraction = 0.9 * (limit - state) / max(peak - state, 1.0)
     microbatch = result['per_device_batch'] / result['accumulate']
-    rows = int(microbatch * fraction)
+    rows = int(microbatch * fraction)  # clips of one device at a time
     if not 0 < rows < microbatch:
         return []
+    # A power of two, as batch sizes mostly are: it has to divide the batch.
     num_microbatches = 2 ** math.ceil(math.log2(result['per_device_batch'] / rows))
     return [
         f'about {rows} clips a device at a time: config.batch_size={rows * data_parallel}, or '

@@ -62,6 +62,8 @@ __all__ = [
 ]
 
 # Fields of the config that change nothing of a plan.
+# They are left out of the digest, so that a stored plan is found again after such a change.
+# `steps` is not among them: hours of the run are part of a plan.
 IRRELEVANT_FIELDS = (
     'name',
     'report',
@@ -107,15 +109,20 @@ def plan(
         ConfigError: config and topology do not fit each other.
     """
     config = config.copy_and_resolve_references()
+    # The size of the vocabulary may come from the data; it changes parameters and FLOPs.
     loop.resolve(config, data)
     configs.check_batch(config, topology.devices, 1)
+    # For other platforms there is no file to wait for, and the whole compile is read.
     quick = quick and topology.chip.platform in CODE
+    # suit() may change the config, so it comes before the digest.
     all_notes = [*notes, *suit(config, topology.chip)]
     if quick:
+        # Notes are part of the digest: quick plans and whole ones are stored side by side.
         all_notes.append(QUICK)
 
     path = None
     if folder:
+        # ':' and '*' have meanings of their own in paths, URLs and shells.
         machine = str(topology).replace(':', '_').replace('*', '_slices')
         path = folder / f'{machine}_{digest(config, topology, data, all_notes)}.json'
         if path.exists():
@@ -124,6 +131,7 @@ def plan(
     result = _make_plan(config, data, topology, all_notes, quick)
     result['cached'] = False
     if path:
+        # A search that is killed must not leave half a plan to be read.
         path.parent.mkdir(parents=True, exist_ok=True)
         loop.write_atomically(path, json.dumps(result, indent=1))
         loop.write_atomically(path.with_suffix('.txt'), table(result))
@@ -139,6 +147,7 @@ def _make_plan(
         mesh = sharding.make_mesh(dict(config.mesh), devices)
     else:
         mesh = abstract_mesh(config, topology)
+    # Shapes and shardings only: no parameter is allocated, however large the model.
     built = loop.assemble(config, data, mesh)
     result = describe(config, topology, built, data.size('train'))
     result['notes'] = list(notes)
@@ -148,8 +157,11 @@ def _make_plan(
     compiled, executed = None, None
     if devices:
         with jax.set_mesh(mesh):
+            # Traced once, for the compiler and for the count of FLOPs.
             traced = built.step.trace(built.shape, built.batch)
             compiled = compile_step(traced, topology, quick)
+        # Of the program before it is partitioned: FLOPs of all devices together, with what
+        # rematerialisation repeats.
         executed = flops.count(traced.jaxpr.jaxpr)
         if executed.unknown:
             result['notes'].append(
@@ -168,11 +180,13 @@ def digest(config: ConfigDict, topology: chips.Topology, data: Any, notes: Seque
     That is the config, the machine, the shapes of the data, this package's sources and the
     versions of the libraries.
     """
+    # Any change of the package makes all plans anew; which files matter is not worth finding out.
     source = hashlib.sha256()
     for file in sorted(pathlib.Path(__file__).parents[1].rglob('*.py')):
         source.update(file.read_bytes())
     fields = {}
     for field, value in configs.flatten(config):
+        # Leaf by leaf, the first part of the dotted name being the field.
         if field.split('.')[0] not in IRRELEVANT_FIELDS:
             fields[field] = value
     packages = ('libtpu', *PLUGINS)
@@ -186,7 +200,9 @@ def digest(config: ConfigDict, topology: chips.Topology, data: Any, notes: Seque
         source.hexdigest(),
         versions,
     ]
+    # default: values that JSON does not know, such as dtypes.
     text = json.dumps(parts, sort_keys=True, default=str)
+    # 48 bits: enough to tell the plans of a folder apart.
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -220,6 +236,7 @@ def describe(
         'mesh': dict(zip(sharding.MESH_AXES, built.mesh.axis_sizes)),
         'batch': config.batch_size,
         'accumulate': config.accumulate,
+        # In one step; microbatches (`accumulate`) divide it further.
         'per_device_batch': config.batch_size / (replica * fsdp),
         'steps': config.steps,
         'examples': examples,
@@ -238,6 +255,7 @@ def describe(
 def _count_parameters(config: ConfigDict, built: loop.Built) -> dict[str, Any]:
     frozen = 0
     for name, size in named_sizes(built.shape.params).items():
+        # As the optimizer does it: patterns are searched for, not matched from the start.
         if any(re.search(pattern, name) for pattern in config.optimizer.frozen):
             frozen += size
     total = _num_elements(built.shape.params)
@@ -247,8 +265,8 @@ def _count_parameters(config: ConfigDict, built: loop.Built) -> dict[str, Any]:
     return {
         'total': total,
         'trained': total - frozen,
-        'optimizer_slots': _num_elements(slots),
-        'of': {part: _num_elements(tree) for part, tree in parts},
+        'optimizer_slots': _num_elements(slots),  # moments and the like
+        'of': {part: _num_elements(tree) for part, tree in parts},  # top-level module -> parameters
     }
 
 
@@ -257,12 +275,14 @@ def _count_flops(config: ConfigDict, built: loop.Built) -> dict[str, Any]:
     # Dense attention, whatever the config says: kernels compute padding too.
     dense = ConfigDict(config.model.to_dict() | {'attention': 'dense'})
     model = models.build(dense, config.compute_dtype)
+    # ShapeDtypeStructs all of them: FLOPs are counted by tracing, nothing is computed.
     variables = {'params': built.shape.params['model'], 'batch_stats': built.shape.batch_stats}
     forward = flops.towers(model, variables, two_rows(built.inputs))
     per_clip = {kind: flops.model_flops(forward, kind) for kind in ('needed', 'all_tokens')}
     return {
         'forward_per_clip': forward,
         'model_per_clip': per_clip,
+        # What the pooled output needs and no more (performance/flops.py): the numerator of MFU.
         'model_step': per_clip['needed'] * config.batch_size,
     }
 

@@ -40,14 +40,16 @@ def add_roofline(
     if report:
         collectives = report.collectives
     elif compiled is None:
+        # No program to read: what the shardings alone make necessary.
         collectives = least_collectives(built, mesh, config)
     else:  # it did not fit
         collectives = []
     result['collectives'] = hlo.summary(collectives)
     result['notes'] += _roofline_notes(report, topology, mesh)
 
-    traffic = report.traffic if report else None
+    traffic = report.traffic if report else None  # bytes of one device's HBM
     moved = by_way(collectives, islands(mesh, topology))
+    # Without a compiler nothing says that it does not fit.
     did_fit = compiled is None or compiled.memory is not None
     result['roofline'] = _roofline(result, topology, mesh.size, traffic, moved, did_fit)
     _add_host_and_run(result, topology, config, built)
@@ -82,7 +84,9 @@ def _roofline(
     than sum_i t_i, where nothing overlaps and everything else is free.
     """
     chip = topology.chip
+    # Rates and amounts are per JAX device from here on, but for 'peak', which stays the chip's.
     network = None if chip.network is None else chip.network / chip.devices
+    # FLOPs of all devices, recomputation included where a program was traced.
     executed = result['flops'].get('executed_step') or result['flops']['model_step']
     seconds = {
         'compute': _time(executed / num_devices, topology.of_device(chip.peak)),
@@ -100,6 +104,7 @@ def _roofline(
             'network': network,
         },
     }
+    # Unknown resources cannot bound anything: the bound is then a weaker one.
     known = {resource: time for resource, time in seconds.items() if time is not None}
     if not known or not did_fit:
         return roofline
@@ -107,6 +112,7 @@ def _roofline(
     bound, serial = max(known.values()), sum(known.values())
     assert chip.peak is not None, 'a chip with any known rate has a known peak'
     # MFU counts the FLOPs that the model needs, not those that rematerialisation repeats.
+    # Over all chips of the machine, those included that the mesh leaves idle.
     ideal = result['flops']['model_step'] / (topology.chips * chip.peak)
     return roofline | {
         'bound': bound,
@@ -131,12 +137,15 @@ def _add_host_and_run(
 ) -> None:
     """What each host must feed to its devices, and how long the run takes, both at the bound."""
     leaves = jax.tree.leaves(built.batch)
+    # As they cross to the device, decoded; the files they come from are smaller.
     clip_bytes = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in leaves)
     video_streams = [name for name in stream_names(built.batch) if name.split('.')[0] == 'video']
+    # Every view of a clip is decoded, so 'video.second' counts as well.  [B T H W C]
     clip_frames = sum(built.batch[name]['data'].shape[1] for name in video_streams)
     host: dict[str, Any] = {'bytes_per_clip': clip_bytes, 'frames_per_clip': clip_frames}
     roofline = result['roofline']
     if 'bound' in roofline:
+        # At the bound the devices are fastest: a host that feeds them then is never the limit.
         clip_rate = roofline['clips_per_s'] / topology.hosts
         host |= {
             'clips_per_s': clip_rate,
@@ -152,9 +161,11 @@ def _add_host_and_run(
 def islands(mesh: Any, topology: chips.Topology) -> Int[np.ndarray, ' devices']:
     """Return which slice (or GPU host) each device of the mesh, in its order, belongs to."""
     if not isinstance(mesh, jax.sharding.Mesh):
+        # An abstract mesh has no devices; they would be numbered island by island.
         return np.arange(topology.devices) // topology.island
     devices = mesh.devices.flat
     if topology.chip.platform == 'cuda':
+        # In the topology that was asked for a process is a host.
         return np.array([device.process_index for device in devices])
     # Devices of a machine of one slice have no such attribute, or None.
     return np.array([getattr(device, 'slice_index', 0) or 0 for device in devices])
@@ -179,16 +190,21 @@ def by_way(
     """
     received = {'links': 0.0, 'network': 0.0}
     for collective in collectives:
+        # Groups are alike as a rule, so the first one stands for all.
         if collective.members:
             members = island[list(collective.members)]
         else:
+            # A group without numbers: as if it stayed on one island.
             members = np.zeros(collective.group, int)
         num_islands = len(np.unique(members))
-        inside = collective.group // num_islands
+        inside = collective.group // num_islands  # i: devices of the group on one island
         if collective.kind in ('collective-permute', 'collective-broadcast'):
+            # A permute is point to point: nothing can be shared inside an island first. Pairs that
+            # cross are the slowest, and the others wait for them.
             way = 'network' if num_islands > 1 else 'links'
             received[way] += collective.times * collective.received
             continue
+        # An all-reduce is a reduce-scatter and an all-gather.
         passes = 2.0 if collective.kind == 'all-reduce' else 1.0
         amount = collective.times * passes * collective.bytes
         received['links'] += amount * (inside - 1) / max(inside, 1)
@@ -203,6 +219,7 @@ def least_collectives(built: loop.Built, mesh: Any, config: ConfigDict) -> list[
     gathered for the forward and for the backward pass, and their gradients scattered and summed
     over the replicas. The loss moves little beside them and is left out.
     """
+    # Bytes of an element; gradients are summed in the type they were computed in.
     itemsize = 2 if config.compute_dtype == 'bfloat16' else 4
     axis_sizes = dict(zip(mesh.axis_names, mesh.axis_sizes))
     device_ids = np.arange(math.prod(mesh.axis_sizes)).reshape(mesh.axis_sizes)
@@ -217,6 +234,7 @@ def least_collectives(built: loop.Built, mesh: Any, config: ConfigDict) -> list[
     for (name, size), sharding in zip(sizes.items(), shardings, strict=True):
         if any(re.search(pattern, name) for pattern in config.optimizer.frozen):
             continue
+        # As text, because an entry of a spec may be a tuple of axes.
         if 'fsdp' in str(sharding.spec) and axis_sizes['fsdp'] > 1:
             sharded_bytes += size * itemsize
         else:
@@ -227,10 +245,12 @@ def least_collectives(built: loop.Built, mesh: Any, config: ConfigDict) -> list[
         collectives.append(_collective('all-reduce', replicated_bytes, data_group))
     if sharded_bytes:
         collectives += [
+            # Gathered for the forward pass, freed, and gathered again for the backward pass.
             _collective('all-gather', sharded_bytes, fsdp_group, times=2.0),
             _collective('reduce-scatter', sharded_bytes, fsdp_group),
         ]
         if axis_sizes['replica'] > 1:
+            # Scattered first, so that only a shard is summed over the replicas (HSDP).
             shard_bytes = sharded_bytes / axis_sizes['fsdp']
             collectives.append(_collective('all-reduce', shard_bytes, replica_group))
     return [collective for collective in collectives if collective.group > 1]

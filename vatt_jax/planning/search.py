@@ -12,6 +12,7 @@ from vatt_jax import config as configs
 from vatt_jax.config import ConfigError
 from vatt_jax.performance import chips
 
+# Widths are those of `_line` and of the columns in `consider`.
 HEADER = (
     f'{"fsdp":>5} {"remat":>6} {"batch":>7} {"a device":>9} {"peak GB":>8} {"ms":>8} '
     f'{"clips/s":>9} {"MFU %":>6}  limited by'
@@ -44,12 +45,16 @@ def search(
     """
     tell(HEADER)
     candidates = _Search(config, data, topology, folder, notes, tell)
+    # One field after the other, not all combinations: each plan is a whole compile, of minutes.
     candidates.consider({})
+    # A fixed number of replicas leaves fsdp no other width.
     if config.mesh.replica == -1:
         for width in _fsdp_widths(config, topology):
             candidates.consider({'mesh.fsdp': width})
+    # From the fastest, which stores all activations, to the smallest.
     for remat in ('none', 'dots', 'full'):
         candidates.consider({'model.remat': remat})
+    # Half first: if nothing fits yet, a smaller batch may.
     for factor in (0.5, 2, 4):
         # Read anew each time: once a larger batch is the best, the next is larger still.
         batch_size = int(candidates.best_config.batch_size * factor)
@@ -68,6 +73,7 @@ def search(
 
 def _fsdp_widths(config: ConfigDict, topology: chips.Topology) -> list[int]:
     """No sharding, over the devices of a host, over those of an island (slice)."""
+    # abs: -1 stands for the rest, and is one device at the least.
     data_parallel = topology.devices // (abs(config.mesh.model) * abs(config.mesh.seq))
     host_devices = topology.chip.host * topology.chip.devices
     widths = {1, min(host_devices, data_parallel), min(topology.island, data_parallel)}
@@ -89,6 +95,7 @@ class _Search:
         self.data, self.topology, self.folder = data, topology, folder
         self.notes = notes
         self.tell = tell
+        # Until some plan fits, changes are made to the config that was given.
         self.best: dict[str, Any] | None = None
         self.best_config = config
         self.seen: set[tuple[int, str, int]] = set()
@@ -99,7 +106,9 @@ class _Search:
         from vatt_jax.planning import plan as plans
 
         config = self.best_config.copy_and_resolve_references()
+        # override() takes what a command line would hold, strings, and checks them.
         configs.override(config, [(field, str(value)) for field, value in changes.items()])
+        # The three fields that are varied; several rounds may arrive at the same values.
         key = config.mesh.fsdp, config.model.remat, config.batch_size
         if key in self.seen:
             return
@@ -107,6 +116,7 @@ class _Search:
         try:
             result = plans.plan(config, self.data, self.topology, self.folder, self.notes)
         except ConfigError as error:
+            # Such as a batch that does not divide over the devices: the search goes on.
             self.tell(f'{columns}  {error}')
             return
         self.seen.add(key)
@@ -115,10 +125,12 @@ class _Search:
             self.best, self.best_config = result, config
 
     def _is_better(self, result: Mapping[str, Any]) -> bool:
+        # None (unknown) counts as fitting.
         if result['memory']['fits'] is False or 'bound' not in result['roofline']:
             return False
         if self.best is None:
             return True
+        # Clips per second, not time of a step: the batch is one of the fields that vary.
         return result['roofline']['clips_per_s'] > self.best['roofline']['clips_per_s']
 
 

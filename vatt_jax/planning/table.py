@@ -43,9 +43,12 @@ class _Page:
 
     def __init__(self, width: int) -> None:
         self._file = io.StringIO()
+        # A fixed width and no colours: the same text in a terminal, a pipe and a file.
         self._console = Console(width=width, file=self._file, color_system=None)
 
     def say(self, text: str) -> None:
+        # markup: rich would take [brackets] for styles. soft_wrap: long sentences stay whole, to be
+        # searched for and copied.
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -59,6 +62,7 @@ class _Page:
             pad_edge=False,
         )
         for i, column in enumerate(columns):
+            # Numbers are right-aligned; the first column holds names.
             layout.add_column(column, justify='right' if i else 'left')
         for row in rows:
             layout.add_row(*row)
@@ -73,6 +77,7 @@ def _amount(value: float | None, unit: float = 1.0) -> str:
     """A number in a unit, with three digits or as many as stand before the point."""
     if value is None:
         return 'unknown'
+    # Beyond that '.3g' turns to exponents: 1234 would be 1.23e+03.
     if abs(value) < 1000 * unit:
         return f'{value / unit:.3g}'
     return f'{value / unit:.0f}'
@@ -80,6 +85,7 @@ def _amount(value: float | None, unit: float = 1.0) -> str:
 
 # ---- sections
 def _show_run(page: _Page, result: Mapping[str, Any]) -> None:
+    # Axes of one device say nothing.
     axes = [f'{axis}={size}' for axis, size in result['mesh'].items() if size > 1]
     mesh = ' × '.join(axes) or 'one device'
     plural = 's' if result['hosts'] > 1 else ''
@@ -111,6 +117,7 @@ def _show_flops(page: _Page, flops: Mapping[str, Any]) -> None:
     rows = []
     for name, counts in flops['forward_per_clip'].items():
         needed, all_tokens = counts['needed'], counts['all_tokens']
+        # needed: the last layer for the aggregate token only; all_tokens: as published counts.
         rows.append([f'forward {name}', _amount(needed, 1e9), _amount(all_tokens, 1e9)])
     total = flops['model_per_clip']
     needed, all_tokens = total['needed'], total['all_tokens']
@@ -119,6 +126,8 @@ def _show_flops(page: _Page, flops: Mapping[str, Any]) -> None:
 
 
 def _show_memory(page: _Page, memory: Mapping[str, Any]) -> None:
+    # In the order of the rows: state and batch make up the arguments; arguments, temporaries and
+    # outputs (not shown) the peak.
     labels = {
         'state': 'parameters, optimizer, statistics',
         'batch': 'batch',
@@ -127,7 +136,9 @@ def _show_memory(page: _Page, memory: Mapping[str, Any]) -> None:
         'peak': 'peak',
         'limit': 'there is',
     }
+    # Three values: unknown is not the same as too large.
     verdict = {True: 'fits', False: 'DOES NOT FIT', None: 'unknown'}[memory['fits']]
+    # 1e9 bytes, not GiB: as on data sheets.
     rows = [[label, _amount(memory[field], 1e9)] for field, label in labels.items()]
     page.show('Memory of one device', ['', 'GB'], [*rows, ['', verdict]])
     for advice in memory.get('would_fit', ()):
@@ -156,6 +167,7 @@ def _show_roofline(page: _Page, result: Mapping[str, Any]) -> None:
     roofline, flops = result['roofline'], result['flops']
     rates = roofline['rates']
     executed = flops.get('executed_step')
+    # Devices that the mesh uses, not all that there are.
     num_devices = math.prod(result['mesh'].values())
     work = (executed or flops['model_step']) / num_devices
     if work > 1e11:
@@ -163,6 +175,7 @@ def _show_roofline(page: _Page, result: Mapping[str, Any]) -> None:
     else:
         compute = f'{_amount(work, 1e9)} GFLOP'
     if not executed:
+        # Nothing was traced, and the model's own FLOPs stand in.
         compute += ' (without recomputation)'
 
     # The peak is a chip's, and the table one of a device.
@@ -172,6 +185,7 @@ def _show_roofline(page: _Page, result: Mapping[str, Any]) -> None:
         device_peak = f'{peak / 1e12:.0f} TFLOP/s'
     amounts = {'compute': compute}
     speeds = {'compute': device_peak}
+    # memory, links and network, whose rates are a device's already.
     for resource, moved in roofline['bytes'].items():
         amounts[resource] = 'unknown' if moved is None else f'{_amount(moved, 1e9)} GB'
         rate = rates[resource]
@@ -184,6 +198,7 @@ def _show_roofline(page: _Page, result: Mapping[str, Any]) -> None:
 
 
 def _show_bound(page: _Page, result: Mapping[str, Any]) -> None:
+    # In brackets: if nothing overlapped. The truth lies between the two, see plan.py.
     roofline, host, run = result['roofline'], result['host'], result['run']
     page.say(
         f'bound: {1e3 * roofline["bound"]:.1f} ms a step by {roofline["limited_by"]} '
@@ -192,6 +207,7 @@ def _show_bound(page: _Page, result: Mapping[str, Any]) -> None:
         f'MFU {100 * roofline["mfu"]:.1f} % ({100 * roofline["mfu_serial"]:.1f} %)'
     )
     page.say(
+        # What input pipelines must deliver for the bound to be reached.
         f'each of {result["hosts"]} hosts: {host["clips_per_s"]:.0f} clips/s, '
         f'{host["frames_per_s"]:.0f} frames/s to decode, '
         f'{host["bytes_per_s"] / 1e9:.2f} GB/s to its devices'
