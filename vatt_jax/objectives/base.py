@@ -265,7 +265,7 @@ def _pooled_features(
 ) -> dict[str, jax.Array]:
     """stream -> pooled features [B(,K) D]; a method for `model.apply`."""
     encoded = model.interact(model.encode_all(batch, train=train, rng=rng))
-    # Token maps are dropped here: kept, they would be held for every microbatch.
+    # Without token maps, which would otherwise be held for every microbatch.
     return {name: stream.pooled for name, stream in encoded.items()}
 
 

@@ -53,7 +53,7 @@ SMALLEST_VALUES = {
     'freeze': 0,
 }
 # What a row of the queue holds.
-# NO_VIEW: a row of a clip without this view. It takes a place all the same: shapes are static, so
+# NO_VIEW: a row of a clip without this view. It takes a row all the same: shapes are static, so
 # every step pushes B rows.
 EMPTY, NO_VIEW, FEATURE = 0, 1, 2
 
