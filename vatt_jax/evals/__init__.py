@@ -20,6 +20,8 @@ from vatt_jax.evals.linear_probe import LinearProbe, SimpleProbe
 from vatt_jax.evals.neighbours import Neighbours
 from vatt_jax.evals.retrieval import Retrieval, Sync
 
+# The key is the field `type` of an entry of config.evals; names of entries are free, so a type may
+# occur several times.
 EVALUATORS: dict[str, type[Evaluator]] = {
     'retrieval': Retrieval,
     'linear_probe': LinearProbe,
@@ -56,8 +58,10 @@ def build(name: str, config: Any) -> Evaluator:
       ConfigError: for an unknown type, field or change.
     """
     where = f'config.evals.{name}'
+    # `type` has no default: an entry without it is a mistake.
     kind = choose(config.get('type', ''), EVALUATORS, f'{where}.type')
     evaluator = EVALUATORS[kind](config, where)
+    # Not every evaluator has this field.
     change = evaluator.config.get('change', '')
     if change:
         choose(change, CHANGES, f'{where}.change')
@@ -77,6 +81,7 @@ def check(config: Any, data: Any, outputs: Any) -> None:
         the model lack, and for mistakes of its entry alone.
     """
     for name in config:
+        # Outputs come from `jax.eval_shape`, so this costs no forward pass.
         build(name, config[name]).check(data, outputs)
 
 
@@ -89,6 +94,7 @@ def run_all(config: Any, view: View, baseline: bool = False) -> dict[str, Result
       baseline: run only those whose field `baseline` is True.
     """
     # All are built first, so that a mistake in the last one shows before the first one has run.
+    # In a fixed order, as every host must enter the same collectives.
     evaluators = {name: build(name, config[name]) for name in sorted(config)}
     results = {}
     for name, evaluator in evaluators.items():
@@ -112,11 +118,14 @@ def save(
       also: writes more files into the folder it is given.
     """
     folder = pathlib.Path(folder)
+    # Beside the folder, not in /tmp: a rename is atomic only within a file system.
     temporary = folder.with_name(folder.name + '.tmp')
+    # What a killed run may have left.
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     small = {}
     arrays = {}
+    # Arrays as text would be large and slow to read, so JSON has only the rest.
     for name, result in results.items():
         small_artifacts = {}
         for key, value in result.artifacts.items():
@@ -129,6 +138,7 @@ def save(
     np.savez_compressed(temporary / 'arrays.npz', **arrays)  # type: ignore[arg-type]  # stubs: a flag
     if also is not None:
         also(temporary)
+    # `os.replace` refuses a target folder that is not empty.
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
@@ -140,7 +150,9 @@ def load(folder: str | pathlib.Path) -> dict[str, Result]:
     for name, stored in json.loads((folder / 'results.json').read_text()).items():
         results[name] = Result(stored['scalars'], stored['artifacts'])
     with np.load(folder / 'arrays.npz') as arrays:
+        # An npz file is read lazily, one array at a time, while it is open.
         for key in arrays.files:
+            # Only the first slash separates: names of artifacts have slashes of their own.
             name, artifact = key.split('/', 1)
             results[name].artifacts[artifact] = arrays[key]
     return results

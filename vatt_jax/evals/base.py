@@ -42,7 +42,8 @@ def single_frame(batch: Mapping[str, Any]) -> dict[str, Any]:
     for name, stream in batch.items():
         if modality_of(name) == 'video':
             frames = stream['data']  # [B T H W C]
-            middle = frames[:, frames.shape[1] // 2][:, None]
+            middle = frames[:, frames.shape[1] // 2][:, None]  # [B 1 H W C]
+            # A view with stride 0 over time: no copy, but read-only.
             changed[name] = {**stream, 'data': np.broadcast_to(middle, frames.shape)}
     return changed
 
@@ -76,6 +77,7 @@ class View:
         self.batch_size = batch_size
         self.process = process
         self.seed = seed
+        # Never emptied: a View lives as long as one evaluation.
         self._computed: dict[str, dict[str, Any]] = {}
 
     def features(
@@ -108,6 +110,8 @@ class View:
         Returns:
           See `encoder.features_of`.
         """
+        # JSON as key, because views and windows are dicts, which do not hash. `default=dict` is for
+        # ConfigDicts; tuples and lists give the same key.
         request = [split, by, views, change, limit, keep, maps, window, draw]
         key = json.dumps(request, sort_keys=True, default=dict)
         if key not in self._computed:
@@ -122,6 +126,7 @@ class View:
                 augment=bool(draw),
                 draw=draw,
             )
+            # After loading and before the device stage: frames are still uint8, sound int16.
             if change:
                 batches = map(CHANGES[change], batches)
             self._computed[key] = features_of(self.encoder, batches, keep, maps)
@@ -133,6 +138,7 @@ REMEDY = (
     'name another, or leave this evaluator out of config.evals '
     "(--config.evals=\"{'NAME': {'type': …}}\" replaces them all)"
 )
+# Checked for every evaluator that has them.
 POSITIVE_FIELDS = (
     'limit',
     'train_limit',
@@ -172,11 +178,13 @@ class Evaluator:
         """
         c = self.config
         for field in POSITIVE_FIELDS:
+            # The default of 1 passes: not every evaluator has the field.
             if c.get(field, 1) < 1:
                 raise ConfigError(
                     f'{self.where}.{field}: expected a positive number, got {c[field]}.'
                 )
         for strength in c.get('strengths', ()):
+            # `not > 0` instead of `<= 0`, which NaN would pass.
             if not isinstance(strength, (int, float)) or not strength > 0:
                 raise ConfigError(
                     f'{self.where}.strengths: expected positive numbers, got {c.strengths}.'
@@ -212,6 +220,8 @@ def check_spaces(pairs: Iterable[tuple[str, str, str]], outputs: Any, where: str
       where: path of the evaluator's entry.
     """
     spaces = {
+        # By modality: views such as audio.shifted go through the projection of their modality, but
+        # are not in the batch that the model is built with.
         space: {modality_of(stream) for stream in streams}
         for space, streams in outputs.spaces.items()
     }
@@ -232,6 +242,7 @@ def single_class_labels(features: Mapping[str, Any], name: str, evaluator: str) 
       ConfigError: if the data have no such label, or examples may have several of its classes.
     """
     labels = features['labels']
+    # [N] for one class, multi-hot [N P] for several.
     if name not in labels or labels[name].ndim != 1:
         available = [key for key, values in labels.items() if values.ndim == 1]
         raise ConfigError(
@@ -263,7 +274,10 @@ def over_windows(
             f'config.evals: expected positive numbers, got windows={windows}, crops={crops}.'
         )
     if windows == crops == 1:
+        # Without `window`, so that the request equals that of other evaluators and is shared with
+        # them.
         return [view.features(split, **request)]
+    # One pass over the data for each: clips are decoded anew, and memory holds features only.
     parts = []
     for number in range(windows):
         for crop in range(crops):

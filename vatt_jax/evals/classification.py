@@ -25,12 +25,16 @@ class Classification(Evaluator):
 
     DEFAULTS = {
         'type': 'classification',
+        # Also the name under which the objective's `predict` gives its logits.
         'label': 'class',
         'split': 'test',
         'limit': 100_000,
+        # Also evaluate the random initialisation.
         'baseline': True,
+        # Of each example in time, and squares of each window in space.
         'windows': 1,
         'crops': 1,
+        # What is averaged over them; one of POOLS.
         'pool': 'logits',
     }
 
@@ -41,6 +45,7 @@ class Classification(Evaluator):
     def run(self, view: View) -> Result:
         c = self.config
         parts = over_windows(view, c.split, c.windows, c.crops, limit=c.limit)
+        # Labels and validity are the same in all parts, only windows differ.
         features = parts[0]
         if c.label not in features['predictions']:
             raise ConfigError(
@@ -49,11 +54,14 @@ class Classification(Evaluator):
             )
         targets = features['labels'][c.label]  # [N], or multi-hot [N P]
         is_multi_label = targets.ndim > 1
+        # [N P] of each window and crop.
         logits = [part['predictions'][c.label].astype(np.float64) for part in parts]
         scores = np.mean([self._poolable(x, is_multi_label) for x in logits], 0)  # [N P]
 
+        # A multi-hot row of zeros, or a class of -1: no label.
         is_used = (targets > 0).any(-1) if is_multi_label else targets >= 0
         for stream in view.encoder.objective.streams() or ():
+            # The head would score the zeros that stand in for a missing modality.
             is_used = is_used & features['valid'][stream]
         if not is_used.any():
             raise ConfigError(
@@ -62,6 +70,7 @@ class Classification(Evaluator):
             )
         scores, targets = scores[is_used], targets[is_used]
         if is_multi_label:
+            # Only the order of clips within each class counts, so scores need not be probabilities.
             return Result(*statistics.multi_label(scores, targets, view.seed))
         return _single_label(scores, targets, view.seed)
 
@@ -76,6 +85,7 @@ class Classification(Evaluator):
 
 def _single_label(scores: Float[np.ndarray, 'N P'], targets: np.ndarray, seed: int) -> Result:
     """Top-1 and top-5 accuracy of scores against the one class of each example."""
+    # Stable: equal scores go to the lower class, whatever sort NumPy would choose.
     order = np.argsort(-scores, -1, kind='stable')
     scalars = {}
     artifacts: dict[str, Any] = {}
@@ -83,5 +93,6 @@ def _single_label(scores: Float[np.ndarray, 'N P'], targets: np.ndarray, seed: i
         is_correct = (order[:, :k] == targets[:, None]).any(-1)  # [N]
         scalars[name] = float(is_correct.mean())
         artifacts[f'{name}/interval'] = statistics.bootstrap(is_correct, seed=seed)
+        # Of uniform guesses without repetition.
         artifacts[f'{name}/chance'] = min(1.0, k / scores.shape[-1])
     return Result(scalars, artifacts)

@@ -76,6 +76,8 @@ class Clustering(Evaluator):
         streams = self._streams(view, features)
         is_used = self._used_examples(features, streams)  # bool [N]
         classes = features['labels'][c.label][is_used]
+        # Positions in the pass over the split, by which `against` finds the clips of another
+        # evaluation.
         clips = features['index'][is_used]
         class_names = view.data.info['labels'].get(c.label, [])
 
@@ -87,6 +89,8 @@ class Clustering(Evaluator):
             name: metrics.evaluate(clusters.labels, classes, clusters.log_probs)
             for name, clusters in found.items()
         }
+        # Chosen by the classes it is scored against, as in SeLaVi's code: an upper bound.
+        # `chosen/…` below uses no class.
         best = max(scores, key=lambda name: scores[name]['NMI'])
         clusters = found[best]
         scalars = dict(scores[best])
@@ -97,6 +101,7 @@ class Clustering(Evaluator):
             'labels': clusters.labels,
             'clips': clips,
         }
+        # k-means gives no probabilities to rank clips by.
         if clusters.log_probs is not None:
             artifacts['surest'] = _surest_clips(
                 clusters.labels,
@@ -108,10 +113,12 @@ class Clustering(Evaluator):
         for name, where in c.against:
             pair = others_labels(where, clusters.labels, clips)
             scalars[f'NMI_to/{name}'] = metrics.nmi(*pair)
+        # Only for several heads: with one there is nothing to compare or to choose.
         if len(found) > 1:
             pairs = itertools.combinations(found.values(), 2)
             nmis = [metrics.nmi(first.labels, second.labels) for first, second in pairs]
             scalars['NMI_between_heads'] = float(np.mean(nmis))
+            # `Encoder.heads` is (parameters, state) of the objective.
             losses = view.encoder.objective.running_losses(view.encoder.heads[1])
             if losses:
                 chosen = min(scores, key=lambda name: losses[name])
@@ -125,6 +132,7 @@ class Clustering(Evaluator):
         streams = tuple(self.config.streams)
         objective = view.encoder.objective
         if not streams and self.config.of == 'heads' and objective is not None:
+            # Labels of heads are the sum over these streams, so a clip must have them all.
             streams = objective.streams() or ()
         if not streams:
             pooled = features['pooled']
@@ -160,10 +168,12 @@ class Clustering(Evaluator):
         classes: np.ndarray,
     ) -> dict[str, Clusters]:
         """k-means of the unit features of all streams side by side."""
+        # As for training with `kmeans_labels`: unit length gives every stream the same weight.
         unit_features = []
         for stream in streams:
             x = features['pooled'][stream][is_used]
             unit_features.append(x / np.linalg.norm(x, axis=-1, keepdims=True).clip(1e-6))
+        # Of the classes that occur, which may be fewer than the data name.
         num_clusters = self.config.clusters or len(np.unique(classes))
         labels = labels_of(
             jax.random.key(view.seed),
@@ -181,6 +191,8 @@ class Clustering(Evaluator):
         found = {}
         for name, logits in features['predictions'].items():
             if name.startswith('cluster/'):
+                # Predictions are sums over views of log p: normalised again, so that confidence
+                # compares across clips.
                 log_probs = scipy.special.log_softmax(logits[is_used], axis=-1)  # [N P]
                 found[name] = Clusters(log_probs.argmax(-1), log_probs.max(-1))
         if not found:
@@ -196,13 +208,18 @@ def _against_classes(
 ) -> dict[str, Any]:
     """Artifacts that compare clusters with classes under the best one-to-one matching."""
     labels = clusters.labels
+    # Clusters have no names; the matching that makes most clips right gives them some.
     _, class_of_cluster = metrics.hungarian(labels, classes)  # [P], -1: left over
     predicted = class_of_cluster[labels]  # [N]
     num_classes = len(class_names) or classes.max() + 1
     confusion = np.zeros((num_classes, num_classes), np.int64)
+    # Index -1 would count as the last class.
     is_matched = predicted >= 0
+    # `confusion[rows, columns] += 1` would count a repeated pair only once.
     np.add.at(confusion, (classes[is_matched], predicted[is_matched]), 1)
 
+    # Chance keeps both marginals, of clusters and of classes: purity and NMI are above zero by
+    # chance, the more so the more clusters there are.
     shuffled = np.random.default_rng(seed).permutation(classes)
     chance = metrics.evaluate(labels, shuffled, clusters.log_probs)
     artifacts = {
@@ -211,9 +228,11 @@ def _against_classes(
         'cluster_class': class_of_cluster.tolist(),
         'confusion': confusion,
         'classes': class_names,
+        # Over clips, with the matching fixed.
         'accuracy/interval': statistics.bootstrap(predicted == classes, seed=seed),
     }
     for name, value in chance.items():
+        # A count, which shuffling does not change.
         if name != 'clusters_used':
             artifacts[f'{name}/chance'] = value
     return artifacts
@@ -227,11 +246,12 @@ def _surest_clips(
     class_names: Sequence[str],
 ) -> list[dict[str, Any]]:
     """[{'name', 'clips'}]: the surest clips of the largest clusters, for the report's gallery."""
-    sizes = np.bincount(labels)
+    sizes = np.bincount(labels)  # [P]
     largest = np.argsort(-sizes, kind='stable')[:SHOWN_CLUSTERS]
     surest = []
     for cluster in largest.tolist():
         rows = np.flatnonzero(labels == cluster)
+        # Among the largest where fewer clusters are used than shown.
         if not len(rows):
             continue
         kind = class_of_cluster[cluster]
@@ -261,6 +281,7 @@ def others_labels(
     Returns:
       (the labels of this evaluation [n], those of the other one [n]).
     """
+    # From the right: an entry has no colon, a path may.
     folder, _, entry = where.rpartition(':')
     path = pathlib.Path(folder) / 'arrays.npz'
     if not path.exists():
@@ -278,6 +299,7 @@ def others_labels(
             )
         other_labels = arrays[f'{entry}/labels']
         other_clips = arrays[f'{entry}/clips']
+    # By clip: limits, labels or missing modalities may have left other clips out there.
     shared, rows, other_rows = np.intersect1d(clips, other_clips, return_indices=True)
     if not len(shared):
         raise ConfigError(f'clustering: {where} has no clip in common with this evaluation')

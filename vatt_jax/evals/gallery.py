@@ -48,7 +48,10 @@ def clusters(
         surest = results[name].artifacts.get('surest')
         if not surest:
             continue
+        # A second pass over the data, since evaluation stores features and no frames.
         shown = {clip for cluster in surest for clip in cluster['clips']}
+        # Indices are positions in the pass, so this must be the same split, in segments, without
+        # augmentation. The default is that of `Clustering`.
         batches = data.one_pass(entry.get('split', 'train'), batch_size)
         frames = _stored_arrays(batches, frames=shown)
         document = json.dumps({'evaluator': name, 'clusters': surest})
@@ -75,6 +78,8 @@ def retrievals(
     for name, entry in config.items():
         if name not in results or not _is_plain_retrieval(entry):
             continue
+        # `config` holds entries as written, without the evaluator's defaults: these repeat those of
+        # `Retrieval`.
         entry_gallery = (entry.get('split', 'test'), entry.get('limit', 512))
         if gallery is None:
             gallery = entry_gallery
@@ -86,7 +91,9 @@ def retrievals(
     frames = set()
     sounds = set()
     for shown in entries:
+        # The query's own clip is shown too, beside what came first.
         frames.update([shown['index'], *shown['top']])
+        # Sound is large; only queries by sound need it.
         if shown['query'] == 'audio':
             sounds.add(shown['index'])
     split, limit = gallery
@@ -95,8 +102,9 @@ def retrievals(
     fields = ('id', 'start', 'end', 'caption', 'sentences')
     clips = {}
     for index in sorted(frames):
+        # JSON has only strings as keys.
         clips[str(index)] = {field: texts[index][field] for field in fields}
-    rate = int(data.config.model.inputs.audio.rate) if sounds else 0
+    rate = int(data.config.model.inputs.audio.rate) if sounds else 0  # samples per second
     document = json.dumps({'entries': entries, 'clips': clips, 'rate': rate})
     _savez(path, document, arrays)
 
@@ -115,10 +123,14 @@ def _retrieval_entries(artifacts: Mapping[str, Any], queries: int) -> list[dict[
         if not key.endswith('/top'):
             continue
         pair = key.removesuffix('/top')
+        # Artifacts of `Retrieval` are named 'text_to_video/top'.
         query, _, gallery = pair.partition('_to_')
+        # Only video can be shown as a row of pictures.
         if gallery != 'video':
             continue
+        # [N], the positions in the pass of the rows of all arrays of this pair.
         clips = artifacts[f'{pair}/clips']
+        # Galleries smaller than `queries` give some rows twice.
         for row in np.linspace(0, len(clips) - 1, queries).astype(int):
             entries.append(
                 {
@@ -137,7 +149,9 @@ def _stored_arrays(
     """frames/<index> [T H W 3] and audio/<index> [S] of the clips with these indices."""
     arrays = {}
     for batch in batches:
+        # `position` numbers the whole pass; `index` starts anew in each source.
         for row, index in enumerate(batch['position'].tolist()):
+            # Rows that fill up the last batch, or could not be read.
             if not batch['valid'][row]:
                 continue
             if index in frames and 'video' in batch:
@@ -149,4 +163,5 @@ def _stored_arrays(
 
 def _savez(path: pathlib.Path, document: str, arrays: Mapping[str, np.ndarray]) -> None:
     """Write <path> (npz): `entries`, a JSON document, and the arrays."""
+    # A string array of no dimension: reading it needs no pickle.
     np.savez_compressed(path, entries=np.array(document), **arrays)  # type: ignore[arg-type]  # stubs: a flag

@@ -127,6 +127,8 @@ class LinearProbe(Evaluator):
         c = self.config
         if passes:
             parts = [
+                # The name of the draw keys the random windows, so probes with equal passes share
+                # features.
                 view.features(split, limit=limit, change=c.change, draw=f'probe {i}')
                 for i in range(passes)
             ]
@@ -144,6 +146,7 @@ class LinearProbe(Evaluator):
         """What to learn from and to test on: one fold, or one for each entry of `folds`."""
         c = self.config
         several = c.solver in SEVERAL
+        # Learnt from one window (or random ones), tested on several, as published.
         train = self.examples(view, c.train, c.train_limit, 1, c.passes)
         if not c.folds:
             test = self.examples(view, c.test, c.test_limit, c.windows)
@@ -155,6 +158,7 @@ class LinearProbe(Evaluator):
 
         # Both parts of a fold are clips of the split `train`.
         if c.windows == 1 and not c.passes:
+            # The middle windows, for both: one pass over the data.
             test = train
         else:
             test = self.examples(view, c.train, c.train_limit, c.windows)
@@ -186,6 +190,7 @@ class LinearProbe(Evaluator):
                 num_classes = y.shape[1]
             else:
                 num_classes = int(max(y.max(), y_test.max())) + 1
+            # Anew for each fold, from what it learns from: nothing of its test clips leaks in.
             if c.standardise:
                 x, x_test = _standardised(x, x_test)
             solver = SOLVERS[c.solver]
@@ -193,6 +198,7 @@ class LinearProbe(Evaluator):
             scores.append(window_scores.mean(1))  # [M P]
             targets.append(y_test)
             strengths.append(strength)
+            # Examples, not clips: every pass counts.
             num_train += len(y)
 
         if targets[0].ndim == 2:
@@ -203,6 +209,7 @@ class LinearProbe(Evaluator):
             return Result(scalars, {**artifacts, 'train': num_train, 'test': len(all_targets)})
         scalars, artifacts = _accuracy(targets, scores, view.seed)
         if strengths[0] is not None:
+            # The mean over folds, each of which chose for itself.
             scalars['C'] = float(np.mean(strengths))
         artifacts['classes'] = view.data.info['labels'].get(c.label, [])
         artifacts['train'] = num_train
@@ -218,6 +225,8 @@ class SimpleProbe(LinearProbe):
     """
 
     def __init__(self, config: Any, where: str = 'config.evals') -> None:
+        # These features do not depend on the model, so a second run on the untrained one would give
+        # the same; an entry may still ask for it.
         super().__init__({'baseline': False, **config}, where)
         c = self.config
         if c.windows != 1 or c.passes:
@@ -243,6 +252,7 @@ class SimpleProbe(LinearProbe):
         for batch in batches:
             self._check_batch(batch)
             data = batch[c.stream]['data']
+            # `data` is uint8 [B T H W 3] or int16 [B S].
             is_video = c.stream.startswith('video')
             columns = {
                 'x': mean_color(data) if is_video else mean_spectrum(data),
@@ -256,6 +266,7 @@ class SimpleProbe(LinearProbe):
             valid.append(columns['valid'])
             for name in batch['labels']:
                 labels.setdefault(name, []).append(columns[f'labels/{name}'])
+        # Rows that fill up the last batch stay, as not valid.
         x = np.concatenate(features)[:, None]  # [N 1 D]
         all_labels = {name: np.concatenate(values) for name, values in labels.items()}
         return Examples(x, all_labels, np.concatenate(valid))
@@ -289,7 +300,9 @@ def _accuracy(
     all_pairs = np.concatenate(pairs)  # [M 2]
     num_classes = all_pairs.max() + 1
     confusion = np.zeros((num_classes, num_classes), np.int32)
+    # [class, predicted]; `add.at` counts repeated pairs, `+=` would not.
     np.add.at(confusion, tuple(all_pairs.T), 1)
+    # Mean of the folds, as published; the interval below is over all their clips.
     scalars = {'accuracy': float(np.mean([is_correct.mean() for is_correct in correct]))}
     artifacts = {
         'accuracy/interval': statistics.bootstrap(np.concatenate(correct), seed=seed),
@@ -308,6 +321,7 @@ def _fold(
     """A fold in which every window to learn from is an example of its own."""
     num_windows = x.shape[1]
     flat_x = x.reshape(-1, x.shape[-1])  # [N·W D]
+    # Same order as the reshape: the windows of a clip are consecutive.
     return Fold(flat_x, np.repeat(y, num_windows, 0), x_test, y_test)
 
 
@@ -315,6 +329,7 @@ def _standardised(
     x: Float[np.ndarray, 'N D'], x_test: Float[np.ndarray, 'M W D']
 ) -> tuple[Float[np.ndarray, 'N D'], Float[np.ndarray, 'M W D']]:
     """Both with the means and deviations of x; a feature that is constant there stays."""
+    # float32 sums over many rows lose digits.
     mean = x.mean(0, dtype=np.float64)
     deviation = x.std(0, dtype=np.float64)
     scale = np.where(deviation > 0, deviation, 1)
@@ -344,6 +359,7 @@ def _labelled(
         )
     x = np.asarray(examples.x, np.float32)
     y = np.asarray(examples.labels[name])
+    # A copy, since it is changed in place.
     is_used = np.array(examples.valid, bool)
     if part is not None:
         is_used &= part
@@ -353,6 +369,7 @@ def _labelled(
                 f'linear probe: label {name!r} is multi-hot; expected a single class per example, '
                 f'or solver={SEVERAL[0]!r}'
             )
+        # A row of zeros has no label.
         is_used &= (y > 0).any(-1)
         if is_used.sum() < 2:
             raise ConfigError(
@@ -380,9 +397,11 @@ def mean_spectrum(
     samples: Shaped[np.ndarray, 'B S'], bands: int = 128
 ) -> Float[np.ndarray, 'B bands']:
     """Log of the magnitude spectrum averaged over windows: int16 [B S] -> float32 [B bands]."""
+    # A real transform of 2n samples gives n + 1 bins; without the constant, n.
     length = 2 * bands
     num_samples = samples.shape[1] // length * length  # whole windows only
     windows = samples[:, :num_samples].astype(np.float32).reshape(len(samples), -1, length)
+    # int16 to [-1, 1); the Hann window keeps the cut ends from leaking into all bins.
     spectrum = np.fft.rfft(windows / 32768 * np.hanning(length))
     # Without the constant; 1e-3 bounds the logarithm of silence.
     magnitude = np.abs(spectrum)[..., 1:].mean(1)  # [B bands]

@@ -11,6 +11,7 @@ from vatt_jax.config import ConfigError, choose
 from vatt_jax.evals import statistics
 from vatt_jax.evals.base import Evaluator, Result, View, over_windows, single_class_labels
 
+# Bounds the memory of distances: CHUNK × gallery floats.
 CHUNK = 256  # queries compared at a time
 
 
@@ -30,6 +31,7 @@ class Neighbours(Evaluator):
         # Splits.
         'queries': 'test',
         'gallery': 'train',
+        # In effect all.
         'query_limit': 1 << 20,
         'gallery_limit': 1 << 20,
         # maps: the last map of features after a 2 x 2 x 2 maximum (SeLaVi, GDT) | pooled: the
@@ -94,7 +96,7 @@ class Neighbours(Evaluator):
             )
         nearest = _nearest(queries, gallery, num_nearest)
         is_same_class = gallery_classes[nearest] == query_classes[:, None]  # [N K]
-        num_same = _count_of_class(gallery_classes, query_classes)
+        num_same = _count_of_class(gallery_classes, query_classes)  # [N]
 
         scalars = {}
         artifacts: dict[str, Any] = {
@@ -120,6 +122,7 @@ def _nearest(
         block = queries[first : first + CHUNK]
         # |q - g|² up to |q|², which does not change the order.
         distances = squared_lengths - 2 * block @ gallery.T  # [CHUNK M]
+        # A full sort, since `argpartition` breaks ties arbitrarily.
         nearest.append(np.argsort(distances, 1, kind='stable')[:, :count])
     return np.concatenate(nearest)
 
@@ -137,5 +140,5 @@ def _chance(num_same: Int[np.ndarray, ' N'], num_clips: int, k: int) -> float:
     """Mean probability that k clips drawn without replacement hold one of the query's class."""
     # P(none) = Π_j (M - m - j) / (M - j), j = 0 … k - 1, m of M clips being of the class.
     factors = [np.maximum(num_clips - num_same - j, 0) / (num_clips - j) for j in range(k)]
-    none_of_class = np.prod(factors, 0)
+    none_of_class = np.prod(factors, 0)  # [N]
     return float(1 - none_of_class.mean())

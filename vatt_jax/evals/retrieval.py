@@ -70,12 +70,15 @@ class Retrieval(Evaluator):
         parts = over_windows(
             view, c.split, c.windows, limit=c.limit, views=dict(c.views) or None, change=c.change
         )
+        # All parts are of the same clips in the same order.
         clips = parts[0]['index']
         scalars: dict[str, float] = {}
         artifacts: dict[str, Any] = {}
         for query, gallery, space in c.pairs:
             query_embeddings, query_valid = _pooled(parts, space, query, c.pool)  # [N E]
             gallery_embeddings, gallery_valid = _pooled(parts, space, gallery, c.pool)
+            # The same clips on both sides, so the diagonal of the similarities holds the right
+            # answers.
             rows = np.flatnonzero(query_valid & gallery_valid)
             if len(rows) < 2:
                 raise ConfigError(
@@ -104,11 +107,14 @@ def _scores(
         artifacts[f'R@{k}/chance'] = min(1.0, k / num_clips)
 
     rank = statistics.ranks(similarity)
+    # Ranks are counted from 0, the median rank is reported from 1.
     scalars['median_rank'] = float(np.median(rank) + 1)
     artifacts['median_rank/interval'] = statistics.bootstrap(rank + 1, np.median, seed)
     artifacts['median_rank/chance'] = (num_clips + 1) / 2
 
+    # Only for show: here ties go to the earlier clip, in the scores above they are shared.
     nearest = np.argsort(-similarity, 1, kind='stable')[:, :SHOWN_CLIPS]
+    # Half precision: N² numbers, for the report. No score is computed from them.
     artifacts['similarity'] = similarity.astype(np.float16)
     artifacts['clips'] = clips
     artifacts['top'] = clips[nearest]
@@ -127,6 +133,7 @@ class Sync(Evaluator):
         'type': 'sync',
         'split': 'test',
         'limit': 512,
+        # How far the other sound is shifted.
         'seconds': 1.0,
         'space': 'va',
         'baseline': True,
@@ -138,6 +145,7 @@ class Sync(Evaluator):
 
     def run(self, view: View) -> Result:
         c = self.config
+        # An extra stream that goes through the same audio tower.
         shifted = {'audio.shifted': {'kind': 'shift', 'seconds': c.seconds}}
         features = view.features(c.split, limit=c.limit, views=shifted)
         video, video_valid = _embeddings(features, c.space, 'video')  # [N E]
@@ -150,6 +158,7 @@ class Sync(Evaluator):
             )
         similarity = (video * audio).sum(-1)[is_used]
         other_similarity = (video * other_audio).sum(-1)[is_used]
+        # A model that embeds all sounds alike scores one half, not 0 or 1.
         is_tie = similarity == other_similarity
         scores = (similarity > other_similarity) + 0.5 * is_tie
         interval = statistics.bootstrap(scores, seed=view.seed)
@@ -184,9 +193,11 @@ def _pooled(
     for part in parts:
         x, valid = _embeddings(part, space, stream)
         if pool == 'embeddings':
+            # The mean is of embeddings before normalisation, which `Encoder` has already applied.
             x = x * _lengths(part, space, stream)[:, None]
         total = total + np.where(valid[:, None], x, 0)
         count = count + valid
+    # `count` is 0 where no window has the modality: such a row is not valid.
     mean = total / np.maximum(count, 1)[:, None]
     if pool == 'embeddings':
         mean = mean / np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-6)
@@ -198,6 +209,7 @@ def _embeddings(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(unit embeddings [N E], valid bool [N]) of a stream in a common space."""
     members = features['spaces'].get(space, {})
+    # Before anything is looked up: mask and validity are stored under the same name.
     stream = _stored_name(members, stream)
     if stream not in members:
         raise ConfigError(
@@ -205,6 +217,7 @@ def _embeddings(
             f'{", ".join(members) or "nothing"}'
         )
     x = members[stream]
+    # One vector for each clip, as a query needs.
     if x.ndim == 3:  # candidates [N K E]: the normalised mean of those that are there
         mask = features['mask'][stream][..., None]
         x = np.where(mask, x, 0).sum(1)
@@ -221,6 +234,7 @@ def _lengths(features: Mapping[str, Any], space: str, stream: str) -> np.ndarray
     lengths = members[_stored_name(members, stream)]
     if lengths.ndim == 1:
         return lengths
+    # [N K] of sentences: `_embeddings` has already put their mean on the unit sphere.
     return np.ones(len(lengths))
 
 

@@ -39,10 +39,12 @@ def logistic(
     from sklearn.preprocessing import StandardScaler
 
     def make_model(strength: float) -> Any:
+        # A pipeline, so that the scaler is fitted on the learning part of each split alone.
         return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=200))
 
+    # C is the inverse of the penalty's weight: small values regularise more.
     model, strength = _fit_best(make_model, x, y, config.strengths or (0.01, 0.1, 1.0), seed)
-    probs = model.predict_proba(_rows(x_test))
+    probs = model.predict_proba(_rows(x_test))  # [M·W classes seen]
     return _by_class(probs, model.classes_, num_classes, x_test), strength
 
 
@@ -61,6 +63,7 @@ def svm(
     from sklearn.svm import LinearSVC
 
     def make_model(strength: float) -> Any:
+        # The seed matters: its coordinate descent visits examples in random order.
         return LinearSVC(C=strength, random_state=seed)
 
     model, strength = _fit_best(make_model, x, y, config.strengths or (6e-5,), seed)
@@ -81,6 +84,7 @@ def head(
     width: int = 128,
     batch: int = 64,
     rate: float = 5e-4,
+    # The share that is dropped.
     dropout: float = 0.9,
     decay: float = 0.1,
 ) -> Scores:
@@ -95,6 +99,7 @@ def head(
         jax.random.key(seed + 1),
         jnp.asarray(x, jnp.float32),
         jnp.asarray(y),
+        # Otherwise a tiny set would be computed as one batch of mostly padding.
         min(batch, len(x)),
         rate,
         dropout,
@@ -140,6 +145,7 @@ def mlp(
         rate,
         int(config.epochs),
     )
+    # scikit-learn takes two dimensions only, so windows are rows here.
     logits = np.asarray(_mlp_logits(params, standardise(_rows(x_test))), np.float64)
     logits = logits.reshape(*x_test.shape[:2], num_classes)  # [M W P]
     if y.ndim == 2:
@@ -153,6 +159,7 @@ SOLVERS: dict[str, Callable[..., Scores]] = {
     'svm': svm,
     'mlp': mlp,
 }
+# Solvers that take several labels an example.
 SEVERAL = ('mlp',)
 
 
@@ -165,6 +172,8 @@ def _by_class(
     values: np.ndarray, known_classes: np.ndarray, num_classes: int, x_test: np.ndarray
 ) -> np.ndarray:
     """[M W P] of values for the classes seen in training; the others never win."""
+    # Columns of scikit-learn follow `classes_`, the sorted classes seen in training. A mean over
+    # windows of -inf stays -inf.
     scores = np.full((len(values), num_classes), -np.inf)
     scores[:, known_classes] = values
     return scores.reshape(*x_test.shape[:2], num_classes)
@@ -209,6 +218,7 @@ def _fit_best(
                 model = make_model(strength).fit(x_train, y_train)
                 return model.score(x_held_out, y_held_out)
 
+            # The first of equals: with ascending strengths the most regularised one.
             best = max(strengths, key=held_out_accuracy)
         return make_model(best).fit(x, y), best
 
@@ -216,6 +226,7 @@ def _fit_best(
 def _head_init(key: jax.Array, num_inputs: int, width: int, num_classes: int) -> dict[str, Any]:
     """Parameters of two dense layers, as Keras draws them."""
     glorot = jax.nn.initializers.glorot_uniform()
+    # glorot_uniform and zeros are the defaults of keras.layers.Dense.
     in_key, out_key = jax.random.split(key)
     return {
         'in': glorot(in_key, (num_inputs, width)),
@@ -235,6 +246,8 @@ def _mlp_logits(params: Any, x: Any) -> Any:
     return hidden @ params['out'] + params['out_bias']
 
 
+# Static: `batch` and `epochs` give shapes and lengths of scans. The whole training is one program,
+# with the features on the device.
 @functools.partial(jax.jit, static_argnums=(4, 8))
 def _head_fit(
     params: Any,
@@ -248,17 +261,22 @@ def _head_fit(
     epochs: int,
 ) -> Any:
     def loss(p: Any, rows: Any, weight: Any, key: Any) -> Any:
-        hidden = x[rows] @ p['in'] + p['in_bias']
+        hidden = x[rows] @ p['in'] + p['in_bias']  # [batch width]
         is_dropped = jax.random.uniform(key, hidden.shape) < dropout
+        # Inverted dropout: nothing is scaled in evaluation.
         hidden = jnp.where(is_dropped, 0, hidden / (1 - dropout))
-        logits = hidden @ p['out'] + p['out_bias']
+        logits = hidden @ p['out'] + p['out_bias']  # [batch P]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, y[rows])
+        # Keras's kernel_regularizer of the last layer: part of the loss, so Adam rescales its
+        # gradient too; not the decoupled decay of AdamW. The bias is left out.
         penalty = decay * jnp.sum(p['out'] ** 2)
+        # The mean over the examples of a smaller last batch, as Keras takes it.
         return jnp.sum(losses * weight) / jnp.sum(weight) + penalty
 
     return _fit(params, key, loss, len(x), batch, rate, epochs)
 
 
+# Static: `batch` and `epochs`, as above.
 @functools.partial(jax.jit, static_argnums=(4, 6))
 def _mlp_fit(params: Any, key: Any, x: Any, y: Any, batch: int, rate: Any, epochs: int) -> Any:
     def loss(p: Any, rows: Any, weight: Any, key: Any) -> Any:
@@ -298,6 +316,7 @@ def _fit(
 
     def step(carry: Any, number: Any) -> Any:
         p, state, order, key = carry
+        # `number` is traced, where `order[a:b]` would need static bounds.
         rows = jax.lax.dynamic_slice(order, (number * batch,), (batch,))
         step_key = jax.random.fold_in(key, number)
         # Rows of -1 fill the last batch; they weigh nothing.
@@ -309,10 +328,12 @@ def _fit(
     def epoch(carry: Any, key: Any) -> Any:
         order_key, loss_key = jax.random.split(key)
         order = jax.random.permutation(order_key, count)
+        # A scan needs batches of one shape.
         order = jnp.pad(order, (0, num_padding), constant_values=-1)
         (p, state, _, _), _ = jax.lax.scan(step, (*carry, order, loss_key), jnp.arange(steps))
         return (p, state), None
 
+    # Nested scans: the size of the program does not grow with epochs or batches.
     start = (params, optimizer.init(params))
     (params, _), _ = jax.lax.scan(epoch, start, jax.random.split(key, epochs))
     return params

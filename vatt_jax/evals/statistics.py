@@ -13,12 +13,14 @@ from vatt_jax.config import ConfigError
 
 def softmax(x: Float[np.ndarray, '... P']) -> Float[np.ndarray, '... P']:
     """Softmax over the last axis."""
+    # The maximum cancels; without it large logits overflow.
     exponentials = np.exp(x - x.max(-1, keepdims=True))
     return exponentials / exponentials.sum(-1, keepdims=True)
 
 
 def sigmoid(x: Float[np.ndarray, ' ...']) -> Float[np.ndarray, ' ...']:
     """Logistic function, as a hyperbolic tangent so that nothing overflows."""
+    # 1 / (1 + exp(-x)) = (1 + tanh(x / 2)) / 2
     return 0.5 * (1 + np.tanh(0.5 * x))
 
 
@@ -37,6 +39,7 @@ def better_and_equal(
     # Written with `<=` because every comparison with NaN is false: NaN counts as better. Where the
     # diagonal is NaN all N entries do, itself among them.
     better = (~(similarity <= diagonal)).sum(1) - is_nan
+    # The diagonal equals itself, hence - 1.
     equal = (similarity == diagonal).sum(1) - 1
     return better, np.where(is_nan, 0, equal)
 
@@ -58,6 +61,8 @@ def hits(similarity: Shaped[np.ndarray, 'N N'], k: int) -> Float[np.ndarray, ' N
     first k. A constant matrix gives k/N, chance.
     """
     better, equal = better_and_equal(similarity)
+    # The diagonal takes ranks better … better + equal with equal odds; k - better of them are below
+    # k.
     return np.clip((k - better) / (equal + 1), 0, 1)
 
 
@@ -76,6 +81,7 @@ def bootstrap(
       (low, high).
     """
     rng = np.random.default_rng(seed)
+    # With replacement; [rounds N].
     rows = rng.integers(0, len(values), (rounds, len(values)))
     draws = statistic(np.asarray(values)[rows], axis=1)  # [rounds]
     return float(np.percentile(draws, 2.5)), float(np.percentile(draws, 97.5))
@@ -105,6 +111,7 @@ def average_precision(
     counts = weight[order]
     positives = counts * np.take_along_axis(targets > 0, order, 0)
     num_ranked = np.cumsum(counts, 0)
+    # Rows of weight 0 may come first: 0 / 1e-300 is 0, where 0 / 0 would be NaN.
     precision = np.cumsum(positives, 0) / np.maximum(num_ranked, 1e-300)  # [N P]
 
     # Ties share the precision at the last of them: `last` is the smallest end at or after a row.
@@ -112,6 +119,7 @@ def average_precision(
     differs_from_next = sorted_scores[1:] != sorted_scores[:-1]
     is_end = np.vstack([differs_from_next, np.ones((1, num_classes), bool)])
     last = np.where(is_end, np.arange(num_examples)[:, None], num_examples)
+    # A running minimum from below: `num_examples` stands for no end.
     last = np.minimum.accumulate(last[::-1], 0)[::-1]
     tied_precision = np.take_along_axis(precision, last, 0)
     with np.errstate(invalid='ignore'):  # 0 / 0 for a class without examples
@@ -148,12 +156,14 @@ def multi_label(
             f'config.evals: expected a class with both examples and others, got none of '
             f'{targets.shape[1]} classes among {num_clips} clips. Take a larger split.'
         )
+    # Neither AP nor AUC is defined for the other classes.
     scores = scores[:, is_scored].astype(np.float64)
     targets = targets[:, is_scored] > 0
     num_positive = num_positive[is_scored]
 
     # Mann-Whitney: AUC = (Σ ranks of examples - n (n + 1) / 2) / (n (N - n)), n examples of N.
     num_pairs = num_positive * (num_clips - num_positive)
+    # `rankdata` counts from 1 and gives ties their mean rank: a tied pair counts one half.
     rank_sums = (rankdata(scores, axis=0) * targets).sum(0)
     auc = (rank_sums - num_positive * (num_positive + 1) / 2) / num_pairs
     half_pair = 0.5 / num_pairs
@@ -162,6 +172,8 @@ def multi_label(
     precision = average_precision(scores, targets)
     rng = np.random.default_rng(seed)
     uniform = np.full(num_clips, 1 / num_clips)
+    # Fewer rounds than in `bootstrap`, as each ranks all classes again. Multinomial counts are a
+    # draw with replacement.
     draws = []
     for _ in range(rounds):
         weight = rng.multinomial(num_clips, uniform).astype(float)

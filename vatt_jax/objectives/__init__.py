@@ -12,6 +12,7 @@ from vatt_jax.objectives.kmeans_labels import KMeansLabels
 from vatt_jax.objectives.online_codes import OnlineCodes
 from vatt_jax.objectives.self_labelling import SelfLabelling
 
+# The key is the value of config.objective.name.
 OBJECTIVES: dict[str, type[Objective]] = {
     'contrastive': Contrastive,
     'kmeans_labels': KMeansLabels,
@@ -35,5 +36,6 @@ def build(config: Any) -> Objective:
     Raises:
       ConfigError: for an unknown name or field.
     """
+    # All other fields are checked by the class: each objective has its own DEFAULTS.
     name = choose(config.name, OBJECTIVES, 'config.objective.name')
     return OBJECTIVES[name](config)

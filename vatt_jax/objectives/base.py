@@ -18,6 +18,7 @@ import numpy as np
 from vatt_jax.rng import Rng
 
 
+# A pytree: `jax.value_and_grad(..., has_aux=True)` carries it out of the traced loss.
 @flax.struct.dataclass
 class Loss:
     """What a step needs to know of a loss.
@@ -35,6 +36,7 @@ class Loss:
     metrics: dict[str, jax.Array]
     batch_stats: Any
     state: Any
+    # Batch statistics and `state` change even where this is False.
     apply_update: jax.Array | bool = True
 
 
@@ -79,6 +81,7 @@ class Refreshed:
     params: Any
     state: Any
     columns: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    # Without this, Adam's moments of the replaced parameters would drive the new ones.
     fresh_slots: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -112,6 +115,8 @@ class Objective:
       mixes_examples: whether `mix_examples` does anything.
     """
 
+    # Mixing couples the clips of a batch before the towers, so microbatches of towers cannot be
+    # exact: `training.train_step.check` refuses the combination.
     mixes_examples: bool = False
 
     def __init__(self, config: Any) -> None:
@@ -147,8 +152,11 @@ class Objective:
             train=True,
             rng=rng,
             mutable=['batch_stats'],
+            # Only the towers. Projections to common spaces belong to `compute_loss`, since their
+            # batch norm takes statistics over all clips together.
             method=_pooled_features,
         )
+        # Flax leaves a mutable collection out of `updates` if no module has variables in it.
         return pooled, updates.get('batch_stats', {})
 
     def compute_loss(
@@ -196,8 +204,11 @@ class Objective:
           batch: the device batch after `preprocess.device_stage`, joined with `columns`.
           rng: random bits of the step.
         """
+        # `rng` is the same object everywhere: callees derive their bits by naming a site with
+        # `rng.at(...)`, so the order of calls is irrelevant.
         batch = self.mix_examples(batch, rng)
         pooled, batch_stats = self.encode(model, variables, batch, rng)
+        # What `compute_loss` returns as new statistics must include those of the towers.
         variables = {**variables, 'batch_stats': batch_stats}
         return self.compute_loss(model, variables, params, state, pooled, batch, rng)
 
@@ -254,6 +265,7 @@ def _pooled_features(
 ) -> dict[str, jax.Array]:
     """stream -> pooled features [B(,K) D]; a method for `model.apply`."""
     encoded = model.interact(model.encode_all(batch, train=train, rng=rng))
+    # Without token maps, which would otherwise be held for every microbatch.
     return {name: stream.pooled for name, stream in encoded.items()}
 
 
@@ -266,5 +278,6 @@ def select_streams(batch: Mapping[str, Any], names: tuple[str, ...] | None) -> d
     """The batch without the streams that are not in `names` (None: all are kept)."""
     if names is None:
         return dict(batch)
+    # Entries that are not streams (labels, valid, index, columns) always stay.
     dropped = set(stream_names(batch)) - set(names)
     return {name: entry for name, entry in batch.items() if name not in dropped}

@@ -75,6 +75,7 @@ class Classification(Objective):
                 'config.objective.mixup: expected waveforms to mix, but '
                 'config.model.inputs.audio.mel makes this model read spectrograms. Set mixup=0.'
             )
+        # Fine-tuning reads the pooled backbone feature, not an embedding in a common space.
         width = spec.outputs.encoded[c.stream].pooled.shape[-1]
         num_classes = spec.labels[c.label]
         initializers = jax.nn.initializers
@@ -97,6 +98,7 @@ class Classification(Objective):
         if label.ndim == 1:
             has_label = label >= 0
         else:
+            # Multi-hot labels have no -1: a row of zeros is a clip without the label.
             has_label = label.sum(-1) > 0
         return has_label & batch[self.config.stream]['valid']
 
@@ -127,9 +129,11 @@ class Classification(Objective):
             label = mix(label, mixup_share(counted, c.mixup, rng.at('mixup')))
 
         features = pooled[c.stream].astype(jnp.float32)  # [B D]
+        # Bits are keyed by example, so the mask does not depend on how the batch is sharded.
         features = rng.at('classifier').dropout(features, c.dropout)
         logits = features @ params['kernel'] + params['bias']  # [B P]
         predicted = logits.argmax(-1)
+        # A batch may hold no labelled row at all (few labels, or padding): 0 / 1 then, not NaN.
         num_counted = jnp.maximum(counted.sum(), 1)
         if c.form == 'softmax':
             # Labels of -1 weigh nothing; they only need to be valid indices.
@@ -141,6 +145,7 @@ class Classification(Objective):
             value = balanced_binary_cross_entropy(
                 logits, label, weight=counted, replicas=c.replicas
             )
+            # The best-scored class is one of the labels. Under mixup these include the next clip's.
             is_correct = jnp.take_along_axis(label, predicted[:, None], 1)[:, 0] > 0
             metrics = {'first_is_right': jnp.sum(is_correct & counted) / num_counted}
         return Loss(value, metrics, variables['batch_stats'], state)
@@ -164,6 +169,7 @@ class Classification(Objective):
         """The name of the label -> logits [B P]."""
         if self.config.stream not in encoded:
             return {}
+        # No dropout here; the evaluator applies softmax or sigmoid after pooling over windows.
         features = encoded[self.config.stream].pooled.astype(jnp.float32)
         return {self.config.label: features @ params['kernel'] + params['bias']}
 
@@ -188,5 +194,6 @@ def mixup_share(counted: Bool[Array, ' B'], alpha: int, rng: Rng) -> Float[Array
 def mix(x: Num[Array, 'B D'], share: Float[Array, ' B']) -> Num[Array, 'B D']:
     """`share` of each row and the rest of the next one."""
     share = share[:, None]
+    # The last row is mixed with the first one.
     next_rows = jnp.roll(x, -1, 0)
     return share.astype(x.dtype) * x + (1 - share).astype(x.dtype) * next_rows

@@ -72,6 +72,7 @@ class Contrastive(Objective):
         super().__init__(with_defaults(config, DEFAULTS, 'config.objective'))
         c = self.config
         _check(c)
+        # 0 cannot be a temperature, so it stands for the form's own.
         self.temperature = c.temperature or FORMS[c.form]
         is_dense = c.method == 'dense'
         self.how = similarity.How('auto' if is_dense else c.method, c.block, c.dtype)
@@ -107,6 +108,8 @@ class Contrastive(Objective):
         if not c.learn_temperature:
             return {}, {}
         ones = jnp.ones(len(c.pairs), jnp.float32)
+        # log(1 / temperature), as in CLIP: the logarithm keeps the temperature positive, and a step
+        # of the optimizer changes it by a ratio.
         params = {'log_scale': -jnp.log(self.temperature) * ones}
         if c.form == 'siglip':
             params['bias'] = c.bias * ones
@@ -122,6 +125,8 @@ class Contrastive(Objective):
         batch: Mapping[str, Any],
         rng: Any,
     ) -> Loss:
+        # The common spaces are part of the loss, not of `encode`: with accumulation they see the
+        # whole batch, of which only pooled vectors are in memory.
         spaces, updates = model.apply(
             variables,
             {stream: Encoded(features) for stream, features in pooled.items()},
@@ -155,11 +160,14 @@ class Contrastive(Objective):
             metrics[f'loss/{first}-{second}'] = pair_loss
             total = total + weight * pair_loss
             total_weight = total_weight + weight
+        # Divided by the sum of weights, so that adding a pair does not change the scale of the
+        # loss.
         mean_loss = jnp.asarray(total / total_weight, jnp.float32)
         return Loss(mean_loss, metrics, updates.get('batch_stats', {}), state)
 
     def _fixed_options(self) -> dict[str, Any]:
         """Arguments of the loss function that the config fixes."""
+        # Later entries win: learnt values replace these in `compute_loss`.
         options = {'temperature': self.temperature}
         if self.config.form == 'siglip':
             options['bias'] = self.config.bias
@@ -181,6 +189,8 @@ class Contrastive(Objective):
     ) -> tuple[Any, Any, Any]:
         """Hold learnt temperatures at or above 0.01 (CLIP, section 2.5)."""
         if params:
+            # Clipped after the update instead of in the loss: a clip in the loss would have zero
+            # gradient beyond the bound, so the scale could never return.
             log_scale = jnp.minimum(params['log_scale'], jnp.log(100.0))
             params = {**params, 'log_scale': log_scale}
         return model_params, params, state

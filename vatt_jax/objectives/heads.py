@@ -47,10 +47,14 @@ class Head(nn.Module):
         Returns:
           (hidden [B W], outputs [B O]), float32. Without a hidden layer, `hidden` is what came in.
         """
+        # PyTorch's default for nn.Linear: variance_scaling draws from ±sqrt(3 · scale / fan_in),
+        # which is ±1/sqrt(fan_in) for a scale of 1/3.
         kernel_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
         rate = self.dropout if train else 0.0
+        # Heads are small, and their logits feed a softmax: float32 even where towers are bfloat16.
         x = x.astype(jnp.float32)
         if self.hidden:
+            # No bias: batch norm would subtract it again.
             hidden_kernel = self.param(
                 'hidden',
                 logical(kernel_init, 'embed', None),
@@ -61,6 +65,7 @@ class Head(nn.Module):
             x = jax.nn.relu(BatchNorm(name='norm')(x, valid, train))  # [B W]
 
         width = x.shape[-1]
+        # The axis of classes can be sharded, as there may be thousands.
         kernel = self.param(
             'kernel', logical(kernel_init, 'embed', 'classes'), (width, self.outputs), jnp.float32
         )
@@ -68,6 +73,7 @@ class Head(nn.Module):
         if not self.bias:
             return x, outputs
 
+        # PyTorch draws the bias from the same interval as the kernel.
         bound = width**-0.5
 
         def bias_init(key: Any, shape: Any, dtype: Any) -> jax.Array:
@@ -79,6 +85,7 @@ class Head(nn.Module):
 
 def init(head: Head, key: jax.Array, width: int) -> tuple[Any, Any]:
     """(parameters, batch statistics, {} if none) for features of this width."""
+    # One dummy row: only shapes matter, and random bits depend on `key` alone.
     variables = head.init(
         key,
         jnp.zeros((1, width)),
@@ -114,6 +121,7 @@ def apply(
     """
     views = list(pooled)
     num_rows = len(pooled[views[0]])
+    # Side by side, so that batch norm normalises all views of a modality by the same statistics.
     features = jnp.concatenate([pooled[view] for view in views])  # [V·B D]
     is_valid = jnp.concatenate([valid[view] for view in views])  # [V·B]
     if len(views) > 1:
@@ -133,12 +141,15 @@ def apply(
     for i, view in enumerate(views):
         rows = slice(i * num_rows, (i + 1) * num_rows)
         results[view] = (hidden[rows], outputs[rows])
+    # A linear head has no batch norm, so `updates` is empty.
     return results, updates.get('batch_stats', stats)
 
 
 def unit(x: jax.Array, axis: int = -1) -> jax.Array:
     """x scaled to length 1 along `axis`, with a finite gradient at zero."""
     squared_length = jnp.sum(x * x, axis, keepdims=True)
+    # The maximum is inside the root: the derivative of a square root at 0 is infinite. 1e-12 is the
+    # square of the smallest length, 1e-6.
     return x * jax.lax.rsqrt(jnp.maximum(squared_length, 1e-12))
 
 

@@ -68,6 +68,7 @@ class KMeansLabels(Objective):
                     f'config.objective.{field}: expected at least {smallest}, got {c[field]}.'
                 )
         choose(c.targets, TARGETS, 'config.objective.targets')
+        # Several views may learn the same labeling; it is clustered only once.
         self.targets = {view: self._targets_of(view) for view in c.views}
         labelings = {target for targets in self.targets.values() for target in targets}
         self.labelings = sorted(labelings)
@@ -96,6 +97,7 @@ class KMeansLabels(Objective):
 
     def columns(self) -> dict[str, jax.ShapeDtypeStruct]:
         label = jax.ShapeDtypeStruct((), jnp.int32)
+        # int32 [] for each record, -1 without a label.
         return {f'cluster.{labeling}': label for labeling in self.labelings}
 
     def init(self, key: jax.Array, spec: Spec) -> tuple[Any, Any]:
@@ -118,6 +120,7 @@ class KMeansLabels(Objective):
                     'kernel': kernel_init(kernel_key, (width, c.clusters)),
                     'bias': bias_init(view_key, (c.clusters,)),
                 }
+        # The first refresh, before step 0, replaces it by the true shares.
         uniform = {labeling: jnp.full((c.clusters,), 1 / c.clusters) for labeling in self.labelings}
         return params, {'frequency': uniform}
 
@@ -134,6 +137,8 @@ class KMeansLabels(Objective):
         labels = {name: batch['columns'][f'cluster.{name}'] for name in self.labelings}  # [B]
         frequency = {}
         weights = {}
+        # Once for each labeling, not for each view: views that share one see the same weights, and
+        # its frequency moves once per step.
         for name in self.labelings:
             weights[name], frequency[name] = self._class_weights(
                 labels[name], batch['valid'], state['frequency'][name]
@@ -152,6 +157,8 @@ class KMeansLabels(Objective):
                 logits = features @ classifier['kernel'] + classifier['bias']  # [B P]
                 # Labels of -1 weigh nothing; they only need to be valid indices.
                 targets = jnp.maximum(label, 0)
+                # `weights` already leaves out padding and unlabelled rows; `valid` those without
+                # this view.
                 weight = weights[name] * valid
                 losses.append(softmax_cross_entropy(logits, targets, weight=weight))
                 is_labelled = (label >= 0) & batch['valid'] & valid
@@ -178,11 +185,14 @@ class KMeansLabels(Objective):
         """
         c = self.config
         is_labelled = (label >= 0) & valid
+        # `jax.nn.one_hot` of -1 is a row of zeros.
         one_hot = jax.nn.one_hot(label, c.clusters) * is_labelled[:, None]  # [B P]
-        share = one_hot.sum(0) / jnp.maximum(is_labelled.sum(), 1)
+        share = one_hot.sum(0) / jnp.maximum(is_labelled.sum(), 1)  # [P]
         updated = c.momentum * frequency + (1 - c.momentum) * share
         # A batch without any label says nothing about frequencies.
         new_frequency = jnp.where(is_labelled.any(), updated, frequency)
+        # w_b = 1 / (P f_k) for a row of cluster k with running frequency f_k: 1 for uniform
+        # clusters, and the expected weight of a row stays 1 for any others.
         if c.balance:
             # Below 1e-3 a class is not weighted up any further.
             one_hot = one_hot / (c.clusters * jnp.maximum(frequency, 1e-3))
@@ -192,22 +202,28 @@ class KMeansLabels(Objective):
         self, model: Any, variables: Any, params: Any, batch: Mapping[str, Any], rng: Any
     ) -> dict[str, jax.Array]:
         """Unit features (<view>, float32 [B D]) and validity (<view>/valid) of every view."""
+        # Running statistics: with those of the batch a feature would depend on which records happen
+        # to share its batch.
         streams = select_streams(batch, self.streams())
         encoded = model.apply(variables, streams, train=False, rng=rng, method='encode_all')
         features = {}
         for view in self.config.views:
             x = encoded[view].pooled.astype(jnp.float32)
+            # Unit length, so that with joint targets no view outweighs the others in the distance.
             features[view] = x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-6)
             features[f'{view}/valid'] = batch[view]['valid']
         return features
 
     def refresh_due(self, step: int, steps: int) -> bool:
+        # Step 0 included: there is nothing to learn before the first clustering.
         return step % self.config.every == 0
 
     def refresh(
         self, variables: Any, params: Any, state: Any, step: int, records: TrainingRecords
     ) -> Refreshed:
         encoded = records.encode(self.features)
+        # 17 is arbitrary. Depends on the step alone: every host must find the same clusters, and a
+        # resumed run too.
         key = jax.random.fold_in(jax.random.key(17), step)
         columns = {}
         frequency = {}
@@ -218,11 +234,14 @@ class KMeansLabels(Objective):
             column = self._cluster(labeling_key, labeling, encoded, records.size)
             columns[f'cluster.{labeling}'] = column
             sizes = np.bincount(column[column >= 0], minlength=self.config.clusters)
+            # Cluster numbers have no relation to those of the last refresh, so the running
+            # frequency starts again from the known sizes.
             frequency[labeling] = jnp.asarray(sizes / sizes.sum(), jnp.float32)
             suffix = '' if len(self.labelings) == 1 else f'/{labeling}'
             metrics[f'largest_cluster{suffix}'] = float(sizes.max() / sizes.sum())
             metrics[f'empty_clusters{suffix}'] = float((sizes == 0).sum())
         return Refreshed(
+            # For the same reason classifiers cannot go on from where they were (DeepCluster).
             _fresh_classifiers(key, params),
             {'frequency': frequency},
             columns=columns,
@@ -243,9 +262,10 @@ class KMeansLabels(Objective):
                 f'{c.clusters} for {is_present.sum()} training records that have '
                 f'{" and ".join(views)}. Set fewer clusters.'
             )
-        features = np.concatenate([encoded[view][is_present] for view in views], -1)
+        features = np.concatenate([encoded[view][is_present] for view in views], -1)  # [n D]
         column = np.full(size, -1, np.int32)
         rows = encoded['index'][is_present]
+        # All other rows, those that could not be read among them, keep -1.
         column[rows] = labels_of(key, features, c.clusters, c.iterations, jax.sharding.get_mesh())
         return column
 
@@ -255,6 +275,7 @@ def _fresh_classifiers(key: jax.Array, params: Any) -> Any:
     leaves, tree = jax.tree.flatten(params)
     fresh = []
     for leaf_key, leaf in zip(jax.random.split(key, len(leaves)), leaves):
+        # As in `init`: kernels [D P], biases [P].
         if leaf.ndim == 2:
             fresh.append(0.01 * jax.random.normal(leaf_key, leaf.shape))
         else:

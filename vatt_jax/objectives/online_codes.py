@@ -53,6 +53,8 @@ SMALLEST_VALUES = {
     'freeze': 0,
 }
 # What a row of the queue holds.
+# NO_VIEW: a row of a clip without this view. It takes a row all the same: shapes are static, so
+# every step pushes B rows.
 EMPTY, NO_VIEW, FEATURE = 0, 1, 2
 
 
@@ -89,10 +91,13 @@ class OnlineCodes(Objective):
         def unit_columns(_: Any, shape: Any) -> jax.Array:
             return heads.unit(jax.random.normal(prototypes_key, shape), 0)
 
+        # Prototypes are columns [E P]: sharded over P, and normalised over E.
         params = {
             'projection': projection,
             'prototypes': logical(unit_columns, None, 'classes')(key, (c.width, c.clusters)),
         }
+        # 'seen' counts this objective's steps, from which freeze and queue_start are read:
+        # `compute_loss` is not passed the step of the run.
         state: dict[str, Any] = {'norm': norm, 'seen': jnp.zeros((), jnp.int32)}
         if c.queue:
 
@@ -102,6 +107,8 @@ class OnlineCodes(Objective):
             state['queue'] = {}
             for view in self.assigned_views:
                 state['queue'][view] = {
+                    # One queue for each view, of projected features: scores are computed anew with
+                    # the prototypes of the step.
                     'features': logical(zeros, 'memory', None)(key, (c.queue, c.width)),
                     'filled': logical(zeros, 'memory')(key, (c.queue,)),
                 }
@@ -120,6 +127,7 @@ class OnlineCodes(Objective):
         projected = {}
         new_norm = dict(norm)
         for modality, views in self.modalities.items():
+            # In evaluation a model may lack some of the views; in training all are there.
             modality_pooled = {view: pooled[view] for view in views if view in pooled}
             if not modality_pooled:
                 continue
@@ -133,6 +141,8 @@ class OnlineCodes(Objective):
                 train,
             )
             for view, (_, outputs) in results.items():
+                # SwAV, section 3.1: features and prototypes on the unit sphere, so scores are
+                # cosines.
                 projected[view] = heads.unit(outputs, -1)
         return projected, new_norm
 
@@ -158,6 +168,9 @@ class OnlineCodes(Objective):
         )
         prototypes = params['prototypes']  # [E P]
         is_frozen = state['seen'] < c.freeze
+        # In a traced step freezing cannot be an `if`. Of this `where` the first branch has no
+        # gradient, so prototypes get exactly zero while frozen; decoupled weight decay only changes
+        # their lengths, which `after_update` restores.
         prototypes = jnp.where(is_frozen, jax.lax.stop_gradient(prototypes), prototypes)
 
         scores = {}
@@ -170,6 +183,7 @@ class OnlineCodes(Objective):
         total: Any = 0.0
         prototypes_used: Any = 0.0
         metrics: dict[str, Any] = {}
+        # ℓ(z_v, q_a) = - Σ_k q_a(k) log p_v(k): SwAV, equation 2. Codes q carry no gradient.
         for assigned in self.assigned_views:
             code, queue = self.codes(
                 scores[assigned], features[assigned], valid[assigned], prototypes, state, assigned
@@ -180,10 +194,13 @@ class OnlineCodes(Objective):
             for view in c.views:
                 if view != assigned:
                     cross_entropy = -(code * log_probs[view]).sum(-1)  # [B]
+                    # A clip needs both views: the code of a missing one is zero, its prediction
+                    # meaningless.
                     losses.append(masked_mean(cross_entropy, valid[assigned] & valid[view]))
             view_loss = sum(losses) / len(losses)
             metrics[f'loss/{assigned}'] = view_loss
             total = total + view_loss / len(self.assigned_views)
+            # Near 1 where training has collapsed onto one prototype, at most min(B, P).
             num_used = _perplexity(scores[assigned], valid[assigned])
             prototypes_used = prototypes_used + num_used / len(self.assigned_views)
         metrics['prototypes_used'] = prototypes_used
@@ -217,11 +234,17 @@ class OnlineCodes(Objective):
         queue = state['queue'][view]
         # The queue counts once its last row has been reached.
         is_full = queue['filled'][-1] > EMPTY
+        # Features of a network that has hardly been trained would spoil the codes: SwAV starts its
+        # queue after 15 epochs.
         is_ready = is_full & (state['seen'] >= c.queue_start)
         all_scores = jnp.concatenate([scores, queue['features'] @ prototypes])  # [B+Q P]
         is_used = jnp.concatenate([valid, is_ready & (queue['filled'] > NO_VIEW)])
+        # Equal mass over batch and queue together, but only the batch has a loss. A batch much
+        # smaller than the number of prototypes cannot be split evenly among them (SwAV, section
+        # 3.1).
         codes = soft_codes(all_scores, c.epsilon, c.iterations, is_used)[: len(features)]
 
+        # Newest first; also right where the batch is larger than the queue.
         def push(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.concatenate([new.astype(old.dtype), old])[: c.queue]
 
@@ -235,6 +258,8 @@ class OnlineCodes(Objective):
         self, model_params: Any, params: Any, state: Any, step: Any
     ) -> tuple[Any, Any, Any]:
         """Scale prototypes to length 1 again."""
+        # The published code normalises before the forward pass of each step; after the update is
+        # the same, and checkpoints hold unit prototypes.
         params = {**params, 'prototypes': heads.unit(params['prototypes'], 0)}
         return model_params, params, state
 
@@ -251,6 +276,7 @@ class OnlineCodes(Objective):
         for x in features.values():
             logits = x @ params['prototypes'] / self.config.temperature
             log_probs.append(jax.nn.log_softmax(logits, -1))
+        # Views as independent evidence: a product of their probabilities, not normalised.
         total: Any = sum(log_probs)
         return {'cluster/prototypes': total}
 
@@ -293,4 +319,5 @@ def _perplexity(scores: jax.Array, valid: jax.Array) -> jax.Array:
 
 def masked_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
     """Mean of x [B] over the rows that are valid; 0 if none is."""
+    # `where` instead of a product: NaN times 0 is NaN.
     return jnp.where(valid, x, 0).sum() / jnp.maximum(valid.sum(), 1)

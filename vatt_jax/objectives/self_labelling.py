@@ -131,9 +131,12 @@ class SelfLabelling(Objective):
         sizes = [self.sizes(jax.random.fold_in(key, 1000 + i)) for i in range(c.heads)]
         state = {
             'norm': norm,
+            # Drawn once: the same sizes are matched to clusters at every refresh.
             'sizes': jnp.stack(sizes),  # [heads P]
+            # Running mean of each head: `chosen/…` of the clustering evaluator.
             'loss': jnp.zeros(c.heads),
             'seen': jnp.zeros((), jnp.int32),
+            # g of the transport problem (clustering/sinkhorn.py), in float32 between refreshes.
             'potentials': jnp.zeros((c.heads, c.clusters)),
             'refreshes': jnp.zeros((), jnp.int32),
         }
@@ -156,8 +159,10 @@ class SelfLabelling(Objective):
         elif c.prior == 'zipf':
             sizes = (1.0 + rank) ** -c.spread
         elif c.prior == 'exponential':
+            # From 1 down to exp(-spread).
             sizes = jnp.exp(-c.spread * rank / (c.clusters - 1))
         else:
+            # gaussian: N(1, spread²), as SeLaVi with spread 0.1; every head has a key of its own.
             noise = jax.random.normal(key, (c.clusters,))
             sizes = jnp.maximum(1 + c.spread * noise, 0.01)  # a size stays positive
         return sizes / sizes.mean()
@@ -181,6 +186,8 @@ class SelfLabelling(Objective):
         )
         batch_stats = variables['batch_stats']
         state = {**state, 'norm': norm, 'seen': state['seen'] + 1}
+        # A static condition: batches have columns from the first refresh on, when the step is
+        # traced again.
         if 'columns' not in batch:
             # Before the first refresh there are no labels: only batch statistics move.
             return Loss(jnp.zeros(()), {}, batch_stats, state, jnp.zeros((), bool))
@@ -207,6 +214,7 @@ class SelfLabelling(Objective):
             view_loss = jnp.stack(view_losses)  # [heads]
             losses_by_view.append(view_loss)
             metrics[f'loss/{view}'] = view_loss.mean()
+            # Both count rows times heads.
             metrics[f'accuracy/{view}'] = num_correct / jnp.maximum(is_labelled.sum(), 1)
 
         loss_by_head: Any = sum(losses_by_view) / len(views)  # [heads]
@@ -279,6 +287,7 @@ class SelfLabelling(Objective):
 
     def refresh_due(self, step: int, steps: int) -> bool:
         c = self.config
+        # `schedule` is cached: this is called at every step.
         return step in schedule(steps - c.warmup, c.refreshes, c.power, c.warmup)
 
     def features(
@@ -289,6 +298,8 @@ class SelfLabelling(Objective):
         encoded = model.apply(variables, streams, train=False, rng=rng, method='encode_all')
         features = {}
         for view in self.config.views:
+            # Features, not logits: heads are applied later, one at a time, so that logits of all
+            # heads, [M heads P], never exist.
             features[view] = encoded[view].pooled.astype(jnp.float32)
             features[f'{view}/valid'] = batch[view]['valid']
         return features
@@ -305,8 +316,11 @@ class SelfLabelling(Objective):
         new_labels = np.full((records.size, c.heads), -1, np.int32)
         metrics: dict[str, list[float]] = {}
         for group in range(c.groups):
+            # One pass over the records for each group of heads, with other random windows and
+            # crops.
             encoded = records.encode(self.features, draw=group)
             valid = np.stack([encoded[f'{view}/valid'] for view in c.views], 1)  # [n views]
+            # A record without any of the views has no evidence for a label.
             is_used = valid.any(1)
             features = {view: encoded[view][is_used] for view in c.views}
             rows = encoded['index'][is_used]
@@ -317,6 +331,7 @@ class SelfLabelling(Objective):
                 new_labels[rows, i] = labels
                 if 'label' in records.columns:
                     old_labels = records.columns['label'][rows, i]
+                    # Labels of -1 (unreadable then, readable now) cannot be compared.
                     if (old_labels >= 0).all():
                         head_metrics['changed'] = np.mean(old_labels != labels)
                         head_metrics['NMI_to_last'] = agreement.nmi(labels, old_labels)
@@ -357,11 +372,15 @@ class SelfLabelling(Objective):
         c = self.config
         head = self.head_names[head_index]
         is_first = not state['refreshes']
+        # All but the last layer, so that the logits are one matrix product, which the solver can do
+        # blockwise.
         hidden = {
             view: self.hidden_features(params, state['norm'], view, head, features[view])
             for view in c.views
         }
         if is_first and c.align:
+            # Untrained heads number their clusters at random, and a mean over views of unrelated
+            # numberings would say nothing.
             self.align(params, head, hidden, valid)
 
         # The solver reads the logits as products of views and kernels.
@@ -382,6 +401,7 @@ class SelfLabelling(Objective):
             newton = solution.preconditioner
             state['newton'][head_index] = 0 if newton is None else newton
 
+        # Of the labels, which are the argmax of the relaxed plan: near the prior, not equal to it.
         shares = np.bincount(solution.labels, minlength=c.clusters) / len(valid)  # [P]
         metrics = {
             'passes': solution.work,
@@ -408,6 +428,8 @@ class SelfLabelling(Objective):
         c = self.config
         # A last column carries the bias, so that one weight per row gives the mean over the views
         # that a record has.
+        # The solver divides by the number V of views. With V / (views of the record) as weight, and
+        # 0 for missing views, that becomes the mean over those it has.
         weights = valid * (len(c.views) / valid.sum(1, keepdims=True)).astype(np.float32)  # [n V]
         ones = np.ones((len(valid), 1), np.float32)
         views = []
@@ -417,6 +439,7 @@ class SelfLabelling(Objective):
             views.append(with_ones * weights[:, i : i + 1])
             last_layer = params[heads.modality_of(view)][head]
             kernel = np.concatenate([last_layer['kernel'], last_layer['bias'][None]])  # [D+1 P]
+            # The bias is a row of the kernel now; as a bias it would escape the weights.
             kernels.append((kernel, np.zeros(c.clusters, np.float32)))
         return views, kernels
 
@@ -433,6 +456,7 @@ class SelfLabelling(Objective):
         def mass() -> np.ndarray:
             if self.config.published_prior:
                 return product_mass(views, kernels)
+            # Without transport (g = 0): what the model would say if left to itself.
             return sinkhorn.shares(views, self.config.strength, heads=kernels, mesh=mesh)
 
         sizes, prior = self.prior(state['sizes'][head_index], mass)
@@ -476,6 +500,7 @@ class SelfLabelling(Objective):
         from scipy.optimize import linear_sum_assignment
 
         first_views = {modality: views[0] for modality, views in self.modalities.items()}
+        # One view of each modality is enough: views of a modality share the head.
         reference, *others = first_views
 
         def has_modality(modality: str) -> np.ndarray:
@@ -494,6 +519,8 @@ class SelfLabelling(Objective):
             # cost[k, l] = sum over rows of |p_k - q_l|
             num_clusters = p.shape[1]
             cost = np.stack([np.abs(p[:, k : k + 1] - q).sum(0) for k in range(num_clusters)])
+            # order[k] is the old number of what becomes cluster k. Columns of the last layer move;
+            # hidden layers and their statistics stay.
             _, order = linear_sum_assignment(cost)
             last_layer = params[modality][head]
             params[modality][head] = {
@@ -520,11 +547,14 @@ class SelfLabelling(Objective):
         """
         if (sizes == sizes[0]).all():
             return sizes, np.full(len(sizes), 1 / len(sizes))
+        # Smallest first, as `np.sort(sizes)` below.
         by_mass = np.argsort(mass(), kind='stable')
         assigned = np.empty(len(sizes), sizes.dtype)
         if self.config.published_prior:
+            # In whatever order the last refresh left them, hence a reshuffle.
             assigned[by_mass] = sizes
             return assigned, (1 / assigned) / (1 / assigned).sum()
+        # `sizes` itself is returned as it was, so that nothing depends on earlier refreshes.
         assigned[by_mass] = np.sort(sizes)
         return sizes, assigned / assigned.sum()
 
@@ -584,6 +614,8 @@ def product_mass(
     return total
 
 
+# Linen modules are hashable dataclasses, so `head` can be static. Of each width at most two shapes
+# are compiled: whole blocks and the last one.
 @functools.partial(jax.jit, static_argnames='head')
 def _hidden(head: heads.Head, params: Any, stats: Any, x: Any) -> jax.Array:
     """[n W]: the head's hidden layer in evaluation mode."""
