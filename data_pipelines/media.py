@@ -21,6 +21,7 @@ from av.video.reformatter import VideoReformatter
 from jaxtyping import Int16, Integer, Shaped, UInt8
 from PIL import Image, ImageOps
 
+# Containers of video, then of sound alone. What is really inside decides: see `_track`.
 SUFFIXES = (
     '.mp4',
     '.webm',
@@ -111,18 +112,22 @@ def read(
         return Media(iter([_image(path, size)]), None)
     try:
         with av.open(os.fspath(path)) as container:
+            # Opened briefly to look at the tracks, so that a file with neither is reported as
+            # such.
             has_video = _track(container, 'video') is not None
             has_audio = _track(container, 'audio') is not None
             if not has_video and not has_audio:
                 raise MediaError('no video and no audio track')
             if part != WHOLE and not _contains_part(container, part):
                 part = WHOLE
+            # The clock of frames and audio: a container may begin at any time stamp.
             zero = _first_time(container) if has_video else None
         # The file is opened again by each of the two: they read it from front to back.
         audio = _audio(path, rate, zero, longest, part) if has_audio else None
     except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
         raise MediaError(f'corrupt: {_message(error)}') from None
     if zero is not None:
+        # Frames stay an iterator, since an hour of them does not fit into memory; its audio does.
         return Media(_frames(path, fps, size, zero, longest, part), audio)
     if audio is None:
         raise MediaError('corrupt: no sound could be decoded')
@@ -142,6 +147,7 @@ def fit(
     """
     if audio is None:
         return None
+    # Rounded once for the whole length; rounding samples per frame would add up.
     samples = round(frames / fps * rate)
     return np.pad(audio[:samples], (0, max(0, samples - len(audio))))
 
@@ -152,11 +158,13 @@ def _image(path: str | os.PathLike, size: int) -> UInt8[np.ndarray, 'H W 3']:
         with Image.open(path) as file:
             # A JPEG is decoded at an eighth, quarter or half of its size if that is enough.
             file.draft('RGB', (size, size))
+            # Cameras store the sensor's orientation and note the rotation in EXIF.
             image = ImageOps.exif_transpose(file).convert('RGB')
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MediaError(f'corrupt: {_message(error)}') from None
     scale = size / min(image.size)
     width, height = image.size
+    # At least `size`: rounding must not make the short side a pixel too short.
     new_size = (max(size, round(width * scale)), max(size, round(height * scale)))
     # The average of the pixels that fall into one, which does not alias.
     method = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR
@@ -166,6 +174,7 @@ def _image(path: str | os.PathLike, size: int) -> UInt8[np.ndarray, 'H W 3']:
 def _track(container: Any, kind: str) -> Any:
     """The first track of a kind, None without; the cover picture of a music file is none."""
     for stream in getattr(container.streams, kind):
+        # FFmpeg presents cover art as a video stream of one frame.
         if not stream.disposition & av.stream.Disposition.attached_pic:
             return stream
     return None
@@ -174,6 +183,8 @@ def _track(container: Any, kind: str) -> Any:
 def _contains_part(container: Any, part: tuple[float, float]) -> bool:
     """Whether a file is longer than the part and reaches to its end, both to a second."""
     start, end = part
+    # PyAV: durations of a container are in units of 1 / av.time_base seconds (microseconds), those
+    # of a stream in units of its own time_base.
     duration = (container.duration or 0) / av.time_base
     return end - 1 <= duration and duration > end - start + 1
 
@@ -181,6 +192,7 @@ def _contains_part(container: Any, part: tuple[float, float]) -> bool:
 def _first_time(container: Any) -> float:
     """Time stamp of the first picture, in seconds."""
     stream = _track(container, 'video')
+    # Some containers do not state it: then one picture has to be decoded.
     if stream.start_time is not None:
         return float(stream.start_time * stream.time_base)
     stream.codec_context.thread_count = 1
@@ -205,6 +217,7 @@ def _decode(container: Any, stream: Any) -> Iterator[Any]:
     num_good = 0
     num_bad = 0
     try:
+        # The last packet is empty; decoding it flushes the frames that the decoder still holds.
         for packet in container.demux(stream):
             try:
                 frames = packet.decode()
@@ -219,6 +232,7 @@ def _decode(container: Any, stream: Any) -> Iterator[Any]:
     except av.error.FFmpegError as error:
         raise MediaError(f'corrupt: {_message(error)}') from None
     num_packets = num_good + num_bad
+    # Known only at the end. A reader that stops earlier, as for a part, never gets here.
     if num_bad > _MAX_BAD_SHARE * num_packets:
         raise MediaError(f'corrupt: {num_bad} of {num_packets} packets do not decode')
 
@@ -230,6 +244,8 @@ def _seek(container: Any, seconds: float) -> None:
     """
     if seconds > 1:
         with contextlib.suppress(av.error.FFmpegError):
+            # Without a stream, PyAV seeks in microseconds, to a keyframe at or before that time.
+            # One second to spare, as keyframes and sound need not be aligned.
             container.seek(int((seconds - 1) * av.time_base))
 
 
@@ -287,8 +303,12 @@ def _frames(
         stream: Any = _track(container, 'video')
         # Files are decoded side by side; threads inside each would only compete.
         stream.codec_context.thread_count = 1
+        # Seconds for which a picture is shown, where the file does not say it.
         usual_duration = 1.0 / float(stream.average_rate) if stream.average_rate else 1.0 / fps
+        # 0 where the container states no duration for each stream, as Matroska: the check for
+        # truncated files below has nothing to compare with there.
         declared = float(stream.duration * stream.time_base) if stream.duration else 0.0
+        # Width / height of a stored pixel; DV and DVD material is not square.
         pixel_aspect = float(stream.sample_aspect_ratio or 1)
         reformatter = VideoReformatter()  # one for all frames: it caches the tables of the scaler
         _seek(container, zero + start if start else 0.0)
@@ -298,25 +318,30 @@ def _frames(
         shown_time = -1.0  # since when, on the clock of the file
         end = 0.0  # until when
         for frame in _decode(container, stream):
+            # A picture without a time stamp follows the last one.
             time = shown_time + usual_duration
             if frame.pts is not None:
                 time = _time_stamp(frame, default=0.0) - zero
             if time <= shown_time:  # clocks that stand still or run backwards: play on
                 time = shown_time + usual_duration if shown_time >= 0 else 0.0
+            # A damaged time stamp would otherwise repeat one picture for hours.
             is_jump = shown is not None and time - shown_time > max(60.0, declared)
             if time - start > longest or is_jump:
                 raise MediaError(f'corrupt: time stamps jump to {time:.0f} s')
             # The picture on display stays there until this one replaces it.
+            # Pictures before `start` come along, because decoding begins at a keyframe; they send
+            # nothing, as the right side is negative then.
             while shown is not None and num_sent / fps < time - start - _TIME_TOLERANCE:
                 yield shown.rgb(size, pixel_aspect, reformatter)
                 num_sent += 1
-                if num_sent >= length * fps - 1e-3:
+                if num_sent >= length * fps - 1e-3:  # float products may miss a whole number
                     return
             shown = _Picture(frame)
             shown_time = time
             duration = float(frame.duration * frame.time_base) if frame.duration else usual_duration
             end = time + duration
 
+        # Declared durations are often a little too long, so a fifth and a second are allowed.
         if end < 0.8 * declared - 1.0:
             raise MediaError(f'truncated: {end:.1f} of {declared:.1f} s can be decoded')
         if start and end <= start:
@@ -325,6 +350,7 @@ def _frames(
             )
         if shown is not None:
             # A video has one frame at least, however short it is.
+            # The last picture has no successor to end it: it is on display for its own duration.
             num_frames = max(1, round(min(end - start, length) * fps))
             for _ in range(num_sent, num_frames):
                 yield shown.rgb(size, pixel_aspect, reformatter)
@@ -341,6 +367,7 @@ def _rgb(
         pixel_aspect: width / height of a stored pixel.
         reformatter: converts and scales.
     """
+    # In square pixels.
     stored_width = frame.width * pixel_aspect
     scale = size / min(stored_width, frame.height)
     width = max(size, round(stored_width * scale))
@@ -352,9 +379,12 @@ def _rgb(
         width,
         height,
         'rgb24',
+        # Averages when it shrinks, which does not alias.
         interpolation='AREA' if scale < 1 else 'BILINEAR',
         threads=1,
     ).to_ndarray()
+    # Phones store what the sensor saw, with a rotation. Both FFmpeg and np.rot90 count
+    # counterclockwise; the short side stays the short side.
     quarter_turns = round(frame.rotation / 90) % 4
     if not quarter_turns:
         return picture
@@ -388,8 +418,10 @@ def _audio(
             if zero is None:
                 has_start = stream.start_time is not None
                 zero = float(stream.start_time * stream.time_base) if has_start else 0.0
+            # From here on, `zero` is the time stamp of the first sample of the part.
             zero += start
             _seek(container, zero)
+        # Decoding may stop there; a bit too much is cut off below.
         last_time = float('inf') if zero is None else zero + end - start
         pieces = _audio_pieces(container, stream, rate, last_time)
     if not pieces:
@@ -401,8 +433,11 @@ def _audio(
     if part == WHOLE and len(pieces) == 1 and first_time == zero:
         return first_pcm  # the usual file: nothing to move
 
+    # In samples; negative for sound that begins before the first picture.
     positions = [round((time - zero) * rate) for time, _ in pieces]
+    # Pieces may overlap where a clock jumps back; the later one overwrites.
     total = max(position + len(pcm) for position, (_, pcm) in zip(positions, pieces))
+    # Before the allocation: one damaged time stamp would ask for terabytes.
     if total > longest * rate:
         raise MediaError(f'corrupt: sound runs to {total / rate:.0f} s')
     audio = np.zeros(max(total, 0), np.int16)
@@ -434,13 +469,15 @@ def _audio_pieces(
         is_hole = abs(time - expected_time) > _MIN_HOLE
         if resampler is None or frame_format != stream_format or is_hole:
             if resampler is not None:
-                chunks[-1].extend(_resample(resampler, None))
+                chunks[-1].extend(_resample(resampler, None))  # what it still holds
             resampler = av.AudioResampler(format='s16', layout='mono', rate=rate)
             stream_format = frame_format
             times.append(time)
             chunks.append([])
             expected_time = time
         chunks[-1].extend(_resample(resampler, frame))
+        # By counting samples: stamps rounded to milliseconds do not jitter it, and a clock that
+        # slowly drifts away by more than _MIN_HOLE starts a new piece there, which realigns it.
         expected_time = expected_time + frame.samples / frame.sample_rate
     if resampler is not None:
         chunks[-1].extend(_resample(resampler, None))
@@ -496,6 +533,7 @@ def write_mp4(
     # bitexact: no version and no date is written. faststart: the index stands in front.
     container_options = {'fflags': '+bitexact', 'movflags': '+faststart'}
     with av.open(os.fspath(path), 'w', format='mp4', options=container_options) as container:
+        # NTSC rates have the denominator 1001: the float 30000 / 1001 becomes that fraction again.
         video: Any = container.add_stream(
             'libx264', rate=fractions.Fraction(fps).limit_denominator(1001)
         )
@@ -522,8 +560,10 @@ def write_mp4(
 
         for picture in frames:
             container.mux(video.encode(_video_frame(picture)))
+        # Without a frame: flushes what the encoder still holds.
         container.mux(video.encode())
         if audio is not None:
+            # One long frame; PyAV cuts it into the 1024 samples that AAC takes.
             samples = np.asarray(audio, np.int16)
             audio_frame = av.AudioFrame.from_ndarray(samples[None], format='s16', layout='mono')
             audio_frame.sample_rate = rate
@@ -561,11 +601,13 @@ def h264(
     for frame in frames:
         height = frame.shape[0] // 2 * 2
         width = frame.shape[1] // 2 * 2
+        # At the first frame, because it tells the size.
         if codec is None:
             codec = _h264_encoder(height, width, fps, crf, gop)
         picture = _video_frame(frame[:height, :width])
         packets += [bytes(packet) for packet in codec.encode(picture)]
     if codec is not None:
+        # The encoder looks ahead to control its rate, so the last packets come with the flush.
         packets += [bytes(packet) for packet in codec.encode()]
     return packets
 
@@ -580,15 +622,16 @@ def _h264_encoder(height: int, width: int, fps: float, crf: int, gop: int) -> An
     x264_params = [
         # A keyframe every `gop` frames and nowhere else.
         f'keyint={gop}:min-keyint={gop}:scenecut=0',
-        'bframes=0',
+        'bframes=0',  # packets come in the order of display, one a frame
         # Each keyframe brings what a decoder has to know before it can begin there.
         'repeat-headers=1',
-        'annexb=1',
+        'annexb=1',  # start codes, so packets can be joined as they are
         'threads=1',
     ]
     codec.options = {
         'crf': str(crf),
         'preset': 'medium',
+        # Without CABAC, deblocking and weighted prediction.
         'tune': 'fastdecode',
         'threads': '1',
         'flags': '+bitexact',
@@ -624,7 +667,7 @@ def decoded(
         rows_of.setdefault(int(number), []).append(row)
 
     pictures: np.ndarray | None = None
-    number = 0
+    number = 0  # of the next picture; packets and pictures correspond, as there are no B-frames
     num_missing = len(rows_of)
     reformatter = VideoReformatter()  # one for all frames: it caches the tables of the scaler
     with contextlib.suppress(av.error.FFmpegError):  # pictures that are missing are counted below
@@ -636,10 +679,12 @@ def decoded(
                     continue
                 if pictures is None:
                     pictures = _empty_pictures(len(shown), picture, form)
+                # A picture that is shown several times is converted once.
                 first, *others = rows
                 if form == 'yuv420p':
                     _copy_planes(picture, pictures[first])
                 else:
+                    # One thread, as in `_rgb`; callers decode rows side by side.
                     converted = reformatter.reformat(picture, format=form, threads=1)
                     pictures[first] = converted.to_ndarray()
                 for row in others:
@@ -653,6 +698,7 @@ def decoded(
 
 def _empty_pictures(count: int, picture: av.VideoFrame, form: str) -> np.ndarray:
     if form == 'yuv420p':
+        # 4:2:0: H rows of Y, then U and V with a quarter of the pixels each.
         return np.empty((count, picture.height * 3 // 2, picture.width), np.uint8)
     return np.empty((count, picture.height, picture.width, 3), np.uint8)
 

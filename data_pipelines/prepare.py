@@ -79,6 +79,7 @@ def _explain_full_disk(function: Function) -> Function:
 def _full_disk_cause(error: OSError | RuntimeError) -> str | None:
     """The system's words for a full disk, if this is what the error is about."""
     for number in _FULL_DISK_ERRORS:
+        # In the system's own words, which the library passes on.
         message = os.strerror(number)
         # The library that writes ArrayRecord raises a RuntimeError with the message alone.
         if getattr(error, 'errno', None) == number or message in str(error):
@@ -158,10 +159,13 @@ def prepare(
     console = Console(quiet)
     _check_sources(videos, captions, annotations, out, dataset)
     target = pathlib.Path(out)
+    # Inside the target: on the same file system, so that finished files move by a rename; and
+    # hidden, so that a later scan for media files does not enter it.
     stage_dir = target / '.staging'
     if min_seconds is None:
         # Clips of a named dataset are all meant to be used, however short.
         min_seconds = 0.0 if dataset else 1.0
+    # Converted, because these values are hashed as JSON: 10 and 10.0 would make two keys.
     settings = decoded_files.Settings(
         fps=float(fps),
         size=int(size),
@@ -174,6 +178,7 @@ def prepare(
     _check_arguments(settings, name, vocabulary, validation, test, processes)
 
     if dataset:
+        # From here on, a named dataset and anyone's folder are the same.
         catalog = named.read(dataset, manual_dir, videos)
     else:
         catalog = media_catalog.from_folder(videos, captions, annotations)
@@ -181,6 +186,7 @@ def prepare(
 
     # All that decides what comes out: a folder that was prepared from the same is left as it is.
     identity = {
+        # Neither `processes` nor `beam`: they change how fast it is done, not what comes out.
         'settings': settings.words(),
         'name': name,
         'vocabulary': vocabulary,
@@ -189,8 +195,10 @@ def prepare(
         'test': test,
         'require_audio': require_audio,
         **catalog.identity,
+        # A file that was added, removed or changed makes another dataset.
         'files': _digest_of_files(files, settings),
     }
+    # Before anything is decoded, which may take days.
     finished = _finished_run(target, identity, overwrite)
     if finished:
         # Left behind if the last run was killed at its very end.
@@ -201,6 +209,7 @@ def prepare(
         return {**finished['summary'], 'fresh': False}
 
     stage_dir.mkdir(parents=True, exist_ok=True)
+    # Skips what an earlier run has staged already: this is the step that resumes.
     staging.stage_all(files, settings, stage_dir, processes, console, beam)
 
     skipped = dict(catalog.skipped)
@@ -208,18 +217,23 @@ def prepare(
         skipped |= dict.fromkeys(catalog.missing, 'missing: no such file')
     records = _usable_records(catalog, settings, stage_dir, require_audio, skipped)
     if not records:
+        # The reasons survive the error that follows.
         record_index.write_json(target / 'skipped.json', skipped)
         example, reason = next(iter(skipped.items()))
         raise DataError(
             f'all {len(skipped)} files below {videos or manual_dir} were skipped, for example '
             f'{example} ({reason}); see {target / "skipped.json"}'
         )
+    # Decided by all files, not by the usable records: a file that is skipped does not change the
+    # split of another.
     by_folder = not dataset and record_contents.has_split_folders(files)
+    # Splits first: the tokenizer sees the text of the training split only.
     record_contents.assign_splits(records, catalog, by_folder, validation, test)
     record_contents.train_tokenizer(records, tokenizer, vocabulary, stage_dir)
 
     console(f'writing {len(records)} records …')
     file_by_id = {file.id: file for file in files}
+    # Below the staging folder, and moved once it is whole.
     produced = writing.write_dataset(
         records, file_by_id, settings, stage_dir, name, catalog.multi_hot
     )
@@ -227,10 +241,13 @@ def prepare(
         produced, stage_dir, target, name, settings, catalog, records, skipped
     )
     summary['seconds'] = round(time.monotonic() - start_time, 1)
+    # The commit point: with this file, the dataset counts as whole. A run that is killed earlier
+    # repeats everything after decoding.
     record_index.write_json(
         target / _FINISHED_FILE,
         {
             'identity': identity,
+            # What --overwrite may delete, so that it never touches files of somebody else.
             'files': sorted(path.name for path in target.iterdir() if path.is_file()),
             'summary': summary,
         },
@@ -254,6 +271,7 @@ def _usable_records(
     """Records of the staged files; the reasons of the others go into `skipped`."""
     records = []
     for file in catalog.files:
+        # Headers alone: the frames of a large dataset do not fit into memory.
         header = decoded_files.header(decoded_files.place(stage_dir, file, settings))
         if header.get('skipped'):
             skipped[file.id] = header['skipped']
@@ -270,6 +288,7 @@ def _usable_records(
 def _check_sources(videos: str, captions: str, annotations: str, out: str, dataset: str) -> None:
     if not out or not (dataset or videos):
         raise DataError('give --out, and --videos or --dataset with --manual_dir')
+    # --videos stays allowed: the media may lie elsewhere than the annotation files.
     if dataset and (captions or annotations):
         raise DataError(
             f'--dataset={dataset} brings its own captions and annotations; '
@@ -290,6 +309,7 @@ def _check_arguments(
     size_fits = 8 <= settings.size <= 4096 and not (settings.crf and settings.size % 2)
     # (flag, its value, whether it makes sense)
     checks: list[tuple[str, float, bool]] = [
+        # The bounds are generous; they catch units that were mixed up, such as a rate in kHz.
         ('fps', settings.fps, 0 < settings.fps <= 120),
         ('rate', settings.rate, 1000 <= settings.rate <= 192000),
         ('size', settings.size, size_fits),
@@ -304,6 +324,7 @@ def _check_arguments(
     for flag, value, makes_sense in checks:
         if not makes_sense:
             raise DataError(f'--{flag}={value} makes no sense; see --help for what it means')
+    # tfds derives a class and a folder from the name and accepts only snake case.
     if not re.fullmatch(r'[a-z][a-z0-9_]*', name):
         raise DataError(
             f'--name={name}: expected lower-case letters, digits and underscores, '
@@ -335,6 +356,7 @@ def _dataset_name(out: pathlib.Path) -> str:
 
 
 def _digest_of_files(files: list[decoded_files.File], settings: decoded_files.Settings) -> str:
+    # Sorted, so that the order of the scan does not matter.
     keys = sorted(file.key(settings) for file in files)
     return hashlib.sha256('\n'.join(keys).encode()).hexdigest()
 
@@ -358,6 +380,8 @@ def _finished_run(
         raise DataError(f'--out={target} is a file')
     if not is_finished(target):
         is_own = (target / '.staging').exists()  # left by a killed run
+        # `publish` deletes loose files in the target, so a folder that is not ours is refused
+        # here.
         if target.is_dir() and not is_own and any(target.iterdir()):
             raise DataError(f'--out={target} holds other files; choose a new or empty folder')
         return None
@@ -368,6 +392,7 @@ def _finished_run(
     if finished['identity'] == identity:
         return finished
     if not overwrite:
+        # Names of the arguments that differ, which are also the fields of the identity.
         changed = [
             field for field in identity if finished['identity'].get(field) != identity[field]
         ]
@@ -403,7 +428,9 @@ def _parser(dataset: str) -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(
         prog='python -m data_pipelines.prepare',
+        # `main` looks for --dataset by its full name.
         allow_abbrev=False,
+        # Line breaks in the epilog are part of a table of files.
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_dataset_help(dataset),
         description='Media files and captions, or a named dataset -> a dataset for training '
@@ -497,13 +524,14 @@ def main(arguments: list[str] | None = None) -> int:
             dataset = argument.partition('=')[2]
             break
     try:
+        # Flags are called like the arguments of `prepare`, one for one.
         prepare(**vars(_parser(dataset).parse_args(arguments)))
     except DataError as error:
         print(f'error: {error}', file=sys.stderr)
-        return 2
+        return 2  # as argparse exits after a wrong flag
     except KeyboardInterrupt:
         print('stopped; the same command goes on from here', file=sys.stderr)
-        return 130
+        return 130  # 128 + SIGINT, as shells report it
     return 0
 
 

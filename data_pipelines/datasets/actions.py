@@ -30,6 +30,7 @@ class UCF101(Dataset):
     def clips(self, folder: AnnotationFolder) -> tuple[list[Clip], dict[str, list[str]]]:
         classes: dict[str, int] = {}
         for where, line in folder.lines(folder.find_one('classInd.txt')):
+            # '1 ApplyEyeMakeup'
             number, _, class_name = line.partition(' ')
             expected = len(classes) + 1  # the file counts from 1
             if folder.parse_int(number, where) != expected or not class_name:
@@ -38,12 +39,16 @@ class UCF101(Dataset):
 
         splits: dict[str, list[str]] = {}  # path -> its split in each fold
         for fold in range(3):
+            # No fold has a validation split.
             for split in ('train', 'test'):
                 list_path = folder.find_one(f'{split}list0{fold + 1}.txt')
                 for where, line in folder.lines(list_path):
+                    # Training lists have 'ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1', test
+                    # lists the path alone; the class is the folder in both.
                     path = line.split(' ')[0]
                     class_name = path.split('/')[0]
                     folder.look_up(class_name, classes, where, 'the class of')
+                    # '' in a fold whose lists do not have the clip.
                     splits.setdefault(path, [''] * 3)[fold] = split
 
         clips = []
@@ -67,6 +72,8 @@ class HMDB51(Dataset):
     name = 'hmdb51'
     title = 'HMDB51: 6,766 clips of 51 human actions'
     folds = 3
+    # A mark of 0 is neither in training nor in test: the lists have 70 + 30 clips of each class
+    # and leave the others out.
     marks = {'0': '', '1': 'train', '2': 'test'}
 
     def clips(self, folder: AnnotationFolder) -> tuple[list[Clip], dict[str, list[str]]]:
@@ -81,6 +88,8 @@ class HMDB51(Dataset):
             for fold in range(3):
                 list_path = folder.find_one(f'{class_name}_test_split{fold + 1}.txt')
                 for where, line in folder.lines(list_path):
+                    # 'April_09_brush_hair_u_nm_np1_ba_goo_0.avi 1 '; from the right, as a name may
+                    # contain spaces.
                     file, _, mark = line.rpartition(' ')
                     split = folder.look_up(mark, self.marks, where, 'the mark')
                     splits.setdefault(file.strip(), [''] * 3)[fold] = split
@@ -101,6 +110,7 @@ class Kinetics(Dataset):
                                 in class folders or not
     """
 
+    # The owners' names first, then patterns for renamed copies; the first that matches is used.
     lists = {
         'train': ('train.csv', '*[_-]train.csv'),
         'validation': ('val.csv', 'validate.csv', '*[_-]val*.csv'),
@@ -124,7 +134,10 @@ class Kinetics(Dataset):
             # Raises, unless there is a list without rows.
             folder.find_one('train.csv', 'val.csv', 'validate.csv', 'test.csv')
 
+        # From all lists together, so that one class has one number in every split.
         class_names = sorted({row['label'] for _, _, row in rows if row.get('label')})
+        # Fewer is possible, if only some lists are there. More means that the files are those of
+        # another edition.
         if len(class_names) > self.num_classes:
             raise DataError(
                 f'{self.name}: the annotation files in {folder.root} name {len(class_names)} '
@@ -135,6 +148,7 @@ class Kinetics(Dataset):
         for where, split, row in rows:
             start = folder.parse_float(row['time_start'], where)
             end = folder.parse_float(row['time_end'], where)
+            # Some test lists have no column `label`.
             class_number = number_of.get(row.get('label', ''), -1)
             clips.append(
                 Clip(
@@ -161,11 +175,13 @@ class MomentsInTime(Dataset):
     def clips(self, folder: AnnotationFolder) -> tuple[list[Clip], dict[str, list[str]]]:
         classes: dict[str, int] = {}
         for where, line in folder.lines(folder.find_one('moments_categories.txt')):
+            # 'clapping,0'
             class_name, _, number = line.rpartition(',')
             if class_name:
                 classes[class_name] = folder.parse_int(number, where)
             else:  # a line without a number counts on
                 classes[line] = len(classes)
+        # Class numbers index an array of names, so a gap or a repetition would shift them.
         if sorted(classes.values()) != list(range(len(classes))):
             raise DataError(
                 f'{self.name}: the numbers of moments_categories.txt are not 0 to '
@@ -177,9 +193,11 @@ class MomentsInTime(Dataset):
             ('train', 'training', 'trainingSet.csv'),
             ('validation', 'validation', 'validationSet.csv'),
         ):
+            # path,label and two counts of votes, which are not used.
             list_path = folder.find_one(list_name)
             for where, row in folder.table(list_path, ('path', 'label'), header=False):
                 class_number = folder.look_up(row['label'], classes, where, 'class')
                 path = f'{subfolder}/{row["path"]}'
                 clips.append(Clip([path], split, [segment({'class': class_number})]))
+        # Names in the order of their numbers.
         return clips, {'class': sorted(classes, key=classes.__getitem__)}

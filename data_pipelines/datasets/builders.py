@@ -28,11 +28,12 @@ from data_pipelines.datasets import folder, named
 from data_pipelines.errors import DataError
 from data_pipelines.prepare import prepare
 
-PREFIX = 'our_'
+PREFIX = 'our_'  # tfds itself has a ucf101, for example
 
 
 class Named(
     tfds.core.GeneratorBasedBuilder,
+    # The base class is not a dataset; only the subclasses are registered.
     skip_registration=True,  # type: ignore[call-arg]  # tfds has no types
 ):
     """Builder of one named dataset; the subclasses are made below.
@@ -81,6 +82,7 @@ class Named(
         return self._current_info
 
     def _info(self) -> tfds.core.DatasetInfo:
+        # Written by an earlier run; it has the labels too.
         if pathlib.Path(self.data_dir, 'features.json').is_file():
             features = tfds.features.FeatureConnector.from_config(self.data_dir)
         else:
@@ -116,13 +118,17 @@ class Named(
             manual_dir=str(manual_dir),
             out=str(self.data_dir),
             name=self.name,
+            # `prepare` resumes and compares settings itself; only the mode "overwrite" is passed
+            # on.
             overwrite=bool(download_config.download_mode.overwrite_dataset),
             **self._settings,
         )
+        # Built again, now with the labels from features.json.
         self._current_info = None
         self.info.read_from_directory(self.data_dir)
 
     def _split_generators(self, dl_manager: Any) -> Any:
+        # tfds declares both as abstract, but nothing calls them.
         raise NotImplementedError('download_and_prepare writes the dataset')
 
     def _generate_examples(self) -> Any:
@@ -139,6 +145,8 @@ def _builder_class(dataset: named.Dataset) -> type[Named]:
         '__module__': __name__,
         '__doc__': dataset.title,
     }
+    # The attribute `name` has to be there when the class is created: tfds would otherwise derive
+    # it from the class name.
     return type(class_name, (Named,), members)
 
 

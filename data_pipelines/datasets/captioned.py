@@ -30,6 +30,7 @@ class YouCook2(Dataset):
     def clips(self, folder: AnnotationFolder) -> tuple[list[Clip], dict[str, list[str]]]:
         path = folder.find_one('youcookii_annotations_trainval.json')
         test_path = folder.find_optional('youcookii_annotations_test_segments_only.json')
+        # ActivityNet's format: one object, in which 'database' has the videos.
         databases = [folder.json(path, 'database')['database']]
         if test_path is not None:
             databases.append(folder.json(test_path, 'database')['database'])
@@ -38,8 +39,10 @@ class YouCook2(Dataset):
         try:
             entries: dict[str, Mapping[str, Any]] = {}
             for database in databases:
+                # Both files have ids of their own: no video is in two.
                 entries.update(database.items())
             # Recipes are named by numbers: shorter ones first sorts '9' before '10'.
+            # Recipe types do not count from 0 (113, for example), so classes are numbered anew.
             recipes = sorted(
                 {str(entry['recipe_type']) for entry in entries.values()},
                 key=lambda recipe: (len(recipe), recipe),
@@ -53,9 +56,11 @@ class YouCook2(Dataset):
                 steps = []
                 for step in entry['annotations']:
                     start, end = step['segment']
+                    # The test file has segments without sentences.
                     caption = step.get('sentence', '')
                     steps.append(segment(labels, float(start), float(end), caption))
                 clips.append(Clip([video_id], split, steps))
+        # Not to be caught below: it already names file and reason.
         except DataError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -71,6 +76,7 @@ class YouCook2(Dataset):
         if path is None:
             return {}
         rows = folder.table(path, ('number', 'name'), header=False)
+        # Strings, since recipe types are compared as strings.
         return {row['number']: row['name'] for _, row in rows}
 
 
@@ -87,6 +93,7 @@ class MSRVTT(Dataset):
                                         TrainValVideo and TestVideo
     """
 
+    # The owners' names -> ours; 6,513, 497 and 2,990 clips.
     official_splits = {'train': 'train', 'validate': 'validation', 'test': 'test'}
 
     def __init__(self, official: bool):
@@ -99,12 +106,15 @@ class MSRVTT(Dataset):
         videos, sentences = self._read_videos(folder)
         test_captions: dict[str, str] = {}  # of the 1k-A split
         if not self.official:
+            # The 1,000 pairs of JSFusion (Yu et al., ECCV 2018), on which retrieval is usually
+            # reported; the other 9,000 clips are for training.
             path = folder.find_one('MSRVTT_JSFUSION_test.csv')
             for where, row in folder.table(path, ('video_id', 'sentence')):
                 folder.look_up(row['video_id'], videos, where, 'video')
                 test_captions[row['video_id']] = row['sentence']
 
         category_names = self._read_category_names(folder)
+        # Enough classes for the named categories and for any number that a video has.
         numbers = list(category_names)
         for video_id, video in videos.items():
             numbers.append(folder.parse_int(video.get('category', -1), video_id))
@@ -119,10 +129,14 @@ class MSRVTT(Dataset):
                 )
             elif video_id in test_captions:
                 split = 'test'
+                # One text for each video, as retrieval pairs them; the other nineteen sentences
+                # would be further correct answers.
                 captions = [test_captions[video_id]]
             else:
                 split = 'train'
+            # -1, unknown, in files without categories.
             labels = {'category': int(video.get('category', -1))}
+            # Sentences describe all of the clip, so none has a time of its own.
             whole_clip = segment(labels, caption=captions[0] if captions else '')
             clips.append(
                 Clip(
@@ -150,6 +164,7 @@ class MSRVTT(Dataset):
             ]
         videos: dict[str, Mapping[str, Any]] = {}
         sentences: dict[str, list[str]] = {}
+        # Train and test come in two files in one format; ids do not overlap.
         for path in paths:
             content = folder.json(path, 'videos', 'sentences')
             try:
@@ -200,11 +215,13 @@ class HowTo100M(Dataset):
         if list_path is None:
             list_path = folder.find_one('howto100m_videos.csv', 'HowTo100M*.csv', 'ids.csv')
         rows = [row for _, row in folder.table(list_path, ('video_id',))]
+        # category_1 is the upper level of the WikiHow categories, category_2 the lower.
         category_names = sorted({row.get('category_1', '') for row in rows} - {''})
         number_of = numbered(category_names)
 
         all_captions = self._read_all_captions(folder)
         per_video = folder.root / 'howto100m_captions'
+        # Said at once, not after a million rows.
         if all_captions is None and not per_video.is_dir():
             # Raises: there are no captions.
             folder.find_one('raw_caption.json', 'caption.json', 'howto100m_captions/ID.csv')
@@ -213,6 +230,7 @@ class HowTo100M(Dataset):
         for row in rows:
             video_id = row['video_id']
             category = number_of.get(row.get('category_1', ''), -1)
+            # '' as split: `prepare` draws one from a hash of the name.
             clip = Clip([video_id], '', [segment({'category': category})])
             # The list has a million videos: captions are read only of those that are there.
             if folder.resolver(video_id) is not None:
@@ -222,6 +240,7 @@ class HowTo100M(Dataset):
 
     def _read_all_captions(self, folder: AnnotationFolder) -> Mapping[str, Any] | None:
         """Captions of all videos, if one JSON file has them."""
+        # raw_caption.json first: in caption.json, the owners have removed stop words.
         path = folder.find_optional('raw_caption.json')
         if path is None:
             path = folder.find_optional('caption.json')
@@ -245,11 +264,13 @@ class HowTo100M(Dataset):
         captions: Mapping[str, Any]  # {'start', 'end', 'text'}, a list each
         if all_captions is not None:
             where = f'the captions of {video_id}'
+            # A video of the list without narration.
             captions = all_captions.get(video_id, {'start': [], 'end': [], 'text': []})
         elif csv_path.is_file():
             where = str(csv_path)
             columns = ('start', 'end', 'text')
             rows = [row for _, row in folder.table(csv_path, columns)]
+            # Columns, as in the JSON files.
             captions = {column: [row.get(column, '') for row in rows] for column in columns}
         elif json_path.is_file():
             where = str(json_path)
@@ -259,6 +280,7 @@ class HowTo100M(Dataset):
 
         sentences = []
         try:
+            # strict: lists of different lengths would shift texts against times.
             for start, end, text in zip(
                 captions['start'], captions['end'], captions['text'], strict=True
             ):

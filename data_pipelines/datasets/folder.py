@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.core import writer as tfds_writer
 
-SHARD_BYTES = 512 << 20
+SHARD_BYTES = 512 << 20  # at most, of one file
 
 # Label name -> (number of classes, whether it is multi-hot).
 Labels = Mapping[str, tuple[int, bool]]
@@ -79,6 +79,7 @@ class UncompressedWriter(tfds_writer.ExampleWriter):
     def write(self, path: str | os.PathLike, examples: Iterable[tuple[Any, bytes]]) -> None:
         """Write serialized examples, given with their keys, to one file."""
         writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1,uncompressed')
+        # The key has done its work: tfds has ordered the examples by its hash.
         for _, example in examples:
             writer.write(example)
         writer.close()
@@ -112,6 +113,7 @@ class Folder(
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        # Generators, so that tfds takes one example at a time.
         return {split: generate() for split, generate in self._splits.items()}
 
     def _generate_examples(self) -> Any:

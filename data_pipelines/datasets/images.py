@@ -29,16 +29,21 @@ class ImageNet(Dataset):
     def clips(self, folder: AnnotationFolder) -> tuple[list[Clip], dict[str, list[str]]]:
         listed_wnids = self._read_solution(folder)
         images = []  # (path, split, WordNet id)
+        # Folders are the annotation here, so the media files themselves are walked through.
         for path in folder.media_ids:
             parts = path.split('/')
             depth = _split_folder_depth(parts[:-1])
             if depth is None:
                 continue
+            # The official test images have no public labels, so there is no test split.
             split = 'train' if parts[depth] == 'train' else 'validation'
             class_folders = parts[depth + 1 : -1]
             if class_folders:
+                # train/n01440764/n01440764_10026.JPEG
                 wnid: str | None = class_folders[0]
             else:
+                # val/ILSVRC2012_val_00000001.JPEG, as the archive unpacks: the list has names
+                # without suffix.
                 wnid = listed_wnids.get(parts[-1].rpartition('.')[0])
             if wnid is None:
                 raise DataError(
@@ -52,6 +57,8 @@ class ImageNet(Dataset):
                 '--dataset=imagenet --help says what to place there'
             )
 
+        # Sorted WordNet ids are the numbering of torchvision and Keras, but not that of the ILSVRC
+        # development kit.
         wnids = sorted({wnid for _, _, wnid in images})
         number_of = numbered(wnids)
         class_names = self._read_class_names(folder)
@@ -76,11 +83,13 @@ class ImageNet(Dataset):
         path = folder.find_optional('LOC_synset_mapping.txt')
         if path is None:
             return {}
+        # 'n01440764 tench, Tinca tinca'; with the id, as classes may share a name (crane).
         return {line.split(' ')[0]: line for _, line in folder.lines(path)}
 
 
 def _split_folder_depth(folders: list[str]) -> int | None:
     """Position of the first folder that is named like a split."""
+    # From the top: a class folder below may have any name.
     for depth, name in enumerate(folders):
         if name in _SPLIT_FOLDERS:
             return depth

@@ -22,11 +22,13 @@ from data_pipelines.datasets.sounds import AVE, ESC50, AudioSet, VGGSound
 from data_pipelines.errors import DataError
 from data_pipelines.preparation import annotation_files, media_catalog
 
+# In the order in which docs/datasets.md shows them.
 DATASETS: dict[str, Dataset] = {
     dataset.name: dataset
     for dataset in (
         UCF101(),
         HMDB51(),
+        # The number of clips is for the title alone; many have disappeared from the web.
         Kinetics(400, '300,000'),
         Kinetics(600, '480,000'),
         Kinetics(700, '650,000'),
@@ -36,6 +38,7 @@ DATASETS: dict[str, Dataset] = {
         VGGSound(),
         AVE(),
         YouCook2(),
+        # Two divisions of the same clips.
         MSRVTT(official=False),
         MSRVTT(official=True),
         HowTo100M(),
@@ -62,8 +65,10 @@ def read(name: str, manual_dir: str, videos: str = '') -> media_catalog.MediaCat
             f'--manual_dir={manual_dir} is not a folder; it holds the files of {name} '
             f'(--dataset={name} --help says which)'
         )
+    # Also files that no annotation names: they are counted as unused.
     files = media_catalog.scan(pathlib.Path(videos or manual_dir), dataset.suffixes)
     file_ids = [file.id for file in files]
+    # Shared: a dataset may ask it which files are there (HowTo100M).
     resolver = annotation_files.NameResolver(file_ids)
     folder = AnnotationFolder(name, root, file_ids, resolver)
     clips, classes = dataset.clips(folder)
@@ -71,12 +76,15 @@ def read(name: str, manual_dir: str, videos: str = '') -> media_catalog.MediaCat
         raise DataError(f'{name}: its annotation files list no clip')
 
     catalog = media_catalog.match_clips(clips, files, resolver, classes, dataset.folds)
+    # Some missing clips are normal, all of them are a wrong folder. An example of each side shows
+    # how the names differ.
     if not catalog.files:
         raise DataError(
             f'{name}: none of the {len(clips)} clips of its annotation files is below '
             f'{videos or root} (the first would be {catalog.missing[0]!r}, a file is '
             f'{files[0].id!r})'
         )
+    # After `clips`: the folder notes the hash of each annotation file as it is read.
     catalog.identity = {'dataset': name, 'annotations': _digest_of_annotations(folder)}
     return catalog
 
@@ -84,6 +92,7 @@ def read(name: str, manual_dir: str, videos: str = '') -> media_catalog.MediaCat
 def _digest_of_annotations(folder: AnnotationFolder) -> str:
     """One hash of all annotation files that were read, by name and contents."""
     lines = [
+        # Relative, so that the folder may move.
         f'{path.relative_to(folder.root).as_posix()} {digest}'
         for path, digest in sorted(folder.digests.items())
     ]
@@ -126,9 +135,11 @@ def pages() -> str:
     lines = [inspect.cleandoc(_INTRODUCTION), '']
     for dataset in DATASETS.values():
         title, text, files = dataset.page()
+        # The files in a code block, since their columns are aligned.
         lines += [f'## {dataset.name}', '', f'{title}.', '', '```', files, '```', '', text, '']
     return '\n'.join(lines)
 
 
 if __name__ == '__main__':
+    # The text ends in a newline of its own.
     print(pages(), end='')

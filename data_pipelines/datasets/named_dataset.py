@@ -61,6 +61,7 @@ class AnnotationFolder:
 
     def find_all(self, *patterns: str) -> list[pathlib.Path]:
         """Files that any of the patterns names, at the first depth where there are any."""
+        # Shallow first: a copy further down, in an unpacked archive for example, does not count.
         for depth in _DEPTHS:
             found: set[pathlib.Path] = set()
             for pattern in patterns:
@@ -75,8 +76,10 @@ class AnnotationFolder:
         Raises:
             DataError: if one pattern names several files.
         """
+        # In the order of preference, so that a list under its official name wins over a mirror's.
         for pattern in patterns:
             found = self.find_all(pattern)
+            # Which of two copies to take would be a guess.
             if len(found) > 1:
                 raise DataError(
                     f'{self.dataset}: {found[0]} and {found[1]} both could be the file {pattern}; '
@@ -103,7 +106,9 @@ class AnnotationFolder:
         """Contents of an annotation file, whose hash is noted."""
         try:
             content = path.read_bytes()
+            # What `prepare` was made from: a changed annotation file makes another dataset.
             self.digests[path] = hashlib.sha256(content).hexdigest()
+            # Without the byte order mark that some programs put in front.
             return content.decode('utf-8-sig')
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
@@ -139,6 +144,8 @@ class AnnotationFolder:
         Raises:
             DataError: if columns or fields are missing, or the file is malformed.
         """
+        # skipinitialspace: AudioSet's lists have spaces after commas, and a quoted field would
+        # begin with the space instead of the quote.
         reader = csv.reader(
             io.StringIO(self.read_text(path)), delimiter=delimiter, skipinitialspace=True
         )
@@ -146,11 +153,13 @@ class AnnotationFolder:
         expected = ', '.join(columns)
         try:
             for row in reader:
+                # After the parser: a comment may contain commas, so it is a row of several fields.
                 is_comment = bool(row and comment and row[0].startswith(comment))
                 if not row or is_comment:
                     continue
                 where = f'{path}, line {reader.line_num}'
                 if names is None:
+                    # The header, where one is expected.
                     names = [name.strip().lower() for name in row]
                     if not set(columns) <= set(names):
                         raise DataError(
@@ -158,6 +167,7 @@ class AnnotationFolder:
                             f'got {", ".join(names)}'
                         )
                     continue
+                # More fields are no error: lists have further columns that nobody needs here.
                 if len(row) < len(columns):
                     quote = delimiter.join(row)[:_MAX_QUOTE]
                     raise DataError(
@@ -165,6 +175,7 @@ class AnnotationFolder:
                         f'expected {delimiter.join(columns)}'
                     )
                 fields = [field.strip() for field in row]
+                # zip ends with the shorter of the two.
                 yield where, dict(zip(names, fields))
         except csv.Error as error:
             raise DataError(f'{self.dataset}: {path} is not readable CSV: {error}') from None
@@ -214,6 +225,7 @@ class AnnotationFolder:
             what: what the word is, for the message.
         """
         if value not in allowed:
+            # A dataset may have a thousand classes.
             listed = ', '.join(list(allowed)[:_MAX_LISTED])
             more = ', …' if len(allowed) > _MAX_LISTED else ''
             raise DataError(
@@ -253,6 +265,7 @@ class Dataset:
 
         The last paragraph of the docstring lists the files.
         """
+        # getdoc removes the indentation of the source.
         docstring = inspect.getdoc(type(self)) or ''
         text, _, files = docstring.rpartition('\n\n')
         return self.title, text, textwrap.dedent(files)
@@ -297,6 +310,10 @@ def youtube(video_id: str, start: float, end: float) -> dict[str, Any]:
     # Some put a letter before the id, as ids may begin with a dash and look like an option.
     for stem in (video_id, f'Y{video_id}'):
         for start_text, end_text in times:
+            # With the end first, which is the more specific name.
             names += [f'{stem}_{start_text}_{end_text}', f'{stem}_{start_text}']
+    # v_ID is the form of ActivityNet's files.
     videos = (video_id, f'Y{video_id}', f'v_{video_id}')
+    # `media.read` compares the length of a file ID.mp4 with the part, and does not cut one that is
+    # a clip already.
     return {'names': names, 'videos': videos, 'part': (start, end)}

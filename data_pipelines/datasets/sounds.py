@@ -37,15 +37,19 @@ class ESC50(Dataset):
         for where, row in folder.table(folder.find_one('esc50.csv'), columns):
             test_fold = folder.parse_int(row['fold'], where)
             number = folder.parse_int(row['target'], where)
+            # Only for its check: folds are 1 to 5.
             folder.look_up(str(test_fold), dict.fromkeys('12345'), where, 'fold')
+            # The names come from the rows: there is no list of classes.
             known_name = classes.setdefault(number, row['category'])
             if known_name != row['category']:
                 raise DataError(
                     f'esc50: {where}: target {number} is {row["category"]!r} here and '
                     f'{known_name!r} before'
                 )
+            # Cross-validation: each clip is test in one fold and train in four.
             splits = tuple('test' if fold == test_fold else 'train' for fold in range(1, 6))
             ground_truth = {
+                # A subset of ten classes, on which results are reported too.
                 'esc10': row.get('esc10') == 'True',
                 'source': row.get('src_file', ''),
             }
@@ -57,6 +61,7 @@ class ESC50(Dataset):
                     ground_truth=ground_truth,
                 )
             )
+        # Numbers are used as they are, so a gap in them gets a stand-in name.
         num_classes = max(classes, default=-1) + 1
         return clips, {'class': [classes.get(i, f'target {i}') for i in range(num_classes)]}
 
@@ -88,10 +93,12 @@ class AudioSet(Dataset):
         rows = self._read_lists(folder)
         numbers_path = folder.find_optional('class_labels_indices.csv')
         if numbers_path is None:
+            # One of the two has to be there, for names of the classes.
             ontology_path: pathlib.Path | None = folder.find_one('ontology.json')
         else:
             ontology_path = folder.find_optional('ontology.json')
         names: dict[str, str] = {}
+        # A graph of 632 nodes, of which 527 are classes of the lists.
         children: dict[str, list[str]] = {}
         if ontology_path is not None:
             names, children = self._read_ontology(folder, ontology_path)
@@ -103,6 +110,8 @@ class AudioSet(Dataset):
             used = set()
             for _, _, row in rows:
                 used.update(row['labels'].split(','))
+            # In the order of the ontology. With fewer lists there would be fewer classes, and so
+            # other numbers: all three are needed.
             classes = {mid: name for mid, name in names.items() if mid in used}
 
         number_of = numbered(list(classes))
@@ -114,11 +123,14 @@ class AudioSet(Dataset):
             ground_truth = {}
             if names:
                 ancestors = _ancestors(mids, parents_of)
+                # By name, sorted: a set has no order that lasts from run to run.
                 ground_truth = {'parents': sorted(names[mid] for mid in ancestors)}
             start = folder.parse_float(row['start'], where)
             end = folder.parse_float(row['end'], where)
             clips.append(
                 Clip(
+                    # Some distributions have clips under the id alone, others the whole videos:
+                    # both are covered.
                     **youtube(row['ytid'], start, end),
                     split=split,
                     segments=[segment({'class': numbers})],
@@ -163,6 +175,7 @@ class AudioSet(Dataset):
         listed = []
         for where, row in folder.table(path, ('index', 'mid', 'display_name')):
             number = folder.parse_int(row['index'], where)
+            # Rows need not be in the order of their numbers.
             listed.append((number, row['mid'], row['display_name']))
         return {mid: name for _, mid, name in sorted(listed)}
 
@@ -181,6 +194,8 @@ def _ancestors(nodes: Iterable[str], parents_of: Mapping[str, set[str]]) -> set[
     ancestors: set[str] = set()
     waiting = list(nodes)
     while waiting:
+        # Only what is new goes on the list, so nodes with several paths to them are visited once,
+        # and a cycle would end.
         new = parents_of.get(waiting.pop(), set()) - ancestors
         ancestors |= new
         waiting += new
@@ -197,13 +212,14 @@ class VGGSound(Dataset):
 
     name = 'vggsound'
     title = 'VGG-Sound: 200,000 clips of 10 seconds, 309 kinds of sound'
-    seconds = 10
+    seconds = 10  # of each clip; the list has starts only
     splits = {'train': 'train', 'test': 'test'}
 
     def clips(self, folder: AnnotationFolder) -> tuple[list[Clip], dict[str, list[str]]]:
         columns = ('ytid', 'start', 'label', 'split')
         path = folder.find_one('vggsound.csv')
         rows = list(folder.table(path, columns, header=False))
+        # Of both splits together; the list has no numbers.
         class_names = sorted({row['label'] for _, row in rows})
         number_of = numbered(class_names)
         clips = []
@@ -230,6 +246,7 @@ class AVE(Dataset):
 
     name = 'ave'
     title = 'AVE: 4,143 audio-visual events in videos of 10 seconds'
+    # The same columns in all four files, separated by '&'.
     columns = ('category', 'videoid', 'quality', 'starttime', 'endtime')
     lists = {'train': 'trainSet.txt', 'validation': 'valSet.txt', 'test': 'testSet.txt'}
 
@@ -243,7 +260,9 @@ class AVE(Dataset):
         clips = []
         for split, list_name in self.lists.items():
             list_path = folder.find_one(list_name)
+            # One row for each event; rows of one video become one record in `match_clips`.
             for where, row in folder.table(list_path, self.columns, header=False, delimiter='&'):
+                # Times are whole seconds from the beginning of the clip.
                 start = folder.parse_float(row['starttime'], where)
                 end = folder.parse_float(row['endtime'], where)
                 number = folder.look_up(row['category'], number_of, where, 'category')

@@ -48,6 +48,7 @@ class ReadRequest:
       total_samples: samples that each record holds; None without audio.
     """
 
+    # All arrays begin with the row, so `row` can hand the reader its part of each array.
     formats: Int[np.ndarray, ' B']
     frames: Int[np.ndarray, 'B views T'] | None = None
     corners: Int[np.ndarray, 'B views 2'] | None = None
@@ -119,6 +120,9 @@ class BatchPlanner:
         has_captions = any(len(split.index.segment_caption.data) for split in splits)
         self._with_captions = request.segments and 'text' in self.inputs and has_captions
 
+        # A layout says how frames are encoded and how the record is serialized. Rows carry its
+        # number, so that the graph of tf.data has one decoder for each layout instead of each
+        # source.
         layouts = [split.prepared.format for split in splits]
         self.formats: list[dict[str, Any]] = []
         for layout in layouts:
@@ -128,6 +132,7 @@ class BatchPlanner:
         # Frames of one shape travel whole and the device crops. Mixed shapes are cut to squares of
         # their common short side on the host: anywhere along the long side in training, the middle
         # in evaluation; views may say where.
+        # Only over these splits: an evaluation dataset of another shape does not change training.
         shapes = _frame_shapes(splits)
         self.cuts_squares = len(shapes) > 1
         if len(shapes) == 1:
@@ -137,6 +142,8 @@ class BatchPlanner:
 
         # Video goes to the training step as the decoder leaves it, which converts and doubles the
         # colour planes; other passes need RGB.
+        # Planes are 1.5 bytes per pixel, RGB is 3: half the memory traffic and half the transfer
+        # to the device. A square is cut by slicing [H W 3], which does not work on stacked planes.
         is_training = request.split == 'train' and not request.segments
         all_h264 = all(layout.get('frames') == 'h264' for layout in layouts)
         self.yields_planes = is_training and not self.cuts_squares and all_h264
@@ -145,6 +152,7 @@ class BatchPlanner:
     def frame_shape(self) -> tuple[int, ...]:
         """Shape of one decoded frame: (H, W, 3), or (H * 3 / 2, W) as planes."""
         if self.yields_planes:
+            # H rows of Y, then U and V, a quarter of the pixels each: together H/2 rows of W.
             return (self.height * 3 // 2, self.width)
         return (self.height, self.width, 3)
 
@@ -170,11 +178,14 @@ class BatchPlanner:
         Returns:
           The batch without the data of video and audio, and what to read for those.
         """
+        # From here on `rows` counts records; `segment` keeps what the caller counted, for
+        # batch['index']. In a pass over records the two are the same.
         segment = rows.index
         if self.request.segments:
             begin = self._gather(rows, lambda split: split.index.segment_start, np.float64)
             end = self._gather(rows, lambda split: split.index.segment_end, np.float64)
             rows = dataclasses.replace(rows, index=self.record_numbers(rows))
+        # [M] One rate for each dataset: `prepare` resamples all its videos to it.
         stored_fps = np.array([split.prepared.meta['fps'] for split in self.splits])
         times = RecordTimes(
             duration=self._gather(rows, lambda split: split.index.duration, np.float64),
@@ -183,11 +194,16 @@ class BatchPlanner:
             fps=stored_fps[rows.source],
         )
         if not self.request.segments:
+            # A record as a whole is one segment from 0 to its end.
             begin, end = np.zeros(len(rows.index)), times.duration
+        # {suffix of a view: [B] seconds}. Video, audio and text of one suffix share the start,
+        # which is what makes them a positive pair.
         starts = view_rules.starts(
             self.request.views,
             self._source.window,
             times.duration,
+            # Random numbers of each row, keyed by its position in the stream, not by a generator's
+            # state: any batch can be planned alone, so resuming needs no replay.
             self._source.draws(self.request, rows),
             (begin, end) if self.request.centred else None,
             1.0 / times.fps,
@@ -200,12 +216,15 @@ class BatchPlanner:
             'valid': rows.valid.copy(),
         }
         for view in self.request.views:
+            # 'data' of video and audio is filled in by the reader.
             batch[view.stream] = self._stream(rows, view, starts[view.suffix], times)
         if self._with_captions:
             batch['text.caption'] = self._caption_stream(rows, segment, begin)
         if self.request.segments:
             labelling_segment = segment
         else:
+            # A training window has the label of what happens in its middle. The suffix '' is the
+            # main window.
             middle = starts[''] + self._source.window / 2
             labelling_segment = self._segment_at(rows, middle)
         batch['labels'] = self._labels(rows, labelling_segment)
@@ -215,6 +234,7 @@ class BatchPlanner:
         self, rows: Rows, column: Callable[[Split], Any], dtype: Any
     ) -> Shaped[np.ndarray, ' B']:
         """A column of the index for each row, over the sources; 0 where a row is padding."""
+        # A loop over sources, not rows: there are few of them, and each is one vectorized lookup.
         values = np.zeros(len(rows.index), dtype)
         for number, split in enumerate(self.splits):
             from_split = (rows.source == number) & rows.valid
@@ -226,12 +246,14 @@ class BatchPlanner:
     ) -> dict[str, Any]:
         stream: dict[str, Any] = {'start': starts.astype(np.float32)}
         if view.modality == 'text':
+            # The only stream that is complete after planning: the index holds the sentences.
             stream['data'], stream['mask'] = self._sentences(rows, starts)
-            stream['valid'] = stream['mask'].any(axis=-1)
+            stream['valid'] = stream['mask'].any(axis=-1)  # [B K] -> [B]
         elif view.modality == 'audio':
             stream['valid'] = times.samples > 0
         else:
             stream['valid'] = times.frames > 0
+            # All rows have one frame shape by now, either stored that way or cut to squares.
             height = np.full(len(rows.index), self.height)
             width = np.full(len(rows.index), self.width)
             stream['box'], stream['flip'] = self._source.crops(
@@ -247,6 +269,9 @@ class BatchPlanner:
         sentences: list[list[str]] = []
         for source, record, start, valid in zip(rows.source, rows.index, starts, rows.valid):
             index = self.splits[source].index
+            # Offsets as in CSR matrices: record r owns the sentences from offset[r] up to, not
+            # including, offset[r + 1]. The index number of a padding row means nothing and must
+            # not be looked up.
             first, last = index.sentence_offset[record : record + 2] if valid else (0, 0)
             nearest = sentence_windows.candidates(
                 index.sentence_start[first:last],
@@ -266,6 +291,7 @@ class BatchPlanner:
         captions: list[list[str]] = []
         for source, number, valid in zip(rows.source, segment, rows.valid):
             split = self.splits[source]
+            # No caption gives a row of zeros, whose mask is False.
             captions.append([split.index.segment_caption[number]] if valid else [])
         num_words = self.inputs['text']['words']
         data, mask = sentence_windows.encode(self._tokenizer, captions, 1, num_words)
@@ -289,6 +315,7 @@ class BatchPlanner:
                 # Also where the window is longer than both, so that its middle lies behind the end.
                 segments[row] = first
                 continue
+            # Bounds included, so a moment between two adjoining segments belongs to the later one.
             begins_before = index.segment_start[first:last] <= moment[row]
             ends_after = moment[row] <= index.segment_end[first:last]
             containing = np.flatnonzero(begins_before & ends_after)
@@ -309,10 +336,12 @@ class BatchPlanner:
                 labelled = (rows.source == number) & rows.valid & (segment >= 0)
                 if stored is None or not labelled.any():
                     continue
-                stored = stored[segment[labelled]]
+                stored = stored[segment[labelled]]  # [n] class numbers, or [n P] multi-hot
                 if num_classes is not None and stored.ndim == 1:
                     # Another source of the mixture is multi-hot: one class becomes one 1 in a row.
                     known = stored >= 0
+                    # An unknown class (-1) stays all zeros; as an index it would have set the last
+                    # class.
                     values[np.flatnonzero(labelled)[known], stored[known]] = 1.0
                 else:
                     values[labelled] = stored
@@ -323,7 +352,7 @@ class BatchPlanner:
         self, rows: Rows, starts: Mapping[str, np.ndarray], times: RecordTimes
     ) -> ReadRequest:
         split_formats = [self.formats.index(split.prepared.format) for split in self.splits]
-        formats = np.array(split_formats, np.int32)[rows.source]
+        formats = np.array(split_formats, np.int32)[rows.source]  # [B]
         frames = corners = first_samples = total_samples = None
         if self.video_views:
             frames = self._frame_numbers(starts, times)
@@ -344,7 +373,10 @@ class BatchPlanner:
             numbers = frame_windows.frame_numbers(
                 starts[view.suffix], times.frames, times.fps, fps, num_frames
             )
+            # [B T]. Time runs backwards by reading the frames in the opposite order; nothing has
+            # to be reversed after decoding.
             numbers_by_view.append(numbers[:, ::-1] if view.kind == 'reverse' else numbers)
+        # All -1 or none in a row: the reader looks at the first number alone.
         has_frames = (times.frames > 0)[:, None, None]
         return np.where(has_frames, np.stack(numbers_by_view, axis=1), -1).astype(np.int32)
 
@@ -357,14 +389,18 @@ class BatchPlanner:
         if self.request.augment:
             site = f'{self.request.site}/square'
             seed = self._source.config.seed
+            # Its own site in the key makes this draw independent of those for windows and crops.
             row_fraction = order.uniform(seed, rows.position, site, 1)[:, 0]
         fractions = []
         for view in self.video_views:
+            # A view may state its position, as those of three-crop evaluation do.
             fixed = view.crop
             fractions.append(row_fraction if fixed is None else np.full(len(rows.index), fixed))
         fraction = np.stack(fractions, axis=1)  # [B views]
+        # The short side has no room, so the fraction moves the square along the long side only.
         room = np.stack([height, width], axis=1) - self.height  # [B 2]
         corners = np.floor(room[:, None] * fraction[..., None] + 0.5)  # [B views 2]
+        # A row without frames has height 0, and a negative room.
         return np.maximum(corners, 0).astype(np.int32)
 
     def _first_samples(
@@ -374,6 +410,7 @@ class BatchPlanner:
         first_by_view = []
         for view in self.audio_views:
             first = sample_windows.first_samples(starts[view.suffix], times.samples, rate)
+            # A reversed view reads the same samples; they are turned around once they are read.
             first_by_view.append(first)
         has_samples = (times.samples > 0)[:, None]
         return np.where(has_samples, np.stack(first_by_view, axis=1), -1).astype(np.int64)
@@ -384,6 +421,7 @@ def _frame_shapes(splits: list[Split]) -> set[tuple[int, int]]:
     shapes: set[tuple[int, int]] = set()
     for split in splits:
         heights_widths = np.stack([split.index.height, split.index.width], axis=1)
+        # Records of sound alone have size (0, 0), which is no shape to unify.
         with_frames = heights_widths[split.index.frames > 0]
         for height, width in np.unique(with_frames, axis=0):
             shapes.add((int(height), int(width)))

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+# Before TensorFlow is imported, which reads it then; 3 silences all but fatal messages.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import numpy as np
@@ -77,6 +78,7 @@ class RecordBatches(Iterator):
                 f'a record cannot be decoded although its bytes are as written ({first_line}); '
                 'prepare the data again with --overwrite'
             ) from e
+        # All rows of a batch carry its number through unbatch and batch.
         batch = self._planned.pop(int(arrays['step'][0]))
         if self._planner.video_views:
             # Not .numpy(), which copies.
@@ -88,17 +90,23 @@ class RecordBatches(Iterator):
     def close(self) -> None:
         """Stop the threads and drop what was read ahead."""
         self.closed = True
+        # Dropping the last reference to the tf.data iterator cancels its threads.
         self._iterator = None
         self._planned.clear()
 
     # ---- the dataset
     def _dataset(self, number: int | None, data_config: ConfigDict) -> tf.data.Dataset:
         options = tf.data.Options()
+        # Order must not depend on thread timing, or a resumed run would see other batches.
         options.deterministic = True
+        # Threads and buffers are those of config.data, not what TensorFlow would tune at run time.
         options.autotune.enabled = False
+        # One more than decode, for the thread that plans and reads.
         options.threading.private_threadpool_size = max(2, data_config.threads + 1)
 
         num_batches = np.iinfo(np.int64).max if number is None else number
+        # No num_parallel_calls: one batch at a time is planned and read. Decoding, the slow part,
+        # is parallel below.
         batches = tf.data.Dataset.range(num_batches).map(self._fetch_tensors)
         if self._planner.video_views:
             # Rows are decoded side by side, across the border of batches too, so that a heavy row
@@ -109,6 +117,7 @@ class RecordBatches(Iterator):
                 num_parallel_calls=max(1, data_config.threads),
                 deterministic=True,
             )
+            # Every batch has this many rows, the last of a pass too (padding), so none is dropped.
             batch_size = len(self._rows(0).index)
             batches = rows.batch(batch_size, drop_remainder=True)
         return batches.prefetch(max(1, data_config.prefetch)).with_options(options)
@@ -128,6 +137,7 @@ class RecordBatches(Iterator):
         arrays = tf.numpy_function(self._fetch, [step], [dtype for _, dtype, _ in columns])
         tensors = {}
         for (name, _, shape), array in zip(columns, arrays):
+            # numpy_function loses all static shapes, which unbatch and map_fn need.
             tensors[name] = tf.ensure_shape(array, shape)
         return tensors
 
@@ -140,6 +150,7 @@ class RecordBatches(Iterator):
             batch, request = self._planner.plan(rows)
             contents = self._reader.read(rows, batch, request)
             for i, view in enumerate(self._planner.audio_views):
+                # [B S]; contents.audio is [views S], one row a view.
                 sound = np.stack([row.audio[i] for row in contents if row.audio is not None])
                 batch[view.stream]['data'] = sound[:, ::-1] if view.kind == 'reverse' else sound
             self._planned[int(step)] = batch
@@ -157,6 +168,7 @@ class RecordBatches(Iterator):
         frame_shape = planner.frame_shape
         num_frames = planner.inputs['video']['frames']
         clip_shape = (len(planner.video_views), num_frames, *frame_shape)
+        # Without the entries that were added to make rows equally long.
         entry_packets = tf.boolean_mask(row['entry_packets'], row['entry_packets'] >= 0)
 
         def decode_jpegs() -> tf.Tensor:
@@ -164,6 +176,8 @@ class RecordBatches(Iterator):
                 packet = row['packets'][entry_packets[entry]]
                 if not planner.cuts_squares:
                     return tf.image.decode_jpeg(packet, channels=3)
+                # (y, x, height, width). Decoding and cropping in one op skips most of the blocks
+                # outside.
                 window = tf.concat([row['entry_corners'][entry], frame_shape[:2]], axis=0)
                 return tf.image.decode_and_crop_jpeg(packet, window, channels=3)
 
@@ -171,6 +185,7 @@ class RecordBatches(Iterator):
                 decode,
                 tf.range(tf.size(entry_packets)),
                 fn_output_signature=tf.TensorSpec(frame_shape, tf.uint8),
+                # Rows already run in parallel; more threads inside a row would compete with them.
                 parallel_iterations=1,
             )
 
@@ -188,6 +203,7 @@ class RecordBatches(Iterator):
             decoders.append(decode_h264 if is_h264 else decode_jpegs)
 
         def decode_clip() -> tf.Tensor:
+            # Rows of one batch may come from sources with different layouts.
             if len(decoders) > 1:
                 decoded = tf.switch_case(row['format'], decoders)
             else:

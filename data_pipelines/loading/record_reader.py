@@ -48,12 +48,15 @@ class ReadProblems:
         Raises:
           DataError: more records than config.data.max_corrupt allows cannot be read.
         """
+        # The count is cumulative over the run, so one damaged file that comes round in every epoch
+        # weighs the same as its share of the data.
         with self._lock:
             self._num_read += len(records)
             for record, reason in zip(records, reasons):
                 if reason:
                     self._num_corrupt += 1
                     self._list(split, int(record), reason)
+            # One damaged record among the first few is no evidence about the share.
             enough_reads = self._num_read >= min(_MIN_READS, max(size, 1))
             if enough_reads and self._num_corrupt > self._max_corrupt * self._num_read:
                 name, number, reason = self._listed[0]
@@ -125,9 +128,11 @@ class RecordReader:
         Raises:
           DataError: too many records cannot be read.
         """
-        records = self._planner.record_numbers(rows)
+        records = self._planner.record_numbers(rows)  # [B]
         contents: dict[int, RowContents] = {}
+        # Padding is emptied like an unreadable row: zeros with valid False.
         is_bad = ~rows.valid
+        # By source, because problems are counted for each split.
         for number, split in enumerate(self._planner.splits):
             from_split = (rows.source == number) & rows.valid
             reasons = []
@@ -135,12 +140,15 @@ class RecordReader:
                 reason = ''
                 try:
                     contents[row] = self._read_row(split, int(records[row]), request.row(row))
+                # A wrong checksum is a ValueError. One bad record costs its row, not the run; the
+                # limit on their share is checked in `add`.
                 except (ValueError, OSError) as e:
                     reason = str(e)
                 reasons.append(reason)
                 is_bad[row] = bool(reason)
             if reasons:
                 self._problems.add(split, records[from_split], reasons, self._pass_size)
+        # Streams have no 'data' for video and audio yet; the empty contents below supply zeros.
         blank(batch, is_bad)
         return [contents.get(row) or self._empty_row() for row in range(len(records))]
 
@@ -149,11 +157,13 @@ class RecordReader:
         if self._planner.audio_views:
             num_samples = self._planner.inputs['audio']['samples']
             audio = np.zeros((len(self._planner.audio_views), num_samples), np.int16)
+        # Entry 0 for every frame is never looked up: a row without entries decodes to zeros.
         return RowContents([], [], [], [0] * self._planner.frames_per_row, audio)
 
     def _read_row(self, split: Split, record: int, request: RowRequest) -> RowContents:
         contents = self._empty_row()
         packet_numbers: list[int] = []
+        # -1 in the first frame means -1 in all: the record has no pictures.
         if request.frames is not None and request.frames[0, 0] >= 0:
             packet_numbers = _assign_entries(contents, request, split.prepared.format)
         rate = split.prepared.meta['rate']
@@ -164,6 +174,8 @@ class RecordReader:
         if request.first_samples is not None and total:
             num_samples = self._planner.inputs['audio']['samples']
             first_samples = [int(first) for first in request.first_samples]
+            # Sound is stored in pieces of one second, each with its checksum. Windows of several
+            # views overlap, and a piece that two of them need is read once.
             needed: set[int] = set()
             for first in first_samples:
                 needed.update(sample_windows.seconds(first, num_samples, total, rate))
@@ -172,13 +184,14 @@ class RecordReader:
         contents.packets, sound = split.clip(record, packet_numbers, seconds)
         if first_samples:
             is_dmvr = split.prepared.format['kind'] == 'dmvr'
+            # DMVR records hold float32 samples in [-1, 1], ours int16.
             dtype = '<f4' if is_dmvr else '<i2'
             pieces = {s: np.frombuffer(raw, dtype) for s, raw in zip(seconds, sound)}
             clips = []
             for first in first_samples:
                 clip = sample_windows.window(pieces, first, num_samples, total, rate)
                 clips.append(sample_windows.to_int16(clip))
-            contents.audio = np.stack(clips)
+            contents.audio = np.stack(clips)  # [views S]
         return contents
 
 
@@ -193,6 +206,8 @@ def _assign_entries(
         corner_by_view = [tuple(corner) for corner in request.corners.tolist()]
 
     # Each frame is decoded once, however many views show it (once for each corner it is cut at).
+    # A dict remembers the order of insertion, so its n-th key is entry n; the two lists at the end
+    # rely on it.
     entries: dict[tuple[int, tuple[int, ...]], int] = {}
     frame_entries = []
     for numbers, corner in zip(frames_by_view, corner_by_view):
@@ -202,9 +217,11 @@ def _assign_entries(
 
     packet_numbers = sorted({number for number, _ in entries})
     if record_format.get('frames') == 'h264':
+        # The extra packets are decoded on the way and shown by no entry.
         packet_numbers = _with_earlier_frames(packet_numbers, record_format['gop'])
     packet_of_frame = {number: i for i, number in enumerate(packet_numbers)}
     contents.entry_packets = [packet_of_frame[number] for number, _ in entries]
+    # Either every view has a corner or none has, so the list is as long as the entries or empty.
     contents.entry_corners = [corner for _, corner in entries if corner]
     return packet_numbers
 

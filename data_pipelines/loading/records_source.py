@@ -62,6 +62,8 @@ class Records(Data):
             or one another.
         """
         super().__init__(config)
+        # The mixture {name: entry}, and the entry of config.data.eval, whose path is '' when
+        # unset.
         entries, evaluation_entry = read_from(config)
         if not entries and not evaluation_entry['path']:
             raise DataError(
@@ -71,6 +73,9 @@ class Records(Data):
         all_entries = [*entries.values()]
         if evaluation_entry['path']:
             all_entries.append(evaluation_entry)
+        # A folder that several entries name (one split to train on, another to evaluate) is opened
+        # once: its metadata and tokenizer are shared, and `is` tells whether two entries mean one
+        # dataset.
         datasets = self._open_datasets(all_entries)
         self._check_frame_sizes(datasets, entries.values())
 
@@ -78,6 +83,8 @@ class Records(Data):
         for name, entry in entries.items():
             split = Split(datasets[_dataset_key(entry)], entry['split'], name)
             self._mixture.append(MixtureSource(name, entry, split))
+        # Without config.data.eval, evaluators read the first source, so that a config with one
+        # dataset names it once.
         if evaluation_entry['path']:
             self._evaluated = datasets[_dataset_key(evaluation_entry)]
         else:
@@ -87,10 +94,14 @@ class Records(Data):
         for source in self._mixture:
             label, per_class = source.entry['label'], source.entry['per_class']
             if per_class:
+                # Edits the index of this source in memory: its other labels become unknown.
+                # Nothing on disk changes.
                 weights = few_labels(source.split, label, per_class, config.seed)
                 self._few_labels[source.name] = weights
+        # By split name, for evaluation passes; `_parts` adds the ones that are opened later.
         self._splits = self._splits_of_mixture()
 
+        # One tokenizer encodes all sources, since the embedding table has one vocabulary.
         first = self._mixture[0].split.prepared if self._mixture else self._evaluated
         self.tokenizer: Tokenizer = tokenizer_of(self.inputs, first.tokenizer(), str(first.path))
         labels, self._label_classes = _merge_labels(datasets.values())
@@ -101,12 +112,15 @@ class Records(Data):
             'sources': source_names or [self._evaluated.meta['name']],
         }
         self._problems = ReadProblems(config.data.max_corrupt)
+        # Weak references: an iterator that its user has dropped can be collected although this
+        # object lives on.
         self._iterators: weakref.WeakSet[RecordBatches] = weakref.WeakSet()
 
     def _open_datasets(self, entries: Iterable[dict[str, Any]]) -> dict[tuple[str, int], Prepared]:
         """Each (path, fold) of the entries once, checked against config.model.inputs."""
         datasets: dict[tuple[str, int], Prepared] = {}
         for entry in entries:
+            # The fold is part of the key: it decides which records belong to which split.
             key = _dataset_key(entry)
             if key not in datasets:
                 datasets[key] = Prepared(*key)
@@ -116,6 +130,9 @@ class Records(Data):
     def _check_frame_sizes(
         self, datasets: dict[tuple[str, int], Prepared], entries: Iterable[dict[str, Any]]
     ) -> None:
+        # `size` is the short side of stored frames, in pixels. Frames of one batch must have one
+        # shape, and a batch mixes sources; frames of different aspect ratios can be cut to a
+        # square of this side, frames of different sizes cannot.
         train_sizes = {datasets[_dataset_key(entry)].meta['size'] for entry in entries}
         if len(train_sizes) > 1 and 'video' in self.inputs:
             sizes = sorted({prepared.meta['size'] for prepared in datasets.values()})
@@ -132,6 +149,7 @@ class Records(Data):
         splits: dict[str, Split] = {}
         for source in self._mixture:
             split = source.split
+            # An index may hold millions of rows, so it is not loaded twice.
             is_evaluated = split.prepared is self._evaluated and split.split in SPLITS
             if is_evaluated and source.name not in self._few_labels:
                 splits[split.split] = split
@@ -143,6 +161,8 @@ class Records(Data):
 
     def _parts(self, split: str, by: str) -> list[Split]:
         """The datasets that a pass over a split reads; none if the split does not exist."""
+        # By segments, `train` means the train split of the evaluation dataset, in order and each
+        # segment once, whatever the weights of the mixture.
         if self._is_mixture(split, by):
             return [source.split for source in self._mixture]
         if split not in self._evaluated.splits:
@@ -160,11 +180,13 @@ class Records(Data):
                         size=len(source.split),
                         weight=float(source.entry['weight']),
                         share=float(source.entry['share']),
+                        # None for a source that draws its records uniformly.
                         sampling=self._few_labels.get(source.name),
                         name=source.name,
                     )
                 )
             return sources
+        # A pass over the evaluation dataset: one part, no weights, each example once.
         for part in self._parts(split, by):
             size = len(part) if by == 'records' else len(part.index.segment_record)
             sources.append(order.Source(size, name=part.name))
@@ -180,6 +202,8 @@ class Records(Data):
         for part in self._parts(split, by):
             index = part.index
             if by == 'records':
+                # In the order of the pass: entry `index` belongs to the row with that number in
+                # batch['index'].
                 texts.extend(_record_text(index, record) for record in range(len(index)))
             else:
                 num_segments = len(index.segment_record)
@@ -196,6 +220,7 @@ class Records(Data):
                 f'{", ".join(self._evaluated.splits)} '
                 '(config.data.eval names the dataset that evaluators read)'
             )
+        # A planner for each request: it depends on the views, which differ between passes.
         planner = BatchPlanner(self, self.tokenizer, self._label_classes, request, splits)
         reader = RecordReader(planner, self._problems)
         iterator = RecordBatches(planner, reader, rows, number, self.config.data)
@@ -206,6 +231,7 @@ class Records(Data):
         return self._problems.summary()
 
     def close(self) -> None:
+        # A copy, because the garbage collector may shrink the set during the loop.
         for iterator in list(self._iterators):
             iterator.close()
 
@@ -233,16 +259,20 @@ def few_labels(part: Split, label: str, per_class: int, seed: int) -> Float64[np
     field = f'config.data.train.{part.name}.per_class={per_class}'
     labels = part.index.labels
     stored = labels.get(label)
+    # `stored` is [G] for class numbers and [G P] for a multi-hot label, which has no "segments of
+    # one class" to count.
     if stored is None or stored.ndim != 1:
         possible = [name for name, values in labels.items() if values.ndim == 1]
         raise DataError(
             f'{field}: {part.prepared.path} has no label {label!r} with one class for each '
             f'segment; it has {", ".join(possible) or "none"} (field label)'
         )
+    # [G] Rank of each segment's record in a random order. Ranks do not depend on `per_class`,
+    # which is what makes a smaller labelled set a subset of a larger one.
     record_rank = order.permute(part.index.segment_record, len(part), seed, 'few labels')
     is_known = np.zeros(len(stored), bool)
     for number, name in enumerate(part.prepared.labels[label]):
-        segments = np.flatnonzero(stored == number)
+        segments = np.flatnonzero(stored == number)  # [n]
         if len(segments) < per_class:
             raise DataError(
                 f'{field}: class {name!r} of label {label!r} has {len(segments)} segments '
@@ -251,7 +281,9 @@ def few_labels(part: Split, label: str, per_class: int, seed: int) -> Float64[np
         # Stable: segments of one record share a rank and are taken in their order.
         by_rank = np.argsort(record_rank[segments], kind='stable')
         is_known[segments[by_rank[:per_class]]] = True
+    # All labels of the other segments, not only `label`.
     part.index.labels = {name: _keep_known(values, is_known) for name, values in labels.items()}
+    # Records without a labelled segment get weight 0, that is, they are never drawn.
     known_records = part.index.segment_record[is_known]
     return np.bincount(known_records, minlength=len(part)).astype(np.float64)
 
@@ -285,17 +317,23 @@ def _merge_labels(
     multi_hot_classes: dict[str, int | None] = {}
     for prepared in datasets:
         for label, names in prepared.labels.items():
+            # The first dataset that has a label defines it; the later ones must agree in every
+            # name and in the order, because heads are shared across sources.
             if class_names.setdefault(label, names) != names:
                 raise DataError(
                     f'label {label!r} has other classes in {prepared.path} than in the datasets '
                     'before it'
                 )
+            # Multi-hot in one dataset is multi-hot in all: one class number converts to a vector,
+            # a vector with several ones does not convert back.
             is_multi_hot = label in prepared.meta['multi_hot'] or multi_hot_classes.get(label)
             multi_hot_classes[label] = len(names) if is_multi_hot else None
     return class_names, multi_hot_classes
 
 
 def _record_text(index: Index, record: int) -> dict[str, Any]:
+    # Offsets as in CSR matrices: record r owns the segments from offset[r] up to, not including,
+    # offset[r + 1].
     first, last = index.segment_offset[record], index.segment_offset[record + 1]
     captions = [index.segment_caption[segment] for segment in range(first, last)]
     end = float(index.duration[record])
@@ -312,6 +350,7 @@ def _text(index: Index, record: int, start: float, end: float, caption: str) -> 
     """An entry of `Records.texts` with the sentences that overlap start..end (seconds)."""
     sentences = []
     for i in range(index.sentence_offset[record], index.sentence_offset[record + 1]):
+        # Closed intervals: a sentence that only touches the segment counts.
         if index.sentence_end[i] >= start and index.sentence_start[i] <= end:
             sentences.append(index.sentence_text[i])
     return {

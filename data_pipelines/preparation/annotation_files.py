@@ -35,6 +35,7 @@ def read_captions(path: str | pathlib.Path) -> dict[str, list[dict[str, Any]]]:
     if path.suffix.lower() == '.json':
         return _captions_from_json(path)
 
+    # One row a sentence; a video may have any number of them.
     columns, rows = _read_csv(path)
     _require_columns(path, columns, required=('video', 'text'), all_columns='video,start,end,text')
     sentences: dict[str, list[dict[str, Any]]] = {}
@@ -48,6 +49,7 @@ def _captions_from_json(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
     """Either {video: [entries]}, or [entries] that name their video themselves."""
     content = _read_json(path)
     rows: list[tuple[Any, Any]] = []  # (video or None, entry)
+    # Two layouts, brought into one list, so that entries are checked and numbered alike.
     if isinstance(content, Mapping):
         for video, entries in content.items():
             rows += [(video, entry) for entry in _as_list(entries, path, video)]
@@ -57,6 +59,7 @@ def _captions_from_json(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
             rows.append((video, entry))
 
     sentences: dict[str, list[dict[str, Any]]] = {}
+    # Counted from 1 for people who look for the entry in the file.
     for number, (video, entry) in enumerate(rows, 1):
         if isinstance(entry, str):
             entry = {'text': entry}  # a sentence without times
@@ -102,6 +105,7 @@ def read_annotations(
         )
     classes = {
         str(label): [str(name) for name in names]
+        # `or {}`: files that programs write have null where there is nothing.
         for label, names in (content.get('labels') or {}).items()
     }
     annotations = {}
@@ -110,6 +114,7 @@ def read_annotations(
         if not isinstance(entry, Mapping):
             raise DataError(f'{where}: expected an object with "segments", got {_quote(entry)}')
         segments = entry.get('segments')
+        # An empty list is an answer (no segment), a missing one is not.
         if segments is None and (entry.get('labels') or entry.get('caption')):
             # Labels or a caption of the file as a whole.
             segments = [{'caption': entry.get('caption', ''), 'labels': entry.get('labels', {})}]
@@ -165,12 +170,15 @@ def _annotations_from_csv(
     _require_columns(path, columns, required=('video', 'label'), all_columns='video,label')
     names_by_video: dict[str, list[str]] = {}
     for _, row in rows:
+        # A row without a label still makes the video known, with an unknown class.
         video_names = names_by_video.setdefault(row['video'], [])
         if row['label'] and row['label'] not in video_names:
             video_names.append(row['label'])
 
+    # Alphabetical, so that class numbers do not depend on the order of the rows.
     class_names = sorted({name for names in names_by_video.values() for name in names})
     number_of = {name: i for i, name in enumerate(class_names)}
+    # One form for the whole label: a batch cannot hold numbers and vectors of it at once.
     is_multi_hot = any(len(names) > 1 for names in names_by_video.values())
 
     annotations = {}
@@ -201,6 +209,8 @@ def multi_hot_sizes(
         for segment in annotation['segments']:
             for label, value in segment['labels'].items():
                 if isinstance(value, list):
+                    # A list of one counts too: the author of the file says that there can be
+                    # several.
                     multi_hot.add(label)
     return {label: len(names) if label in multi_hot else None for label, names in classes.items()}
 
@@ -219,7 +229,10 @@ class NameResolver:
         self._paths: dict[str, str] = {}
         self._aliases: dict[str, str | None] = {}  # None: several files answer
         for file_id in file_ids:
+            # All ends are entered once, so that each look-up is O(1): a list may have a million
+            # names.
             self._paths[file_id] = file_id
+            # 'a/b/c.mp4' answers to a/b/c.mp4, b/c.mp4, c.mp4, a/b/c, b/c and c.
             parts = file_id.split('/')
             for i in range(len(parts)):
                 path_end = '/'.join(parts[i:])
@@ -230,6 +243,7 @@ class NameResolver:
 
     def __call__(self, name: str) -> str | None:
         """The file id; None if no file, or more than one, answers to the name."""
+        # The forms in which Windows and shells write relative paths.
         name = name.strip().replace('\\', '/').removeprefix('./')
         # A full path means its file, even where it is also the end of another path.
         return self._paths.get(name) or self._aliases.get(name)
@@ -257,6 +271,7 @@ def match_to_files(
         elif file_id not in by_file:
             by_file[file_id] = value
         elif isinstance(value, list):
+            # A new list; += would change the caller's.
             by_file[file_id] = by_file[file_id] + value
         else:
             raise DataError(f'annotations: {name!r} and another name both mean the file {file_id}')
@@ -286,9 +301,12 @@ def _read_json(path: pathlib.Path) -> Any:
 def _read_csv(path: pathlib.Path) -> tuple[set[str], list[tuple[int, dict[str, str]]]]:
     """Column names in lower case, and (line number, row) of the rows that name a video."""
     try:
+        # newline='': the csv module handles line breaks itself, also those inside quotes.
+        # skipinitialspace: a quote after ", " would otherwise be part of the text.
         with open(path, newline='', encoding='utf-8-sig') as stream:
             reader = csv.DictReader(stream, skipinitialspace=True)
             columns = {_clean(column).lower() for column in reader.fieldnames or ()}
+            # line_num counts lines, not rows: it is what an editor shows.
             rows = [(reader.line_num, _clean_row(row)) for row in reader]
     except (csv.Error, UnicodeDecodeError, OSError) as error:
         raise DataError(f'{path} is not readable CSV in UTF-8: {error}') from None
@@ -335,12 +353,14 @@ def _times(entry: Mapping[str, Any], where: str) -> dict[str, float]:
     """'start' and 'end' of an entry; of one without them, those of the whole file."""
     start = _seconds(entry.get('start'), WHOLE[0], where)
     end = _seconds(entry.get('end'), WHOLE[1], where)
+    # Equal ones are allowed: an event that has a moment and no length.
     if end < start:
         raise DataError(f'{where}: it ends ({end:g} s) before it starts ({start:g} s)')
     return {'start': start, 'end': end}
 
 
 def _seconds(value: Any, default: float, where: str) -> float:
+    # An empty cell of CSV, or null.
     if value in (None, ''):
         return default
     try:

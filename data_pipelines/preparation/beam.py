@@ -41,6 +41,7 @@ class Stage(apache_beam.DoFn):
         if not target.is_file():  # a runner may try an element twice
             self._stage(file, target)
         # Only what precedes the colon: the rest differs from file to file.
+        # Read back from the file: the same for an element that another attempt has staged.
         reason = decoded_files.header(target).get('skipped', '').split(':')[0]
         result = reason or 'decoded'
         Metrics.counter(_NAMESPACE, result).inc()
@@ -53,6 +54,7 @@ class Stage(apache_beam.DoFn):
         try:
             self._pool.submit(decoded_files.stage, file, self._settings, str(target)).result()
         except BrokenProcessPool:
+            # A broken pool accepts no more work; the next element makes a new one.
             self._pool = None
             decoded_files.crashed(file, str(target))
 
@@ -84,12 +86,14 @@ def stage(
         DataError: if the pipeline does not finish, or files are not there afterwards.
     """
     try:
+        # Split as a shell would, so that options may contain quoted spaces.
         pipeline = apache_beam.Pipeline(options=PipelineOptions(shlex.split(options)))
         (
             pipeline
             | 'files' >> apache_beam.Create(list(files))
             # Without it, a runner may fuse the steps and decode all files in one worker.
             | 'spread' >> apache_beam.Reshuffle()
+            # Absolute, since workers may run in another directory.
             | 'decode' >> apache_beam.ParDo(Stage(settings, str(stage_dir.resolve())))
         )
         result = pipeline.run()
@@ -101,6 +105,7 @@ def stage(
             'the same command goes on from here'
         ) from error
 
+    # A worker on a machine without this folder writes to its own disk and reports success.
     missing = [
         file.id for file in files if not decoded_files.place(stage_dir, file, settings).is_file()
     ]
@@ -110,4 +115,6 @@ def stage(
             f'{stage_dir}, for example {missing[0]}; do all workers see this folder?'
         )
     counters = result.metrics().query(MetricsFilter().with_namespace(_NAMESPACE))['counters']
+    # `result` is the committed count where the runner has one: elements that were tried again
+    # count once.
     return {counter.key.metric.name: counter.result for counter in counters}

@@ -20,11 +20,13 @@ class Console:
     def __init__(self, quiet: bool):
         from rich.console import Console as RichConsole
 
+        # Without highlighting, which colours every number and path.
         self.console = RichConsole(quiet=quiet, highlight=False)
 
     def __call__(self, text: str) -> None:
         """Print one line."""
         # Not wrapped at the width of the terminal, so that commands can be copied whole.
+        # markup=False: brackets in a file name are not rich's tags.
         self.console.print(text, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
@@ -47,6 +49,7 @@ class Console:
             TimeRemainingColumn,
         )
 
+        # Files, not bytes or seconds: the length of a file is unknown before it is decoded.
         with Progress(
             TextColumn('decoding'),
             BarColumn(),
@@ -54,8 +57,10 @@ class Console:
             TimeElapsedColumn(),
             TextColumn('left'),
             TimeRemainingColumn(),
+            # The same console, so that --quiet silences the bar and messages scroll above it.
             console=self.console,
         ) as progress_bar:
+            # Files of an earlier run count as done from the start.
             task = progress_bar.add_task('', total=total, completed=done)
 
             def advance() -> None:
@@ -81,6 +86,8 @@ class Console:
                 f'{len(unknown_names)} names in captions or annotations have no file here, '
                 f'for example {unknown_names[0]!r}.'
             )
+        # The path in the quotes of Python, inside those of the shell: the command can be copied as
+        # it is.
         self(
             f'done in {summary["seconds"]} s. Train on it: python run.py --config=FILE '
             f"\"--config.data.train={{'mine': {{'path': {str(target)!r}}}}}\""

@@ -31,6 +31,7 @@ from jaxtyping import UInt8
 
 from data_pipelines import media
 
+# Part of every key, so raising it makes the next run decode everything again.
 _VERSION = 1  # of the staged format and of how media are decoded
 
 
@@ -81,9 +82,13 @@ class File:
 
     def key(self, settings: Settings) -> str:
         """A hash of everything that the staged file depends on; it is the name of that file."""
+        # Size and time of change stand for the contents: hashing a large collection would take as
+        # long as reading it. `path` is left out, so that the folder may move.
         words = [_VERSION, self.id, self.bytes, self.modified, *settings.words()]
+        # Only then, so that the keys of whole files do not change.
         if self.part != media.WHOLE:
             words += self.part
+        # 32 hexadecimal digits are 128 bits: enough against collisions among billions of files.
         return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:32]
 
 
@@ -117,6 +122,7 @@ def stage(file: File, settings: Settings, target: str) -> None:
 
 def _decode(file: File, settings: Settings) -> tuple[dict[str, Any], list[bytes]]:
     """Header, and the encoded frames followed by the PCM bytes. Raises MediaError."""
+    # Filled in as decoding goes on: size and lengths are known only then.
     header: dict[str, Any] = {'id': file.id, 'height': 0, 'width': 0, 'samples': 0, 'lengths': []}
     decoded = media.read(file.path, settings.fps, settings.size, settings.rate, part=file.part)
 
@@ -137,6 +143,7 @@ def _decode(file: File, settings: Settings) -> tuple[dict[str, Any], list[bytes]
 
     audio = decoded.audio
     if frames:
+        # After the frames were read: only then is their number known.
         audio = media.fit(audio, len(frames), settings.fps, settings.rate)
     header['samples'] = 0 if audio is None else len(audio)
     # Pictures are the clock; sound alone is as long as its samples.
@@ -150,6 +157,7 @@ def _decode(file: File, settings: Settings) -> tuple[dict[str, Any], list[bytes]
         raise media.MediaError(f'too short: {header["duration"]:.2f} s')
 
     header['lengths'] = [len(frame) for frame in frames]
+    # Little-endian on every machine; the header says nothing of byte order.
     pcm = b'' if audio is None else audio.astype('<i2').tobytes()
     return header, [*frames, pcm]
 
@@ -163,6 +171,7 @@ def write(target: str, header: dict[str, Any], parts: list[bytes]) -> None:
     with open(temporary, 'wb') as stream:
         stream.write(len(header_bytes).to_bytes(8, 'little') + header_bytes)
         stream.writelines(parts)
+    # Atomic, as both are in one folder: readers see the whole file or none.
     os.replace(temporary, target)
 
 
@@ -177,6 +186,7 @@ def content(path: pathlib.Path) -> tuple[list[bytes], bytes]:
     with open(path, 'rb') as stream:
         lengths = _read_header(stream)['lengths']
         frames = [stream.read(length) for length in lengths]
+        # The rest is audio, so its length is not stored twice.
         return frames, stream.read()
 
 
@@ -194,6 +204,7 @@ def pool(processes: int) -> futures.ProcessPoolExecutor:
     """A pool of worker processes that end with this one."""
     # Spawned, not forked: the parent may hold threads of JAX or TensorFlow.
     context = multiprocessing.get_context('spawn')
+    # The third argument is the initializer, which runs once in each worker.
     return futures.ProcessPoolExecutor(processes, context, die_with_parent)
 
 
@@ -204,6 +215,8 @@ def die_with_parent() -> None:
 
     def wait() -> None:
         parent.join()
+        # sys.exit would raise SystemExit in this thread and end nothing but it.
         os._exit(1)
 
+    # A daemon, so that it does not hold up a worker that ends by itself.
     threading.Thread(target=wait, daemon=True).start()

@@ -18,6 +18,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.preparation import annotation_files, decoded_files
 from data_pipelines.storage.records import SPLITS
 
+# Only for the hint in an error message.
 _ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.rar', '.7z')
 
 # A split, or one for each fold; '' where none is given.
@@ -40,6 +41,7 @@ class Clip:
         part: (start, end) of the clip in that file, in seconds.
     """
 
+    # Tried in this order, each through the resolver.
     names: Sequence[str]
     split: SplitOrFolds
     segments: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -91,6 +93,7 @@ def from_folder(videos: str, captions: str = '', annotations: str = '') -> Media
     Raises:
         DataError: if a file is missing or malformed, or names no file of the folder.
     """
+    # The folder comes first: files are records even if no annotation names them.
     folder = pathlib.Path(videos)
     files = scan(folder)
     resolver = annotation_files.NameResolver(file.id for file in files)
@@ -99,6 +102,8 @@ def from_folder(videos: str, captions: str = '', annotations: str = '') -> Media
     unknown_names: list[str] = []
     if captions:
         captions_by_name = annotation_files.read_captions(captions)
+        # Some names without a file are normal (videos disappear from the web); none that matches
+        # means that the names are written in another way.
         sentences, unknown_names = annotation_files.match_to_files(captions_by_name, resolver)
         if not captions_by_name:
             raise DataError(f'the captions file {captions} is empty')
@@ -126,6 +131,7 @@ def from_folder(videos: str, captions: str = '', annotations: str = '') -> Media
         # files happen to be there.
         multi_hot=annotation_files.multi_hot_sizes(classes, annotations_by_name),
         missing=unknown_names,
+        # By contents: copying the file or touching it does not make another dataset.
         identity={'captions': digest(captions), 'annotations': digest(annotations)},
     )
 
@@ -174,10 +180,14 @@ def match_clips(
     for clip in clips:
         found = _find_file(clip, file_by_id, resolver)
         if found is None:
+            # One name for each clip, the likeliest.
             catalog.missing.append([*clip.names, *clip.videos][0])
             continue
         source_id, file = found
+        # The whole file, also if only a part of it becomes a record.
         used_files.add(source_id)
+        # Parts have ids of their own: several clips of one long video are several records. The
+        # same file again is another event in it, as in AVE.
         if file.id not in catalog.splits:
             _add_record(catalog, file, clip)
         elif clip.split == catalog.splits[file.id]:
@@ -185,6 +195,7 @@ def match_clips(
             catalog.annotations[file.id]['segments'] += clip.segments
         else:
             _settle_split(catalog, file.id, clip.split)
+    # Only now that all segments are there.
     catalog.multi_hot = annotation_files.multi_hot_sizes(classes, catalog.annotations)
     catalog.unused = len(files) - len(used_files)
     return catalog
@@ -205,7 +216,9 @@ def _find_file(
         return None
     file = file_by_id[file_id]
     start, end = clip.part
+    # With an infinite end, the clip is all of the file.
     if math.isfinite(end):
+        # The id ends in the part, which makes it unique among the clips of the file.
         file = dataclasses.replace(file, id=f'{file_id}@{start:g}-{end:g}', part=clip.part)
     return file_id, file
 
@@ -233,6 +246,7 @@ def _settle_split(catalog: MediaCatalog, file_id: str, split: SplitOrFolds) -> N
     """Move a record to the later of its split and another, and say so among the skipped."""
 
     def rank(candidate: SplitOrFolds) -> int:
+        # Later in SPLITS is further from training. Folds, and '' (random), rank below all.
         return SPLITS.index(candidate) if candidate in SPLITS else -1
 
     earlier_split = catalog.splits[file_id]
@@ -256,10 +270,14 @@ def scan(
         raise DataError(f'the folder {folder} does not exist')
     files = []
     archives = []
+    # Links are followed, since large collections are often linked together from several disks.
     for root, subfolders, entries in os.walk(folder, followlinks=True):
         # Assigned in place: this is how os.walk is told where to go.
         subfolders[:] = sorted(name for name in subfolders if not name.startswith('.'))
+        # Sorted, because file systems list in any order, and the order of records should not
+        # depend on it.
         for entry in sorted(entries):
+            # Hidden ones are not media: '._x.mp4' is what macOS leaves on foreign disks.
             if entry.lower().endswith(tuple(suffixes)) and not entry.startswith('.'):
                 path = pathlib.Path(root, entry)
                 try:
@@ -282,10 +300,12 @@ def digest(path: str | os.PathLike) -> str:
     """Hash of a file's contents; '' for ''."""
     if not path:
         return ''
+    # At once: annotation files are read into memory anyway.
     return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
 
 def counts(splits: Iterable[str]) -> Mapping[str, int]:
     """How often each of SPLITS occurs, without those that do not."""
     given = list(splits)
+    # In the order of SPLITS, as tables show them.
     return {split: given.count(split) for split in SPLITS if split in given}

@@ -40,10 +40,12 @@ def make_record(
     Returns:
         The fields of `record_index.Index`, still without the split.
     """
+    # Of what was decoded; what the container declares may be longer.
     duration = header['duration']
     annotation = catalog.annotations.get(file.id) or {}
     segments = _cut_to(duration, annotation.get('segments') or [])
     if not segments:
+        # Evaluation goes by segments, so a record without one would never be evaluated.
         segments = [{'start': 0.0, 'end': duration, 'caption': '', 'labels': {}}]
 
     sentences = _cut_to(duration, catalog.sentences.get(file.id) or [])
@@ -72,6 +74,7 @@ def make_record(
 def _cut_to(duration: float, entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Copies of the entries that begin within the record, ending with it at the latest."""
     return [
+        # An entry without times ends at infinity, which becomes the end of the record here.
         {**entry, 'end': min(entry['end'], duration)}
         for entry in entries
         if entry['start'] < duration
@@ -84,6 +87,7 @@ def _with_all_labels(
     """The segment with a value for every label of the dataset; -1 where it is unknown."""
     labels = {}
     for name, num_classes in multi_hot.items():
+        # Every segment has every label, because labels are stored as columns.
         value = segment['labels'].get(name, -1)
         labels[name] = value if num_classes is None else _to_multi_hot(value, num_classes)
     return {**segment, 'labels': labels}
@@ -91,6 +95,7 @@ def _with_all_labels(
 
 def _to_multi_hot(value: int | list[int], num_classes: int) -> list[int]:
     classes = value if isinstance(value, list) else [value]
+    # -1 (unknown) is no class: a row of zeros.
     return [int(i in classes) for i in range(num_classes)]
 
 
@@ -115,6 +120,7 @@ def assign_splits(
         if catalog.folds:
             # One pool of clips; each fold divides it in its own way.
             assert official is not None
+            # Stored once, not once for each fold.
             record['split'] = CLIPS
             record['folds'] = [SPLITS.index(split) if split else -1 for split in official]
             record['ground_truth'] = {**record['ground_truth'], 'folds': list(official)}
@@ -122,6 +128,7 @@ def assign_splits(
             record['split'] = official
         else:
             record['split'] = split_of(record['id'], by_folder, validation, test)
+        # Last: the folds above are added to it.
         record['ground_truth'] = json.dumps(record['ground_truth'])
 
 
@@ -129,6 +136,7 @@ def has_split_folders(files: Iterable[decoded_files.File]) -> bool:
     """Whether any file is below a first-level folder named like a split."""
     for file in files:
         folder, slash, _ = file.id.partition('/')
+        # Without a slash it is a file that lies at the top.
         if slash and folder.lower() in _SPLIT_FOLDERS:
             return True
     return False
@@ -147,8 +155,10 @@ def split_of(file_id: str, by_folder: bool, validation: float, test: float) -> s
         folder, slash, _ = file_id.partition('/')
         return _SPLIT_FOLDERS.get(folder.lower(), 'train') if slash else 'train'
     # A hash of the name alone: files added later leave the earlier ones in their splits.
+    # sha256, as Python's hash() of a string differs from run to run.
     digest = hashlib.sha256(file_id.encode()).digest()
     position = int.from_bytes(digest[:8], 'big') / 2**64  # uniform in [0, 1)
+    # Test first: a larger share for validation leaves the test set as it is.
     if position < test:
         return 'test'
     if position < test + validation:
@@ -173,6 +183,7 @@ def train_tokenizer(
     # Imported here: a tokenizer may bring libraries that decoding does without.
     from vatt_jax.inputs import tokenizer as tokenizers
 
+    # Words of validation and test must not enter the vocabulary.
     training = [record for record in records if record['split'] == 'train']
     texts = []
     for record in training:
@@ -182,6 +193,7 @@ def train_tokenizer(
         texts += [segment['caption'] for segment in record['segments'] if segment['caption']]
     try:
         tokenizer = tokenizers.train(kind, texts, size)
+    # Too few texts for the size, a library that is not installed, an error inside one.
     except (ValueError, ImportError, RuntimeError) as error:
         raise DataError(f'--tokenizer={kind}: {error}') from None
     record_index.write_json(stage_dir / 'tokenizer.json', tokenizer.to_spec())

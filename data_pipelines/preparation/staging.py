@@ -41,6 +41,8 @@ def stage_all(
     waiting = [
         file for file in files if not decoded_files.place(stage_dir, file, settings).is_file()
     ]
+    # The name of a staged file contains the settings and the state of the source, so its existence
+    # is enough.
     num_done = len(files) - len(waiting)
     if num_done:
         console(f'continuing: {num_done} of {len(files)} files are already decoded.')
@@ -50,6 +52,7 @@ def stage_all(
         _stage_with_beam(waiting, settings, stage_dir, beam_options, console)
         return
     with console.progress(len(files), num_done) as advance:
+        # In this process: a file that crashes the decoder ends the command then.
         if processes == 1:
             for file in waiting:
                 target = decoded_files.place(stage_dir, file, settings)
@@ -58,6 +61,8 @@ def stage_all(
             return
         # Each pass ends when all files are staged or when one of them has crashed the pool.
         while waiting:
+            # The loop ends because each pass uses up at least the files that were running when the
+            # pool broke.
             waiting = _stage_until_crash(waiting, settings, stage_dir, processes, advance)
 
 
@@ -95,6 +100,7 @@ def _stage_until_crash(
     """
     queue = list(reversed(waiting))  # taken from its end, so in the order of `waiting`
     running: dict[futures.Future, decoded_files.File] = {}
+    # A new pool for each pass: one that is broken accepts no more work.
     pool = decoded_files.pool(min(processes, len(waiting)))
     try:
         while queue or running:
@@ -103,8 +109,10 @@ def _stage_until_crash(
                 target = decoded_files.place(stage_dir, file, settings)
                 task = pool.submit(decoded_files.stage, file, settings, str(target))
                 running[task] = file
+            # As soon as one is done, so that the queue of the workers is filled up again.
             finished, _ = futures.wait(running, return_when=futures.FIRST_COMPLETED)
             for task in finished:
+                # Before the deletion: the file of a task that broke the pool remains in `running`.
                 task.result()  # raises what the worker raised, a full disk for example
                 del running[task]
                 advance()
@@ -119,6 +127,7 @@ def _stage_until_crash(
             advance()
         return list(reversed(queue))
     finally:
+        # Without what waits: after an error or Ctrl-C nothing more is started.
         pool.shutdown(cancel_futures=True)
 
 

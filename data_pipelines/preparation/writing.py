@@ -50,17 +50,21 @@ def write_dataset(
         for record in records:
             if record['split'] != split:
                 continue
+            # Frames stay encoded; only bytes are moved from one file to another.
             staged_path = decoded_files.place(stage_dir, files[record['id']], settings)
             frames, pcm = decoded_files.content(staged_path)
             yield record['id'], _example(record, frames, pcm, settings, multi_hot)
 
     used_splits = {record['split'] for record in records}
     generators = {
+        # partial, not a lambda: a lambda would see the last `split` of the loop.
         split: functools.partial(examples, split)
+        # tfds writes a split for each generator, so there is none for splits without records.
         for split in (*SPLITS, CLIPS)
         if split in used_splits
     }
     labels = {
+        # The number of classes matters for multi-hot labels alone, whose width it is.
         label: (num_classes or 0, num_classes is not None)
         for label, num_classes in multi_hot.items()
     }
@@ -84,6 +88,7 @@ def _example(
         'frames': frames,
         'audio': pcm,
     }
+    # Columns, one list for each field, as in the features.
     for field in ('text', 'start', 'end'):
         example[f'caption_{field}'] = [sentence[field] for sentence in record['sentences']]
     for field in ('start', 'end', 'caption'):
@@ -135,17 +140,22 @@ def publish(
         'labels': {label: list(names) for label, names in catalog.classes.items()},
     }
     for split in (*SPLITS, CLIPS):
+        # Whether tfds wrote any file of this split.
         if not shards(produced, split):
             continue
+        # Reads every record back, which also notes at which bytes of which file it lies.
         index = _index_of(produced, split, settings, catalog, records)
         # Written beside and moved, so that a killed run leaves no half of an index.
         index_file = f'index-{split}.npz'
         index.save(stage_dir / index_file)
         os.replace(stage_dir / index_file, target / index_file)
         summary['splits'][split] = _split_summary(index)
+    # The stored split is `clips`; these are the sizes of the splits that each fold makes of it.
     if catalog.folds:
         summary['folds'] = [_fold_counts(records, fold) for fold in range(catalog.folds)]
 
+    # Renames within one file system. Interrupted here, the dataset is still unfinished, because
+    # prepare.json does not exist yet.
     for file in produced.iterdir():
         os.replace(file, target / file.name)
     os.replace(stage_dir / 'tokenizer.json', target / 'tokenizer.json')
@@ -164,12 +174,15 @@ def _index_of(
     records: Sequence[dict[str, Any]],
 ) -> record_index.Index:
     """The index of a split, in the order in which its records lie in the files."""
+    # tfds shuffles by a hash of the key, so the order in the files is not that of `records`.
     record_by_id = {record['id']: record for record in records}
     rows = []
     checksums = []
     for record_id, checksum in note_places(produced, split, settings.rate):
         rows.append(record_by_id[record_id])
+        # crc32 of the serialized record.
         checksums.append(checksum)
+    # The one check of the way through tfds: as many come back as were given.
     num_written = sum(record['split'] == split for record in records)
     if len(rows) != num_written:
         raise DataError(
@@ -184,6 +197,7 @@ def _split_summary(index: record_index.Index) -> dict[str, Any]:
         'records': len(index),
         'segments': len(index.segment_record),
         'sentences': len(index.sentence_start),
+        # Durations are in seconds.
         'hours': round(float(index.duration.sum()) / 3600, 3),
         'without_audio': int((index.samples == 0).sum()),
         'without_video': int((index.frames == 0).sum()),
@@ -192,6 +206,7 @@ def _split_summary(index: record_index.Index) -> dict[str, Any]:
 
 def _fold_counts(records: Sequence[dict[str, Any]], fold: int) -> Mapping[str, int]:
     """Number of records in each split of one fold."""
+    # -1: in no split of this fold.
     split_numbers = [record['folds'][fold] for record in records]
     return media_catalog.counts(SPLITS[number] for number in split_numbers if number >= 0)
 
@@ -203,8 +218,11 @@ def _dataset_description(
     summary: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Contents of `index.json`."""
+    # What readers need in order to decode: 'example' is a serialized tf.train.Example. Without
+    # 'frames' they are JPEG.
     stored_format: dict[str, Any] = {'kind': 'example'}
     if settings.crf:
+        # To show frame n, decoding begins at the keyframe n - n % gop.
         stored_format |= {'frames': 'h264', 'gop': media.GOP}
     return {
         'version': record_index.VERSION,
@@ -214,6 +232,7 @@ def _dataset_description(
         'rate': settings.rate,
         'quality': settings.quality,
         'labels': summary['labels'],
+        # Names only; the number of classes follows from 'labels'.
         'multi_hot': [
             label for label, num_classes in catalog.multi_hot.items() if num_classes is not None
         ],
