@@ -1,81 +1,136 @@
-"""k-means (Lloyd's iterations from a k-means++ start), deterministic from its key."""
+"""k-means: Lloyd's iterations from a k-means++ start, deterministic given its key."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
+from jaxtyping import Array, Bool, Float, Int
+
+# What k-means++ carries: squared distances to the nearest centroid so far [M], the centroids [P D],
+# and how many of them are drawn.
+_Seeding = tuple[Array, Array, Array | int]
 
 
 @functools.partial(jax.jit, static_argnames=('clusters', 'iterations'))
 def kmeans(
     key: jax.Array,
-    x: jax.Array,
+    x: Float[Array, 'M D'],
     clusters: int,
     iterations: int = 20,
-    weight: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """(labels int32 [M], centroids float32 [P D]) of x [M D], which may be spread over devices by rows. weight [M] >= 0 (None: ones): of
-    each row in the centroids; rows of weight 0 are never drawn as a start. An emptied cluster keeps its last centroid."""
+    weight: Float[Array, ' M'] | Bool[Array, ' M'] | None = None,
+) -> tuple[Int[Array, ' M'], Float[Array, 'P D']]:
+    """Cluster the rows of a matrix.
+
+    Args:
+      key: Of the random start.
+      x: Rows to cluster, which may be spread over devices.
+      clusters: Number of clusters P.
+      iterations: Of Lloyd's algorithm.
+      weight: Of each row in the centroids, at least 0; by default 1. Rows of weight 0 are never
+        drawn as a start.
+
+    Returns:
+      int32 labels and float32 centroids. A cluster that lost all its rows stays at its last
+      centroid.
+    """
     x = x.astype(jnp.float32)
-    weight = jnp.ones(len(x)) if weight is None else weight.astype(jnp.float32)
+    if weight is None:
+        weight = jnp.ones(len(x))
+    else:
+        weight = weight.astype(jnp.float32)
 
-    def distances(centroids):  # [M P], up to the constant |x|^2
-        return jnp.sum(centroids**2, -1)[None] - 2 * jnp.matmul(x, centroids.T, precision='highest')
+    def distances(centroids: Float[Array, 'P D']) -> Float[Array, 'M P']:
+        # |x - c|² = |x|² - 2 x·c + |c|². |x|² is the same for all centroids, so it changes no
+        # argmin. The default precision of a product on TPU is bfloat16, too coarse for the
+        # difference of two large numbers.
+        squared_norms = jnp.sum(centroids**2, -1)[None]  # [1 P]
+        products = jnp.matmul(x, centroids.T, precision='highest')  # [M P]
+        return squared_norms - 2 * products
 
-    def seed(
-        carry, key
-    ):  # the next centroid is drawn in proportion to the squared distance to those drawn so far
+    def draw_centroid(carry: _Seeding, key: jax.Array) -> tuple[_Seeding, None]:
+        # k-means++: the next centroid is a row, drawn in proportion to weight · d², with d its
+        # distance to the nearest centroid so far. The first one is drawn by weight alone.
         nearest, centroids, i = carry
         odds = weight * jnp.where(i == 0, 1.0, nearest)
-        pick = jax.random.categorical(
-            key, jnp.where(weight > 0, jnp.log(jnp.maximum(odds, 1e-12)), -jnp.inf)
-        )
-        distance = jnp.sum((x - x[pick]) ** 2, -1)
-        return (
-            jnp.where(i == 0, distance, jnp.minimum(nearest, distance)),
-            centroids.at[i].set(x[pick]),
-            i + 1,
-        ), None
+        # The floor leaves a choice where all rows coincide with a centroid. Rows of weight 0, such
+        # as padding, are no choice even then.
+        can_be_drawn = weight > 0
+        log_odds = jnp.log(jnp.maximum(odds, 1e-12))
+        pick = jax.random.categorical(key, jnp.where(can_be_drawn, log_odds, -jnp.inf))
+        # By differences here: the expanded form above can come out negative for nearby rows.
+        distance = jnp.sum((x - x[pick]) ** 2, -1)  # [M]
+        nearest = jnp.where(i == 0, distance, jnp.minimum(nearest, distance))
+        centroids = centroids.at[i].set(x[pick])
+        return (nearest, centroids, i + 1), None
 
-    first, rest = jax.random.split(key)
-    (_, centroids, _), _ = jax.lax.scan(
-        seed,
-        (jnp.ones(len(x)), jnp.zeros((clusters, x.shape[1])), 0),
-        jnp.concatenate([first[None], jax.random.split(rest, clusters - 1)]),
-    )
+    first_key, rest_key = jax.random.split(key)
+    start: _Seeding = (jnp.ones(len(x)), jnp.zeros((clusters, x.shape[1])), 0)
+    keys = jnp.concatenate([first_key[None], jax.random.split(rest_key, clusters - 1)])  # [P]
+    (_, centroids, _), _ = jax.lax.scan(draw_centroid, start, keys)
 
-    def lloyd(centroids, _):
-        one_hot = jax.nn.one_hot(jnp.argmin(distances(centroids), -1), clusters) * weight[:, None]
-        count = one_hot.sum(0)[:, None]
-        mean = jnp.matmul(one_hot.T, x, precision='highest') / jnp.where(count > 0, count, 1)
+    def lloyd(centroids: Float[Array, 'P D'], _: None) -> tuple[Float[Array, 'P D'], None]:
+        assigned = jnp.argmin(distances(centroids), -1)  # [M]
+        # Sums over clusters as a matrix product: with rows spread over devices it becomes one
+        # all-reduce of [P D].
+        one_hot = jax.nn.one_hot(assigned, clusters) * weight[:, None]  # [M P]
+        count = one_hot.sum(0)[:, None]  # [P 1]
+        sums = jnp.matmul(one_hot.T, x, precision='highest')  # [P D]
+        # Both branches of a `where` are computed: the inner one avoids 0 / 0.
+        mean = sums / jnp.where(count > 0, count, 1)
         return jnp.where(count > 0, mean, centroids), None
 
     centroids, _ = jax.lax.scan(lloyd, centroids, None, length=iterations)
-    return jnp.argmin(distances(centroids), -1).astype(jnp.int32), centroids
+    # Once more, so that the labels are those of the centroids returned.
+    labels = jnp.argmin(distances(centroids), -1).astype(jnp.int32)
+    return labels, centroids
 
 
 def labels_of(
-    key: jax.Array, x: np.ndarray, clusters: int, iterations: int, mesh: Mesh
-) -> np.ndarray:
-    """int32 [M]: k-means of host rows x [M D] that every host holds, the work spread over all devices of the mesh."""
-    pad = -len(x) % mesh.size
-    rows = NamedSharding(mesh, Spec(mesh.axis_names))
-    place = lambda a: jax.make_array_from_callback(a.shape, rows, lambda index: a[index])
-    weight = place(np.pad(np.ones(len(x), np.float32), (0, pad)))
-    labels = _spread(clusters, iterations, mesh)(
-        key, place(np.pad(x.astype(np.float32), ((0, pad), (0, 0)))), weight
-    )
-    return np.asarray(labels)[: len(x)]
+    key: jax.Array, x: Float[np.ndarray, 'M D'], clusters: int, iterations: int, mesh: Mesh
+) -> Int[np.ndarray, ' M']:
+    """Cluster host rows with the work spread over all devices of a mesh.
+
+    Args:
+      key: Of the random start, the same on every host.
+      x: Rows to cluster; every host has all of them.
+      clusters: Number of clusters P.
+      iterations: Of Lloyd's algorithm.
+      mesh: The devices; rows are split over all of its axes.
+
+    Returns:
+      int32 labels, on every host.
+    """
+    num_rows = len(x)
+    # Rows split evenly only with padding. Its weight is 0, so it moves no centroid.
+    padding = -num_rows % mesh.size
+    padded = np.pad(x.astype(np.float32), ((0, padding), (0, 0)))
+    weight = np.pad(np.ones(num_rows, np.float32), (0, padding))
+
+    cluster = _compiled(clusters, iterations, mesh)
+    labels = cluster(key, _split_rows(padded, mesh), _split_rows(weight, mesh))
+    return np.asarray(labels)[:num_rows]
 
 
+def _split_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Spread an array that every host has over all devices, by rows."""
+    sharding = NamedSharding(mesh, Spec(mesh.axis_names))
+    # Each host is asked for the rows of its own devices only.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+# Cached because `jax.jit` of a new function compiles anew at each call.
 @functools.cache
-def _spread(clusters: int, iterations: int, mesh: Mesh):
-    return jax.jit(
-        lambda key, x, weight: kmeans(key, x, clusters, iterations, weight)[0],
-        out_shardings=NamedSharding(mesh, Spec()),
-    )
+def _compiled(clusters: int, iterations: int, mesh: Mesh) -> Callable[..., jax.Array]:
+    """The labels of `kmeans` as a compiled function of key, rows and weight."""
+
+    def labels(key: jax.Array, x: jax.Array, weight: jax.Array) -> jax.Array:
+        return kmeans(key, x, clusters, iterations, weight)[0]
+
+    # Replicated, so that every host can read all labels.
+    return jax.jit(labels, out_shardings=NamedSharding(mesh, Spec()))
