@@ -122,7 +122,7 @@ def net_fields(module: Any) -> dict[str, Any]:
 
 # tower name -> (modality, fields with their defaults). Sizes of published models: presets.py.
 # patch: frames, rows and columns (vit); samples (wat); spectrogram steps and bands (spt).
-# ositions of bert: rows of its position table.
+# positions of bert: rows of its position table.
 TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
     'vit': ('video', {'name': 'vit', **SIZE, **PATCHES, 'patch': (4, 16, 16)}),
     'wat': ('audio', {'name': 'wat', **SIZE, **PATCHES, 'patch': 128}),

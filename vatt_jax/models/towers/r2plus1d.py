@@ -20,7 +20,7 @@ MIDS = ('block', 'conv')
 def mid_planes(inputs: int, outputs: int) -> int:
     """Width between the two halves that gives them the parameters of the full 3×3×3 kernel."""
     # t d² I O / (d² I + t O) with t = d = 3 (Tran et al., section 3.5): the 1×3×3 kernel has 9·I·M
-    # arameters, the 3×1×1 one 3·M·O.
+    # parameters, the 3×1×1 one 3·M·O.
     return 27 * inputs * outputs // (9 * inputs + 3 * outputs)
 
 
