@@ -246,7 +246,7 @@ def triton(
         block_q=128, block_k=128, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64
     )
     # Padding is a segment of its own.
-    # Padded queries have padded keys to attend to, so their softmax is finite; they are cut off.
+    # Padded queries attend to padded keys alone, and their rows are cut off at the end.
     is_token = jnp.arange(padded) < num_tokens
     segments = jnp.broadcast_to(is_token, (batch_size, padded)).astype(jnp.int32)
 
