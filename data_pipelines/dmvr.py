@@ -25,6 +25,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+# Before TensorFlow is imported, which reads it once: its notices would drown the messages.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import numpy as np
@@ -39,6 +40,7 @@ AUDIO = ('WAVEFORM/feature/floats', 'waveform/floats')
 LABELS = ('clip/label', 'label')  # with /index and /text
 HEADER = 12  # bytes of a TFRecord before the data: its length and the checksum of that
 FOOTER = 4  # bytes behind the data: its checksum
+# Resampling overshoots full scale a little; integers written as floats are far beyond it.
 _LOUDEST = 4.0  # beyond this, samples are no sound in [-1, 1] that was clipped late
 
 
@@ -108,6 +110,7 @@ def index(
     # Of the settings only fps and rate matter here; the others pass the check.
     settings = Settings(float(fps), 256, int(rate), 90, 0.0)
     _check_arguments(settings, name, vocabulary, 0.0, 0.0, 1)
+    # Wrong arguments are refused before the folder is touched.
     splits = _find_files({'train': train, 'validation': validation, 'test': test})
     _make_target(target, overwrite)
 
@@ -128,8 +131,10 @@ def index(
     _check_rates(all_records, fps, rate)
     label_classes = _number_labels(all_records, parser.class_names)
 
+    # The records agree with each other and with fps and rate: from here on files are written.
     staging = target / '.staging'
     _tokenizer(all_records, tokenizer, vocabulary, staging)
+    # A rename is atomic: the file is there whole or not at all.
     os.replace(staging / 'tokenizer.json', target / 'tokenizer.json')
     split_summaries = {}
     for split_name, split in splits.items():
@@ -137,13 +142,16 @@ def index(
             split_summaries[split_name] = _save_split(target, split_name, split, label_classes)
     summary: dict[str, Any] = {'splits': split_summaries, 'skipped': skipped}
 
+    # Records without video have no size to compare.
     short_sides = [min(r['height'], r['width']) for r in all_records if r['frames']]
     labels = {}
     if label_classes:
+        # The index in this list is the number of the class, so gaps in the numbers are filled.
         num_classes = max(parser.class_names, default=-1) + 1
         labels['class'] = [parser.class_names.get(i, f'class {i}') for i in range(num_classes)]
     stored_files = {}
     for split_name, split in splits.items():
+        # The records stay where they are, so the index names their files.
         stored_files[split_name] = [[os.path.abspath(p), os.path.getsize(p)] for p in split.paths]
     indices.write_json(target / 'skipped.json', skipped)
     indices.write_json(
@@ -152,12 +160,12 @@ def index(
             'version': indices.VERSION,
             'name': name,
             'fps': float(fps),
-            'size': min(short_sides, default=0),
+            'size': min(short_sides, default=0),  # pixels of the shortest side of all videos
             'rate': int(rate),
             'labels': labels,
             'multi_hot': [label for label, count in label_classes.items() if count is not None],
             'splits': split_summaries,
-            'folds': [],
+            'folds': [],  # DMVR records have none
             'format': {'kind': 'dmvr', **parser.feature_names},
             'files': stored_files,
         },
@@ -174,6 +182,7 @@ def _find_files(patterns: Mapping[str, str]) -> dict[str, IndexedSplit]:
     splits = {}
     for name, pattern in patterns.items():
         if pattern:
+            # glob returns files in the file system's order, which differs between machines.
             splits[name] = IndexedSplit(sorted(glob.glob(pattern)))
     if not splits:
         raise DataError(
@@ -190,6 +199,7 @@ def _make_target(target: pathlib.Path, overwrite: bool) -> None:
     """Make the empty folder of the index; DataError if that would delete anything but an index."""
     if target.exists() and any(target.iterdir()):
         is_staging = (target / '.staging').is_dir()
+        # An interrupted index may be replaced without --overwrite: prepare.json comes last.
         is_unfinished = is_staging and not (target / 'prepare.json').is_file()
         may_replace = overwrite and (target / 'index.json').is_file()
         if not is_unfinished and not may_replace:
@@ -205,9 +215,11 @@ def _index_file(
     split: IndexedSplit, number: int, path: str, parser: RecordParser, skipped: dict[str, str]
 ) -> None:
     """Add the records of the `number`-th file to the split, unreadable ones to `skipped`."""
+    # The record's own bytes begin after HEADER; offset + HEADER is what the index stores.
     for offset, raw in _read_records(path, skipped):
         where = f'{path}, byte {offset}'
         record = parser.parse(raw, where)
+        # Numbered over the split, so that unnamed records of two files of one name differ.
         record_id = record['id'] or f'{os.path.basename(path)}:{len(split.records)}'
         split.records.append({**record, 'id': record_id})
         split.crc.append(zlib.crc32(raw))
@@ -236,7 +248,7 @@ def _save_split(
         'records': len(table),
         'segments': len(table.segment_record),
         'sentences': len(table.sentence_start),
-        'hours': round(float(table.duration.sum()) / 3600, 3),
+        'hours': round(float(table.duration.sum()) / 3600, 3),  # seconds to hours
         'without_audio': int((table.samples == 0).sum()),
         'without_video': int((table.frames == 0).sum()),
     }
@@ -247,7 +259,7 @@ def _read_records(path: str, skipped: dict[str, str]) -> Iterator[tuple[int, byt
     import tensorflow as tf
 
     with open(path, 'rb') as f:
-        if f.read(2) == b'\x1f\x8b':
+        if f.read(2) == b'\x1f\x8b':  # gzip's magic number
             raise DataError(
                 f'{path} is compressed (gzip), so its records cannot be reached one by one; '
                 'unpack it first'
@@ -256,7 +268,10 @@ def _read_records(path: str, skipped: dict[str, str]) -> Iterator[tuple[int, byt
     try:
         for raw in tf.data.TFRecordDataset(path).as_numpy_iterator():
             yield offset, raw
+            # TFRecordDataset says no offsets; a TFRecord is length, its crc, data, crc without
+            # padding.
             offset += HEADER + len(raw) + FOOTER
+    # TensorFlow's reader stops here: what follows in this file is not reached.
     except (tf.errors.DataLossError, tf.errors.OutOfRangeError) as e:
         # TensorFlow adds the name of its operation and a stack to the message.
         reason = str(e).splitlines()[0].split(' [Op')[0][:120]
@@ -293,6 +308,8 @@ class RecordParser:
         import tensorflow as tf
 
         try:
+            # Another message may parse as well, unknown fields being passed over; then the features
+            # that are looked up below are missing.
             example = tf.train.SequenceExample.FromString(raw)
         except Exception as e:  # the library's own kinds
             raise DataError(
@@ -303,8 +320,10 @@ class RecordParser:
         context = example.context.feature
 
         frame_features = self._feature_list(lists, 'frames', FRAMES, where)
+        # Encoded pictures, JPEG as a rule, one for each frame.
         frames = [f.bytes_list.value[0] for f in frame_features if f.bytes_list.value]
         audio_features = self._feature_list(lists, 'audio', AUDIO, where)
+        # Meant to be samples in [-1, 1], in one piece (byte_offsets refuses several).
         sound = [np.asarray(f.float_list.value, np.float32) for f in audio_features]
         num_samples = sum(len(piece) for piece in sound)
         if not frames and not num_samples:
@@ -320,9 +339,11 @@ class RecordParser:
                 )
         height, width = _frame_shape(frames, where)
         labels = self._labels(context, where)
-        duration = len(frames) / self.fps if frames else num_samples / self.rate
+        duration = len(frames) / self.fps if frames else num_samples / self.rate  # seconds
         captions = [caption for caption in _strings(context, 'caption/string') if caption]
+        # DMVR's captions have no times: each is of the whole clip.
         sentences = [{'text': text, 'start': 0.0, 'end': duration} for text in captions]
+        # A DMVR record is a clip that was cut already, so it is one segment.
         segment = {
             'start': 0.0,
             'end': duration,
@@ -336,7 +357,7 @@ class RecordParser:
             'height': height,
             'width': width,
             'duration': duration,
-            'ground_truth': '{}',
+            'ground_truth': '{}',  # JSON of what else is known of a clip: nothing here
             'labelled': sorted(set(labels)),
             'sentences': sentences,
             'segments': [segment],
@@ -349,6 +370,7 @@ class RecordParser:
         present = [name for name in possible if name in lists]
         if not present:
             return []
+        # The index names one feature list for all records, by which they are read.
         known = self.feature_names.setdefault(kind, present[0])
         if known != present[0]:
             raise DataError(
@@ -359,7 +381,7 @@ class RecordParser:
 
     def _labels(self, context: Mapping[str, Any], where: str) -> list[int]:
         """Numbers of the record's classes; their names are added to `class_names`."""
-        for prefix in LABELS:
+        for prefix in LABELS:  # the first that is there
             if f'{prefix}/index' not in context:
                 continue
             labels = list(context[f'{prefix}/index'].int64_list.value)
@@ -393,6 +415,7 @@ def _frame_shape(frames: Sequence[bytes], where: str) -> tuple[int, int]:
     if not frames:
         return 0, 0
     try:
+        # PIL reads the header alone here. Frames of one record have one size.
         width, height = Image.open(io.BytesIO(frames[0])).size
     except OSError:
         raise DataError(f'{where}: its first frame is no image') from None
@@ -424,6 +447,7 @@ def _number_labels(
     if not class_names:
         return {}
     num_classes = max(class_names) + 1
+    # One record with several classes makes the label multi-hot for all, as arrays of one shape.
     is_multi_hot = any(len(record['labelled']) > 1 for record in records)
     for record in records:
         labelled = record['labelled']
@@ -439,7 +463,9 @@ def _number_labels(
 def _check_rates(records: list[dict[str, Any]], fps: float, rate: int) -> None:
     """Frames and sound of a record must last about equally long, or fps or rate is wrong."""
     with_both = [record for record in records if record['samples'] and record['frames']]
+    # Seconds of sound over seconds of frames.
     ratios = [r['samples'] / rate / (r['frames'] / fps) for r in with_both]
+    # The median: single records may lack the end of their sound.
     if ratios and not 0.8 < np.median(ratios) < 1.25:
         frames, samples = with_both[0]['frames'], with_both[0]['samples']
         raise DataError(

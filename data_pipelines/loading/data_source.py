@@ -31,7 +31,7 @@ class Rows:
       valid: False for padding.
     """
 
-    position: Int[np.ndarray, ' B']
+    position: Int[np.ndarray, ' B']  # keys the random draws
     source: Int[np.ndarray, ' B']
     index: Int[np.ndarray, ' B']
     valid: Bool[np.ndarray, ' B']
@@ -69,7 +69,7 @@ class Data:
     def __init__(self, config: ConfigDict):
         self.config = config
         self.inputs = {name: dict(spec) for name, spec in config.model.inputs.items()}
-        self.window = window_seconds(self.inputs)
+        self.window = window_seconds(self.inputs)  # seconds
         self._views = streams(self.inputs, config.data.views)
 
     # ---- for subclasses
@@ -93,7 +93,7 @@ class Data:
         """Where each source begins in a pass: an example's place is offsets[source] + index."""
         sources = self._sources(_checked_split(split), _checked_by(by))
         sizes = [source.size for source in sources]
-        return np.cumsum([0, *sizes[:-1]])
+        return np.cumsum([0, *sizes[:-1]])  # [sources]; the first begins at 0
 
     def problems(self) -> dict[str, Any]:
         """All reads so far: {'corrupt': n, 'read': n, 'indices': [(source, index, reason)]}."""
@@ -130,12 +130,15 @@ class Data:
         sources = self._sources('train', 'records')
         if columns:
             sources = _with_sampling(sources, columns)
+        # `consumed` is also where batches begin: with another batch size they start anew there.
         stream = order.Order(sources, self.config.seed, batch_size, consumed)
         order.host_rows(batch_size, process)  # raises here, not in the first batch
 
         def rows(step: int) -> Rows:
+            # [B], this host's rows alone.
             positions = order.train_positions(step, consumed, batch_size, process)
             source, index, _ = stream.rows(positions)
+            # Endless, so no row is padding.
             return Rows(positions, source, index, np.ones(len(positions), bool))
 
         request = Request(
@@ -185,7 +188,9 @@ class Data:
 
         def rows(step: int) -> Rows:
             positions, valid = order.one_pass(step, total, batch_size, process)
+            # Padding points at the first example, so that every number is in range.
             number = np.where(valid, positions, 0)
+            # The last source that begins at or before the example; 'right' passes over empty ones.
             source = (np.searchsorted(begins, number, side='right') - 1).astype(np.int32)
             index = np.where(valid, number - begins[source], 0)
             return Rows(positions, source, index, valid)
@@ -198,6 +203,7 @@ class Data:
             segments=by == 'segments',
             centred=not augment,
             augment=augment,
+            # By another name each pass draws anew; the same name gives the same crops again.
             site=f'pass/{split}/{draw}' if draw else f'pass/{split}',
         )
         return self._batches(request, rows, order.one_pass_batches(total, batch_size))
@@ -207,6 +213,7 @@ class Data:
         """site -> uniform float64 [B], keyed by the rows' positions."""
 
         def draw(site: str) -> Float[np.ndarray, ' B']:
+            # The position, not the row: draws do not depend on hosts and batch size.
             full_site = f'{request.site}/{site}'
             return order.uniform(self.config.seed, rows.position, full_site, 1)[:, 0]
 
@@ -234,13 +241,14 @@ class Data:
         """
         if not request.augment or view.crop is not None:
             place = 0.5 if view.crop is None else view.crop
+            # A view with a square of its own is never random, not even in training.
             boxes = frame_windows.square_boxes(height, width, place)
             return boxes, np.zeros(len(rows.position), bool)
         data_config = self.config.data
         site = f'{request.site}/crop/{view.stream}'
         u = order.uniform(self.config.seed, rows.position, site, 5)  # [B 5]: four for the box, flip
         boxes = frame_windows.random_boxes(u, height, width, data_config.crop, data_config.aspect)
-        return boxes, u[:, 4] < data_config.flip
+        return boxes, u[:, 4] < data_config.flip  # [B 4], [B]
 
 
 def blank(batch: dict[str, Any], bad: Bool[np.ndarray, ' B']) -> dict[str, Any]:
@@ -250,6 +258,7 @@ def blank(batch: dict[str, Any], bad: Bool[np.ndarray, ' B']) -> dict[str, Any]:
     """
     if not bad.any():
         return batch
+    # Shapes must not change between steps (a new shape is a new compilation), so rows stay.
     batch['valid'] = batch['valid'] & ~bad
     for name, value in batch.items():
         if isinstance(value, dict) and 'valid' in value:  # a stream; its data may come later
@@ -257,6 +266,7 @@ def blank(batch: dict[str, Any], bad: Bool[np.ndarray, ' B']) -> dict[str, Any]:
                 value[part] = _fill_rows(array, bad, 0)
         if name == 'labels':
             for label, array in value.items():
+                # -1 is an unknown class number; a multi-hot row of zeros is one without any class.
                 is_multi_hot = not np.issubdtype(array.dtype, np.integer)
                 value[label] = _fill_rows(array, bad, 0 if is_multi_hot else -1)
     return batch
@@ -280,6 +290,7 @@ def _mismatched(
             moved = {}
             for name, value in batch.items():
                 if name.split('.')[0] in modalities:
+                    # Masks and validity move along with the data that they describe.
                     moved[name] = {part: np.roll(x, 1, axis=0) for part, x in value.items()}
                 else:
                     moved[name] = value
@@ -320,7 +331,7 @@ def _with_sampling(
 ) -> list[order.Source]:
     """Multiply the sampling weights by the columns [M], sources one after another."""
     total = sum(source.size for source in sources)
-    weights = np.ones(total)
+    weights = np.ones(total)  # [M] over all sources
     for name, values in columns.items():
         column = np.asarray(values, np.float64)
         if column.shape != (total,):
@@ -332,6 +343,8 @@ def _with_sampling(
     begin = 0
     for source in sources:
         end = begin + source.size
+        # Even without weights of its own a source is now drawn with replacement, no longer in
+        # epochs.
         sampling = 1.0 if source.sampling is None else source.sampling
         weighted.append(dataclasses.replace(source, sampling=sampling * weights[begin:end]))
         begin = end

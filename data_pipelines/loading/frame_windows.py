@@ -32,7 +32,7 @@ def anywhere(
       u: uniform numbers in [0, 1).
     """
     num_starts = np.floor(_latest_start(duration, window) / step + _STEP_TOLERANCE) + 1
-    return np.floor(u * num_starts) * step
+    return np.floor(u * num_starts) * step  # u < 1: at most the latest start
 
 
 def centred(begin: np.ndarray, end: np.ndarray, duration: np.ndarray, window: float) -> np.ndarray:
@@ -44,8 +44,10 @@ def spaced(
     begin: np.ndarray, end: np.ndarray, duration: np.ndarray, window: float, number: int, of: int
 ) -> np.ndarray:
     """Starts [B] of window `number` of `of`, spaced linearly over the segments begin..end."""
+    # Without this the spacing below would divide by zero.
     if of == 1:
         return centred(begin, end, duration, window)
+    # Segments shorter than the window have all windows at their beginning.
     last = np.maximum(end - window, begin)
     start = begin + (last - begin) * (number / (of - 1))
     return np.clip(start, 0.0, _latest_start(duration, window))
@@ -61,6 +63,7 @@ def shifted(start: np.ndarray, seconds: float, duration: np.ndarray, window: flo
     backward = start - seconds
     forward_fits = (forward >= -_TIME_TOLERANCE) & (forward <= latest + _TIME_TOLERANCE)
     backward_fits = (backward >= -_TIME_TOLERANCE) & (backward <= latest + _TIME_TOLERANCE)
+    # np.where computes every branch for every row, hence the guard against a duration of 0.
     cyclic = np.mod(forward, np.maximum(duration, _TIME_TOLERANCE))
     moved = np.where(forward_fits, forward, np.where(backward_fits, backward, cyclic))
     return np.maximum(moved, 0.0)
@@ -81,8 +84,9 @@ def frame_numbers(
       count: T, frames of the clip.
     """
     times = np.asarray(start)[:, None] + np.arange(count) / fps  # [B T]
+    # Not np.rint, which rounds halves to even: up and down in turn.
     nearest = np.floor(times * np.reshape(stored_fps, (-1, 1)) + 0.5).astype(np.int64)
-    return (nearest % np.maximum(frames, 1)[:, None]).astype(np.int32)
+    return (nearest % np.maximum(frames, 1)[:, None]).astype(np.int32)  # [B T]; frames may be 0
 
 
 def snap(start: np.ndarray, step: np.ndarray | float) -> np.ndarray:
@@ -115,6 +119,7 @@ def random_boxes(
     height = np.asarray(height, np.float64)
     width = np.asarray(width, np.float64)
     num_pixels = (area[0] + (area[1] - area[0]) * u[:, 0]) * height * width
+    # Uniform in the logarithm: 1/2 to 1 is as likely as 1 to 2.
     log_aspect = np.log(aspect[0]) + (np.log(aspect[1]) - np.log(aspect[0])) * u[:, 1]
     ratio = np.exp(log_aspect)
     # h w = pixels and w / h = ratio, each as a fraction of its side of the frame.
@@ -137,9 +142,10 @@ def square_boxes(
     """
     height = np.asarray(height, np.float64)
     width = np.asarray(width, np.float64)
-    side = np.minimum(height, width)
+    side = np.minimum(height, width)  # pixels
     h = side / np.maximum(height, 1)
     w = side / np.maximum(width, 1)
+    # One of h and w is 1, so the square moves along the other axis.
     y = (1 - h) * place
     x = (1 - w) * place
     return np.stack([y, x, y + h, x + w], axis=1).astype(np.float32)

@@ -25,12 +25,13 @@ from jaxtyping import Bool, Float64, Int, Int64
 
 from data_pipelines.errors import DataError
 
+# 2^64 divided by the golden ratio: its multiples spread evenly over 64 bits.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ROUNDS = 6  # 4 rounds already decorrelate; two more cost little and help very small sets
 # Weights are exact when they are fractions of at most this denominator, else to 1/4096.
 _MAX_BLOCK = 4096
-_MIN_BLOCK = 64
-_MASK_64 = 0xFFFFFFFFFFFFFFFF
+_MIN_BLOCK = 64  # slots; shorter blocks are repeated up to about this many
+_MASK_64 = 0xFFFFFFFFFFFFFFFF  # negative seeds become their two's complement
 
 
 def mix(x: np.ndarray | np.uint64) -> Any:
@@ -72,7 +73,7 @@ def uniform(
     """
     with np.errstate(over='ignore'):
         rows = mix(np.asarray(positions, np.int64).astype(np.uint64) * _GOLDEN + key(seed, site))
-        bits = mix(rows[:, None] + np.arange(1, n + 1, dtype=np.uint64) * _GOLDEN)
+        bits = mix(rows[:, None] + np.arange(1, n + 1, dtype=np.uint64) * _GOLDEN)  # [n draws]
     # The upper 53 bits fill the mantissa of a float64.
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -87,6 +88,7 @@ def permute(i: np.ndarray | int, n: int, *words: int | str) -> Int64[np.ndarray,
     image = np.array(i, np.int64, ndmin=1).astype(np.uint64)
     if n <= 1:
         return np.zeros(image.shape, np.int64)
+    # Two halves of equal size: at most 4 n numbers are permuted, so few passes suffice.
     half_bits = np.uint64(((n - 1).bit_length() + 1) // 2)
     low_mask = (np.uint64(1) << half_bits) - np.uint64(1)
     start = key('permute', *words)
@@ -96,11 +98,14 @@ def permute(i: np.ndarray | int, n: int, *words: int | str) -> Int64[np.ndarray,
         def network(x: np.ndarray) -> np.ndarray:
             left, right = x >> half_bits, x & low_mask
             for round_key in round_keys:
+                # Invertible whatever `mix` gives: right is carried over unchanged and can undo the
+                # xor.
                 left, right = right, left ^ (mix(right + round_key) & low_mask)
             return left << half_bits | right
 
         image = network(image)
         while len(outside := np.flatnonzero(image >= n)):
+            # Ends, because the orbit of a number below n under a bijection returns to it.
             image[outside] = network(image[outside])
     return image.astype(np.int64)
 
@@ -154,6 +159,7 @@ class Order:
         self.seed = seed
         self._batch_size = batch_size
         self._offset = offset % batch_size
+        # A share fills a fixed number of rows of every batch; what is left goes by weights.
         self._share_rows = [_share_rows(source, batch_size) for source in sources]
         self._weighted_rows = batch_size - sum(self._share_rows)
         weights = [0.0 if source.share else float(source.weight) for source in sources]
@@ -199,13 +205,18 @@ class Order:
         epoch = np.zeros(len(positions), np.int64)
         for i, spec in enumerate(self.sources):
             members = np.flatnonzero(source == i)
+            # A source's epochs are its own: a small one begins its tenth while a large one is in
+            # its first.
             epoch[members], within_epoch = np.divmod(draw[members], spec.size)
             cumulative = self._cumulative[i]
             if cumulative is not None:
                 u = uniform(self.seed, draw[members], f'sampling/{i}', 1)[:, 0]
+                # Inverse CDF; 'right', so that records of weight 0 are never drawn.
                 record = np.searchsorted(cumulative, u, side='right')
+                # A mere guard: the last entry is exactly 1 and u is below it.
                 index[members] = np.minimum(record, spec.size - 1)
                 continue
+            # A new permutation for each epoch and source.
             for e in np.unique(epoch[members]):
                 in_epoch = epoch[members] == e
                 index[members[in_epoch]] = permute(
@@ -241,6 +252,7 @@ class Order:
         # rest.
         blocks = [np.full(count, i) for i, count in enumerate(self._share_rows)]
         strata = np.concatenate([*blocks, np.full(self._weighted_rows, -1)])
+        # Permuted, or each host would have the rows of the same sources in every batch.
         slots = permute(np.arange(self._batch_size), self._batch_size, self.seed, 'strata', batch)
         source_of_row = strata[slots]
 
@@ -249,6 +261,7 @@ class Order:
         for count in self._share_rows:
             # Integer rounding of share * begin: the same number whatever batch size led here.
             rounded = (2 * begin * count + self._batch_size) // (2 * self._batch_size)
+            # The partial batch at the start begins before 0, when nothing has been drawn.
             draws_before.append(max(0, rounded))
         weighted_before = max(0, begin - sum(draws_before))
 
@@ -269,7 +282,7 @@ class Order:
         draw = np.zeros(len(positions), np.int64)
         length = int(self._quotas.sum())
         block, slot = np.divmod(positions, length)
-        owner = np.repeat(np.arange(len(self.sources)), self._quotas)
+        owner = np.repeat(np.arange(len(self.sources)), self._quotas)  # [slots of a block]
         # One network for all blocks asked for would need a key per element; a batch touches few.
         for b in np.unique(block):
             members = np.flatnonzero(block == b)
@@ -277,6 +290,8 @@ class Order:
             source_of_slot = owner[slots]
             draw_of_slot = np.zeros(length, np.int64)
             for i, quota in enumerate(self._quotas):
+                # Every block holds the same number of each source, so earlier draws are counted by
+                # a product.
                 first_draw = int(b) * int(quota)
                 draw_of_slot[source_of_slot == i] = first_draw + np.arange(quota)
             source[members] = source_of_slot[slot[members]]
@@ -298,6 +313,7 @@ def _share_rows(source: Source, batch_size: int) -> int:
 
 def _quotas(weights: Sequence[float]) -> Int64[np.ndarray, ' sources']:
     """Slots of a block for each source, in proportion to the weights."""
+    # Weights as they were written: Fraction(0.1) has the denominator 2^55, its limit 10.
     fractions = [Fraction(weight).limit_denominator(10**6) for weight in weights]
     total = sum(fractions)
     shares = [fraction / total for fraction in fractions]
@@ -330,6 +346,7 @@ def _cumulative(source: Source) -> Float64[np.ndarray, ' size']:
             f'sampling weights of source {source.name!r} must be {source.size} finite numbers, '
             f'none negative and not all zero; got an array of shape {weights.shape}'
         )
+    # Divided by its own last entry, so that the distribution ends in exactly 1.
     total = np.cumsum(weights)
     return total / total[-1]
 
@@ -361,6 +378,7 @@ def train_positions(
 ) -> Int64[np.ndarray, ' B']:
     """Positions of this host's rows in the `step`-th batch (from 0) after `consumed` examples."""
     first, last = host_rows(batch_size, process)
+    # A host owns contiguous rows, so host arrays joined in order are the global batch.
     return consumed + step * batch_size + np.arange(first, last, dtype=np.int64)
 
 

@@ -26,11 +26,13 @@ def candidates(begin: np.ndarray, end: np.ndarray, start: float, window: float, 
     num_sentences = len(begin)
     if num_sentences <= k:
         return range(num_sentences)
+    # [n] seconds between sentence and window, 0 where they overlap.
     gap = np.maximum(np.maximum(begin - (start + window), start - end), 0.0)
     centre_distance = np.abs((begin + end) / 2 - (start + window / 2))
     # lexsort takes the most important key last.
     ranking = np.lexsort((np.arange(num_sentences), centre_distance, gap))
     nearest = int(ranking[0])
+    # An even k takes one more behind the nearest sentence than before it.
     first = min(max(nearest - (k - 1) // 2, 0), num_sentences - k)
     return range(first, first + k)
 
@@ -59,4 +61,4 @@ def encode(
     if texts:
         # All sentences of the batch at once: tokenizers are faster so.
         data[rows, columns] = tokenizer.encode(texts, words)
-    return data, (data != 0).any(axis=-1)
+    return data, (data != 0).any(axis=-1)  # id 0 is padding

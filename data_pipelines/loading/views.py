@@ -15,6 +15,8 @@ from data_pipelines.errors import DataError
 from data_pipelines.loading import frame_windows
 
 # Kind of view -> the fields of its entry, and those it may have besides.
+# clip: a window of its own, anywhere. shift: the main one, moved. reverse: the main one, read
+# backwards. window: the `number`-th of `of`, evenly spaced.
 KINDS = {
     'clip': {'kind'},
     'shift': {'kind', 'seconds'},
@@ -80,19 +82,22 @@ def streams(
             raise DataError(f"window={dict(window)}: expected a view of kind 'window'")
         main_spec = tuple(sorted(window.items()))
     result = []
+    # In a fixed order, whatever the config's.
     for modality in ('video', 'audio', 'text'):
         if modality in inputs:
             result.append(View(modality, modality, '', main_spec))
     spec_of_suffix: dict[str, tuple[tuple[str, Any], ...]] = {}
     for stream, spec in _as_dicts(views).items():
-        modality, _, suffix = stream.partition('.')
+        modality, _, suffix = stream.partition('.')  # 'video.second' -> 'video', 'second'
         if modality not in inputs or not suffix:
             raise DataError(
                 f'config.data.views has {stream!r}; a view is named modality.suffix with a '
                 f'modality of config.model.inputs ({", ".join(inputs)})'
             )
         _check(f'config.data.views: {stream!r}', spec)
+        # Sorted pairs: hashable, and equal whatever the order in the config.
         view = View(stream, modality, suffix, tuple(sorted(spec.items())))
+        # 'video.second' and 'audio.second' must show one moment to be a pair.
         if spec_of_suffix.setdefault(suffix, view.spec) != view.spec:
             raise DataError(
                 f'config.data.views: the streams with suffix {suffix!r} share one window, so '
@@ -116,6 +121,7 @@ def _check(where: str, spec: Mapping[str, Any]) -> None:
     """Raise DataError for an entry that is no view, naming it as `where`."""
     kind = spec.get('kind')
     fields = set(spec)
+    # required <= given <= required | optional, as sets.
     if kind not in KINDS or not KINDS[kind] <= fields <= KINDS[kind] | OPTIONAL.get(kind, set()):
         raise DataError(f'{where} is {dict(spec)}; views are {_describe_kinds()}')
     if kind == 'shift':
@@ -149,7 +155,7 @@ def window_seconds(inputs: Mapping[str, Any]) -> float:
         lengths.append(inputs['video']['frames'] / inputs['video']['fps'])
     if 'audio' in inputs:
         lengths.append(inputs['audio']['samples'] / inputs['audio']['rate'])
-    return max(lengths)
+    return max(lengths)  # seconds
 
 
 def starts(
@@ -171,6 +177,7 @@ def starts(
         over the record.
       step: seconds between stored frames, [B] or one for all; starts are multiples of it.
     """
+    # In training the whole record is the segment.
     begin, end = segments if segments is not None else (np.zeros_like(duration), duration)
 
     def anywhere(site: str) -> np.ndarray:
@@ -179,6 +186,7 @@ def starts(
     def spaced(view: View) -> np.ndarray:
         return frame_windows.spaced(begin, end, duration, window, view.number, view.of)
 
+    # All main streams have the same entry, so the first speaks for them.
     fixed_main_views = [view for view in views if not view.suffix and view.kind == 'window']
     if fixed_main_views:
         main = spaced(fixed_main_views[0])
@@ -186,11 +194,13 @@ def starts(
         main = anywhere('window')
     else:
         main = frame_windows.centred(begin, end, duration, window)
+    # Snapped before the others are derived from it, so that shifts are from a stored frame.
     result = {'': frame_windows.snap(main, step)}
     for view in views:
-        if view.suffix in result:
+        if view.suffix in result:  # the streams of one suffix share a window
             continue
         if view.kind == 'clip' or (view.kind == 'shift' and view.seconds == 'random'):
+            # A site of its own: the draw is independent of the main window's.
             start = anywhere(f'window.{view.suffix}')
         elif view.kind == 'shift':
             start = frame_windows.shifted(result[''], float(view.seconds), duration, window)

@@ -54,9 +54,13 @@ class Encoder:
     ):
         self.config, self.variables, self.mesh = config, variables, mesh
         self.objective, self.heads = objective, (objective_params, objective_state)
+        # A run trained with another platform's attention kernel is evaluated with this one's.
         self.model = models.build(attention.portable(config.model), config.compute_dtype)
+        # Towers that the objective never read have no parameters and cannot encode.
         params = variables['params']
         self.modalities = tuple(m for m in config.model.towers if self.model.has_tower(params, m))
+        # Replicated results: every host can read all rows, whichever devices computed them. `maps`
+        # is static since it decides what the program returns.
         self._forward = jax.jit(
             self._features, static_argnums=3, out_shardings=sharding.replicated(mesh)
         )
@@ -68,6 +72,8 @@ class Encoder:
         objective_state: Any = None,
     ) -> Encoder:
         """The same programs, compiled once, on other values of the same variables."""
+        # The copy shares `_forward`, whose cache of compiled programs is keyed by shapes, not
+        # values.
         other = copy.copy(self)
         other.variables, other.heads = variables, (objective_params, objective_state)
         return other
@@ -86,9 +92,11 @@ class Encoder:
             augment=False,
             dtype=self.config.compute_dtype,
         )
+        # Tokens are made for feature maps alone; otherwise the last layer computes one token.
         out: Any = self.model.apply(variables, batch, train=False, rng=rng, features=bool(maps))
         features: dict[str, Any] = {
             'predictions': {},
+            # [B D] or [B K D], float32 whatever the towers compute in
             'pooled': {s: e.pooled.astype(jnp.float32) for s, e in out.encoded.items()},
             'spaces': {space: {} for space in out.spaces},
             'lengths': {space: {} for space in out.spaces},
@@ -97,6 +105,7 @@ class Encoder:
             features['predictions'] = self.objective.predict(*heads, out.encoded)
         for space, members in out.spaces.items():
             for stream, embedding in members.items():
+                # Products of these are cosine similarities; the lengths are returned beside them.
                 length = _length(embedding)
                 features['spaces'][space][stream] = embedding / length[..., None]
                 features['lengths'][space][stream] = length
@@ -123,13 +132,16 @@ class Encoder:
         for name, value in batch.items():
             if not is_stream(value) or modality_of(name) in self.modalities:
                 encoded[name] = value
+        # The sharding constraints in the model read this mesh while the program is traced.
         with jax.set_mesh(self.mesh):
             features = self._forward(self.variables, self.heads, place(encoded, self.mesh), maps)
+        # device_get starts all copies before it waits for the first.
         return jax.tree.map(np.asarray, jax.device_get(features))
 
 
 def _length(x: jax.Array) -> jax.Array:
     """Euclidean length over the last axis, never 0."""
+    # Floored inside the root, so that an embedding of zeros is not divided by 0.
     return jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1), 1e-12))
 
 
@@ -149,7 +161,9 @@ def coarse(encoded: Any) -> Float[Array, 'B F']:
         raise ConfigError('feature maps are asked for of a stream whose tower makes none')
     tokens = encoded.tokens.astype(jnp.float32)
     grid = tokens.reshape(len(tokens), *encoded.grid, -1)
+    # Window and stride are the same, so blocks do not overlap.
     block = (1, *(min(2, n) for n in encoded.grid), 1)
+    # [B grid/2… D]
     pooled = jax.lax.reduce_window(grid, -jnp.inf, jax.lax.max, block, block, 'VALID')
     x = pooled.reshape(len(pooled), -1)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
@@ -183,6 +197,7 @@ def features_of(
     """
     parts = []
     for batch in batches:
+        # Labels and masks are this host's, features those of all hosts: the rows must agree.
         local = _flat(batch)
         arrays = gather_rows(local, tuple(local))
         is_real = arrays.pop('is_real')
@@ -193,16 +208,18 @@ def features_of(
     if not parts:
         raise RuntimeError('the pass yielded no batch; is the split empty?')
     features = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    # Row i is the i-th example of the pass, in whatever order the batches came.
     order = np.argsort(features['arrays']['index'], kind='stable')
     features = jax.tree.map(lambda x: x[order], features)
     arrays = features.pop('arrays')
     index = arrays.pop('index')
+    # A row twice would count twice in every metric, and silently.
     num_repeated = len(index) - len(np.unique(index))
     if num_repeated:
         raise RuntimeError(f'{num_repeated} examples came more than once in one pass')
     features.update(index=index, labels={}, valid={}, mask={})
     for key, value in arrays.items():
-        group, name = key.split('/', 1)
+        group, name = key.split('/', 1)  # once: names of labels may hold a slash
         features[group][name] = value
     return features
 

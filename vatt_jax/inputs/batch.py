@@ -40,12 +40,14 @@ def device_part(batch: Batch) -> dict[str, Any]:
     """
     arrays = {name: value for name, value in batch.items() if name != 'position'}
     position = np.asarray(batch['position'], np.int64)
+    # The mask is applied to int64: positions grow over the whole run and may pass 2^32.
     arrays['position'] = (position & 0xFFFFFFFF).astype(np.uint32)
     return arrays
 
 
 def place(batch: Batch, mesh: Mesh) -> dict[str, Any]:
     """This host's rows -> arrays of the global batch, sharded by rows over the mesh's data axes."""
+    # Each host hands in its own rows [B/hosts …]; together they are one array [B …].
     rows = sharding.batch_sharding(mesh)
 
     def to_devices(x: Any) -> jax.Array:
@@ -65,5 +67,6 @@ def gather_rows(batch: Batch, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     # Imported where it is used: it starts the distributed runtime's helpers.
     from jax.experimental import multihost_utils
 
+    # tiled: joined along the rows, not stacked as [hosts B …].
     gathered = multihost_utils.process_allgather(local, tiled=True)
     return {name: np.asarray(value) for name, value in gathered.items()}

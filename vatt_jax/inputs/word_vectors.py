@@ -38,8 +38,10 @@ def read(path: str | os.PathLike) -> tuple[list[str], Float[np.ndarray, 'V width
         raise ConfigError(
             f'config.init_words={os.fspath(path)} cannot be read ({error.strerror})'
         ) from None
+    # Bytes throughout: a binary file is not text, and a line break may be part of a vector.
     first_line, _, body = data.partition(b'\n')
     sizes = first_line.split()
+    # A line of GloVe's is a word and many numbers, so two integers alone are the header.
     has_header = len(sizes) == 2 and all(size.isdigit() for size in sizes)
     if not has_header:
         width = len(first_line.rstrip().split(b' ')) - 1
@@ -67,6 +69,7 @@ def _read_text(
     """Read lines of a word and `width` numbers. count: what the header says."""
     words: list[str] = []
     rows: list[np.ndarray] = []
+    # Bytes split at line breaks alone; str.splitlines would split at U+2028 and others as well.
     for number, line in enumerate(data.splitlines(), start=1):
         parts = line.rstrip().rsplit(b' ', width)  # from behind: some words hold spaces
         try:
@@ -78,6 +81,7 @@ def _read_text(
                 f'config.init_words={os.fspath(path)}: vector {number} is not a word and {width} '
                 'numbers; expected word2vec text or binary'
             ) from None
+        # word2vec cuts long words at a number of bytes, which can split a character.
         words.append(parts[0].decode('utf-8', 'replace'))
     if count is not None and count != len(words):
         raise ConfigError(
@@ -99,7 +103,7 @@ def _read_binary(
     for i in range(count):
         word_end = data.find(b' ', start)
         vector_start = word_end + 1
-        vector_end = vector_start + 4 * width
+        vector_end = vector_start + 4 * width  # float32: four bytes each
         if word_end < 0 or vector_end > len(data):
             raise ConfigError(
                 f'config.init_words={os.fspath(path)} says that it holds {count} vectors of '
@@ -121,6 +125,7 @@ def tokenizer(path: str | os.PathLike) -> tokenizers.Words:
     words, _ = read(path)
     if words[:1] == ['<pad>']:
         return tokenizers.Words.from_table(words)
+    # The tokenizer takes no word twice; dict.fromkeys keeps the first of each, in order.
     unique = list(dict.fromkeys(words))
     return tokenizers.Words(unique)
 
@@ -146,6 +151,7 @@ def fill(
     """
     words, vectors = read(path)
     words_tokenizer = tokenizers.from_spec(spec)
+    # A vector belongs to a word: the pieces of other tokenizers are parts of words.
     if not isinstance(words_tokenizer, tokenizers.Words):
         raise ConfigError(
             "config.init_words: expected config.model.inputs.text.tokenizer 'words', got "
@@ -158,6 +164,7 @@ def fill(
             'vocabulary (which is in lower case)'
         )
     flat = flatten_dict(dict(params))
+    # Found by the parameter's name, since the modules around it differ between models.
     table_paths = [key for key in flat if key[-1] == 'word_table']
     if not table_paths:
         raise ConfigError('config.init_words: this model has no word table')
@@ -191,7 +198,7 @@ def _rows_of_words(words: list[str], words_tokenizer: tokenizers.Words) -> list[
 
 def _fill_table(table: jax.Array, vectors: np.ndarray, pairs: list[tuple[int, int]]) -> jax.Array:
     """Return the table [V D] with the file's vectors in the rows of `pairs`, sharded as it was."""
-    given = np.zeros(table.shape, np.float32)
+    given = np.zeros(table.shape, np.float32)  # [V D]
     is_known = np.zeros(len(table), bool)
     for row, source in pairs:
         if row < len(table):  # a table may be smaller than the vocabulary

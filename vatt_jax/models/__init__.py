@@ -9,7 +9,7 @@ from flax.core import freeze
 from vatt_jax.config import choose
 from vatt_jax.models.multimodal import Encoded, MultimodalEncoder, Outputs
 
-MODELS = {'vatt': MultimodalEncoder}
+MODELS = {'vatt': MultimodalEncoder}  # config.model.name -> module
 
 __all__ = ['MODELS', 'Encoded', 'Outputs', 'build']
 

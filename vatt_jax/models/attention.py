@@ -19,8 +19,11 @@ from vatt_jax.rng import Rng
 
 IMPLEMENTATIONS = ('auto', 'dense', 'xla', 'cudnn', 'triton', 'splash')
 HOME = {'cudnn': 'gpu', 'triton': 'gpu', 'splash': 'tpu'}  # kernel -> its platform
+# Pallas's Triton kernel is for GPUs without cuDNN, so `auto` never takes it.
 FUSED = {'gpu': 'cudnn', 'tpu': 'splash'}  # platform -> the kernel that `auto` takes
 LANES = 128  # kernels in Pallas pad tokens to a multiple, and fewer are not worth it
+# Finite, since softmax of a row of nothing but -inf is 0/0 = NaN. A float32 near 1e9 has steps of
+# 64, which swallow the logits: a row without any key comes out uniform.
 MASKED = -1e9  # added to the logits of masked keys
 
 
@@ -67,6 +70,7 @@ def attention(
     """
     if implementation == 'auto':
         implementation = _choose_kernel(q.dtype, dropout)
+    # `auto` has become dense under dropout; only a kernel chosen by name fails here.
     if implementation != 'dense' and dropout:
         raise ConfigError(
             f'config.model.attention={implementation!r} has no dropout on attention probabilities; '
@@ -74,6 +78,7 @@ def attention(
         )
 
     num_queries, num_keys = q.shape[1], k.shape[1]
+    # Below one block of LANES tokens the kernel would mostly compute padding.
     is_long = min(num_queries, num_keys) >= LANES
     masks_keys_only = mask is None or mask.ndim == 2
     if implementation == 'splash' and is_long and bias is None and masks_keys_only:
@@ -86,6 +91,7 @@ def attention(
         mask = mask[:, None]  # [B 1 Nk]
     if implementation in ('xla', 'cudnn'):
         head_mask = None if mask is None else mask[:, None]  # [B 1 1|Nq Nk]
+        # jax.nn takes the same layout, and its mask too is True where a key is seen.
         kernel: Any = implementation  # one of two literals for the type checker
         return jax.nn.dot_product_attention(
             q,
@@ -110,12 +116,15 @@ def _dense(
     rng: Rng | None,
 ) -> jax.Array:
     """The definition; mask [B 1|Nq Nk]. See `attention`."""
+    # Scaled before the product: N·kv multiplications instead of Nq·Nk. The product is rounded to
+    # the compute type; bias, mask and softmax are in float32.
     scaled_q = q * jnp.asarray(scale, q.dtype)
     logits = jnp.einsum('bqhd,bkhd->bhqk', scaled_q, k).astype(jnp.float32)  # [B heads Nq Nk]
     if bias is not None:
         logits = logits + bias
     if mask is not None:
         logits = logits + jnp.where(mask[:, None], 0.0, MASKED)
+    # Back to 16 bits, if v is, so that the second product is as fast as the first.
     probabilities = jax.nn.softmax(logits, -1).astype(v.dtype)
     if dropout and rng is not None:
         probabilities = rng.at('probabilities').dropout(probabilities, dropout)
@@ -198,24 +207,28 @@ def splash(
     segments = jnp.pad(key_mask, ((0, 0), (0, padded_keys - num_keys))).astype(jnp.int32)
 
     def attend_locally(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        # One device's q [b heads N kv]: fewer clips, and fewer heads on a `model` axis.
         run = _splash_kernel(q.shape[1], padded_queries, padded_keys, interpret)
 
         def attend_example(
             q: jax.Array, k: jax.Array, v: jax.Array, key_segments: jax.Array
         ) -> jax.Array:
+            # A query sees keys of its own segment: 1 are the real ones, 0 masked and padded ones.
             query_segments = jnp.ones(padded_queries, jnp.int32)
             return run(q, k, v, kernel.SegmentIds(query_segments, key_segments))
 
+        # The kernel is of one example, [heads N kv].
         return jax.vmap(attend_example)(q, k, v, segments)
 
     arguments = (
+        # This kernel has no argument for the scale.
         heads_first(q * jnp.asarray(scale, q.dtype), padded_queries),
         heads_first(k, padded_keys),
         heads_first(v, padded_keys),
         segments,
     )
     attended = _on_each_device(attend_locally, arguments, ('batch', 'heads', None, None))
-    return attended.swapaxes(1, 2)[:, :num_queries]
+    return attended.swapaxes(1, 2)[:, :num_queries]  # [B Nq heads kv]
 
 
 def triton(
@@ -233,6 +246,7 @@ def triton(
         block_q=128, block_k=128, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64
     )
     # Padding is a segment of its own.
+    # Padded queries attend to padded keys alone, and their rows are cut off at the end.
     is_token = jnp.arange(padded) < num_tokens
     segments = jnp.broadcast_to(is_token, (batch_size, padded)).astype(jnp.int32)
 
@@ -275,6 +289,8 @@ def _on_each_device(
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
+        # The segments [B N] are split like the batch axis alone. check_vma is off because the
+        # outputs of a pallas_call do not say over which mesh axes they vary.
         spec = sharding.mesh_spec(names, dict(mesh.shape), arguments[0].shape)
         function = jax.shard_map(
             function, in_specs=(spec, spec, spec, P(spec[0])), out_specs=spec, check_vma=False
@@ -295,6 +311,7 @@ def _splash_kernel(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+    # The kernel takes only blocks that divide the number of tokens.
     query_block = _tile(num_queries)
     key_block = _tile(num_keys)
     block_sizes = kernel.BlockSizes(
@@ -302,9 +319,13 @@ def _splash_kernel(
         block_kv=key_block,
         block_q_dkv=query_block,
         block_kv_dkv=key_block,
+        # One backward kernel makes dq, dk and dv from one recomputation of the logits; it must not
+        # be given blocks of its own for dq.
         use_fused_bwd_kernel=True,
     )
+    # Static masks are the same for every example; keys are masked by segments instead.
     full_mask = masks.MultiHeadMask([masks.FullMask((num_queries, num_keys))] * num_heads)
+    # shard_map has split the heads already, and queries are not split: one shard each.
     return kernel.make_splash_mha(
         full_mask, block_sizes=block_sizes, head_shards=1, q_seq_shards=1, interpret=interpret
     )

@@ -59,6 +59,7 @@ class Graph:
 def mlp(name: str, space: str) -> Path:
     """MMV's head of video: two layers, batch norm after each, ReLU between."""
     return (
+        # The norm behind cancels this bias; MMV's released parameters include it all the same.
         ('dense_bias', f'{name}_hidden', space),
         ('bn', f'{name}_hidden_norm'),
         ('relu',),
@@ -99,6 +100,7 @@ def fine_and_coarse(between: Path) -> Graph:
     )
     paths = {
         'video': (*mlp('video_va', 'va'), *coarse),
+        # The same names as on video's path, so audio runs through the layers trained on video.
         'audio': (*linear('audio_va', 'va'), ('evaluation',), *coarse),
         'text': linear('text_vat', 'vat'),
     }
@@ -185,6 +187,7 @@ class CommonSpaces(nn.Module):
             {space: {stream: float32 [B E], for text [B K E]}}, un-normalised.
         """
         graph = GRAPHS[choose(self.config['name'], GRAPHS, 'config.model.head.name')]
+        # Flax refuses a second submodule of one name within a call, hence the dict.
         layers: dict[str, Any] = {}  # layers of the same name are made once
         spaces: dict[str, dict[str, jax.Array]] = {}
         for modality, steps in paths(graph, self.config).items():
@@ -192,20 +195,23 @@ class CommonSpaces(nn.Module):
             if not streams:
                 continue
             # All views in one pass: one set of batch statistics, one update of the running ones.
-            leading = [pooled[name].shape[:-1] for name in streams]
+            leading = [pooled[name].shape[:-1] for name in streams]  # (B,), or (B, K) for text
             row_valid = [_valid_rows(valid[name], shape) for name, shape in zip(streams, leading)]
             start = jnp.concatenate(
                 [pooled[name].reshape(-1, pooled[name].shape[-1]) for name in streams]
             )  # [R D]
+            # Padded sentences of a valid clip are among the rows that count.
             weight = jnp.concatenate(row_valid)  # [R]
-            x = start
+            x = start  # [R D]
             for step in steps:
                 kind = step[0]
                 if kind in ('dense', 'dense_bias'):
                     _, name, space = step
                     if name not in layers:
+                        # Heads compute in float32, Dense's default, whatever the towers' type.
                         layers[name] = Dense(
                             features=self.config[space],
+                            # FSDP splits the input width alone: that of a space is never split.
                             axes=('hidden', None),
                             bias=kind == 'dense_bias',
                             init=graph.init,
@@ -216,12 +222,13 @@ class CommonSpaces(nn.Module):
                     name = step[1]
                     if name not in layers:
                         layers[name] = BatchNorm(graph.norm, name=name)
-                    x = layers[name](x, weight, train)
+                    x = layers[name](x, weight, train)  # [R E]
                 elif kind == 'relu':
                     x = jax.nn.relu(x)
                 elif kind == 'pooled':
                     x = start
                 elif kind == 'emit':
+                    # The path goes on from here: a coarser space is reached through this embedding.
                     members = spaces.setdefault(step[1], {})
                     members.update(_split_streams(x, streams, leading))
                 elif train:  # 'evaluation': the rest of the path is left out
@@ -231,7 +238,7 @@ class CommonSpaces(nn.Module):
 
 def _valid_rows(valid: Any, leading: tuple[int, ...]) -> jax.Array:
     """bool [B] -> bool [R]: what holds for a clip holds for each of its sentences."""
-    expanded = valid.reshape(valid.shape + (1,) * (len(leading) - 1))
+    expanded = valid.reshape(valid.shape + (1,) * (len(leading) - 1))  # [B] or [B 1]
     return jnp.broadcast_to(expanded, leading).reshape(-1)
 
 
@@ -267,6 +274,7 @@ def paths(graph: Graph, config: Mapping[str, Any]) -> dict[str, list[Step]]:
     for modality, steps in graph.paths.items():
         pruned[modality] = _prune(steps, config)
         for step in pruned[modality]:
+            # A layer has the width of its space, which may be missing: vat lies behind va.
             if step[0].startswith('dense') and step[2] not in config:
                 raise ConfigError(
                     f'config.model.head.{step[2]} is missing: {modality} reaches other spaces of '
@@ -298,6 +306,7 @@ def _check_widths(graph: Graph, config: Mapping[str, Any]) -> None:
 
 def _prune(steps: Path, config: Mapping[str, Any]) -> list[Step]:
     """The steps of a path up to the last space of each branch that has a width."""
+    # Each branch starts at the tower's vector, so one can be cut without touching the others.
     branches: list[list[Step]] = [[]]
     for step in steps:
         if step[0] == 'pooled':
@@ -306,6 +315,7 @@ def _prune(steps: Path, config: Mapping[str, Any]) -> list[Step]:
 
     remaining: list[Step] = []
     for branch in branches:
+        # Steps behind the last embedding in use would be parameters that get no gradient.
         end = 0
         for i, step in enumerate(branch):
             if step[0] == 'emit' and step[1] in config:

@@ -80,6 +80,7 @@ class Positions(nn.Module):
             train: whether dropout is on.
         """
         init = jax.nn.initializers.truncated_normal(self.width**-0.5)
+        # One table for each axis: T + H + W rows instead of T·H·W.
         positions: Any = 0.0
         for axis, (size, name, length) in enumerate(zip(self.sizes, self.names, grid, strict=True)):
             table = self.param(
@@ -95,9 +96,10 @@ class Positions(nn.Module):
             table_axis = len(grid) - 1 - axis if self.transposed else axis
             table_shape[table_axis] = length
             positions = positions + table.reshape(table_shape)
+        # Normalised row by row, so it does not matter that tokens are selected only after it.
         positions = LayerNorm(name='norm')(positions.reshape(-1, self.width))  # [N D]
         if kept is not None:
-            positions = positions[kept]
+            positions = positions[kept]  # [N' D] or [B N' D]
         x = x + positions.astype(x.dtype)
         if not train:
             return x
@@ -113,10 +115,12 @@ def spline_matrix(n: int, m: int) -> Float[np.ndarray, 'M N']:
 
         [Φ(q - x)  q  1] · [Φ(x - x')  x  1; (x 1)ᵀ  0]⁻¹ · [I; 0],   Φ(r) = |r|³
     """
+    # NumPy in float64: this runs while the program is traced, which holds the result as a constant.
     knots = np.arange(n) / n
     queries = np.arange(m) / m
     kernel = _cubic(np.abs(knots[:, None] - knots[None]))  # [n n]
     linear = np.stack([knots, np.ones(n)], axis=1)  # [n 2]
+    # The two last rows make the weights of Φ orthogonal to lines, which fixes the linear term.
     system = np.block([[kernel, linear], [linear.T, np.zeros((2, 2))]])
     values = np.concatenate([np.eye(n), np.zeros((2, n))])
     weights = np.linalg.solve(system, values)  # [n+2 n]
@@ -174,6 +178,7 @@ class Patches(nn.Module):
         has_channels = data.ndim != len(self.patch) + 1
         x, grid = fold(data if has_channels else data[..., None], self.patch)
         num_patches = x.shape[1]
+        # From the tables: with inputs of another size, as many stay as the official code leaves.
         num_kept = int((1 - self.drop_token) * math.prod(self.tables))
         kept = None
         if train and self.drop_token and num_kept < num_patches:
@@ -193,6 +198,7 @@ class Patches(nn.Module):
         )(x)  # [B N D]
         if self.projection:
             x = Dense(self.width, ('embed', None), dtype=self.dtype, name='projection')(x)
+            # The exact GELU is TensorFlow's default; JAX's is the tanh approximation.
             x = jax.nn.gelu(x, approximate=False)
         positions = Positions(
             self.tables,
@@ -204,7 +210,7 @@ class Patches(nn.Module):
         )
         x = positions(x, grid, kept, rng, train)
         x = prepend(self, 'agg', x, self.width)
-        return Tokens(x, None, grid, kept)
+        return Tokens(x, None, grid, kept)  # x [B 1+N' D]
 
 
 def fold(data: jax.Array, patch: Sequence[int]) -> tuple[jax.Array, tuple[int, ...]]:
@@ -270,7 +276,7 @@ def look_up(module: nn.Module, ids: jax.Array, vocab: int, width: int, frozen: b
     init = logical(jax.nn.initializers.normal(width**-0.5), 'vocab', 'word')
     table = module.param('word_table', init, (vocab, width), jnp.float32)
     if frozen:
-        table = jax.lax.stop_gradient(table)
+        table = jax.lax.stop_gradient(table)  # its gradient is zero, not absent
     return table[ids]
 
 
@@ -322,7 +328,7 @@ class Words(nn.Module):
         if train:
             x = rng.at('words').dropout(x, self.dropout)
         if not self.positions:
-            return Tokens(x, mask, (x.shape[1] - 1,))
+            return Tokens(x, mask, (x.shape[1] - 1,))  # the grid leaves the aggregate out
 
         grid = (x.shape[1],)
         positions = Positions(
@@ -366,4 +372,4 @@ class LinearWords(nn.Module):
             self.width, ('word', 'embed'), init=self.init, dtype=self.dtype, name='projection'
         )
         x = jax.nn.relu(projection(x))
-        return x.max(1), x
+        return x.max(1), x  # [R D], [R L D]

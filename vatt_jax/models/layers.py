@@ -94,6 +94,7 @@ class LayerNorm(nn.Module):
         y = x.astype(jnp.float32)
         if not self.rms:
             y = y - y.mean(-1, keepdims=True)
+        # y has mean 0 unless rms, so its mean square is the variance.
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
         ones = logical(jax.nn.initializers.ones, 'embed')
         y = y * self.param('scale', ones, shape, jnp.float32)
@@ -146,20 +147,24 @@ class BatchNorm(nn.Module):
         var = running_var.value
         if train:
             weight = valid.reshape(valid.shape + (1,) * (x.ndim - valid.ndim)).astype(jnp.float32)
+            # Broadcast, so that `count` counts every place of a map, not rows alone.
             weight = jnp.broadcast_to(weight, (*x.shape[:-1], 1))
             axes = tuple(range(x.ndim - 1))
             count = weight.sum()  # of valid rows, times the map's size
+            # Two passes: E[x²] - E[x]² would cancel in float32 where the mean is large.
             batch_mean = (x * weight).sum(axes) / jnp.maximum(count, 1)  # [C]
             batch_var = ((x - batch_mean) ** 2 * weight).sum(axes) / jnp.maximum(count, 1)  # [C]
             any_valid = count > 0
             mean = jnp.where(any_valid, batch_mean, mean)
             var = jnp.where(any_valid, batch_var, var)
+            # A run starts with the initial statistics, not those of the example input.
             if not self.is_initializing():
                 momentum = kind['momentum']
                 if num_batches is not None:
                     num_batches.value = num_batches.value + any_valid
                     momentum = _debiased_momentum(momentum, num_batches.value)
                 momentum = jnp.where(any_valid, momentum, 1.0)
+                # The batch is normalised by the biased one; PyTorch keeps the unbiased one.
                 update_var = batch_var
                 if kind['unbiased']:
                     update_var = batch_var * count / jnp.maximum(count - 1, 1)

@@ -71,28 +71,28 @@ class Outputs:
 SIZE = {
     'layers': 12,
     'width': 768,
-    'mlp': 3072,
+    'mlp': 3072,  # hidden width of the feed-forward part
     'heads': 12,
-    'head_width': 64,
+    'head_width': 64,  # of queries, keys and values; heads · head_width need not be width
     'dropout': 0.1,
     'attention_dropout': 0.1,
 }
 # Fields of a tower over patches of video, waveform or spectrogram.
 PATCHES = {
-    'drop_token': 0.5,
-    'per_example': False,
-    'replicas': 1,
-    'positions': (),
+    'drop_token': 0.5,  # share of the tokens dropped in training
+    'per_example': False,  # each clip drops tokens of its own, else one choice for the batch
+    'replicas': 1,  # parts of the batch that each make that choice
+    'positions': (),  # rows of the position tables; (): those of the inputs' grid
     'position_dropout': 0.1,
-    'patch_init': 1.0,
-    'pre': False,
-    'post': 0,
+    'patch_init': 1.0,  # factor on the patch matrix's initial values
+    'pre': False,  # a further Dense + GELU for each token before the positions
+    'post': 0,  # width of a Dense + GELU after the encoder; 0: none
 }
 # Fields of a transformer tower over words.
 WORDS = {
-    'vocab': 1 << 16,
-    'word_width': 300,
-    'frozen_words': True,
+    'vocab': 1 << 16,  # rows of the word table
+    'word_width': 300,  # of word2vec's vectors
+    'frozen_words': True,  # the word table is not trained
     'position_dropout': 0.1,
     'post': 0,
 }
@@ -121,6 +121,8 @@ def net_fields(module: Any) -> dict[str, Any]:
 
 
 # tower name -> (modality, fields with their defaults). Sizes of published models: presets.py.
+# patch: frames, rows and columns (vit); samples (wat); spectrogram steps and bands (spt).
+# positions of bert: rows of its position table.
 TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
     'vit': ('video', {'name': 'vit', **SIZE, **PATCHES, 'patch': (4, 16, 16)}),
     'wat': ('audio', {'name': 'wat', **SIZE, **PATCHES, 'patch': 128}),
@@ -139,6 +141,7 @@ def register_net(name: str, modality: str, module: Any) -> None:
     TOWERS[name] = (modality, {'name': name, **net_fields(module)})
 
 
+# A copy, since registering writes to the dict that is iterated.
 for _name, (_modality, _module) in tuple(NETS.items()):
     register_net(_name, _modality, _module)
 
@@ -188,6 +191,7 @@ class MultimodalEncoder(nn.Module):
             check_sizes(shared_sizes, 'config.model.encoder')
             self.shared_encoder = self._make_encoder(shared_sizes)
 
+        # Collected in local dicts: Flax freezes a dict when it becomes an attribute of a module.
         fronts: dict[str, nn.Module] = {}
         encoders: dict[str, nn.Module] = {}
         posts: dict[str, nn.Module] = {}
@@ -199,6 +203,7 @@ class MultimodalEncoder(nn.Module):
                 nets[modality] = self._make_net(tower, where)
                 continue
             check_sizes(tower, where)
+            # Tokens must have the width of the encoder that reads them.
             width = shared_sizes['width'] if is_shared else tower['width']
             if modality == 'text':
                 fronts[modality] = self._make_words(tower, width)
@@ -256,6 +261,7 @@ class MultimodalEncoder(nn.Module):
         """The front of a transformer over words; see `Words` for the three kinds."""
         options: dict[str, Any]
         if self.config['shared']:
+            # The modality-agnostic encoder has no relative positions, so words need absolute ones.
             options = {'positions': self.config['inputs']['text']['words'], 'bias': True}
         elif tower['name'] == 'bert':
             options = {'positions': tower['positions'], 'extra': tower['extra']}
@@ -287,6 +293,7 @@ class MultimodalEncoder(nn.Module):
         tables = tuple(tower['positions'])
         if not tables:
             tables = tuple(limit // length for limit, length in zip(input_size, patch))
+        # `Patches` counts in the same way; no token at all would leave only the aggregate one.
         num_tokens = math.prod(tables)
         if int((1 - tower['drop_token']) * num_tokens) < 1:
             raise ConfigError(
@@ -338,6 +345,7 @@ class MultimodalEncoder(nn.Module):
         modality = modality_of(name)
         rows, leading, row_rng = flatten_sentences(name, stream, rng)
         if modality in self.nets:
+            # [R D], [R grid… D]
             pooled, feature_map = self.nets[modality](rows, stream.get('valid'), train)
             grid = feature_map.shape[1:-1]
             tokens = None
@@ -346,10 +354,10 @@ class MultimodalEncoder(nn.Module):
                 tokens = restore_leading(tokens, leading)  # [B N D]
             mask = None
             if modality == 'text':
-                mask = restore_leading(rows != 0, leading)
+                mask = restore_leading(rows != 0, leading)  # [B K L]; id 0 is padding
             return Encoded(restore_leading(pooled, leading), tokens, mask, grid)
 
-        front_tokens = self.fronts[modality](rows, row_rng, train)
+        front_tokens = self.fronts[modality](rows, row_rng, train)  # x [R N D]
         encoder = self.shared_encoder if self.config['shared'] else self.encoders[modality]
         encoded = encoder(front_tokens.x, front_tokens.mask, row_rng.at('encoder'), train, features)
         return self._finish(modality, front_tokens, encoded, leading, features)
@@ -364,9 +372,11 @@ class MultimodalEncoder(nn.Module):
     ) -> Encoded:
         """Post-project a transformer's output x [R N D] and split off the pooled vector."""
         if modality in self.posts:
+            # The exact GELU is TensorFlow's default; JAX's is the tanh approximation.
             x = jax.nn.gelu(self.posts[modality](x), approximate=False)
         # The first token is the aggregate one.
-        pooled = restore_leading(x[:, 0], leading)
+        pooled = restore_leading(x[:, 0], leading)  # [B D] or [B K D]
+        # Without features the encoder returns the first token alone, and this would be empty.
         tokens = restore_leading(x[:, 1:], leading) if features else None
         mask = None
         if front_tokens.mask is not None:
@@ -406,6 +416,7 @@ class MultimodalEncoder(nn.Module):
         for name, stream in streams.items():
             rows, leading[name], row_rng = flatten_sentences(name, stream, rng)
             front_tokens[name] = self.fronts[modality_of(name)](rows, row_rng, train)
+            # The site that `encode` uses, so packing does not change what is dropped.
             encoder_rngs.append(row_rng.at('encoder'))
 
         batch_size = len(rng.examples)
@@ -414,6 +425,7 @@ class MultimodalEncoder(nn.Module):
             (tokens.x.shape[0] // batch_size, tokens.x.shape[1]) for tokens in front_tokens.values()
         )
         x = self.shared_encoder(
+            # [B ΣK·n D]
             pack([tokens.x for tokens in front_tokens.values()], batch_size),
             tuple(tokens.mask for tokens in front_tokens.values()),
             Packed.of(encoder_rngs, layout),
@@ -461,6 +473,8 @@ class MultimodalEncoder(nn.Module):
         self, batch: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False
     ) -> Outputs:
         """Encode a device batch and project it into the common spaces."""
+        # All modalities are encoded before `interact`, where another model may let them attend to
+        # each other.
         encoded = self.interact(self.encode_all(batch, train=train, rng=rng, features=features))
         valid = {name: batch[name]['valid'] for name in encoded}
         return Outputs(encoded, self.project(encoded, valid=valid, train=train))
@@ -485,6 +499,7 @@ def flatten_sentences(
         return data, data.shape[:1], rng
     batch_size, num_sentences, num_words = data.shape
     rows = data.reshape(-1, num_words)  # [B·K L]
+    # Each sentence draws random bits of its own.
     return rows, (batch_size, num_sentences), rng.repeat(num_sentences)
 
 
@@ -515,6 +530,7 @@ def encoder_options(tower: ConfigDict) -> dict[str, Any]:
         return {
             'bias': False,
             'rms': True,
+            # T5 does not divide logits by sqrt(head_width).
             'scaled': False,
             'buckets': tower['buckets'],
             'max_distance': tower['max_distance'],
@@ -558,7 +574,8 @@ def extent(modality: str, inputs: Any) -> tuple[int, ...]:
     """
     spec = inputs[modality]
     if modality == 'video':
+        # Clips are square: `size` is both height and width.
         return spec['frames'], spec['size'], spec['size']
     if spec.get('mel'):
         return spectrogram.shape(spec)
-    return (spec['samples'],)
+    return (spec['samples'],)  # waveform

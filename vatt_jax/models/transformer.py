@@ -35,6 +35,7 @@ def pack(parts: Sequence[jax.Array], examples: int) -> jax.Array:
     Returns:
         [B N …], N the sum of all K·n.
     """
+    # Rows are example by example (b·K + k), so this reshape puts an example's K rows side by side.
     return jnp.concatenate([x.reshape(examples, -1, *x.shape[2:]) for x in parts], axis=1)
 
 
@@ -78,13 +79,15 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        # Glorot uniform. JAX's own would read fans off the last two axes, [heads kv] of [D heads
+        # kv], and take the first for the size of a receptive field.
         limit = (6 / sum(self.fan)) ** 0.5
 
         def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
             return jax.random.uniform(key, shape, dtype, -limit, limit)
 
         kernel = self.param('kernel', logical(init, *self.axes), self.shape, jnp.float32)
-        y = jnp.einsum(self.equation, as_rows(x), kernel.astype(self.dtype))
+        y = jnp.einsum(self.equation, as_rows(x), kernel.astype(self.dtype))  # [B·N …] or [B N …]
 
         # Dimensions of the kernel that the result has as well: they are also the bias's.
         kernel_letters, output_letters = self.equation.split(',')[1].split('->')
@@ -163,6 +166,7 @@ class Block(nn.Module):
         first: slice | np.ndarray = slice(0, 1)
         if layout is not None:
             first = first_tokens(layout)
+        # In the last layer queries, residual and feed-forward part are of the first token alone.
         query_input = y
         if first_only:
             x = x[:, first]
@@ -173,13 +177,15 @@ class Block(nn.Module):
 
         if layout is None:
             if bias is not None and first_only:
-                bias = bias[:, :, :1]
+                bias = bias[:, :, :1]  # the row of the first query
             attended = self._attend(query, key, value, mask, bias, rng, train)
         else:
             assert isinstance(rng, Packed)
             query_layout = layout
             if first_only:
                 query_layout = tuple((rows, 1) for rows, _ in layout)
+            # One attention for each stream. Over the packed row with a block-diagonal mask, most
+            # logits would be computed to be masked.
             parts = []
             for stream_query, stream_key, stream_value, stream_mask, stream_rng in zip(
                 unpack(query, query_layout),
@@ -196,6 +202,7 @@ class Block(nn.Module):
                 parts.append(part)
             attended = pack(parts, len(x))
             if first_only:
+                # The remaining columns draw what they would draw among all tokens.
                 rng = rng.take(first)
 
         attended = Projection(
@@ -207,6 +214,7 @@ class Block(nn.Module):
             dtype=self.dtype,
             name='out',
         )(attended)  # [B Nq D]
+        # Draws stay the same on unpacked rows too: bits are numbered from the first token.
         x = x + self._drop(attended, rng, 'attention', train)
         if not self.pre_norm:
             x = attention_norm(x)
@@ -221,6 +229,8 @@ class Block(nn.Module):
             dtype=self.dtype,
             name='mlp_in',
         )(y)  # [B Nq mlp]
+        # `mlp` is split over the mesh between the two matrices (one sum over devices, after the
+        # second). The exact GELU is TensorFlow's default; JAX's is the tanh approximation.
         y = jax.nn.gelu(constrain(y, 'batch', 'length', 'mlp'), approximate=False)
         y = self._drop(y, rng, 'hidden', train)
         y = Projection(
@@ -235,6 +245,7 @@ class Block(nn.Module):
         x = x + self._drop(y, rng, 'mlp', train)
         if not self.pre_norm:
             x = mlp_norm(x)
+        # Tokens over `seq` and the width whole: the layout in which the next layer begins.
         return constrain(x, 'batch', 'length', None)
 
     def _qkv_projection(self, name: str) -> Projection:
@@ -355,6 +366,7 @@ class Encoder(nn.Module):
             dtype=self.dtype,
             parent=None,
         )
+        # Made once: every layer adds the same table (T5).
         bias = self._relative_bias(x.shape[1]) if self.buckets else None
         stacked = self.param('layers', self._stacked_init(block))
 
@@ -374,10 +386,11 @@ class Encoder(nn.Module):
         if not self.pre_norm:
             return x
 
+        # Post-LN layers end in a norm; pre-LN leaves the plain sum of all residuals.
         x = LayerNorm(self.rms, name='final_norm')(x)
         if not train:
             return x
-        rng = rng.at('final')
+        rng = rng.at('final')  # apart from the layers, whose sites are numbers
         if layout is not None and not features:
             assert isinstance(rng, Packed)
             rng = rng.take(first_tokens(layout))
@@ -387,6 +400,7 @@ class Encoder(nn.Module):
         """An initialiser of the parameters of all layers, [layers, …]."""
 
         def init_layer(key: jax.Array) -> Any:
+            # No parameter's shape depends on the numbers of examples and tokens.
             sample = jnp.zeros((1, 2, self.width), self.dtype)
             rng = Rng.create(0, 0, jnp.zeros(1))
             variables: Any = block.init(key, sample, None, None, rng, False)
@@ -395,6 +409,7 @@ class Encoder(nn.Module):
         def init(key: jax.Array) -> Any:
             keys = jax.random.split(key, self.layers)
             stacked = jax.vmap(init_layer)(keys)
+            # vmap added a dimension; the boxes with the logical names learn of it here.
             return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
 
         return init
@@ -405,6 +420,8 @@ class Encoder(nn.Module):
             return apply_layer
         policy = None
         if self.remat == 'dots':
+            # Saves products with weights. Logits have batch dimensions (B, heads) and are
+            # recomputed: they are the memory that grows with N².
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         return jax.checkpoint(
             apply_layer,
@@ -432,6 +449,7 @@ class Encoder(nn.Module):
 
         last_params = jax.tree.map(lambda param: param[-1], stacked)
         scanned_params = jax.tree_util.tree_map_with_path(without_last, stacked)
+        # The carry of a scan keeps its shape, so the layer that may return one token is outside.
         x, _ = jax.lax.scan(scan_step, x, (scanned_params, jnp.arange(self.layers - 1)))
         return step(x, last_params, self.layers - 1, not features)
 
@@ -457,6 +475,7 @@ class Encoder(nn.Module):
             (self.buckets, self.heads),
             jnp.float32,
         )
+        # The buckets are a NumPy constant of the program; the aggregate token is position 0.
         bias = table[relative_buckets(num_tokens, self.buckets, self.max_distance)]  # [N N heads]
         return bias.transpose(2, 0, 1)[None]
 
@@ -467,7 +486,7 @@ def relative_buckets(n: int, buckets: int, max_distance: int) -> Int[np.ndarray,
     Half of them are for each sign. Of a half, the first half is exact, one distance each; the rest
     is logarithmic up to max_distance.
     """
-    relative = np.arange(n)[None] - np.arange(n)[:, None]
+    relative = np.arange(n)[None] - np.arange(n)[:, None]  # [N N], key minus query
     distance = np.abs(relative)
     half = buckets // 2
     num_exact = half // 2
@@ -475,4 +494,4 @@ def relative_buckets(n: int, buckets: int, max_distance: int) -> Int[np.ndarray,
     log_ratio = np.log(np.maximum(distance, 1) / num_exact) / np.log(max_distance / num_exact)
     logarithmic = num_exact + (log_ratio * (half - num_exact)).astype(int)
     bucket = np.where(distance < num_exact, distance, np.minimum(logarithmic, half - 1))
-    return bucket + half * (relative > 0)
+    return bucket + half * (relative > 0)  # [N N]

@@ -39,6 +39,8 @@ class Bottleneck(nn.Module):
                 features,
                 (size, size),
                 (stride, stride),
+                # With a stride TensorFlow's SAME padding depends on the input's size; FIXED does
+                # not.
                 'SAME' if stride == 1 else 'FIXED',
                 dtype=self.dtype,
                 name=name,
@@ -48,11 +50,12 @@ class Bottleneck(nn.Module):
         shortcut = x
         if self.projected:
             shortcut = conv(x, 4 * self.width, 1, self.stride, 'short', relu=False)
+        # The stride is in the 3×3 convolution, not in the first 1×1 as in He et al. (2015).
         x = conv(x, self.width, 1, 1, 'conv_1')
         x = conv(x, self.width, 3, self.stride, 'conv_2')
         # A scale of zero makes every block the identity at first.
         x = conv(x, 4 * self.width, 1, 1, 'conv_3', relu=False, scale_init=0.0)
-        return jax.nn.relu(x + shortcut)
+        return jax.nn.relu(x + shortcut)  # [B H/stride W/stride 4·width]
 
 
 class ResNet2D(nn.Module):
@@ -71,19 +74,19 @@ class ResNet2D(nn.Module):
         self, x: Float[Array, 'B T F'], valid: Any, train: bool
     ) -> tuple[jax.Array, jax.Array]:
         stem = ConvNorm(64, (7, 7), (2, 2), 'FIXED', dtype=self.dtype, name='stem')
-        x = stem(x[..., None], valid, train)
+        x = stem(x[..., None], valid, train)  # one channel: [B T/2 F/2 64]
         x = max_pool(x, (3, 3), (2, 2), 'SAME')
         for group, num_blocks in enumerate(self.blocks):
             for block in range(num_blocks):
                 # Every group but the first halves the map, in its first block.
                 x = Bottleneck(
-                    width=64 << group,
+                    width=64 << group,  # 64, 128, 256, 512; times four at the block's end
                     stride=2 if group > 0 and block == 0 else 1,
                     projected=block == 0,
                     dtype=self.dtype,
                     name=f'group_{group + 1}_block_{block + 1}',
                 )(x, valid, train)
-        return x.mean((1, 2)), x
+        return x.mean((1, 2)), x  # [B D], [B T' F' D]
 
 
 class ResNet2DV2(nn.Module):
@@ -110,7 +113,8 @@ class ResNet2DV2(nn.Module):
         resnet = ResNetV2(
             self.depth, self.multiplier, norm=self.norm, dtype=self.dtype, name='resnet'
         )
-        unnormalised, activated = resnet(x[..., None], valid, train)
+        unnormalised, activated = resnet(x[..., None], valid, train)  # [B T' F' D] each
+        # Pooled is what the head reads; the map is the end point that the release names.
         return activated.mean((1, 2)), unnormalised
 
 
@@ -150,9 +154,10 @@ class ResNet9(nn.Module):
             )(x, valid, train)
 
         def scaled(width: int) -> int:
-            return max(1, round(width * self.multiplier))
+            return max(1, round(width * self.multiplier))  # a narrow network still has channels
 
         x = conv(x[..., None], scaled(64), 7, 2, 'stem')
+        # PyTorch pads both sides; SAME would pad an even length at the end alone.
         x = max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for group in range(4):
             width = scaled(64 << group)
@@ -161,6 +166,8 @@ class ResNet9(nn.Module):
             shortcut = x
             if group > 0:  # every group but the first halves the map
                 stride = 2
+                # A 1×1 convolution, since width and size change; elsewhere the input itself is
+                # added.
                 shortcut = conv(x, width, 1, stride, f'{name}_short', relu=False)
             y = conv(x, width, 3, stride, f'{name}_conv_1')
             y = conv(y, width, 3, 1, f'{name}_conv_2', relu=False)

@@ -50,17 +50,21 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: A
     if len(kernel_sizes) == 3:
         num_frames, *spatial_sizes = kernel_sizes
         is_temporal = math.prod(spatial_sizes) == 1
+        # Of a network's first kernel, 7 frames of 3 colours make 21 channels.
         stacks_frames = num_frames * x.shape[-1] <= MAX_STACKED_CHANNELS
+        # This calls `convolve` again, for kernels of two axes, which pass the branch below.
         if is_temporal or stacks_frames or num_frames == 1:
             return _convolve_frames(x, kernel, strides, padding)
 
+    # With a kernel of one point, a stride only selects points: select first, multiply less.
     is_pointwise = math.prod(kernel_sizes) == 1
     if len(kernel_sizes) != 3 and is_pointwise and not any(map(sum, padding)):
         strided = tuple(slice(None, None, stride) for stride in strides)
         x = x[(slice(None), *strided)]
-        product = x.reshape(-1, x.shape[-1]) @ kernel.reshape(-1, out_channels)
+        product = x.reshape(-1, x.shape[-1]) @ kernel.reshape(-1, out_channels)  # [B·points O]
         return product.reshape(*x.shape[:-1], out_channels)
 
+    # Channels last throughout, kernels [axes… I O] as in TensorFlow's checkpoints.
     spatial = 'DHW'[-len(kernel_sizes) :]
     return jax.lax.conv_general_dilated(
         x,
@@ -86,6 +90,7 @@ def _convolve_frames(
         # there each frame is a matrix product, and these are added.
         pictures = [jnp.concatenate(pictures, axis=-1)]
         kernels = [jnp.concatenate(kernels, axis=-2)]
+    # The sum is over the frames of a kernel, or of one term where they were concatenated.
     y: Any = sum(
         convolve(picture, frame_kernel, strides[1:], padding[1:])
         for picture, frame_kernel in zip(pictures, kernels)
@@ -101,6 +106,7 @@ def windows(
         pads = [(0, 0)] * x.ndim
         pads[axis] = (padding[0], padding[1])
         x = jnp.pad(x, pads, constant_values=fill)
+    # The last slice ends with the last window, so all slices have one length.
     num_windows = (x.shape[axis] - size) // stride + 1
     length = (num_windows - 1) * stride + 1
     return [
@@ -129,6 +135,7 @@ def max_pool(
     def separable_max(x: jax.Array) -> jax.Array:
         for axis, (size, stride, pads) in enumerate(zip(window, strides, padding), start=1):
             if size > 1 or stride > 1:
+                # -inf cannot win: every window holds a real element.
                 elements = windows(x, axis, size, stride, pads, -jnp.inf)
                 x = functools.reduce(jnp.maximum, elements)
         return x
@@ -158,7 +165,7 @@ class Conv(nn.Module):
         kernel = self.param(
             'kernel',
             logical(INITS[self.init], *input_axes, 'hidden'),
-            (*self.kernel, x.shape[-1], self.features),
+            (*self.kernel, x.shape[-1], self.features),  # [axes… I O]
             jnp.float32,
         )
         padding: Any = self.padding
@@ -203,4 +210,5 @@ class ConvNorm(nn.Module):
         x = BatchNorm(self.norm, self.scale_init, name='norm')(x, valid, train)
         if self.relu:
             x = jax.nn.relu(x)
+        # The norm computes in float32; the map that is stored is in the compute type.
         return x.astype(self.dtype)

@@ -19,6 +19,7 @@ from vatt_jax.models.towers.convolutions import ConvNorm, max_pool
 # Widths of a Mixed block's four branches:
 #       1×1×1, (1×1×1 before 3×3×3, 3×3×3), (1×1×1 before 3×3×3, 3×3×3), 1×1×1 after the max pool
 MIXED: dict[str, Any] = {
+    # The widths of GoogLeNet (Szegedy et al., 2015, table 1).
     'mixed_3b': (64, (96, 128), (16, 32), 32),
     'mixed_3c': (128, (128, 192), (32, 96), 64),
     'mixed_4b': (192, (96, 208), (16, 48), 64),
@@ -63,8 +64,10 @@ class Mixed(nn.Module):
         branch_1 = conv(branch_1, wide_1, 3, 'b1')
         branch_2 = conv(x, reduced_2, 1, 'b2_in')
         branch_2 = conv(branch_2, wide_2, 3, 'b2')
+        # Stride 1: the pool changes no size, so the branches can be concatenated.
         branch_3 = max_pool(x, (3, 3, 3), (1, 1, 1))
         branch_3 = conv(branch_3, pooled, 1, 'b3')
+        # [B T H W D], D the sum of the branches' widths
         return jnp.concatenate([branch_0, branch_1, branch_2, branch_3], axis=-1)
 
 
@@ -94,9 +97,10 @@ def trunk(
         ConfigError: for numbers of pools or blocks that do not exist.
     """
     _check_depth(pools, blocks)
+    # The first two pools leave time as it is.
     if pools > 0:
         x = max_pool(x, (1, 3, 3), (1, 2, 2))
-    x = unit(64, (1, 1, 1), name='conv_2b')(x, valid, train)
+    x = unit(64, (1, 1, 1), name='conv_2b')(x, valid, train)  # [B T/2 H/4 W/4 64]
     x = unit(192, (3, 3, 3), name='conv_2c')(x, valid, train)
     for (stage, pool), num_blocks in zip(STAGE_POOLS.items(), blocks):
         # Stage 3 has the second pool, stage 4 the third, stage 5 the fourth.

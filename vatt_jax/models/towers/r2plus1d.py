@@ -19,6 +19,8 @@ MIDS = ('block', 'conv')
 
 def mid_planes(inputs: int, outputs: int) -> int:
     """Width between the two halves that gives them the parameters of the full 3×3×3 kernel."""
+    # t d² I O / (d² I + t O) with t = d = 3 (Tran et al., section 3.5): the 1×3×3 kernel has 9·I·M
+    # parameters, the 3×1×1 one 3·M·O.
     return 27 * inputs * outputs // (9 * inputs + 3 * outputs)
 
 
@@ -42,11 +44,12 @@ class Factorised(nn.Module):
     ) -> Float[Array, 'B T2 H2 W2 D']:
         options: dict[str, Any] = conv_options(self.norm, self.dtype)
         stride = self.stride
+        # The ReLU between the halves doubles the nonlinearities of a 3×3×3 convolution.
         spatial = ConvNorm(self.mid, (1, 3, 3), (1, stride, stride), name='spatial', **options)
         temporal = ConvNorm(
             self.features, (3, 1, 1), (stride, 1, 1), relu=self.relu, name='temporal', **options
         )
-        x = spatial(x, valid, train)
+        x = spatial(x, valid, train)  # [B T H/stride W/stride M]
         return temporal(x, valid, train)
 
 
@@ -83,12 +86,14 @@ class R2Plus1D(nn.Module):
         options = conv_options(self.norm, self.dtype)
 
         def scaled(width: int) -> int:
-            return max(1, round(width * self.multiplier))
+            return max(1, round(width * self.multiplier))  # a narrow network still has channels
 
+        # 45 is torchvision's; the formula above would give 83 for a kernel of 3×7×7.
         stem_spatial = ConvNorm(scaled(45), (1, 7, 7), (1, 2, 2), name='stem_spatial', **options)
         x = stem_spatial(x, valid, train)
         stem_temporal = ConvNorm(scaled(64), (3, 1, 1), (1, 1, 1), name='stem_temporal', **options)
         x = stem_temporal(x, valid, train)
+        # R(2+1)D-18: four layers of two blocks of two convolutions, 64 to 512 channels.
         for layer in range(4):
             width = scaled(64 << layer)
             for block in range(2):
@@ -96,6 +101,7 @@ class R2Plus1D(nn.Module):
                 stride = 2 if layer > 0 and block == 0 else 1
                 name = f'layer_{layer + 1}_block_{block}'
                 mid = mid_planes(x.shape[-1], width)
+                # In a block that widens, the second convolution has more inputs than the first.
                 second_mid = mid if self.mid == 'block' else mid_planes(width, width)
                 shortcut = x
                 if stride > 1:
@@ -109,5 +115,5 @@ class R2Plus1D(nn.Module):
                 y = Factorised(
                     width, second_mid, 1, False, self.norm, self.dtype, name=f'{name}_conv_2'
                 )(y, valid, train)
-                x = jax.nn.relu(y + shortcut)
-        return x.mean((1, 2, 3)), x
+                x = jax.nn.relu(y + shortcut)  # [B T' H' W' width]
+        return x.mean((1, 2, 3)), x  # [B D], [B T/8 H/16 W/16 D]

@@ -62,17 +62,21 @@ class Block(nn.Module):
             return jax.nn.relu(x).astype(self.dtype)
 
         preactivated = norm_relu(x, 'norm_0')
+        # The plain input, not normalised: signal and gradient pass all blocks of a unit unchanged.
         shortcut = x
         if x.shape[-1] != self.width:
+            # A first block projects what is normalised already; its stride acts on the shortcut
+            # too.
             shortcut = conv(preactivated, self.width, 1, self.stride, 'shortcut')
         inner_width = self.width // 4 if self.bottleneck else self.width
+        # Mixed in the residual branch alone: the shortcut keeps each frame's own features.
         y = conv(self.mix(preactivated), inner_width, 1, 1, 'conv_0')
         y = norm_relu(y, 'norm_1')
         y = conv(y, inner_width, 3, self.stride, 'conv_1')
         if self.bottleneck:
             y = norm_relu(y, 'norm_2')
             y = conv(y, self.width, 1, 1, 'conv_2')
-        return shortcut + y
+        return shortcut + y  # no ReLU after the sum: the next block begins with it
 
 
 class ResNetV2(nn.Module):
@@ -106,7 +110,7 @@ class ResNetV2(nn.Module):
             return 4 * max(1, round(width * self.multiplier / 4))
 
         x = Conv(scaled(64), (7, 7), (2, 2), init='fan_in', dtype=self.dtype, name='stem')(x)
-        x = max_pool(x, (3, 3), (2, 2), 'SAME')
+        x = max_pool(x, (3, 3), (2, 2), 'SAME')  # [N H/4 W/4 64]
         for unit, (count, width) in enumerate(zip(num_blocks, widths)):
             for block in range(count):
                 # Every unit but the first halves the map, in its first block.
@@ -119,5 +123,6 @@ class ResNetV2(nn.Module):
                     dtype=self.dtype,
                     name=f'unit_{unit}_block_{block}',
                 )(x, valid, train)
+        # The last sum has had no norm and no ReLU yet.
         normalised = BatchNorm(self.norm, name='norm')(x, valid, train)
         return x, jax.nn.relu(normalised).astype(self.dtype)

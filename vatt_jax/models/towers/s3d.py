@@ -35,7 +35,7 @@ def space_to_depth(
             f'blocks of {"×".join(map(str, block))}; choose even frames and size, or set '
             'config.model.towers.video.space_to_depth=False'
         )
-    cells, grid = fold(x, block)
+    cells, grid = fold(x, block)  # [B N 8C]
     return cells.reshape(batch_size, *grid, -1)
 
 
@@ -49,8 +49,10 @@ class Gate(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, 'B T H W C']) -> Float[Array, 'B T H W C']:
+        # In float32: sums over T·H·W points outgrow the 8 significant bits of bfloat16.
         mean = x.astype(jnp.float32).mean((1, 2, 3))  # [B C]
         logits = Dense(x.shape[-1], (None, 'hidden'), init='fan_in', name='dense')(mean)
+        # The feature gating of Xie et al. (2018), the G of S3D-G.
         gate = jax.nn.sigmoid(logits)[:, None, None, None]  # [B 1 1 1 C]
         return x * gate.astype(x.dtype)
 
@@ -82,11 +84,13 @@ class Unit(nn.Module):
         time_stride, row_stride, column_stride = self.strides
         convolutions = [(self.kernel, self.strides)]
         if self.separable and time > 1 and max(height, width) > 1:
+            # k² + k parameters for each pair of channels instead of k³.
             spatial = ((1, height, width), (1, row_stride, column_stride))
             temporal = ((time, 1, 1), (time_stride, 1, 1))
             convolutions = [spatial, temporal]
         for i, (kernel, strides) in enumerate(convolutions):
             if self.still:
+                # Strides over time stay as they are: one frame gives one.
                 kernel = (1, kernel[1], kernel[2])
             x = ConvNorm(
                 self.features,
@@ -155,11 +159,14 @@ class S3D(nn.Module):
             )
 
         if self.space_to_depth and x.shape[-1] == 3:
+            # [B T/2 H/2 W/2 24], or for still images [B T H/2 W/2 12].
             x = space_to_depth(x, (1, *FOLD[1:]) if self.still else FOLD)
         if self.space_to_depth:
+            # Two folded frames of 4×4 are 4 frames of 8×8 pixels, at the stride of 2 that folding
+            # gives.
             stem = unit(64, (2, 4, 4), (1, 1, 1), separable=False, name='conv_1a')
         else:
             stem = unit(64, (7, 7, 7), (2, 2, 2), separable=False, name='conv_1a')
         x = stem(x, valid, train)
         x = trunk(x, unit, valid, train, self.pools, self.blocks)
-        return x.mean((1, 2, 3)), x
+        return x.mean((1, 2, 3)), x  # [B D], [B T/8 H/32 W/32 D]

@@ -29,9 +29,11 @@ def shift(x: Float[Array, 'B T H W C'], share: float) -> Float[Array, 'B T H W C
     num_shifted = int(x.shape[-1] * share)
     if num_shifted == 0:
         return x
+    # One frame of zeros at the end, or the beginning, where there is no neighbour.
     no_padding = ((0, 0),) * (x.ndim - 2)
     from_next = jnp.pad(x[:, 1:, ..., -num_shifted:], ((0, 0), (0, 1), *no_padding))
     from_previous = jnp.pad(x[:, :-1, ..., :num_shifted], ((0, 0), (1, 0), *no_padding))
+    # The two ends are exchanged, see above; the usual order would not fit MMV's weights.
     unshifted = x[..., num_shifted:-num_shifted]
     return jnp.concatenate([from_next, unshifted, from_previous], axis=-1)
 
@@ -72,6 +74,7 @@ class TSMResNet(nn.Module):
 
         frame_valid = None
         if train:
+            # Batch statistics are over frames, and an invalid clip leaves out all of its own.
             frame_valid = jnp.repeat(jnp.broadcast_to(valid, (batch_size,)), num_frames)
         _, feature_map = ResNetV2(
             depth=self.depth,
