@@ -161,7 +161,7 @@ def _end(piece: Sequence[int]) -> int:
     return offset + size
 
 
-def _nearby(table: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+def _nearby(table: Sequence[list[int]]) -> Iterator[list[int]]:
     """Numbers of the pieces that one call reads together, in ascending order of offset."""
     # Not the order of the table: sound may lie before or behind the frames.
     order = sorted(range(len(table)), key=lambda k: table[k])
