@@ -151,14 +151,13 @@ class Prepared:
                 f'version {indices.VERSION}, got {self.meta.get("version")}; prepare it again with '
                 '--overwrite'
             )
-        # Folders written before DMVR's layout was known do not name theirs.
+        # Older folders do not name their layout.
         self.format = self.meta.get('format', {'kind': 'example'})
-        folds = self.meta.get('folds', [])
+        folds = self.meta.get('folds', [])  # names of the splits, of each division
         if fold and not 1 <= fold <= len(folds):
             available = f'the folds 1 to {len(folds)}' if folds else 'none: leave the field out'
             raise DataError(f'{self.path} has no fold {fold}; it has {available}')
         self.fold = fold or min(1, len(folds))
-        # A division need not have all three splits.
         if folds:
             self.splits = (*folds[self.fold - 1], CLIPS)
         else:
