@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, Float64, Int, Int16, Int32, UInt8
+from ml_collections import ConfigDict
 
 from data_pipelines.errors import DataError
 from data_pipelines.loading import order, sentence_windows
@@ -22,25 +24,31 @@ from data_pipelines.loading import views as view_rules
 from data_pipelines.loading.data_source import SPLITS, Data, Request, Rows, blank, tokenizer_of
 from vatt_jax.inputs import tokenizer as tokenizers
 
+# Red, green and blue of each colour, at most 235: `_frames` adds 12.
 _COLOURS = {
     'red': (230, 60, 50),
     'green': (70, 210, 80),
     'blue': (60, 90, 235),
     'yellow': (235, 215, 60),
 }
+# Direction along y (down) and x (right).
 _MOTIONS = {'left': (0, -1), 'right': (0, 1), 'up': (-1, 0), 'down': (1, 0)}
+# One for each colour, in their order.
 _TONES = ('deep', 'low', 'high', 'shrill')
-CLASSES = [f'{c} {m}' for c, m in itertools.product(_COLOURS, _MOTIONS)]
+CLASSES = [f'{colour} {motion}' for colour, motion in itertools.product(_COLOURS, _MOTIONS)]
 _PHRASES = (
-    '{c} stripes move {m} with a {t} tone',
-    'a {t} sound while {c} bars go {m}',
-    'watch the {c} pattern drift {m}',
-    'you hear something {t} and see {c}',
-    'moving {m} in {c} again',
-    'now everything flows {m}',
+    '{colour} stripes move {motion} with a {tone} tone',
+    'a {tone} sound while {colour} bars go {motion}',
+    'watch the {colour} pattern drift {motion}',
+    'you hear something {tone} and see {colour}',
+    'moving {motion} in {colour} again',
+    'now everything flows {motion}',
 )
 _SENTENCES = 8  # per record, equally long
 _LEVELS = 256  # of the phase tables
+
+# Number of a class in CLASSES; elements of arrays are no int.
+_Class = int | np.integer
 
 
 class Synthetic(Data):
@@ -49,17 +57,19 @@ class Synthetic(Data):
     Validation and test have an eighth of it, at least 32.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ConfigDict):
         super().__init__(config)
-        train = int(config.data.synthetic_size)
-        if train < 1:
-            raise DataError(f'config.data.synthetic_size is {train}; it must be at least 1')
-        self._count = dict(zip(SPLITS, (train, max(32, train // 8), max(32, train // 8))))
+        num_train = int(config.data.synthetic_size)
+        if num_train < 1:
+            raise DataError(f'config.data.synthetic_size is {num_train}; it must be at least 1')
+        num_held_out = max(32, num_train // 8)
+        self._count = dict(zip(SPLITS, (num_train, num_held_out, num_held_out)))
+        # Instances are drawn by position: the splits lie so far apart that they share none.
         self._first = dict(zip(SPLITS, (0, 1 << 40, 2 << 40)))
+        # Longer than a window, so that windows of one record differ; in seconds.
         self._length = 2 * max(self.window, 1.0)
-        words = tokenizers.Words.train(
-            (s for i in range(len(CLASSES)) for s in _sentences(i)), 1 << 16
-        )
+        sentences = [sentence for kind in range(len(CLASSES)) for sentence in _sentences(kind)]
+        words = tokenizers.Words.train(sentences, 1 << 16)
         self.tokenizer = tokenizer_of(self.inputs, words.to_spec(), 'the synthetic source')
         self.info = {
             'tokenizer': self.tokenizer.to_spec(),
@@ -67,137 +77,208 @@ class Synthetic(Data):
             'sources': ['synthetic'],
         }
 
-    def _sources(self, split, by):
+    def _sources(self, split: str, by: str) -> list[order.Source]:
+        # A record is one segment, whichever `by` counts.
         return [order.Source(self._count[split], name='synthetic')]
 
-    def _record(self, split: str, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(class int64 [B], instance float64 [B 4] in [0, 1)) of records."""
-        u = order.uniform(0, index + self._first[split], 'synthetic', 4)
-        return index % len(CLASSES), u
+    def _record(
+        self, split: str, index: Int[np.ndarray, ' B']
+    ) -> tuple[Int[np.ndarray, ' B'], Float64[np.ndarray, 'B 4']]:
+        """Class and instance of records; the instance is four numbers in [0, 1)."""
+        # Not config.seed: the world is the same in every run.
+        instance = order.uniform(0, index + self._first[split], 'synthetic', 4)
+        return index % len(CLASSES), instance
 
-    def texts(self, split, by='segments'):
-        return [
-            {
-                'id': f'{split}/{i}',
-                'start': 0.0,
-                'end': self._length,
-                'caption': _caption(i % len(CLASSES)),
-                'sentences': _sentences(i % len(CLASSES)),
-            }
-            for i in range(self._count[split])
-        ]
+    def texts(self, split: str, by: str = 'segments') -> list[dict[str, Any]]:
+        texts = []
+        for i in range(self._count[split]):
+            kind = i % len(CLASSES)
+            texts.append(
+                {
+                    'id': f'{split}/{i}',
+                    'start': 0.0,
+                    'end': self._length,
+                    'caption': _caption(kind),
+                    'sentences': _sentences(kind),
+                }
+            )
+        return texts
 
-    def _batches(self, request, rows, number):
+    def _batches(
+        self, request: Request, rows: Callable[[int], Rows], number: int | None
+    ) -> Iterator[dict[str, Any]]:
         steps = itertools.count() if number is None else range(number)
         return (self._make(request, rows(step)) for step in steps)
 
     def _make(self, request: Request, rows: Rows) -> dict[str, Any]:
-        b = len(rows.position)
-        kind, instance = self._record(request.split, rows.index)
-        duration = np.full(b, self._length)
-        fps = self.inputs['video']['fps'] if 'video' in self.inputs else 10.0
-        segments = (np.zeros(b), duration) if request.centred else None
-        starts = view_rules.starts(
-            request.views, self.window, duration, self.draws(request, rows), segments, 1.0 / fps
-        )
-        batch: dict[str, Any] = {
-            'index': rows.index.astype(np.int32),
-            'source': rows.source,
-            'position': rows.position,
-            'valid': rows.valid.copy(),
-            'labels': {'class': kind.astype(np.int32)},
-        }
-        for v in request.views:
-            start = starts[v.suffix]
-            stream: dict[str, Any] = {'valid': np.ones(b, bool), 'start': start.astype(np.float32)}
-            if v.modality == 'video':
-                n, size = self.inputs['video']['frames'], self.inputs['video']['size']
-                at = start[:, None] + np.arange(n) / fps
-                stream['data'] = np.stack(
-                    [_frames(k, u, t, size) for k, u, t in zip(kind, instance, at)]
-                )
-                stream['box'], stream['flip'] = self.crops(
-                    request, rows, v, np.full(b, size), np.full(b, size)
-                )
-                # A mirrored grating moves the other way, and direction is the class: never flip.
-                stream['flip'] = np.zeros(b, bool)
-            elif v.modality == 'audio':
-                n, rate = self.inputs['audio']['samples'], self.inputs['audio']['rate']
-                stream['data'] = np.stack(
-                    [
-                        _sound(k, u, t + np.arange(n) / rate, rate)
-                        for k, u, t in zip(kind, instance, start)
-                    ]
-                )
-            else:
-                stream['data'], stream['mask'] = self._text(kind, start)
-                stream['valid'] = stream['mask'].any(-1)
-            if dict(v.spec)['kind'] == 'reverse' and v.modality != 'text':
-                stream['data'] = np.ascontiguousarray(stream['data'][:, ::-1])
-            batch[v.stream] = stream
-        if request.segments and 'text' in self.inputs:
-            data, mask = sentence_windows.encode(
-                self.tokenizer, [[_caption(k)] for k in kind], 1, self.inputs['text']['words']
-            )
-            batch['text.caption'] = {
-                'data': data,
-                'mask': mask,
-                'valid': mask[:, 0].copy(),
-                'start': np.zeros(b, np.float32),
+        """One batch."""
+        batch_size = len(rows.position)
+        kind, instance = self._record(request.split, rows.index)  # [B], [B 4]
+        starts = self._starts(request, rows)
+        batch = _row_fields(rows)
+        batch['labels'] = {'class': kind.astype(np.int32)}
+        for view in request.views:
+            start = starts[view.suffix]  # [B], in seconds
+            stream: dict[str, Any] = {
+                'valid': np.ones(batch_size, bool),
+                'start': start.astype(np.float32),
             }
+            if view.modality == 'video':
+                stream['data'] = self._video(kind, instance, start)  # [B T H W 3]
+                size = np.full(batch_size, self.inputs['video']['size'])
+                stream['box'], _ = self.crops(request, rows, view, size, size)
+                # A mirrored grating moves the other way, and direction is the class: never flip.
+                stream['flip'] = np.zeros(batch_size, bool)
+            elif view.modality == 'audio':
+                stream['data'] = self._audio(kind, instance, start)  # [B S]
+            else:
+                stream['data'], stream['mask'] = self._text(kind, start)  # [B K L], [B K]
+                stream['valid'] = stream['mask'].any(axis=-1)
+            if view.kind == 'reverse' and view.modality != 'text':
+                stream['data'] = _reversed(stream['data'])
+            batch[view.stream] = stream
+        if request.segments and 'text' in self.inputs:
+            batch['text.caption'] = self._captions(kind)
         return blank(batch, ~rows.valid)
 
-    def _text(self, kind: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        k, words = self.inputs['text']['candidates'], self.inputs['text']['words']
+    def _starts(self, request: Request, rows: Rows) -> dict[str, np.ndarray]:
+        """Window starts {suffix: float64 [B]}, in seconds."""
+        batch_size = len(rows.position)
+        duration = np.full(batch_size, self._length)
+        # Without video any step will do: sound and text can begin anywhere.
+        fps = self.inputs['video']['fps'] if 'video' in self.inputs else 10.0
+        segments = None
+        if request.centred:
+            segments = (np.zeros(batch_size), duration)  # the whole record is its one segment
+        draw = self.draws(request, rows)
+        return view_rules.starts(request.views, self.window, duration, draw, segments, 1.0 / fps)
+
+    def _video(
+        self,
+        kind: Int[np.ndarray, ' B'],
+        instance: Float64[np.ndarray, 'B 4'],
+        start: Float[np.ndarray, ' B'],
+    ) -> UInt8[np.ndarray, 'B T H W 3']:
+        spec = self.inputs['video']
+        times = start[:, None] + np.arange(spec['frames']) / spec['fps']  # [B T]
+        clips = [_frames(k, u, t, spec['size']) for k, u, t in zip(kind, instance, times)]
+        return np.stack(clips)
+
+    def _audio(
+        self,
+        kind: Int[np.ndarray, ' B'],
+        instance: Float64[np.ndarray, 'B 4'],
+        start: Float[np.ndarray, ' B'],
+    ) -> Int16[np.ndarray, 'B S']:
+        rate = self.inputs['audio']['rate']
+        offsets = np.arange(self.inputs['audio']['samples']) / rate  # [S], in seconds
+        clips = [_sound(k, u, t + offsets, rate) for k, u, t in zip(kind, instance, start)]
+        return np.stack(clips)
+
+    def _text(
+        self, kind: Int[np.ndarray, ' B'], start: Float[np.ndarray, ' B']
+    ) -> tuple[Int32[np.ndarray, 'B K L'], Bool[np.ndarray, 'B K']]:
+        """Words of the sentences nearest to each window, and which sentences hold any."""
+        num_candidates = self.inputs['text']['candidates']
+        num_words = self.inputs['text']['words']
         begin = np.arange(_SENTENCES) * self._length / _SENTENCES
         end = begin + self._length / _SENTENCES
-        chosen = [
-            [_sentences(c)[i] for i in sentence_windows.candidates(begin, end, t, self.window, k)]
-            for c, t in zip(kind, start)
-        ]
-        return sentence_windows.encode(self.tokenizer, chosen, k, words)
+        chosen = []
+        for k, window_start in zip(kind, start):
+            sentences = _sentences(k)
+            numbers = sentence_windows.candidates(
+                begin, end, window_start, self.window, num_candidates
+            )
+            chosen.append([sentences[number] for number in numbers])
+        return sentence_windows.encode(self.tokenizer, chosen, num_candidates, num_words)
+
+    def _captions(self, kind: Int[np.ndarray, ' B']) -> dict[str, np.ndarray]:
+        """The stream of the segments' captions."""
+        captions = [[_caption(k)] for k in kind]
+        data, mask = sentence_windows.encode(
+            self.tokenizer, captions, 1, self.inputs['text']['words']
+        )
+        return {
+            'data': data,
+            'mask': mask,
+            # A copy: contiguous, and no view of the mask.
+            'valid': mask[:, 0].copy(),
+            'start': np.zeros(len(kind), np.float32),
+        }
 
 
-def _names(kind: int) -> dict[str, str]:
-    c, m = CLASSES[kind].split()
-    return {'c': c, 'm': m, 't': _TONES[list(_COLOURS).index(c)]}
+def _row_fields(rows: Rows) -> dict[str, Any]:
+    """The entries of a batch that say which rows it holds."""
+    return {
+        'index': rows.index.astype(np.int32),
+        'source': rows.source,
+        'position': rows.position,
+        'valid': rows.valid.copy(),
+    }
 
 
-def _caption(kind: int) -> str:
+def _reversed(data: np.ndarray) -> np.ndarray:
+    """Clips [B time ...] played backwards."""
+    # A view of negative stride would be copied by every later step that needs plain memory.
+    return np.ascontiguousarray(data[:, ::-1])
+
+
+def _names(kind: _Class) -> dict[str, str]:
+    """The words of a class, by their names in _PHRASES."""
+    colour, motion = CLASSES[kind].split()
+    tone = _TONES[list(_COLOURS).index(colour)]
+    return {'colour': colour, 'motion': motion, 'tone': tone}
+
+
+def _caption(kind: _Class) -> str:
     return _PHRASES[0].format(**_names(kind))
 
 
-def _sentences(kind: int) -> list[str]:
-    return [_PHRASES[i % len(_PHRASES)].format(**_names(kind)) for i in range(_SENTENCES)]
+def _sentences(kind: _Class) -> list[str]:
+    names = _names(kind)
+    return [_PHRASES[i % len(_PHRASES)].format(**names) for i in range(_SENTENCES)]
 
 
-def _envelope(u: np.ndarray, t: np.ndarray) -> np.ndarray:
+def _envelope(u: Float64[np.ndarray, ' 4'], t: Float[np.ndarray, ' n']) -> Float[np.ndarray, ' n']:
     """Loudness of the tone and brightness of the grating at seconds t, in [0.15, 1].
 
     This is the instance's own rhythm.
     """
+    # 0.4 to 1.6 beats a second, from a phase of its own; tanh makes them nearly on and off.
     beat = np.sin(2 * np.pi * ((0.4 + 1.2 * u[0]) * t + u[1]))
     return 0.575 + 0.425 * np.tanh(3 * beat)
 
 
-def _frames(kind: int, u: np.ndarray, t: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [T size size 3]. Integer phases into a table of colours: no sine per pixel."""
-    c, m = CLASSES[kind].split()
-    dy, dx = _MOTIONS[m]
+def _frames(
+    kind: _Class, u: Float64[np.ndarray, ' 4'], t: Float[np.ndarray, ' T'], size: int
+) -> UInt8[np.ndarray, 'T H W 3']:
+    """The grating of a class and instance at seconds t."""
+    # Integer phases into a table of colours: no sine per pixel.
+    colour, motion = CLASSES[kind].split()
+    dy, dx = _MOTIONS[motion]
     wave = 0.5 + 0.5 * np.sin(2 * np.pi * np.arange(_LEVELS) / _LEVELS)
-    table = wave[:, None] * np.array(_COLOURS[c])  # [levels 3]
-    along = np.arange(size) * int(_LEVELS * (2 + 3 * u[2]) / size)  # stripes across the frame
-    table = (table[None] * _envelope(u, t)[:, None, None] + 12).astype(np.uint8)  # [T levels 3]
-    phase = along[None] - (_LEVELS * (u[3] + 1.5 * t)).astype(np.int64)[:, None] * (dy + dx)
+    table = wave[:, None] * np.array(_COLOURS[colour])  # [levels 3]
+    brightness = _envelope(u, t)[:, None, None]
+    table = (table[None] * brightness + 12).astype(np.uint8)  # [T levels 3]
+    # Two to five stripes across the frame, which drift by 1.5 stripes a second.
+    along = np.arange(size) * int(_LEVELS * (2 + 3 * u[2]) / size)  # [size]
+    drift = (_LEVELS * (u[3] + 1.5 * t)).astype(np.int64)  # [T]
+    phase = along[None] - drift[:, None] * (dy + dx)  # [T size]
     line = table[np.arange(len(t))[:, None], phase % _LEVELS]  # [T size 3]
+    # The pattern varies only along its motion, so a line of it is repeated over the frame.
     line = line[:, :, None] if dy else line[:, None]
     return np.broadcast_to(line, (len(t), size, size, 3))
 
 
-def _sound(kind: int, u: np.ndarray, t: np.ndarray, rate: int) -> np.ndarray:
-    """int16 [S]: the class's pitch (kept below half the sampling rate) in the instance's rhythm."""
+def _sound(
+    kind: _Class, u: Float64[np.ndarray, ' 4'], t: Float[np.ndarray, ' S'], rate: int
+) -> Int16[np.ndarray, ' S']:
+    """The class's pitch in the instance's rhythm, at seconds t."""
     colour, motion = divmod(kind, len(_MOTIONS))
-    pitch = min(rate / 6, 3000.0) / 2 ** (0.9 * (len(_COLOURS) - 1 - colour)) * (1 + 0.05 * motion)
+    # Colours are 0.9 octaves apart, motions 5 %. rate / 6 keeps all below half the sampling rate.
+    octaves_down = 0.9 * (len(_COLOURS) - 1 - colour)
+    pitch = min(rate / 6, 3000.0) / 2**octaves_down * (1 + 0.05 * motion)  # in Hz
+    # The envelope is slow: computed at every 64th sample, it costs little.
     coarse = np.linspace(t[0], t[-1], max(2, len(t) // 64))
     swell = np.interp(t, coarse, _envelope(u, coarse))
     return (12000 * swell * np.sin(2 * np.pi * pitch * t)).astype(np.int16)
@@ -211,49 +292,75 @@ def save_npz(
     path: str,
     info: Mapping[str, Any] | None = None,
 ) -> None:
-    """Host batches -> one file that `config.data.source = 'npz'` reads.
+    """Write host batches to one file that `config.data.source = 'npz'` reads.
 
-    batches: for all splits, or {split: batches}. Arrays are stored as 'video/data' … (or
-      'train:video/data' …) with all rows
-    stacked; rows with valid False are left out. info: the data object's, for tokenizer and class
-    names.
+    Arrays are stored as 'video/data' … (or 'train:video/data' …) with all rows stacked; rows with
+    valid False are left out.
+
+    Args:
+      batches: for all splits, or {split: batches}.
+      path: of the file.
+      info: the data object's, for tokenizer and class names.
+
+    Raises:
+      DataError: a split without batches.
     """
-    by_split = batches if isinstance(batches, Mapping) else {'': batches}
-    out: dict[str, np.ndarray] = {'info': np.array(json.dumps(dict(info or {})))}
-    for split, some in by_split.items():
-        flat = [_flatten(b) for b in some]
-        if not flat:
-            raise DataError(f'save_npz: no batch{f" for split {split!r}" if split else ""}')
-        keep = np.concatenate([b['valid'] for b in flat])
-        for name in flat[0]:
-            if name not in ('index', 'source', 'position', 'valid'):
-                out[f'{split}:{name}' if split else name] = np.concatenate([b[name] for b in flat])[
-                    keep
-                ]
-    with open(path, 'wb') as f:
-        np.savez(f, **out)  # type: ignore[arg-type]  # numpy's stub takes arrays for flags
+    # Without splits the arrays have no prefix, and the file serves every split.
+    by_split: Mapping[str, Any] = batches if isinstance(batches, Mapping) else {'': batches}
+    arrays: dict[str, Any] = {'info': np.array(json.dumps(dict(info or {})))}
+    for split, split_batches in by_split.items():
+        prefix = f'{split}:' if split else ''
+        for name, array in _stacked(split, split_batches).items():
+            arrays[f'{prefix}{name}'] = array
+    # A file object: np.savez would append .npz to a path without it.
+    with open(path, 'wb') as file:
+        np.savez(file, **arrays)
+
+
+def _stacked(split: str, batches: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """The valid rows of all batches, one behind the other."""
+    flat = [_flatten(batch) for batch in batches]
+    if not flat:
+        where = f' for split {split!r}' if split else ''
+        raise DataError(f'save_npz: no batch{where}')
+    is_valid = np.concatenate([batch['valid'] for batch in flat])
+    arrays = {}
+    for name in flat[0]:
+        # The reader numbers the rows anew.
+        if name in ('index', 'source', 'position', 'valid'):
+            continue
+        arrays[name] = np.concatenate([batch[name] for batch in flat])[is_valid]
+    return arrays
 
 
 def _flatten(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    out = {}
+    """{'video': {'data': …}} -> {'video/data': …}."""
+    arrays = {}
     for name, value in batch.items():
         if isinstance(value, Mapping):
-            out.update({f'{name}/{part}': np.asarray(array) for part, array in value.items()})
+            for part, array in value.items():
+                arrays[f'{name}/{part}'] = np.asarray(array)
         else:
-            out[name] = np.asarray(value)
-    return out
+            arrays[name] = np.asarray(value)
+    return arrays
 
 
 class Npz(Data):
     """config.data.npz: a file of `save_npz`.
 
-    Clips are fixed: passes and training differ only in crop and flip.
-
-    Views must be in the file, except `reverse`, which is made. Raises DataError for a missing file,
-    a missing stream, or a stream whose shape is not that of config.model.inputs.
+    Clips are fixed: passes and training differ only in crop and flip. Views must be in the file,
+    except `reverse`, which is made.
     """
 
-    def __init__(self, config):
+    tokenizer: tokenizers.Tokenizer
+
+    def __init__(self, config: ConfigDict):
+        """Read the whole file into memory.
+
+        Raises:
+          DataError: a missing file, a missing stream, or a stream whose shape is not that of
+            config.model.inputs.
+        """
         super().__init__(config)
         path = pathlib.Path(config.data.npz)
         if not config.data.npz or not path.is_file():
@@ -261,44 +368,37 @@ class Npz(Data):
                 f'config.data.npz is {str(config.data.npz)!r}, which is not a file; make one with '
                 'data_pipelines.loading.synthetic.save_npz'
             )
-        try:
-            with np.load(path, allow_pickle=False) as f:
-                stored = {name: f[name] for name in f.files}
-        except (OSError, ValueError, KeyError) as e:
-            raise DataError(f'{path} is not a readable npz of prepared batches ({e})') from None
+        stored = _load(path)
         info = json.loads(str(stored.pop('info', '{}')))
-        self._rows: dict[str, dict[str, np.ndarray]] = {}
-        for split in SPLITS:
-            own = {k.partition(':')[2]: v for k, v in stored.items() if k.startswith(f'{split}:')}
-            rows = own or {k: v for k, v in stored.items() if ':' not in k}
-            lengths = {k: len(v) for k, v in rows.items()}
-            if len(set(lengths.values())) > 1:
-                raise DataError(f'{path}: arrays of split {split!r} differ in rows: {lengths}')
-            self._rows[split] = rows
+        self._rows = {split: _rows_of_split(stored, split, path) for split in SPLITS}
         if not any(self._rows.values()):
             raise DataError(f'{path} holds no batches')
         self._check(path)
-        words = (
-            tokenizers.from_spec(info['tokenizer'])
-            if info.get('tokenizer')
-            else tokenizers.Words([])
-        )
-        self.tokenizer = (
-            tokenizer_of(self.inputs, words.to_spec(), str(path))
-            if info.get('tokenizer')
-            else words
-        )
-        labels = info.get('labels') or {}
-        for rows in self._rows.values():
-            for name in [k.partition('/')[2] for k in rows if k.startswith('labels/')]:
-                values = rows[f'labels/{name}']
-                count = values.shape[1] if values.ndim > 1 else int(values.max(initial=-1)) + 1
-                labels.setdefault(name, [str(i) for i in range(count)])
+        if info.get('tokenizer'):
+            # Through a tokenizer and back, so that a spec of the file is checked as any other.
+            spec = tokenizers.from_spec(info['tokenizer']).to_spec()
+            self.tokenizer = tokenizer_of(self.inputs, spec, str(path))
+        else:
+            self.tokenizer = tokenizers.Words([])  # the file's words have numbers, but no names
         self.info = {
             'tokenizer': self.tokenizer.to_spec(),
-            'labels': labels,
+            'labels': self._label_classes(info.get('labels') or {}),
             'sources': [path.name],
         }
+
+    def _label_classes(self, named: Mapping[str, list[str]]) -> dict[str, list[str]]:
+        """Classes of every label: those the file names, and numbers for the others."""
+        classes = dict(named)
+        for rows in self._rows.values():
+            for name, values in _labels(rows).items():
+                if name in classes:
+                    continue
+                if values.ndim > 1:  # multi-hot [M P]
+                    num_classes = values.shape[1]
+                else:
+                    num_classes = int(values.max(initial=-1)) + 1
+                classes[name] = [str(i) for i in range(num_classes)]
+        return classes
 
     def _check(self, path: pathlib.Path) -> None:
         """Check that every split with rows has every view in the shape of config.model.inputs."""
@@ -328,16 +428,18 @@ class Npz(Data):
         """Shape of a row of a stream's data; None where any size will do."""
         spec = self.inputs[modality]
         if modality == 'video':
+            # Frames are cropped and resized on the device, from whatever size they have.
             return (spec['frames'], None, None, 3)
         if modality == 'audio':
             return (spec['samples'],)
         return (spec['candidates'], spec['words'])
 
-    def _sources(self, split, by):
+    def _sources(self, split: str, by: str) -> list[order.Source]:
         rows = self._rows[split]
-        return [order.Source(len(next(iter(rows.values()))) if rows else 0, name='npz')]
+        num_rows = len(next(iter(rows.values()))) if rows else 0  # the same in every array
+        return [order.Source(num_rows, name='npz')]
 
-    def texts(self, split, by='segments'):
+    def texts(self, split: str, by: str = 'segments') -> list[dict[str, Any]]:
         return [
             {'id': f'{split}/{i}', 'start': 0.0, 'end': self.window, 'caption': '', 'sentences': []}
             for i in range(self.size(split, by))
@@ -346,29 +448,31 @@ class Npz(Data):
     def _batches(
         self, request: Request, rows: Callable[[int], Rows], number: int | None
     ) -> Iterator[dict[str, Any]]:
-        for v in request.views:
-            moved = not v.suffix and v.kind == 'window' and v.of > 1
-            if (
-                moved or f'{v.stream}/data' not in self._rows[request.split] and v.kind != 'reverse'
-            ) and number != 0:
-                raise DataError(
-                    f'the npz has no {"other window of" if moved else "stream"} {v.stream!r}; '
-                    'a file of prepared batches cannot make other windows'
-                )
+        # Here, not in `_make`: the error comes when the pass is made. One of no batches needs
+        # nothing of the file.
+        if number != 0:
+            for view in request.views:
+                self._check_stored(request.split, view)
         steps = itertools.count() if number is None else range(number)
         return (self._make(request, rows(step)) for step in steps)
 
+    def _check_stored(self, split: str, view: view_rules.View) -> None:
+        """Raise DataError for a view that the file neither holds nor gives by reversing."""
+        # A file holds one window of each row, the one that was chosen when it was written.
+        is_other_window = not view.suffix and view.kind == 'window' and view.of > 1
+        is_missing = f'{view.stream}/data' not in self._rows[split] and view.kind != 'reverse'
+        if is_other_window or is_missing:
+            missing = 'other window of' if is_other_window else 'stream'
+            raise DataError(
+                f'the npz has no {missing} {view.stream!r}; '
+                'a file of prepared batches cannot make other windows'
+            )
+
     def _make(self, request: Request, rows: Rows) -> dict[str, Any]:
+        """One batch."""
         stored = self._rows[request.split]
-        batch: dict[str, Any] = {
-            'index': rows.index.astype(np.int32),
-            'source': rows.source,
-            'position': rows.position,
-            'valid': rows.valid.copy(),
-        }
-        labels = {
-            k.partition('/')[2]: v[rows.index] for k, v in stored.items() if k.startswith('labels/')
-        }
+        batch = _row_fields(rows)
+        labels = {name: values[rows.index] for name, values in _labels(stored).items()}
         if labels:
             batch['labels'] = labels
         views = list(request.views)
@@ -397,12 +501,52 @@ class Npz(Data):
         if view.modality == 'video':
             height, width = (np.full(batch_size, n) for n in stream['data'].shape[2:4])
             stream['box'], stream['flip'] = self.crops(request, rows, view, height, width)
+            # In an evaluation the crop that was stored holds, unless the view asks for another.
             if not request.augment and view.crop is None:
                 stream['box'] = stored_or('box', stream['box'])
                 stream['flip'] = stored_or('flip', stream['flip'])
         if view.modality == 'text':
-            stream['mask'] = stored_or('mask', (stream['data'] != 0).any(axis=-1))
+            # Word number 0 is padding.
+            stream['mask'] = stored_or('mask', (stream['data'] != 0).any(axis=-1))  # [B K]
             stream['valid'] = stream['mask'].any(axis=-1)
         elif is_made:
-            stream['data'] = np.ascontiguousarray(stream['data'][:, ::-1])
+            stream['data'] = _reversed(stream['data'])
         return stream
+
+
+def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """All arrays of a file."""
+    try:
+        # No pickles: a file from elsewhere must not run code.
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, KeyError) as e:
+        raise DataError(f'{path} is not a readable npz of prepared batches ({e})') from None
+
+
+def _rows_of_split(
+    stored: Mapping[str, np.ndarray], split: str, path: pathlib.Path
+) -> dict[str, np.ndarray]:
+    """The arrays of a split, without its prefix: its own, else those of all splits."""
+    own = {}
+    shared = {}
+    for name, array in stored.items():
+        prefix, separator, rest = name.partition(':')
+        if not separator:
+            shared[name] = array
+        elif prefix == split:
+            own[rest] = array
+    rows = own or shared
+    lengths = {name: len(array) for name, array in rows.items()}
+    if len(set(lengths.values())) > 1:
+        raise DataError(f'{path}: arrays of split {split!r} differ in rows: {lengths}')
+    return rows
+
+
+def _labels(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The labels among the arrays of a split, by their names."""
+    labels = {}
+    for name, array in rows.items():
+        if name.startswith('labels/'):
+            labels[name.removeprefix('labels/')] = array
+    return labels

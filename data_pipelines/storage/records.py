@@ -1,4 +1,7 @@
-"""A prepared folder: random access to its raw records, each checked against the index written with it."""
+"""A prepared folder: random access to its raw records.
+
+Each is checked against the index written with it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ from data_pipelines.storage import record_index as indices
 from data_pipelines.storage.record_index import Index
 
 SPLITS = ('train', 'validation', 'test')
-CLIPS = 'clips'  # the one stored split of a dataset that is divided in several ways
+# The one stored split of a dataset that is divided in several ways.
+CLIPS = 'clips'
+# Of an entry of config.data.train, with their defaults; a field's type is its default's.
 FIELDS = {
     'path': '',
     'split': 'train',
@@ -28,101 +33,154 @@ FIELDS = {
     'fold': 0,
     'label': 'class',
     'per_class': 0,
-}  # of an entry of config.data.train
+}
+# Of config.data.eval.
+_EVAL_FIELDS = {'path': '', 'fold': 0}
 
 
-def read_from(config) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """({name: entry} of config.data.train with all fields, config.data.eval likewise, its path '' if there is none). An entry of the former
-    without a path reads what config.data.make makes. Raises DataError naming the wrong entry."""
-    made = config.data.make.get('path', '')
-    made = os.path.join(made, 'records') if made else ''
+def read_from(config: ConfigDict) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Read which prepared folders a run uses.
 
-    def filled(where: str, entry: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
-        if not isinstance(entry, Mapping | ConfigDict):
-            raise DataError(
-                f"{where} is {entry!r}; a group of fields is wanted, such as {{'path': FOLDER}}"
-            )
-        for name, value in entry.items():
-            if name not in fields:
-                raise DataError(f'{where} has no field {name!r}; fields are {", ".join(fields)}')
-            kind = type(fields[name])
-            if isinstance(value, bool) or not isinstance(
-                value, (int, float) if kind is float else kind
-            ):
-                raise DataError(
-                    f'{where}.{name} is {value!r}; a {kind.__name__} is wanted, such as {fields[name]!r}'
-                )
-        return {**fields, **entry}
+    Returns:
+      {name: entry} of config.data.train with all fields, and config.data.eval likewise, its path ''
+      if there is none. An entry of the former without a path reads what config.data.make makes.
 
+    Raises:
+      DataError: naming the wrong entry.
+    """
+    made_path = config.data.make.get('path', '')
+    if made_path:
+        made_path = os.path.join(made_path, 'records')
     mixture = {}
-    for name, entry in config.data.train.items():
-        mixture[name] = filled(f'config.data.train.{name}', entry, FIELDS)
-        mixture[name]['path'] = mixture[name]['path'] or made
-        if not mixture[name]['path']:
+    for name, given in config.data.train.items():
+        where = f'config.data.train.{name}'
+        entry = _with_defaults(where, given, FIELDS)
+        entry['path'] = entry['path'] or made_path
+        if not entry['path']:
             raise DataError(
-                f'config.data.train.{name} has no path; give the folder that python -m data_pipelines.prepare made'
+                f'{where} has no path; give the folder that python -m data_pipelines.prepare made'
             )
-    return mixture, filled('config.data.eval', config.data.eval, {'path': '', 'fold': 0})
+        mixture[name] = entry
+    return mixture, _with_defaults('config.data.eval', config.data.eval, _EVAL_FIELDS)
+
+
+def _with_defaults(where: str, entry: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry with all fields; DataError, naming it as `where`, if it has a wrong one."""
+    # A ConfigDict is no Mapping.
+    if not isinstance(entry, Mapping | ConfigDict):
+        raise DataError(
+            f"{where} is {entry!r}; a group of fields is wanted, such as {{'path': FOLDER}}"
+        )
+    for name, value in entry.items():
+        if name not in fields:
+            raise DataError(f'{where} has no field {name!r}; fields are {", ".join(fields)}')
+        expected = type(fields[name])
+        accepted = (int, float) if expected is float else (expected,)
+        # A bool is an int in Python, and never meant as one here.
+        if isinstance(value, bool) or not isinstance(value, accepted):
+            raise DataError(
+                f'{where}.{name} is {value!r}; a {expected.__name__} is wanted, '
+                f'such as {fields[name]!r}'
+            )
+    return {**fields, **entry}
 
 
 def shards(folder: str | os.PathLike, split: str) -> list[str]:
     """Paths of a split's ArrayRecord files, in record order."""
-    return sorted(str(p) for p in pathlib.Path(folder).glob(f'*-{split}.array_record-*-of-*'))
+    # Their numbers are padded with zeros: the order of the names is that of the numbers.
+    return sorted(str(path) for path in pathlib.Path(folder).glob(f'*-{split}.array_record-*-of-*'))
 
 
 def note_places(folder: pathlib.Path, split: str, rate: int) -> Iterator[tuple[str, int]]:
-    """(id, crc32) of each record of a split, in record order; then the tables of `places` are there."""
-    paths, rows, pieces = shards(folder, split), [], []
-    for number, path in enumerate(paths):
+    """Read all records of a split once and write the tables of `byte_offsets`.
+
+    The tables are written behind the last record: only for a caller that exhausts the iterator.
+
+    Args:
+      folder: of the records.
+      split: which records.
+      rate: samples a second.
+
+    Yields:
+      (id, crc32) of each record, in record order.
+    """
+    paths = shards(folder, split)
+    rows = []  # (shard, offset, bytes) of each record
+    pieces = []  # uint32 [pieces 3] of each record
+    for shard, path in enumerate(paths):
         for offset, raw in byte_offsets.array_records(path):
-            name, table = byte_offsets.of_example(raw, rate)
-            rows.append((number, offset, len(raw)))
-            pieces.append(table)
-            yield name, zlib.crc32(raw)
+            record_id, record_pieces = byte_offsets.of_example(raw, rate)
+            rows.append((shard, offset, len(raw)))
+            pieces.append(record_pieces)
+            yield record_id, zlib.crc32(raw)
     byte_offsets.save(folder, split, paths, rows, pieces)
 
 
 class Prepared:
-    """The folder that `prepare` made. meta: its index.json. Raises DataError if it is missing or incomplete.
+    """The folder that `prepare` made.
 
-    fold: which of a dataset's official divisions into splits holds, from 1 (0: the first, where there are several). Such a dataset has the split
-    `clips` too, of all clips, and for every division a label fold1, … with the classes of SPLITS.
+    A dataset with several official divisions into splits ("folds") has the split `clips` too, of
+    all clips, and for every division a label fold1, … with the classes of SPLITS.
+
+    Attributes:
+      path: the folder.
+      meta: its index.json.
+      format: how a record is laid out.
+      fold: which division holds, from 1; 0: the dataset has only one.
+      splits: that can be opened.
+      labels: {name: classes}.
     """
 
     def __init__(self, path: str | os.PathLike, fold: int = 0):
+        """Open a prepared folder.
+
+        Args:
+          path: the folder.
+          fold: which of several divisions into splits holds, from 1; 0: the first, where there are
+            several.
+
+        Raises:
+          DataError: the folder is missing or incomplete, or has no such fold.
+        """
         self.path = pathlib.Path(path)
-        if not self.path.is_dir():
-            raise DataError(
-                f'the prepared dataset {self.path} does not exist; make it with python -m data_pipelines.prepare '
-                f'--out={self.path} (docs/data.md)'
-            )
-        if not (self.path / 'prepare.json').is_file() or not (self.path / 'index.json').is_file():
-            what = (
-                'is not finished; run the same prepare command again'
-                if (self.path / '.staging').exists()
-                else ('is not a folder made by python -m data_pipelines.prepare')
-            )
-            raise DataError(f'{self.path} {what}')
+        self._check_finished()
         self.meta = self._json('index.json')
         if self.meta.get('version') != indices.VERSION:
             raise DataError(
-                f'{self.path} was prepared by another version of this code (index version '
-                f'{self.meta.get("version")}, wanted {indices.VERSION}); prepare it again with --overwrite'
+                f'{self.path} was prepared by another version of this code: expected index '
+                f'version {indices.VERSION}, got {self.meta.get("version")}; prepare it again with '
+                '--overwrite'
             )
-        self.format = self.meta.get('format', {'kind': 'example'})  # how a record is laid out
-        folds = self.meta.get('folds', [])
+        # Older folders do not name their layout.
+        self.format = self.meta.get('format', {'kind': 'example'})
+        folds = self.meta.get('folds', [])  # names of the splits, of each division
         if fold and not 1 <= fold <= len(folds):
-            raise DataError(
-                f'{self.path} has no fold {fold}; it has '
-                + (f'the folds 1 to {len(folds)}' if folds else 'none: leave the field out')
-            )
+            available = f'the folds 1 to {len(folds)}' if folds else 'none: leave the field out'
+            raise DataError(f'{self.path} has no fold {fold}; it has {available}')
         self.fold = fold or min(1, len(folds))
-        self.splits = (*folds[self.fold - 1], CLIPS) if folds else tuple(self.meta['splits'])
-        # which split a clip is in is a label too, so that one pass over all clips serves every fold
-        self.labels = {
-            **self.meta['labels'],
-            **{f'fold{i}': list(SPLITS) for i, _ in enumerate(folds, 1)},
-        }
+        if folds:
+            self.splits = (*folds[self.fold - 1], CLIPS)
+        else:
+            self.splits = tuple(self.meta['splits'])
+        # Which split a clip is in is a label too, so that one pass over all clips serves every
+        # fold.
+        self.labels = dict(self.meta['labels'])
+        for number in range(1, len(folds) + 1):
+            self.labels[f'fold{number}'] = list(SPLITS)
+
+    def _check_finished(self) -> None:
+        if not self.path.is_dir():
+            raise DataError(
+                f'the prepared dataset {self.path} does not exist; make it with '
+                f'python -m data_pipelines.prepare --out={self.path} (docs/data.md)'
+            )
+        # prepare.json is written last: without it the other files may be incomplete.
+        has_files = [(self.path / name).is_file() for name in ('prepare.json', 'index.json')]
+        if all(has_files):
+            return
+        if (self.path / '.staging').exists():
+            raise DataError(f'{self.path} is not finished; run the same prepare command again')
+        raise DataError(f'{self.path} is not a folder made by python -m data_pipelines.prepare')
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
@@ -141,104 +199,167 @@ class Prepared:
 
     def pieces(self, split: str, index: Index) -> byte_offsets.Pieces:
         """Random access to a stored split's records."""
-        ours = self.format['kind'] == 'example'
-        paths = (
-            shards(self.path, split) if ours else [path for path, _ in self.meta['files'][split]]
-        )
-        if (
-            ours and paths and not (self.path / f'places-{split}.npz').is_file()
-        ):  # prepared before these tables were there
-            try:
-                for _ in note_places(self.path, split, self.meta['rate']):
-                    pass
-            except OSError as e:
-                raise DataError(
-                    f'{self.path} was prepared before places-{split}.npz was written with it, and it cannot be added now ({e}); '
-                    'make the folder writable once, or prepare it again with --overwrite'
-                ) from None
-        again = (
-            'prepare it again with --overwrite'
-            if ours
-            else 'run python -m data_pipelines.dmvr again with --overwrite'
-        )
-        return byte_offsets.Pieces(
-            self.path,
-            split,
-            paths,
-            byte_offsets.firsts(index.frames, index.samples, self.meta['rate']),
-            ours,
-            again,
-        )
+        # Of the other kind are DMVR's TFRecord files, which stay where they are.
+        is_ours = self.format['kind'] == 'example'
+        paths: list[str]
+        if is_ours:
+            paths = shards(self.path, split)
+            again = 'prepare it again with --overwrite'
+            if paths:
+                self._ensure_byte_offsets(split)
+        else:
+            paths = [path for path, _ in self.meta['files'][split]]
+            again = 'run python -m data_pipelines.dmvr again with --overwrite'
+        firsts = byte_offsets.firsts(index.frames, index.samples, self.meta['rate'])
+        return byte_offsets.Pieces(self.path, split, paths, firsts, is_ours, again)
+
+    def _ensure_byte_offsets(self, split: str) -> None:
+        """Add the tables of a folder that was prepared before these tables were there."""
+        if (self.path / f'places-{split}.npz').is_file():
+            return
+        try:
+            # The ids are of no use here; exhausting the iterator writes the tables.
+            for _ in note_places(self.path, split, self.meta['rate']):
+                pass
+        except OSError as e:
+            raise DataError(
+                f'{self.path} was prepared before places-{split}.npz was written with it, and it '
+                f'cannot be added now ({e}); make the folder writable once, or prepare it again '
+                'with --overwrite'
+            ) from None
 
     def check(self, inputs: Mapping[str, Mapping[str, Any]]) -> None:
-        """Stored rates against config.model.inputs: frames may be thinned, never invented; sound is taken as it is."""
+        """Check the stored rates and sizes against config.model.inputs.
+
+        Frames may be thinned, never invented; sound is taken as it is.
+
+        Raises:
+          DataError: naming the field that does not fit.
+        """
+        where = 'config.model.inputs'
         again = f'prepare {self.path} again with'
         if 'video' in inputs:
-            fps, size = inputs['video']['fps'], inputs['video']['size']
-            if fps > self.meta['fps'] * (1 + 1e-6):
+            fps = inputs['video']['fps']
+            stored_fps = self.meta['fps']
+            # Equality up to rounding: rates such as 30000 / 1001 are given as decimals.
+            if fps > stored_fps * (1 + 1e-6):
                 raise DataError(
-                    f'config.model.inputs.video.fps is {fps:g} and {self.path} stores {self.meta["fps"]:g} frames per '
-                    f'second; {again} --fps={fps:g} or more, or set the field to at most {self.meta["fps"]:g}'
+                    f'{where}.video.fps is {fps:g} and {self.path} stores {stored_fps:g} frames '
+                    f'per second; {again} --fps={fps:g} or more, or set the field to at most '
+                    f'{stored_fps:g}'
                 )
-            if size > self.meta['size']:
+            size = inputs['video']['size']
+            stored_size = self.meta['size']
+            if size > stored_size:
                 raise DataError(
-                    f'config.model.inputs.video.size is {size} and {self.path} stores frames of {self.meta["size"]} '
-                    f'pixels; {again} --size={size} or more, or set the field to at most {self.meta["size"]}'
+                    f'{where}.video.size is {size} and {self.path} stores frames of {stored_size} '
+                    f'pixels; {again} --size={size} or more, or set the field to at most '
+                    f'{stored_size}'
                 )
-        if 'audio' in inputs and inputs['audio']['rate'] != self.meta['rate']:
-            raise DataError(
-                f'config.model.inputs.audio.rate is {inputs["audio"]["rate"]} and {self.path} stores '
-                f'{self.meta["rate"]} samples per second; {again} --rate={inputs["audio"]["rate"]}, or set the field'
-            )
+        if 'audio' in inputs:
+            rate = inputs['audio']['rate']
+            stored_rate = self.meta['rate']
+            if rate != stored_rate:
+                raise DataError(
+                    f'{where}.audio.rate is {rate} and {self.path} stores {stored_rate} samples '
+                    f'per second; {again} --rate={rate}, or set the field'
+                )
 
 
 class Split:
-    """One split of a prepared folder. `read` is safe from several threads."""
+    """One split of a prepared folder. `read` is safe from several threads.
+
+    Attributes:
+      prepared: the folder.
+      split: its name.
+      name: of the dataset.
+      index: of the split's records alone.
+    """
 
     def __init__(self, prepared: Prepared, split: str, name: str = ''):
-        self.prepared, self.split, self.name = prepared, split, name or prepared.meta['name']
+        self.prepared = prepared
+        self.split = split
+        self.name = name or prepared.meta['name']
         if split not in prepared.splits:
             raise DataError(
                 f'{prepared.path} has no split {split!r}; it has {", ".join(prepared.splits)}'
             )
-        stored = CLIPS if prepared.fold else split
-        self.index = prepared.index(stored)
-        self._rows = np.arange(len(self.index))  # places of these records among the stored ones
-        self._pieces = prepared.pieces(stored, self.index)
+        # With folds all clips are stored once, and a split is a selection of them.
+        stored_split = CLIPS if prepared.fold else split
+        self.index = prepared.index(stored_split)
+        self._pieces = prepared.pieces(stored_split, self.index)
+        # Row of each of this split's records among the stored ones.
+        self._rows = np.arange(len(self.index))
         if prepared.fold:
-            own = {
-                f'fold{i}': of[self.index.segment_record].astype(np.int32)
-                for i, of in enumerate(self.index.folds.T, 1)
-            }
-            self.index = dataclasses.replace(self.index, labels={**self.index.labels, **own})
-        if prepared.fold and split != CLIPS:
-            self._rows = np.flatnonzero(
-                self.index.folds[:, prepared.fold - 1] == SPLITS.index(split)
-            )
-            self.index = self.index.take(self._rows)
+            folds = self.index.folds  # [M F]
+            assert folds is not None  # the index of a dataset with folds has them
+            self.index = _with_fold_labels(self.index, folds)
+            if split != CLIPS:
+                # -1, a clip that is in none of the splits in this fold, equals no number.
+                is_member = folds[:, prepared.fold - 1] == SPLITS.index(split)  # [M]
+                self._rows = np.flatnonzero(is_member)
+                self.index = self.index.take(self._rows)
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def read(self, numbers: np.ndarray) -> tuple[list[bytes], list[str]]:
-        """(whole records, reasons): an unreadable record is b'' with the reason, the others have reason ''."""
-        raw, reasons = [], []
-        for n in map(int, numbers):
-            try:
-                one, reason = self._pieces[int(self._rows[n])], ''
-                if zlib.crc32(one) != int(self.index.crc[n]):
-                    one, reason = b'', 'its bytes are not those that were written (crc32)'
-            except OSError as e:
-                one, reason = b'', str(e)
-            raw.append(one)
+    def read(self, numbers: Sequence[int] | np.ndarray) -> tuple[list[bytes], list[str]]:
+        """Read whole records.
+
+        Returns:
+          The records and reasons: an unreadable record is b'' with the reason, the others have
+          reason ''.
+        """
+        records = []
+        reasons = []
+        for number in numbers:
+            raw, reason = self._read_one(int(number))
+            records.append(raw)
             reasons.append(reason)
-        return raw, reasons
+        return records, reasons
+
+    def _read_one(self, number: int) -> tuple[bytes, str]:
+        # Damage is reported, not raised: one bad record does not end a run.
+        try:
+            raw = self._pieces[int(self._rows[number])]
+        except OSError as e:
+            return b'', str(e)
+        if zlib.crc32(raw) != int(self.index.crc[number]):
+            return b'', 'its bytes are not those that were written (crc32)'
+        return raw, ''
 
     def clip(
         self, number: int, frames: Sequence[int], seconds: Sequence[int]
     ) -> tuple[list[bytes], list[bytes]]:
-        """Of one record: the stored frames, and the pieces of sound of a second each, with these numbers (ascending). Raises ValueError or OSError
-        if one is damaged."""
-        own = int(self.index.frames[number])
-        got = self._pieces.read(int(self._rows[number]), [*frames, *(own + s for s in seconds)])
-        return got[: len(frames)], got[len(frames) :]
+        """Read parts of one record.
+
+        Args:
+          number: of the record.
+          frames: numbers of stored frames, ascending.
+          seconds: numbers of the pieces of sound, of a second each, ascending.
+
+        Returns:
+          The frames and the pieces of sound.
+
+        Raises:
+          ValueError: one is damaged.
+          OSError: the file cannot be read.
+        """
+        # The pieces of sound are numbered behind all frames of the record.
+        num_frames = int(self.index.frames[number])
+        sound = [num_frames + second for second in seconds]
+        contents = self._pieces.read(int(self._rows[number]), [*frames, *sound])
+        return contents[: len(frames)], contents[len(frames) :]
+
+
+def _with_fold_labels(index: Index, folds: np.ndarray) -> Index:
+    """Add to the segments' labels the split their record is in, in each fold.
+
+    Args:
+      index: of all clips.
+      folds: number of the split in SPLITS [M F].
+    """
+    labels = dict(index.labels)
+    for number, split_of_record in enumerate(folds.T, 1):
+        labels[f'fold{number}'] = split_of_record[index.segment_record].astype(np.int32)  # [G]
+    return dataclasses.replace(index, labels=labels)
