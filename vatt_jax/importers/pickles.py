@@ -272,9 +272,10 @@ def _is_storage_id(pid: Any) -> bool:
     return len(pid) == 5 or pid[5] is None
 
 
-# Stand-ins: all that the unpickler ever sees, calls or changes. Each has `__setstate__`: without it
-# opcode BUILD would set attributes of the file's choice. Types are compared exactly (`type(x) is …`)
-# so that no subclass passes. Arguments come from the file and may be anything: hence `Any`.
+# Stand-ins: all that the unpickler ever sees, calls or changes. Each has `__setstate__`: without
+# it, opcode BUILD would set attributes of the file's choice. Types are compared exactly
+# (`type(x) is …`) so that no subclass passes. Arguments come from the file and may be anything:
+# hence `Any`.
 class _Fixed:
     """A stand-in that opcode BUILD cannot change."""
 
