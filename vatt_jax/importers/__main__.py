@@ -46,6 +46,7 @@ def main(argv: list[str]) -> None:
 
     flags = _parser().parse_args(argv)
     if bool(flags.checkpoint) == bool(flags.export):
+        # Neither says what to do; both would leave open which of them --out belongs to.
         raise ConfigError('name one of --checkpoint=PREFIX (in) and --export=RUN (out)')
     importer = _importer(flags.format)
 
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> None:
     config = None
     if flags.config:
         config = configs.load(flags.config)
-        # A config file may have misspelt a field, which the importer would silently ignore.
+        # A misspelt field fails here, by its name.
         configs.check_fields(config, default.get_config())
     config, report = importer.import_checkpoint(
         flags.checkpoint, flags.out, config, default.get_config(), **names

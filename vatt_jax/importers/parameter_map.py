@@ -24,6 +24,7 @@ from vatt_jax.models.embeddings import spline_matrix
 from vatt_jax.parallel import sharding
 from vatt_jax.training import checkpoint, train_state
 
+# A variable of ours: 'params', 'head', 'video_va', 'kernel', for example.
 Path = tuple[str, ...]
 
 
@@ -82,7 +83,7 @@ def to_ours(
         shapes: {key: shape} of the checkpoint.
         entries: the table.
         where: the checkpoint, for errors.
-        expected: our variables. Entries for others are read over.
+        expected: our variables; the table must have these and no others.
         bookkeeping: whether an unused key needs no mention.
         differences: 'config.field=ours (checkpoint: theirs)', known from elsewhere; any of them is
             an error.
@@ -104,6 +105,7 @@ def to_ours(
     arrays: dict[Path, np.ndarray] = {}
     resized = []
     for entry in entries:
+        # Reported below, together with what the table lacks.
         if entry.ours not in expected:
             continue
         like = expected[entry.ours]
@@ -118,9 +120,11 @@ def to_ours(
         if entry.layer is None:
             arrays[entry.ours] = value.reshape(like.shape)
         else:
+            # Layers are stacked along the first axis, for lax.scan.
             stacked = arrays.setdefault(entry.ours, np.zeros(like.shape, like.dtype))
             stacked[entry.layer] = value.reshape(like.shape[1:])
 
+    # A parameter of ours without an entry would silently be absent from the run.
     different = _unshared_paths(expected, entries)
     if different:
         raise ConfigError(
@@ -203,6 +207,7 @@ def to_theirs(ours: Mapping[Path, np.ndarray], entries: list[Entry]) -> dict[str
 
 def _unshared_paths(paths: Iterable[Path], entries: list[Entry]) -> list[str]:
     """Our variables that a table lacks, and those of the table that we lack."""
+    # The symmetric difference; stacked layers have one path of ours in common.
     in_table = {entry.ours for entry in entries}
     return sorted('/'.join(path) for path in set(paths) ^ in_table)
 
@@ -288,7 +293,7 @@ def write_run(
     Raises:
         ConfigError: no tokenizer can be made of the vocabulary.
     """
-    info = dict(info)
+    info = dict(info)  # the caller's stays as it is
     if vocabulary is not None:
         try:
             info['tokenizer'] = tokenizer.Words.from_table(vocabulary).to_spec()
@@ -332,6 +337,7 @@ def read_run(run: str | os.PathLike) -> tuple[ConfigDict, dict[str, Any], dict[P
     Raises:
         ConfigError: there is no checkpoint, or it is damaged.
     """
+    # `sound` compares digests of the files, so that no damaged model is exported.
     path = checkpoint.sound(pathlib.Path(run))
     meta = checkpoint.read_meta(path)
     model = checkpoint.read_model(path, objective=True)
