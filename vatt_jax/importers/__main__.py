@@ -1,13 +1,20 @@
 """Official checkpoints in, and our models out in the official layout.
 
-    python -m vatt_jax.importers --format=vatt_tf --checkpoint=ckpts/ckpt-500000 --config=configs/vatt.py:mbs --out=runs/vatt_mbs
-    python -m vatt_jax.importers --format=vatt_tf --checkpoint=ckpts/ckpt-500000 --out=runs/vatt          # sizes told by the checkpoint
-    python -m vatt_jax.importers --format=vatt_tf --export=runs/vatt --out=exported/ckpt-0                # the other way
-    python -m vatt_jax.importers --format=mmv --checkpoint=mmv_s3d.pkl --config=configs/mmv.py:s3d_fac_vat --out=runs/mmv_s3d
+    # VATT; without --config, the sizes are read off the checkpoint
+    python -m vatt_jax.importers --format=vatt_tf --checkpoint=ckpts/ckpt-500000 \\
+        --config=configs/vatt.py:mbs --out=runs/vatt_mbs
+    python -m vatt_jax.importers --format=vatt_tf --checkpoint=ckpts/ckpt-500000 --out=runs/vatt
+    # the other way
+    python -m vatt_jax.importers --format=vatt_tf --export=runs/vatt --out=exported/ckpt-0
+    # MMV
+    python -m vatt_jax.importers --format=mmv --checkpoint=mmv_s3d.pkl \\
+        --config=configs/mmv.py:s3d_fac_vat --out=runs/mmv_s3d
 
---out is then a run folder: vatt_jax.load(DIR), run.py --mode=eval --workdir=DIR, --config.init_from=DIR, or further training in it.
+--out is then a run folder: vatt_jax.load(DIR), run.py --mode=eval --workdir=DIR,
+--config.init_from=DIR, or further training in it.
 A pickle (mmv) is read without running anything that it asks for.
---vocabulary=FILE (a word a line, <pad> first) makes embed(text=…) work; --classes=FILE names a fine-tuned model's classes.
+--vocabulary=FILE (a word a line, <pad> first) makes embed(text=…) work; --classes=FILE names a
+fine-tuned model's classes.
 """
 
 from __future__ import annotations
@@ -16,20 +23,70 @@ import argparse
 import os
 import pathlib
 import sys
+from typing import Any, NoReturn
 
+# TensorFlow reads this when it is imported; 3: errors alone.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 FORMATS = ('vatt_tf', 'mmv')
 
 
 def main(argv: list[str]) -> None:
+    """Import or export one checkpoint.
+
+    Args:
+        argv: the flags, without the name of the program.
+
+    Raises:
+        ConfigError: flags, config or checkpoint are wrong.
+    """
+    # The importers, and models with them, are imported only when the flags are right.
     from configs import default
     from vatt_jax import config as configs
     from vatt_jax.config import ConfigError
 
+    flags = _parser().parse_args(argv)
+    if bool(flags.checkpoint) == bool(flags.export):
+        # Neither says what to do; both would leave open which of them --out belongs to.
+        raise ConfigError('name one of --checkpoint=PREFIX (in) and --export=RUN (out)')
+    importer = _importer(flags.format)
+
+    if flags.export:
+        count = importer.export_checkpoint(flags.export, flags.out)
+        # Of a TensorFlow checkpoint --out is the prefix; the index is one of its files.
+        suffix = '.index' if flags.format == 'vatt_tf' else ''
+        print(f'{count} variables of {flags.export} → {flags.out}{suffix}')
+        return
+
+    # Only vatt_tf's importer takes `classes`.
+    names = {'vocabulary': _lines(flags.vocabulary)}
+    if flags.classes:
+        if flags.format == 'mmv':
+            raise ConfigError('--classes: MMV checkpoints have no classifier; leave it out')
+        names['classes'] = _lines(flags.classes)
+    config = None
+    if flags.config:
+        config = configs.load(flags.config)
+        # A misspelt field fails here, by its name.
+        configs.check_fields(config, default.get_config())
+    config, report = importer.import_checkpoint(
+        flags.checkpoint, flags.out, config, default.get_config(), **names
+    )
+    print(f'{report.read} variables of {flags.checkpoint} → {flags.out} ({config.name})')
+    print(f'position tables resized: {", ".join(report.resized) or "none"}')
+    print(f'not used: {", ".join(report.unused) or "none"}')
+    # Always none: a variable that is missing is an error.
+    print(f'missing: none; optimizer and bookkeeping left alone: {report.bookkeeping} variables')
+
+
+def _parser() -> argparse.ArgumentParser:
+    from vatt_jax.config import ConfigError
+
     class Parser(argparse.ArgumentParser):
-        def error(self, message):
+        # argparse prints the usage and exits; here wrong flags fail as wrong configs do.
+        def error(self, message: str) -> NoReturn:
             raise ConfigError(f'{message}; see python -m vatt_jax.importers --help')
 
+    # Without abbreviations, so that a flag added later cannot change what a command means.
     parser = Parser(
         prog='python -m vatt_jax.importers',
         description=__doc__,
@@ -59,37 +116,18 @@ def main(argv: list[str]) -> None:
         '--vocabulary', default='', help='file of the words of the word table, one a line'
     )
     parser.add_argument('--classes', default='', help='file of class names, one a line')
-    flags = parser.parse_args(argv)
-    if bool(flags.checkpoint) == bool(flags.export):
-        raise ConfigError('name one of --checkpoint=PREFIX (in) and --export=RUN (out)')
+    return parser
+
+
+def _importer(name: str) -> Any:
+    """The module of a format: import_checkpoint and export_checkpoint."""
     from vatt_jax.importers import mmv, vatt_tf
 
-    importer = {'vatt_tf': vatt_tf, 'mmv': mmv}[flags.format]
-    if flags.export:
-        count = importer.export_checkpoint(flags.export, flags.out)
-        print(
-            f'{count} variables of {flags.export} → {flags.out}{".index" if flags.format == "vatt_tf" else ""}'
-        )
-        return
-    given = {'vocabulary': _lines(flags.vocabulary)}
-    if flags.classes:
-        if flags.format == 'mmv':
-            raise ConfigError('--classes: MMV checkpoints have no classifier; leave it out')
-        given['classes'] = _lines(flags.classes)
-    config = None
-    if flags.config:
-        config = configs.load(flags.config)
-        configs.check_fields(config, default.get_config())
-    config, report = importer.import_checkpoint(
-        flags.checkpoint, flags.out, config, default.get_config(), **given
-    )
-    print(f'{report.read} variables of {flags.checkpoint} → {flags.out} ({config.name})')
-    for text, names in (('position tables resized', report.resized), ('not used', report.unused)):
-        print(f'{text}: {", ".join(names) or "none"}')
-    print(f'missing: none; optimizer and bookkeeping left alone: {report.bookkeeping} variables')
+    return {'vatt_tf': vatt_tf, 'mmv': mmv}[name]
 
 
 def _lines(path: str) -> list[str] | None:
+    """Lines of a text file; None where no file is given."""
     from vatt_jax.config import ConfigError
 
     if not path:
@@ -98,7 +136,8 @@ def _lines(path: str) -> list[str] | None:
         return pathlib.Path(path).read_text().splitlines()
     except OSError as error:
         raise ConfigError(
-            f'{path} cannot be read ({error.strerror}); a text file with one word or name a line is wanted'
+            f'{path} cannot be read ({error.strerror}); expected a text file with one word or name '
+            'a line'
         ) from error
 
 

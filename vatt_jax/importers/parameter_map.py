@@ -1,4 +1,7 @@
-"""What every importer shares: a table of which variable of a foreign checkpoint is which of ours, its use in both directions, and run folders."""
+"""What every importer shares: tables between two layouts of parameters, and run folders.
+
+A table says which variable of a foreign checkpoint is which of ours. It is used in both directions.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,13 +24,21 @@ from vatt_jax.models.embeddings import spline_matrix
 from vatt_jax.parallel import sharding
 from vatt_jax.training import checkpoint, train_state
 
+# A variable of ours: 'params', 'head', 'video_va', 'kernel', for example.
 Path = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """ours: path ('params' | 'batch_stats' | 'objective', …); layer: which row of it, for stacked layers; theirs: key in their file; shape: of
-    theirs; fields: the config field behind each of its dimensions ('' where there is none)."""
+    """One line of a table: a variable of theirs, and where it is in our tree.
+
+    Attributes:
+        ours: path ('params' | 'batch_stats' | 'objective', …).
+        layer: which row of our variable it is, where layers are stacked; else None.
+        theirs: key in their file.
+        shape: of their variable.
+        fields: the config field behind each of its dimensions, '' where there is none.
+    """
 
     ours: Path
     layer: int | None
@@ -38,12 +49,19 @@ class Entry:
 
 @dataclasses.dataclass
 class Report:
-    """What an import did: variables read, position tables resized ('name: 8 → 4 rows'), and those of the checkpoint that nothing took."""
+    """What an import did.
+
+    Attributes:
+        read: number of variables read.
+        resized: position tables of another length, as 'name: 8 → 4 rows'.
+        unused: variables of the checkpoint that nothing took.
+        bookkeeping: number of variables of optimizer, counters and the like, left alone.
+    """
 
     read: int
     resized: list[str]
     unused: list[str]
-    bookkeeping: int  # variables of optimizer, counters and the like, which are left alone
+    bookkeeping: int
 
 
 # ---- the table at work
@@ -52,152 +70,249 @@ def to_ours(
     shapes: Mapping[str, tuple[int, ...]],
     entries: list[Entry],
     where: str,
-    wanted: Mapping[Path, jax.ShapeDtypeStruct],
+    expected: Mapping[Path, jax.ShapeDtypeStruct],
     bookkeeping: Callable[[str], bool],
     differences: Sequence[str] = (),
 ) -> tuple[dict[Path, np.ndarray], Report]:
-    """({our path: array}, report). read: key -> array. shapes: of the checkpoint. wanted: ours. bookkeeping: whether an unused key needs no mention.
-    differences: 'config.field=ours (checkpoint: theirs)', known from elsewhere; any of them is an error.
+    """Bring the variables of a checkpoint into our layout.
 
-    Position tables of another length are resized by spline. Raises ConfigError that lists all differences, missing variables, those whose shape
-    does not fit (both shapes, the config field behind the difference) and unused ones; and where the table and `wanted` differ.
+    Position tables of another length are resized by spline.
+
+    Args:
+        read: reads the array of one key.
+        shapes: {key: shape} of the checkpoint.
+        entries: the table.
+        where: the checkpoint, for errors.
+        expected: our variables; the table must have these and no others.
+        bookkeeping: whether an unused key needs no mention.
+        differences: 'config.field=ours (checkpoint: theirs)', known from elsewhere; any of them is
+            an error.
+
+    Returns:
+        {our path: array}, and what was read, resized and left out.
+
+    Raises:
+        ConfigError: the checkpoint does not fit; lists all differences, missing variables, those
+            whose shape does not fit (both shapes, the config field behind the difference) and
+            unused ones. Or the table and `expected` differ.
     """
     used = {entry.theirs for entry in entries}
     rest = sorted(key for key in shapes if key not in used)
     unused = [key for key in rest if not bookkeeping(key)]
+    # Shapes are known without reading arrays, so a misfit costs nothing.
+    _check_shapes(shapes, entries, where, unused, differences)
+
+    arrays: dict[Path, np.ndarray] = {}
+    resized = []
+    for entry in entries:
+        # Reported below, together with what the table lacks.
+        if entry.ours not in expected:
+            continue
+        like = expected[entry.ours]
+        shape = tuple(shapes[entry.theirs])
+        value = np.asarray(read(entry.theirs), like.dtype)
+        if shape != entry.shape:
+            # `_fits` let this pass, so it is a position table: [rows D]. In float64, rounded once.
+            matrix = spline_matrix(shape[0], entry.shape[0])
+            value = (matrix @ value.astype(np.float64)).astype(like.dtype)
+            resized.append(f'{entry.theirs}: {shape[0]} → {entry.shape[0]} rows')
+        # The layouts differ by reshapes alone (heads and their width, axes of length 1).
+        if entry.layer is None:
+            arrays[entry.ours] = value.reshape(like.shape)
+        else:
+            # Layers are stacked along the first axis, for lax.scan.
+            stacked = arrays.setdefault(entry.ours, np.zeros(like.shape, like.dtype))
+            stacked[entry.layer] = value.reshape(like.shape[1:])
+
+    # A parameter of ours without an entry would silently be absent from the run.
+    different = _unshared_paths(expected, entries)
+    if different:
+        raise ConfigError(
+            f'this config has parameters that the official layout does not: {listed(different)}'
+        )
+    return arrays, Report(len(entries), resized, unused, len(rest) - len(unused))
+
+
+def _check_shapes(
+    shapes: Mapping[str, tuple[int, ...]],
+    entries: list[Entry],
+    where: str,
+    unused: list[str],
+    differences: Sequence[str],
+) -> None:
+    """Raise one error for everything that does not fit: a wrong config is wrong in many places."""
     missing = [entry.theirs for entry in entries if entry.theirs not in shapes]
-    wrong = []
+    misfits = []
     for entry in entries:
         if entry.theirs in shapes and not _fits(entry, tuple(shapes[entry.theirs])):
-            wrong.append(entry)
-    if differences or missing or wrong:
-        first_line = f'{where} does not fit this config'
-        if differences:
-            first_line += f': {", ".join(differences)}'
-        if differences or wrong:
-            first_line += (
-                '; set these fields as the checkpoint has them, or leave out --config and let it '
-                'tell its sizes'
-            )
-        lines = [first_line]
-        if missing:
-            lines.append(
-                f'lacks {len(missing)} of the {len(entries)} variables this config wants: '
-                f'{", ".join(missing)}'
-            )
-        lines += [_misfit(entry, tuple(shapes[entry.theirs])) for entry in wrong]
-        if unused:
-            lines.append(f'not used: {", ".join(unused)}')
-        raise ConfigError('\n'.join(lines))
-    out: dict[Path, np.ndarray] = {}
-    resized = []
-    for e in entries:
-        if e.ours not in wanted:
-            continue
-        like, have = wanted[e.ours], tuple(shapes[e.theirs])
-        x = np.asarray(read(e.theirs), like.dtype)
-        if have != e.shape:
-            x = (spline_matrix(have[0], e.shape[0]) @ x.astype(np.float64)).astype(like.dtype)
-            resized.append(f'{e.theirs}: {have[0]} → {e.shape[0]} rows')
-        if e.layer is None:
-            out[e.ours] = x.reshape(like.shape)
-        else:
-            stacked = out.setdefault(e.ours, np.zeros(like.shape, like.dtype))
-            stacked[e.layer] = x.reshape(like.shape[1:])
-    lost = sorted('/'.join(k) for k in set(wanted) ^ {e.ours for e in entries})
-    if lost:
-        raise ConfigError(
-            f'this config has parameters that the official layout does not: {listed(lost)}'
+            misfits.append(entry)
+    if not (differences or missing or misfits):
+        return
+    first_line = f'{where} does not fit this config'
+    if differences:
+        first_line += f': {", ".join(differences)}'
+    if differences or misfits:
+        first_line += (
+            '; set these fields as the checkpoint has them, or leave out --config and let it '
+            'tell its sizes'
         )
-    return out, Report(len(entries), resized, unused, len(rest) - len(unused))
+    lines = [first_line]
+    if missing:
+        lines.append(
+            f'lacks {len(missing)} of the {len(entries)} variables this config wants: '
+            f'{", ".join(missing)}'
+        )
+    lines += [_misfit(entry, tuple(shapes[entry.theirs])) for entry in misfits]
+    # No error by themselves, but a variable that is missing may be among them by another name.
+    if unused:
+        lines.append(f'not used: {", ".join(unused)}')
+    raise ConfigError('\n'.join(lines))
 
 
-def _fits(entry: Entry, have: tuple[int, ...]) -> bool:
+def _fits(entry: Entry, shape: tuple[int, ...]) -> bool:
     """Whether a shape is that of the table, or a position table's, which can be resized."""
-    if have == entry.shape:
+    if shape == entry.shape:
         return True
-    return entry.ours[-1].endswith('_positions') and have[1:] == entry.shape[1:]
+    return entry.ours[-1].endswith('_positions') and shape[1:] == entry.shape[1:]
 
 
-def _misfit(e: Entry, have: tuple[int, ...]) -> str:
-    fields = (
-        [f for f, a, b in zip(e.fields, have, e.shape) if a != b and f]
-        if len(have) == len(e.shape)
-        else []
+def _misfit(entry: Entry, shape: tuple[int, ...]) -> str:
+    """Describe a wrong shape, with the fields that decide the dimensions that differ."""
+    fields = []
+    # With another number of dimensions there is no telling which of them correspond.
+    if len(shape) == len(entry.shape):
+        for field, theirs, ours in zip(entry.fields, shape, entry.shape):
+            if theirs != ours and field:
+                fields.append(field)
+    hint = ''
+    if fields:
+        # A field may decide several dimensions; name it once, in the order of the dimensions.
+        hint = f'; set config.{" and config.".join(dict.fromkeys(fields))}'
+    return (
+        f'{entry.theirs} has shape {list(shape)}, this config wants {list(entry.shape)} '
+        f'(for {"/".join(entry.ours)}){hint}'
     )
-    hint = f'; set config.{" and config.".join(dict.fromkeys(fields))}' if fields else ''
-    return f'{e.theirs} has shape {list(have)}, this config wants {list(e.shape)} (for {"/".join(e.ours)}){hint}'
 
 
 def to_theirs(ours: Mapping[Path, np.ndarray], entries: list[Entry]) -> dict[str, np.ndarray]:
-    """{their key: array}: the inverse of `to_ours`."""
-    return {
-        e.theirs: np.asarray(ours[e.ours] if e.layer is None else ours[e.ours][e.layer]).reshape(
-            e.shape
-        )
-        for e in entries
-    }
+    """Return {their key: array}: the inverse of `to_ours`."""
+    theirs = {}
+    for entry in entries:
+        value = ours[entry.ours]
+        if entry.layer is not None:
+            value = value[entry.layer]
+        theirs[entry.theirs] = np.asarray(value).reshape(entry.shape)
+    return theirs
+
+
+def _unshared_paths(paths: Iterable[Path], entries: list[Entry]) -> list[str]:
+    """Our variables that a table lacks, and those of the table that we lack."""
+    # The symmetric difference; stacked layers have one path of ours in common.
+    in_table = {entry.ours for entry in entries}
+    return sorted('/'.join(path) for path in set(paths) ^ in_table)
 
 
 def listed(names: list[str], most: int = 20) -> str:
-    return ', '.join(names[:most]) + (
-        f', and {len(names) - most} more' if len(names) > most else ''
-    )
+    """Join names for an error, at most `most` of them."""
+    text = ', '.join(names[:most])
+    if len(names) > most:
+        text += f', and {len(names) - most} more'
+    return text
 
 
 # ---- run folders
 def check_new(out: str | os.PathLike) -> pathlib.Path:
+    """Return the folder as a path. Raises ConfigError where it already is a run."""
     out = pathlib.Path(out)
     if (out / 'checkpoints').exists():
         raise ConfigError(f'--out={out} already holds checkpoints; name another folder')
     return out
 
 
-def abstract_state(config, labels: Mapping[str, Sequence[str]]):
-    """The TrainState that `config` makes, shapes only. labels: name -> classes."""
+def abstract_state(config: ConfigDict, labels: Mapping[str, Sequence[str]]) -> Any:
+    """Return the TrainState that a config makes, shapes only.
+
+    Args:
+        config: the whole config.
+        labels: {name of a label: its classes}.
+    """
     objective = objectives.build(config.objective)
     model = models.build(config.model, config.compute_dtype)
+    # None stands for the whole batch: a stream for each tower.
     streams = objective.streams() or tuple(config.model.towers)
     batch = preprocess.abstract(config.model.inputs, streams, 2, config.compute_dtype)
-    spec = train_state.abstract(model, batch, 1, {k: len(v) for k, v in labels.items()})
+    num_classes = {name: len(classes) for name, classes in labels.items()}
+    spec = train_state.abstract(model, batch, 1, num_classes)
+    # One device: an import does not depend on the mesh that the config asks for.
     mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, (1, 1, 1, 1))))
     return train_state.create(config, model, objective, spec, mesh)[1]
 
 
-def variables(state) -> dict[Path, Any]:
-    """Parameters and statistics of a TrainState as a table has them: {('params' | 'batch_stats' | 'objective', …): leaf}."""
-    groups = {
-        'params': state.params['model'],
-        'batch_stats': state.batch_stats,
-        'objective': state.params['objective'],
-    }
-    return {(group, *k): v for group, tree in groups.items() for k, v in flatten_dict(tree).items()}
+def variables(state: Any) -> dict[Path, Any]:
+    """Return parameters and statistics of a TrainState as a table has them.
+
+    Returns:
+        {('params' | 'batch_stats' | 'objective', …): leaf}.
+    """
+    return _flat(
+        {
+            'params': state.params['model'],
+            'batch_stats': state.batch_stats,
+            'objective': state.params['objective'],
+        }
+    )
+
+
+def _flat(groups: Mapping[str, Any]) -> dict[Path, Any]:
+    """{group: tree} as {(group, *path): leaf}."""
+    flat = {}
+    for group, tree in groups.items():
+        for path, leaf in flatten_dict(tree).items():
+            flat[(group, *path)] = leaf
+    return flat
 
 
 def write_run(
     out: pathlib.Path,
-    config,
-    state,
+    config: ConfigDict,
+    state: Any,
     arrays: Mapping[Path, np.ndarray],
     info: Mapping[str, Any],
     vocabulary: Sequence[str] | None = None,
 ) -> None:
-    """Makes `out` a run folder that holds `arrays` as step 0, with fresh optimizer slots. state: abstract. vocabulary: words in the order of the
-    word table, <pad> first."""
-    info = dict(info)
+    """Make a run folder that holds arrays as step 0, with fresh optimizer slots.
+
+    Args:
+        out: the folder.
+        config: of the run.
+        state: the abstract TrainState of that config.
+        arrays: {our path: array}, all of them.
+        info: what a checkpoint says of labels and sources.
+        vocabulary: words in the order of the word table, <pad> first.
+
+    Raises:
+        ConfigError: no tokenizer can be made of the vocabulary.
+    """
+    info = dict(info)  # the caller's stays as it is
     if vocabulary is not None:
         try:
             info['tokenizer'] = tokenizer.Words.from_table(vocabulary).to_spec()
         except ValueError as error:
             raise ConfigError(f'--vocabulary: {error}') from error
-    group = lambda name: unflatten_dict({k[1:]: v for k, v in arrays.items() if k[0] == name})
-    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), state)
-    params = group('params')
+
+    def tree_of(group: str) -> dict[str, Any]:
+        return unflatten_dict({path[1:]: v for path, v in arrays.items() if path[0] == group})
+
+    # Optimizer slots and counters begin at zero, so the optimizer need not be run to make them.
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
+    params = tree_of('params')
     state = zeros.replace(
-        params={'model': params, 'objective': group('objective')},
-        batch_stats=group('batch_stats'),
+        params={'model': params, 'objective': tree_of('objective')},
+        batch_stats=tree_of('batch_stats'),
+        # The average begins at the imported weights: zeros would take long to forget.
         ema=params if config.optimizer.ema else {},
     )
+    # As if a run had saved before its first batch.
     meta = {
         'step': 0,
         'consumed': 0,
@@ -206,29 +321,36 @@ def write_run(
         'config': config.to_dict(),
         'info': info,
     }
-    keeper = checkpoint.Checkpoints(out / 'checkpoints', config.checkpoint)
-    keeper.save(0, state, meta, {})
-    keeper.wait()
-    keeper.close()
+    checkpoints = checkpoint.Checkpoints(out / 'checkpoints', config.checkpoint)
+    checkpoints.save(0, state, meta, {})
+    checkpoints.wait()  # saving goes on in the background
+    checkpoints.close()
     (out / 'config.json').write_text(to_json(config))
 
 
 def read_run(run: str | os.PathLike) -> tuple[ConfigDict, dict[str, Any], dict[Path, np.ndarray]]:
-    """(config, info, variables) of the newest model of a run, or of one checkpoint folder."""
-    path = checkpoint.sound(run)
+    """Read the newest model of a run folder, or the model of one checkpoint folder.
+
+    Returns:
+        The config, the info and the variables {our path: array}.
+
+    Raises:
+        ConfigError: there is no checkpoint, or it is damaged.
+    """
+    # `sound` compares digests of the files, so that no damaged model is exported.
+    path = checkpoint.sound(pathlib.Path(run))
     meta = checkpoint.read_meta(path)
-    got = checkpoint.read_model(path, objective=True)
-    ours = {
-        (group, *k): v
-        for group in ('params', 'batch_stats', 'objective')
-        for k, v in flatten_dict(got[group]).items()
-    }
+    model = checkpoint.read_model(path, objective=True)
+    ours = _flat({group: model[group] for group in ('params', 'batch_stats', 'objective')})
+    # Through JSON, which is where the tuples of a config and its renamed fields are restored.
     return from_json(json.dumps(meta['config'])), meta['info'], ours
 
 
 def check_same(run: str | os.PathLike, ours: Mapping[Path, Any], entries: list[Entry]) -> None:
-    lost = sorted('/'.join(k) for k in set(ours) ^ {e.ours for e in entries})
-    if lost:
+    """Check that a table has all variables of a run, and no others."""
+    different = _unshared_paths(ours, entries)
+    if different:
         raise ConfigError(
-            f'{run} has parameters that the official layout does not, or lacks some of its: {listed(lost)}'
+            f'{run} has parameters that the official layout does not, or lacks some of its: '
+            f'{listed(different)}'
         )

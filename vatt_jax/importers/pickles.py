@@ -1,8 +1,12 @@
 """Pickle, dill and PyTorch files as plain values, without running anything that they ask for.
 
-A pickle is a program: it may name any function and call it. Here every name it may use stands for an object of this file, which only puts
-arrays and containers together; any other name, and any opcode that could reach one in another way, ends the reading. Neither dill, Haiku, Flax
-nor PyTorch need be installed to read what they wrote.
+A pickle is a program: it may name any function and call it. Here every name it may use stands for
+an object of this file, which only puts arrays and containers together; any other name, and any
+opcode that could reach one in another way, ends the reading. Neither dill, Haiku, Flax nor PyTorch
+need be installed to read what they wrote.
+
+A file is read in three passes: `_check` looks at the opcodes without executing them, `_Unpickler`
+executes them on stand-ins, and `_Converter` replaces the stand-ins by arrays.
 """
 
 from __future__ import annotations
@@ -17,22 +21,30 @@ import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from vatt_jax.config import ConfigError
 
-# What protocols 2 to 5 need for arrays and containers. Left out, among others: EXT1… (names by number, from a registry of the process), INST, OBJ
-# and NEWOBJ (make instances of classes), PERSID (names of things outside the file; PyTorch's storages alone use BINPERSID).
+# What protocols 2 to 5 need for arrays and containers. Left out, among others: EXT1… (names by
+# number, from a registry of the process), INST, OBJ and NEWOBJ (make instances of classes), PERSID
+# (names of things outside the file; PyTorch's storages alone use BINPERSID).
 OPCODES = frozenset(
-    """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT
-    BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 EMPTY_DICT EMPTY_LIST EMPTY_TUPLE
-    EMPTY_SET TUPLE TUPLE1 TUPLE2 TUPLE3 FROZENSET APPEND APPENDS SETITEM SETITEMS ADDITEMS GLOBAL STACK_GLOBAL REDUCE BUILD
+    """PROTO FRAME STOP MARK POP POP_MARK
+    NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT
+    BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINSTRING SHORT_BINSTRING
+    BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8
+    EMPTY_DICT EMPTY_LIST EMPTY_TUPLE EMPTY_SET TUPLE TUPLE1 TUPLE2 TUPLE3 FROZENSET
+    APPEND APPENDS SETITEM SETITEMS ADDITEMS
+    GLOBAL STACK_GLOBAL REDUCE BUILD
     MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET""".split()
 )
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a PyTorch file from before 1.6
+TORCH_VERSION = 1001  # second pickle of such a file
+ZIP_MAGIC = b'PK\x03\x04'
+# torch.<key>Storage -> the NumPy type of its numbers.
 TORCH_STORAGES = {
     'Float': 'f4',
     'Double': 'f8',
@@ -58,148 +70,219 @@ class Damaged(ConfigError):
     """The file is no such file, or not all of it."""
 
 
-class _Odd(ValueError):
-    """Said by the stand-ins, which do not know the file's name, of what they were given."""
+class _Unsupported(ValueError):
+    """Raised by the stand-ins, which do not know the file's name; `_errors_of` adds it."""
 
 
 def read(path: str | os.PathLike) -> Any:
-    """What the file holds: dicts, lists, tuples, sets, numbers, strings, None, and (read-only) NumPy arrays and scalars.
+    """Read a pickle, dill or PyTorch file without executing what it asks for.
 
-    OrderedDict, Haiku's flat mappings and Flax's frozen ones come as dicts, jax arrays and PyTorch tensors as NumPy arrays. Raises ConfigError
-    (Refused, Damaged) with the name of the file and of what was found in it.
+    Args:
+        path: the file: a pickle of protocol 2 to 5, or what torch.save wrote, before or since 1.6.
+
+    Returns:
+        What the file holds: dicts, lists, tuples, sets, numbers, strings, None, and (read-only)
+        NumPy arrays and scalars. OrderedDict, Haiku's flat mappings and Flax's frozen ones come as
+        dicts, jax arrays and PyTorch tensors as NumPy arrays.
+
+    Raises:
+        ConfigError: (Refused, Damaged) with the name of the file and of what was found in it.
     """
     path = pathlib.Path(path)
     try:
         with open(path, 'rb') as file:
+            # An empty file cannot be mapped into memory.
             if not os.fstat(file.fileno()).st_size:
-                raise Damaged(f'{path} is empty; a pickle, dill or PyTorch file is wanted')
-            if file.read(4) == b'PK\x03\x04':
-                return _torch_zip(path)
+                raise Damaged(f'{path} is empty; expected a pickle, dill or PyTorch file')
+            if file.read(4) == ZIP_MAGIC:
+                return _read_torch_zip(path)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _whole(path, data)
+                return _read_stream(path, data)
     except OSError as error:
         raise ConfigError(f'{path} cannot be read ({error.strerror or error})') from error
 
 
-def _whole(path: pathlib.Path, data: mmap.mmap) -> Any:
+def _read_stream(path: pathlib.Path, data: mmap.mmap) -> Any:
+    """Read a file that is one pickle, or PyTorch's row of them."""
+    # Protocols 0 and 1 have no header that would tell them from any other file.
     if data[:1] != pickle.PROTO:
         raise Damaged(
-            f'{path} is not a pickle of protocol 2 or later (it begins with {data[:8]!r}); a pickle, dill or PyTorch file is wanted'
+            f'{path} is not a pickle of protocol 2 or later (it begins with {data[:8]!r}); '
+            'expected a pickle, dill or PyTorch file'
         )
-    first = _one(path, data)
+    first = _load_one(path, data)
+    # `type(…) is int` because `==` on a stand-in or an array could mean anything.
     if type(first) is int and first == TORCH_MAGIC:
-        return _torch_legacy(path, data)
+        return _read_torch_legacy(path, data)
     if data.tell() != len(data):
         raise Damaged(
-            f'{path}: {len(data) - data.tell()} bytes follow the end of the pickle; it was not written whole, or holds more than one'
+            f'{path}: {len(data) - data.tell()} bytes follow the end of the pickle; it was not '
+            'written whole, or holds more than one'
         )
-    return _finished(path, first)
+    return _converted(path, first)
 
 
-def _one(path: pathlib.Path, data: Any, storages: dict[str, _Storage] | None = None) -> Any:
-    """The pickle that begins where the file `data` stands, with stand-ins in it; leaves the file at its end."""
+def _load_one(
+    path: pathlib.Path,
+    data: mmap.mmap | io.BytesIO,
+    storages: dict[str, _Storage] | None = None,
+) -> Any:
+    """Load the pickle that begins at the current position of a file.
+
+    Args:
+        path: name of the file, for errors.
+        data: its content; left at the end of the pickle.
+        storages: filled with the PyTorch storages that the pickle refers to; None where it may not
+            refer to any.
+
+    Returns:
+        The value, with stand-ins in it.
+    """
     begin = data.tell()
     _check(path, data, storages is not None)
     end = data.tell()
     data.seek(begin)
-    with _told(path):
+    with _errors_of(path):
         value = _Unpickler(path, data, storages).load()
+    # The unpickler reads frames whole, and a frame may claim bytes beyond the end of the pickle.
     data.seek(end)
     return value
 
 
 @contextlib.contextmanager
-def _told(path: pathlib.Path) -> Iterator[None]:
-    """Any failure as one sentence that begins with the file's name."""
+def _errors_of(path: pathlib.Path) -> Iterator[None]:
+    """Turn any failure into one sentence that begins with the file's name."""
     try:
         yield
     except ConfigError:
         raise
-    except _Odd as error:
+    except _Unsupported as error:
         raise Refused(f'{path} holds {error}') from error
+    # A stream that was made to harm can fail anywhere, and with any exception.
     except Exception as error:
         raise Damaged(
-            f'{path} is damaged, or was made by hand: {type(error).__name__}: {" ".join(str(error).split())[:200]}'
+            f'{path} is damaged, or was made by hand: {type(error).__name__}: {_one_line(error)}'
         ) from error
 
 
+def _one_line(error: Exception) -> str:
+    return ' '.join(str(error).split())[:200]
+
+
+# ---- first pass: the opcodes, not executed
 def _check(path: pathlib.Path, data: Any, persistent: bool) -> None:
-    """Reads one pickle's opcodes without obeying them: each is admitted, whole, and claims no more memory than the file has bytes for."""
+    """Check the opcodes of one pickle without executing them.
+
+    Each is admitted, whole, and claims no more memory than the file has bytes for.
+    """
     last = 'its beginning'
     try:
-        for number, (opcode, arg, at) in enumerate(pickletools.genops(data)):
-            name = opcode.name
-            if name not in OPCODES and not (persistent and name == 'BINPERSID'):
-                raise Refused(
-                    f'{path}: opcode {name}{"" if arg is None else f" {arg!r:.80}"} at byte {at} is refused; NumPy arrays and plain '
-                    'containers, pickled with protocol 2 to 5, are read'
-                )
-            if name == 'PROTO' and arg > pickle.HIGHEST_PROTOCOL:
-                raise Damaged(
-                    f'{path} is a pickle of protocol {arg}, or no pickle; 2 to {pickle.HIGHEST_PROTOCOL} are read'
-                )
-            if (
-                name in ('BINPUT', 'LONG_BINPUT') and arg > number
-            ):  # the unpickler makes room for all numbers up to this one
-                raise Damaged(
-                    f'{path} is damaged, or was made by hand: {name} {arg} at byte {at} counts more values than came before'
-                )
-            last = f'{name} at byte {at}'
+        # genops stops after STOP, which leaves `data` at the end of this pickle.
+        for number, (opcode, argument, offset) in enumerate(pickletools.genops(data)):
+            _check_opcode(path, opcode.name, argument, offset, number, persistent)
+            last = f'{opcode.name} at byte {offset}'
     except ConfigError:
         raise
     except Exception as error:
         raise Damaged(
-            f'{path} is not a whole pickle: after {last}, {" ".join(str(error).split())[:200]}; fetch the file again'
+            f'{path} is not a whole pickle: after {last}, {_one_line(error)}; fetch the file again'
         ) from error
 
 
+def _check_opcode(
+    path: pathlib.Path,
+    name: str,
+    argument: Any,
+    offset: int | None,
+    number: int,
+    persistent: bool,
+) -> None:
+    """Check one opcode; `number` counts those before it."""
+    if name not in OPCODES and not (persistent and name == 'BINPERSID'):
+        shown = '' if argument is None else f' {argument!r:.80}'
+        raise Refused(
+            f'{path}: opcode {name}{shown} at byte {offset} is refused; NumPy arrays and plain '
+            'containers, pickled with protocol 2 to 5, are read'
+        )
+    if name == 'PROTO' and argument > pickle.HIGHEST_PROTOCOL:
+        raise Damaged(
+            f'{path} is a pickle of protocol {argument}, or no pickle; 2 to '
+            f'{pickle.HIGHEST_PROTOCOL} are read'
+        )
+    # The unpickler makes room for all memo numbers up to this one, so five bytes could claim
+    # gigabytes. An honest writer numbers consecutively.
+    if name in ('BINPUT', 'LONG_BINPUT') and argument > number:
+        raise Damaged(
+            f'{path} is damaged, or was made by hand: {name} {argument} at byte {offset} counts '
+            'more values than came before'
+        )
+
+
+# ---- second pass: executed, on stand-ins
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, path, file, storages):
+    """An unpickler for which names of a file mean entries of ADMITTED and TORCH, nothing else."""
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        file: mmap.mmap | io.BytesIO,
+        storages: dict[str, _Storage] | None,
+    ) -> None:
+        # latin1 maps bytes 0 to 255 one to one: the bytes of arrays that Python 2 pickled as str.
         super().__init__(file, encoding='latin1')
-        self.path, self.storages = path, storages
+        self.path = path
+        self.storages = storages
 
     def find_class(self, module: str, name: str) -> Any:
+        # Never super().find_class: it imports the module.
         table = ADMITTED if self.storages is None else ADMITTED | TORCH
-        module = (
-            'builtins' if module == '__builtin__' else module
-        )  # protocol 2 has the names of Python 2
+        if module == '__builtin__':  # protocol 2 has the names of Python 2
+            module = 'builtins'
         make = table.get(f'{module}.{name}')
         if make is None:
             raise Refused(
-                f'{self.path} refers to {module}.{name}, which is neither an array nor a plain container; it was not run, and nothing '
-                'of the file was used'
+                f'{self.path} refers to {module}.{name}, which is neither an array nor a plain '
+                'container; it was not run, and nothing of the file was used'
             )
         return _Name(f'{module}.{name}', make)
 
     def persistent_load(self, pid: Any) -> Any:
         if self.storages is None:
             raise Refused(f'{self.path} refers to {pid!r:.80}, a thing outside of the file')
-        if not (
-            type(pid) is tuple
-            and len(pid) in (5, 6)
-            and pid[0] == 'storage'
-            and type(pid[1]) is _Name
-            and isinstance(pid[1].make, np.dtype)
-            and type(pid[2]) is str
-            and type(pid[4]) is int
-            and pid[4] >= 0
-            and (len(pid) == 5 or pid[5] is None)
-        ):
-            raise Refused(f'{self.path} refers to {pid!r:.80}; a PyTorch storage is wanted')
-        own = self.storages.setdefault(pid[2], _Storage(pid[1].make, pid[4]))
-        if (own.dtype, own.count) != (pid[1].make, pid[4]):
-            raise Damaged(f'{self.path}: storage {pid[2]!r} is of two types or sizes')
-        return own
+        if not _is_storage_id(pid):
+            raise Refused(f'{self.path}: expected a PyTorch storage, got {pid!r:.80}')
+        key, dtype, count = pid[2], pid[1].make, pid[4]
+        # Tensors may be views of one storage; each of them refers to it.
+        storage = self.storages.setdefault(key, _Storage(dtype, count))
+        if (storage.dtype, storage.count) != (dtype, count):
+            raise Damaged(f'{self.path}: storage {key!r} is of two types or sizes')
+        return storage
 
 
-# ---- stand-ins: all that the unpickler ever sees, calls or changes
+def _is_storage_id(pid: Any) -> bool:
+    """Whether it is ('storage', type, key, device, number of elements[, None])."""
+    if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != 'storage':
+        return False
+    kind, key, count = pid[1], pid[2], pid[4]
+    if type(kind) is not _Name or not isinstance(kind.make, np.dtype):
+        return False
+    if type(key) is not str or type(count) is not int or count < 0:
+        return False
+    # The sixth, of files before 1.6, describes a view of a storage; PyTorch has long written None.
+    return len(pid) == 5 or pid[5] is None
+
+
+# Stand-ins: all that the unpickler ever sees, calls or changes. Each has `__setstate__`: without
+# it, opcode BUILD would set attributes of the file's choice. Types are compared exactly
+# (`type(x) is …`) so that no subclass passes. Arguments come from the file and may be anything:
+# hence `Any`.
 class _Fixed:
-    """Opcode BUILD cannot change it."""
+    """A stand-in that opcode BUILD cannot change."""
 
     __slots__ = ()
 
-    def __setstate__(self, state):
-        raise _Odd(f'a {type(self).__name__[1:].lower()} with a state')
+    def __setstate__(self, state: Any) -> None:
+        raise _Unsupported(f'a {type(self).__name__[1:].lower()} with a state')
 
 
 class _Name(_Fixed):
@@ -207,15 +290,16 @@ class _Name(_Fixed):
 
     __slots__ = ('name', 'make')
 
-    def __init__(self, name: str, make: Any):
-        self.name, self.make = name, make
+    def __init__(self, name: str, make: Any) -> None:
+        self.name = name
+        self.make = make
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> Any:
         if not callable(self.make):
-            raise _Odd(f'{self.name} is called')
+            raise _Unsupported(f'{self.name} is called')
         return self.make(*args)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return self.name
 
 
@@ -224,46 +308,57 @@ class _Mapping(dict):
 
     __slots__ = ()
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         pass
 
 
 class _DType:
+    """A NumPy type. BUILD sets its byte order."""
+
     __slots__ = ('value',)
 
-    def __init__(self, given, align=False, copy=True):
-        self.value = (
-            given.make
-            if type(given) is _Name and isinstance(given.make, np.dtype)
-            else _simple(given)
-        )
+    def __init__(self, given: Any, align: Any = False, copy: Any = True) -> None:
+        # ml_dtypes' types are named by the file, NumPy's are strings.
+        if type(given) is _Name and isinstance(given.make, np.dtype):
+            self.value = given.make
+        else:
+            self.value = _plain_dtype(given)
 
-    def __setstate__(self, state):
-        version, order, *rest = state
-        if order not in ('<', '>', '|', '=') or any(x is not None for x in rest[:3]):
-            raise _Odd(f'a NumPy type with the state {state!r:.80}; arrays of numbers are read')
+    def __setstate__(self, state: Any) -> None:
+        # (version, byte order, subarray, field names, fields, …): the three are None for numbers.
+        _, order, *rest = state
+        if order not in ('<', '>', '|', '=') or any(part is not None for part in rest[:3]):
+            raise _Unsupported(
+                f'a NumPy type with the state {state!r:.80}; arrays of numbers are read'
+            )
         if order in '<>':
             self.value = self.value.newbyteorder(order)
 
 
 class _Array:
+    """An array or a scalar. BUILD fills it where it was made empty."""
+
     __slots__ = ('value',)
 
-    def __init__(self, value: Any = None):
+    def __init__(self, value: Any = None) -> None:
         self.value = value
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
+        # NumPy's state is ([version,] shape, dtype, is Fortran order, bytes).
         shape, dtype, fortran, raw = state if len(state) == 4 else state[1:]
-        self.value = _array(raw, dtype, shape, 'F' if fortran else 'C')
+        order = 'F' if fortran else 'C'
+        self.value = _array(raw, dtype, shape, order)
 
 
 class _Storage(_Fixed):
-    """PyTorch's: `count` numbers, which follow elsewhere in the file."""
+    """A storage of PyTorch: `count` numbers, which follow elsewhere in the file."""
 
     __slots__ = ('dtype', 'count', 'data')
 
-    def __init__(self, dtype: np.dtype, count: int):
-        self.dtype, self.count, self.data = dtype, count, None
+    def __init__(self, dtype: np.dtype, count: int) -> None:
+        self.dtype = dtype
+        self.count = count
+        self.data = b''  # filled when the pickle that refers to it has been loaded
 
     @property
     def bytes(self) -> int:
@@ -271,122 +366,149 @@ class _Storage(_Fixed):
 
 
 class _Tensor(_Fixed):
+    """A view of a storage. Offset and strides count elements, not bytes."""
+
     __slots__ = ('storage', 'offset', 'shape', 'strides')
 
-    def __init__(self, storage, offset, shape, strides, *others):
+    def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any, *others: Any) -> None:
+        # `others`: requires_grad, hooks, metadata.
         numbers = (offset, *shape, *strides)
         if (
             type(storage) is not _Storage
             or len(shape) != len(strides)
-            or any(type(n) is not int or n < 0 for n in numbers)
+            or any(type(number) is not int or number < 0 for number in numbers)
         ):
-            raise _Odd(
+            raise _Unsupported(
                 f'a tensor at {offset!r:.40} of shape {shape!r:.40} and strides {strides!r:.40}'
             )
-        self.storage, self.offset, self.shape, self.strides = (
-            storage,
-            offset,
-            tuple(shape),
-            tuple(strides),
-        )
+        self.storage = storage
+        self.offset = offset
+        self.shape = tuple(shape)
+        self.strides = tuple(strides)
 
     def array(self) -> np.ndarray:
-        own = self.storage
+        storage = self.storage
         if 0 in self.shape:
-            return np.zeros(self.shape, own.dtype)
-        last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides))
-        if last >= own.count or math.prod(self.shape) > own.count:
-            raise _Odd(
-                f'a tensor of shape {list(self.shape)} at {self.offset} of a storage of {own.count} numbers'
+            return np.zeros(self.shape, storage.dtype)
+        # as_strided checks no bounds: the last element must lie within the storage. Nor may strides
+        # of 0 make more elements than it holds: a copy could then need any amount of memory.
+        last = self.offset + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides))
+        if last >= storage.count or math.prod(self.shape) > storage.count:
+            raise _Unsupported(
+                f'a tensor of shape {list(self.shape)} at {self.offset} of a storage of '
+                f'{storage.count} numbers'
             )
-        strides = [s * own.dtype.itemsize for s in self.strides]
-        return np.lib.stride_tricks.as_strided(
-            np.frombuffer(own.data, own.dtype)[self.offset :], self.shape, strides, writeable=False
-        )
+        elements = np.frombuffer(storage.data, storage.dtype)[self.offset :]
+        byte_strides = [stride * storage.dtype.itemsize for stride in self.strides]
+        return np.lib.stride_tricks.as_strided(elements, self.shape, byte_strides, writeable=False)
 
 
-def _simple(given: Any) -> np.dtype:
-    if type(given) is not str or not re.fullmatch(
-        r'b1|bool|[iu][1248]|f[248]|c8|c16|[SU]\d{1,6}', given
-    ):
-        raise _Odd(
-            f'a NumPy array of type {given!r:.40}; arrays of plain numbers are read, not of Python objects or records'
+def _plain_dtype(given: Any) -> np.dtype:
+    """A NumPy type of plain numbers or text, by its name."""
+    # Not np.dtype(given) at once: it also takes records and 'O', pointers to Python objects.
+    plain = r'b1|bool|[iu][1248]|f[248]|c8|c16|[SU]\d{1,6}'
+    if type(given) is not str or not re.fullmatch(plain, given):
+        raise _Unsupported(
+            f'a NumPy array of type {given!r:.40}; arrays of plain numbers are read, not of Python '
+            'objects or records'
         )
     return np.dtype(given)
 
 
-def _array(raw: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
+def _array(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     """A view of the bytes `raw`; their number must be that of the shape."""
     if (
         type(dtype) is not _DType
         or type(shape) is not tuple
         or any(type(n) is not int or n < 0 for n in shape)
     ):
-        raise _Odd(f'an array of shape {shape!r:.80}')
-    raw = raw.encode('latin1') if type(raw) is str else raw  # of Python 2
+        raise _Unsupported(f'an array of shape {shape!r:.80}')
+    if type(raw) is str:  # of Python 2
+        raw = raw.encode('latin1')
     if type(raw) not in (bytes, bytearray):
-        raise _Odd(f'an array whose content is {type(raw).__name__}')
+        raise _Unsupported(f'an array whose content is {type(raw).__name__}')
     if math.prod(shape) * dtype.value.itemsize != len(raw):
-        raise _Odd(f'an array of shape {list(shape)} and type {dtype.value} with {len(raw)} bytes')
+        raise _Unsupported(
+            f'an array of shape {list(shape)} and type {dtype.value} with {len(raw)} bytes'
+        )
+    # frombuffer refuses an empty buffer.
     out = np.frombuffer(raw, dtype.value) if raw else np.zeros(0, dtype.value)
+    # A view of a bytearray is writable; one of bytes is not.
     out.flags.writeable = False
     return out.reshape(shape, order=order)
 
 
-def _empty_array(kind, shape, code):
+# ---- the functions that names stand for
+def _empty_array(kind: Any, shape: Any, code: Any) -> _Array:
     """numpy's _reconstruct: BUILD fills it."""
     if type(kind) is not _Name or kind.name != 'numpy.ndarray':
-        raise _Odd(f'an array of class {kind!r:.80}')
+        raise _Unsupported(f'an array of class {kind!r:.80}')
     return _Array()
 
 
-def _from_buffer(raw, dtype, shape, order, axes=None):
-    """numpy's _frombuffer, protocol 5. order 'K': `shape` is that of the bytes as they lie, `axes` brings them into the array's order."""
+def _from_buffer(raw: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> _Array:
+    """numpy's _frombuffer, protocol 5.
+
+    order 'K': `shape` is that of the bytes as they lie, `axes` brings them into the array's order.
+    """
     if order == 'K' and axes is not None:
         return _Array(_array(raw, dtype, shape, 'C').transpose(axes))
     return _Array(_array(raw, dtype, shape, order))
 
 
-def _filled_array(empty, args, state, *others):
-    """dill's and jax's: an array made and filled in one call; of `others` (attributes, weak type) nothing is wanted."""
+def _filled_array(empty: Any, args: Any, state: Any, *others: Any) -> _Array:
+    """dill's and jax's: an array made and filled in one call.
+
+    `others` (attributes, weak type) are ignored.
+    """
     if type(empty) is not _Name or empty.make is not _empty_array:
-        raise _Odd(f'an array made by {empty!r:.80}')
+        raise _Unsupported(f'an array made by {empty!r:.80}')
     out = empty(*args)
     out.__setstate__(state)
     return out
 
 
-def _scalar(dtype, raw=b''):
+def _scalar(dtype: Any, raw: Any = b'') -> _Array:
+    # [()] makes a NumPy scalar of an array without axes.
     return _Array(_array(raw, dtype, (), 'C')[()])
 
 
-def _mapping(*args):
+def _mapping(*args: Any) -> _Mapping:
     if len(args) > 1 or (args and not isinstance(args[0], (dict, list, tuple))):
-        raise _Odd(f'a mapping of {args!r:.80}')
+        raise _Unsupported(f'a mapping of {args!r:.80}')
     return _Mapping(*args)
 
 
-def _latin1(text, encoding):
+def _latin1(text: Any, encoding: Any) -> bytes:
     """Bytes, as protocol 2 has them."""
+    # Other codecs (zlib, rot13, …) are programs of their own.
     if type(text) is not str or encoding != 'latin1':
-        raise _Odd(f'text in the encoding {encoding!r:.40}')
+        raise _Unsupported(f'text in the encoding {encoding!r:.40}')
     return text.encode('latin1')
 
 
-def _dill_type(name):
+def _dill_type(name: Any) -> _Name:
+    """dill's _load_type: a type by the name it has in Python's `types` or builtins."""
     make = ADMITTED.get(f'builtins.{name}') if type(name) is str else None
     if make is None:
-        raise _Odd(f'the type {name!r:.40}, which is no plain container')
+        raise _Unsupported(f'the type {name!r:.40}, which is no plain container')
     return _Name(f'builtins.{name}', make)
 
 
-def _of(kind: type, *sources: type) -> Callable:
-    def make(*args):
+def _constructor(kind: type, *sources: type) -> Callable:
+    """A function that makes `kind` of nothing, or of one value of the types `sources`."""
+
+    def make(*args: Any) -> Any:
         if len(args) > 1 or (args and type(args[0]) not in sources):
-            raise _Odd(f'{kind.__name__} of {args!r:.80}')
+            raise _Unsupported(f'{kind.__name__} of {args!r:.80}')
         return kind(*args)
 
     return make
+
+
+def _parameter(tensor: Any, *others: Any) -> Any:
+    """PyTorch's _rebuild_parameter: the tensor; requires_grad and hooks are ignored."""
+    return tensor
 
 
 def _bfloat16() -> np.dtype:
@@ -395,17 +517,25 @@ def _bfloat16() -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16)
 
 
-ADMITTED: Mapping[str, Any] = {
+def _torch_dtype(code: str) -> np.dtype:
+    # NumPy knows no bfloat16 by name.
+    return _bfloat16() if code == 'bfloat16' else np.dtype(code)
+
+
+# Every name that a file may use -> what it stands for. What is not callable can only be passed on
+# as an argument: as the class of an array, or as a type of numbers.
+ADMITTED: dict[str, Any] = {
     'numpy.ndarray': 'a class',
     'numpy.dtype': _DType,
     'ml_dtypes.bfloat16': _bfloat16(),
-    **{
-        f'numpy.{core}.multiarray.{name}': make
-        for core in ('core', '_core')
-        for name, make in (('_reconstruct', _empty_array), ('scalar', _scalar))
-    },
+    # numpy.core became numpy._core in NumPy 2.
+    'numpy.core.multiarray._reconstruct': _empty_array,
+    'numpy._core.multiarray._reconstruct': _empty_array,
+    'numpy.core.multiarray.scalar': _scalar,
+    'numpy._core.multiarray.scalar': _scalar,
     'numpy.core.numeric._frombuffer': _from_buffer,
     'numpy._core.numeric._frombuffer': _from_buffer,
+    # dill.dill and jax._src.device_array: where older versions had them.
     'dill._dill._load_type': _dill_type,
     'dill._dill._create_array': _filled_array,
     'dill.dill._create_array': _filled_array,
@@ -413,112 +543,149 @@ ADMITTED: Mapping[str, Any] = {
     'jax._src.device_array.reconstruct_device_array': _filled_array,
     'collections.OrderedDict': _mapping,
     'flax.core.frozen_dict.FrozenDict': _mapping,
-    **{
-        f'haiku._src.data_structures.{name}': _mapping
-        for name in ('FlatMapping', 'FlatMap', 'frozendict')
-    },
-    'builtins.set': _of(set, list),
-    'builtins.frozenset': _of(frozenset, list),
-    'builtins.bytes': _of(bytes),
-    'builtins.bytearray': _of(bytearray, bytes),
+    # What Haiku's versions called their parameter trees.
+    'haiku._src.data_structures.FlatMapping': _mapping,
+    'haiku._src.data_structures.FlatMap': _mapping,
+    'haiku._src.data_structures.frozendict': _mapping,
+    'builtins.set': _constructor(set, list),
+    'builtins.frozenset': _constructor(frozenset, list),
+    'builtins.bytes': _constructor(bytes),
+    'builtins.bytearray': _constructor(bytearray, bytes),
     '_codecs.encode': _latin1,
 }
-TORCH: Mapping[str, Any] = {
+# Besides those, in PyTorch files alone.
+TORCH: dict[str, Any] = {
     'torch._utils._rebuild_tensor_v2': _Tensor,
     'torch._utils._rebuild_tensor': _Tensor,
-    'torch._utils._rebuild_parameter': lambda tensor, *others: tensor,
-    'torch.Size': _of(tuple, list, tuple),
-    **{
-        f'torch.{name}Storage': _bfloat16() if code == 'bfloat16' else np.dtype(code)
-        for name, code in TORCH_STORAGES.items()
-    },
+    'torch._utils._rebuild_parameter': _parameter,
+    'torch.Size': _constructor(tuple, list, tuple),
+    **{f'torch.{name}Storage': _torch_dtype(code) for name, code in TORCH_STORAGES.items()},
 }
 
 
-def _finished(path: pathlib.Path, value: Any) -> Any:
-    """The value with arrays in the place of their stand-ins; what occurs twice is made once."""
-    made: dict[int, Any] = {}
-    open_ = object()
+# ---- third pass: arrays in place of the stand-ins
+def _converted(path: pathlib.Path, value: Any) -> Any:
+    """The value with arrays in the place of their stand-ins."""
+    with _errors_of(path):
+        return _Converter(path).convert(value, 0)
 
-    def one(x, depth):
-        if x is None or type(x) in (bool, int, float, str, bytes, bytearray):
-            return x
-        if id(x) in made:
-            if made[id(x)] is open_:
-                raise Damaged(f'{path} holds a container that contains itself')
-            return made[id(x)]
+
+class _Converter:
+    """Makes plain values of loaded ones; what occurs twice is made once.
+
+    Otherwise a list that holds another twice, and that one a third twice, and so on, would grow to
+    2^depth elements.
+    """
+
+    UNFINISHED = object()
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        # id of the loaded value -> what was made of it. The ids stay valid because the loaded
+        # value is alive as a whole until all of it is converted.
+        self.made: dict[int, Any] = {}
+
+    def convert(self, value: Any, depth: int) -> Any:
+        if value is None or type(value) in (bool, int, float, str, bytes, bytearray):
+            return value
+        if id(value) in self.made:
+            # Met again while still being made: a cycle.
+            if self.made[id(value)] is self.UNFINISHED:
+                raise Damaged(f'{self.path} holds a container that contains itself')
+            return self.made[id(value)]
         if depth > DEEPEST:
-            raise Damaged(f'{path} holds containers more than {DEEPEST} deep within each other')
-        made[id(x)] = open_
-        if isinstance(x, dict):
-            out = {one(k, depth + 1): one(v, depth + 1) for k, v in x.items()}
-        elif type(x) in (list, tuple, set, frozenset):
-            out = type(x)(one(v, depth + 1) for v in x)
-        elif type(x) in (_Array, _DType) and x.value is not None:
-            out = x.value
-        elif type(x) is _Tensor:
-            out = x.array()
-        else:
-            raise Refused(f'{path} holds {x!r:.80} itself; values are wanted')
-        made[id(x)] = out
+            raise Damaged(
+                f'{self.path} holds containers more than {DEEPEST} deep within each other'
+            )
+        self.made[id(value)] = self.UNFINISHED
+        out = self._make(value, depth)
+        self.made[id(value)] = out
         return out
 
-    with _told(path):
-        return one(value, 0)
+    def _make(self, value: Any, depth: int) -> Any:
+        if isinstance(value, dict):
+            out = {}
+            for key, item in value.items():
+                new_key = self.convert(key, depth + 1)
+                out[new_key] = self.convert(item, depth + 1)
+            return out
+        if type(value) in (list, tuple, set, frozenset):
+            return type(value)(self.convert(item, depth + 1) for item in value)
+        # None: an array that was made empty and that BUILD never filled.
+        if type(value) in (_Array, _DType) and value.value is not None:
+            return value.value
+        if type(value) is _Tensor:
+            return value.array()
+        raise Refused(f'{self.path}: expected values, got {value!r:.80} itself')
 
 
 # ---- PyTorch
-def _torch_zip(path: pathlib.Path) -> Any:
-    """Since 1.6: a zip of `data.pkl` and one file for each storage."""
-    with _told(path), zipfile.ZipFile(path) as archive:
-        entries = {i.filename: i for i in archive.infolist()}
-        found = [n for n in entries if n == 'data.pkl' or n.endswith('/data.pkl')]
+def _read_torch_zip(path: pathlib.Path) -> Any:
+    """Read a PyTorch file since 1.6: a zip of `data.pkl` and one file for each storage."""
+    with _errors_of(path), zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        # All names of an archive begin with one folder, whose name varies.
+        found = [name for name in entries if name == 'data.pkl' or name.endswith('/data.pkl')]
         if len(found) != 1:
             raise Damaged(
-                f'{path} is a zip file without a data.pkl; a PyTorch file (torch.save) is wanted'
+                f'{path}: expected a PyTorch file (torch.save), got a zip file without a data.pkl'
             )
         root = found[0].removesuffix('data.pkl')
 
-        def content(name):
+        def content(name: str) -> bytes:
             entry = entries.get(root + name)
             if entry is None:
                 raise Damaged(f'{path} lacks {root + name}')
+            # What is stored as it is cannot expand to more memory than the file has bytes.
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
                 raise Damaged(f'{path}: {root + name} is compressed; torch.save does not compress')
             return archive.read(entry)
 
+        # Older versions do not write it.
         if f'{root}byteorder' in entries and content('byteorder') != b'little':
             raise Damaged(f'{path} was written on a big-endian machine; save it on another one')
         storages: dict[str, _Storage] = {}
-        value = _one(path, io.BytesIO(content('data.pkl')), storages)
+        value = _load_one(path, io.BytesIO(content('data.pkl')), storages)
         for key, storage in storages.items():
             storage.data = content(f'data/{key}')
             if len(storage.data) != storage.bytes:
                 raise Damaged(
-                    f'{path}: {root}data/{key} has {len(storage.data)} bytes where {storage.bytes} are wanted'
+                    f'{path}: {root}data/{key}: expected {storage.bytes} bytes, got '
+                    f'{len(storage.data)}'
                 )
-        return _finished(path, value)
+        return _converted(path, value)
 
 
-def _torch_legacy(path: pathlib.Path, data: mmap.mmap) -> Any:
-    """Before 1.6: magic number, version, machine, object, list of storages as pickles one after the other; then the numbers of each storage."""
-    version, machine = _one(path, data), _one(path, data)
-    if version != 1001 or not isinstance(machine, dict) or not machine.get('little_endian', True):
+def _read_torch_legacy(path: pathlib.Path, data: mmap.mmap) -> Any:
+    """Read a PyTorch file from before 1.6, after its magic number.
+
+    Magic number, version, machine, object, list of storages as pickles one after the other; then
+    the numbers of each storage.
+    """
+    version = _load_one(path, data)
+    machine = _load_one(path, data)
+    if (
+        version != TORCH_VERSION
+        or not isinstance(machine, dict)
+        or not machine.get('little_endian', True)
+    ):
         raise Damaged(
-            f'{path}: a PyTorch file of version {version!r:.20} and machine {machine!r:.80}; version 1001 of a little-endian one is read'
+            f'{path}: expected a PyTorch file of version {TORCH_VERSION} of a little-endian '
+            f'machine, got version {version!r:.20} and machine {machine!r:.80}'
         )
     storages: dict[str, _Storage] = {}
-    value = _one(path, data, storages)
-    keys = _one(path, data)
+    value = _load_one(path, data, storages)
+    keys = _load_one(path, data)
     if (
         type(keys) is not list
-        or any(type(k) is not str for k in keys)
+        or any(type(key) is not str for key in keys)
         or set(keys) != set(storages)
         or len(set(keys)) != len(keys)
     ):
         raise Damaged(f'{path}: its list of storages is not that of its tensors')
     for key in keys:
         storage = storages[key]
+        # Each storage: the number of its elements in 8 bytes, then the elements.
         count = int.from_bytes(data.read(8), 'little')
         if count != storage.count or storage.bytes > len(data) - data.tell():
             raise Damaged(
@@ -527,4 +694,4 @@ def _torch_legacy(path: pathlib.Path, data: mmap.mmap) -> Any:
         storage.data = data.read(storage.bytes)
     if data.tell() != len(data):
         raise Damaged(f'{path}: {len(data) - data.tell()} bytes follow the last storage')
-    return _finished(path, value)
+    return _converted(path, value)

@@ -31,6 +31,7 @@ __all__ = [
     'write_checkpoint',
 ]
 
+# What TensorFlow appends to the path of every variable.
 SUFFIX = '/.ATTRIBUTES/VARIABLE_VALUE'
 
 
@@ -59,6 +60,7 @@ def open_checkpoint(prefix: str) -> tuple[dict[str, tuple[int, ...]], Callable[[
         raise ConfigError(
             f'--checkpoint={prefix} cannot be read ({type(error).__name__}: {reason})'
         ) from error
+    # A serialized description of the objects, stored among the variables.
     shapes.pop('_CHECKPOINTABLE_OBJECT_GRAPH', None)
     full_keys = {key.removesuffix(SUFFIX): key for key in shapes}
 
@@ -87,6 +89,8 @@ def write_checkpoint(prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
         arrays: {key without SUFFIX: array}.
     """
     tf = _tensorflow()
+    # Official code restores by object graph rather than by key. Modules nested as the keys are give
+    # both.
     root = tf.train.Checkpoint()
     nodes: dict[tuple[str, ...], Any] = {(): root}
 
@@ -94,6 +98,7 @@ def write_checkpoint(prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
         """The module at a path, made together with its parents where there is none yet."""
         if path not in nodes:
             nodes[path] = tf.Module()
+            # Attributes of a module are tracked, even those named '0', which no code could write.
             setattr(node(path[:-1]), path[-1], nodes[path])
         return nodes[path]
 
@@ -101,10 +106,12 @@ def write_checkpoint(prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
         *parents, name = key.split('/')
         setattr(node(tuple(parents)), name, tf.Variable(value))
     pathlib.Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+    # Not `save`, which would add a counter to the variables and a number to the name.
     root.write(prefix)
 
 
 def _tensorflow() -> Any:
+    # Imported here: everything else of the library works without TensorFlow.
     try:
         import tensorflow as tf
     except ImportError as error:
@@ -150,6 +157,7 @@ def import_checkpoint(
     if config is None:
         config = _inferred_config(prefix, shapes, checkpoint_kind, base)
 
+    # Only fine-tuned checkpoints have a classifier, which is the objective's in our layout.
     objective, labels, num_classes = None, {}, 0
     if checkpoint_kind == 'finetuned':
         _check_classifier(prefix, config)
@@ -165,6 +173,7 @@ def import_checkpoint(
     # What the release is evaluated in; published training configs say bfloat16.
     config.compute_dtype = 'float32'
     model = filled(config)
+    # A fine-tuned tower fits both kinds of model: the official code gives it an encoder of its own.
     if checkpoint_kind != 'finetuned' and model['shared'] != (checkpoint_kind == 'ut_fac'):
         scope = 'modality-agnostic' if model['shared'] else 'modality-specific'
         raise ConfigError(
@@ -187,6 +196,7 @@ def import_checkpoint(
         bookkeeping,
         unlike,
     )
+    # `sources` is empty: no data of ours went into these weights.
     info = {
         'labels': labels,
         'sources': [],
@@ -209,11 +219,14 @@ def _inferred_config(
     inferred = infer(shapes)
     _check_head_width(prefix, inferred)
 
+    # A copy: `base` belongs to the caller.
     config = base.copy_and_resolve_references()
     config.name = f'VATT {checkpoint_kind}'
     config.model.update({'shared': inferred['shared'], 'head': ConfigDict(inferred['head'])})
+    # Replaced, not updated: the default's towers have fields that these have not.
     config.model.towers = ConfigDict(inferred['towers'])
     config.model.encoder = ConfigDict(inferred['encoder'])
+    # A spectrogram tower needs the parameters of the spectrogram, which no shape records.
     has_spectrogram_tower = any(t.name == 'spt' for t in config.model.towers.values())
     if has_spectrogram_tower and not config.model.inputs.audio.get('mel'):
         config.model.inputs.audio.mel = ConfigDict(spectrogram.DEFAULTS)
@@ -262,6 +275,7 @@ def _class_names(prefix: str, shapes: Shapes, classes: Sequence[str] | None) -> 
             f'--checkpoint={prefix} lacks {bias}, so the number of its classes is unknown'
         )
     num_classes = shapes[bias][0]
+    # The checkpoint holds no names; a classifier needs some to report and predict with.
     if classes is None:
         return [str(i) for i in range(num_classes)]
     if len(classes) != num_classes:

@@ -17,6 +17,7 @@ from vatt_jax.config import ConfigError
 from vatt_jax.importers.parameter_map import Entry, Path
 from vatt_jax.models.multimodal import AXES, patch_of
 
+# Keys are paths of attributes in the official objects, as tf.train.Checkpoint names them.
 ROOT = 'model/layer_with_weights-0'
 BASE = f'{ROOT}/_base_layer'  # backbones of a pretrained model
 FINETUNED_BASE = f'{ROOT}/_base'  # the only backbone of a fine-tuned one
@@ -24,6 +25,7 @@ CLASSIFIER = f'{ROOT}/_ops/cls'
 HEAD = f'{ROOT}/_head_layer/_bridge_heads/0'
 UNIFIED = f'{BASE}/unified_backbone/unified_transformer'
 
+# Our modalities, towers and axes -> the official words for them.
 SHORT = {'video': 'vid', 'audio': 'aud', 'text': 'txt'}
 PATCH = {'vit': 'voxel_to_patch', 'wat': 'wave_to_patch', 'spt': 'spectrum_to_patch'}
 AXIS = {
@@ -69,6 +71,7 @@ def layout(
         ConfigError: the official layout has no such tower or head.
     """
     if objective is not None:
+        # A stream is modality[.view]: 'video' or 'video.second'.
         modality = objective['stream'].split('.')[0]
         yield from _patch_tower(model, modality, FINETUNED_BASE)
         dims = (_pooled_width(model, modality), Dim(classes, 'objective.label'))
@@ -136,6 +139,7 @@ def _patch_projection(
     ours: Path, theirs: str, tower: Mapping[str, Any], where: str, width: Dim
 ) -> Iterator[Entry]:
     """The convolution that makes a token of each patch of pixels, samples or mel bins."""
+    # RGB; waves and spectrograms have one channel. Kernel: [*patch C D].
     channels = 3 if tower['name'] == 'vit' else 1
     patch_dims = [Dim(size, f'{where}.patch') for size in patch_of(tower)]
     yield from _dense((*ours, 'patch'), theirs, (*patch_dims, Dim(channels, ''), width))
@@ -144,6 +148,7 @@ def _patch_projection(
 # ---- encoders
 def _encoder_dims(size: Mapping[str, Any], where: str) -> tuple[Dim, Dim, Dim]:
     """Width, inner width of the attention (all heads), and width inside the MLP."""
+    # `inner` is a product of two fields; the error for a misfit names the first of them.
     width = Dim(size['width'], f'{where}.width')
     inner = Dim(size['heads'] * size['head_width'], f'{where}.heads')
     mlp = Dim(size['mlp'], f'{where}.mlp')
@@ -160,6 +165,7 @@ def _encoder(
 ) -> Iterator[Entry]:
     """A pre-LN (or post-LN) transformer in the layout of the video tower's `tx`."""
     width, inner, mlp = _encoder_dims(size, where)
+    # Every layer has the same path of ours: row i of arrays stacked for lax.scan.
     layers = (*ours, 'layers')
     for i in range(size['layers']):
         block = f'{theirs}/layers/{i}'
@@ -174,6 +180,7 @@ def _encoder(
         yield from _layer_norm((*layers, 'mlp_norm'), f'{feed_forward}/layer_norm', width, i)
         yield from _dense((*layers, 'mlp_in'), f'{feed_forward}/mlp/wi', (width, mlp), bias, i)
         yield from _dense((*layers, 'mlp_out'), f'{feed_forward}/mlp/wo', (mlp, width), bias, i)
+    # A post-LN encoder ends with the norm of its last layer.
     if final_norm:
         yield from _layer_norm((*ours, 'final_norm'), f'{theirs}/final_layer_norm', width)
 
@@ -187,6 +194,7 @@ def _t5_encoder(ours: Path, theirs: str, size: Mapping[str, Any], where: str) ->
         attention = f'{block}/self_attention/attention'
         feed_forward = f'{block}/feed_forward'
 
+        # T5's norm scales by the root mean square alone, and calls its scale a weight.
         norm = f'{block}/self_attention/layer_norm/weight'
         yield _variable((*layers, 'attention_norm', 'scale'), norm, width, layer=i)
         yield from _dense((*layers, 'query'), f'{attention}/q', (width, inner), False, i)
@@ -240,6 +248,7 @@ def _patch_tower(model: Mapping[str, Any], modality: str, theirs: str) -> Iterat
     patch = f'{theirs}/{PATCH[tower["name"]]}'
     yield from _patch_projection(front, patch, tower, where, width)
     yield _variable((*front, 'agg'), f'{theirs}/agg_embedding', width)
+    # Between patches and encoder: always there where modalities share the encoder.
     if shared or tower['pre']:
         yield from _dense((*front, 'projection'), f'{theirs}/pre_proj', (width, width))
 
@@ -247,6 +256,7 @@ def _patch_tower(model: Mapping[str, Any], modality: str, theirs: str) -> Iterat
     lookup = f'{theirs}/pos_embedding_lookup'
     yield from _positions((*front, 'positions'), lookup, AXES[tower['name']], rows, width)
 
+    # The official spectrogram tower switches off the biases of its whole encoder.
     has_bias = tower['name'] != 'spt'
     yield from _encoder(('params', encoder), f'{theirs}/tx', size, size_field, has_bias)
     if tower['post']:
@@ -263,6 +273,7 @@ def _text_tower(model: Mapping[str, Any], theirs: str) -> Iterator[Entry]:
             'choose one of them'
         )
     language_model = f'{theirs}/base_lm'
+    # A front feeds an encoder; a net is a whole tower.
     front = ('params', 'nets_text' if name == 'linear' else 'fronts_text')
     vocab = Dim(tower['vocab'], f'{where}.vocab')
     word_width = Dim(tower['word_width'], f'{where}.word_width')
@@ -288,6 +299,7 @@ def _text_tower(model: Mapping[str, Any], theirs: str) -> Iterator[Entry]:
         yield from _t5_encoder(encoder, language_model, tower, where)
         return
     yield _variable((*front, 'agg'), f'{language_model}/agg_embedding', width)
+    # BERT has a table of positions, where T5 has its relative bias alone.
     rows = [Dim(tower['positions'], f'{where}.positions')]
     lookup = f'{language_model}/pos_embedding_lookup'
     yield from _positions((*front, 'positions'), lookup, ['temporal'], rows, width)
@@ -303,6 +315,7 @@ def _shared_front(model: Mapping[str, Any], modality: str) -> Iterator[Entry]:
 
     if modality == 'text':
         axes: Sequence[str] = ('temporal',)
+        # T5 has no position table by itself, so no field of the tower gives its length.
         rows = [Dim(model['inputs']['text']['words'], 'model.inputs.text.words')]
         vocab = Dim(tower['vocab'], f'{where}.vocab')
         raw_width = Dim(tower['word_width'], f'{where}.word_width')
@@ -310,6 +323,7 @@ def _shared_front(model: Mapping[str, Any], modality: str) -> Iterator[Entry]:
     else:
         axes = AXES[tower['name']]
         rows = [Dim(num_rows, f'{where}.positions') for num_rows in tower['positions']]
+        # Patches are projected to the encoder's width at once, words to their own.
         raw_width = width
         yield from _patch_projection(front, raw, tower, where, width)
 
@@ -327,6 +341,7 @@ def _shared_front(model: Mapping[str, Any], modality: str) -> Iterator[Entry]:
 def _pooled_width(model: Mapping[str, Any], modality: str) -> Dim:
     """Width of the vector that a tower pools its tokens into."""
     tower, where = model['towers'][modality], f'model.towers.{modality}'
+    # Not every tower has a field `post`.
     if tower.get('post'):
         return Dim(tower['post'], f'{where}.post')
     if model['shared']:
@@ -344,6 +359,8 @@ def _head(model: Mapping[str, Any]) -> Iterator[Entry]:
     va = Dim(head['va'], 'model.head.va')  # video-audio space
     vat = Dim(head['vat'], 'model.head.vat')  # video-audio-text space
 
+    # FAC, fine and coarse (VATT paper, section 3.4): video goes to the fine space `va`, and from
+    # there to the coarse one `vat`; audio goes to `va` and text to `vat` by one layer each.
     if 'video' in towers:
         dims = (_pooled_width(model, 'video'), va)
         yield from _dense((*ours, 'video_hidden'), f'{HEAD}/vid_to_hid', dims, bias=False)

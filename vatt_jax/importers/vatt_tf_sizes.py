@@ -27,6 +27,7 @@ def kind(shapes: Shapes) -> str:
     Raises:
         ConfigError: it is no VATT checkpoint.
     """
+    # From the narrowest to the widest: the first prefix begins with the second.
     prefixes = (
         ('ut_fac', f'{BASE}/unified_backbone/'),
         ('tx_fac', f'{BASE}/'),
@@ -60,6 +61,7 @@ def infer(shapes: Shapes) -> dict[str, Any]:
     reader = _SizeReader(shapes)
     checkpoint_kind = kind(shapes)
     if checkpoint_kind == 'finetuned':
+        # The modality follows from the tower: no key of such a file names it.
         tower = reader.patch_tower(FINETUNED_BASE)
         modality = TOWERS[tower['name']][0]
         return {
@@ -69,6 +71,7 @@ def infer(shapes: Shapes) -> dict[str, Any]:
             'head': {'name': 'none'},
         }
 
+    # Both kernels are [D E].
     head = {
         'name': 'fac',
         'va': reader.shape(f'{HEAD}/aud_to_va/kernel')[1],
@@ -103,6 +106,7 @@ class _SizeReader:
         return self.shapes[key]
 
     def encoder(self, prefix: str, query: str = 'mha/q') -> dict[str, Any]:
+        # Counted by their keys: TensorFlow has a variable for each layer, nothing is stacked.
         layers = set()
         for key in self.shapes:
             match = re.match(re.escape(prefix) + r'/layers/(\d+)/', key)
@@ -138,6 +142,7 @@ class _SizeReader:
                 f'{prefix} has no {" nor ".join(PATCH.values())}; expected a vit, wat or spt tower'
             )
         name = names[0]
+        # Both projections are optional, around the encoder.
         post_shape = self.shapes.get(f'{prefix}/post_proj/kernel')
         return {
             'name': name,
@@ -152,6 +157,7 @@ class _SizeReader:
         language_model = f'{prefix}/base_lm'
         vocab, word_width = self.shape(f'{prefix}/embedding/embeddings')
         words = {'vocab': vocab, 'word_width': word_width}
+        # Each language model is recognised by a variable that one alone has.
         if f'{language_model}/conv1d/kernel' in self.shapes:
             width = self.shape(f'{language_model}/conv1d/kernel')[-1]
             return {'name': 'linear', **words, 'width': width}
@@ -178,6 +184,7 @@ class _SizeReader:
         attention = 'self_attention/attention'
         bias = f'{prefix}/layers/0/{attention}/relative_attention_bias/embeddings'
         buckets, heads = self.shape(bias)
+        # `encoder` takes heads of 64; here only their total width is used of it.
         size = self.encoder(prefix, query=f'{attention}/q')
         inner_width = size['heads'] * size['head_width']
         # The relative bias has a column for each head, so here their number is known.
@@ -190,6 +197,7 @@ class _SizeReader:
         post = {m: self.shape(f'{UNIFIED}/post_proj/{m}/kernel')[1] for m in MODALITIES}
         vocab, word_width = self.shape(f'{raw}/text/embeddings')
         towers: dict[str, Any] = {}
+        # The official modality-agnostic model hears waveforms, never spectrograms.
         for modality, name in (('video', 'vit'), ('audio', 'wat')):
             lookup = f'{UNIFIED}/pos_embedding_lookup/{modality}'
             towers[modality] = {
@@ -222,6 +230,7 @@ def filled(config: ConfigDict) -> dict[str, Any]:
         name = choose(given['name'], TOWERS, f'{where}.name')
         defaults = TOWERS[name][1]
         tower = with_defaults(given, defaults, where).to_dict()
+        # Empty `positions`: as many rows along each axis as the inputs have patches.
         if tower['name'] in AXES and not tower['positions']:
             sizes = extent(modality, model['inputs'])
             patch = patch_of(tower)
@@ -256,6 +265,7 @@ def differences(
             f'(checkpoint: {", ".join(inferred["towers"])})'
         )
     for modality, theirs in inferred['towers'].items():
+        # A config may leave modalities of the checkpoint out.
         if modality in model['towers']:
             found += _tower_differences(modality, theirs, model, inferred['shared'])
     if inferred['shared'] and model['shared']:
@@ -286,6 +296,7 @@ def _field_differences(where: str, theirs: Mapping[str, Any], ours: Mapping[str,
         # The fields of one kind of tower mean nothing for another kind.
         return [f'config.{where}.name={ours.get("name")!r} (checkpoint: {theirs.get("name")!r})']
     ignored = {'positions'}
+    # 8 heads of 64 and 4 of 128 have the same kernels: the config decides.
     if theirs.get('name') != 't5' and _same_inner_width(theirs, ours):
         ignored |= {'heads', 'head_width'}
     found = []
