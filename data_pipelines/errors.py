@@ -2,4 +2,7 @@
 
 
 class DataError(ValueError):
-    """Data that is missing, does not fit the config, or is too damaged to go on. The message is one clear sentence."""
+    """Data that is missing, does not fit the config, or is too damaged to go on.
+
+    The message is one clear sentence.
+    """

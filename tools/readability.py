@@ -6,8 +6,8 @@
     python tools/readability.py . ../other_project   # side by side
 
 The numbers are a thermometer, not the aim. A *code line* is a physical line that holds at least one
-token of code, so neither blank lines nor comments nor docstrings count. Only the standard library is
-needed.
+token of code, so neither blank lines nor comments nor docstrings count. Only the standard library
+is needed.
 """
 
 from __future__ import annotations

@@ -232,7 +232,7 @@ def info_nce(
         allowed.append(usable)
         is_own = jnp.zeros(shape, bool)
         if further.own is not None:
-            is_own = query == further.own
+            is_own = jnp.equal(jnp.asarray(query), further.own)
         positive.append(is_own)
     s = jnp.concatenate(blocks, 1)
     is_allowed, is_positive = jnp.concatenate(allowed, 1), jnp.concatenate(positive, 1)

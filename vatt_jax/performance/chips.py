@@ -1,20 +1,25 @@
-"""What accelerators can do by their makers' data sheets, and how machines are put together from them.
+"""What accelerators can do by their data sheets, and how machines are put together from them.
 
-The one table of such numbers: the plan (plan.py) and whatever reports MFU read them here. All rates are per chip and per second, dense
-(no sparsity), in one direction unless it says so.
+The one table of such numbers: the plan and whatever reports MFU read them here. All rates are per
+chip and per second, dense (no sparsity), in one direction unless it says so.
 
-Sources, read in November 2026:
-  v4      https://docs.cloud.google.com/tpu/docs/v4        275 TFLOP/s, 32 GiB, 1228 GB/s; six links of 50 GB/s each way (Jouppi et al. 2023)
-  v5e     https://docs.cloud.google.com/tpu/docs/v5e       197 TFLOP/s, 16 GB, 819 GB/s, ICI 400 GB/s both ways together over four ports,
-                                                           6.4 Tb/s of data-centre network for a pod of 256
-  v5p     https://docs.cloud.google.com/tpu/docs/v5p       459 TFLOP/s, 95 GiB, 2765 GB/s, ICI 1200 GB/s both ways, 50 Gb/s DCN a chip
-  v6e     https://docs.cloud.google.com/tpu/docs/v6e       918 TFLOP/s, 32 GB, 1640 GB/s, ICI 3200 Gb/s one way summed over four ports (800 GB/s
-                                                           both ways), 25.6 Tb/s DCN for a pod of 256
-  tpu7x   https://docs.cloud.google.com/tpu/docs/tpu7x     2307 TFLOP/s bf16, 192 GiB, 7380 GB/s, ICI 1200 GB/s both ways, 100 Gb/s DCN a chip;
-                                                           two devices a chip
-  h100    https://www.nvidia.com/en-us/data-center/h100/   SXM: 989.4 TFLOP/s bf16 dense (half of the sparse figure), 80 GB, 3.35 TB/s, NVLink
-                                                           900 GB/s both ways; DGX H100: eight GPUs, eight ports of 400 Gb/s
-  h200    https://www.nvidia.com/en-us/data-center/h200/   the same but 141 GB, 4.8 TB/s
+Sources, read in November 2026 (docs.cloud.google.com/tpu/docs/NAME and
+www.nvidia.com/en-us/data-center/NAME/):
+
+    v4     275 TFLOP/s, 32 GiB, 1228 GB/s; six links of 50 GB/s each way (Jouppi et al. 2023)
+    v5e    197 TFLOP/s, 16 GB, 819 GB/s; ICI 400 GB/s both ways together over four ports; 6.4 Tb/s
+    of
+           data-centre network for a pod of 256
+    v5p    459 TFLOP/s, 95 GiB, 2765 GB/s; ICI 1200 GB/s both ways; 50 Gb/s DCN a chip
+    v6e    918 TFLOP/s, 32 GB, 1640 GB/s; ICI 3200 Gb/s one way summed over four ports (800 GB/s
+    both
+           ways); 25.6 Tb/s DCN for a pod of 256
+    tpu7x  2307 TFLOP/s bf16, 192 GiB, 7380 GB/s; ICI 1200 GB/s both ways; 100 Gb/s DCN a chip; two
+           devices a chip
+    h100   SXM: 989.4 TFLOP/s bf16 dense (half of the sparse figure), 80 GB, 3.35 TB/s; NVLink
+           900 GB/s both ways; DGX H100: eight GPUs, eight ports of 400 Gb/s
+    h200   the same but 141 GB, 4.8 TB/s
+
 Where a page says GB for memory that is GiB on the chip, the smaller number stands.
 """
 
@@ -23,6 +28,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from vatt_jax.config import ConfigError
 
@@ -35,9 +42,16 @@ GIB = 2**30
 class Chip:
     """One accelerator. Rates in units per second; None: unknown (the CPU).
 
-    peak: dense bf16 FLOP/s. memory: bytes. bandwidth: of that memory. link: one way, of one link (torus) or of all links together (switch).
-    wrap: a torus axis whose length is a multiple of it closes to a ring; 0: a switch. network: one way, this chip's share of the network
-    between hosts (GPU) or slices (TPU). host: chips of one host. devices: JAX devices of one chip. axes: of the torus.
+    Attributes:
+        peak: dense bf16 FLOP/s.
+        memory: bytes.
+        bandwidth: of that memory.
+        link: one way, of one link (torus) or of all links together (switch).
+        wrap: a torus axis whose length is a multiple of it closes to a ring; 0: a switch.
+        network: one way, this chip's share of the network between hosts (GPU) or slices (TPU).
+        host: chips of one host.
+        devices: JAX devices of one chip.
+        axes: of the torus.
     """
 
     name: str  # as written in --topology
@@ -88,7 +102,8 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A machine: `slices` equal tori of `shape` chips (TPU), `shape` = (hosts, GPUs of a host), or (devices,) of this CPU."""
+    """A machine: `slices` equal tori of `shape` chips (TPU), `shape` = (hosts, GPUs of a host), or
+    (devices,) of this CPU."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -119,8 +134,10 @@ class Topology:
 
     @property
     def link_rate(self) -> float | None:
-        """Bytes a second that a *device* can take from its island over all its links at once, at best: of each torus axis longer than one chip
-        one link, two where the axis is a ring."""
+        """Bytes a second that a *device* can take from its island over all its links, at best.
+
+        Of each torus axis longer than one chip one link, two where the axis is a ring.
+        """
         if self.chip.link is None:
             return None
         # A switch: the rate is that of all links together.
@@ -138,8 +155,11 @@ class Topology:
 
 
 def gpu_target(chip: Chip) -> str:
-    """What XLA's compiler for GPUs has to know of a Hopper GPU that is not here, in its text format (GpuTargetConfigProto). Limits of compute
-    capability 9.0: CUDA programming guide, table of technical specifications; 132 multiprocessors, 50 MiB of L2, 1.98 GHz: data sheets."""
+    """What XLA's compiler for GPUs has to know of a Hopper GPU that is not here.
+
+    In its text format (GpuTargetConfigProto). Limits of compute capability 9.0: CUDA programming
+    guide, table of technical specifications; 132 multiprocessors, 50 MiB of L2, 1.98 GHz: data sheets.
+    """
     info = {
         'threads_per_block_limit': 1024,
         'threads_per_warp': 32,
@@ -157,14 +177,16 @@ def gpu_target(chip: Chip) -> str:
         'registers_per_block_limit': 65536,
         'l2_cache_size': 50 * 2**20,
         'clock_rate_ghz': 1.98,
-        'memory_bandwidth': int(chip.bandwidth),
-        'device_memory_size': int(chip.memory),
+        'memory_bandwidth': int(chip.bandwidth or 0),
+        'device_memory_size': int(chip.memory or 0),
     }
     # device_description_str is what JAX reports as device_kind on the GPU itself.
     kind = next(kind for kind, name in KINDS.items() if name == chip.name)
+    fields = ' '.join(f'{key}: {value}' for key, value in info.items())
     return (
-        f'gpu_device_info {{ {" ".join(f"{k}: {v}" for k, v in info.items())} cuda_compute_capability {{ major: 9 }} }} platform_name: "CUDA" '
-        f'dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 8 }} device_description_str: "{kind}"'
+        f'gpu_device_info {{ {fields} cuda_compute_capability {{ major: 9 }} }} '
+        'platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } '
+        f'runtime_version {{ major: 12 minor: 8 }} device_description_str: "{kind}"'
     )
 
 
@@ -184,22 +206,28 @@ KINDS = {
 }
 
 
-def peak_of(devices) -> float | None:
+def peak_of(devices: Sequence[Any]) -> float | None:
     """FLOP/s of these JAX devices together by the data sheet; None where it is not in the table."""
     # A peak is a chip's; where a chip is two JAX devices each has half.
     chip = CHIPS.get(KINDS.get(devices[0].device_kind, ''))
-    return chip.peak / chip.devices * len(devices) if chip else None
+    if chip is None or chip.peak is None:
+        return None
+    return chip.peak / chip.devices * len(devices)
 
 
 def parse(text: str) -> Topology:
-    """'v5p:8x8x4', 'v5e:16x16*4' (four slices), 'h100:8x8' (hosts × GPUs), 'cpu:8'. Raises ConfigError that says what would work."""
+    """'v5p:8x8x4', 'v5e:16x16*4' (four slices), 'h100:8x8' (hosts × GPUs), 'cpu:8'.
+
+    Raises:
+        ConfigError: it is none of these; the message says what would work.
+    """
     flag = f'--topology={text}'
     # chip:AxBxC, and *slices where there are several.
     found = re.fullmatch(r'([a-z0-9]+):(\d+(?:x\d+)*)(?:\*(\d+))?', text)
     if not found:
         raise ConfigError(
-            f'{flag}: a chip and a shape are wanted, such as v5p:8x8x4, v5e:16x16, v5e:16x16*4 (four slices), h100:8x8 '
-            '(hosts × GPUs) or cpu:8'
+            f'{flag}: a chip and a shape are wanted, such as v5p:8x8x4, v5e:16x16, v5e:16x16*4 '
+            '(four slices), h100:8x8 (hosts × GPUs) or cpu:8'
         )
     name, shape, slices = found[1], tuple(int(n) for n in found[2].split('x')), int(found[3] or 1)
     if name not in CHIPS:
@@ -220,15 +248,18 @@ def parse(text: str) -> Topology:
         raise ConfigError(f'{flag}: only TPUs come in slices; leave out *{slices}')
     if chip.platform == 'cuda' and shape[1] > chip.host:
         raise ConfigError(
-            f'{flag}: a host has {chip.host} GPUs, {shape[1]} asked for; write hosts × GPUs, such as '
-            f'{name}:{-(-shape[0] * shape[1] // chip.host)}x{chip.host}'
+            f'{flag}: a host has {chip.host} GPUs, {shape[1]} asked for; write hosts × GPUs, '
+            f'such as {name}:{-(-shape[0] * shape[1] // chip.host)}x{chip.host}'
         )
     return Topology(chip, shape, slices)
 
 
 def environment(topology: Topology) -> dict[str, str]:
-    """What JAX is to find when it starts in order to compile for this topology: no accelerator of this machine is touched, libtpu
-    neither looks for hardware nor keeps others from being loaded, and the plugin for GPUs does not miss their libraries."""
+    """What JAX is to find in the environment when it starts, to compile for this topology.
+
+    No accelerator of this machine is touched, libtpu neither looks for hardware nor keeps others
+    from being loaded, and the plugin for GPUs does not miss their libraries.
+    """
     # JAX itself runs on the CPU; the target's compiler is loaded by name (planning/compilation.py).
     cpu = {'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '3', 'ABSL_MIN_LOG_LEVEL': '3'}
     if topology.chip.platform == 'cpu':

@@ -35,7 +35,7 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', checksum)
 
 
-def wav(samples: Int16[np.ndarray, 'S'], rate: int) -> str:
+def wav(samples: Int16[np.ndarray, ' S'], rate: int) -> str:
     """A mono sound. rate: samples a second."""
     file = io.BytesIO()
     with wave.open(file, 'wb') as writer:

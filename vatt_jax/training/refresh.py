@@ -73,7 +73,7 @@ def _put(tree: Any, shardings: Any) -> Any:
 
 
 class RecordEncoder:
-    """Applies a traced function to every training record once, as `TrainingRecords.encode` promises.
+    """Applies a traced function to every training record once (`TrainingRecords.encode`).
 
     Attributes:
         variables: the model's trained variables; not their averages.
