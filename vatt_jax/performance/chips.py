@@ -158,7 +158,8 @@ def gpu_target(chip: Chip) -> str:
     """What XLA's compiler for GPUs has to know of a Hopper GPU that is not here.
 
     In its text format (GpuTargetConfigProto). Limits of compute capability 9.0: CUDA programming
-    guide, table of technical specifications; 132 multiprocessors, 50 MiB of L2, 1.98 GHz: data sheets.
+    guide, table of technical specifications; 132 multiprocessors, 50 MiB of L2, 1.98 GHz: data
+    sheets.
     """
     info = {
         'threads_per_block_limit': 1024,
