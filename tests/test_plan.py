@@ -372,7 +372,7 @@ def test_search_tells_each_and_names_the_fastest(monkeypatch):
     'arguments, words',
     [
         (['--topology=v7:4x4'], ["--topology=v7:4x4: no chip 'v7'", 'v5e']),
-        ([], ['--mode=plan wants --topology']),
+        ([], ['--mode=plan: expected --topology']),
         (['--topology=v5e:4x4', '--search', '--quick'], ['--search has further plans', 'drop one']),
         (['--machine=laptop'], ["--machine='laptop'", 'v5e_256']),
         (

@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(
-    argv: list[str], description: str | None
+    argv: list[str], description: str | None = None
 ) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     """Flags, and ('field.path', 'text') of every --config.field.path=text."""
     parser = Parser(
