@@ -62,7 +62,7 @@ class Strings(Sequence[str]):
         # Iteration over a Sequence ends at IndexError: an index too large must not wrap around.
         if not -len(self) <= number < len(self):
             raise IndexError(i)
-        number %= len(self)
+        number %= len(self)  # negative numbers count from the end
         begin, end = self.offsets[number : number + 2]
         return self.data[begin:end].tobytes().decode()
 
@@ -134,9 +134,11 @@ class Index:
           crc: crc32 of each.
           multi: number of classes of each label that is multi-hot, None of the others.
         """
+        # All sentences [N] and segments [G], in record order.
         sentences = [sentence for record in records for sentence in record['sentences']]
         segments = [segment for record in records for segment in record['segments']]
         num_segments = [len(record['segments']) for record in records]
+        # All records of a dataset have folds, or none has.
         folds = None
         if records and 'folds' in records[0]:
             folds = _column(records, 'folds', np.int8)
@@ -164,6 +166,7 @@ class Index:
 
     def take(self, rows: Int[np.ndarray, ' m']) -> Index:
         """The index of these records alone."""
+        # `sentences` and `segments` number, among all N and G, those that remain.
         sentence_offset, sentences = _ranges(self.sentence_offset, rows)
         segment_offset, segments = _ranges(self.segment_offset, rows)
         return Index(
@@ -217,6 +220,7 @@ class Index:
           DataError: a file that is missing, damaged or not an index.
         """
         try:
+            # No pickles: a folder from elsewhere must not run code.
             with np.load(path, allow_pickle=False) as stored:
                 return cls(**_stored_fields(stored))
         except Exception as e:  # zip, zlib, key and value errors: all say the same to the user
@@ -281,6 +285,7 @@ def _ranges(
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
+    # A rename replaces the file in one step: a reader finds the old one or the new one.
     temporary = path.with_name(path.name + '.tmp')
     temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     os.replace(temporary, path)
