@@ -258,7 +258,7 @@ def test_mistakes_are_one_sentence_and_write_nothing(name, cli, tmp_path):
     [
         ('configs/demos.py', ['no file configs/demos.py', 'configs/demo.py']),
         ('nowhere/demo.py', ['folder nowhere does not exist']),
-        ('configs/demo.py:nothing', ["no variant 'nothing'", 'synthetic']),
+        ('configs/demo.py:nothing', ["got 'nothing'", 'synthetic']),
         ('tests/tiny.py', ['tests/tiny.py', 'get_config']),
         ('README.md', ['README.md']),
     ],
@@ -307,7 +307,7 @@ def test_mistakes_in_a_config_file(lines, words, cli, tmp_path):
         (['--config.model.towers.video.name=vat'], ["config.model.towers.video.name='vat'", 'vit']),
         (['--config.evals.sync.limt=3'], ['config.evals', 'limt']),
         (['--config.optimizer.schedule.warmup=9999'], ['schedule.warmup=9999']),
-        (['--config.model.towers.audio.patch=99999'], ['config.model.towers.audio.patch=99999']),
+        (['--config.model.towers.audio.patch=99999'], ['config.model.towers.audio.patch', '99999']),
         (['--config.data.make.seconds=1.0'], ['seconds=1.0', 'leave less than']),
         (
             ['--config.data.train={"mine": {"path": "nowhere"}}'],
@@ -332,7 +332,7 @@ def test_workdir_that_is_a_file(cli, tmp_path):
     (tmp_path / 'run').write_text('mine')
     told(
         *cli(TINY, f'--workdir={tmp_path / "run"}')[::2],
-        [f'--workdir={tmp_path / "run"} is a file', 'folder is wanted'],
+        [f'--workdir={tmp_path / "run"}: expected a folder, this is a file'],
     )
     assert (tmp_path / 'run').read_text() == 'mine'
 
