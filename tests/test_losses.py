@@ -487,13 +487,13 @@ def test_a_perfect_model_tends_to_log_two_asymmetric_and_zero_symmetric():
 def test_what_does_not_fit_is_refused_in_a_sentence():
     x, y = jnp.ones((4, 3)), jnp.ones((4, 2, 3))
     traced = lambda f, *args, **options: jax.eval_shape(lambda: f(*args, **options))
-    with pytest.raises(ValueError, match='this loss knows one candidate per clip, and there are 2'):
+    with pytest.raises(ValueError, match='expected one candidate per clip, got 2'):
         traced(nce.nt_xent, x, y)
     with pytest.raises(ValueError, match='replicas=3 does not divide the batch of 4'):
         traced(nce.asymmetric, x, y, replicas=3)
     with pytest.raises(ValueError, match=r"method='rign': choose one of auto, gather, ring"):
         traced(nce.asymmetric, x, y, how=How('rign'))
-    with pytest.raises(ValueError, match=r'x \(4, 3\), y \(5, 3\)'):
+    with pytest.raises(ValueError, match=r'got x \(4, 3\) and y \(5, 3\)'):
         traced(nce.asymmetric, x, jnp.ones((5, 3)))
 
 

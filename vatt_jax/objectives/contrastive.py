@@ -139,6 +139,8 @@ class Contrastive(Objective):
         total_weight = 0.0
         metrics = {}
         for i, (first, second, space, weight) in enumerate(self.config.pairs):
+            x = _embedding(spaces, space, first, ' in training')  # [B E]
+            y = _embedding(spaces, space, second, ' in training')  # [B E] or [B K E]
             options = self._fixed_options()
             learnt = self._learnt_options(params, i)
             options.update(learnt)
@@ -148,8 +150,8 @@ class Contrastive(Objective):
             # Padding sentences: without a mask they count as candidates.
             mask = None if self.config.padded else batch[second].get('mask')
             pair_loss = self.loss_function(
-                _embedding(spaces, space, first, ' in training'),  # [B E]
-                _embedding(spaces, space, second, ' in training'),  # [B E] or [B K E]
+                x,
+                y,
                 x_valid=batch[first]['valid'],
                 y_valid=batch[second]['valid'],
                 y_mask=mask,
