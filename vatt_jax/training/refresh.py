@@ -59,7 +59,7 @@ def _with_refreshed(built: Built, state: TrainState, refreshed: Refreshed) -> Tr
     )
 
     def fresh_slots(state: TrainState) -> Any:
-        # Moments of a replaced parameter (a head whose clusters are new) belong to the old one.
+        # Moments of a replaced parameter (a head whose classes are new) belong to the old one.
         return train_state.fresh_slots(built.tx, state, refreshed.fresh_slots)
 
     # Under jit with explicit shardings: slots made outside would sit on one device.
