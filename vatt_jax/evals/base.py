@@ -17,6 +17,7 @@ import numpy as np
 
 from vatt_jax.config import ConfigError, with_defaults
 from vatt_jax.inference.encoder import Encoder, features_of
+from vatt_jax.inputs.batch import modality_of
 
 
 @dataclasses.dataclass
@@ -204,11 +205,6 @@ class Evaluator:
     def run(self, view: View) -> Result:
         """Evaluate the encoder behind `view`."""
         raise NotImplementedError
-
-
-def modality_of(stream: str) -> str:
-    """The modality of a stream: 'audio' of 'audio.shifted'."""
-    return stream.split('.')[0]
 
 
 def check_spaces(pairs: Iterable[tuple[str, str, str]], outputs: Any, where: str) -> None:

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax.config import ConfigError, choose, with_defaults
 from vatt_jax.inputs import spectrogram
+from vatt_jax.inputs.batch import modality_of
 from vatt_jax.models.attention import IMPLEMENTATIONS
 from vatt_jax.models.common_space import CommonSpaces
 from vatt_jax.models.embeddings import LinearWords, Patches, Tokens, Words
@@ -478,11 +479,6 @@ class MultimodalEncoder(nn.Module):
         encoded = self.interact(self.encode_all(batch, train=train, rng=rng, features=features))
         valid = {name: batch[name]['valid'] for name in encoded}
         return Outputs(encoded, self.project(encoded, valid=valid, train=train))
-
-
-def modality_of(stream_name: str) -> str:
-    """Modality of a stream named `modality` or `modality.view`."""
-    return stream_name.split('.')[0]
 
 
 def flatten_sentences(

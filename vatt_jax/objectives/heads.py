@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vatt_jax.config import ConfigError
+from vatt_jax.inputs.batch import modality_of
 from vatt_jax.models.layers import BatchNorm
 from vatt_jax.parallel.sharding import logical
 from vatt_jax.rng import Rng
@@ -151,11 +152,6 @@ def unit(x: jax.Array, axis: int = -1) -> jax.Array:
     # The maximum is inside the root: the derivative of a square root at 0 is infinite. 1e-12 is the
     # square of the smallest length, 1e-6.
     return x * jax.lax.rsqrt(jnp.maximum(squared_length, 1e-12))
-
-
-def modality_of(view: str) -> str:
-    """The modality of a view: 'video' of 'video.second'."""
-    return view.split('.')[0]
 
 
 def by_modality(views: Sequence[str]) -> dict[str, tuple[str, ...]]:
