@@ -82,7 +82,7 @@ def read_config(
         config = configs.load(flags.config or 'configs/demo.py')
     else:
         # A run older than some fields: the defaults keep its behaviour.
-        config = configs.complete(stored, default.get_config())
+        config = configs.fill_missing(stored, default.get_config())
     if flags.machine:
         machines.apply(config, flags.machine)
     configs.override(config, overrides)

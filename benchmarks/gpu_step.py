@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import data_pipelines
 from vatt_jax import config as configs
 from vatt_jax import models
-from vatt_jax.inference import encoder
+from vatt_jax.inference import feature_extractor
 from vatt_jax.inputs import preprocess
 from vatt_jax.models.transformer import relative_buckets
 from vatt_jax.performance import chips, flops
@@ -121,7 +121,7 @@ def ours(name: str, batch: int) -> dict:
     variables = {'params': built.shape.params['model'], 'batch_stats': built.shape.batch_stats}
     plain = configs.ConfigDict(c.to_dict())
     plain.model.attention = 'dense'
-    counts = flops.towers(
+    counts = flops.by_tower(
         models.build(plain.model, c.compute_dtype),
         variables,
         jax.tree.map(
@@ -129,7 +129,7 @@ def ours(name: str, batch: int) -> dict:
         ),
     )
     with jax.set_mesh(built.mesh):
-        on_device = encoder.place(next(data.train(0, batch)), built.mesh)
+        on_device = feature_extractor.place_on_mesh(next(data.train(0, batch)), built.mesh)
         state = built.init()
         step = built.step.lower(state, on_device).compile()
         memory = step.memory_analysis()
@@ -448,7 +448,7 @@ def check(name: str) -> None:
         )
         rng = Rng.create(0, 0, np.arange(4))
         batch = preprocess.device_stage(
-            encoder.place(next(data.train(0, 4)), built.mesh),
+            feature_extractor.place_on_mesh(next(data.train(0, 4)), built.mesh),
             c.model.inputs,
             c.augment,
             rng,

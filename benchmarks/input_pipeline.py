@@ -56,7 +56,7 @@ from data_pipelines import dmvr, media
 from data_pipelines.loading import order
 from data_pipelines.prepare import prepare
 from data_pipelines.storage.records import Prepared, Split
-from vatt_jax.inference import encoder
+from vatt_jax.inference import feature_extractor
 from vatt_jax.inputs import preprocess
 from vatt_jax.performance import chips, flops
 from vatt_jax.planning import plan
@@ -304,7 +304,7 @@ def settle() -> float:
 def of_device(batch, c, repeats: int) -> list[float]:
     """CPU ms per clip of the device stage, jitted, on this CPU."""
     rows = len(batch['position'])
-    given = jax.device_put(encoder.device_part(batch))
+    given = jax.device_put(feature_extractor.device_part(batch))
     stage = jax.jit(
         lambda b, step: preprocess.device_stage(
             b,
@@ -330,7 +330,7 @@ def needed() -> dict:
     c.batch_size, c.mesh.replica = 2, 1
     built = loop.build(c, data_pipelines.open(c))
     variables = {'params': built.shape.params['model'], 'batch_stats': built.shape.batch_stats}
-    one = flops.model_flops(flops.towers(built.model, variables, plan.two_rows(built.inputs)))
+    one = flops.model_flops(flops.by_tower(built.model, variables, plan.two_rows(built.inputs)))
     rates = {name: 0.5 * chip.peak / one for name, chip in chips.CHIPS.items() if chip.peak}
     return {
         'model': 'VATT bbs',

@@ -48,7 +48,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vatt_jax.losses import nce
-from vatt_jax.losses.blockwise import KEEP
+from vatt_jax.losses.blockwise import MAX_STORED_SCORES
 from vatt_jax.losses.similarity import How
 
 WIDTH = 512
@@ -148,7 +148,7 @@ def cpu(sizes, repeats, forms):
                 'dense, by hand': dense_by_hand(form, 0.07),
                 'blockwise': blockwise(form, How()),
             }
-            if b * b * k <= KEEP:  # there `auto` keeps the scores
+            if b * b * k <= MAX_STORED_SCORES:  # there `auto` keeps the scores
                 losses['blockwise, 512'] = blockwise(form, How(block=512))
             compiled = {name: with_gradient(f).lower(x, y).compile() for name, f in losses.items()}
             memory = {name: f.memory_analysis().temp_size_in_bytes for name, f in compiled.items()}

@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 
 import data_pipelines
 from configs import default
-from vatt_jax.inference import encoder
+from vatt_jax.inference import feature_extractor
 from vatt_jax.training import loop
 
 RESULTS = ROOT / 'benchmarks' / 'results' / 'microbatch.json'
@@ -69,7 +69,9 @@ class Step:
         data = data_pipelines.open(c)
         built = loop.build(c, data)
         with jax.set_mesh(built.mesh):
-            self.batch = encoder.place(next(data.train(0, c.batch_size)), built.mesh)
+            self.batch = feature_extractor.place_on_mesh(
+                next(data.train(0, c.batch_size)), built.mesh
+            )
             self.state = built.init()
             self.compiled = built.step.lower(self.state, self.batch).compile()
         self.temporaries = self.compiled.memory_analysis().temp_size_in_bytes

@@ -72,7 +72,7 @@ def passes(clips: int, layout, packed: bool):
                     params,
                     pack(xs, clips),
                     tuple(masks),
-                    Packed.of(rngs, layout),
+                    Packed.pack(rngs, layout),
                     True,
                     False,
                     layout,

@@ -120,7 +120,7 @@ def main() -> None:
                         f'{folder}/staged/{store}',
                     )
                     began = input_pipeline.cpu()
-                    decoded_files.stage(decoded_files.File(path, path, 0, 0), settings, target)
+                    decoded_files.stage_file(decoded_files.File(path, path, 0, 0), settings, target)
                     spent.append(input_pipeline.cpu() - began)
                     head = decoded_files.header(pathlib.Path(target))
                     if 'skipped' in head:

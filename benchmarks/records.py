@@ -136,18 +136,18 @@ def forms() -> dict:
         @tf.function(autograph=False)
         def read(record, first):
             packets, sound = parse(record, first)
-            decode = lambda p, f: media.decoded(
+            decode = lambda p, f: media.decode_h264(
                 p[f // media.GOP * media.GOP : f + WANTED], f % media.GOP + np.arange(WANTED), form
             )
             return tf.numpy_function(decode, [packets, first], tf.uint8), sound
 
         return read
 
-    jpegs = lambda frames: [media.jpeg(f, 90) for f in frames]
+    jpegs = lambda frames: [media.encode_jpeg(f, 90) for f in frames]
     out = {'JPEG q90 in DMVR record': (jpegs, dmvr, of_dmvr), 'JPEG q90': (jpegs, example, of_jpeg)}
     for crf in (20, 23, 26):
         out[f'H.264 crf {crf}, to RGB'] = (
-            lambda frames, crf=crf: media.h264(frames, FPS, crf),
+            lambda frames, crf=crf: media.encode_h264(frames, FPS, crf),
             example,
             of_video('rgb24'),
         )
@@ -171,7 +171,7 @@ def staged(clips: list[np.ndarray], pcm: np.ndarray) -> dict:
             settings = decoded_files.Settings(FPS, HEIGHT, RATE, 90, 0.0, crf)
             began = cpu()
             for i in range(len(clips)):
-                decoded_files.stage(
+                decoded_files.stage_file(
                     decoded_files.File(f'{i}.mp4', f'{folder}/{i}.mp4', 0, 0),
                     settings,
                     f'{folder}/{store}/{i}',

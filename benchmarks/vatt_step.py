@@ -49,7 +49,7 @@ from ml_collections import ConfigDict
 import data_pipelines
 from configs import default
 from vatt_jax.importers import parameter_map, vatt_tf
-from vatt_jax.inference import encoder
+from vatt_jax.inference import feature_extractor
 from vatt_jax.inputs import preprocess
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
@@ -326,7 +326,7 @@ class Ours:
                 in_shardings=(built.shardings, sharding.batch_sharding(self.mesh)),
                 out_shardings=(built.shardings, sharding.replicated(self.mesh)),
             )
-            self.batch = encoder.place(host_batch(data, floats), self.mesh)
+            self.batch = feature_extractor.place_on_mesh(host_batch(data, floats), self.mesh)
             stages, preprocess.STAGES = preprocess.STAGES, {} if floats else preprocess.STAGES
             self.compiled = step.lower(self.state, self.batch).compile()
             preprocess.STAGES = stages

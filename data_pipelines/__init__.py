@@ -54,10 +54,10 @@ def open_or_make(config: ConfigDict, check: Callable[[ConfigDict], None]) -> Any
     """
     if config.data.source == 'records' and config.data.make:
         from data_pipelines.datasets import playground
-        from data_pipelines.storage.records import read_from
+        from data_pipelines.storage.records import read_entries
 
         made = config.data.make.get('path', '')
-        mixture, evaluated = read_from(config)
+        mixture, evaluated = read_entries(config)
         paths = [entry['path'] for entry in mixture.values()]
         paths.append(evaluated['path'])
         # A config that reads other records keeps the description, and needs no playground.

@@ -31,6 +31,8 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 import numpy as np
 
 from data_pipelines.errors import DataError
+from data_pipelines.preparation import arguments, decoded_files, record_contents
+from data_pipelines.preparation.console import Console
 from data_pipelines.storage import byte_offsets
 from data_pipelines.storage import record_index as indices
 from data_pipelines.storage.records import SPLITS
@@ -50,7 +52,7 @@ class IndexedSplit:
 
     Attributes:
       paths: the files.
-      records: what each record holds, as `Index.of` takes it.
+      records: what each record holds, as `Index.from_records` takes it.
       crc: checksum of each record.
       rows: (number of the file, offset, bytes) of each record.
       pieces: byte offsets of the frames and seconds of each record.
@@ -101,15 +103,12 @@ def index(
     Raises:
       DataError: no record can be read, or fps and rate contradict the records.
     """
-    from data_pipelines.preparation.decoded_files import Settings
-    from data_pipelines.prepare import _check_arguments, _Console, _dataset_name, _tokenizer
-
-    say = _Console(quiet)
+    say = Console(quiet)
     target = pathlib.Path(out)
-    name = name or _dataset_name(target)
+    name = name or arguments.dataset_name(target)
     # Of the settings only fps and rate matter here; the others pass the check.
-    settings = Settings(float(fps), 256, int(rate), 90, 0.0)
-    _check_arguments(settings, name, vocabulary, 0.0, 0.0, 1)
+    settings = decoded_files.Settings(float(fps), 256, int(rate), 90, 0.0)
+    arguments.check_arguments(settings, name, vocabulary, 0.0, 0.0, 1)
     # Wrong arguments are refused before the folder is touched.
     splits = _find_files({'train': train, 'validation': validation, 'test': test})
     _make_target(target, overwrite)
@@ -133,7 +132,7 @@ def index(
 
     # The records agree with each other and with fps and rate: from here on files are written.
     staging = target / '.staging'
-    _tokenizer(all_records, tokenizer, vocabulary, staging)
+    record_contents.train_tokenizer(all_records, tokenizer, vocabulary, staging)
     # A rename is atomic: the file is there whole or not at all.
     os.replace(staging / 'tokenizer.json', target / 'tokenizer.json')
     split_summaries = {}
@@ -226,7 +225,7 @@ def _index_file(
         split.rows.append((number, offset + HEADER, len(raw)))
         try:
             split.pieces.append(
-                byte_offsets.of_sequence_example(
+                byte_offsets.pieces_of_sequence_example(
                     raw,
                     parser.feature_names.get('frames', ''),
                     parser.feature_names.get('audio', ''),
@@ -241,7 +240,7 @@ def _save_split(
     target: pathlib.Path, name: str, split: IndexedSplit, label_classes: dict[str, int | None]
 ) -> dict[str, Any]:
     """Write the tables of one split; return its summary."""
-    table = indices.Index.of(split.records, split.crc, label_classes)
+    table = indices.Index.from_records(split.records, split.crc, label_classes)
     table.save(target / f'index-{name}.npz')
     byte_offsets.save(target, name, split.paths, split.rows, split.pieces)
     return {
@@ -295,7 +294,7 @@ class RecordParser:
         self.class_names: dict[int, str] = {}
 
     def parse(self, raw: bytes, where: str) -> dict[str, Any]:
-        """What one record holds, as `Index.of` takes it.
+        """What one record holds, as `Index.from_records` takes it.
 
         Args:
           raw: a serialized SequenceExample.

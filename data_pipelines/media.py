@@ -75,7 +75,7 @@ class Media:
     Attributes:
         frames: iterator of RGB frames at the rate that was asked for; None without a video track.
         audio: mono, or None. Beside frames it still has to be cut or filled to their length, which
-            is known when they have been read (`fit`).
+            is known when they have been read (`fit_audio`).
     """
 
     frames: Iterator[UInt8[np.ndarray, 'H W 3']] | None
@@ -134,7 +134,7 @@ def read(
     return Media(None, audio)
 
 
-def fit(
+def fit_audio(
     audio: Int16[np.ndarray, ' S'] | None, frames: int, fps: float, rate: int
 ) -> Int16[np.ndarray, ' S2'] | None:
     """Cut audio, or fill it with silence, to the length of pictures, so that both end together.
@@ -492,7 +492,7 @@ def _resample(resampler: av.AudioResampler, frame: Any) -> list[np.ndarray]:
 # ---- Writing.
 
 
-def jpeg(frame: UInt8[np.ndarray, 'H W 3'], quality: int) -> bytes:
+def encode_jpeg(frame: UInt8[np.ndarray, 'H W 3'], quality: int) -> bytes:
     """Encode a frame as JPEG, with chroma at half resolution."""
     stream = io.BytesIO()
     # subsampling=2 is 4:2:0.
@@ -579,7 +579,7 @@ def _video_frame(picture: UInt8[np.ndarray, 'H W 3']) -> av.VideoFrame:
 # ---- Video in records.
 
 
-def h264(
+def encode_h264(
     frames: Iterable[UInt8[np.ndarray, 'H W 3']], fps: float, crf: int = 23, gop: int = GOP
 ) -> list[bytes]:
     """Encode frames so that any of them can be decoded from a few packets.
@@ -640,12 +640,12 @@ def _h264_encoder(height: int, width: int, fps: float, crf: int, gop: int) -> An
     return codec
 
 
-def decoded(
+def decode_h264(
     packets: Sequence[bytes],
     shown: Sequence[int] | Integer[np.ndarray, ' T'],
     form: str = 'rgb24',
 ) -> UInt8[np.ndarray, 'T H W 3'] | UInt8[np.ndarray, 'T H W']:
-    """Decode some pictures of packets that `h264` made.
+    """Decode some pictures of packets that `encode_h264` made.
 
     Args:
         packets: in order; the first, and each after a gap, is a keyframe.

@@ -25,7 +25,6 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 import shutil
 import sys
 import textwrap
@@ -36,6 +35,7 @@ from typing import Any, TypeVar
 from data_pipelines.datasets import named
 from data_pipelines.errors import DataError
 from data_pipelines.preparation import (
+    arguments,
     decoded_files,
     media_catalog,
     record_contents,
@@ -49,10 +49,6 @@ from data_pipelines.storage import record_index
 _FINISHED_FILE = 'prepare.json'
 # Error numbers of a disk that takes no more: full, over the user's quota, file too large.
 _FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-# Names that data_pipelines.dmvr, which shares the end of the preparation, imports.
-_Console = Console
-_tokenizer = record_contents.train_tokenizer
 
 Function = TypeVar('Function', bound=Callable[..., Any])
 
@@ -172,10 +168,10 @@ def prepare(
         rate=int(rate),
         quality=int(quality),
         min_seconds=float(min_seconds),
-        crf=_stored_crf(store, crf),
+        crf=arguments.stored_crf(store, crf),
     )
-    name = name or _dataset_name(target)
-    _check_arguments(settings, name, vocabulary, validation, test, processes)
+    name = name or arguments.dataset_name(target)
+    arguments.check_arguments(settings, name, vocabulary, validation, test, processes)
 
     if dataset:
         # From here on, a named dataset and anyone's folder are the same.
@@ -272,7 +268,7 @@ def _usable_records(
     records = []
     for file in catalog.files:
         # Headers alone: the frames of a large dataset do not fit into memory.
-        header = decoded_files.header(decoded_files.place(stage_dir, file, settings))
+        header = decoded_files.header(decoded_files.staged_path(stage_dir, file, settings))
         if header.get('skipped'):
             skipped[file.id] = header['skipped']
         elif require_audio and not header['samples']:
@@ -294,62 +290,6 @@ def _check_sources(videos: str, captions: str, annotations: str, out: str, datas
             f'--dataset={dataset} brings its own captions and annotations; '
             'leave --captions and --annotations out'
         )
-
-
-def _check_arguments(
-    settings: decoded_files.Settings,
-    name: str,
-    vocabulary: int,
-    validation: float,
-    test: float,
-    processes: int,
-) -> None:
-    """Raise DataError for the first argument that makes no sense."""
-    # yuv420p halves the colour planes, so H.264 needs an even size.
-    size_fits = 8 <= settings.size <= 4096 and not (settings.crf and settings.size % 2)
-    # (flag, its value, whether it makes sense)
-    checks: list[tuple[str, float, bool]] = [
-        # The bounds are generous; they catch units that were mixed up, such as a rate in kHz.
-        ('fps', settings.fps, 0 < settings.fps <= 120),
-        ('rate', settings.rate, 1000 <= settings.rate <= 192000),
-        ('size', settings.size, size_fits),
-        ('quality', settings.quality, 1 <= settings.quality <= 100),
-        ('min_seconds', settings.min_seconds, settings.min_seconds >= 0),
-        # Two entries are padding and unknown words.
-        ('vocabulary', vocabulary, vocabulary >= 3),
-        ('processes', processes, processes >= 1),
-        ('validation', validation, validation >= 0 and validation + test < 1),
-        ('test', test, test >= 0),
-    ]
-    for flag, value, makes_sense in checks:
-        if not makes_sense:
-            raise DataError(f'--{flag}={value} makes no sense; see --help for what it means')
-    # tfds derives a class and a folder from the name and accepts only snake case.
-    if not re.fullmatch(r'[a-z][a-z0-9_]*', name):
-        raise DataError(
-            f'--name={name}: expected lower-case letters, digits and underscores, '
-            'beginning with a letter'
-        )
-
-
-def _stored_crf(store: str, crf: int) -> int:
-    """`crf` as `decoded_files.Settings` has it: 0 if frames are stored as JPEG."""
-    if store not in ('jpeg', 'h264') or not 1 <= crf <= 51:
-        raise DataError(
-            f'--store={store} --crf={crf} makes no sense; --store is jpeg or h264, '
-            '--crf from 1 (best) to 51'
-        )
-    return crf if store == 'h264' else 0
-
-
-def _dataset_name(out: pathlib.Path) -> str:
-    """A name that tfds accepts, from the name of the folder."""
-    name = re.sub(r'[^a-z0-9]+', '_', out.resolve().name.lower()).strip('_')
-    if not name:
-        return 'videos'
-    if re.match('[a-z]', name):
-        return name
-    return f'set_{name}'
 
 
 # ---- Earlier runs into the same folder.
@@ -416,7 +356,7 @@ def _dataset_help(dataset: str) -> str:
     """What --help says of a named dataset; '' of any other name."""
     if dataset not in named.DATASETS:
         return ''
-    title, text, files = named.of(dataset).page()
+    title, text, files = named.get_dataset(dataset).page()
     return f'{title}\n\n{textwrap.indent(files, "  ")}\n\n{text}'
 
 

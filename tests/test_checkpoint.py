@@ -79,7 +79,7 @@ def test_a_damaged_checkpoint_is_told_set_aside_and_the_one_before_is_used(tmp_p
     assert checkpoint.newest_sound(folder, said.append) == 3 and not said
     harm(folder / '3')
     for take in (
-        checkpoint.sound,
+        checkpoint.find_verified,
         parameter_map.read_run,
         lambda path: checkpoint.init_from(str(path), {}, {}, (), ()),
     ):
@@ -120,7 +120,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(
-            checkpoint.Unsaved,
+            checkpoint.CheckpointNotSaved,
             match='the checkpoint of step 2 could not be written .*; the checkpoint of step 1 is whole',
         ):
             k.save(2, state(2, 1 << 18), {'step': 2}, {})

@@ -167,9 +167,12 @@ MISTAKES = {
     'no value': (['--config.steps'], ['--config.steps lacks a value', '--config.steps=VALUE']),
     'wrong type': (
         ['--config.batch_size=many'],
-        ["config.batch_size='many'", 'int is wanted', 'such as 8'],
+        ["config.batch_size: expected int, such as 8, got 'many' (str)"],
     ),
-    'fraction for a count': (['--config.steps=2.5'], ['config.steps=2.5', 'int is wanted']),
+    'fraction for a count': (
+        ['--config.steps=2.5'],
+        ['config.steps: expected int', 'got 2.5 (float)'],
+    ),
     'not positive': (
         ['--config.checkpoint.every=0'],
         ['config.checkpoint.every=0', 'positive number'],

@@ -155,9 +155,9 @@ def test_batch_and_mesh(fields, told):
 
 def test_json_round_trip():
     c = default.get_config()
-    assert configs.same(c, configs.from_json(configs.to_json(c))) == []
+    assert configs.differing_fields(c, configs.from_json(configs.to_json(c))) == []
     d = changed(model__head__va='64')
-    assert configs.same(c, d) == ['model.head.va']
+    assert configs.differing_fields(c, d) == ['model.head.va']
 
 
 def test_missing_config_file_lists_the_others():
@@ -171,7 +171,7 @@ def test_a_run_older_than_a_field_has_its_default():
     old.model.head = ConfigDict(
         {'name': 'joint', 'joint': 8}
     )  # of another graph: it has no va and vat to be completed by
-    new = configs.complete(old, default.get_config())
+    new = configs.fill_missing(old, default.get_config())
     configs.check_fields(new, default.get_config())
     want = default.get_config()
     want.batch_size, want.data.crop, want.model.head = (
@@ -179,7 +179,7 @@ def test_a_run_older_than_a_field_has_its_default():
         (0.5, 1),
         ConfigDict({'name': 'joint', 'joint': 8}),
     )
-    assert configs.same(new, want) == []
+    assert configs.differing_fields(new, want) == []
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def test_an_override_by_an_old_name_is_accepted_with_one_warning(renamed, old, n
         configs.override(c, [(old, text)])
     assert len(caught) == 1
     assert f'use config.{new.split(".")[0]}' in str(caught[0].message)
-    assert configs.same(c, default.get_config()) == [new]
+    assert configs.differing_fields(c, default.get_config()) == [new]
     assert dict(configs.flatten(c))[new] == value
 
 
@@ -214,7 +214,7 @@ def test_a_stored_config_with_an_old_name_is_accepted_with_one_warning(renamed, 
     with pytest.warns(FutureWarning, match='use config.optimizer.schedule.peak') as caught:
         got = configs.stored(tmp_path)
     assert len(caught) == 1
-    assert configs.same(got, want) == []
+    assert configs.differing_fields(got, want) == []
     configs.check_fields(got, default.get_config())
 
 
@@ -224,7 +224,7 @@ def test_a_group_left_empty_by_a_rename_is_gone(monkeypatch):
     fields['gone'] = {'group': {'color': fields['augment'].pop('color')}}
     with pytest.warns(FutureWarning, match='config.gone.group.color was renamed'):
         got = configs.from_json(json.dumps(fields))
-    assert configs.same(got, default.get_config()) == []
+    assert configs.differing_fields(got, default.get_config()) == []
     configs.check_fields(got, default.get_config())
 
 

@@ -14,7 +14,7 @@ from tests import runs
 from vatt_jax import launch
 from vatt_jax.config import ConfigError
 from vatt_jax.parallel import distributed
-from vatt_jax.parallel.distributed import Place
+from vatt_jax.parallel.distributed import Position
 
 ROOT = pathlib.Path(__file__).parent.parent
 SLURM = {
@@ -42,7 +42,7 @@ GKE = {'TPU_WORKER_HOSTNAMES': 'mbs-0.mbs,mbs-1.mbs', 'TPU_WORKER_ID': '1'}
         ({}, None),
         (
             {'VATT_COORDINATOR': 'node1:8476', 'VATT_PROCESSES': '3', 'VATT_PROCESS': '2'},
-            Place('node1:8476', 3, 2),
+            Position('node1:8476', 3, 2),
         ),
         (
             {
@@ -51,7 +51,7 @@ GKE = {'TPU_WORKER_HOSTNAMES': 'mbs-0.mbs,mbs-1.mbs', 'TPU_WORKER_ID': '1'}
                 'VATT_PROCESS': '0',
                 'VATT_DEVICES': '4,5',
             },
-            Place('node1:8476', 2, 0, (4, 5)),
+            Position('node1:8476', 2, 0, (4, 5)),
         ),
         ({'VATT_COORDINATOR': 'node1:8476', 'VATT_PROCESSES': '1', 'VATT_PROCESS': '0'}, None),
         # a Kubernetes indexed job
@@ -61,38 +61,38 @@ GKE = {'TPU_WORKER_HOSTNAMES': 'mbs-0.mbs,mbs-1.mbs', 'TPU_WORKER_ID': '1'}
                 'VATT_PROCESSES': '8',
                 'JOB_COMPLETION_INDEX': '5',
             },
-            Place('mbs-0.mbs:8476', 8, 5),
+            Position('mbs-0.mbs:8476', 8, 5),
         ),
         # what is said by hand comes first
         (
             {**SLURM, 'VATT_COORDINATOR': 'node1:8476', 'VATT_PROCESSES': '2', 'VATT_PROCESS': '1'},
-            Place('node1:8476', 2, 1),
+            Position('node1:8476', 2, 1),
         ),
         # srun with one task a node: all of its GPUs; with several: one each
-        (SLURM, Place('gpu007:61808', 4, 2)),
+        (SLURM, Position('gpu007:61808', 4, 2)),
         (
             {**SLURM, 'SLURM_STEP_TASKS_PER_NODE': '2(x2)', 'SLURM_LOCALID': '1'},
-            Place('gpu007:61808', 4, 2, (1,)),
+            Position('gpu007:61808', 4, 2, (1,)),
         ),
         (
             {**SLURM, 'SLURM_STEP_TASKS_PER_NODE': '1,3', 'SLURM_LOCALID': '0'},
-            Place('gpu007:61808', 4, 2, (0,)),
+            Position('gpu007:61808', 4, 2, (0,)),
         ),
         # salloc or a batch script without srun is one process
         ({k: v for k, v in SLURM.items() if not k.startswith('SLURM_STEP')}, None),
         ({**SLURM, 'SLURM_STEP_NUM_TASKS': '1', 'SLURM_PROCID': '0'}, None),
-        (OMPI, Place('10.96.0.1:62624', 4, 3, (1,))),
+        (OMPI, Position('10.96.0.1:62624', 4, 3, (1,))),
         (
             {
                 **OMPI,
                 'OMPI_COMM_WORLD_LOCAL_SIZE': '1',
                 'OMPI_MCA_orte_hnp_uri': '4096.0;tcp6://[fe80::b9b,2620::2]:43370',
             },
-            Place('[fe80::b9b]:61441', 4, 3),
+            Position('[fe80::b9b]:61441', 4, 3),
         ),
-        ({**OMPI, 'OMPI_COMM_WORLD_LOCAL_SIZE': '4'}, Place('127.0.0.1:62624', 4, 3, (1,))),
+        ({**OMPI, 'OMPI_COMM_WORLD_LOCAL_SIZE': '4'}, Position('127.0.0.1:62624', 4, 3, (1,))),
         ({**OMPI, 'OMPI_COMM_WORLD_SIZE': '1', 'OMPI_COMM_WORLD_RANK': '0'}, None),
-        (GKE, Place('mbs-0.mbs:8482', 2, 1)),
+        (GKE, Position('mbs-0.mbs:8482', 2, 1)),
         (
             {
                 **GKE,
@@ -100,13 +100,13 @@ GKE = {'TPU_WORKER_HOSTNAMES': 'mbs-0.mbs,mbs-1.mbs', 'TPU_WORKER_ID': '1'}
                 'MEGASCALE_SLICE_ID': '3',
                 'MEGASCALE_COORDINATOR_ADDRESS': 'mbs-slice-0-0.mbs:8080',
             },
-            Place('mbs-slice-0-0.mbs:8482', 8, 7),
+            Position('mbs-slice-0-0.mbs:8482', 8, 7),
         ),
         ({'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0'}, None),
     ],
 )
 def test_places(environment, want):
-    assert distributed.place(environment) == want
+    assert distributed.find_position(environment) == want
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_places(environment, want):
 )
 def test_contradictions_are_sentences(environment, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        distributed.place(environment)
+        distributed.find_position(environment)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ print('past both', flush=True)
 if own == 0:
     try:
         distributed.barrier('one', 2)
-    except distributed.Absent as error:
+    except distributed.ProcessGone as error:
         print('RESULT', error, flush=True)
     distributed._client().key_value_set('told', 'yes')
 else:
@@ -238,7 +238,7 @@ def test_launch_ends_with_the_code_of_the_first_to_fail(tmp_path, monkeypatch):
     body = 'print("the reason", flush=True)\nif own == 1: sys.exit(7)\ntime.sleep(600)'
     script = tmp_path / 'script.py'
     script.write_text('import os, sys, time\nown = int(os.environ["VATT_PROCESS"])\n' + body)
-    together = launch.Together([sys.executable, str(script)], 2, grace=0.5)
+    together = launch.ProcessGroup([sys.executable, str(script)], 2, grace=0.5)
     assert together.wait() == 7
     assert list(together.heard[1]) == ['the reason']
     assert [c.returncode for c in together.children] == [-signal.SIGTERM, 7]

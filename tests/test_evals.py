@@ -13,17 +13,17 @@ import data_pipelines
 from tests import tiny
 from vatt_jax import api, evals
 from vatt_jax.config import ConfigError
-from vatt_jax.evals import Result, View, solvers, statistics
+from vatt_jax.evals import FeatureView, Result, solvers, statistics
 from vatt_jax.evals.linear_probe import mean_color, mean_spectrum
-from vatt_jax.inference import encoder
+from vatt_jax.inference import feature_extractor
 from vatt_jax.inputs import preprocess
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
 from vatt_jax.training import loop
 
 
-class Known(View):
-    """A view whose features are given. features: {split, (split, draw) or (split, window number, crop): what encoder.features_of returns}."""
+class Known(FeatureView):
+    """A view whose features are given. features: {split, (split, draw) or (split, window number, crop): what feature_extractor.compute_features returns}."""
 
     seed = 0
 
@@ -828,7 +828,7 @@ def test_scores_of_a_tiny_run(tiny_run):
 @pytest.fixture(scope='module')
 def view(tiny_run):
     folder, config, data = tiny_run
-    return View(api.load(folder)._encoder, data, batch_size=16)
+    return FeatureView(api.load(folder)._encoder, data, batch_size=16)
 
 
 def test_each_example_once_and_in_order(view):
@@ -842,7 +842,7 @@ def test_each_example_once_and_in_order(view):
     )
     np.testing.assert_allclose(np.linalg.norm(f['spaces']['va']['audio'], axis=-1), 1, atol=1e-5)
     assert f['labels']['class'].tolist() == [i % 16 for i in range(29)]
-    again = View(view.encoder, view.data, batch_size=8).features('test', limit=29)
+    again = FeatureView(view.encoder, view.data, batch_size=8).features('test', limit=29)
     for a, b in zip(jax.tree.leaves(f), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -872,7 +872,7 @@ def test_maps_are_maxima_of_the_last_feature_map(view):
         }
 
     with jax.set_mesh(enc.mesh):
-        t = jax.tree.map(np.float64, tokens(encoder.place(batch, enc.mesh)))
+        t = jax.tree.map(np.float64, tokens(feature_extractor.place_on_mesh(batch, enc.mesh)))
     for name, want in (
         ('video', t['video'].max(1)),
         ('audio', t['audio'].reshape(16, 8, 2, -1).max(2).reshape(16, -1)),
@@ -889,9 +889,9 @@ def test_an_example_that_comes_twice_is_an_error(view):
             return iter([batch, batch])
 
     with pytest.raises(RuntimeError, match='16 examples came more than once'):
-        View(view.encoder, Twice(), 16).features('test')
+        FeatureView(view.encoder, Twice(), 16).features('test')
     with pytest.raises(RuntimeError, match='no batch'):
-        encoder.features_of(view.encoder, iter([]))
+        feature_extractor.compute_features(view.encoder, iter([]))
 
 
 def test_equal_requests_are_computed_once(view):
@@ -902,7 +902,7 @@ def test_equal_requests_are_computed_once(view):
             Counted.passes += 1
             return view.data.one_pass(*args, **kwargs)
 
-    own = View(view.encoder, Counted(), 16)
+    own = FeatureView(view.encoder, Counted(), 16)
     results = evals.run_all(
         ConfigDict(
             {
@@ -937,7 +937,9 @@ def test_other_variables_use_the_compiled_programs(view):
     larger = jax.tree.map(lambda x: 1.5 * x, view.encoder.variables)
     second = view.encoder.on(larger)(batch)
     assert view.encoder._forward._cache_size() == programs
-    alone = encoder.Encoder(view.encoder.config, larger, view.encoder.mesh)(batch)
+    alone = feature_extractor.FeatureExtractor(view.encoder.config, larger, view.encoder.mesh)(
+        batch
+    )
     np.testing.assert_array_equal(second['pooled']['video'], alone['pooled']['video'])
     assert np.abs(second['pooled']['video'] - first['pooled']['video']).max() > 0.1
     np.testing.assert_array_equal(view.encoder(batch)['pooled']['video'], first['pooled']['video'])
@@ -1162,8 +1164,8 @@ def test_fine_tuning_from_a_run_trains_and_classifies(tiny_run, tmp_path):
 def test_features_on_eight_devices(tiny_run, view):
     _, config, data = tiny_run
     mesh = sharding.make_mesh({'replica': 2, 'fsdp': 4})
-    many = View(
-        encoder.Encoder(
+    many = FeatureView(
+        feature_extractor.FeatureExtractor(
             config, jax.device_put(view.encoder.variables, sharding.replicated(mesh)), mesh
         ),
         data,

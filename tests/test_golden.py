@@ -14,7 +14,7 @@ import pytest
 import data_pipelines
 from tests import tiny
 from vatt_jax import optim
-from vatt_jax.inference import encoder
+from vatt_jax.inference import feature_extractor
 from vatt_jax.inputs import preprocess
 from vatt_jax.objectives.base import select_streams
 from vatt_jax.rng import Rng
@@ -187,7 +187,7 @@ def three_steps():
             return jax.grad(loss)(state.params), updates['intermediates']['head']
 
         for i in range(3):
-            batch = encoder.place(host_batch(i), built.mesh)
+            batch = feature_extractor.place_on_mesh(host_batch(i), built.mesh)
             after, metrics = step(state, batch)
             out.append((state, batch, metrics, after, *inside(state, batch)))
             state = after

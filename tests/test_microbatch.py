@@ -12,7 +12,7 @@ from tests import tiny
 from vatt_jax import config as configs
 from vatt_jax import models, objectives
 from vatt_jax.config import ConfigError
-from vatt_jax.inference import encoder
+from vatt_jax.inference import feature_extractor
 from vatt_jax.rng import Rng
 from vatt_jax.training import loop, train_step
 
@@ -36,7 +36,7 @@ def gradients(c):
             False,
             False,
         )
-        batch = encoder.place(batch, built.mesh)
+        batch = feature_extractor.place_on_mesh(batch, built.mesh)
         of = jax.jit(
             train_step.gradients(c, built.model, built.objective),
             out_shardings=(built.shardings.params, None),

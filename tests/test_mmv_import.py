@@ -498,7 +498,7 @@ S3D = f'{R}/visual_module/~/S3D'
             's3d_fac_vat',
             lambda t: t['params'].update({f'{S3D}/a': {'w': 'text'}}),
             {},
-            r'S3D/a w is a str; an array is wanted',
+            r'S3D/a w: expected an array, got a str',
         ),
         (
             's3d_fac_vat',

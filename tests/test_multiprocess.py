@@ -13,7 +13,7 @@ import data_pipelines
 from tests import runs
 from tests.configs import tiny
 from tests.test_train import state_of
-from vatt_jax.inference import encoder
+from vatt_jax.inference import feature_extractor
 from vatt_jax.parallel import sharding
 from vatt_jax.training import checkpoint, loop
 
@@ -119,8 +119,8 @@ def test_embeddings_of_a_prime_split_on_1_8_and_2x4_devices(both):
         config, variables, _ = checkpoint.load_model(two, mesh)
         data = data_pipelines.open(config)
         assert data.size('test') == TEST
-        features = encoder.features_of(
-            encoder.Encoder(config, variables, mesh), data.one_pass('test', 16)
+        features = feature_extractor.compute_features(
+            feature_extractor.FeatureExtractor(config, variables, mesh), data.one_pass('test', 16)
         )
         assert features['index'].tolist() == list(range(TEST))
         assert len(jax.tree.leaves(variables)[0].sharding.device_set) == devices
@@ -137,13 +137,16 @@ def test_embeddings_of_a_prime_split_on_1_8_and_2x4_devices(both):
 
 
 def test_an_example_that_comes_twice_is_an_error(both):
-    """The check inside features_of: a pass that repeats a batch is refused rather than counted."""
+    """The check inside compute_features: a pass that repeats a batch is refused rather than counted."""
     config, variables, _ = checkpoint.load_model(
         both[2], mesh := sharding.make_mesh({'replica': 1})
     )
     batches = list(data_pipelines.open(config).one_pass('test', 16))
     with pytest.raises(RuntimeError, match='16 examples came more than once'):
-        encoder.features_of(encoder.Encoder(config, variables, mesh), iter([*batches, batches[0]]))
+        feature_extractor.compute_features(
+            feature_extractor.FeatureExtractor(config, variables, mesh),
+            iter([*batches, batches[0]]),
+        )
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def test_topologies(text, chips_, devices, hosts, island):
 @pytest.mark.parametrize(
     'text, sentence',
     [
-        ('v5p', 'a chip and a shape are wanted, such as v5p:8x8x4'),
+        ('v5p', 'expected a chip and a shape, such as v5p:8x8x4'),
         ('v9:4x4', "no chip 'v9'; there are v4, v5e, v5p"),
         ('v5p:8x8', 'v5p has 3 axes, 2 given; write it like v5p:4x4x4'),
         ('v5e:16', 'write it like v5e:16x16'),
@@ -356,7 +356,7 @@ def test_search_tells_each_and_names_the_fastest(monkeypatch):
     config = tiny.config(batch_size=64, mesh__replica=-1)
     lines = []
     best = plan.search(
-        config, data_pipelines.open(config), chips.parse('h100:1x8'), None, tell=lines.append
+        config, data_pipelines.open(config), chips.parse('h100:1x8'), None, report=lines.append
     )
     rates = [float(line.split()[6]) for line in lines[1:-1] if 'not' not in line]
     assert best['roofline']['clips_per_s'] == pytest.approx(max(rates), rel=1e-2)

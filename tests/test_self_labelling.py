@@ -17,7 +17,7 @@ from tests import tiny
 from tests.test_sinkhorn import column_means, converged, log_softmax, swav
 from tests.test_train import losses, run, state_of, stop_at
 from vatt_jax import evals, objectives
-from vatt_jax.clustering.kmeans import kmeans, labels_of
+from vatt_jax.clustering.kmeans import cluster_rows, kmeans
 from vatt_jax.config import ConfigError
 from vatt_jax.evals import gallery
 from vatt_jax.evals.base import Result
@@ -151,7 +151,7 @@ def built(features, **fields):
 
 
 def relabelling(features, records=None, columns=None, step=0, mesh=1, change=None, **fields):
-    """(objective, parameters before, Refreshed) of one refresh on features {view: [n D]}. change(params, state): what to set before, in place."""
+    """(objective, parameters before, RefreshResult) of one refresh on features {view: [n D]}. change(params, state): what to set before, in place."""
     objective, params, state = built(features, **fields)
     if change is not None:
         change(params, state)
@@ -576,7 +576,7 @@ def test_kmeans_finds_clusters_on_any_mesh_and_padding_weighs_nothing():
         rtol=1e-4,
     )
     for devices in (1, 8):
-        got = labels_of(key, x, 4, 10, sharding.make_mesh({'replica': devices}))
+        got = cluster_rows(key, x, 4, 10, sharding.make_mesh({'replica': devices}))
         assert (
             got.shape == (203,)
             and all(len(set(got[kind == k])) == 1 for k in range(4))
@@ -651,7 +651,7 @@ def test_clusters_are_evaluated_against_classes_and_other_clusters(tmp_path):
         objective=objective, heads=(None, None), mesh=sharding.make_mesh({'replica': 1})
     )
 
-    class Given(evals.View):
+    class Given(evals.FeatureView):
         def features(self, split, **request):
             return features
 

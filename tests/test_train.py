@@ -15,7 +15,7 @@ import vatt_jax
 from tests import tiny
 from vatt_jax import objectives
 from vatt_jax.config import ConfigError
-from vatt_jax.inference import encoder
+from vatt_jax.inference import feature_extractor
 from vatt_jax.training import checkpoint, loop
 
 
@@ -79,11 +79,11 @@ class stop_at:
         self.step = step
 
     def __enter__(self):
-        self.original = loop.distributed.Stop.now
-        loop.distributed.Stop.now = lambda stop, step: step >= self.step
+        self.original = loop.distributed.StopSignal.should_stop
+        loop.distributed.StopSignal.should_stop = lambda stop, step: step >= self.step
 
     def __exit__(self, *_):
-        loop.distributed.Stop.now = self.original
+        loop.distributed.StopSignal.should_stop = self.original
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,9 @@ def next_loss(folder, config):
             k: checkpoint.digest(getattr(state, k))
             for k in ('params', 'batch_stats', 'opt_state', 'objective')
         }
-        batch = encoder.place(next(data.train(meta['consumed'], config.batch_size)), built.mesh)
+        batch = feature_extractor.place_on_mesh(
+            next(data.train(meta['consumed'], config.batch_size)), built.mesh
+        )
         return digests, float(built.step(state, batch)[1]['loss'])
 
 
@@ -198,7 +200,7 @@ def test_a_checkpoint_is_restored_between_scanned_and_unrolled_layers(whole, tmp
 
 def test_accumulation_averages_microbatches(tmp_path):
     """The loss of a step of two microbatches of 8 is the mean of theirs, each with the random bits of its own rows."""
-    from vatt_jax.inference import encoder
+    from vatt_jax.inference import feature_extractor
     from vatt_jax.inputs import preprocess
     from vatt_jax.rng import Rng
     from vatt_jax.training import train_step
@@ -208,7 +210,7 @@ def test_accumulation_averages_microbatches(tmp_path):
     built = loop.build(config, data)
     with jax.set_mesh(built.mesh):
         state = built.init()
-        batch = encoder.place(next(data.train(0, 16)), built.mesh)
+        batch = feature_extractor.place_on_mesh(next(data.train(0, 16)), built.mesh)
         new, metrics = jax.jit(train_step.make(config, built.model, built.objective, built.tx))(
             state, batch
         )
@@ -432,7 +434,7 @@ def test_refresh_gives_fresh_optimizer_slots(kmeans):
 
 def test_evaluations_of_a_run_are_compiled_once(whole, tmp_path, monkeypatch):
     """The second one, of other weights, traces nothing, and its numbers are of those weights."""
-    from vatt_jax.inference import encoder
+    from vatt_jax.inference import feature_extractor
 
     config = tiny.config()
     config.evals = {
@@ -441,9 +443,11 @@ def test_evaluations_of_a_run_are_compiled_once(whole, tmp_path, monkeypatch):
     data = data_pipelines.open(config)
     built = loop.build(config, data)
     keeper = checkpoint.Checkpoints(whole[0] / 'checkpoints', config.checkpoint)
-    traced, stage = [], encoder.preprocess.device_stage
+    traced, stage = [], feature_extractor.preprocess.device_stage
     monkeypatch.setattr(
-        encoder.preprocess, 'device_stage', lambda *a, **k: traced.append(1) or stage(*a, **k)
+        feature_extractor.preprocess,
+        'device_stage',
+        lambda *a, **k: traced.append(1) or stage(*a, **k),
     )
     with jax.set_mesh(built.mesh):
         for step in (4, 6):

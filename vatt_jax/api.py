@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax import optim
 from vatt_jax.config import ConfigError
-from vatt_jax.inference import encoder
+from vatt_jax.inference import feature_extractor
 from vatt_jax.inputs import tokenizer
 from vatt_jax.parallel import sharding
 from vatt_jax.training import checkpoint
@@ -66,7 +66,7 @@ class Model:
         self.tokenizer = None
         if info.get('tokenizer'):
             self.tokenizer = tokenizer.from_spec(info['tokenizer'])
-        self._encoder = encoder.Encoder(config, variables, mesh)
+        self._encoder = feature_extractor.FeatureExtractor(config, variables, mesh)
 
     def __repr__(self) -> str:
         count = sum(np.size(x) for x in jax.tree.leaves(self.variables['params']))
@@ -294,7 +294,7 @@ class Model:
                 f'embed(video={os.fspath(path)!r}): the file has no pictures; embed(audio=…) takes '
                 'its sound'
             )
-        sound = media.fit(file.audio, len(frames), spec['fps'], rate)
+        sound = media.fit_audio(file.audio, len(frames), spec['fps'], rate)
         if sound is not None:
             begin = max(0, len(frames) - spec['frames']) // 2 / spec['fps']
             sound = sound[round(begin * rate) :][: audio_spec['samples']]

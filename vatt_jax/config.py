@@ -324,8 +324,8 @@ def _typed(value: Any, like: Any, where: str) -> Any:
         fits = isinstance(value, type(like))
     if not fits:
         raise ConfigError(
-            f'{where}={value!r} is a {type(value).__name__}; a {type(like).__name__} is wanted, '
-            f'such as {like!r}'
+            f'{where}: expected {type(like).__name__}, such as {like!r}, '
+            f'got {value!r} ({type(value).__name__})'
         )
     if isinstance(like, float):
         # An int given for a float would fix the field's type as int: ConfigDict refuses a later
@@ -377,7 +377,7 @@ def check_fields(
             )
 
 
-def complete(config: ConfigDict, defaults: ConfigDict, path: str = '') -> ConfigDict:
+def fill_missing(config: ConfigDict, defaults: ConfigDict, path: str = '') -> ConfigDict:
     """Fill in the fields of `defaults` that `config` lacks, in place.
 
     For the config of a run older than these fields; their defaults keep the behaviour of before.
@@ -398,7 +398,7 @@ def complete(config: ConfigDict, defaults: ConfigDict, path: str = '') -> Config
         are_groups = isinstance(default, ConfigDict) and isinstance(config[key], ConfigDict)
         # Open groups are taken as they are: an entry that is absent was left out on purpose.
         if are_groups and field_path not in OPEN:
-            complete(config[key], default, field_path)
+            fill_missing(config[key], default, field_path)
     return config
 
 
@@ -573,7 +573,7 @@ def stored(workdir: str | pathlib.Path) -> ConfigDict | None:
         ) from error
 
 
-def same(a: ConfigDict, b: ConfigDict) -> list[str]:
+def differing_fields(a: ConfigDict, b: ConfigDict) -> list[str]:
     """Return the dotted names of the fields in which two configs differ."""
     fields_a = dict(flatten(a))
     fields_b = dict(flatten(b))

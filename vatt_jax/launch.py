@@ -1,4 +1,4 @@
-"""Starts one command as several processes of this machine that train together.
+"""Starts one command as several processes of this machine that train group.
 
     # two processes
     python -m vatt_jax.launch --processes=2 run.py --config=configs/demo.py --workdir=runs/two
@@ -61,7 +61,7 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-class Together:
+class ProcessGroup:
     """The processes of one command, from start to the exit code of them all."""
 
     def __init__(self, command: list[str], processes: int, each: str = '', grace: float = GRACE):
@@ -204,10 +204,10 @@ def _parse_flags(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Run the command line and return the exit code."""
     flags = _parse_flags(argv)
-    together = Together([sys.executable, *flags.command], flags.processes, flags.each)
+    group = ProcessGroup([sys.executable, *flags.command], flags.processes, flags.each)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, together.forward)
-    return together.wait()
+        signal.signal(number, group.forward)
+    return group.wait()
 
 
 if __name__ == '__main__':

@@ -166,7 +166,7 @@ class Packed(Rng):
     column: Any
 
     @staticmethod
-    def of(parts: Sequence[Rng], layout: Layout) -> Packed:
+    def pack(parts: Sequence[Rng], layout: Layout) -> Packed:
         """Pack rngs end to end.
 
         Args:
@@ -182,7 +182,7 @@ class Packed(Rng):
         return Packed(jnp.concatenate(keys), jnp.concatenate(examples, 1), jnp.concatenate(columns))
 
     def parts(self, layout: Layout) -> list[Rng]:
-        """Return the rngs that `of` packed."""
+        """Return the rngs that `pack` packed."""
         rngs = []
         start = 0
         for num_rows, length in layout:

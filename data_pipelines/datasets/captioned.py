@@ -17,8 +17,8 @@ class YouCook2(Dataset):
     without captions).
 
         youcookii_annotations_trainval.json                    of YouCookII/annotations
-        youcookii_annotations_test_segments_only.json          of the same, if wanted
-        label_foodtype.csv                                     of the same, if wanted: names of the
+        youcookii_annotations_test_segments_only.json          of the same, optional
+        label_foodtype.csv                                     of the same, optional: names of the
                                                                recipes
         raw_videos/SPLIT/RECIPE/ID.mp4 (or webm, mkv)          or anywhere
     """
@@ -88,7 +88,7 @@ class MSRVTT(Dataset):
         train_val_videodatainfo.json, test_videodatainfo.json
                                         or MSRVTT_data.json, which holds both
         MSRVTT_JSFUSION_test.csv        msrvtt: the thousand clips and captions of the 1k-A split
-        category.txt                    if wanted: names of the 20 categories
+        category.txt                    optional: names of the 20 categories
         anywhere: video0.mp4 … video9999.mp4
                                         TrainValVideo and TestVideo
     """

@@ -19,7 +19,7 @@ class ImageNet(Dataset):
         val/WNID/*.JPEG              ILSVRC2012_img_val.tar, sorted into class folders
         or val/*.JPEG and LOC_val_solution.csv
                                      as the images come, with the list of their classes
-        LOC_synset_mapping.txt       if wanted: names of the classes
+        LOC_synset_mapping.txt       optional: names of the classes
     """
 
     name = 'imagenet'

@@ -58,7 +58,7 @@ def read(name: str, manual_dir: str, videos: str = '') -> media_catalog.MediaCat
     Raises:
         DataError: if files are missing or malformed.
     """
-    dataset = of(name)
+    dataset = get_dataset(name)
     root = pathlib.Path(manual_dir)
     if not manual_dir or not root.is_dir():
         raise DataError(
@@ -99,7 +99,7 @@ def _digest_of_annotations(folder: AnnotationFolder) -> str:
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()
 
 
-def of(name: str) -> Dataset:
+def get_dataset(name: str) -> Dataset:
     """The dataset of this name; DataError if there is none."""
     if name not in DATASETS:
         raise DataError(f'--dataset={name} is unknown; datasets are {", ".join(DATASETS)}')

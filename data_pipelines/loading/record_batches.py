@@ -265,7 +265,7 @@ def _decode_h264(
     from data_pipelines import media
 
     stored = [packet for packet in packets if packet]
-    frames = media.decoded(stored, entry_packets.tolist(), 'yuv420p' if planes else 'rgb24')
+    frames = media.decode_h264(stored, entry_packets.tolist(), 'yuv420p' if planes else 'rgb24')
     if corners is None:
         return frames
     height, width = frame_shape[:2]

@@ -23,7 +23,7 @@ from data_pipelines.loading.data_source import SPLITS, Data, Request, Rows, toke
 from data_pipelines.loading.record_batches import RecordBatches
 from data_pipelines.loading.record_reader import ReadProblems, RecordReader
 from data_pipelines.storage.record_index import Index
-from data_pipelines.storage.records import Prepared, Split, read_from
+from data_pipelines.storage.records import Prepared, Split, read_entries
 from vatt_jax.inputs.tokenizer import Tokenizer
 
 
@@ -64,7 +64,7 @@ class Records(Data):
         super().__init__(config)
         # The mixture {name: entry}, and the entry of config.data.eval, whose path is '' when
         # unset.
-        entries, evaluation_entry = read_from(config)
+        entries, evaluation_entry = read_entries(config)
         if not entries and not evaluation_entry['path']:
             raise DataError(
                 "config.data.source is 'records' and config.data.train is empty; set it to "

@@ -37,7 +37,7 @@ class Stage(apache_beam.DoFn):
 
     def process(self, file: decoded_files.File) -> Iterator[str]:
         """Stage one file and count the result."""
-        target = decoded_files.place(pathlib.Path(self._stage_dir), file, self._settings)
+        target = decoded_files.staged_path(pathlib.Path(self._stage_dir), file, self._settings)
         if not target.is_file():  # a runner may try an element twice
             self._stage(file, target)
         # Only what precedes the colon: the rest differs from file to file.
@@ -52,11 +52,11 @@ class Stage(apache_beam.DoFn):
         if self._pool is None:
             self._pool = decoded_files.pool(1)
         try:
-            self._pool.submit(decoded_files.stage, file, self._settings, str(target)).result()
+            self._pool.submit(decoded_files.stage_file, file, self._settings, str(target)).result()
         except BrokenProcessPool:
             # A broken pool accepts no more work; the next element makes a new one.
             self._pool = None
-            decoded_files.crashed(file, str(target))
+            decoded_files.write_crashed(file, str(target))
 
     def teardown(self) -> None:
         """End the worker process."""
@@ -107,7 +107,9 @@ def stage(
 
     # A worker on a machine without this folder writes to its own disk and reports success.
     missing = [
-        file.id for file in files if not decoded_files.place(stage_dir, file, settings).is_file()
+        file.id
+        for file in files
+        if not decoded_files.staged_path(stage_dir, file, settings).is_file()
     ]
     if missing:
         raise DataError(

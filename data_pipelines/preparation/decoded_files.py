@@ -92,14 +92,14 @@ class File:
         return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:32]
 
 
-def place(staging: pathlib.Path, file: File, settings: Settings) -> pathlib.Path:
+def staged_path(staging: pathlib.Path, file: File, settings: Settings) -> pathlib.Path:
     """Path of the staged file."""
     key = file.key(settings)
     # Two characters make 256 folders: file systems are slow where one holds a million files.
     return staging / 'files' / key[:2] / key
 
 
-def stage(file: File, settings: Settings, target: str) -> None:
+def stage_file(file: File, settings: Settings, target: str) -> None:
     """Decode a media file into a staged file.
 
     A file that cannot be used raises nothing; its staged file holds the reason.
@@ -137,14 +137,14 @@ def _decode(file: File, settings: Settings) -> tuple[dict[str, Any], list[bytes]
             yield picture
 
     if settings.crf:
-        frames = media.h264(pictures(), settings.fps, settings.crf)
+        frames = media.encode_h264(pictures(), settings.fps, settings.crf)
     else:
-        frames = [media.jpeg(picture, settings.quality) for picture in pictures()]
+        frames = [media.encode_jpeg(picture, settings.quality) for picture in pictures()]
 
     audio = decoded.audio
     if frames:
         # After the frames were read: only then is their number known.
-        audio = media.fit(audio, len(frames), settings.fps, settings.rate)
+        audio = media.fit_audio(audio, len(frames), settings.fps, settings.rate)
     header['samples'] = 0 if audio is None else len(audio)
     # Pictures are the clock; sound alone is as long as its samples.
     if frames:
@@ -195,7 +195,7 @@ def _read_header(stream: BinaryIO) -> dict[str, Any]:
     return json.loads(stream.read(length))
 
 
-def crashed(file: File, target: str) -> None:
+def write_crashed(file: File, target: str) -> None:
     """Write a staged file that says that decoding ended the process that did it."""
     write(target, {'id': file.id, 'skipped': 'corrupt: it crashes the decoder'}, [])
 

@@ -39,7 +39,7 @@ def stage_all(
             cannot be used raises nothing: its staged file holds the reason.
     """
     waiting = [
-        file for file in files if not decoded_files.place(stage_dir, file, settings).is_file()
+        file for file in files if not decoded_files.staged_path(stage_dir, file, settings).is_file()
     ]
     # The name of a staged file contains the settings and the state of the source, so its existence
     # is enough.
@@ -55,8 +55,8 @@ def stage_all(
         # In this process: a file that crashes the decoder ends the command then.
         if processes == 1:
             for file in waiting:
-                target = decoded_files.place(stage_dir, file, settings)
-                decoded_files.stage(file, settings, str(target))
+                target = decoded_files.staged_path(stage_dir, file, settings)
+                decoded_files.stage_file(file, settings, str(target))
                 advance()
             return
         # Each pass ends when all files are staged or when one of them has crashed the pool.
@@ -106,8 +106,8 @@ def _stage_until_crash(
         while queue or running:
             while queue and len(running) < _TASKS_PER_PROCESS * processes:
                 file = queue.pop()
-                target = decoded_files.place(stage_dir, file, settings)
-                task = pool.submit(decoded_files.stage, file, settings, str(target))
+                target = decoded_files.staged_path(stage_dir, file, settings)
+                task = pool.submit(decoded_files.stage_file, file, settings, str(target))
                 running[task] = file
             # As soon as one is done, so that the queue of the workers is filled up again.
             finished, _ = futures.wait(running, return_when=futures.FIRST_COMPLETED)
@@ -121,7 +121,7 @@ def _stage_until_crash(
         # One of these files crashed the decoder (or the machine ran out of memory), and the pool
         # does not say which: try each alone.
         for file in running.values():
-            target = decoded_files.place(stage_dir, file, settings)
+            target = decoded_files.staged_path(stage_dir, file, settings)
             if not target.is_file():
                 _stage_alone(file, settings, target)
             advance()
@@ -137,8 +137,8 @@ def _stage_alone(
     """Stage one file in a process of its own; one that kills this process is marked as corrupt."""
     pool = decoded_files.pool(1)
     try:
-        pool.submit(decoded_files.stage, file, settings, str(target)).result()
+        pool.submit(decoded_files.stage_file, file, settings, str(target)).result()
     except BrokenProcessPool:
-        decoded_files.crashed(file, str(target))
+        decoded_files.write_crashed(file, str(target))
     finally:
         pool.shutdown()

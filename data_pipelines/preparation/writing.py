@@ -14,7 +14,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.preparation import decoded_files, media_catalog
 from data_pipelines.preparation.media_catalog import MediaCatalog
 from data_pipelines.storage import record_index
-from data_pipelines.storage.records import CLIPS, SPLITS, note_places, shards
+from data_pipelines.storage.records import CLIPS, SPLITS, shards, write_byte_offsets
 
 
 def write_dataset(
@@ -51,7 +51,7 @@ def write_dataset(
             if record['split'] != split:
                 continue
             # Frames stay encoded; only bytes are moved from one file to another.
-            staged_path = decoded_files.place(stage_dir, files[record['id']], settings)
+            staged_path = decoded_files.staged_path(stage_dir, files[record['id']], settings)
             frames, pcm = decoded_files.content(staged_path)
             yield record['id'], _example(record, frames, pcm, settings, multi_hot)
 
@@ -178,7 +178,7 @@ def _index_of(
     record_by_id = {record['id']: record for record in records}
     rows = []
     checksums = []
-    for record_id, checksum in note_places(produced, split, settings.rate):
+    for record_id, checksum in write_byte_offsets(produced, split, settings.rate):
         rows.append(record_by_id[record_id])
         # crc32 of the serialized record.
         checksums.append(checksum)
@@ -189,7 +189,7 @@ def _index_of(
             f'{produced}: expected {num_written} records in split {split}, got {len(rows)} when '
             'they were read back; is the disk sound?'
         )
-    return record_index.Index.of(rows, checksums, dict(catalog.multi_hot))
+    return record_index.Index.from_records(rows, checksums, dict(catalog.multi_hot))
 
 
 def _split_summary(index: record_index.Index) -> dict[str, Any]:

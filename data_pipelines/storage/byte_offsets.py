@@ -309,7 +309,7 @@ def firsts(
     return np.concatenate([[0], np.cumsum(num_pieces)]).astype(np.int64)
 
 
-def of_example(raw: bytes, rate: int) -> tuple[str, UInt32[np.ndarray, 'pieces 3']]:
+def pieces_of_example(raw: bytes, rate: int) -> tuple[str, UInt32[np.ndarray, 'pieces 3']]:
     """Find the pieces of one tf.train.Example that `prepare` wrote.
 
     The message is walked by hand: a protocol buffer library gives the values, but not where they
@@ -336,7 +336,7 @@ def of_example(raw: bytes, rate: int) -> tuple[str, UInt32[np.ndarray, 'pieces 3
     return record_id, _pieces(message, frames, sound, 2 * rate)  # int16
 
 
-def of_sequence_example(
+def pieces_of_sequence_example(
     raw: bytes, frames: str, audio: str, rate: int
 ) -> UInt32[np.ndarray, 'pieces 3']:
     """Find the pieces of one tf.train.SequenceExample of DMVR.

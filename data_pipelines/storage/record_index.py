@@ -39,7 +39,7 @@ class Strings(Sequence[str]):
         self.offsets = offsets
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> Strings:
+    def from_texts(cls, texts: Iterable[str]) -> Strings:
         # 'replace': file names may hold lone surrogates, which UTF-8 has no bytes for.
         encoded = [text.encode('utf-8', 'replace') for text in texts]
         offsets = np.zeros(len(encoded) + 1, np.int64)
@@ -68,7 +68,7 @@ class Strings(Sequence[str]):
 
     def take(self, rows: Int[np.ndarray, ' m']) -> Strings:
         """These strings alone."""
-        return Strings.of(self[row] for row in rows)
+        return Strings.from_texts(self[row] for row in rows)
 
 
 @dataclasses.dataclass
@@ -124,7 +124,7 @@ class Index:
         return len(self.crc)
 
     @classmethod
-    def of(
+    def from_records(
         cls, records: Sequence[dict[str, Any]], crc: Sequence[int], multi: dict[str, int | None]
     ) -> Index:
         """The index of records.
@@ -143,23 +143,23 @@ class Index:
         if records and 'folds' in records[0]:
             folds = _column(records, 'folds', np.int8)
         return cls(
-            id=Strings.of(record['id'] for record in records),
+            id=Strings.from_texts(record['id'] for record in records),
             crc=np.array(crc, np.uint32),
             frames=_column(records, 'frames', np.int32),
             samples=_column(records, 'samples', np.int64),
             height=_column(records, 'height', np.int32),
             width=_column(records, 'width', np.int32),
             duration=_column(records, 'duration', np.float64),
-            ground_truth=Strings.of(record['ground_truth'] for record in records),
+            ground_truth=Strings.from_texts(record['ground_truth'] for record in records),
             sentence_offset=_offsets([len(record['sentences']) for record in records]),
             sentence_start=_column(sentences, 'start', np.float32),
             sentence_end=_column(sentences, 'end', np.float32),
-            sentence_text=Strings.of(sentence['text'] for sentence in sentences),
+            sentence_text=Strings.from_texts(sentence['text'] for sentence in sentences),
             segment_offset=_offsets(num_segments),
             segment_record=_owners(num_segments),
             segment_start=_column(segments, 'start', np.float32),
             segment_end=_column(segments, 'end', np.float32),
-            segment_caption=Strings.of(segment['caption'] for segment in segments),
+            segment_caption=Strings.from_texts(segment['caption'] for segment in segments),
             labels={name: _labels(segments, name, classes) for name, classes in multi.items()},
             folds=folds,
         )

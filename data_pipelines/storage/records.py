@@ -38,7 +38,7 @@ FIELDS = {
 _EVAL_FIELDS = {'path': '', 'fold': 0}
 
 
-def read_from(config: ConfigDict) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+def read_entries(config: ConfigDict) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Read which prepared folders a run uses.
 
     Returns:
@@ -69,7 +69,7 @@ def _with_defaults(where: str, entry: Any, fields: Mapping[str, Any]) -> dict[st
     # A ConfigDict is no Mapping.
     if not isinstance(entry, Mapping | ConfigDict):
         raise DataError(
-            f"{where} is {entry!r}; a group of fields is wanted, such as {{'path': FOLDER}}"
+            f"{where}: expected a group of fields, such as {{'path': FOLDER}}, got {entry!r}"
         )
     for name, value in entry.items():
         if name not in fields:
@@ -79,8 +79,8 @@ def _with_defaults(where: str, entry: Any, fields: Mapping[str, Any]) -> dict[st
         # A bool is an int in Python, and never meant as one here.
         if isinstance(value, bool) or not isinstance(value, accepted):
             raise DataError(
-                f'{where}.{name} is {value!r}; a {expected.__name__} is wanted, '
-                f'such as {fields[name]!r}'
+                f'{where}.{name}: expected {expected.__name__}, such as {fields[name]!r}, '
+                f'got {value!r}'
             )
     return {**fields, **entry}
 
@@ -91,7 +91,7 @@ def shards(folder: str | os.PathLike, split: str) -> list[str]:
     return sorted(str(path) for path in pathlib.Path(folder).glob(f'*-{split}.array_record-*-of-*'))
 
 
-def note_places(folder: pathlib.Path, split: str, rate: int) -> Iterator[tuple[str, int]]:
+def write_byte_offsets(folder: pathlib.Path, split: str, rate: int) -> Iterator[tuple[str, int]]:
     """Read all records of a split once and write the tables of `byte_offsets`.
 
     The tables are written behind the last record: only for a caller that exhausts the iterator.
@@ -109,7 +109,7 @@ def note_places(folder: pathlib.Path, split: str, rate: int) -> Iterator[tuple[s
     pieces = []  # uint32 [pieces 3] of each record
     for shard, path in enumerate(paths):
         for offset, raw in byte_offsets.array_records(path):
-            record_id, record_pieces = byte_offsets.of_example(raw, rate)
+            record_id, record_pieces = byte_offsets.pieces_of_example(raw, rate)
             rows.append((shard, offset, len(raw)))
             pieces.append(record_pieces)
             yield record_id, zlib.crc32(raw)
@@ -219,7 +219,7 @@ class Prepared:
             return
         try:
             # The ids are of no use here; exhausting the iterator writes the tables.
-            for _ in note_places(self.path, split, self.meta['rate']):
+            for _ in write_byte_offsets(self.path, split, self.meta['rate']):
                 pass
         except OSError as e:
             raise DataError(

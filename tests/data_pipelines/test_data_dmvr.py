@@ -202,7 +202,7 @@ def test_several_labels_and_the_other_names(tmp_path):
 def jpeg():
     from data_pipelines import media
 
-    return media.jpeg(np.zeros((32, 32, 3), np.uint8), 90)
+    return media.encode_jpeg(np.zeros((32, 32, 3), np.uint8), 90)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_many_channels_and_other_rates_become_mono_in_time(tmp_path, layout, rat
         c.mux(a.encode(sound))
         c.mux(a.encode())
     got = media.read(tmp_path / 'a.mkv', FPS, SIZE, RATE)
-    pcm = media.fit(got.audio, len(list(got.frames)), FPS, RATE).astype(float)
+    pcm = media.fit_audio(got.audio, len(list(got.frames)), FPS, RATE).astype(float)
     assert (
         len(pcm) == 2 * RATE
         and np.abs(pcm[RATE + 200 :]).max() < 100 < np.abs(pcm[: RATE - 200]).max()

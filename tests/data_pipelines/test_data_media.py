@@ -14,7 +14,7 @@ from data_pipelines import media
 def read(path, fps=FPS, size=64, rate=RATE):
     m = media.read(path, fps, size, rate)
     frames = np.stack(list(m.frames)) if m.frames is not None else None
-    return frames, m.audio if frames is None else media.fit(m.audio, len(frames), fps, rate)
+    return frames, m.audio if frames is None else media.fit_audio(m.audio, len(frames), fps, rate)
 
 
 def test_round_trip_keeps_time(tmp_path):

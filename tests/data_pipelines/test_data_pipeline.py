@@ -174,8 +174,11 @@ def on_device(planes):
 def test_planes_are_what_the_decoder_makes_rgb_of():
     rng = np.random.default_rng(0)
     patches = np.kron(rng.integers(0, 256, (6, 4, 4, 3)), np.ones((16, 16, 1))).astype(np.uint8)
-    packets = media.h264(patches, FPS, 4)
-    rgb, planes = media.decoded(packets, range(6)), media.decoded(packets, range(6), 'yuv420p')
+    packets = media.encode_h264(patches, FPS, 4)
+    rgb, planes = (
+        media.decode_h264(packets, range(6)),
+        media.decode_h264(packets, range(6), 'yuv420p'),
+    )
     assert planes.shape == (6, 96, 64)
     got = on_device(planes[None])[0].astype(int)
     # The definition of BT.601, each colour pixel for four: away from the borders of patches, where they may be doubled otherwise.
@@ -195,19 +198,19 @@ def test_planes_are_what_the_decoder_makes_rgb_of():
 def test_any_frame_of_a_stored_video():
     frames = clock(3.5, 48, 64)[0]
     frames[:, 10:20, 10:20, 0] += np.arange(35, dtype=np.uint8)[:, None, None]
-    packets = media.h264(frames, FPS, 10)
+    packets = media.encode_h264(frames, FPS, 10)
     assert len(packets) == 35
-    whole = media.decoded(packets, np.arange(35))
+    whole = media.decode_h264(packets, np.arange(35))
     assert np.abs(whole.astype(int) - frames).mean() < 3
     for numbers in ([34], [9, 10, 11], [20, 3, 3, 34, 0], np.random.default_rng(0).permutation(35)):
-        np.testing.assert_array_equal(media.decoded(packets, np.array(numbers)), whole[numbers])
+        np.testing.assert_array_equal(media.decode_h264(packets, np.array(numbers)), whole[numbers])
     # Nothing before the last beginning is needed.
-    np.testing.assert_array_equal(media.decoded(packets[20:30], np.array([5])), whole[[25]])
+    np.testing.assert_array_equal(media.decode_h264(packets[20:30], np.array([5])), whole[[25]])
     np.testing.assert_array_equal(
-        media.decoded(packets[:3] + packets[20:23], np.array([4, 1])), whole[[21, 1]]
+        media.decode_h264(packets[:3] + packets[20:23], np.array([4, 1])), whole[[21, 1]]
     )
     with pytest.raises(media.MediaError, match='0 of 1 frames decode'):
-        media.decoded(packets[8:10], np.array([0]))
+        media.decode_h264(packets[8:10], np.array([0]))
 
 
 def test_sentences_are_those_of_the_window(data):
@@ -596,11 +599,11 @@ def test_frames_of_different_shapes_are_cut_to_squares(config, tmp_path):
         ({'data.train': {'a': {}}}, 'has no path'),
         (
             {'data.train': {'a': 'data/mine'}},
-            "config.data.train.a is 'data/mine'; a group of fields is wanted",
+            "config.data.train.a: expected a group of fields, such as {'path': FOLDER}, got 'data/mine'",
         ),
         (
             {'data.train': {'a': {'path': 'tests', 'weight': 'much'}}},
-            "config.data.train.a.weight is 'much'; a float is wanted",
+            "config.data.train.a.weight: expected float, such as 1.0, got 'much'",
         ),
         (
             {'data.train': {'a': {'path': 'tests', 'spilt': 'test'}}},

@@ -90,16 +90,18 @@ def test_pieces_of_messages():
             }
         )
     ).SerializeToString()
-    name, table = byte_offsets.of_example(example, 10)
+    name, table = byte_offsets.pieces_of_example(example, 10)
     want = [*frames, pcm[:10].tobytes(), pcm[10:20].tobytes(), pcm[20:].tobytes()]
     assert name == 'me' and [example[a : a + n] for a, n, _ in table.tolist()] == want
     assert [c for *_, c in table.tolist()] == list(map(zlib.crc32, want))
     sound = np.linspace(-1, 1, 25).astype('<f4')
     other = sequence_example(frames, sound)
-    table = byte_offsets.of_sequence_example(other, 'image/encoded', 'WAVEFORM/feature/floats', 10)
+    table = byte_offsets.pieces_of_sequence_example(
+        other, 'image/encoded', 'WAVEFORM/feature/floats', 10
+    )
     want = [*frames, sound[:10].tobytes(), sound[10:20].tobytes(), sound[20:].tobytes()]
     assert [other[a : a + n] for a, n, _ in table.tolist()] == want
-    assert len(byte_offsets.of_sequence_example(other, 'image/encoded', '', 10)) == 3
+    assert len(byte_offsets.pieces_of_sequence_example(other, 'image/encoded', '', 10)) == 3
 
 
 def test_a_dataset_without_tables_gets_them_when_opened(prepared, tmp_path, monkeypatch):

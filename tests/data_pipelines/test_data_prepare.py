@@ -175,7 +175,7 @@ def test_killed_run_goes_on(tmp_path, monkeypatch):
     assert 3 <= len(staged()) < 30 and not (out / 'prepare.json').exists()
     with pytest.raises(DataError, match='not finished'):
         Prepared(out)
-    done, original = [], decoded_files.stage
+    done, original = [], decoded_files.stage_file
     monkeypatch.setattr(decoded_files, 'stage', lambda *a: (done.append(a[0].id), original(*a)))
     left = 30 - len(staged())
     result = prepare.prepare(videos, '', str(out), **SMALL)
@@ -390,7 +390,7 @@ def test_wrong_annotations_name_the_place(tmp_path, text, say):
 
 
 def test_strings():
-    s = Strings.of(['a', '', 'Å☃', 'z'])
+    s = Strings.from_texts(['a', '', 'Å☃', 'z'])
     assert list(s) == ['a', '', 'Å☃', 'z'] and s[1:3] == ['', 'Å☃'] and s[-1] == 'z' and len(s) == 4
 
 

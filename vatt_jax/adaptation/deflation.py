@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax import models
 from vatt_jax.config import ConfigError, with_defaults
-from vatt_jax.inference.encoder import place
+from vatt_jax.inference.feature_extractor import place_on_mesh
 from vatt_jax.inputs import preprocess
 from vatt_jax.models.multimodal import TOWERS
 from vatt_jax.parallel import sharding
@@ -223,7 +223,7 @@ def refit(
         fixed = jax.device_put(fixed, replicated)
         slots = jax.jit(tx.init, out_shardings=replicated)(fitted)
         for number in range(1, steps + 1):
-            batch = place(_video_only(next(pictures)), mesh)
+            batch = place_on_mesh(_video_only(next(pictures)), mesh)
             fitted, slots, value = step(fitted, slots, variables, fixed, batch)
             losses.append(float(value))
             report(number, losses[-1])

@@ -91,7 +91,7 @@ def kmeans(
     return labels, centroids
 
 
-def labels_of(
+def cluster_rows(
     key: jax.Array, x: Float[np.ndarray, 'M D'], clusters: int, iterations: int, mesh: Mesh
 ) -> Int[np.ndarray, ' M']:
     """Cluster host rows with the work spread over all devices of a mesh.

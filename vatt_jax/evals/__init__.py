@@ -13,7 +13,7 @@ import numpy as np
 
 from vatt_jax.config import choose
 from vatt_jax.evals import gallery
-from vatt_jax.evals.base import CHANGES, Evaluator, Result, View
+from vatt_jax.evals.base import CHANGES, Evaluator, FeatureView, Result
 from vatt_jax.evals.classification import Classification
 from vatt_jax.evals.clustering import Clustering
 from vatt_jax.evals.linear_probe import LinearProbe, SimpleProbe
@@ -37,7 +37,7 @@ __all__ = [
     'EVALUATORS',
     'Evaluator',
     'Result',
-    'View',
+    'FeatureView',
     'build',
     'check',
     'gallery',
@@ -85,7 +85,7 @@ def check(config: Any, data: Any, outputs: Any) -> None:
         build(name, config[name]).check(data, outputs)
 
 
-def run_all(config: Any, view: View, baseline: bool = False) -> dict[str, Result]:
+def run_all(config: Any, view: FeatureView, baseline: bool = False) -> dict[str, Result]:
     """Run every entry of `config.evals`, in order of its name.
 
     Args:

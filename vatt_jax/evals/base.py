@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vatt_jax.config import ConfigError, with_defaults
-from vatt_jax.inference.encoder import Encoder, features_of
+from vatt_jax.inference.feature_extractor import FeatureExtractor, compute_features
 from vatt_jax.inputs.batch import modality_of
 
 
@@ -52,7 +52,7 @@ def single_frame(batch: Mapping[str, Any]) -> dict[str, Any]:
 CHANGES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {'single_frame': single_frame}
 
 
-class View:
+class FeatureView:
     """Features of dataset splits under one encoder.
 
     They are computed on first use and remembered while the evaluation lasts.
@@ -67,7 +67,7 @@ class View:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: FeatureExtractor,
         data: Any,
         batch_size: int,
         process: tuple[int, int] = (0, 1),
@@ -78,7 +78,7 @@ class View:
         self.batch_size = batch_size
         self.process = process
         self.seed = seed
-        # Never emptied: a View lives as long as one evaluation.
+        # Never emptied: a FeatureView lives as long as one evaluation.
         self._computed: dict[str, dict[str, Any]] = {}
 
     def features(
@@ -102,14 +102,14 @@ class View:
           views: extra streams, as config.data.views.
           change: an entry of CHANGES; '': none.
           limit: number of examples, the first of the split; None: all.
-          keep: see `encoder.features_of`.
-          maps: see `encoder.features_of`.
+          keep: see `feature_extractor.compute_features`.
+          maps: see `feature_extractor.compute_features`.
           window: see `one_pass` of the data object.
           draw: windows, crops and flips as in training, other ones for every name; '': the middle
             ones.
 
         Returns:
-          See `encoder.features_of`.
+          See `feature_extractor.compute_features`.
         """
         # JSON as key, because views and windows are dicts, which do not hash. `default=dict` is for
         # ConfigDicts; tuples and lists give the same key.
@@ -130,7 +130,7 @@ class View:
             # After loading and before the device stage: frames are still uint8, sound int16.
             if change:
                 batches = map(CHANGES[change], batches)
-            self._computed[key] = features_of(self.encoder, batches, keep, maps)
+            self._computed[key] = compute_features(self.encoder, batches, keep, maps)
         return self._computed[key]
 
 
@@ -202,7 +202,7 @@ class Evaluator:
                 f'{", ".join(labels) or "no labels"}; {REMEDY}'
             )
 
-    def run(self, view: View) -> Result:
+    def run(self, view: FeatureView) -> Result:
         """Evaluate the encoder behind `view`."""
         raise NotImplementedError
 
@@ -248,8 +248,8 @@ def single_class_labels(features: Mapping[str, Any], name: str, evaluator: str) 
     return labels[name]
 
 
-def over_windows(
-    view: View, split: str, windows: int, crops: int = 1, **request: Any
+def features_over_windows(
+    view: FeatureView, split: str, windows: int, crops: int = 1, **request: Any
 ) -> list[dict[str, Any]]:
     """`view.features` of several windows and crops of each example.
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from vatt_jax.config import ConfigError, choose
 from vatt_jax.evals import statistics
-from vatt_jax.evals.base import Evaluator, Result, View, over_windows
+from vatt_jax.evals.base import Evaluator, FeatureView, Result, features_over_windows
 
 POOLS = ('logits', 'probabilities')
 
@@ -20,7 +20,7 @@ class Classification(Evaluator):
     Top-1 and top-5 where a clip has one class; mAP, AUC and d' where it may have several (the label
     is multi-hot). Clips without the label or without the modality that the head reads are left out.
     The logits, or the probabilities, are averaged over windows and crops of each example, see
-    `base.over_windows` (VATT: logits, 4 windows and 3 crops of video, 4 windows of sound).
+    `base.features_over_windows` (VATT: logits, 4 windows and 3 crops of video, 4 windows of sound).
     """
 
     DEFAULTS = {
@@ -42,9 +42,9 @@ class Classification(Evaluator):
         super().__init__(config, where)
         choose(self.config.pool, POOLS, f'{where}.pool')
 
-    def run(self, view: View) -> Result:
+    def run(self, view: FeatureView) -> Result:
         c = self.config
-        parts = over_windows(view, c.split, c.windows, c.crops, limit=c.limit)
+        parts = features_over_windows(view, c.split, c.windows, c.crops, limit=c.limit)
         # Labels and validity are the same in all parts, only windows differ.
         features = parts[0]
         if c.label not in features['predictions']:

@@ -13,10 +13,10 @@ import scipy.special
 from jaxtyping import Int
 
 from vatt_jax.clustering import metrics
-from vatt_jax.clustering.kmeans import labels_of
+from vatt_jax.clustering.kmeans import cluster_rows
 from vatt_jax.config import ConfigError, choose
 from vatt_jax.evals import statistics
-from vatt_jax.evals.base import Evaluator, Result, View, single_class_labels
+from vatt_jax.evals.base import Evaluator, FeatureView, Result, single_class_labels
 
 SHOWN_CLUSTERS = 24  # in the report's gallery
 SHOWN_CLIPS = 5  # of each of them
@@ -70,7 +70,7 @@ class Clustering(Evaluator):
         super().__init__(config, where)
         choose(self.config.of, ('heads', 'features'), f'{where}.of')
 
-    def run(self, view: View) -> Result:
+    def run(self, view: FeatureView) -> Result:
         c = self.config
         features = view.features(c.split, limit=c.limit)
         streams = self._streams(view, features)
@@ -118,7 +118,7 @@ class Clustering(Evaluator):
             pairs = itertools.combinations(found.values(), 2)
             nmis = [metrics.nmi(first.labels, second.labels) for first, second in pairs]
             scalars['NMI_between_heads'] = float(np.mean(nmis))
-            # `Encoder.heads` is (parameters, state) of the objective.
+            # `FeatureExtractor.heads` is (parameters, state) of the objective.
             losses = view.encoder.objective.running_losses(view.encoder.heads[1])
             if losses:
                 chosen = min(scores, key=lambda name: losses[name])
@@ -127,7 +127,7 @@ class Clustering(Evaluator):
                     scalars[f'chosen/{name}'] = value
         return Result(scalars, artifacts)
 
-    def _streams(self, view: View, features: Mapping[str, Any]) -> tuple[str, ...]:
+    def _streams(self, view: FeatureView, features: Mapping[str, Any]) -> tuple[str, ...]:
         """The streams that an example must have."""
         streams = tuple(self.config.streams)
         objective = view.encoder.objective
@@ -161,7 +161,7 @@ class Clustering(Evaluator):
 
     def _cluster_features(
         self,
-        view: View,
+        view: FeatureView,
         features: Mapping[str, Any],
         streams: Sequence[str],
         is_used: np.ndarray,
@@ -175,7 +175,7 @@ class Clustering(Evaluator):
             unit_features.append(x / np.linalg.norm(x, axis=-1, keepdims=True).clip(1e-6))
         # Of the classes that occur, which may be fewer than the data name.
         num_clusters = self.config.clusters or len(np.unique(classes))
-        labels = labels_of(
+        labels = cluster_rows(
             jax.random.key(view.seed),
             np.concatenate(unit_features, -1),
             num_clusters,

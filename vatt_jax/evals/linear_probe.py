@@ -15,13 +15,13 @@ from vatt_jax.evals.base import (
     CHANGES,
     REMEDY,
     Evaluator,
+    FeatureView,
     Result,
-    View,
+    features_over_windows,
     modality_of,
-    over_windows,
 )
 from vatt_jax.evals.solvers import SEVERAL, SOLVERS
-from vatt_jax.inference.encoder import gather_rows
+from vatt_jax.inference.feature_extractor import gather_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ class LinearProbe(Evaluator):
             )
 
     def examples(
-        self, view: View, split: str, limit: int, windows: int, passes: int = 0
+        self, view: FeatureView, split: str, limit: int, windows: int, passes: int = 0
     ) -> Examples:
         """Features of `passes` augmented passes where it is not 0, else of `windows` windows."""
         c = self.config
@@ -133,7 +133,7 @@ class LinearProbe(Evaluator):
                 for i in range(passes)
             ]
         else:
-            parts = over_windows(view, split, windows, limit=limit, change=c.change)
+            parts = features_over_windows(view, split, windows, limit=limit, change=c.change)
         first_part = parts[0]
         if c.stream not in first_part['pooled']:
             raise ConfigError(
@@ -142,7 +142,7 @@ class LinearProbe(Evaluator):
         x = np.stack([part['pooled'][c.stream] for part in parts], 1)  # [N W D]
         return Examples(x, first_part['labels'], first_part['valid'][c.stream])
 
-    def folds(self, view: View) -> Iterator[Fold]:
+    def folds(self, view: FeatureView) -> Iterator[Fold]:
         """What to learn from and to test on: one fold, or one for each entry of `folds`."""
         c = self.config
         several = c.solver in SEVERAL
@@ -178,7 +178,7 @@ class LinearProbe(Evaluator):
                 *_labelled(test, c.label, is_tested, several),
             )
 
-    def run(self, view: View) -> Result:
+    def run(self, view: FeatureView) -> Result:
         c = self.config
         num_train = 0
         targets = []
@@ -240,7 +240,7 @@ class SimpleProbe(LinearProbe):
         Evaluator.check(self, data, outputs)
 
     def examples(
-        self, view: View, split: str, limit: int, windows: int, passes: int = 0
+        self, view: FeatureView, split: str, limit: int, windows: int, passes: int = 0
     ) -> Examples:
         c = self.config
         batches = view.data.one_pass(split, view.batch_size, process=view.process, limit=limit)

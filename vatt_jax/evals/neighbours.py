@@ -9,7 +9,13 @@ from jaxtyping import Float, Int
 
 from vatt_jax.config import ConfigError, choose
 from vatt_jax.evals import statistics
-from vatt_jax.evals.base import Evaluator, Result, View, over_windows, single_class_labels
+from vatt_jax.evals.base import (
+    Evaluator,
+    FeatureView,
+    Result,
+    features_over_windows,
+    single_class_labels,
+)
 
 # Bounds the memory of distances: CHUNK × gallery floats.
 CHUNK = 256  # queries compared at a time
@@ -55,7 +61,7 @@ class Neighbours(Evaluator):
             )
 
     def examples(
-        self, view: View, split: str, limit: int
+        self, view: FeatureView, split: str, limit: int
     ) -> tuple[Float[np.ndarray, 'N F'], Int[np.ndarray, ' N'], Int[np.ndarray, ' N']]:
         """The clips of a split that have the stream and the label.
 
@@ -64,7 +70,7 @@ class Neighbours(Evaluator):
         """
         c = self.config
         maps = (c.stream,) if c.of == 'maps' else ()
-        parts = over_windows(view, split, c.windows, limit=limit, maps=maps)
+        parts = features_over_windows(view, split, c.windows, limit=limit, maps=maps)
         first_part = parts[0]
         if c.stream not in first_part[c.of]:
             raise ConfigError(
@@ -84,7 +90,7 @@ class Neighbours(Evaluator):
         features = total / len(parts)
         return features, labels[is_used], first_part['index'][is_used]
 
-    def run(self, view: View) -> Result:
+    def run(self, view: FeatureView) -> Result:
         c = self.config
         queries, query_classes, _ = self.examples(view, c.queries, c.query_limit)
         gallery, gallery_classes, _ = self.examples(view, c.gallery, c.gallery_limit)

@@ -9,7 +9,7 @@ import numpy as np
 
 from vatt_jax.config import ConfigError, choose
 from vatt_jax.evals import statistics
-from vatt_jax.evals.base import Evaluator, Result, View, check_spaces, over_windows
+from vatt_jax.evals.base import Evaluator, FeatureView, Result, check_spaces, features_over_windows
 
 POOLS = ('embeddings', 'similarities')
 SHOWN_CLIPS = 5  # of each query, in the report's gallery
@@ -65,9 +65,9 @@ class Retrieval(Evaluator):
                 )
             check_spaces([pair], outputs, self.where)
 
-    def run(self, view: View) -> Result:
+    def run(self, view: FeatureView) -> Result:
         c = self.config
-        parts = over_windows(
+        parts = features_over_windows(
             view, c.split, c.windows, limit=c.limit, views=dict(c.views) or None, change=c.change
         )
         # All parts are of the same clips in the same order.
@@ -143,7 +143,7 @@ class Sync(Evaluator):
         super().check(data, outputs)
         check_spaces([('video', 'audio', self.config.space)], outputs, self.where)
 
-    def run(self, view: View) -> Result:
+    def run(self, view: FeatureView) -> Result:
         c = self.config
         # An extra stream that goes through the same audio tower.
         shifted = {'audio.shifted': {'kind': 'shift', 'seconds': c.seconds}}
@@ -193,7 +193,8 @@ def _pooled(
     for part in parts:
         x, valid = _embeddings(part, space, stream)
         if pool == 'embeddings':
-            # The mean is of embeddings before normalisation, which `Encoder` has already applied.
+            # The mean is of embeddings before normalisation, which `FeatureExtractor` has already
+            # applied.
             x = x * _lengths(part, space, stream)[:, None]
         total = total + np.where(valid[:, None], x, 0)
         count = count + valid

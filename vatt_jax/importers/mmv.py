@@ -269,8 +269,8 @@ def open_checkpoint(path: str | os.PathLike) -> dict[str, np.ndarray]:
             for name, value in module_arrays.items():
                 if not isinstance(value, (np.ndarray, np.generic, int, float)):
                     raise ConfigError(
-                        f'--checkpoint={path}: {group} {module} {name} is a '
-                        f'{type(value).__name__}; an array is wanted'
+                        f'--checkpoint={path}: {group} {module} {name}: expected an array, '
+                        f'got a {type(value).__name__}'
                     )
                 key = _canonical(f'{group}/{module}/{name}')
                 # Two spellings of one variable: there is no telling which is meant.

@@ -338,7 +338,7 @@ def read_run(run: str | os.PathLike) -> tuple[ConfigDict, dict[str, Any], dict[P
         ConfigError: there is no checkpoint, or it is damaged.
     """
     # `sound` compares digests of the files, so that no damaged model is exported.
-    path = checkpoint.sound(pathlib.Path(run))
+    path = checkpoint.find_verified(pathlib.Path(run))
     meta = checkpoint.read_meta(path)
     model = checkpoint.read_model(path, objective=True)
     ours = _flat({group: model[group] for group in ('params', 'batch_stats', 'objective')})

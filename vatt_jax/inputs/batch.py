@@ -45,7 +45,7 @@ def device_part(batch: Batch) -> dict[str, Any]:
     return arrays
 
 
-def place(batch: Batch, mesh: Mesh) -> dict[str, Any]:
+def place_on_mesh(batch: Batch, mesh: Mesh) -> dict[str, Any]:
     """This host's rows -> arrays of the global batch, sharded by rows over the mesh's data axes."""
     # Each host hands in its own rows [B/hosts …]; together they are one array [B …].
     rows = sharding.batch_sharding(mesh)

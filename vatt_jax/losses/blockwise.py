@@ -31,7 +31,7 @@ SIDE = 512
 
 # Up to this many scores per device are stored for the backward pass: 84 MB, and a matrix product
 # saved.
-KEEP = 20 * 2**20
+MAX_STORED_SCORES = 20 * 2**20
 
 # auto: the ring, once gathered keys and their gradients would take more than this on a device.
 # 256 MiB are 65 536 keys of width 512 in float32 (4 bytes of the key, 4 of its gradient).
@@ -110,7 +110,7 @@ def choose_layout(num_rows: int, num_keys: int, key_bytes: int, how: How) -> Lay
         local_keys = devices * local_keys
     # In a ring all that belongs to a block of keys travels with it; scores would be far too much.
     # A block size that was asked for is a sign that memory is short.
-    store_scores = not ring and not how.block and local_rows * local_keys <= KEEP
+    store_scores = not ring and not how.block and local_rows * local_keys <= MAX_STORED_SCORES
 
     tile_rows = _even_block(local_rows, how.block or SIDE)
     # Few rows make room for more keys: a block has about SIDE * SIDE scores.

@@ -143,8 +143,8 @@ def _sums(task: Task, x, y, scale, bias, valid, apart, own, how: How):
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or not len(x) or not len(y):
         raise ValueError(
-            f'x {x.shape} and y {y.shape}: two sets of embeddings [rows E] of one width are '
-            'wanted, neither empty'
+            'expected two sets of embeddings [rows E] of one width, neither empty, '
+            f'got x {x.shape} and y {y.shape}'
         )
     # float64 embeddings (as in checks of the gradient) stay float64, whatever `how` says.
     dtype, accumulate = jnp.dtype(how.dtype), jnp.dtype(jnp.float32)

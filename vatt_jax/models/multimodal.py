@@ -429,7 +429,7 @@ class MultimodalEncoder(nn.Module):
             # [B ΣK·n D]
             pack([tokens.x for tokens in front_tokens.values()], batch_size),
             tuple(tokens.mask for tokens in front_tokens.values()),
-            Packed.of(encoder_rngs, layout),
+            Packed.pack(encoder_rngs, layout),
             train,
             features,
             layout,

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vatt_jax.inference import encoder
+from vatt_jax.inference import feature_extractor
 from vatt_jax.parallel import distributed, sharding
 from vatt_jax.run_folder import RunFolder
 from vatt_jax.training import checkpoint
@@ -45,7 +45,9 @@ def run(
         by='segments',
     )
     # Every process takes part, and each gets the features of all.
-    features = encoder.features_of(encoder.Encoder(stored_config, variables, mesh), batches)
+    features = feature_extractor.compute_features(
+        feature_extractor.FeatureExtractor(stored_config, variables, mesh), batches
+    )
     arrays = as_arrays(features, data.texts(split, by='segments'))
     if distributed.is_main():
         path = RunFolder(workdir).embeddings(split)
@@ -64,7 +66,7 @@ def as_arrays(
     """Features of a pass as flat names.
 
     Args:
-        features: of `encoder.features_of`.
+        features: of `feature_extractor.compute_features`.
         texts: what the data say in words of each example of the pass.
 
     Returns:

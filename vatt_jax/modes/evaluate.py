@@ -66,7 +66,7 @@ def compare(
 
     # On every process as on the main one: evaluating takes all of them.
     def is_due(name: str) -> bool:
-        return again or not distributed.agree(folder.has_evaluation(name))
+        return again or not distributed.broadcast_from_main(folder.has_evaluation(name))
 
     with jax.set_mesh(built.mesh):
         if is_due(evaluation_name(step)):

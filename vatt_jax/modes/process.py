@@ -25,8 +25,8 @@ EXIT_CODES = {
     'DataError': 2,
     'ShardingError': 2,
     'TrainingStopped': 1,
-    'Absent': 1,
-    'Unsaved': 1,
+    'ProcessGone': 1,
+    'CheckpointNotSaved': 1,
 }
 
 

@@ -45,7 +45,7 @@ def run(
     clock.save()
 
     # done.json is written by the main process, and others may not see it yet.
-    is_done = distributed.agree(RunFolder(workdir).done.exists())
+    is_done = distributed.broadcast_from_main(RunFolder(workdir).done.exists())
     if not (config.report and is_done):
         return
     # All is saved: SIGTERM may end the process where it is, and the same command makes what is

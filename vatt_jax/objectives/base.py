@@ -64,7 +64,7 @@ class Spec:
 
 
 @dataclasses.dataclass
-class Refreshed:
+class RefreshResult:
     """What a refresh returns.
 
     Attributes:
@@ -252,7 +252,7 @@ class Objective:
 
     def refresh(
         self, variables: Any, params: Any, state: Any, step: int, records: TrainingRecords
-    ) -> Refreshed:
+    ) -> RefreshResult:
         """What training goes on with from `step` on.
 
         Host side; every host computes the same from the same `records`.

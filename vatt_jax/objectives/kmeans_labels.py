@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vatt_jax.clustering.kmeans import labels_of
+from vatt_jax.clustering.kmeans import cluster_rows
 from vatt_jax.config import ConfigError, choose, with_defaults
 from vatt_jax.losses.classification import softmax_cross_entropy
 from vatt_jax.objectives import heads
 from vatt_jax.objectives.base import (
     Loss,
     Objective,
-    Refreshed,
+    RefreshResult,
     Spec,
     TrainingRecords,
     select_streams,
@@ -220,7 +220,7 @@ class KMeansLabels(Objective):
 
     def refresh(
         self, variables: Any, params: Any, state: Any, step: int, records: TrainingRecords
-    ) -> Refreshed:
+    ) -> RefreshResult:
         encoded = records.encode(self.features)
         # 17 is arbitrary. Depends on the step alone: every host must find the same clusters, and a
         # resumed run too.
@@ -240,7 +240,7 @@ class KMeansLabels(Objective):
             suffix = '' if len(self.labelings) == 1 else f'/{labeling}'
             metrics[f'largest_cluster{suffix}'] = float(sizes.max() / sizes.sum())
             metrics[f'empty_clusters{suffix}'] = float((sizes == 0).sum())
-        return Refreshed(
+        return RefreshResult(
             # For the same reason classifiers cannot go on from where they were (DeepCluster).
             _fresh_classifiers(key, params),
             {'frequency': frequency},
@@ -266,7 +266,9 @@ class KMeansLabels(Objective):
         column = np.full(size, -1, np.int32)
         rows = encoded['index'][is_present]
         # All other rows, those that could not be read among them, keep -1.
-        column[rows] = labels_of(key, features, c.clusters, c.iterations, jax.sharding.get_mesh())
+        column[rows] = cluster_rows(
+            key, features, c.clusters, c.iterations, jax.sharding.get_mesh()
+        )
         return column
 
 

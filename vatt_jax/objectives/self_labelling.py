@@ -26,7 +26,7 @@ from vatt_jax.objectives import heads
 from vatt_jax.objectives.base import (
     Loss,
     Objective,
-    Refreshed,
+    RefreshResult,
     Spec,
     TrainingRecords,
     select_streams,
@@ -306,7 +306,7 @@ class SelfLabelling(Objective):
 
     def refresh(
         self, variables: Any, params: Any, state: Any, step: int, records: TrainingRecords
-    ) -> Refreshed:
+    ) -> RefreshResult:
         c = self.config
         mesh = jax.sharding.get_mesh()
         # Whole copies on the host, which `relabel` may change in place.
@@ -338,7 +338,7 @@ class SelfLabelling(Objective):
                 for name, value in head_metrics.items():
                     metrics.setdefault(name, []).append(float(value))
         state['refreshes'] = state['refreshes'] + 1
-        return Refreshed(
+        return RefreshResult(
             params,
             state,
             columns={'label': new_labels},

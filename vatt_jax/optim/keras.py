@@ -27,7 +27,7 @@ def scale_by_keras_adam(
         direction = sqrt(1 - b2^t) / (1 - b1^t) · m / (sqrt(v) + eps)
 
     eps stands outside the bias correction, so it weighs more in early steps than in Kingma & Ba's
-    algorithm 1. Takes the extra argument `apply` itself, see `guarded`.
+    algorithm 1. Takes the extra argument `apply` itself, see `skippable`.
 
     Args:
         b1: Decay of the first moment m.
@@ -66,7 +66,7 @@ def scale_by_keras_adam(
         scale = jnp.sqrt(bias_correction(b2, count)) / bias_correction(b1, count)
         # The direction is read from the moments as they are stored, so that these are updated in
         # place; otherwise XLA on CPU keeps a copy of the old ones to make the direction from.
-        new_state = kept(apply, KerasAdamState(count, mu, nu), state)
+        new_state = tree_select(apply, KerasAdamState(count, mu, nu), state)
 
         def direction(m: jax.Array, v: jax.Array) -> jax.Array:
             return scale * m / (jnp.sqrt(v) + eps)
@@ -76,7 +76,7 @@ def scale_by_keras_adam(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def kept(apply: Bool[Array, ''] | None, new: Any, old: Any) -> Any:
+def tree_select(apply: Bool[Array, ''] | None, new: Any, old: Any) -> Any:
     """Select the tree `new` where `apply` is True or None, `old` where it is False."""
     if apply is None:
         return new
@@ -84,7 +84,7 @@ def kept(apply: Bool[Array, ''] | None, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(apply, n, o), new, old)
 
 
-def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def skippable(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Keep the state of `inner` where the extra argument `apply` of `update` is False.
 
     A step with gradients that are not finite thereby leaves no trace; its updates mean nothing.
@@ -100,6 +100,6 @@ def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformation
     ) -> tuple[Any, Any]:
         # `apply` stays here: plain optax transformations take no extra arguments.
         updates, new_state = inner.update(updates, state, params)
-        return updates, kept(apply, new_state, state)
+        return updates, tree_select(apply, new_state, state)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)

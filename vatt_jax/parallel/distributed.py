@@ -23,7 +23,7 @@ FIRST_PORT, NUM_PORTS = 61440, 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Position:
     """This process among the others.
 
     Attributes:
@@ -39,7 +39,7 @@ class Place:
     devices: tuple[int, ...] | None = None
 
 
-def place(environment: Mapping[str, str]) -> Place | None:
+def find_position(environment: Mapping[str, str]) -> Position | None:
     """Find where an environment puts this process.
 
     The first that applies:
@@ -58,7 +58,7 @@ def place(environment: Mapping[str, str]) -> Place | None:
         environment: Environment variables.
 
     Returns:
-        The place, None for a process that is alone.
+        The position, None for a process that is alone.
 
     Raises:
         ConfigError: The variables contradict one another.
@@ -72,14 +72,14 @@ def place(environment: Mapping[str, str]) -> Place | None:
         if not 0 <= found.process < found.processes:
             raise ConfigError(
                 f'this is process {found.process} of {found.processes}: give the number of '
-                'processes and the place of this one among them, 0 to one less (VATT_PROCESSES, '
+                'processes and the position of this one among them, 0 to one less (VATT_PROCESSES, '
                 'VATT_PROCESS)'
             )
         return found if found.processes > 1 else None
     return None
 
 
-def _explicit(env: Mapping[str, str]) -> Place | None:
+def _explicit(env: Mapping[str, str]) -> Position | None:
     """Read the variables of this project."""
     address = env.get('VATT_COORDINATOR')
     if not address:
@@ -97,13 +97,13 @@ def _explicit(env: Mapping[str, str]) -> Place | None:
     if not are_numbers or int(process) >= int(processes):
         raise ConfigError(
             f'VATT_COORDINATOR={address} with VATT_PROCESSES={processes!r} and '
-            f'VATT_PROCESS={process!r}: give the number of processes and the place of this one '
+            f'VATT_PROCESS={process!r}: give the number of processes and the position of this one '
             'among them, 0 to one less'
         )
-    return Place(address, int(processes), int(process), _device_numbers(env, 'VATT_DEVICES'))
+    return Position(address, int(processes), int(process), _device_numbers(env, 'VATT_DEVICES'))
 
 
-def _slurm(env: Mapping[str, str]) -> Place | None:
+def _slurm(env: Mapping[str, str]) -> Position | None:
     """Read the variables of a step that srun started.
 
     Inside salloc or a batch script, without srun, there is one process whatever SLURM_NTASKS says.
@@ -120,7 +120,7 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
     host = first_host(env['SLURM_STEP_NODELIST'])
     # From the job's number: two jobs on one host seldom get the same port.
     port = FIRST_PORT + int(env['SLURM_JOB_ID']) % NUM_PORTS
-    return Place(
+    return Position(
         address=f'{host}:{port}',
         # SLURM_NTASKS is the job's number, of which a step may take fewer.
         processes=int(env.get('SLURM_STEP_NUM_TASKS') or env['SLURM_NTASKS']),
@@ -142,7 +142,7 @@ def first_host(nodes: str) -> str:
     return ''.join(part or '' for part in found.groups())
 
 
-def _open_mpi(env: Mapping[str, str]) -> Place | None:
+def _open_mpi(env: Mapping[str, str]) -> Position | None:
     """Read the variables of mpirun."""
     if 'OMPI_COMM_WORLD_SIZE' not in env:
         return None
@@ -153,7 +153,7 @@ def _open_mpi(env: Mapping[str, str]) -> Place | None:
     if local_processes > 1:
         devices = (int(env['OMPI_COMM_WORLD_LOCAL_RANK']),)
     if processes == 1:
-        return Place('', 1, process)
+        return Position('', 1, process)
     # Version 4 tells where mpirun runs, which is where rank 0 is unless it was placed elsewhere;
     # version 5 does not. '1531576320.0;tcp://10.96.0.1,10.148.0.1:34911': job number, then the
     # addresses of that host, IPv6 ones in brackets.
@@ -174,10 +174,10 @@ def _open_mpi(env: Mapping[str, str]) -> Place | None:
             f'-x VATT_COORDINATOR=host:8476 -x VATT_PROCESSES={processes} … '
             "sh -c 'VATT_PROCESS=$OMPI_COMM_WORLD_RANK python run.py …'"
         )
-    return Place(f'{host}:{FIRST_PORT + number % NUM_PORTS}', processes, process, devices)
+    return Position(f'{host}:{FIRST_PORT + number % NUM_PORTS}', processes, process, devices)
 
 
-def _cloud_tpu(env: Mapping[str, str]) -> Place | None:
+def _cloud_tpu(env: Mapping[str, str]) -> Position | None:
     """Read GKE's variables of a TPU pod slice, and of several slices (MEGASCALE_…)."""
     # Hosts of this slice only; every slice has as many.
     hosts = [host for host in env.get('TPU_WORKER_HOSTNAMES', '').split(',') if host]
@@ -190,7 +190,7 @@ def _cloud_tpu(env: Mapping[str, str]) -> Place | None:
     # Numbered slice by slice, so that the processes of a slice are neighbours.
     slice_number = int(env.get('MEGASCALE_SLICE_ID') or 0)
     process = slice_number * len(hosts) + int(env['TPU_WORKER_ID'])
-    return Place(f'{host}:{TPU_PORT}', processes, process)
+    return Position(f'{host}:{TPU_PORT}', processes, process)
 
 
 def _device_numbers(env: Mapping[str, str], name: str) -> tuple[int, ...] | None:
@@ -220,15 +220,15 @@ def initialize(environment: Mapping[str, str] = os.environ, timeout: int = PATIE
     if environment.get('VATT_COORDINATOR') == 'auto':
         jax.distributed.initialize(initialization_timeout=timeout)
     else:
-        placement = place(environment)
-        if placement is None:
+        position = find_position(environment)
+        if position is None:
             return
         try:
             jax.distributed.initialize(
-                placement.address,
-                placement.processes,
-                placement.process,
-                local_device_ids=placement.devices,
+                position.address,
+                position.processes,
+                position.process,
+                local_device_ids=position.devices,
                 # The place is known; JAX's own detection would overrule what is left out
                 # (local_device_ids).
                 cluster_detection_method='deactivate',
@@ -236,8 +236,8 @@ def initialize(environment: Mapping[str, str] = os.environ, timeout: int = PATIE
             )
         except RuntimeError as error:
             raise ConfigError(
-                f'process {placement.process} on {socket.gethostname()} did not find the other '
-                f'{placement.processes - 1} by way of {placement.address} within {timeout} s '
+                f'process {position.process} on {socket.gethostname()} did not find the other '
+                f'{position.processes - 1} by way of {position.address} within {timeout} s '
                 f'({str(error).splitlines()[0]}); check that all of them started and reach that '
                 'address'
             ) from error
@@ -252,7 +252,7 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-class Absent(RuntimeError):
+class ProcessGone(RuntimeError):
     """Processes that did not come to a barrier in time. The message names them and their hosts."""
 
 
@@ -264,7 +264,7 @@ def barrier(name: str, timeout: float = PATIENCE) -> None:
         timeout: Seconds to wait.
 
     Raises:
-        Absent: Naming the processes that did not come.
+        ProcessGone: Naming the processes that did not come.
     """
     count = jax.process_count()
     if count == 1:
@@ -282,7 +282,7 @@ def barrier(name: str, timeout: float = PATIENCE) -> None:
             present = _read_folder(client, f'vatt/barrier/{name}/')
             hosts = _read_folder(client, 'vatt/host/')
         except Exception:  # the coordinator itself is gone
-            raise Absent(
+            raise ProcessGone(
                 f'the coordinating process cannot be reached at {name!r}: '
                 f'{str(error).splitlines()[0]}'
             ) from error
@@ -292,7 +292,7 @@ def barrier(name: str, timeout: float = PATIENCE) -> None:
         ]
         who = ', '.join(descriptions) or f'none is missing: {error}'
         elapsed = time.monotonic() - began
-        raise Absent(
+        raise ProcessGone(
             f'{len(missing)} of {count} processes did not come to {name!r} within {elapsed:.0f} s: '
             f'{who}'
         ) from error
@@ -314,7 +314,7 @@ def leave() -> None:
         jax.distributed.shutdown()
 
 
-def look_for_absent(error: BaseException, timeout: float = 20) -> None:
+def raise_if_process_gone(error: BaseException, timeout: float = 20) -> None:
     """Find out whether a collective failed because a process is gone.
 
     Where one process was killed, the others fail in the step under way.
@@ -324,13 +324,13 @@ def look_for_absent(error: BaseException, timeout: float = 20) -> None:
         timeout: Seconds to wait for the others to come here.
 
     Raises:
-        Absent: Not every process came.
+        ProcessGone: Not every process came.
     """
     try:
         # A process that is alive failed in the same collective, and comes here within seconds.
         barrier('the end of a failed step', timeout)
-    except Absent as absent:
-        raise Absent(
+    except ProcessGone as absent:
+        raise ProcessGone(
             f'{absent}. The step under way failed ({str(error).splitlines()[0][:200]}). The same '
             'command, started again on all hosts, continues from the last checkpoint'
         ) from error
@@ -341,7 +341,7 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def agree(value: int) -> int:
+def broadcast_from_main(value: int) -> int:
     """Return the main process's value on every process.
 
     What is read from the run folder is read once: another process would see the files of a moment
@@ -355,14 +355,14 @@ def agree(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-class Stop:
+class StopSignal:
     """SIGTERM asks the loop to save and leave after the step under way.
 
     It comes with preemption or at a scheduler's time limit. A context: outside of it the signal
     does what it did before.
     """
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> StopSignal:
         self._asked = False
         # With several processes, jax.distributed has installed its own handler.
         if jax.process_count() == 1:
@@ -378,7 +378,7 @@ class Stop:
         """Whether this process was asked; others may not know yet."""
         return self._asked
 
-    def now(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Return whether to stop after this step, the same on every process."""
         if jax.process_count() == 1:
             return self._asked

@@ -227,7 +227,7 @@ def parse(text: str) -> Topology:
     found = re.fullmatch(r'([a-z0-9]+):(\d+(?:x\d+)*)(?:\*(\d+))?', text)
     if not found:
         raise ConfigError(
-            f'{flag}: a chip and a shape are wanted, such as v5p:8x8x4, v5e:16x16, v5e:16x16*4 '
+            f'{flag}: expected a chip and a shape, such as v5p:8x8x4, v5e:16x16, v5e:16x16*4 '
             '(four slices), h100:8x8 (hosts × GPUs) or cpu:8'
         )
     name, shape, slices = found[1], tuple(int(n) for n in found[2].split('x')), int(found[3] or 1)

@@ -44,7 +44,7 @@ class Count:
         return Count(self.flops * factor, self.unknown)
 
 
-def of(function: Callable[..., Any], *args: Any) -> Count:
+def count_call(function: Callable[..., Any], *args: Any) -> Count:
     """Count one call of a function; the arguments may be abstract."""
     return count(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -153,7 +153,7 @@ RULES: dict[str, Callable[[Any], Count]] = {
 # ---- Models
 
 
-def towers(model: Any, variables: Any, batch: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def by_tower(model: Any, variables: Any, batch: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Count the forward pass of one clip in training, DropToken included.
 
     Args:
@@ -190,7 +190,7 @@ def towers(model: Any, variables: Any, batch: Mapping[str, Any]) -> dict[str, di
         return projected
 
     valid = {name: batch[name]['valid'] for name in encoded}
-    heads = of(project, variables, encoded, valid).flops / num_clips
+    heads = count_call(project, variables, encoded, valid).flops / num_clips
     flops['heads'] = {'needed': heads, 'all_tokens': heads}
     return flops
 
@@ -252,7 +252,7 @@ def per_clip(config: Any, inputs: Mapping[str, Any], variables: Any) -> float:
 
     # The count of one clip is the same at any batch size.
     batch = jax.tree.map(two_clips, dict(inputs))
-    return model_flops(towers(model, variables, batch))
+    return model_flops(by_tower(model, variables, batch))
 
 
 def model_flops(counts: Mapping[str, Mapping[str, float]], kind: str = 'needed') -> float:

@@ -277,7 +277,7 @@ def _count_flops(config: ConfigDict, built: loop.Built) -> dict[str, Any]:
     model = models.build(dense, config.compute_dtype)
     # ShapeDtypeStructs all of them: FLOPs are counted by tracing, nothing is computed.
     variables = {'params': built.shape.params['model'], 'batch_stats': built.shape.batch_stats}
-    forward = flops.towers(model, variables, two_rows(built.inputs))
+    forward = flops.by_tower(model, variables, two_rows(built.inputs))
     per_clip = {kind: flops.model_flops(forward, kind) for kind in ('needed', 'all_tokens')}
     return {
         'forward_per_clip': forward,

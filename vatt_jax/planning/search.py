@@ -25,7 +25,7 @@ def search(
     topology: chips.Topology,
     folder: pathlib.Path | None,
     notes: Iterable[str] = (),
-    tell: Callable[[str], Any] = print,
+    report: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
     """Find the fastest plan that fits, by its bound.
 
@@ -38,13 +38,13 @@ def search(
         topology: the machine that is planned for.
         folder: where plans are stored, None for nowhere.
         notes: sentences to be shown with each plan.
-        tell: takes a line about each plan as soon as it is known.
+        report: takes a line about each plan as soon as it is known.
 
     Returns:
         The best plan, {} where none fits.
     """
-    tell(HEADER)
-    candidates = _Search(config, data, topology, folder, notes, tell)
+    report(HEADER)
+    candidates = _Search(config, data, topology, folder, notes, report)
     # One field after the other, not all combinations: each plan is a whole compile, of minutes.
     candidates.consider({})
     # A fixed number of replicas leaves fsdp no other width.
@@ -62,9 +62,9 @@ def search(
 
     best = candidates.best_config
     if candidates.best is None:
-        tell('none of these fits')
+        report('none of these fits')
         return {}
-    tell(
+    report(
         f'fastest that fits: config.mesh.fsdp={best.mesh.fsdp}, '
         f'config.model.remat={best.model.remat!r}, config.batch_size={best.batch_size}'
     )
@@ -90,11 +90,11 @@ class _Search:
         topology: chips.Topology,
         folder: pathlib.Path | None,
         notes: Iterable[str],
-        tell: Callable[[str], Any],
+        report: Callable[[str], Any],
     ) -> None:
         self.data, self.topology, self.folder = data, topology, folder
         self.notes = notes
-        self.tell = tell
+        self.report = report
         # Until some plan fits, changes are made to the config that was given.
         self.best: dict[str, Any] | None = None
         self.best_config = config
@@ -117,10 +117,10 @@ class _Search:
             result = plans.plan(config, self.data, self.topology, self.folder, self.notes)
         except ConfigError as error:
             # Such as a batch that does not divide over the devices: the search goes on.
-            self.tell(f'{columns}  {error}')
+            self.report(f'{columns}  {error}')
             return
         self.seen.add(key)
-        self.tell(f'{columns} {_line(result)}')
+        self.report(f'{columns} {_line(result)}')
         if self._is_better(result):
             self.best, self.best_config = result, config
 

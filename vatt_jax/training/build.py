@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from vatt_jax import config as configs
 from vatt_jax import evals, models, objectives, optim
 from vatt_jax.config import ConfigError
-from vatt_jax.inference.encoder import Encoder, device_part
+from vatt_jax.inference.feature_extractor import FeatureExtractor, device_part
 from vatt_jax.inputs import preprocess
 from vatt_jax.models import attention
 from vatt_jax.objectives.base import Objective, select_streams
@@ -59,7 +59,7 @@ class Built:
     inputs: Any
     outputs: Any
     info: dict[str, Any]
-    encoder: Encoder | None = None
+    encoder: FeatureExtractor | None = None
     passes: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -49,7 +49,7 @@ MANIFEST = 'manifest.json'
 _PLACEHOLDER = '_'
 
 
-class Unsaved(RuntimeError):
+class CheckpointNotSaved(RuntimeError):
     """A checkpoint could not be written. The message says why and what is left."""
 
 
@@ -142,7 +142,7 @@ class Checkpoints:
             columns: Per-record host arrays of the objective.
 
         Raises:
-            Unsaved: The previous or this checkpoint could not be written.
+            CheckpointNotSaved: The previous or this checkpoint could not be written.
         """
         # At the end of a run the last step may be a multiple of checkpoint.every as well.
         if self.manager.latest_step() == step:
@@ -162,7 +162,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _report_write_errors(self) -> Iterator[None]:
-        """Raise Unsaved for whatever goes wrong in writing."""
+        """Raise CheckpointNotSaved for whatever goes wrong in writing."""
         try:
             yield
         except Exception as error:
@@ -176,7 +176,7 @@ class Checkpoints:
                 )
             else:
                 remaining = 'there is none before it'
-            raise Unsaved(
+            raise CheckpointNotSaved(
                 f'the checkpoint of step {self.saving} could not be written '
                 f'({_first_line(error)}); {remaining}. Is the disk full?'
             ) from error
@@ -235,7 +235,7 @@ class Checkpoints:
         return state, restored.meta, columns
 
     def wait(self) -> None:
-        """Wait for the save under way. Raises Unsaved where it failed."""
+        """Wait for the save under way. Raises CheckpointNotSaved where it failed."""
         with self._report_write_errors():
             self.manager.wait_until_finished()
 
@@ -282,12 +282,13 @@ def _file_digests(folder: pathlib.Path) -> dict[str, str]:
 def write_manifest(folder: pathlib.Path) -> None:
     """Write the digests of a finished checkpoint's files, beside them."""
     temporary = folder / f'{MANIFEST}.tmp'
-    # Renamed into place, so that a manifest is never half there: `damage` would call that damaged.
+    # Renamed into place, so that a manifest is never half there: `find_damage` would call that
+    # damaged.
     temporary.write_text(json.dumps(_file_digests(folder), indent=0))
     os.replace(temporary, folder / MANIFEST)
 
 
-def damage(folder: pathlib.Path) -> str:
+def find_damage(folder: pathlib.Path) -> str:
     """Compare a checkpoint's files with its manifest.
 
     Returns:
@@ -330,7 +331,7 @@ def newest_sound(folder: pathlib.Path, say: Callable[[str], object] = print) -> 
     # Newest first. Nothing is renamed until a sound one is found: with none, the folder stays as it
     # is.
     for step in reversed(steps(folder)):
-        reason = damage(folder / str(step))
+        reason = find_damage(folder / str(step))
         if not reason:
             for damaged in sorted(damages):
                 say(
@@ -427,20 +428,20 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
     available = _numbered_folders(folder, 'state')
     if not available:
         raise ConfigError(
-            f'{path} holds no checkpoint; a run folder (with checkpoints/<step>) or one checkpoint '
-            'folder is wanted'
+            f'{path} holds no checkpoint: expected a run folder (with checkpoints/<step>) or one '
+            'checkpoint folder'
         )
     return (folder / str(available[-1])).absolute()
 
 
-def sound(path: str | pathlib.Path) -> pathlib.Path:
+def find_verified(path: str | pathlib.Path) -> pathlib.Path:
     """Return what `find` returns, once its files are checked.
 
     Raises:
         ConfigError: There is no checkpoint, or its files are not what was written.
     """
     path = find(path)
-    reason = damage(path)
+    reason = find_damage(path)
     if reason:
         raise ConfigError(
             f'checkpoint {path} is damaged ({reason}); name another one of {path.parent}'
@@ -531,7 +532,7 @@ def load_model(
     Raises:
         ConfigError: There is no checkpoint, or it cannot be read.
     """
-    path = sound(path)
+    path = find_verified(path)
     meta = read_meta(path)
     variables = jax.device_put(read_model(path), sharding.replicated(mesh))
     # By way of JSON, as a stored config is read: tuples are restored and renamed fields moved.
@@ -561,7 +562,7 @@ def init_from(
     """
     _check_init_fields(rename, skip)
     # NumPy on the host: the other run's whole model need not fit on one device.
-    available = _named_variables(read_model(sound(path)))
+    available = _named_variables(read_model(find_verified(path)))
     skipped: list[str] = []
     num_taken = 0
 
@@ -627,7 +628,7 @@ def _fitting_value(
     value = available.get(f'{group}/{source_name}')
     if value is None:
         raise ConfigError(
-            f'config.init_from={path}: it has no parameter {source_name!r} (wanted for {name!r}); '
+            f'config.init_from={path}: it has no parameter {source_name!r} (for {name!r}); '
             'map it with config.init_rename or leave it out with config.init_skip'
         )
     # [N D]: only the number of positions may differ.

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax import evals
 from vatt_jax.evals import base as evals_base
-from vatt_jax.inference import encoder
+from vatt_jax.inference import feature_extractor
 from vatt_jax.parallel import distributed
 from vatt_jax.run_folder import RunFolder, evaluation_name
 from vatt_jax.training import train_state
@@ -61,16 +61,20 @@ def evaluate(
     """
     folder = RunFolder(workdir).evaluation(tag or evaluation_name(step))
     # All processes go by what the main one sees: evaluating takes all of them.
-    if not again and distributed.agree((folder / 'results.json').exists()):
+    if not again and distributed.broadcast_from_main((folder / 'results.json').exists()):
         return _report_scalars(evals.load(folder), step, writer, progress)
 
     # Averaged parameters where the run keeps an average, the trained ones otherwise.
     variables = train_state.evaluation_variables(state)
     if built.encoder is None:
-        built.encoder = encoder.Encoder(config, variables, built.mesh, built.objective)
+        built.encoder = feature_extractor.FeatureExtractor(
+            config, variables, built.mesh, built.objective
+        )
     # The same compiled programs on this state's values.
     state_encoder = built.encoder.on(variables, state.params['objective'], state.objective)
-    view = evals_base.View(state_encoder, data, config.batch_size, process_position(), config.seed)
+    view = evals_base.FeatureView(
+        state_encoder, data, config.batch_size, process_position(), config.seed
+    )
     # Every process takes part: a batch is encoded on the devices of all.
     results = evals.run_all(config.evals, view, baseline=bool(tag))
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vatt_jax.inference import encoder
+from vatt_jax.inference import feature_extractor
 from vatt_jax.parallel import distributed
 from vatt_jax.run_folder import write_atomically
 from vatt_jax.training.build import (
@@ -71,7 +71,7 @@ def train(
     """
     workdir = pathlib.Path(workdir)
     # From before the build on: compiling takes minutes, in which SIGTERM may come too.
-    with distributed.Stop() as stop:
+    with distributed.StopSignal() as stop:
         built = build(config, data)
         # After the build, which fills in what only the data know, and before anything is written.
         check_run_folder(config, workdir)
@@ -84,7 +84,9 @@ def train(
     return built, scalars
 
 
-def _run_steps(session: Session, run: TrainingRun, stop: distributed.Stop) -> dict[str, float]:
+def _run_steps(
+    session: Session, run: TrainingRun, stop: distributed.StopSignal
+) -> dict[str, float]:
     """The loop itself. Returns the last evaluation's scalars."""
     config, built, meter = session.config, session.built, session.meter
     first_step = run.step + 1
@@ -105,7 +107,9 @@ def _run_steps(session: Session, run: TrainingRun, stop: distributed.Stop) -> di
         batch = session.batches.next(run)
         session.profiler.before_step(run.step + 1)
         # Dispatched only: while the device works, the host reads on and prepares the next batch.
-        run.state, metrics = built.step(run.state, encoder.place(batch, built.mesh))
+        run.state, metrics = built.step(
+            run.state, feature_extractor.place_on_mesh(batch, built.mesh)
+        )
         run.step += 1
         # Examples of all processes: the position in the training order where a resumed run reads
         # on.
@@ -119,7 +123,7 @@ def _run_steps(session: Session, run: TrainingRun, stop: distributed.Stop) -> di
 
         # Called by every process at every step: JAX needs that to find a step at which all can
         # stop.
-        is_stopping = stop.now(run.step)
+        is_stopping = stop.should_stop(run.step)
         if is_stopping or run.step % config.checkpoint.every == 0 or run.step == config.steps:
             session.save(run)
         if is_stopping and run.step < config.steps:

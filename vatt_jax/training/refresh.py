@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vatt_jax.inference import encoder
+from vatt_jax.inference import feature_extractor
 from vatt_jax.inputs import preprocess
-from vatt_jax.objectives.base import Refreshed, TrainingRecords, select_streams
+from vatt_jax.objectives.base import RefreshResult, TrainingRecords, select_streams
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
 from vatt_jax.training import train_state
@@ -21,7 +21,7 @@ from vatt_jax.training.start import TrainingRun
 from vatt_jax.training.train_state import TrainState
 
 
-def refresh(config: ConfigDict, built: Built, data: Any, run: TrainingRun) -> Refreshed:
+def refresh(config: ConfigDict, built: Built, data: Any, run: TrainingRun) -> RefreshResult:
     """Refreshes the objective before the next step, and puts the outcome into `run`.
 
     Args:
@@ -49,7 +49,7 @@ def refresh(config: ConfigDict, built: Built, data: Any, run: TrainingRun) -> Re
     return refreshed
 
 
-def _with_refreshed(built: Built, state: TrainState, refreshed: Refreshed) -> TrainState:
+def _with_refreshed(built: Built, state: TrainState, refreshed: RefreshResult) -> TrainState:
     # The objective computes on the host; here its trees get back the layout that the step expects,
     # whose in_shardings refuse any other.
     params = _put(refreshed.params, built.shardings.params['objective'])
@@ -118,11 +118,11 @@ class RecordEncoder:
             batch = select_streams(batch, self.built.objective.streams())
             # Outputs are replicated, so they have the rows of all hosts; which ones these are must
             # be gathered too. `position` is the record's row in columns.
-            rows = encoder.gather_rows(batch, ('position', 'valid'))
+            rows = feature_extractor.gather_rows(batch, ('position', 'valid'))
             outputs = forward(
                 self.variables,
                 self.objective_params,
-                encoder.place(batch, self.built.mesh),
+                feature_extractor.place_on_mesh(batch, self.built.mesh),
                 np.uint32(self.step),
                 np.uint32(draw),
             )

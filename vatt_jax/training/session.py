@@ -93,7 +93,7 @@ class Session:
         """Closes everything at the end, however it comes.
 
         Raises:
-            distributed.Absent: a step failed because other processes are gone.
+            distributed.ProcessGone: a step failed because other processes are gone.
         """
         others_are_here = True
         try:
@@ -102,7 +102,7 @@ class Session:
         # whether the others come to a barrier tells the two apart.
         except jax.errors.JaxRuntimeError as error:
             others_are_here = False  # until all of them come
-            distributed.look_for_absent(error)
+            distributed.raise_if_process_gone(error)
             others_are_here = True
             raise
         finally:

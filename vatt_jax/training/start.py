@@ -159,7 +159,7 @@ def newest(workdir: pathlib.Path) -> int | None:
     """Step of the run's newest complete checkpoint, if any; the same on every process."""
     saved = checkpoint.steps(RunFolder(workdir).checkpoints)
     # Another process may see the shared folder a moment later; all follow the main one.
-    step = distributed.agree(max(saved, default=NO_STEP))
+    step = distributed.broadcast_from_main(max(saved, default=NO_STEP))
     return None if step == NO_STEP else step
 
 
@@ -181,7 +181,7 @@ def newest_sound(workdir: pathlib.Path) -> int | None:
             message, step = str(error), ALL_DAMAGED
         else:
             step = NO_STEP if found is None else found
-    step = distributed.agree(step)
+    step = distributed.broadcast_from_main(step)
     if step == ALL_DAMAGED:
         # Only the main process knows the reasons; the others say the short form.
         raise ConfigError(message or f'every checkpoint in {workdir} is damaged')
@@ -208,7 +208,7 @@ def check_run_folder(config: ConfigDict, workdir: pathlib.Path, evaluating: bool
     if stored is None:
         return
     old_values, new_values = dict(configs.flatten(stored)), dict(configs.flatten(config))
-    for field in configs.same(stored, config):
+    for field in configs.differing_fields(stored, config):
         # Rates, steps, batch size, data and mesh may change between two starts.
         if not field.startswith(IDENTITY) or field.startswith(HOW_IT_IS_COMPUTED):
             continue

@@ -58,7 +58,7 @@ def make(
         # Statistics and the objective's memory also move while it holds parameters still.
         is_applied = is_finite & jnp.asarray(out.apply_update)  # []
 
-        # Computed in any case. Where it is not applied, `guarded` keeps the slots and `kept` below
+        # Computed in any case. Where it is not applied, `skippable` keeps the slots and `tree_select` below
         # the parameters.
         updates, opt_state = tx.update(grads, state.opt_state, state.params, apply=is_applied)
         params = optax.apply_updates(state.params, updates)
@@ -68,15 +68,15 @@ def make(
             params['model'], params['objective'], out.state, state.step
         )
         params = {'model': model_params, 'objective': objective_params}
-        params = optim.kept(is_applied, params, state.params)
+        params = optim.tree_select(is_applied, params, state.params)
 
         new_state = TrainState(
             # A skipped step counts too: the data go on, or the same records would come again.
             step=state.step + 1,
             params=params,
-            batch_stats=optim.kept(is_finite, out.batch_stats, state.batch_stats),
+            batch_stats=optim.tree_select(is_finite, out.batch_stats, state.batch_stats),
             opt_state=opt_state,
-            objective=optim.kept(is_finite, objective_state, state.objective),
+            objective=optim.tree_select(is_finite, objective_state, state.objective),
             # From the guarded parameters, so that a bad step cannot reach the average.
             ema=moving_average(state.ema, params['model'], decay) if decay else {},
             bad=jnp.where(is_finite, 0, state.bad + 1),

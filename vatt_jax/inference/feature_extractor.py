@@ -21,17 +21,24 @@ from vatt_jax.inputs.batch import (
     gather_rows,
     is_stream,
     modality_of,
-    place,
+    place_on_mesh,
     stream_names,
 )
 from vatt_jax.models import attention
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
 
-__all__ = ['Encoder', 'coarse', 'device_part', 'features_of', 'gather_rows', 'place']
+__all__ = [
+    'FeatureExtractor',
+    'coarse',
+    'device_part',
+    'compute_features',
+    'gather_rows',
+    'place_on_mesh',
+]
 
 
-class Encoder:
+class FeatureExtractor:
     """Jitted evaluation-mode forward pass over a mesh.
 
     Args:
@@ -70,7 +77,7 @@ class Encoder:
         variables: Mapping[str, Any],
         objective_params: Any = None,
         objective_state: Any = None,
-    ) -> Encoder:
+    ) -> FeatureExtractor:
         """The same programs, compiled once, on other values of the same variables."""
         # The copy shares `_forward`, whose cache of compiled programs is keyed by shapes, not
         # values.
@@ -134,7 +141,9 @@ class Encoder:
                 encoded[name] = value
         # The sharding constraints in the model read this mesh while the program is traced.
         with jax.set_mesh(self.mesh):
-            features = self._forward(self.variables, self.heads, place(encoded, self.mesh), maps)
+            features = self._forward(
+                self.variables, self.heads, place_on_mesh(encoded, self.mesh), maps
+            )
         # device_get starts all copies before it waits for the first.
         return jax.tree.map(np.asarray, jax.device_get(features))
 
@@ -169,8 +178,8 @@ def coarse(encoded: Any) -> Float[Array, 'B F']:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
 
 
-def features_of(
-    encoder: Encoder,
+def compute_features(
+    encoder: FeatureExtractor,
     batches: Iterable[Mapping[str, Any]],
     keep: tuple[str, ...] = (),
     maps: tuple[str, ...] = (),
@@ -185,7 +194,7 @@ def features_of(
         maps: streams whose feature maps to return as well.
 
     Returns:
-        What `Encoder.__call__` returns, of N examples, and
+        What `FeatureExtractor.__call__` returns, of N examples, and
         {'index': [N] place in the pass,
          'labels': {name: [N ...]},
          'valid': {stream: bool [N]},

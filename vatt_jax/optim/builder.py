@@ -12,8 +12,8 @@ import optax
 from ml_collections import ConfigDict
 
 from vatt_jax.config import ConfigError, choose
-from vatt_jax.optim.keras import guarded, scale_by_keras_adam
-from vatt_jax.optim.paths import check_patterns, matches, paths
+from vatt_jax.optim.keras import scale_by_keras_adam, skippable
+from vatt_jax.optim.parameter_paths import check_patterns, matches, paths
 from vatt_jax.optim.schedules import schedule
 
 OPTIMIZERS = ('adam', 'adamw', 'sgd', 'lamb', 'keras_adam', 'keras_sgd')
@@ -127,7 +127,7 @@ def build(config: ConfigDict, steps: int, params: Any) -> optax.GradientTransfor
 
     velocity = optax.identity()
     if config.name == 'keras_sgd':
-        velocity = guarded(optax.trace(config.momentum))
+        velocity = skippable(optax.trace(config.momentum))
 
     # After the learning rate: a factor of 10 is ten times the schedule. It scales weight decay too.
     path_factors = optax.identity()
@@ -139,7 +139,7 @@ def build(config: ConfigDict, steps: int, params: Any) -> optax.GradientTransfor
         clip,
         _direction(config, weight_decay),
         # Guarded too: it counts steps, so warm-up waits where steps are not applied.
-        guarded(optax.scale_by_learning_rate(schedule(config.schedule, steps))),
+        skippable(optax.scale_by_learning_rate(schedule(config.schedule, steps))),
         velocity,
         path_factors,
     )
@@ -155,11 +155,11 @@ def _direction(
     if config.name == 'keras_sgd':
         return weight_decay  # its velocity comes after the learning rate
     if config.name == 'sgd':
-        return optax.chain(guarded(optax.trace(config.momentum)), weight_decay)
+        return optax.chain(skippable(optax.trace(config.momentum)), weight_decay)
     if config.name == 'keras_adam':
         keras_adam = scale_by_keras_adam(config.b1, config.b2, config.eps)
         return optax.chain(keras_adam, weight_decay)
-    adam = guarded(optax.scale_by_adam(config.b1, config.b2, config.eps))
+    adam = skippable(optax.scale_by_adam(config.b1, config.b2, config.eps))
     if config.name == 'lamb':
         # LAMB: the trust ratio |w| / |update| scales the decayed direction, layer by layer.
         return optax.chain(adam, weight_decay, optax.scale_by_trust_ratio())
