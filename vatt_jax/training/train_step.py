@@ -58,8 +58,8 @@ def make(
         # Statistics and the objective's memory also move while it holds parameters still.
         is_applied = is_finite & jnp.asarray(out.apply_update)  # []
 
-        # Computed in any case. Where it is not applied, `skippable` keeps the slots and `tree_select` below
-        # the parameters.
+        # Computed in any case. Where it is not applied, `skippable` keeps the slots, and
+        # `tree_select` below the parameters.
         updates, opt_state = tx.update(grads, state.opt_state, state.params, apply=is_applied)
         params = optax.apply_updates(state.params, updates)
         # On the new parameters, before the guard: a step that is not applied drops these changes as
