@@ -1,15 +1,22 @@
 """The run-time type checker of the test suite, as jaxtyping's import hook applies it."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import beartype
 import numpy as np
+from ml_collections import ConfigDict
 
-# NumPy's scalars are numbers, and an int may be given for a float (PEP 484's numeric tower).
-NUMBERS = beartype.BeartypeHintOverrides(
+# What annotations mean more widely than Python's own types.
+WIDER = beartype.BeartypeHintOverrides(
     {
+        # NumPy's scalars are numbers, and an int may be given for a float (PEP 484's numeric tower).
         int: int | np.integer,
         float: float | int | np.floating | np.integer,
         bool: bool | np.bool_,
+        # A ConfigDict is used like a mapping, and is not registered as one.
+        Mapping[str, Any]: Mapping[str, Any] | ConfigDict,
     }
 )
 
-typechecker = beartype.beartype(conf=beartype.BeartypeConf(hint_overrides=NUMBERS))
+typechecker = beartype.beartype(conf=beartype.BeartypeConf(hint_overrides=WIDER))

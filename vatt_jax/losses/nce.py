@@ -225,7 +225,7 @@ class Keys(NamedTuple):
     apart: jax.Array | None = None
     own: jax.Array | None = None
 
-    def prepared(self, normalise: bool, how: How) -> Float[Array, '']:
+    def prepared(self, normalise: bool, how: How) -> Float[Array, 'keys E']:
         data = self.data
         if self.valid is not None:
             # Before anything is computed from them: not even 0 · NaN may reach a gradient.
@@ -352,7 +352,7 @@ def prepare(
     return Prepared(_cast(rows, how), _cast(keys, how), x_mask, mask, x_mask & mask.any(-1))
 
 
-def unit(x: jax.Array) -> Float[Array, '']:
+def unit(x: Float[Array, '*rows E']) -> Float[Array, '*rows E']:
     """x / |x| over the last axis, the squared norm floored at 1e-12 (official VATT)."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
 
