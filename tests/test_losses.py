@@ -103,7 +103,7 @@ def both_ways(i, scores, x_valid, y_mask):
 
 
 def nce_of_clip(form, i, scores, x_valid, y_mask):
-    """With F, B and P the sums of exp over forward, backward and own scores of a clip:
+    """The NCE losses of clip i, whose forward, backward and own scores have sums of exp F, B and P.
 
     asymmetric, mil_nce  log(F + B) - log P  (MMV; MIL-NCE: one sum over both directions)
     symmetric            log F + log B - 2 log P
@@ -342,7 +342,7 @@ def test_dense_value_and_gradients_are_the_definition(form):
 
 @pytest.mark.slow
 def test_compiled_as_a_whole_it_is_the_definition():
-    """As in training; one block, whose scores are kept for the derivative."""
+    """As in training; one block, whose scores are stored for the derivative."""
     check(jax.jit(value_and_gradients(nce, 'asymmetric', How())), 'asymmetric')
 
 
@@ -725,7 +725,7 @@ CHILD = textwrap.dedent("""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(16, 6)).astype(np.float32)
     y = rng.normal(size=(16, 2, 6)).astype(np.float32)
-    mine = slice(8 * process, 8 * process + 8)
+    own_rows = slice(8 * process, 8 * process + 8)
 
     def loss(x, y):
         return nce.asymmetric(x, y, temperature=0.2, how=How(method))
@@ -733,8 +733,8 @@ CHILD = textwrap.dedent("""
     mesh = sharding.make_mesh({'replica': 4, 'fsdp': 2})
     with jax.set_mesh(mesh):
         rows = sharding.batch_sharding(mesh)
-        x = jax.make_array_from_process_local_data(rows, x[mine])
-        y = jax.make_array_from_process_local_data(rows, y[mine])
+        x = jax.make_array_from_process_local_data(rows, x[own_rows])
+        y = jax.make_array_from_process_local_data(rows, y[own_rows])
         value, (by_x, by_y) = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, y)
         norm = jax.jit(jnp.linalg.norm)
         result = [float(value), float(norm(by_x)), float(norm(by_y))]
