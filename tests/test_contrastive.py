@@ -1,9 +1,10 @@
-"""The contrastive objective: every form through the loop, learnt temperature, and mistakes as sentences."""
+"""The contrastive objective: every form through the loop, learnt temperature, mistakes named."""
 
 import json
 import pathlib
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +13,10 @@ import pytest
 import data_pipelines
 from tests import tiny
 from vatt_jax.config import ConfigError
+from vatt_jax.losses import nce
 from vatt_jax.objectives.base import Spec
 from vatt_jax.objectives.contrastive import Contrastive
+from vatt_jax.rng import Rng
 from vatt_jax.training import loop
 
 
@@ -23,12 +26,10 @@ def run(workdir, mesh=None, **fields):
     config.objective = type(config)({'name': 'contrastive', **fields})
     config.mesh.update(mesh or {})
     loop.train(config, data_pipelines.open(config), workdir, quiet=True)
-    lines = [
-        json.loads(line)
-        for line in (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()
-    ]
-    lines = [line for line in lines if 'loss' in line]
-    return [line['loss'] for line in lines], lines[-1]
+    metrics = (pathlib.Path(workdir) / 'metrics.jsonl').read_text()
+    lines = [json.loads(line) for line in metrics.splitlines()]
+    steps = [line for line in lines if 'loss' in line]
+    return [step['loss'] for step in steps], steps[-1]
 
 
 @pytest.mark.slow
@@ -42,30 +43,34 @@ def run(workdir, mesh=None, **fields):
     ],
 )
 def test_training_is_the_same_dense_gathered_and_in_a_ring(tmp_path, fields):
-    want, dense = run(tmp_path / 'dense', method='dense', **fields)
+    expected, dense = run(tmp_path / 'dense', method='dense', **fields)
     for method, mesh in (
         ('auto', {}),
         ('gather', {'replica': 8}),
         ('ring', {'replica': 2, 'fsdp': 2, 'model': 2}),
     ):
         got, last = run(tmp_path / method, mesh, method=method, **fields)
-        np.testing.assert_allclose(got, want, rtol=2e-4)
+        np.testing.assert_allclose(got, expected, rtol=2e-4)
         for name in ('temperature/video-text', 'bias/video-text'):
             assert (name in last) == (name in dense)
             if name in last:
                 np.testing.assert_allclose(last[name], dense[name], rtol=1e-4)
     if fields.get('learn_temperature'):
-        assert dense['temperature/video-text'] != {'clip': 0.07, 'siglip': 0.1}[fields['form']]
+        initial = {'clip': 0.07, 'siglip': 0.1}[fields['form']]
+        assert dense['temperature/video-text'] != initial
 
 
 def test_the_learnt_scale_stops_at_a_hundred():
     objective = Contrastive({'form': 'clip', 'learn_temperature': True})
-    _, params, _ = objective.after_update({}, {'log_scale': jnp.array([9.0, 1.0])}, {}, 0)
-    np.testing.assert_allclose(params['log_scale'], [np.log(100), 1.0], rtol=1e-6)
+    before = {'log_scale': jnp.array([9.0, 1.0])}
+    _, params, _ = objective.after_update({}, before, {}, 0)
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, before)
+    expected = {'log_scale': np.array([np.log(100), 1.0], np.float32)}
+    chex.assert_trees_all_close(params, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    'fields, told',
+    'fields, message',
     [
         (
             {'form': 'triplet'},
@@ -87,14 +92,14 @@ def test_the_learnt_scale_stops_at_a_hundred():
         ),
     ],
 )
-def test_mistakes_in_the_config_are_sentences(fields, told):
+def test_a_mistake_in_the_config_is_named(fields, message):
     with pytest.raises(ConfigError) as error:
         Contrastive(fields)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    'fields, told',
+    'fields, message',
     [
         (
             {'pairs': (('video', 'audio', 'vat', 1.0),)},
@@ -111,78 +116,104 @@ def test_mistakes_in_the_config_are_sentences(fields, told):
         ),
     ],
 )
-def test_what_the_model_or_the_batch_does_not_have_is_a_sentence(fields, told):
-    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+def test_what_the_model_or_the_batch_does_not_have_is_named(fields, message):
+    def embedding(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     spaces = {
-        'va': {'video': shape(16, 8), 'audio': shape(16, 8)},
-        'vat': {'video': shape(16, 4), 'text': shape(16, 2, 4)},
+        'va': {'video': embedding(16, 8), 'audio': embedding(16, 8)},
+        'vat': {'video': embedding(16, 4), 'text': embedding(16, 2, 4)},
     }
     # An objective sizes itself by abstract shapes alone.
-    spec = Spec(None, types.SimpleNamespace(spaces=spaces), {'index': shape(16)}, 64, {})
+    output = types.SimpleNamespace(spaces=spaces)
+    spec = Spec(None, output, {'index': embedding(16)}, 64, {})
 
     with pytest.raises(ConfigError) as error:
         Contrastive(fields).init(jax.random.key(0), spec)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
-def test_weights_and_the_scale_of_masks_reach_the_loss():
-    """The weighted mean of the pairs' losses, each on its own masks, from embeddings that are given."""
-    from types import SimpleNamespace
+class TestLossOfGivenEmbeddings:
+    """The objective on four clips, whose embeddings are given instead of a model's."""
 
-    from vatt_jax.losses import nce
-    from vatt_jax.rng import Rng
-
-    noise = np.random.default_rng(0)
-    video, audio, text = (jnp.float32(noise.normal(size=s)) for s in ((4, 5), (4, 5), (4, 2, 5)))
-    spaces = {'va': {'video': video, 'audio': audio}, 'vat': {'video': video, 'text': text}}
-    model = SimpleNamespace(apply=lambda *_, **__: (spaces, {}))
-    valid = {'video': [1, 1, 1, 0], 'audio': [1, 0, 1, 1], 'text': [0, 1, 1, 1]}
-    batch = {m: {'valid': jnp.array(v, bool), 'data': None} for m, v in valid.items()}
-    pairs = (('video', 'audio', 'va', 3.0), ('video', 'text', 'vat', 1.0))
-    values = {}
-    for each in (False, True):
-        objective = Contrastive(
-            {'form': 'symmetric', 'pairs': pairs, 'padded': True, 'each_mask': each}
-        )
-        values[each] = float(
-            objective.compute_loss(
-                model, {}, {}, {}, dict.fromkeys(valid), batch, Rng.create(0, 0, jnp.arange(4))
-            ).value
-        )
-        each_loss = [
-            nce.symmetric(
-                spaces[s][a],
-                spaces[s][b],
-                x_valid=batch[a]['valid'],
-                y_valid=batch[b]['valid'],
-                each_mask=each,
-            )
-            for a, b, s, _ in pairs
-        ]
-        np.testing.assert_allclose(values[each], (3 * each_loss[0] + each_loss[1]) / 4, rtol=1e-6)
-    learnt = Contrastive(
-        {'form': 'symmetric', 'pairs': pairs, 'padded': True, 'learn_temperature': True}
+    pairs = (
+        ('video', 'audio', 'va', 3.0),
+        ('video', 'text', 'vat', 1.0),
     )
-    metrics = learnt.compute_loss(
-        model,
-        {},
-        {'log_scale': jnp.log(jnp.array([10.0, 20.0]))},
-        {},
-        dict.fromkeys(valid),
-        batch,
-        Rng.create(0, 0, jnp.arange(4)),
-    ).metrics
-    assert set(metrics) == {
-        f'{what}/video-{other}' for what in ('loss', 'temperature') for other in ('audio', 'text')
+    valid = {
+        'video': [1, 1, 1, 0],
+        'audio': [1, 0, 1, 1],
+        'text': [0, 1, 1, 1],
     }
-    np.testing.assert_allclose(
-        [metrics['temperature/video-audio'], metrics['temperature/video-text']],
-        [0.1, 0.05],
-        rtol=1e-6,
-    )
-    np.testing.assert_allclose(
-        values[True], values[False] * 2 * 4 / (3 * 3), rtol=1e-5
-    )  # two clips of four have both, three have each
+
+    def spaces(self):
+        """Random embeddings of each modality in its spaces."""
+        rng = np.random.default_rng(0)
+        video = jnp.float32(rng.normal(size=(4, 5)))
+        audio = jnp.float32(rng.normal(size=(4, 5)))
+        text = jnp.float32(rng.normal(size=(4, 2, 5)))
+        return {'va': {'video': video, 'audio': audio}, 'vat': {'video': video, 'text': text}}
+
+    def batch(self):
+        """Which clips have each modality."""
+        return {
+            modality: {'valid': jnp.array(valid, bool), 'data': None}
+            for modality, valid in self.valid.items()
+        }
+
+    def loss(self, objective, params):
+        """The objective's loss of the given embeddings."""
+        model = types.SimpleNamespace(apply=lambda *_, **__: (self.spaces(), {}))
+        streams = dict.fromkeys(self.valid)
+        rng = Rng.create(0, 0, jnp.arange(4))
+        loss = objective.compute_loss(model, {}, params, {}, streams, self.batch(), rng)
+        chex.assert_shape(loss.value, ())
+        chex.assert_type(loss.value, jnp.float32)
+        chex.assert_tree_all_finite(loss.metrics)
+        return loss
+
+    def objective(self, **fields):
+        """The symmetric form of both pairs."""
+        fields = {'form': 'symmetric', 'pairs': self.pairs, 'padded': True, **fields}
+        return Contrastive(fields)
+
+    @pytest.mark.parametrize('each_mask', [False, True])
+    def test_it_is_the_weighted_mean_of_the_pairs_losses_each_on_its_own_masks(self, each_mask):
+        got = self.loss(self.objective(each_mask=each_mask), {}).value
+        spaces = self.spaces()
+        batch = self.batch()
+        losses = []
+        for first, second, space, _ in self.pairs:
+            losses.append(
+                nce.symmetric(
+                    spaces[space][first],
+                    spaces[space][second],
+                    x_valid=batch[first]['valid'],
+                    y_valid=batch[second]['valid'],
+                    each_mask=each_mask,
+                )
+            )
+        np.testing.assert_allclose(got, (3 * losses[0] + losses[1]) / 4, rtol=1e-6)
+
+    def test_the_scale_of_each_mask_is_the_official_one(self):
+        # By the clips that have both: 1 / 2; by each modality's: 4 / 3 · 4 / 3 · 1 / 4.
+        by_pair = self.loss(self.objective(each_mask=False), {}).value
+        by_each = self.loss(self.objective(each_mask=True), {}).value
+        np.testing.assert_allclose(by_each, by_pair * 2 * 4 / (3 * 3), rtol=1e-5)
+
+    def test_a_learnt_temperature_is_logged_for_each_pair(self):
+        params = {'log_scale': jnp.log(jnp.array([10.0, 20.0]))}
+        metrics = self.loss(self.objective(learn_temperature=True), params).metrics
+        assert set(metrics) == {
+            'loss/video-audio',
+            'loss/video-text',
+            'temperature/video-audio',
+            'temperature/video-text',
+        }
+        np.testing.assert_allclose(metrics['temperature/video-audio'], 0.1, rtol=1e-6)
+        np.testing.assert_allclose(metrics['temperature/video-text'], 0.05, rtol=1e-6)
+
+
+def test_each_mask_is_of_the_symmetric_form_alone():
     with pytest.raises(ConfigError, match='each_mask: expected False unless form="symmetric"'):
         Contrastive({'each_mask': True})

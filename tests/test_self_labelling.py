@@ -1,9 +1,14 @@
-"""Objectives that make their own labels: through the common loop, and piece by piece against definitions in NumPy."""
+"""Objectives that make their own labels.
 
+Through the common loop, and piece by piece against definitions in NumPy.
+"""
+
+import functools
 import itertools
 import json
 import types
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -59,6 +64,7 @@ FIELDS = {
 
 
 def config(name, **fields):
+    """A config that trains an objective in five steps, with towers of one layer."""
     c = tiny.config(steps=5)
     if 'video.second' in FIELDS[name]['views']:
         c.data.views = (('video.second', {'kind': 'clip'}),)
@@ -70,64 +76,73 @@ def config(name, **fields):
     return c
 
 
-@pytest.fixture
-def quick_compilation():
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
+def build(name, **fields):
+    """An objective with some fields set."""
+    return objectives.build(ConfigDict({'name': name, **fields}))
+
+
+def refreshes(folder):
+    """The lines that a run's refreshes logged."""
+    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    return [line for line in lines if any(name.startswith('refresh/') for name in line)]
+
+
+def check_self_labelling(state, columns, logged):
+    """Three refreshes labelled every record, each head by itself."""
+    assert [line['step'] for line in logged] == [0, 1, 3]
+    assert all(line['refresh/converged'] == 1 for line in logged)
+    assert 'refresh/NMI_to_last' not in logged[0]
+    assert 'refresh/NMI_to_last' in logged[1]
+    chex.assert_shape(columns['label'], (64, 2))
+    assert (columns['label'] >= 0).all()
+    assert (columns['label'][:, 0] != columns['label'][:, 1]).any()
+    assert int(state.objective['refreshes']) == 3
+    assert (np.asarray(state.objective['loss']) > 0).all()
+
+
+def check_online_codes(state, columns, logged):
+    """Prototypes are units, and the queue is full."""
+    norms = np.linalg.norm(state.params['objective']['prototypes'], axis=0)
+    np.testing.assert_allclose(norms, 1, rtol=1e-5)
+    assert (np.asarray(state.objective['queue']['audio']['filled']) == 2).all()
+
+
+def check_kmeans_labels(state, columns, logged):
+    """Both views were clustered, and each predicts both."""
+    assert set(columns) == {'cluster.video', 'cluster.audio'}
+    assert set(state.params['objective']['video']) == {'video', 'audio'}
+    totals = [frequency.sum() for frequency in state.objective['frequency'].values()]
+    np.testing.assert_allclose(totals, 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    'name',
+    'name, check',
     [
-        'self_labelling',
-        *[pytest.param(n, marks=pytest.mark.slow) for n in ('online_codes', 'kmeans_labels')],
+        ('self_labelling', check_self_labelling),
+        pytest.param('online_codes', check_online_codes, marks=pytest.mark.slow),
+        pytest.param('kmeans_labels', check_kmeans_labels, marks=pytest.mark.slow),
     ],
 )
-def test_killed_and_continued_is_uninterrupted(name, tmp_path, quick_compilation):
-    """Parameters, labels, potentials, queue, and what the refreshes told."""
-    want = run(tmp_path / 'whole', config(name))
+def test_killed_and_continued_is_uninterrupted(name, check, tmp_path):
+    """Parameters, labels, potentials, queue, and what the refreshes logged."""
+    whole, cut = tmp_path / 'whole', tmp_path / 'cut'
+    expected = run(whole, config(name))
     with stop_at(3):
-        run(tmp_path / 'cut', config(name))
-    got = run(tmp_path / 'cut', config(name))
-    assert (
-        got['digests'] == want['digests']
-        and got['order'] == want['order']
-        and want['skipped_steps'] == 0
-    )
-    assert losses(tmp_path / 'cut') == losses(tmp_path / 'whole')
-    lines = [
-        [json.loads(x) for x in (tmp_path / f / 'metrics.jsonl').read_text().splitlines()]
-        for f in ('whole', 'cut')
-    ]
-    told = [[x for x in part if any(k.startswith('refresh/') for k in x)] for part in lines]
-    assert told[0] == told[1]
-    state, _, columns = state_of(tmp_path / 'whole', config(name))
-    if name == 'self_labelling':
-        assert [x['step'] for x in told[0]] == [0, 1, 3] and all(
-            x['refresh/converged'] == 1 for x in told[0]
-        )
-        assert 'refresh/NMI_to_last' in told[0][1] and 'refresh/NMI_to_last' not in told[0][0]
-        assert (
-            columns['label'].shape == (64, 2)
-            and (columns['label'] >= 0).all()
-            and int(state.objective['refreshes']) == 3
-        )
-        assert (columns['label'][:, 0] != columns['label'][:, 1]).any() and (
-            np.asarray(state.objective['loss']) > 0
-        ).all()
-    if name == 'online_codes':
-        np.testing.assert_allclose(
-            np.linalg.norm(state.params['objective']['prototypes'], axis=0), 1, rtol=1e-5
-        )
-        assert (np.asarray(state.objective['queue']['audio']['filled']) == 2).all()
-    if name == 'kmeans_labels':
-        assert set(columns) == {'cluster.video', 'cluster.audio'} and set(
-            state.params['objective']['video']
-        ) == {'video', 'audio'}
-        np.testing.assert_allclose(
-            [x.sum() for x in state.objective['frequency'].values()], 1, rtol=1e-5
-        )
+        run(cut, config(name))
+    got = run(cut, config(name))
+    assert got['digests'] == expected['digests']
+    assert got['order'] == expected['order']
+    assert expected['skipped_steps'] == 0
+    assert losses(cut) == losses(whole)
+    assert refreshes(cut) == refreshes(whole)
+
+    state, _, columns = state_of(whole, config(name))
+    cut_state, _, cut_columns = state_of(cut, config(name))
+    chex.assert_trees_all_equal(cut_state.params, state.params)
+    chex.assert_trees_all_equal(cut_state.objective, state.objective)
+    chex.assert_trees_all_equal(dict(cut_columns), dict(columns))
+    chex.assert_tree_all_finite(state.params)
+    check(state, columns, refreshes(whole))
 
 
 # ---- refreshes, on features that are given
@@ -135,179 +150,213 @@ def test_killed_and_continued_is_uninterrupted(name, tmp_path, quick_compilation
 
 def built(features, **fields):
     """(objective, params, state) of self-labelling for features {view: [n D]}, on the host."""
-    objective = objectives.build(
-        ConfigDict({'name': 'self_labelling', 'views': tuple(features), 'clusters': 5, **fields})
-    )
-    shapes = {
-        v: types.SimpleNamespace(pooled=jax.ShapeDtypeStruct(x.shape, 'float32'))
-        for v, x in features.items()
-    }
-    spec = objectives.Spec(
-        None, types.SimpleNamespace(encoded=shapes), None, len(next(iter(features.values()))), {}
-    )
-    return objective, *jax.tree.map(
-        np.array, jax.jit(lambda key: nn.meta.unbox(objective.init(key, spec)))(jax.random.key(3))
-    )
+    fields = {'clusters': 5, **fields}
+    objective = build('self_labelling', views=tuple(features), **fields)
+    encoded = {}
+    for view, x in features.items():
+        encoded[view] = types.SimpleNamespace(pooled=jax.ShapeDtypeStruct(x.shape, 'float32'))
+    output = types.SimpleNamespace(encoded=encoded)
+    spec = objectives.Spec(None, output, None, number_of_rows(features), {})
+
+    @jax.jit
+    def init(key):
+        return nn.meta.unbox(objective.init(key, spec))
+
+    params, state = jax.tree.map(np.array, init(jax.random.key(3)))
+    return objective, params, state
+
+
+def number_of_rows(features):
+    """n of features {view: [n D]}."""
+    return len(next(iter(features.values())))
 
 
 def relabelling(features, records=None, columns=None, step=0, mesh=1, change=None, **fields):
-    """(objective, parameters before, RefreshResult) of one refresh on features {view: [n D]}. change(params, state): what to set before, in place."""
+    """One refresh of self-labelling on features that are given.
+
+    Args:
+        features: {view: [n D]}.
+        records: what the pass over the training set returns instead, beside or above them.
+        columns: of the last refresh.
+        step: of the refresh.
+        mesh: number of devices.
+        change: `change(params, state)` sets in place what they are before.
+        **fields: of the objective's config.
+
+    Returns:
+        (objective, parameters before, RefreshResult).
+    """
     objective, params, state = built(features, **fields)
     if change is not None:
         change(params, state)
-    n = len(next(iter(features.values())))
-    rows = {
-        **features,
-        **{f'{v}/valid': np.ones(n, bool) for v in features},
-        'index': np.arange(n),
-        **(records or {}),
-    }
+    n = number_of_rows(features)
+    rows = {**features, 'index': np.arange(n)}
+    for view in features:
+        rows[f'{view}/valid'] = np.ones(n, bool)
+    rows.update(records or {})
+    training = TrainingRecords(n, columns or {}, lambda fn, augment=True, draw=0: rows)
     with jax.set_mesh(sharding.make_mesh({'replica': mesh})):
-        got = objective.refresh(
-            None,
-            params,
-            state,
-            step,
-            TrainingRecords(n, columns or {}, lambda fn, augment=True, draw=0: rows),
-        )
+        got = objective.refresh(None, params, state, step, training)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got.params, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got.state, state)
+    chex.assert_tree_all_finite(got.params)
+    chex.assert_shape(got.columns['label'], (n, objective.config.heads))
     return objective, params, got
 
 
+def logits_of(features, params, head='0'):
+    """float64 logits {view: [n P]} of a head."""
+    logits = {}
+    for view, x in features.items():
+        layer = params[view.split('.')[0]][head]
+        logits[view] = x.astype(np.float64) @ layer['kernel'] + layer['bias']
+    return logits
+
+
 def two_views(n=600, seed=0):
+    """Features of two views whose rows belong to five groups, the same in both."""
     rng = np.random.default_rng(seed)
-    kind = rng.integers(0, 5, n)
-    return {
-        v: (np.eye(5)[kind] @ rng.standard_normal((5, d)) * 2 + rng.standard_normal((n, d))).astype(
-            np.float32
-        )
-        for v, d in (('video', 7), ('audio', 4))
-    }
+    group = rng.integers(0, 5, n)
+    features = {}
+    for view, width in (('video', 7), ('audio', 4)):
+        centres = np.eye(5)[group] @ rng.standard_normal((5, width)) * 2
+        features[view] = (centres + rng.standard_normal((n, width))).astype(np.float32)
+    return features
 
 
 @pytest.mark.parametrize('mesh', [1, 8])
 def test_labels_are_the_transport_of_the_mean_log_probability(mesh):
-    """Against the definition in float64. A third of the records has no sound, one has nothing at all and one cannot be read."""
+    """Against the definition in float64: argmax of 20 log p + g, with exact potentials g.
+
+    A third of the records has no sound, one has nothing at all and one cannot be read.
+    """
     features = two_views()
-    n = len(features['video'])
-    sound, seen = np.arange(n) % 3 != 0, np.arange(n) != 6
+    n = number_of_rows(features)
+    has_sound = np.arange(n) % 3 != 0
+    has_anything = np.arange(n) != 6
     records = {
-        k: x[:-1]
-        for k, x in {
-            **features,
-            'audio/valid': sound & seen,
-            'video/valid': seen,
-            'index': np.arange(n),
-        }.items()
+        **features,
+        'audio/valid': has_sound & has_anything,
+        'video/valid': has_anything,
+        'index': np.arange(n),
     }
+    readable = {name: values[:-1] for name, values in records.items()}
     _, params, got = relabelling(
-        features, records, mesh=mesh, prior='zipf', spread=0.5, align=False, tolerance=1e-6
+        features, readable, mesh=mesh, prior='zipf', spread=0.5, align=False, tolerance=1e-6
     )
-    logits = [
-        features[v].astype(np.float64) @ params[v]['0']['kernel'] + params[v]['0']['bias']
-        for v in features
-    ]
-    log_p = np.where(
-        sound[:, None],
-        (log_softmax(logits[0]) + log_softmax(logits[1])) / 2,
-        log_softmax(logits[0]),
-    )[:-1][seen[:-1]]
+
+    logits = logits_of(features, params)
+    of_video, of_audio = log_softmax(logits['video']), log_softmax(logits['audio'])
+    log_p = np.where(has_sound[:, None], (of_video + of_audio) / 2, of_video)
+    labelled = has_anything.copy()
+    labelled[-1] = False
+    z = 20 * log_p[labelled]
     share = (1.0 + np.arange(5)) ** -0.5
     share = share / share.sum()
-    mass = column_means(20 * log_p, 0)
+    # The largest size goes to the cluster with most mass.
     prior = np.empty(5)
-    prior[np.argsort(-mass)] = share  # the largest size to the cluster with most mass
-    want = (20 * log_p + converged(20 * log_p, prior)).argmax(1)
+    prior[np.argsort(-column_means(z, 0))] = share
+    expected = (z + converged(z, prior)).argmax(1)
+
     label = got.columns['label'][:, 0]
-    assert label[6] == -1 and label[-1] == -1 and label.shape == (n,)
-    np.testing.assert_array_equal(label[:-1][seen[:-1]], want)
-    np.testing.assert_allclose(np.bincount(want, minlength=5) / len(want), prior, atol=0.02)
-    assert (
-        got.metrics['residual'] <= 1e-6
-        and 'NMI_to_last' not in got.metrics
-        and 'cost' not in got.metrics
-    )
+    np.testing.assert_array_equal(label[labelled], expected)
+    assert (label[~labelled] == -1).all()
+    np.testing.assert_allclose(np.bincount(expected, minlength=5) / len(expected), prior, atol=0.02)
+    assert got.metrics['residual'] <= 1e-6
+    assert 'NMI_to_last' not in got.metrics
+    assert 'cost' not in got.metrics
+
+
+def number_otherwise(params, state):
+    """Both views get the same confident head, with its clusters in another order."""
+    order = np.array([3, 0, 4, 1, 2])
+    params['video']['0']['kernel'] *= 8
+    for part in ('kernel', 'bias'):
+        params['audio']['0'][part] = params['video']['0'][part][..., order]
 
 
 def test_heads_that_differ_by_their_numbering_are_aligned():
-    """Both views see the same features through the same head, numbered otherwise: alignment finds the numbering exactly."""
+    """Both views see the same features: alignment finds the numbering exactly."""
     x = two_views()['video']
-    order = np.array([3, 0, 4, 1, 2])
+    _, params, got = relabelling({'video': x, 'audio': x}, change=number_otherwise)
+    chex.assert_trees_all_equal(got.params['audio']['0'], params['video']['0'])
+    chex.assert_trees_all_equal(got.params['video']['0'], params['video']['0'])
 
-    def change(params, state):
-        params['video']['0']['kernel'] *= 8
-        for part in ('kernel', 'bias'):
-            params['audio']['0'][part] = params['video']['0'][part][..., order]
 
-    _, params, got = relabelling({'video': x, 'audio': x}, change=change)
-    for part in ('kernel', 'bias'):
-        np.testing.assert_array_equal(got.params['audio']['0'][part], params['video']['0'][part])
-        np.testing.assert_array_equal(got.params['video']['0'][part], params['video']['0'][part])
-    _, params, got = relabelling(
-        {'video': x, 'audio': x},
-        change=lambda p, s: (change(p, s), s.update(refreshes=np.int32(1))),
-    )
-    np.testing.assert_array_equal(
-        got.params['audio']['0']['kernel'], params['audio']['0']['kernel']
-    )  # never again after the first
+def test_heads_are_aligned_at_the_first_refresh_alone():
+    def after_the_first(params, state):
+        number_otherwise(params, state)
+        state['refreshes'] = np.int32(1)
+
+    x = two_views()['video']
+    _, params, got = relabelling({'video': x, 'audio': x}, change=after_the_first)
+    chex.assert_trees_all_equal(got.params, params)
 
 
 def test_a_refresh_starts_from_the_last_one():
     features = two_views(3000)
-    _, _, first = relabelling(features, clusters=40, strength=40.0)
-    drift = {
-        v: x + 0.03 * np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
-        for v, x in features.items()
-    }
+    refresh = functools.partial(relabelling, clusters=40, strength=40.0)
+    _, _, first = refresh(features)
+    drift = {}
+    for view, x in features.items():
+        noise = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
+        drift[view] = x + 0.03 * noise
 
-    def change(params, state):
-        params.update(first.params), state.update(first.state)
+    def continue_from_first(params, state):
+        params.update(first.params)
+        state.update(first.state)
 
-    _, _, again = relabelling(
-        drift, columns=first.columns, change=change, clusters=40, strength=40.0
-    )
-    _, _, anew = relabelling(
-        drift, columns=first.columns, change=change, clusters=40, strength=40.0, warm=False
-    )
-    logits = [
-        drift[v].astype(np.float64) @ first.params[v]['0']['kernel'] + first.params[v]['0']['bias']
-        for v in drift
-    ]
+    refresh = functools.partial(refresh, drift, columns=first.columns, change=continue_from_first)
+    _, _, again = refresh()
+    _, _, anew = refresh(warm=False)
+
     label = again.columns['label'][:, 0]
-    np.testing.assert_allclose(
-        again.metrics['cost'],
-        -np.mean([log_softmax(x)[np.arange(3000), label] for x in logits]),
-        rtol=1e-4,
-    )
+    costs = []
+    for logits in logits_of(drift, first.params).values():
+        costs.append(-log_softmax(logits)[np.arange(3000), label])
+    np.testing.assert_allclose(again.metrics['cost'], np.mean(costs), rtol=1e-4)
+    assert again.metrics['converged'] == 1
+    assert anew.metrics['converged'] == 1
     assert again.metrics['passes'] < anew.metrics['passes'] / 2
-    assert (
-        again.metrics['converged'] == anew.metrics['converged'] == 1
-        and int(again.state['refreshes']) == 2
-    )
+    assert int(again.state['refreshes']) == 2
     assert np.mean(again.columns['label'] != anew.columns['label']) < 0.01
-    moved = np.mean(again.columns['label'] != first.columns['label'])
-    assert (
-        again.metrics['changed'] == pytest.approx(moved)
-        and 0 < moved < 0.5
-        and 0.5 < again.metrics['NMI_to_last'] < 1
-    )
+    changed = np.mean(again.columns['label'] != first.columns['label'])
+    assert again.metrics['changed'] == pytest.approx(changed)
+    assert 0 < changed < 0.5
+    assert 0.5 < again.metrics['NMI_to_last'] < 1
 
 
-def test_gaussian_sizes_and_the_published_ones():
-    objective, _, _ = relabelling(two_views(), prior='gaussian', spread=0.3)
-    sizes = np.array([0.7, 1.2, 1.0, 1.4, 0.7], np.float32)
-    mass = np.array([0.1, 0.4, 0.05, 0.15, 0.3])
-    kept, shares = objective.prior(sizes, lambda: mass)
+SIZES = np.array([0.7, 1.2, 1.0, 1.4, 0.7], np.float32)
+MASS = np.array([0.1, 0.4, 0.05, 0.15, 0.3])
+
+
+def test_gaussian_sizes_go_to_clusters_in_the_order_of_their_mass():
+    objective, _, _ = built(two_views(), prior='gaussian', spread=0.3)
+    sizes, shares = objective.prior(SIZES, lambda: MASS)
+    np.testing.assert_array_equal(sizes, SIZES)
     np.testing.assert_allclose(shares, np.array([0.7, 1.4, 0.7, 1.0, 1.2]) / 5, rtol=1e-6)
-    np.testing.assert_array_equal(kept, sizes)
-    objective.config.published_prior = True
-    kept, shares = objective.prior(sizes, lambda: mass)
-    np.testing.assert_array_equal(
-        kept, np.array([1.2, 0.7, 0.7, 1.0, 1.4], np.float32)
-    )  # moved to the clusters in the mass's order, not sorted
-    np.testing.assert_allclose(
-        shares, (1 / kept) / (1 / kept).sum(), rtol=1e-6
-    )  # and the largest size has the smallest share
-    # the published mass: sums of the product of both views' probabilities
+
+
+def test_gaussian_sizes_have_mean_one_and_the_spread_that_is_set():
+    objective, _, _ = built(two_views(), prior='gaussian', spread=0.3)
+    draws = [np.asarray(objective.sizes(jax.random.key(seed))) for seed in range(200)]
+    chex.assert_equal_shape([*draws, SIZES])
+    np.testing.assert_allclose([np.std(draws), np.mean(draws)], [0.3, 1], atol=0.05)
+
+
+def test_published_sizes_are_moved_and_inverted():
+    objective, _, _ = built(two_views(), prior='gaussian', spread=0.3, published_prior=True)
+    sizes, shares = objective.prior(SIZES, lambda: MASS)
+    # Moved to the clusters in the mass's order, not sorted …
+    np.testing.assert_array_equal(sizes, np.array([1.2, 0.7, 0.7, 1.0, 1.4], np.float32))
+    # … and the largest size has the smallest share.
+    np.testing.assert_allclose(shares, (1 / sizes) / (1 / sizes).sum(), rtol=1e-6)
+
+
+def test_the_published_mass_is_the_sum_of_the_product_of_both_views_probabilities():
+    def set_sizes(params, state):
+        state['sizes'][0] = SIZES
+
     features = two_views()
     _, params, got = relabelling(
         features,
@@ -315,277 +364,319 @@ def test_gaussian_sizes_and_the_published_ones():
         spread=0.3,
         published_prior=True,
         align=False,
-        change=lambda p, s: s['sizes'].__setitem__(0, sizes),
+        change=set_sizes,
     )
-    log_p = sum(
-        log_softmax(
-            features[v].astype(np.float64) @ params[v]['0']['kernel'] + params[v]['0']['bias']
-        )
-        for v in features
-    )
-    want = np.empty(5)
-    want[np.argsort(np.exp(log_p).sum(0))] = sizes
-    np.testing.assert_allclose(got.state['sizes'][0], want, rtol=1e-6)
-    counts = np.bincount(got.columns['label'][:, 0], minlength=5) / 600
-    np.testing.assert_allclose(counts, (1 / want) / (1 / want).sum(), atol=0.02)
-    draws = [np.asarray(objective.sizes(jax.random.key(i))) for i in range(200)]
-    np.testing.assert_allclose([np.std(draws), np.mean(draws)], [0.3, 1], atol=0.05)
+    log_p = sum(log_softmax(logits) for logits in logits_of(features, params).values())
+    expected = np.empty(5)
+    expected[np.argsort(np.exp(log_p).sum(0))] = SIZES
+    np.testing.assert_allclose(got.state['sizes'][0], expected, rtol=1e-6)
+    shares = np.bincount(got.columns['label'][:, 0], minlength=5) / 600
+    np.testing.assert_allclose(shares, (1 / expected) / (1 / expected).sum(), atol=0.02)
 
 
 def test_the_published_schedule():
-    """200 epochs of 1000 steps: the first refreshes at epochs 0, 0.2, 0.57, 1.06, 1.62, 2.27, 2.98; 99 of 100, about every 3 epochs at the end."""
+    """200 epochs of 1000 steps.
+
+    The first refreshes come at epochs 0, 0.2, 0.57, 1.06, 1.62, 2.27 and 2.98; 99 of 100 are left,
+    about 3 epochs apart at the end.
+    """
     steps = sorted(schedule(200_000, 100, 1.5))
-    np.testing.assert_allclose(
-        np.array(steps[:7]) / 1000, [0, 0.203, 0.574, 1.055, 1.624, 2.27, 2.984], atol=2e-3
-    )
-    assert len(steps) == 99 and 2900 < steps[-1] - steps[-2] < 3100
-    assert sorted(schedule(6, 6, 1.5)) == [0, 1, 2, 3, 5] and sorted(schedule(6, 5, 1.0, 10)) == [
-        10,
-        12,
-        13,
-        15,
-    ]
-    assert sorted(schedule(20, 11, 3.0)) == [
-        0,
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-        7,
-        11,
-        15,
-    ]  # times 0.02, 0.16 and 0.54 fall into one step
-    assert sorted(schedule(3, 100, 2.0)) == [0, 1, 2]  # more refreshes than steps: one in each
+    first_epochs = np.array(steps[:7]) / 1000
+    expected = [0, 0.203, 0.574, 1.055, 1.624, 2.27, 2.984]
+    np.testing.assert_allclose(first_epochs, expected, atol=2e-3)
+    assert len(steps) == 99
+    assert 2900 < steps[-1] - steps[-2] < 3100
+
+
+@pytest.mark.parametrize(
+    'arguments, expected',
+    [
+        ((6, 6, 1.5), [0, 1, 2, 3, 5]),
+        ((6, 5, 1.0, 10), [10, 12, 13, 15]),
+        # Times 0.02, 0.16 and 0.54 fall into one step.
+        ((20, 11, 3.0), [0, 1, 2, 3, 4, 5, 6, 7, 11, 15]),
+        # More refreshes than steps: one in each.
+        ((3, 100, 2.0), [0, 1, 2]),
+    ],
+)
+def test_short_schedules(arguments, expected):
+    assert sorted(schedule(*arguments)) == expected
+
+
+# ---- the loss of self-labelling
 
 
 @pytest.mark.parametrize('unit', [False, True])
 def test_loss_is_the_mean_over_views_and_heads(unit):
-    """Views that are missing and records without a label count for nothing; before the first refresh there is nothing to learn."""
+    """Views that are missing and records without a label count for nothing.
+
+    Before the first refresh there is nothing to learn.
+    """
     rng = np.random.default_rng(0)
     views = ('video', 'video.second', 'audio')
-    x = {v: rng.standard_normal((16, 5)).astype(np.float32) for v in views}
-    valid = {v: np.arange(16) % n != 0 for v, n in zip(views, (5, 7, 3))}
-    label = rng.integers(-1, 4, (16, 3)).astype(np.int32)
-    objective, params, state = built(
-        {v: x[v] for v in views}, clusters=4, heads=3, unit_logits=unit
-    )
-    encoded = {v: types.SimpleNamespace(pooled=x[v]) for v in views}
-    batch = {v: {'data': np.zeros(16), 'valid': valid[v]} for v in views} | {
-        'valid': np.arange(16) != 1
+    x = {view: rng.standard_normal((16, 5)).astype(np.float32) for view in views}
+    valid = {
+        'video': np.arange(16) % 5 != 0,
+        'video.second': np.arange(16) % 7 != 0,
+        'audio': np.arange(16) % 3 != 0,
     }
+    label = rng.integers(-1, 4, (16, 3)).astype(np.int32)
+    objective, params, state = built(x, clusters=4, heads=3, unit_logits=unit)
+    encoded = {view: types.SimpleNamespace(pooled=x[view]) for view in views}
+    batch = {view: {'data': np.zeros(16), 'valid': valid[view]} for view in views}
+    batch['valid'] = np.arange(16) != 1
 
     @jax.jit
-    def both(params, state):
-        call = lambda b: objective.compute_loss(
-            None, {'batch_stats': {}}, params, state, x, b, rng_of(16)
-        )
-        return [
-            (out.value, out.state, out.apply_update)
-            for out in map(call, ({**batch, 'columns': {'label': label}}, batch))
-        ], objective.predict(params, state, encoded)
+    def loss(params, state, batch):
+        out = objective.compute_loss(None, {'batch_stats': {}}, params, state, x, batch, rng_of(16))
+        return out.value, out.state, out.apply_update
 
-    (got, before), predicted = both(params, state)
-    log_p = {
-        (v, i): log_softmax(
-            x[v].astype(np.float64) @ params[v.split('.')[0]][str(i)]['kernel']
-            + params[v.split('.')[0]][str(i)]['bias']
-        )
-        for v in views
-        for i in range(3)
-    }
-    want = []
-    for (v, i), p in log_p.items():
-        if unit:
-            z = (
-                x[v].astype(np.float64) @ params[v.split('.')[0]][str(i)]['kernel']
-                + params[v.split('.')[0]][str(i)]['bias']
-            )
-            p = log_softmax(z / np.linalg.norm(z, axis=1, keepdims=True))
-        use = (label[:, i] >= 0) & valid[v] & batch['valid']
-        want.append(-p[use, label[use, i]].mean())
-    np.testing.assert_allclose(got[0], np.mean(want), rtol=1e-5)
-    np.testing.assert_allclose(got[1]['loss'], np.reshape(want, (3, 3)).mean(0), rtol=1e-5)
-    np.testing.assert_allclose(
-        predicted['cluster/1'], sum(log_p[v, 1] for v in views), rtol=1e-4, atol=1e-4
-    )
-    assert (
-        bool(got[2])
-        and not bool(before[2])
-        and float(before[0]) == 0
-        and int(before[1]['seen']) == 1
-    )
+    @jax.jit
+    def predict(params, state):
+        return objective.predict(params, state, encoded)
+
+    labelled_batch = {**batch, 'columns': {'label': label}}
+    value, new_state, apply_update = loss(params, state, labelled_batch)
+    chex.assert_shape(value, ())
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+
+    # -mean over labelled, valid rows of log p(label), by view and head
+    expected = np.zeros((3, 3))
+    for head in range(3):
+        for row, (view, z) in enumerate(logits_of(x, params, str(head)).items()):
+            if unit:
+                z = z / np.linalg.norm(z, axis=1, keepdims=True)
+            counts = (label[:, head] >= 0) & valid[view] & batch['valid']
+            expected[row, head] = -log_softmax(z)[counts, label[counts, head]].mean()
+    np.testing.assert_allclose(value, expected.mean(), rtol=1e-5)
+    np.testing.assert_allclose(new_state['loss'], expected.mean(0), rtol=1e-5)
+    assert bool(apply_update)
+
+    value, new_state, apply_update = loss(params, state, batch)
+    assert float(value) == 0
+    assert not bool(apply_update)
+    assert int(new_state['seen']) == 1
+
+    predicted = predict(params, state)
+    log_p = sum(log_softmax(z) for z in logits_of(x, params, '1').values())
+    np.testing.assert_allclose(predicted['cluster/1'], log_p, rtol=1e-4, atol=1e-4)
 
 
 def test_passes_of_a_refresh_see_other_clips_each_time():
     data = data_pipelines.open(config('self_labelling'))
-    boxes = [
-        next(data.one_pass('train', 16, by='records', augment=True, draw=d))['video']
-        for d in ('0/0', '0/0', '0/1', '4/0', '')
-    ]
-    same = lambda a, b: (a['box'] == b['box']).all() and (a['start'] == b['start']).all()
-    assert same(boxes[0], boxes[1]) and not any(same(boxes[0], b) for b in boxes[2:])
+
+    def windows(draw):
+        batches = data.one_pass('train', 16, by='records', augment=True, draw=draw)
+        video = next(batches)['video']
+        return {'box': video['box'], 'start': video['start']}
+
+    first = windows('0/0')
+    chex.assert_trees_all_equal(windows('0/0'), first)
+    for draw in ('0/1', '4/0', ''):
+        other = windows(draw)
+        chex.assert_trees_all_equal_shapes_and_dtypes(other, first)
+        with pytest.raises(AssertionError):
+            chex.assert_trees_all_equal(other, first)
 
 
-def test_mistakes_are_sentences():
-    build = lambda **f: objectives.build(ConfigDict({'name': 'self_labelling', **f}))
-    for fields, words in (
+@pytest.mark.parametrize(
+    'fields, message',
+    [
         (
-            {'groups': 3, 'heads': 2},
+            {'name': 'self_labelling', 'groups': 3, 'heads': 2},
             'groups: expected at most one group per head, got 3 for 2 heads',
         ),
-        ({'prior': 'normal'}, 'choose one of uniform'),
-        ({'shares': (0.5, 0.5, 0.0), 'clusters': 3}, r'shares: prior\[2\]=0.0'),
-        ({'shares': (0.5, 0.5)}, 'expected one share for each of the 24 clusters, got 2'),
-        ({'views': ()}, 'views: expected at least one stream, got none'),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            build(**fields)
-    with pytest.raises(ConfigError, match='expected views of two modalities'):
-        objectives.build(
-            ConfigDict(
-                {'name': 'kmeans_labels', 'views': ('video', 'video.second'), 'targets': 'other'}
-            )
-        )
-    with pytest.raises(ConfigError, match='expected at least two views'):
-        objectives.build(ConfigDict({'name': 'online_codes', 'views': ('video',)}))
+        (
+            {'name': 'self_labelling', 'prior': 'normal'},
+            'choose one of uniform',
+        ),
+        (
+            {'name': 'self_labelling', 'shares': (0.5, 0.5, 0.0), 'clusters': 3},
+            r'shares: prior\[2\]=0.0',
+        ),
+        (
+            {'name': 'self_labelling', 'shares': (0.5, 0.5)},
+            'expected one share for each of the 24 clusters, got 2',
+        ),
+        (
+            {'name': 'self_labelling', 'views': ()},
+            'views: expected at least one stream, got none',
+        ),
+        (
+            {'name': 'kmeans_labels', 'views': ('video', 'video.second'), 'targets': 'other'},
+            'expected views of two modalities',
+        ),
+        (
+            {'name': 'online_codes', 'views': ('video',)},
+            'expected at least two views',
+        ),
+    ],
+)
+def test_a_mistake_in_the_config_is_named(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        objectives.build(ConfigDict(fields))
 
 
 # ---- online codes
 
 
-def test_online_codes_are_swavs_swapped_prediction():
-    """Loss of two views and a queue, by the published order of operations in NumPy; rows without a view count for nothing."""
-    objective = objectives.build(
-        ConfigDict(
-            {
-                'name': 'online_codes',
-                'views': ('a', 'b'),
-                'clusters': 6,
-                'hidden': 0,
-                'width': 4,
-                'queue': 10,
-                'freeze': 5,
-            }
-        )
-    )
-    rng = np.random.default_rng(0)
-    norm = lambda x, axis=-1: x / np.linalg.norm(x, axis=axis, keepdims=True)
-    z = {v: norm(rng.standard_normal((8, 4))) for v in 'ab'}
-    old = {v: norm(rng.standard_normal((10, 4))) for v in 'ab'}
-    valid = {'a': np.arange(8) != 2, 'b': np.arange(8) != 5}
-    prototypes = norm(rng.standard_normal((4, 6)), 0)
-    # heads that pass features on
-    params = {
-        'projection': {
-            v: {'kernel': np.eye(4, dtype=np.float32), 'bias': np.zeros(4, np.float32)}
-            for v in 'ab'
-        },
-        'prototypes': jnp.asarray(prototypes, jnp.float32),
-    }
-    pooled = {v: jnp.asarray(3 * x, jnp.float32) for v, x in z.items()}
-    batch = {v: {'data': jnp.zeros(8), 'valid': jnp.asarray(valid[v])} for v in 'ab'} | {
-        'valid': jnp.ones(8, bool)
-    }
-    state = {
-        'norm': {'a': {}, 'b': {}},
-        'seen': jnp.int32(7),
-        'queue': {
-            v: {'features': jnp.asarray(x, jnp.float32), 'filled': jnp.full(10, 2.0)}
-            for v, x in old.items()
-        },
-    }
+def unit(x, axis=-1):
+    """x / |x| over an axis."""
+    return x / np.linalg.norm(x, axis=axis, keepdims=True)
 
-    @jax.jit
-    def value_and_grad(params, state):
-        def value(params):
+
+def swapped_prediction(z, valid, prototypes, queue=None):
+    """SwAV: each view predicts the other's codes, -mean over clips with both of Σ q log p.
+
+    Codes are those of a view's valid rows and, behind them, of the queue.
+    """
+    losses = []
+    for a, v in (('a', 'b'), ('b', 'a')):
+        rows = z[a][valid[a]]
+        if queue is not None:
+            rows = np.concatenate([rows, queue[a]])
+        codes = np.zeros((len(z[a]), prototypes.shape[1]))
+        codes[valid[a]] = swav(rows @ prototypes, 0.05)[: valid[a].sum()]
+        log_p = log_softmax(z[v] @ prototypes / 0.1)
+        losses.append(-(codes * log_p)[valid[a] & valid[v]].sum(1).mean())
+    return np.mean(losses)
+
+
+class TestOnlineCodes:
+    """Two views of eight clips, a queue of ten and heads that pass features on."""
+
+    valid = {'a': np.arange(8) != 2, 'b': np.arange(8) != 5}
+
+    def values(self):
+        """Embeddings and queues {view: [n 4]}, and prototypes [4 6], in float64."""
+        rng = np.random.default_rng(0)
+        z = {view: unit(rng.standard_normal((8, 4))) for view in 'ab'}
+        queue = {view: unit(rng.standard_normal((10, 4))) for view in 'ab'}
+        prototypes = unit(rng.standard_normal((4, 6)), 0)
+        return z, queue, prototypes
+
+    def params(self):
+        _, _, prototypes = self.values()
+        identity = {'kernel': np.eye(4, dtype=np.float32), 'bias': np.zeros(4, np.float32)}
+        return {
+            'projection': {'a': identity, 'b': identity},
+            'prototypes': jnp.asarray(prototypes, jnp.float32),
+        }
+
+    def state(self, seen=7, last_filled=2.0):
+        _, queue, _ = self.values()
+        queues = {}
+        for view, features in queue.items():
+            filled = jnp.full(10, 2.0).at[-1].set(last_filled)
+            queues[view] = {'features': jnp.asarray(features, jnp.float32), 'filled': filled}
+        return {'norm': {'a': {}, 'b': {}}, 'seen': jnp.int32(seen), 'queue': queues}
+
+    @pytest.fixture(scope='class')
+    def value_and_grad(self):
+        """((value, new state), gradients) of the loss, a compiled function of the state."""
+        fields = {'clusters': 6, 'hidden': 0, 'width': 4, 'queue': 10, 'freeze': 5}
+        objective = build('online_codes', views=('a', 'b'), **fields)
+        z, _, _ = self.values()
+        pooled = {view: jnp.asarray(3 * x, jnp.float32) for view, x in z.items()}
+        batch = {'valid': jnp.ones(8, bool)}
+        for view, valid in self.valid.items():
+            batch[view] = {'data': jnp.zeros(8), 'valid': jnp.asarray(valid)}
+
+        def loss(params, state):
             out = objective.compute_loss(
                 None, {'batch_stats': {}}, params, state, pooled, batch, rng_of(8)
             )
             return out.value, out.state
 
-        return jax.value_and_grad(value, has_aux=True)(params)
+        compiled = jax.jit(jax.value_and_grad(loss, has_aux=True))
 
-    (got, new), grads = value_and_grad(params, state)
-    want = []
-    for a, v in (('a', 'b'), ('b', 'a')):
-        code = np.zeros((8, 6))
-        code[valid[a]] = swav(np.concatenate([z[a][valid[a]], old[a]]) @ prototypes, 0.05)[
-            : valid[a].sum()
-        ]
-        use = valid[a] & valid[v]
-        want.append(-(code * log_softmax(z[v] @ prototypes / 0.1))[use].sum(1).mean())
-    np.testing.assert_allclose(got, np.mean(want), rtol=1e-5)
-    np.testing.assert_allclose(
-        new['queue']['a']['features'], np.concatenate([z['a'], old['a'][:2]]), rtol=1e-5, atol=1e-6
-    )
-    assert new['queue']['a']['filled'].tolist() == [2, 2, 1, 2, 2, 2, 2, 2, 2, 2]
-    # a queue that is not full yet changes nothing
-    part = jax.tree.map(lambda x: x, state)
-    for v in 'ab':
-        part['queue'][v]['filled'] = part['queue'][v]['filled'].at[-1].set(0)
-    alone = np.mean(
-        [
-            -(
-                np.where(valid[a][:, None], _codes(z[a], valid[a], prototypes), 0)
-                * log_softmax(z[v] @ prototypes / 0.1)
-            )[valid[a] & valid[v]]
-            .sum(1)
-            .mean()
-            for a, v in (('a', 'b'), ('b', 'a'))
-        ]
-    )
-    np.testing.assert_allclose(value_and_grad(params, part)[0][0], alone, rtol=1e-5)
-    _, frozen = value_and_grad(params, {**state, 'seen': jnp.int32(4)})
-    assert (
-        float(jnp.abs(grads['prototypes']).max()) > 0
-        and float(jnp.abs(frozen['prototypes']).max()) == 0
-    )
-    assert float(jnp.abs(frozen['projection']['a']['kernel']).max()) > 0
+        def of_state(state):
+            params = self.params()
+            (value, new_state), gradients = compiled(params, state)
+            chex.assert_shape(value, ())
+            chex.assert_trees_all_equal_shapes_and_dtypes(gradients, params)
+            chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+            chex.assert_tree_all_finite((value, gradients, new_state))
+            return (value, new_state), gradients
 
+        return of_state
 
-def _codes(z, valid, prototypes):
-    out = np.zeros((len(z), prototypes.shape[1]))
-    out[valid] = swav(z[valid] @ prototypes, 0.05)
-    return out
+    def test_the_loss_is_swavs_swapped_prediction_with_the_queue(self, value_and_grad):
+        (value, _), gradients = value_and_grad(self.state())
+        z, queue, prototypes = self.values()
+        expected = swapped_prediction(z, self.valid, prototypes, queue)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        assert float(jnp.abs(gradients['prototypes']).max()) > 0
+
+    def test_a_queue_that_is_not_full_yet_changes_nothing(self, value_and_grad):
+        (value, _), _ = value_and_grad(self.state(last_filled=0.0))
+        z, _, prototypes = self.values()
+        expected = swapped_prediction(z, self.valid, prototypes)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+    def test_the_batch_enters_the_queue_in_front(self, value_and_grad):
+        (_, state), _ = value_and_grad(self.state())
+        z, queue, _ = self.values()
+        np.testing.assert_allclose(
+            state['queue']['a']['features'],
+            np.concatenate([z['a'], queue['a'][:2]]),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+        # The clip without the view is marked as such.
+        assert state['queue']['a']['filled'].tolist() == [2, 2, 1, 2, 2, 2, 2, 2, 2, 2]
+
+    def test_prototypes_are_frozen_at_first(self, value_and_grad):
+        _, gradients = value_and_grad(self.state(seen=4))
+        frozen = gradients['prototypes']
+        chex.assert_trees_all_equal(frozen, jnp.zeros_like(frozen))
+        assert float(jnp.abs(gradients['projection']['a']['kernel']).max()) > 0
 
 
 def rng_of(n):
+    """The root of random bits for n examples."""
     return Rng.create(0, 0, np.arange(n))
 
 
 # ---- k-means
 
 
-def test_kmeans_finds_clusters_on_any_mesh_and_padding_weighs_nothing():
+def assert_same_partition(labels, groups):
+    """Rows have the same label exactly where they are of the same group."""
+    pairs = set(zip(np.asarray(labels).tolist(), groups.tolist(), strict=True))
+    assert len(pairs) == len(set(groups.tolist())) == len(set(np.asarray(labels).tolist()))
+
+
+def groups_far_apart():
+    """float32 [203 4] and the group of each row, one of four."""
     rng = np.random.default_rng(0)
-    kind = rng.integers(0, 4, 203)
-    x = (10 * np.eye(4)[kind] + rng.standard_normal((203, 4))).astype(np.float32)
-    key = jax.random.key(0)
-    labels, centroids = kmeans(
-        key, jnp.concatenate([x, jnp.full((50, 4), 100.0)]), 4, 10, jnp.arange(253) < 203
-    )
-    assert (
-        all(len(set(np.asarray(labels[:203])[kind == k])) == 1 for k in range(4))
-        and len(set(np.asarray(labels[:203]))) == 4
-    )
-    np.testing.assert_allclose(
-        np.sort(np.asarray(centroids).sum(1)),
-        np.sort([x[kind == k].mean(0).sum() for k in range(4)]),
-        rtol=1e-4,
-    )
-    for devices in (1, 8):
-        got = cluster_rows(key, x, 4, 10, sharding.make_mesh({'replica': devices}))
-        assert (
-            got.shape == (203,)
-            and all(len(set(got[kind == k])) == 1 for k in range(4))
-            and len(set(got)) == 4
-        )
+    group = rng.integers(0, 4, 203)
+    x = 10 * np.eye(4)[group] + rng.standard_normal((203, 4))
+    return x.astype(np.float32), group
+
+
+def test_kmeans_gives_padding_no_weight():
+    x, group = groups_far_apart()
+    padded = jnp.concatenate([x, jnp.full((50, 4), 100.0)])
+    labels, centroids = kmeans(jax.random.key(0), padded, 4, 10, jnp.arange(253) < 203)
+    chex.assert_shape([labels, centroids], [(253,), (4, 4)])
+    assert_same_partition(labels[:203], group)
+    means = [x[group == g].mean(0).sum() for g in range(4)]
+    np.testing.assert_allclose(np.sort(np.asarray(centroids).sum(1)), np.sort(means), rtol=1e-4)
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_kmeans_finds_groups_on_any_mesh(devices):
+    x, group = groups_far_apart()
+    mesh = sharding.make_mesh({'replica': devices})
+    labels = cluster_rows(jax.random.key(0), x, 4, 10, mesh)
+    chex.assert_shape(labels, (203,))
+    chex.assert_type(labels, np.int32)
+    assert_same_partition(labels, group)
 
 
 @pytest.mark.parametrize(
-    'targets, want',
+    'targets, expected',
     [
         ('own', {'video': ('video',), 'audio': ('audio',)}),
         ('other', {'video': ('audio',), 'audio': ('video',)}),
@@ -593,119 +684,146 @@ def test_kmeans_finds_clusters_on_any_mesh_and_padding_weighs_nothing():
         ('joint', {'video': ('joint',), 'audio': ('joint',)}),
     ],
 )
-def test_who_predicts_whose_clusters(targets, want):
+def test_who_predicts_whose_clusters(targets, expected):
     """The clusters of what shows one split of the records and sounds like another."""
-    objective = objectives.build(
-        ConfigDict({'name': 'kmeans_labels', 'targets': targets, 'clusters': 2})
-    )
-    assert objective.targets == want
-    n = np.arange(60)
-    show, sound = n % 2, n // 30
+    objective = build('kmeans_labels', targets=targets, clusters=2)
+    assert objective.targets == expected
+
+    index = np.arange(60)
+    show, sound = index % 2, index // 30
+    has_video, has_audio = index > 2, index < 59
     rows = {
         'video': np.eye(2)[show],
         'audio': np.eye(2)[sound],
-        'video/valid': n > 2,
-        'audio/valid': n < 59,
-        'index': n,
+        'video/valid': has_video,
+        'audio/valid': has_audio,
+        'index': index,
     }
-    params = {
-        v: {t: {'kernel': np.zeros((2, 2)), 'bias': np.zeros(2)} for t in ts}
-        for v, ts in want.items()
-    }
+    params = {}
+    for view, names in expected.items():
+        params[view] = {name: {'kernel': np.zeros((2, 2)), 'bias': np.zeros(2)} for name in names}
     with jax.set_mesh(sharding.make_mesh({'replica': 1})):
         got = objective.refresh(None, params, None, 0, TrainingRecords(61, {}, lambda fn: rows))
-    split = lambda column, by, use: len({*zip(column[:60][use], by[use])}) == 2
+
+    there = {
+        'cluster.video': has_video,
+        'cluster.audio': has_audio,
+        'cluster.joint': has_video & has_audio,
+    }
+    splits = {'cluster.video': show, 'cluster.audio': sound}
     for name, column in got.columns.items():
-        assert column.shape == (61,) and column[60] == -1
-        there = {
-            'cluster.video': n > 2,
-            'cluster.audio': n < 59,
-            'cluster.joint': (n > 2) & (n < 59),
-        }[name]
-        assert ((column[:60] >= 0) == there).all()
-        if name != 'cluster.joint':
-            assert split(column, show if name == 'cluster.video' else sound, there)
+        chex.assert_shape(column, (61,))
+        # The record that was not read has no cluster.
+        assert column[60] == -1
+        assert ((column[:60] >= 0) == there[name]).all()
+        if name in splits:
+            assert_same_partition(column[:60][there[name]], splits[name][there[name]])
 
 
 # ---- evaluation
 
 
-def test_clusters_are_evaluated_against_classes_and_other_clusters(tmp_path):
+class GivenFeatures(evals.FeatureView):
+    """What an evaluator sees of a model, with features that are given."""
+
+    def __init__(self, features, encoder, info):
+        self.given = features
+        self.encoder = encoder
+        self.data = types.SimpleNamespace(info=info)
+        self.seed = 0
+
+    def features(self, split, **request):
+        return self.given
+
+
+class TestClusteringEvaluator:
+    """Ninety clips of three classes and two heads.
+
+    The second head is the classes, numbered otherwise; the first is noise, and has the lower loss.
+    Six clips have no class and one has no video, so 83 count.
+    """
+
     rng = np.random.default_rng(0)
     classes = rng.integers(0, 3, 90)
     good = np.log(0.8 * np.eye(3)[(classes + 1) % 3] + 0.2 / 3)
     bad = np.log(rng.dirichlet(np.ones(3), 90))
-    labels = np.where(np.arange(90) < 6, -1, classes)
-    features = {
-        'labels': {'class': labels},
-        'valid': {'video': np.arange(90) != 10},
-        'index': np.arange(90),
-        'pooled': {'video': np.eye(3)[classes] + 0.01},
-        'predictions': {'cluster/0': bad, 'cluster/1': good},
-    }
-    objective = types.SimpleNamespace(
-        streams=lambda: ('video',),
-        running_losses=lambda state: {'cluster/0': 0.1, 'cluster/1': 0.5},
-    )
-    encoder = types.SimpleNamespace(
-        objective=objective, heads=(None, None), mesh=sharding.make_mesh({'replica': 1})
-    )
+    has_class = np.arange(90) >= 6
+    has_video = np.arange(90) != 10
 
-    class Given(evals.FeatureView):
-        def features(self, split, **request):
-            return features
-
-    view = Given.__new__(Given)
-    view.encoder, view.seed = encoder, 0
-    view.data = types.SimpleNamespace(info={'labels': {'class': ['a', 'b', 'c']}})
-    got = Clustering({'type': 'clustering'}).run(view)
-    assert (
-        got.scalars['NMI'] == pytest.approx(1)
-        and got.scalars['accuracy'] == 1
-        and got.artifacts['examples'] == 83
-    )
-    assert (
-        got.artifacts['best'] == 'cluster/1' and got.artifacts['chosen'] == 'cluster/0'
-    )  # the oracle's head, and that of the lowest loss
-    assert got.scalars['chosen/NMI'] < 0.5 and got.artifacts['confusion'].trace() == 83
-    for c in got.artifacts['surest']:
-        assert (
-            len(set(classes[c['clips']])) == 1
-            and c['name'].split('(')[1][0] == 'abc'[classes[c['clips'][0]]]
+    def view(self, **features):
+        """The features as an evaluator sees them, some of them replaced."""
+        features = {
+            'labels': {'class': np.where(self.has_class, self.classes, -1)},
+            'valid': {'video': self.has_video},
+            'index': np.arange(90),
+            'pooled': {'video': np.eye(3)[self.classes] + 0.01},
+            'predictions': {'cluster/0': self.bad, 'cluster/1': self.good},
+            **features,
+        }
+        objective = types.SimpleNamespace(
+            streams=lambda: ('video',),
+            running_losses=lambda state: {'cluster/0': 0.1, 'cluster/1': 0.5},
         )
-    assert got.scalars['NMI_between_heads'] == pytest.approx(
-        got.scalars['chosen/NMI']
-    )  # to the head that is the classes
-    assert got.artifacts['NMI/chance'] < 0.1 and got.artifacts['ARI/chance'] == pytest.approx(
-        0, abs=0.05
-    )
-    assert 1 / 3 <= got.artifacts['accuracy/chance'] < 0.5 and got.artifacts[
-        'mean_entropy/chance'
-    ] == pytest.approx(np.log(3), abs=0.06)
-    got = Clustering({'type': 'clustering', 'of': 'features'}).run(view)
-    assert got.scalars['accuracy'] == 1 and 'NMI_between_heads' not in got.scalars
-    some = np.arange(0, 90, 2)[::-1]  # another evaluation saw other clips, in another order
-    evals.save(
-        {'kmeans': Result({}, {'labels': bad.argmax(1)[some], 'clips': some})}, tmp_path / 'other'
-    )
-    against = Clustering(
-        {'type': 'clustering', 'against': (('other', f'{tmp_path}/other:kmeans'),)}
-    ).run(view)
-    both = (labels >= 0) & (np.arange(90) != 10) & (np.arange(90) % 2 == 0)
-    assert against.scalars['NMI_to/other'] == pytest.approx(
-        normalized_mutual_info_score(classes[both], bad.argmax(1)[both])
-    )
-    for where, words in (
-        (f'{tmp_path}/other:x', "has no clusters of 'x'; it has those of kmeans"),
-        ('none:x', 'there is no none/arrays.npz'),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            Clustering({'type': 'clustering', 'against': (('other', where),)}).run(view)
-    features['predictions'] = {}
-    with pytest.raises(ConfigError, match="of='features'"):
-        Clustering({'type': 'clustering'}).run(view)
-    with pytest.raises(ConfigError, match="label 'kind' is not among"):
-        Clustering({'type': 'clustering', 'label': 'kind'}).run(view)
+        encoder = types.SimpleNamespace(
+            objective=objective, heads=(None, None), mesh=sharding.make_mesh({'replica': 1})
+        )
+        return GivenFeatures(features, encoder, {'labels': {'class': ['a', 'b', 'c']}})
+
+    def run(self, **config):
+        return Clustering({'type': 'clustering', **config}).run(self.view())
+
+    def test_the_best_head_is_that_of_the_classes_and_the_chosen_one_has_the_lowest_loss(self):
+        got = self.run()
+        assert got.artifacts['examples'] == 83
+        assert got.artifacts['best'] == 'cluster/1'
+        assert got.artifacts['chosen'] == 'cluster/0'
+        assert got.scalars['NMI'] == pytest.approx(1)
+        assert got.scalars['accuracy'] == 1
+        assert got.scalars['chosen/NMI'] < 0.5
+        # The other head is the classes.
+        assert got.scalars['NMI_between_heads'] == pytest.approx(got.scalars['chosen/NMI'])
+
+    def test_the_confusion_is_diagonal_and_the_surest_clips_are_of_their_clusters_class(self):
+        got = self.run()
+        chex.assert_shape(got.artifacts['confusion'], (3, 3))
+        assert got.artifacts['confusion'].trace() == 83
+        for cluster in got.artifacts['surest']:
+            (label,) = set(self.classes[cluster['clips']])
+            named = cluster['name'].split('(')[1][0]
+            assert named == 'abc'[label]
+
+    def test_chance_is_reported_beside(self):
+        chance = self.run().artifacts
+        assert chance['NMI/chance'] < 0.1
+        assert chance['ARI/chance'] == pytest.approx(0, abs=0.05)
+        assert 1 / 3 <= chance['accuracy/chance'] < 0.5
+        assert chance['mean_entropy/chance'] == pytest.approx(np.log(3), abs=0.06)
+
+    def test_features_are_clustered_where_no_head_is(self):
+        got = self.run(of='features')
+        assert got.scalars['accuracy'] == 1
+        assert 'NMI_between_heads' not in got.scalars
+
+    def test_clusters_are_compared_with_those_of_another_evaluation(self, tmp_path):
+        """It saw other clips, in another order: those of both count."""
+        clips = np.arange(0, 90, 2)[::-1]
+        labels = self.bad.argmax(1)
+        other = Result({}, {'labels': labels[clips], 'clips': clips})
+        evals.save({'kmeans': other}, tmp_path / 'other')
+        got = self.run(against=(('other', f'{tmp_path}/other:kmeans'),))
+        both = self.has_class & self.has_video & (np.arange(90) % 2 == 0)
+        expected = normalized_mutual_info_score(self.classes[both], labels[both])
+        assert got.scalars['NMI_to/other'] == pytest.approx(expected)
+        with pytest.raises(ConfigError, match="has no clusters of 'x'; it has those of kmeans"):
+            self.run(against=(('other', f'{tmp_path}/other:x'),))
+
+    def test_what_is_not_there_is_named(self):
+        with pytest.raises(ConfigError, match='there is no none/arrays.npz'):
+            self.run(against=(('other', 'none:x'),))
+        with pytest.raises(ConfigError, match="of='features'"):
+            Clustering({'type': 'clustering'}).run(self.view(predictions={}))
+        with pytest.raises(ConfigError, match="label 'kind' is not among"):
+            self.run(label='kind')
 
 
 def test_report_shows_the_surest_clips_of_clusters(tmp_path):
@@ -714,23 +832,20 @@ def test_report_shows_the_surest_clips_of_clusters(tmp_path):
         {'name': 'cluster 3 (a <ring>), 9 clips', 'clips': [5, 2]},
         {'name': 'cluster 1 (no class), 2 clips', 'clips': [40]},
     ]
-    entries = dict.fromkeys(('kmeans', 'clusters'), {'type': 'clustering'})
-    gallery.clusters(
-        tmp_path / 'clusters.npz',
-        {'kmeans': Result({}), 'clusters': Result({}, {'surest': surest})},
-        entries,
-        data,
-        16,
-    )
+    results = {'kmeans': Result({}), 'clusters': Result({}, {'surest': surest})}
+    entries = {'kmeans': {'type': 'clustering'}, 'clusters': {'type': 'clustering'}}
+    gallery.clusters(tmp_path / 'clusters.npz', results, entries, data, 16)
     with np.load(tmp_path / 'clusters.npz') as stored:
         assert sorted(stored.files) == ['entries', 'frames/2', 'frames/40', 'frames/5']
+        # Clip 40 is row 8 of the third batch.
         *_, third = itertools.islice(data.one_pass('train', 16), 3)
         np.testing.assert_array_equal(stored['frames/40'], third['video']['data'][8])
+
     page = report._clusters(types.SimpleNamespace(evaluation_folder=tmp_path))
-    assert page.count('<img') == 3 and 0 < page.index('cluster 3 (a &lt;ring&gt;)') < page.index(
-        'cluster 1 (no class)'
-    )
-    assert (
-        'surest of, for the largest clusters (clusters)' in page
-        and report._clusters(types.SimpleNamespace(evaluation_folder=tmp_path / 'none')) == ''
-    )
+    assert page.count('<img') == 3
+    first = page.index('cluster 3 (a &lt;ring&gt;)')
+    second = page.index('cluster 1 (no class)')
+    assert 0 < first < second
+    assert 'surest of, for the largest clusters (clusters)' in page
+    empty = types.SimpleNamespace(evaluation_folder=tmp_path / 'none')
+    assert report._clusters(empty) == ''

@@ -1,5 +1,11 @@
-"""The labelling solver against the published loop and against plain Sinkhorn run to convergence, both written out in NumPy float64."""
+"""The labelling solver against the published loop and plain Sinkhorn run to convergence.
 
+Both are written out in NumPy float64.
+"""
+
+import functools
+
+import chex
 import jax
 import numpy as np
 import pytest
@@ -10,30 +16,42 @@ from vatt_jax.clustering import sinkhorn
 
 
 def published(log_p, prior, strength, tolerance=0.1, cap=2000):
-    """The published loop on probabilities exp(log_p): (labels, log alpha, iterations, error)."""
+    """The published loop on probabilities exp(log_p): labels [M] and log alpha [P].
+
+        alpha = prior / (Kᵀ beta),  beta' = (1 / M) / (K alpha),  K = exp(strength log_p)
+
+    until Σ |beta / beta' - 1|, which is looked at every ten rounds, falls below the tolerance.
+    """
     kernel = np.exp(strength * log_p)
     m = len(kernel)
     beta = np.full(m, 1 / m)
-    error, count = np.inf, 0
+    error = np.inf
+    count = 0
     while error > tolerance and count < cap:
         alpha = prior / (kernel.T @ beta)
-        new = (1 / m) / (kernel @ alpha)
+        new_beta = (1 / m) / (kernel @ alpha)
         if count % 10 == 0:
-            error = np.abs(beta / new - 1).sum()
-        beta = new
+            error = np.abs(beta / new_beta - 1).sum()
+        beta = new_beta
         count += 1
-    return (kernel * alpha).argmax(1), np.log(alpha), count, error
+    return (kernel * alpha).argmax(1), np.log(alpha)
+
+
+def log_sum_exp(x, axis):
+    """log Σ exp over an axis, which stays."""
+    top = x.max(axis, keepdims=True)
+    return top + np.log(np.exp(x - top).sum(axis, keepdims=True))
 
 
 def converged(z, prior, rounds=20000, tolerance=1e-12):
-    """Potentials of the exact solution by plain log-domain iterations: log column sums through their own maxima, so nothing underflows."""
-    lse = lambda x, axis: (
-        x.max(axis, keepdims=True)
-        + np.log(np.exp(x - x.max(axis, keepdims=True)).sum(axis, keepdims=True))
-    )
+    """Potentials of the exact solution by plain iterations: g += log(prior / c(g)).
+
+    In the log domain: log column means c through their own maxima, so nothing underflows.
+    """
     g = np.zeros(z.shape[1])
     for _ in range(rounds):
-        log_c = lse(z + g - lse(z + g, 1), 0)[0] - np.log(len(z))
+        log_softmax_of_rows = z + g - log_sum_exp(z + g, 1)
+        log_c = log_sum_exp(log_softmax_of_rows, 0)[0] - np.log(len(z))
         g = g + np.log(prior) - log_c
         if np.abs(np.exp(log_c) - prior).sum() < tolerance:
             break
@@ -41,29 +59,35 @@ def converged(z, prior, rounds=20000, tolerance=1e-12):
 
 
 def column_means(z, g):
-    x = z + g
-    e = np.exp(x - x.max(1, keepdims=True))
-    return (e / e.sum(1, keepdims=True)).mean(0)
+    """c(g): the column means of softmax(z + g) by rows."""
+    return np.exp(log_softmax(z + g)).mean(0)
 
 
 def log_softmax(x):
+    """By rows, in float64."""
     x = np.asarray(x, np.float64)
-    x = x - x.max(1, keepdims=True)
-    return x - np.log(np.exp(x).sum(1, keepdims=True))
+    return x - log_sum_exp(x, 1)
+
+
+def float64_sum(views):
+    """The sum of all views, in float64."""
+    return sum(view.astype(np.float64) for view in views)
 
 
 def problem(m, p, kind, seed=0):
+    """Logits [M P] of two views: noise, to which `structured` adds a cluster of each row."""
     rng = np.random.default_rng(seed)
     views = [rng.standard_normal((m, p)).astype(np.float32) for _ in range(2)]
     if kind == 'structured':
         share = 1 / (np.arange(p) + 10)
-        z = rng.choice(p, m, p=share / share.sum())
-        for v in views:
-            v[np.arange(m), z] += 4
+        cluster = rng.choice(p, m, p=share / share.sum())
+        for view in views:
+            view[np.arange(m), cluster] += 4
     return views
 
 
 def priors(p, kind):
+    """Shares [P] of clusters."""
     share = {
         'uniform': np.ones(p),
         'zipf': 1 / (1 + np.arange(p)),
@@ -73,12 +97,24 @@ def priors(p, kind):
     return share / share.sum()
 
 
+def check_solution(solution, m, p):
+    """Shapes and types of what `solve` promises."""
+    chex.assert_shape([solution.potentials, solution.labels], [(p,), (m,)])
+    chex.assert_type([solution.potentials, solution.labels], [np.float64, np.int32])
+    chex.assert_tree_all_finite([solution.potentials, solution.cost, solution.residual])
+    assert solution.labels.min() >= 0
+    assert solution.labels.max() < p
+
+
 def check_labels(labels, z, g, gap):
-    """Equal to argmax(z + g) wherever the best two differ by more than `gap`; the rest are ties and few."""
-    x = z + g
-    top = np.sort(x, 1)[:, -2:]
-    tie = top[:, 1] - top[:, 0] <= gap
-    wrong = labels != x.argmax(1)
+    """Labels are argmax(z + g) wherever the best two differ by more than `gap`.
+
+    The rest are ties, and few. Returns which rows are ties.
+    """
+    scores = z + g
+    second, best = np.sort(scores, 1)[:, -2:].T
+    tie = best - second <= gap
+    wrong = labels != scores.argmax(1)
     assert not (wrong & ~tie).any(), f'{(wrong & ~tie).sum()} labels differ'
     assert tie.mean() < 0.02
     return tie
@@ -96,108 +132,135 @@ def check_labels(labels, z, g, gap):
 )
 def test_labels_are_those_of_the_published_loop(kind, prior, method):
     m, p = 3000, 24
-    views, r = problem(m, p, kind), priors(p, prior)
-    log_p = sum(log_softmax(v) for v in views) / 2
-    want, log_alpha, _, _ = published(log_p, r, 20)
-    got = sinkhorn.solve(views, r, 20, method=method, tolerance='published')
-    assert got.converged and got.residual < 0.1 / m and got.published_error < 0.1
-    exact = column_means(20 * log_p, got.potentials)
-    # what float32 passes report holds in float64, up to their rounding
-    assert np.abs(exact - r).sum() < 0.1 / m + 2e-6
-    ratio = r / exact
-    s = sinkhorn.soft_assignments(20 * log_p, got.potentials)
-    np.testing.assert_allclose(np.abs(s @ ratio - 1).sum(), got.published_error, atol=0.02)
-    # the two stop at different potentials, both close to the optimum: their distance bounds the margin of labels that may differ
+    views = problem(m, p, kind)
+    prior = priors(p, prior)
+    log_p = sum(log_softmax(view) for view in views) / 2
+    z = 20 * log_p
+    published_labels, log_alpha = published(log_p, prior, 20)
+    got = sinkhorn.solve(views, prior, 20, method=method, tolerance='published')
+    check_solution(got, m, p)
+    assert got.converged
+    assert got.residual < 0.1 / m
+    assert got.published_error < 0.1
+
+    # What float32 passes report holds in float64, up to their rounding.
+    exact = column_means(z, got.potentials)
+    assert np.abs(exact - prior).sum() < 0.1 / m + 2e-6
+    # The published loop's beta / beta' is the mean of prior / c under a row's soft assignment.
+    soft = sinkhorn.soft_assignments(z, got.potentials)
+    published_error = np.abs(soft @ (prior / exact) - 1).sum()
+    np.testing.assert_allclose(published_error, got.published_error, atol=0.02)
+
+    # The two stop at different potentials, both close to the optimum: their distance bounds the
+    # margin of labels that may differ.
     gap = np.ptp(got.potentials - log_alpha)
     assert gap < 0.3
-    tie = check_labels(got.labels, 20 * log_p, got.potentials, 1e-4)
-    x = np.sort(20 * log_p + log_alpha, 1)
-    assert not ((got.labels != want) & (x[:, -1] - x[:, -2] > gap) & ~tie).any()
-    np.testing.assert_allclose(got.cost, -log_p[np.arange(m), got.labels].mean(), rtol=1e-5)
+    tie = check_labels(got.labels, z, got.potentials, 1e-4)
+    scores = np.sort(z + log_alpha, 1)
+    clear = scores[:, -1] - scores[:, -2] > gap
+    assert not ((got.labels != published_labels) & clear & ~tie).any()
+    cost = -log_p[np.arange(m), got.labels].mean()
+    np.testing.assert_allclose(got.cost, cost, rtol=1e-5)
 
 
 def test_float64_reaches_what_float32_cannot():
-    views, r = problem(1500, 12, 'structured'), priors(12, 'zipf')
-    log_p = sum(log_softmax(v) for v in views) / 2
-    got = sinkhorn.solve(views, r, 20, dtype='float64', tolerance=1e-11)
-    assert got.converged and np.abs(column_means(20 * log_p, got.potentials) - r).sum() < 2e-11
-    np.testing.assert_allclose(got.potentials, converged(20 * log_p, r), atol=1e-7)
-    assert jax.numpy.zeros(1).dtype == 'float32'  # the caller's precision is untouched
-    rough = sinkhorn.solve(views, r, 20, dtype='float32', tolerance=1e-11, max_passes=200)
-    assert not rough.converged and rough.residual < 3e-6  # says so, and gives the best it saw
+    views = problem(1500, 12, 'structured')
+    prior = priors(12, 'zipf')
+    z = 20 * sum(log_softmax(view) for view in views) / 2
+    got = sinkhorn.solve(views, prior, 20, dtype='float64', tolerance=1e-11)
+    check_solution(got, 1500, 12)
+    assert got.converged
+    assert np.abs(column_means(z, got.potentials) - prior).sum() < 2e-11
+    np.testing.assert_allclose(got.potentials, converged(z, prior), atol=1e-7)
+    # The caller's precision is untouched.
+    chex.assert_type(jax.numpy.zeros(1), np.float32)
+    rough = sinkhorn.solve(views, prior, 20, dtype='float32', tolerance=1e-11, max_passes=200)
+    # It says so, and gives the best that it saw.
+    assert not rough.converged
+    assert rough.residual < 3e-6
 
 
 @pytest.mark.parametrize('mesh', [(2, 4), pytest.param((8,), marks=pytest.mark.slow)])
 def test_one_device_is_eight(mesh):
     """M not divisible by 8: padding rows must weigh nothing."""
-    views, r = problem(1501, 16, 'structured'), priors(16, 'zipf')
-    one = sinkhorn.solve(views, r, 20)
-    eight = sinkhorn.solve(views, r, 20, mesh=jax.make_mesh(mesh, ('a', 'b')[: len(mesh)]))
-    assert len(eight.labels) == 1501
+    views = problem(1501, 16, 'structured')
+    prior = priors(16, 'zipf')
+    one = sinkhorn.solve(views, prior, 20)
+    axes = ('a', 'b')[: len(mesh)]
+    eight = sinkhorn.solve(views, prior, 20, mesh=jax.make_mesh(mesh, axes))
+    check_solution(eight, 1501, 16)
     np.testing.assert_allclose(eight.potentials, one.potentials, atol=2e-3)
-    z = 10 * sum(v.astype(np.float64) for v in views)
-    check_labels(eight.labels, z, one.potentials, 5e-3)
+    check_labels(eight.labels, 10 * float64_sum(views), one.potentials, 5e-3)
     np.testing.assert_allclose(eight.cost, one.cost, rtol=1e-4)
 
 
 def test_features_and_head_weights_give_the_labels_of_their_logits():
     rng = np.random.default_rng(3)
     features = [rng.standard_normal((1300, 20)).astype(np.float32) for _ in range(2)]
-    heads = [
-        (
-            rng.standard_normal((20, 10)).astype(np.float32) * 0.4,
-            rng.standard_normal(10).astype(np.float32),
-        )
-        for _ in range(2)
-    ]
-    logits = [x @ k + b for x, (k, b) in zip(features, heads)]
-    r = priors(10, 'exponential')
-    a = sinkhorn.solve(logits, r, 20)
-    b = sinkhorn.solve(features, r, 20, heads=heads, mesh=jax.make_mesh((8,), ('rows',)))
-    check_labels(b.labels, 10 * sum(x.astype(np.float64) for x in logits), a.potentials, 1e-2)
-    np.testing.assert_allclose(b.cost, a.cost, rtol=1e-4)
+    heads = []
+    for _ in features:
+        kernel = rng.standard_normal((20, 10)).astype(np.float32) * 0.4
+        bias = rng.standard_normal(10).astype(np.float32)
+        heads.append((kernel, bias))
+    logits = [x @ kernel + bias for x, (kernel, bias) in zip(features, heads, strict=True)]
+    prior = priors(10, 'exponential')
+    from_logits = sinkhorn.solve(logits, prior, 20)
+    mesh = jax.make_mesh((8,), ('rows',))
+    from_features = sinkhorn.solve(features, prior, 20, heads=heads, mesh=mesh)
+    check_solution(from_features, 1300, 10)
+    check_labels(from_features.labels, 10 * float64_sum(logits), from_logits.potentials, 1e-2)
+    np.testing.assert_allclose(from_features.cost, from_logits.cost, rtol=1e-4)
 
 
-def test_no_array_of_samples_times_clusters_is_made_from_features():
+@pytest.mark.parametrize('statistic', ['marginal', 'label'])
+def test_no_array_of_samples_times_clusters_is_made_from_features(statistic):
     m, d, p = 40_000, 8, 500
-    x = (jax.ShapeDtypeStruct((m, d), 'float32'),)
-    heads = ((jax.ShapeDtypeStruct((d, p), 'float32'), jax.ShapeDtypeStruct((p,), 'float32')),)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('rows',))
-    for statistic in ('marginal', 'label'):
-        lowered = sinkhorn._block_pass.lower(
-            x,
-            heads,
-            jax.ShapeDtypeStruct((3, p), 'float32'),
-            jax.ShapeDtypeStruct((), 'float32'),
-            jax.ShapeDtypeStruct((), 'int32'),
-            statistic=statistic,
-            mesh=mesh,
-            chunk=sinkhorn.chunk_rows(p),
-        )
-        assert lowered.compile().memory_analysis().temp_size_in_bytes < m * p * 4 / 8
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype='float32')
+    lowered = sinkhorn._block_pass.lower(
+        (shape((m, d)),),
+        ((shape((d, p)), shape((p,))),),
+        shape((3, p)),
+        shape(()),
+        jax.ShapeDtypeStruct((), 'int32'),
+        statistic=statistic,
+        mesh=jax.sharding.Mesh(np.array(jax.devices()[:1]), ('rows',)),
+        chunk=sinkhorn.chunk_rows(p),
+    )
+    float32_logits = m * p * 4
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < float32_logits / 8
 
 
 def test_blocks_are_the_whole():
-    views, r = problem(1000, 12, 'structured'), priors(12, 'uniform')
-    whole = sinkhorn.solve(views, r, 20)
-    cut = sinkhorn.solve([[v[:400], v[400:900], v[900:]] for v in views], r, 20)
-    check_labels(cut.labels, 10 * sum(v.astype(np.float64) for v in views), whole.potentials, 5e-3)
-    assert cut.labels.shape == (1000,)
+    views = problem(1000, 12, 'structured')
+    prior = priors(12, 'uniform')
+    whole = sinkhorn.solve(views, prior, 20)
+    blocks = [[view[:400], view[400:900], view[900:]] for view in views]
+    in_blocks = sinkhorn.solve(blocks, prior, 20)
+    check_solution(in_blocks, 1000, 12)
+    check_labels(in_blocks.labels, 10 * float64_sum(views), whole.potentials, 5e-3)
 
 
 def hard(kind, m=400, p=8, seed=0):
+    """Logits [M P] at the edge of float precision."""
     rng = np.random.default_rng(seed)
-    z = rng.integers(0, p, m)
-    return {
-        'one-hot': 60.0 * np.eye(p)[z]
-        + 1e-3 * rng.standard_normal((m, p)),  # gaps of 1200 nats at λ = 20
-        'one cluster': 50.0 * np.eye(p)[np.zeros(m, int)]
-        + rng.standard_normal((m, p)),  # all rows want the same cluster
-        'huge': 1e4 * rng.standard_normal((m, p)),
-        'constant': np.zeros((m, p)),
-        'forbidden': np.where(rng.uniform(size=(m, p)) < 0.3, -np.inf, rng.standard_normal((m, p))),
-        'tiny': 1e-6 * rng.standard_normal((m, p)),
-    }[kind].astype(np.float32)
+    cluster = rng.integers(0, p, m)
+    if kind == 'one-hot':
+        # Gaps of 1200 nats at a strength of 20.
+        logits = 60.0 * np.eye(p)[cluster] + 1e-3 * rng.standard_normal((m, p))
+    elif kind == 'one cluster':
+        # All rows prefer the same one.
+        logits = 50.0 * np.eye(p)[np.zeros(m, int)] + rng.standard_normal((m, p))
+    elif kind == 'huge':
+        logits = 1e4 * rng.standard_normal((m, p))
+    elif kind == 'constant':
+        logits = np.zeros((m, p))
+    elif kind == 'forbidden':
+        forbidden = rng.uniform(size=(m, p)) < 0.3
+        logits = np.where(forbidden, -np.inf, rng.standard_normal((m, p)))
+    else:
+        assert kind == 'tiny'
+        logits = 1e-6 * rng.standard_normal((m, p))
+    return logits.astype(np.float32)
 
 
 @pytest.mark.parametrize(
@@ -206,64 +269,76 @@ def hard(kind, m=400, p=8, seed=0):
         'one-hot',
         'huge',
         'forbidden',
-        *[pytest.param(k, marks=pytest.mark.slow) for k in ('one cluster', 'constant', 'tiny')],
+        pytest.param('one cluster', marks=pytest.mark.slow),
+        pytest.param('constant', marks=pytest.mark.slow),
+        pytest.param('tiny', marks=pytest.mark.slow),
     ],
 )
 def test_hard_inputs_end_finite(kind):
-    """No NaN, overflow or endless loop, and the sizes are met where float precision lets them."""
-    logits, r = hard(kind), priors(8, 'zipf')
-    got = sinkhorn.solve([logits], r, 20, max_passes=3000)
-    assert (
-        np.isfinite(got.potentials).all() and np.isfinite([got.residual, got.published_error]).all()
-    )
-    assert got.residual < {'huge': 1e-3}.get(kind, 1e-4), got.residual
+    """No NaN, overflow or endless loop, and the sizes are right where float precision lets them."""
+    logits = hard(kind)
+    prior = priors(8, 'zipf')
+    got = sinkhorn.solve([logits], prior, 20, max_passes=3000)
+    check_solution(got, 400, 8)
+    chex.assert_tree_all_finite(got.published_error)
+    assert got.residual < (1e-3 if kind == 'huge' else 1e-4), got.residual
     exact = sinkhorn.solve(
-        [logits.astype(np.float64)], r, 20, dtype='float64', tolerance=1e-6, max_passes=3000
+        [logits.astype(np.float64)], prior, 20, dtype='float64', tolerance=1e-6, max_passes=3000
     )
-    assert exact.residual < {'huge': 1e-3}.get(kind, 1e-6), exact.residual
+    assert exact.residual < (1e-3 if kind == 'huge' else 1e-6), exact.residual
     if kind == 'one-hot':
-        z = logits.argmax(1)
-        # rows stay in the cluster they are sure of as far as its size lets them
-        expected = np.minimum(np.bincount(z, minlength=8), r * 400)
-        assert (got.labels == z).sum() >= 0.9 * expected.sum()
+        # Rows stay in the cluster they are sure of as far as its size lets them.
+        cluster = logits.argmax(1)
+        room = np.minimum(np.bincount(cluster, minlength=8), prior * 400)
+        assert (got.labels == cluster).sum() >= 0.9 * room.sum()
 
 
 @pytest.mark.slow
 def test_huge_strength():
-    views, r = problem(600, 8, 'structured'), priors(8, 'zipf')
-    got = sinkhorn.solve(views, r, 5000, dtype='float64', tolerance=1e-3, max_passes=3000)
-    assert np.isfinite(got.potentials).all() and got.residual < 0.02
-    # nearly an assignment: all but a few rows are hard, so hard counts follow the prior
-    assert np.abs(np.bincount(got.labels, minlength=8) / 600 - r).sum() < 0.04
+    views = problem(600, 8, 'structured')
+    prior = priors(8, 'zipf')
+    got = sinkhorn.solve(views, prior, 5000, dtype='float64', tolerance=1e-3, max_passes=3000)
+    check_solution(got, 600, 8)
+    assert got.residual < 0.02
+    # Nearly an assignment: all but a few rows are hard, so hard counts follow the prior.
+    shares = np.bincount(got.labels, minlength=8) / 600
+    assert np.abs(shares - prior).sum() < 0.04
 
 
-def test_mistakes_are_sentences():
+def nan_at(views, view, row, column):
+    """A copy of the views with one NaN."""
+    spoilt = [v.copy() for v in views]
+    spoilt[view][row, column] = np.nan
+    return spoilt
+
+
+def test_a_mistake_is_named():
     views = problem(50, 4, 'random')
-    with pytest.raises(
-        ValueError, match=r'prior\[1\]=0.0 \(2 such of 4\): every cluster needs a positive share'
-    ):
+    message = r'prior\[1\]=0.0 \(2 such of 4\): every cluster needs a positive share'
+    with pytest.raises(ValueError, match=message):
         sinkhorn.solve(views, np.array([0.5, 0, 0, 0.5]), 20)
     with pytest.raises(ValueError, match='prior sums to 2'):
         sinkhorn.solve(views, np.full(4, 0.5), 20)
     with pytest.raises(ValueError, match=r'expected shape \[50 5\], got \(50, 4\)'):
         sinkhorn.solve(views, np.full(5, 0.2), 20)
-    bad = [v.copy() for v in views]
-    bad[1][7, 2] = np.nan
     with pytest.raises(ValueError, match='hold NaN'):
-        sinkhorn.solve(bad, np.full(4, 0.25), 20)
+        sinkhorn.solve(nan_at(views, view=1, row=7, column=2), np.full(4, 0.25), 20)
 
 
 def test_warm_start_needs_fewer_passes():
-    views, r = problem(6000, 40, 'structured'), priors(40, 'uniform')
-    cold = sinkhorn.solve(views, r, 20, tolerance='published')
-    drift = [
-        v + 0.2 * np.random.default_rng(9).standard_normal(v.shape).astype(np.float32)
-        for v in views
-    ]
-    warm = sinkhorn.solve(drift, r, 20, tolerance='published', start=cold)
-    plain = sinkhorn.solve(drift, r, 20, tolerance='published', method='plain')
-    assert warm.converged and plain.converged and warm.work < plain.work / 4
-    check_labels(warm.labels, 10 * sum(v.astype(np.float64) for v in drift), plain.potentials, 0.1)
+    views = problem(6000, 40, 'structured')
+    prior = priors(40, 'uniform')
+    cold = sinkhorn.solve(views, prior, 20, tolerance='published')
+    drift = []
+    for view in views:
+        noise = np.random.default_rng(9).standard_normal(view.shape).astype(np.float32)
+        drift.append(view + 0.2 * noise)
+    warm = sinkhorn.solve(drift, prior, 20, tolerance='published', start=cold)
+    plain = sinkhorn.solve(drift, prior, 20, tolerance='published', method='plain')
+    assert warm.converged
+    assert plain.converged
+    assert warm.work < plain.work / 4
+    check_labels(warm.labels, 10 * float64_sum(drift), plain.potentials, 0.1)
 
 
 @pytest.mark.slow
@@ -276,26 +351,33 @@ def test_warm_start_needs_fewer_passes():
 )
 def test_any_shape_and_prior(m, p, strength, seed):
     rng = np.random.default_rng(seed)
-    r = rng.dirichlet(np.ones(p) * 3) * 0.9 + 0.1 / p
+    prior = rng.dirichlet(np.ones(p) * 3) * 0.9 + 0.1 / p
     logits = rng.standard_normal((m, p)).astype(np.float32)
-    got = sinkhorn.solve([logits], r, strength, tolerance=1e-5)
+    got = sinkhorn.solve([logits], prior, strength, tolerance=1e-5)
+    check_solution(got, m, p)
     assert got.converged
     z = strength * logits.astype(np.float64)
-    assert np.abs(column_means(z, got.potentials) - r).sum() < 2e-5
+    assert np.abs(column_means(z, got.potentials) - prior).sum() < 2e-5
     np.testing.assert_array_equal(got.labels, (z + got.potentials).argmax(1))
 
 
 @pytest.mark.parametrize('seed', [192, 193])
 def test_a_cluster_that_takes_a_part_of_one_row(seed):
-    """Rows nearly decided: Sinkhorn's steps are tiny and Newton's jump over the solution; these two stalled."""
+    """Rows nearly decided: Sinkhorn's steps are tiny and Newton's jump over the solution.
+
+    The search stalled at these two.
+    """
     rng = np.random.default_rng(seed)
-    r = rng.dirichlet(np.ones(2) * 3) * 0.9 + 0.05
-    got = sinkhorn.solve([rng.standard_normal((5, 2)).astype(np.float32)], r, 25.0, tolerance=1e-5)
-    assert got.converged and got.residual <= 1e-5
+    prior = rng.dirichlet(np.ones(2) * 3) * 0.9 + 0.05
+    logits = rng.standard_normal((5, 2)).astype(np.float32)
+    got = sinkhorn.solve([logits], prior, 25.0, tolerance=1e-5)
+    check_solution(got, 5, 2)
+    assert got.converged
+    assert got.residual <= 1e-5
 
 
 def swav(scores, epsilon, iterations=3):
-    """The published code's order of operations on Q = exp(scores / eps)ᵀ [K B]."""
+    """SwAV's codes [B K], in the published code's order of operations on Q = exp(scores / eps)ᵀ."""
     q = np.exp(scores.astype(np.float64) / epsilon).T
     q /= q.sum()
     k, b = q.shape
@@ -305,18 +387,39 @@ def swav(scores, epsilon, iterations=3):
     return (q * b).T
 
 
-def test_soft_codes_are_swavs():
-    scores = np.random.default_rng(0).uniform(-1, 1, (24, 10)).astype(np.float32)
-    got = np.asarray(sinkhorn.soft_codes(scores))
-    np.testing.assert_allclose(got, swav(scores, 0.05), rtol=2e-4, atol=1e-7)
-    np.testing.assert_allclose(got.sum(1), 1, rtol=1e-5)
+@pytest.fixture(scope='module')
+def scores():
+    """Cosines of 24 rows with 10 prototypes."""
+    return np.random.default_rng(0).uniform(-1, 1, (24, 10)).astype(np.float32)
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_soft_codes_are_swavs(scores, compiled):
+    soft_codes = jax.jit(sinkhorn.soft_codes) if compiled else sinkhorn.soft_codes
+    codes = soft_codes(scores)
+    chex.assert_equal_shape([codes, scores])
+    chex.assert_type(codes, np.float32)
+    np.testing.assert_allclose(codes, swav(scores, 0.05), rtol=2e-4, atol=1e-7)
+    np.testing.assert_allclose(np.asarray(codes).sum(1), 1, rtol=1e-5)
+
+
+def test_soft_codes_of_valid_rows_are_those_of_a_batch_without_the_others(scores):
     valid = np.arange(24) % 3 != 0
-    some = np.asarray(sinkhorn.soft_codes(scores, valid=valid))
-    np.testing.assert_allclose(some[valid], swav(scores[valid], 0.05), rtol=2e-4, atol=1e-7)
-    assert (some[~valid] == 0).all()
-    assert np.isfinite(np.asarray(sinkhorn.soft_codes(1000 * scores))).all()
-    assert np.isfinite(np.asarray(sinkhorn.soft_codes(scores, valid=np.zeros(24, bool)))).all()
-    rows = jax.NamedSharding(jax.make_mesh((8,), ('rows',)), jax.sharding.PartitionSpec('rows'))
-    np.testing.assert_allclose(
-        jax.jit(sinkhorn.soft_codes)(jax.device_put(scores, rows)), got, rtol=1e-5, atol=1e-7
-    )
+    codes = np.asarray(sinkhorn.soft_codes(scores, valid=valid))
+    np.testing.assert_allclose(codes[valid], swav(scores[valid], 0.05), rtol=2e-4, atol=1e-7)
+    assert (codes[~valid] == 0).all()
+
+
+def test_soft_codes_of_large_scores_and_of_no_row_are_finite(scores):
+    chex.assert_tree_all_finite(sinkhorn.soft_codes(1000 * scores))
+    chex.assert_tree_all_finite(sinkhorn.soft_codes(scores, valid=np.zeros(24, bool)))
+
+
+def test_soft_codes_on_eight_devices_are_those_on_one(scores):
+    chex.assert_devices_available(8, 'cpu')
+    mesh = jax.make_mesh((8,), ('rows',))
+    rows = jax.NamedSharding(mesh, jax.sharding.PartitionSpec('rows'))
+    spread = jax.jit(sinkhorn.soft_codes)(jax.device_put(scores, rows))
+    expected = sinkhorn.soft_codes(scores)
+    chex.assert_trees_all_equal_shapes_and_dtypes(spread, expected)
+    np.testing.assert_allclose(spread, expected, rtol=1e-5, atol=1e-7)
