@@ -51,6 +51,13 @@ def to_float32(tree):
 
 
 # ---- positions
+def normed(params, rows):
+    """Layer norm of positions [N D]."""
+    rows = rows - rows.mean(-1, keepdims=True)
+    scaled = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-6)
+    return scaled * params['norm']['scale'] + params['norm']['bias']
+
+
 class PositionsTest(chex.TestCase):
     def add_positions(self, sizes, grid, kept=None, transposed=False):
         """(output without dropout, parameters in float64, the tokens it was given)."""
@@ -71,12 +78,6 @@ class PositionsTest(chex.TestCase):
 
         return apply(to_float32(params), jnp.float32(x)), params, x
 
-    def normed(self, params, rows):
-        """Layer norm of positions [N D]."""
-        rows = rows - rows.mean(-1, keepdims=True)
-        normed = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-6)
-        return normed * params['norm']['scale'] + params['norm']['bias']
-
     @chex.variants(with_jit=True, without_jit=True)
     def test_positions_are_normalised_before_they_are_added(self):
         """y = x + LN(a_i + b_j + c_k)."""
@@ -89,10 +90,10 @@ class PositionsTest(chex.TestCase):
                 params['a_positions'][i] + params['b_positions'][j] + params['c_positions'][k]
             )
         rows = np.stack(rows)
-        close(got, x + self.normed(params, rows)[kept])
+        close(got, x + normed(params, rows)[kept])
 
         got, _, x = self.add_positions(grid, grid)
-        close(got, x + self.normed(params, rows))
+        close(got, x + normed(params, rows))
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_spectrogram_tokens_get_transposed_positions(self):
@@ -101,7 +102,7 @@ class PositionsTest(chex.TestCase):
         rows = []
         for token in range(12):
             rows.append(params['a_positions'][token % 4] + params['b_positions'][token // 4])
-        close(got, x + self.normed(params, np.stack(rows)))
+        close(got, x + normed(params, np.stack(rows)))
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_tables_of_another_grid_are_resized_axis_by_axis_before_the_norm(self):
@@ -111,7 +112,7 @@ class PositionsTest(chex.TestCase):
         rows = []
         for i, j in np.ndindex(2, 5):
             rows.append(a[i] + b[j])
-        close(got, x + self.normed(params, np.stack(rows)))
+        close(got, x + normed(params, np.stack(rows)))
 
 
 def polyharmonic_spline(table, length):
@@ -211,8 +212,8 @@ def test_relative_bias_of_t5():
     bias = params['relative_bias'][rows].transpose(2, 0, 1)
     for b in range(2):
         weights = softmax(np.where(mask[b], bias, -1e9))
-        normed = rms_norm(x[b], layer['attention_norm']['scale'])
-        value = np.einsum('nd,dhk->hnk', normed, layer['value']['kernel'])
+        scaled = rms_norm(x[b], layer['attention_norm']['scale'])
+        value = np.einsum('nd,dhk->hnk', scaled, layer['value']['kernel'])
         y = x[b] + np.einsum('hqn,hnk,hkd->qd', weights, value, layer['out']['kernel'])
         close(got[b], rms_norm(y, params['final_norm']['scale']))
 
@@ -371,8 +372,8 @@ def test_joint_head():
             mean, var = before['mean'], before['var']
             if train:
                 mean, var = rows.mean(0), rows.var(0)
-            normed = (y - mean) / np.sqrt(var + 1e-5) * norm['scale'] + norm['bias']
-            close(spaces['joint'][modality], normed)
+            expected = (y - mean) / np.sqrt(var + 1e-5) * norm['scale'] + norm['bias']
+            close(spaces['joint'][modality], expected)
             momentum = 0.9 if train else 1.0
             after = new['batch_stats'][f'{modality}_norm']
             close(after['mean'], momentum * before['mean'] + (1 - momentum) * rows.mean(0))
