@@ -498,6 +498,10 @@ def test_published_sizes(name, size, width, monkeypatch):
 
 # ---- batch norm of each kind
 class RunningStatisticsTest(chex.TestCase):
+    def setUp(self):
+        super().setUp()
+        chex.clear_trace_counter()  # chex counts over all variants of a test
+
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.named_parameters(*[(kind, kind) for kind in layers.NORMS])
     def test_running_statistics(self, kind):
@@ -512,6 +516,7 @@ class RunningStatisticsTest(chex.TestCase):
         variables = module.init(jax.random.key(0), batches[0], valid, False)
 
         @self.variant
+        @chex.assert_max_traces(n=1)
         def train(variables, x, valid):
             return module.apply(variables, x, valid, True, mutable=['batch_stats'])
 
