@@ -1,5 +1,6 @@
 """Kernels of attention against the definition, and which is taken when."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,100 +13,132 @@ from vatt_jax.parallel import sharding
 from vatt_jax.training import loop
 
 
-def operands(n, m, heads=2, rows=2):
-    q, k, v, g = (
-        jax.random.normal(jax.random.key(i), (rows, length, heads, 16))
-        for i, length in enumerate((n, m, m, n))
-    )
-    mask = jnp.ones((rows, m), bool).at[1, m // 3 :].set(False)
-    return (q, k, v), g, mask
+def operands(queries, keys, heads=2, rows=2):
+    """((query, key, value), cotangent, mask): noise; the second row has a third of the keys."""
+    lengths = (queries, keys, keys, queries)
+    arrays = []
+    for seed, length in enumerate(lengths):
+        arrays.append(jax.random.normal(jax.random.key(seed), (rows, length, heads, 16)))
+    query, key, value, cotangent = arrays
+    mask = jnp.ones((rows, keys), bool).at[1, keys // 3 :].set(False)
+    return (query, key, value), cotangent, mask
 
 
 @pytest.mark.parametrize('kernel', ['splash', 'triton'])
 @pytest.mark.parametrize('mesh', [{}, {'replica': 2, 'model': 2}])
 def test_kernels_are_dense_attention(mesh, kernel):
-    """140 queries and 150 keys (triton: 140), padded to 256; value and gradients, keys masked (splash); on a mesh too. Kernels run in Python."""
-    qkv, g, mask = operands(140, 150 if kernel == 'splash' else 140)
-    mask = mask if kernel == 'splash' else None
-    fused = {
-        'splash': lambda q, k, v: attention.splash(q, k, v, mask, 0.25, interpret=True),
-        'triton': lambda q, k, v: attention.triton(q, k, v, 0.25, interpret=True),
-    }[kernel]
+    """Value and gradients, on a mesh too; the kernels run in Python.
 
-    def of(function):
-        call = jax.jit(
-            jax.value_and_grad(lambda q, k, v: (function(q, k, v) * g).sum(), argnums=(0, 1, 2))
-        )
+    140 queries and 150 keys (triton: 140), padded to 256; keys masked (splash).
+    """
+    qkv, cotangent, mask = operands(140, 150 if kernel == 'splash' else 140)
+    mask = mask if kernel == 'splash' else None
+
+    def dense(query, key, value):
+        return attention.attention(query, key, value, mask=mask, scale=0.25)
+
+    def splash(query, key, value):
+        return attention.splash(query, key, value, mask, 0.25, interpret=True)
+
+    def triton(query, key, value):
+        return attention.triton(query, key, value, 0.25, interpret=True)
+
+    fused = {'splash': splash, 'triton': triton}[kernel]
+
+    def value_and_gradients(function):
+        def total(query, key, value):
+            return (function(query, key, value) * cotangent).sum()
+
+        call = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
         with jax.set_mesh(sharding.make_mesh({'replica': 1, **mesh}, jax.devices()[:4])):
             return call(*qkv)
 
-    want = of(lambda q, k, v: attention.attention(q, k, v, mask=mask, scale=0.25))
-    got = of(fused)
-    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
-    for a, b in zip(got[1], want[1]):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    expected_value, expected_grads = value_and_gradients(dense)
+    value, grads = value_and_gradients(fused)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, qkv)
+    chex.assert_tree_all_finite((value, grads))
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    chex.assert_trees_all_close(grads, expected_grads, rtol=1e-4, atol=2e-5)
 
 
-def test_tiles_divide():
-    assert [attention._tile(n) for n in (128, 640, 896, 1024, 1280, 1664)] == [
-        128,
-        640,
-        896,
-        1024,
-        640,
-        128,
-    ]
+@pytest.mark.parametrize(
+    'length, tile',
+    [
+        (128, 128),
+        (640, 640),
+        (896, 896),
+        (1024, 1024),
+        (1280, 640),
+        (1664, 128),
+    ],
+)
+def test_tiles_divide(length, tile):
+    assert attention._tile(length) == tile
+
+
+FUSED = 'fused'  # what stands in for a kernel's output where only the choice is tested
+
+
+def takes_kernel(implementation, queries, keys, **options):
+    """Whether attention goes to the kernel that was replaced by one that returns FUSED."""
+    qkv, _, _ = operands(queries, keys)
+    out = attention.attention(*qkv, implementation=implementation, **options)
+    return isinstance(out, str) and out == FUSED
 
 
 def test_what_splash_takes_and_what_stays_dense(monkeypatch):
-    monkeypatch.setattr(attention, 'splash', lambda *a: 'fused')
-    ask = lambda n, m, **k: attention.attention(*operands(n, m)[0], implementation='splash', **k)
-    is_fused = lambda *a, **k: isinstance(ask(*a, **k), str)
-    assert is_fused(140, 128) and is_fused(140, 150, mask=operands(140, 150)[2])
-    assert not is_fused(1, 150) and not is_fused(17, 17)
-    assert not is_fused(140, 140, bias=jnp.zeros((1, 2, 140, 140))) and not is_fused(
-        140, 140, mask=jnp.ones((2, 140, 140), bool)
+    monkeypatch.setattr(attention, 'splash', lambda *args: FUSED)
+    _, _, mask = operands(140, 150)
+    assert takes_kernel('splash', 140, 128)
+    assert takes_kernel('splash', 140, 150, mask=mask)
+
+    assert not takes_kernel('splash', 1, 150)
+    assert not takes_kernel('splash', 17, 17)
+    assert not takes_kernel('splash', 140, 140, bias=jnp.zeros((1, 2, 140, 140)))
+    assert not takes_kernel('splash', 140, 140, mask=jnp.ones((2, 140, 140), bool))
+
+    message = (
+        "config.model.attention='splash' has no dropout on attention probabilities; "
+        'set attention_dropout=0.0'
     )
-    with pytest.raises(
-        ConfigError,
-        match="config.model.attention='splash' has no dropout on attention probabilities; set attention_dropout=0.0",
-    ):
-        ask(140, 140, dropout=0.1)
+    with pytest.raises(ConfigError, match=message):
+        takes_kernel('splash', 140, 140, dropout=0.1)
 
 
 def test_what_triton_takes_and_what_stays_dense(monkeypatch):
-    monkeypatch.setattr(attention, 'triton', lambda *a: 'fused')
-    is_fused = lambda n, m, **k: isinstance(
-        attention.attention(*operands(n, m)[0], implementation='triton', **k), str
-    )
-    assert is_fused(140, 140) and not is_fused(140, 150) and not is_fused(17, 17)
-    assert not is_fused(140, 140, mask=jnp.ones((2, 140), bool)) and not is_fused(
-        140, 140, bias=jnp.zeros((1, 2, 140, 140))
-    )
+    monkeypatch.setattr(attention, 'triton', lambda *args: FUSED)
+    assert takes_kernel('triton', 140, 140)
+
+    assert not takes_kernel('triton', 140, 150)
+    assert not takes_kernel('triton', 17, 17)
+    assert not takes_kernel('triton', 140, 140, mask=jnp.ones((2, 140), bool))
+    assert not takes_kernel('triton', 140, 140, bias=jnp.zeros((1, 2, 140, 140)))
 
 
 def test_auto_takes_the_kernel_of_the_platform(monkeypatch):
-    monkeypatch.setattr(attention, 'splash', lambda *a: 'fused')
-    ask = lambda **k: isinstance(
-        attention.attention(*operands(140, 140)[0], implementation='auto', **k), str
-    )
-    assert not ask()
+    monkeypatch.setattr(attention, 'splash', lambda *args: FUSED)
+    assert not takes_kernel('auto', 140, 140)
     monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
-    assert ask() and not ask(dropout=0.1)
+    assert takes_kernel('auto', 140, 140)
+    assert not takes_kernel('auto', 140, 140, dropout=0.1)
 
 
 def test_a_kernel_of_another_platform():
-    with pytest.raises(
-        ConfigError, match="config.model.attention='triton' is a kernel of GPUs and this is cpu"
-    ):
+    message = "config.model.attention='triton' is a kernel of GPUs and this is cpu"
+    with pytest.raises(ConfigError, match=message):
         loop.mesh_of(tiny.config(model__attention='triton'))
-    c = tiny.config(model__attention='splash')
-    with pytest.raises(
-        ConfigError,
-        match="config.model.attention='splash' is a kernel of TPUs and this is cpu; set config.model.attention='auto'",
-    ):
-        loop.mesh_of(c)
-    assert (
-        attention.portable(c.model).attention == 'auto' and c.model.attention == 'splash'
-    )  # for evaluation
+
+    config = tiny.config(model__attention='splash')
+    message = (
+        "config.model.attention='splash' is a kernel of TPUs and this is cpu; "
+        "set config.model.attention='auto'"
+    )
+    with pytest.raises(ConfigError, match=message):
+        loop.mesh_of(config)
+
+
+def test_evaluation_replaces_a_kernel_of_one_platform():
+    config = tiny.config(model__attention='splash')
+    assert attention.portable(config.model).attention == 'auto'
+    assert config.model.attention == 'splash'
     assert attention.portable(tiny.config().model).attention == 'dense'
