@@ -73,7 +73,7 @@ def test_the_same_records_faults_counted_work_kept(videos, tmp_path, monkeypatch
 @HAVE
 def test_a_file_that_crashes_the_decoder_ends_no_worker(videos, tmp_path, monkeypatch):
     (tmp_path / 'videos' / 'bomb.mp4').write_bytes(b'x')
-    monkeypatch.setattr(decoded_files, 'stage', crashing_stage)
+    monkeypatch.setattr(decoded_files, 'stage_file', crashing_stage)
     result = prepare.prepare(videos, '', str(tmp_path / 'out'), **SMALL, beam=RUNNER)
     assert (
         result['skipped'] == {'bomb.mp4': 'corrupt: it crashes the decoder'}
