@@ -25,7 +25,7 @@ def assert_equal(got, expected):
     chex.assert_trees_all_equal(got, expected, strict=True)
 
 
-def assert_contract(batch, config, num_rows, views=(), label_classes=None):
+def assert_contract(batch, config, num_rows, views=(), label_classes=None, frame_size=None):
     """A batch has exactly the entries, shapes and types of the contract of docs/architecture.md.
 
     Args:
@@ -34,7 +34,9 @@ def assert_contract(batch, config, num_rows, views=(), label_classes=None):
       num_rows: of the batch, B.
       views: names of the streams besides the three main ones.
       label_classes: {label: number of classes if it is multi-hot, else None}.
+      frame_size: height and width of the frames, if not the size that the model sees.
     """
+    frame_size = frame_size or config.model.inputs.video.size
     expected = {
         'index': np.zeros(num_rows, np.int32),
         'source': np.zeros(num_rows, np.int32),
@@ -48,16 +50,16 @@ def assert_contract(batch, config, num_rows, views=(), label_classes=None):
         else:
             expected['labels'][label] = np.zeros((num_rows, num_classes), np.float32)
     for name in ('video', 'audio', 'text', *views):
-        expected[name] = _stream_like(name, config.model.inputs, num_rows)
+        expected[name] = _stream_like(name, config.model.inputs, num_rows, frame_size)
     chex.assert_trees_all_equal_shapes_and_dtypes(batch, expected)
 
 
-def _stream_like(name, inputs, num_rows):
+def _stream_like(name, inputs, num_rows, frame_size):
     """Zeros with the shapes and types of the stream of this name."""
     stream = {'valid': np.zeros(num_rows, bool), 'start': np.zeros(num_rows, np.float32)}
     modality = name.partition('.')[0]
     if modality == 'video':
-        shape = (num_rows, inputs.video.frames, inputs.video.size, inputs.video.size, 3)
+        shape = (num_rows, inputs.video.frames, frame_size, frame_size, 3)
         stream['data'] = np.zeros(shape, np.uint8)
         stream['box'] = np.zeros((num_rows, 4), np.float32)
         stream['flip'] = np.zeros(num_rows, bool)
