@@ -229,7 +229,7 @@ def test_shares_are_exact_in_every_batch(batches, seed, start):
     sources = [Source(37, share=0.5), Source(11, share=0.125), Source(50, 3.0), Source(9, 1.0)]
     positions = start + np.arange(16 * batches)
     source, index, epoch = Order(sources, seed, 16, offset=start).rows(positions)
-    counts = np.stack([np.bincount(s, minlength=4) for s in source.reshape(-1, 16)])
+    counts = np.stack([np.bincount(batch, minlength=4) for batch in source.reshape(-1, 16)])
     assert (counts[:, 0] == 8).all()
     assert (counts[:, 1] == 2).all()
     assert (counts[:, 2:].sum(1) == 6).all()
