@@ -1,4 +1,8 @@
-"""Miniature copies of what the owners of named datasets distribute. Each function fills a folder; media are links to files encoded once."""
+"""Miniature copies of what the owners of named datasets distribute.
+
+Each function of LAYOUTS gets the example files by suffix (`encode_examples`) and gives a layout for
+`write_layout`, in which media are links to these files, encoded once.
+"""
 
 import fractions
 import json
@@ -19,262 +23,356 @@ def encode(
     audio,
     video_codec,
     audio_codec,
-    pixels='yuv420p',
     tag=None,
     rate=RATE,
     source_rate=RATE,
 ):
-    """uint8 [T H W 3] and int16 [S] (either may be None) -> a file of the container that the suffix says."""
+    """Writes a file of the container that the suffix says.
+
+    Args:
+      path: of the file.
+      frames: uint8 [T H W 3] or None.
+      audio: int16 [S] or None.
+      video_codec: name of the encoder.
+      audio_codec: name of the encoder.
+      tag: of the video codec in the container.
+      rate: of the sound in the file.
+      source_rate: of `audio`.
+    """
     with av.open(str(path), 'w') as container:
-        tracks = []
+        # All streams are added before the first packet is written.
+        content = []
         if frames is not None:
             video = container.add_stream(
                 video_codec,
                 rate=fractions.Fraction(FPS),
                 options={'threads': '1', 'qmin': '2', 'crf': '10'},
             )
-            video.height, video.width, video.pix_fmt, video.bit_rate = (
-                *frames.shape[1:3],
-                pixels,
-                2_000_000,
-            )
+            video.height, video.width = frames.shape[1:3]
+            video.pix_fmt = 'yuv420p'
+            video.bit_rate = 2_000_000
             if tag:
                 video.codec_context.codec_tag = tag
-            tracks.append((video, [av.VideoFrame.from_ndarray(f, format='rgb24') for f in frames]))
+            pictures = [av.VideoFrame.from_ndarray(frame, format='rgb24') for frame in frames]
+            content.append((video, pictures))
         if audio is not None:
             sound = container.add_stream(audio_codec, rate=rate, layout='mono')
-            sounds = av.AudioResampler(
+            resampler = av.AudioResampler(
                 format=sound.codec_context.codec.audio_formats[0].name,
                 layout='mono',
                 rate=rate,
                 frame_size=0,
             )
-            whole = av.AudioFrame.from_ndarray(audio[None], format='s16', layout='mono')
-            whole.sample_rate, whole.pts = source_rate, 0
-            tracks.append((sound, [*sounds.resample(whole), *sounds.resample(None)]))
-        for stream, pieces in tracks:
+            samples = av.AudioFrame.from_ndarray(audio[None], format='s16', layout='mono')
+            samples.sample_rate = source_rate
+            samples.pts = 0
+            content.append((sound, [*resampler.resample(samples), *resampler.resample(None)]))
+        for stream, pieces in content:
             for piece in pieces:
                 container.mux(stream.encode(piece))
             container.mux(stream.encode())
 
 
-def encodings(root):
-    """{suffix: file}, each a clock: avi 1 s of XviD and MP3, mp4 1 s of H.264 and AAC, webm 5 s of VP8 and Opus, wav and ogg 1 s, JPEG."""
+def encode_examples(root):
+    """Writes one example file of each kind below a new folder.
+
+    Returns:
+      {suffix: file}. avi is 1 s of XviD and MP3, mp4 1 s of H.264 and AAC, webm 5 s of VP8 and
+      Opus; wav and ogg are 1 s of sound; JPEG is a gray picture.
+    """
     root.mkdir()
-    out = {s: root / f'file.{s}' for s in ('avi', 'mp4', 'webm', 'wav', 'ogg', 'JPEG')}
+    suffixes = ('avi', 'mp4', 'webm', 'wav', 'ogg', 'JPEG')
+    files = {suffix: root / f'file.{suffix}' for suffix in suffixes}
     frames, audio = clock(1.0, 32, 48)
+    _, audio_16k = clock(1.0, rate=16000)
     encode(
-        out['avi'],
+        files['avi'],
         frames,
-        clock(1.0, rate=16000)[1],
+        audio_16k,
         'mpeg4',
         'libmp3lame',
         tag='XVID',
         rate=16000,
         source_rate=16000,
     )
-    media.write_mp4(out['mp4'], frames, FPS, audio, RATE)
+    media.write_mp4(files['mp4'], frames, FPS, audio, RATE)
+    encode(files['ogg'], None, audio, None, 'libopus', rate=48000)
+    write_wav(files['wav'], audio)
+
+    # A clock stops at 3.5 s: its pictures go back for the rest, and its sound begins again.
     frames, audio = clock(3.5, 32, 48)
-    frames, audio = (
-        np.concatenate([frames, frames[::-1][:15]]),
-        np.concatenate([audio, audio[:12000]]),
-    )
-    encode(out['webm'], frames, audio, 'libvpx', 'libopus', rate=48000)
-    encode(out['ogg'], None, audio[:RATE], None, 'libopus', rate=48000)
-    write_wav(out['wav'], audio[:RATE])
-    Image.fromarray(np.full((40, 60, 3), 99, np.uint8)).save(out['JPEG'])
-    return out
+    frames = np.concatenate([frames, frames[::-1][:15]])
+    audio = np.concatenate([audio, audio[:12000]])
+    encode(files['webm'], frames, audio, 'libvpx', 'libopus', rate=48000)
+    Image.fromarray(np.full((40, 60, 3), 99, np.uint8)).save(files['JPEG'])
+    return files
 
 
-def write(root, files):
-    """files: {path below root: text, JSON-able object, or the file to link}."""
-    for path, content in files.items():
-        path = pathlib.Path(root, path)
+def write_layout(root, layout):
+    """Writes {path below root: text, JSON-able object, or the file to link}."""
+    for name, content in layout.items():
+        path = pathlib.Path(root, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, pathlib.Path):
             os.link(content, path)
+        elif isinstance(content, str):
+            path.write_text(content, encoding='utf-8')
         else:
-            path.write_text(
-                content if isinstance(content, str) else json.dumps(content), encoding='utf-8'
-            )
+            path.write_text(json.dumps(content), encoding='utf-8')
 
 
-def ucf101(f):
-    names = [f'{c}/v_{c}_g0{g}_c01.avi' for c in ('Archery', 'YoYo') for g in (1, 2, 3)]
-    lists = {}
-    for k in range(3):  # group k + 1 is tested on
-        lists[f'ucfTrainTestlist/trainlist0{k + 1}.txt'] = ''.join(
-            f'{n} {1 + (n[0] == "Y")}\n' for n in names if f'_g0{k + 1}_' not in n
-        )
-        lists[f'ucfTrainTestlist/testlist0{k + 1}.txt'] = '\r\n'.join(
-            n for n in names if f'_g0{k + 1}_' in n
-        )
-    return {
-        'ucfTrainTestlist/classInd.txt': '1 Archery\n2 YoYo\n',
-        **lists,
-        **{f'UCF-101/{n}': f['avi'] for n in names},
-    }
+def lines(*rows):
+    """Text of these lines, each with its end."""
+    return ''.join(f'{row}\n' for row in rows)
 
 
-def hmdb51(f):
-    names = {
+def ucf101(files):
+    """Two classes of three groups; the list of fold k tests on group k."""
+    clips = []
+    for name in ('Archery', 'YoYo'):
+        clips += [f'{name}/v_{name}_g0{group}_c01.avi' for group in (1, 2, 3)]
+    class_numbers = {'Archery': 1, 'YoYo': 2}
+    layout = {'ucfTrainTestlist/classInd.txt': lines('1 Archery', '2 YoYo')}
+    for fold in (1, 2, 3):
+        train, test = [], []
+        for clip in clips:
+            if f'_g0{fold}_' in clip:
+                test.append(clip)
+            else:
+                train.append(f'{clip} {class_numbers[clip.split("/")[0]]}')
+        layout[f'ucfTrainTestlist/trainlist0{fold}.txt'] = lines(*train)
+        layout[f'ucfTrainTestlist/testlist0{fold}.txt'] = '\r\n'.join(test)
+    for clip in clips:
+        layout[f'UCF-101/{clip}'] = files['avi']
+    return layout
+
+
+def hmdb51(files):
+    """Two classes of two clips; some names have blanks and other odd characters."""
+    clips = {
         'brush_hair': ['April_09_brush_hair_u_nm_np1_ba_goo_0.avi', 'a #1 (x)&y;_brush_hair_1.avi'],
         'wave': ['w_wave_0.avi', 'w_wave_1.avi'],
     }
-    marks = {1: '12', 2: '21', 3: '10'}  # of the two clips of a class
-    out = {f'{c}/{n}': f['avi'] for c, some in names.items() for n in some}
-    for c, some in names.items():
-        for k, (a, b) in marks.items():
-            out[f'testTrainMulti_7030_splits/{c}_test_split{k}.txt'] = (
-                f'{some[0]} {a} \n{some[1]} {b} \n'
-            )
-    return out
+    # Fold -> mark of each of the two clips: 1 train, 2 test, 0 neither.
+    marks = {1: (1, 2), 2: (2, 1), 3: (1, 0)}
+    layout = {}
+    for name, (first, second) in clips.items():
+        layout[f'{name}/{first}'] = files['avi']
+        layout[f'{name}/{second}'] = files['avi']
+        for fold, (first_mark, second_mark) in marks.items():
+            rows = lines(f'{first} {first_mark} ', f'{second} {second_mark} ')
+            layout[f'testTrainMulti_7030_splits/{name}_test_split{fold}.txt'] = rows
+    return layout
 
 
-def esc50(f):
+def esc50(files):
+    """A clip of each of two classes in every fold."""
     rows = ['filename,fold,target,category,esc10,src_file,take']
-    names = [
-        (f'{fold}-{100 + target}-A-{target}.wav', fold, target, category)
-        for fold in range(1, 6)
-        for target, category in ((0, 'dog'), (1, 'rooster'))
-    ]
-    rows += [f'{n},{fold},{t},{c},{t == 0},{100 + t},A' for n, fold, t, c in names]
-    return {'meta/esc50.csv': '\n'.join(rows) + '\n', **{f'audio/{n}': f['wav'] for n, *_ in names}}
+    layout = {}
+    for fold in range(1, 6):
+        for target, category in ((0, 'dog'), (1, 'rooster')):
+            number = 100 + target
+            name = f'{fold}-{number}-A-{target}.wav'
+            rows.append(f'{name},{fold},{target},{category},{target == 0},{number},A')
+            layout[f'audio/{name}'] = files['wav']
+    layout['meta/esc50.csv'] = lines(*rows)
+    return layout
 
 
-def audioset(f):
-    head = '# Segments csv created Sun Mar  5 10:54:31 2017\n# num_ytids=2, num_segs=2\n# YTID, start_seconds, end_seconds, positive_labels\n'
+def audioset(files):
+    """One clip of each form that downloads have, and one that is gone."""
+    header = (
+        '# Segments csv created Sun Mar  5 10:54:31 2017',
+        '# num_ytids=2, num_segs=2',
+        '# YTID, start_seconds, end_seconds, positive_labels',
+    )
     return {
-        'balanced_train_segments.csv': head
-        + '--whole_one, 1.000, 3.000, "/m/speech,/m/dog"\n-gone, 0.000, 10.000, "/m/dog"\n',
-        'eval_segments.csv': head
-        + 'sound_wav, 30.000, 40.000, "/m/dog"\nsound_ogg, 0.000, 10.000, "/m/speech"\n',
-        'class_labels_indices.csv': 'index,mid,display_name\n0,/m/speech,"Speech"\n1,/m/dog,"Dog, bark"\n',
+        'balanced_train_segments.csv': lines(
+            *header,
+            '--whole_one, 1.000, 3.000, "/m/speech,/m/dog"',
+            '-gone, 0.000, 10.000, "/m/dog"',
+        ),
+        'eval_segments.csv': lines(
+            *header,
+            'sound_wav, 30.000, 40.000, "/m/dog"',
+            'sound_ogg, 0.000, 10.000, "/m/speech"',
+        ),
+        'class_labels_indices.csv': lines(
+            'index,mid,display_name',
+            '0,/m/speech,"Speech"',
+            '1,/m/dog,"Dog, bark"',
+        ),
         'ontology.json': [
             {'id': '/m/animal', 'name': 'Animal', 'child_ids': ['/m/dog']},
             {'id': '/m/dog', 'name': 'Dog', 'child_ids': []},
             {'id': '/m/speech', 'name': 'Speech', 'child_ids': []},
         ],
-        'clips/--whole_one.webm': f['webm'],
-        'clips/Ysound_wav_30.000.wav': f['wav'],
-        'clips/sound_ogg_0_10000.ogg': f['ogg'],
+        'clips/--whole_one.webm': files['webm'],
+        'clips/Ysound_wav_30.000.wav': files['wav'],
+        'clips/sound_ogg_0_10000.ogg': files['ogg'],
     }
 
 
-def kinetics400(f):
-    head = 'label,youtube_id,time_start,time_end,split,is_cc\n'
+def kinetics400(files):
+    """Clips cut before and a whole video; the test list has no labels."""
+    header = 'label,youtube_id,time_start,time_end,split,is_cc'
     return {
-        'annotations/train.csv': head
-        + 'riding a bike,-abc_DEFG12,10,11,train,0\nabseiling,wholeVideo1,2,4,train,0\n',
-        'annotations/validate.csv': head + 'abseiling,zzz,0,1,validate,1\n',
-        'annotations/test.csv': 'youtube_id,time_start,time_end,split\nttt,5,6,test\n',
-        'train/riding a bike/-abc_DEFG12_000010_000011.mp4': f['mp4'],
-        'train/wholeVideo1.webm': f['webm'],
-        'val/zzz_000000_000001.mp4': f['mp4'],
-        'test/ttt.mp4': f['mp4'],
+        'annotations/train.csv': lines(
+            header,
+            'riding a bike,-abc_DEFG12,10,11,train,0',
+            'abseiling,wholeVideo1,2,4,train,0',
+        ),
+        'annotations/validate.csv': lines(header, 'abseiling,zzz,0,1,validate,1'),
+        'annotations/test.csv': lines('youtube_id,time_start,time_end,split', 'ttt,5,6,test'),
+        'train/riding a bike/-abc_DEFG12_000010_000011.mp4': files['mp4'],
+        'train/wholeVideo1.webm': files['webm'],
+        'val/zzz_000000_000001.mp4': files['mp4'],
+        'test/ttt.mp4': files['mp4'],
     }
 
 
-def moments_in_time(f):
+def moments_in_time(files):
+    """Two classes, one of them in both splits under the same file name."""
     return {
-        'moments_categories.txt': 'clapping,0\nadult+female+singing,1\n',
-        'trainingSet.csv': 'clapping/a.mp4,clapping,4,0\nadult+female+singing/b.mp4,adult+female+singing,3,1\n',
-        'validationSet.csv': 'clapping/a.mp4,clapping,3,0\n',
-        'training/clapping/a.mp4': f['mp4'],
-        'training/adult+female+singing/b.mp4': f['mp4'],
-        'validation/clapping/a.mp4': f['mp4'],
+        'moments_categories.txt': lines('clapping,0', 'adult+female+singing,1'),
+        'trainingSet.csv': lines(
+            'clapping/a.mp4,clapping,4,0',
+            'adult+female+singing/b.mp4,adult+female+singing,3,1',
+        ),
+        'validationSet.csv': lines('clapping/a.mp4,clapping,3,0'),
+        'training/clapping/a.mp4': files['mp4'],
+        'training/adult+female+singing/b.mp4': files['mp4'],
+        'validation/clapping/a.mp4': files['mp4'],
     }
 
 
-def vggsound(f):
+def vggsound(files):
+    """Three clips, each file named in another way."""
     return {
-        'vggsound.csv': '---g-f_I2yQ,1,"people marching, slowly",test\nb,12,dog barking,train\nc,0,dog barking,train\n',
-        'video/---g-f_I2yQ_000001.mp4': f['mp4'],
-        'video/b_000012_000022.mp4': f['mp4'],
-        'video/c.mp4': f['mp4'],
+        'vggsound.csv': lines(
+            '---g-f_I2yQ,1,"people marching, slowly",test',
+            'b,12,dog barking,train',
+            'c,0,dog barking,train',
+        ),
+        'video/---g-f_I2yQ_000001.mp4': files['mp4'],
+        'video/b_000012_000022.mp4': files['mp4'],
+        'video/c.mp4': files['mp4'],
     }
 
 
-def ave(f):
-    head = 'Category&VideoID&Quality&StartTime&EndTime\n'
-    rows = [
-        'Church bell&RUhOCu3LNXM&good&0&1',
-        'Church bell&b&good&1&3',
-        'Male speech, man speaking&b&good&4&5',
-        'Violin, fiddle&c&good&0&1',
-    ]
+def ave(files):
+    """Three videos, one with two events."""
+    church_bell = 'Church bell&RUhOCu3LNXM&good&0&1'
+    two_events = ['Church bell&b&good&1&3', 'Male speech, man speaking&b&good&4&5']
+    violin = 'Violin, fiddle&c&good&0&1'
+    header = 'Category&VideoID&Quality&StartTime&EndTime'
     return {
-        'AVE_Dataset/Annotations.txt': head + '\n'.join(rows),
-        'AVE_Dataset/trainSet.txt': '\n'.join(rows[1:3]),
-        'AVE_Dataset/valSet.txt': rows[0],
-        'AVE_Dataset/testSet.txt': rows[3] + '\n',
-        'AVE_Dataset/AVE/RUhOCu3LNXM.mp4': f['mp4'],
-        'AVE_Dataset/AVE/b.webm': f['webm'],
-        'AVE_Dataset/AVE/c.mp4': f['mp4'],
+        'AVE_Dataset/Annotations.txt': '\n'.join([header, church_bell, *two_events, violin]),
+        'AVE_Dataset/trainSet.txt': '\n'.join(two_events),
+        'AVE_Dataset/valSet.txt': church_bell,
+        'AVE_Dataset/testSet.txt': lines(violin),
+        'AVE_Dataset/AVE/RUhOCu3LNXM.mp4': files['mp4'],
+        'AVE_Dataset/AVE/b.webm': files['webm'],
+        'AVE_Dataset/AVE/c.mp4': files['mp4'],
     }
 
 
-def youcook2(f):
-    entry = lambda subset, kind, *steps: {
+def youcook2_entry(subset, recipe, *steps):
+    """A video of the annotations; a step is (begin, end, sentence)."""
+    annotations = []
+    for i, (begin, end, sentence) in enumerate(steps):
+        annotations.append({'segment': [begin, end], 'id': i, 'sentence': sentence})
+    return {
         'duration': 5.0,
         'subset': subset,
-        'recipe_type': kind,
+        'recipe_type': recipe,
         'video_url': 'https://www.youtube.com/watch?v=x',
-        'annotations': [
-            {'segment': list(t), 'id': i, 'sentence': s} for i, (t, s) in enumerate(steps)
-        ],
+        'annotations': annotations,
     }
+
+
+def youcook2(files):
+    """One video a split; the test split has segments without sentences."""
     database = {
-        'GLd3aX16zBg': entry('training', '113', ((0, 2), 'add the bacon'), ((3, 5), 'flip it')),
-        'fn9anlEL4FI': entry('validation', '9', ((1, 2), 'whisk the eggs')),
+        'GLd3aX16zBg': youcook2_entry(
+            'training', '113', (0, 2, 'add the bacon'), (3, 5, 'flip it')
+        ),
+        'fn9anlEL4FI': youcook2_entry('validation', '9', (1, 2, 'whisk the eggs')),
     }
-    test = {'tttt': {**entry('testing', '9'), 'annotations': [{'segment': [0, 1], 'id': 0}]}}
+    test_entry = youcook2_entry('testing', '9')
+    test_entry['annotations'] = [{'segment': [0, 1], 'id': 0}]
     return {
         'annotations/youcookii_annotations_trainval.json': {'database': database},
-        'annotations/youcookii_annotations_test_segments_only.json': {'database': test},
-        'annotations/label_foodtype.csv': '113,blt\n9,omelette\n',
-        'raw_videos/training/113/GLd3aX16zBg.webm': f['webm'],
-        'raw_videos/validation/9/fn9anlEL4FI.webm': f['webm'],
-        'raw_videos/testing/9/tttt.mp4': f['mp4'],
+        'annotations/youcookii_annotations_test_segments_only.json': {
+            'database': {'tttt': test_entry}
+        },
+        'annotations/label_foodtype.csv': lines('113,blt', '9,omelette'),
+        'raw_videos/training/113/GLd3aX16zBg.webm': files['webm'],
+        'raw_videos/validation/9/fn9anlEL4FI.webm': files['webm'],
+        'raw_videos/testing/9/tttt.mp4': files['mp4'],
     }
 
 
-def msrvtt(f):
-    video = lambda i, split: {
-        'category': i % 2,
+def msrvtt_video(number, split):
+    """The entry of one video."""
+    return {
+        'category': number % 2,
         'url': 'https://x',
-        'video_id': f'video{i}',
+        'video_id': f'video{number}',
         'start time': 137.7,
         'end time': 149.4,
         'split': split,
-        'id': i,
+        'id': number,
     }
-    said = lambda i: [
-        {'caption': f'sentence {k} about {i}', 'video_id': f'video{i}', 'sen_id': 20 * i + k}
-        for k in range(3)
-    ]
+
+
+def msrvtt_sentences(number):
+    """The entries of three sentences about one video."""
+    sentences = []
+    for k in range(3):
+        sentence = {
+            'caption': f'sentence {k} about {number}',
+            'video_id': f'video{number}',
+            'sen_id': 20 * number + k,
+        }
+        sentences.append(sentence)
+    return sentences
+
+
+def msrvtt(files):
+    """Four videos; one of the two test videos is in the list of 1k-A."""
     return {
         'train_val_videodatainfo.json': {
             'info': {},
-            'videos': [video(0, 'train'), video(1, 'validate')],
-            'sentences': said(0) + said(1),
+            'videos': [msrvtt_video(0, 'train'), msrvtt_video(1, 'validate')],
+            'sentences': msrvtt_sentences(0) + msrvtt_sentences(1),
         },
         'test_videodatainfo.json': {
             'info': {},
-            'videos': [video(2, 'test'), video(3, 'test')],
-            'sentences': said(2) + said(3),
+            'videos': [msrvtt_video(2, 'test'), msrvtt_video(3, 'test')],
+            'sentences': msrvtt_sentences(2) + msrvtt_sentences(3),
         },
-        'MSRVTT_JSFUSION_test.csv': 'key,vid_key,video_id,sentence\nret0,msr3,video3,"a woman, cooking"\n',
-        'category.txt': 'music\t0\npeople\t1\n',
-        **{f'TrainValVideo/video{i}.mp4': f['mp4'] for i in (0, 1)},
-        **{f'TestVideo/video{i}.mp4': f['mp4'] for i in (2, 3)},
+        'MSRVTT_JSFUSION_test.csv': lines(
+            'key,vid_key,video_id,sentence',
+            'ret0,msr3,video3,"a woman, cooking"',
+        ),
+        'category.txt': lines('music\t0', 'people\t1'),
+        'TrainValVideo/video0.mp4': files['mp4'],
+        'TrainValVideo/video1.mp4': files['mp4'],
+        'TestVideo/video2.mp4': files['mp4'],
+        'TestVideo/video3.mp4': files['mp4'],
     }
 
 
-def howto100m(f):
+def howto100m(files):
+    """Narrated, unnarrated, gone and unlisted videos; the captions have faults of the real ones."""
     return {
-        'HowTo100M_v1.csv': 'video_id,category_1,category_2,rank,task_id\nnAmFnsR7g6A,Food and Entertaining,Recipes,1,1\n'
-        'gone,Hobbies,Crafts,2,9\nsecond,Hobbies,Crafts,3,9\n',
+        'HowTo100M_v1.csv': lines(
+            'video_id,category_1,category_2,rank,task_id',
+            'nAmFnsR7g6A,Food and Entertaining,Recipes,1,1',
+            'gone,Hobbies,Crafts,2,9',
+            'second,Hobbies,Crafts,3,9',
+        ),
         'caption.json': {
             'nAmFnsR7g6A': {
                 'start': [0.5, 2.0, 3.0],
@@ -283,20 +381,23 @@ def howto100m(f):
             },
             'gone': {'start': [], 'end': [], 'text': []},
         },
-        'videos/nAmFnsR7g6A.webm': f['webm'],
-        'videos/second.mp4': f['mp4'],
-        'videos/unlisted.mp4': f['mp4'],
+        'videos/nAmFnsR7g6A.webm': files['webm'],
+        'videos/second.mp4': files['mp4'],
+        'videos/unlisted.mp4': files['mp4'],
     }
 
 
-def imagenet(f):
+def imagenet(files):
+    """Training pictures in class folders, a validation picture in a list."""
     return {
-        'train/n01440764/n01440764_1.JPEG': f['JPEG'],
-        'train/n01443537/n01443537_1.JPEG': f['JPEG'],
-        'val/ILSVRC2012_val_00000001.JPEG': f['JPEG'],
-        'LOC_val_solution.csv': 'ImageId,PredictionString\n'
-        'ILSVRC2012_val_00000001,n01443537 9 9 199 199 \n',
-        'LOC_synset_mapping.txt': 'n01440764 tench, Tinca tinca\nn01443537 goldfish\n',
+        'train/n01440764/n01440764_1.JPEG': files['JPEG'],
+        'train/n01443537/n01443537_1.JPEG': files['JPEG'],
+        'val/ILSVRC2012_val_00000001.JPEG': files['JPEG'],
+        'LOC_val_solution.csv': lines(
+            'ImageId,PredictionString',
+            'ILSVRC2012_val_00000001,n01443537 9 9 199 199 ',
+        ),
+        'LOC_synset_mapping.txt': lines('n01440764 tench, Tinca tinca', 'n01443537 goldfish'),
     }
 
 

@@ -1,5 +1,6 @@
 """Named datasets on miniature copies of their official layouts, with real encodings."""
 
+import io
 import json
 import pathlib
 
@@ -7,24 +8,32 @@ import chex
 import layouts
 import numpy as np
 import pytest
-from clocks import FPS, RATE, audio_time, video_time
+from clocks import FPS, RATE, audio_time, clock, piece_middles, video_time, write_wav
+from PIL import Image
 
 import data_pipelines
+from configs.default import get_config
 from data_pipelines import media, prepare
 from data_pipelines.datasets import named
 from data_pipelines.errors import DataError
 from data_pipelines.storage.records import Prepared, Split
 
-SMALL = dict(fps=FPS, size=32, rate=RATE, quiet=True, processes=1)
+SMALL = {'fps': FPS, 'size': 32, 'rate': RATE, 'quiet': True, 'processes': 1}
+# Names of the labels that are not called class.
 LABEL = {
     'youcook2': 'recipe',
     'msrvtt': 'category',
     'msrvtt_full': 'category',
     'howto100m': 'category',
 }
+KINETICS = (
+    {'train': 2, 'validation': 1, 'test': 1},
+    ['abseiling', 'riding a bike'],
+    [[-1]],
+)
 # Name -> (records of each split, or of each fold's; class names; classes of the segments of each
 # record in the last split, sorted by id).
-WANT = {
+EXPECTED = {
     'ucf101': ([{'train': 4, 'test': 2}] * 3, ['Archery', 'YoYo'], [[0], [1]]),
     'hmdb51': (
         [{'train': 2, 'test': 2}, {'train': 2, 'test': 2}, {'train': 2}],
@@ -33,14 +42,9 @@ WANT = {
     ),
     'esc50': ([{'train': 8, 'test': 2}] * 5, ['dog', 'rooster'], [[0], [1]]),
     'audioset': ({'train': 1, 'test': 2}, ['Speech', 'Dog, bark'], [[[0, 1]], [[1, 0]]]),
-    **{
-        f'kinetics{k}': (
-            {'train': 2, 'validation': 1, 'test': 1},
-            ['abseiling', 'riding a bike'],
-            [[-1]],
-        )
-        for k in (400, 600, 700)
-    },
+    'kinetics400': KINETICS,
+    'kinetics600': KINETICS,
+    'kinetics700': KINETICS,
     'moments_in_time': ({'train': 2, 'validation': 1}, ['clapping', 'adult+female+singing'], [[0]]),
     'vggsound': ({'train': 2, 'test': 1}, ['dog barking', 'people marching, slowly'], [[1]]),
     'ave': (
@@ -61,248 +65,304 @@ WANT = {
 
 
 @pytest.fixture(scope='module')
-def files(tmp_path_factory):
-    return layouts.encodings(tmp_path_factory.mktemp('encoded') / 'files')
+def example_files(tmp_path_factory):
+    """{suffix: file}."""
+    return layouts.encode_examples(tmp_path_factory.mktemp('encoded') / 'files')
 
 
 @pytest.fixture(scope='module')
-def place(files, tmp_path_factory):
+def layout_folder(example_files, tmp_path_factory):
     """name -> folder with its layout, written once."""
-    made = {}
+    folders = {}
 
-    def of(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            layouts.write(made[name], layouts.LAYOUTS[name](files))
-        return made[name]
+    def folder_of(name):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
+            layouts.write_layout(folders[name], layouts.LAYOUTS[name](example_files))
+        return folders[name]
 
-    return of
+    return folder_of
 
 
 @pytest.fixture(scope='module')
-def made(place, tmp_path_factory):
+def prepared_named(layout_folder, tmp_path_factory):
     """name -> (prepared folder, result), prepared once."""
-    done = {}
+    prepared = {}
 
-    def of(name):
-        if name not in done:
+    def prepared_of(name):
+        if name not in prepared:
             out = tmp_path_factory.mktemp('out') / name
-            shares = {'validation': 0.0, 'test': 0.0} if name == 'howto100m' else {}
-            done[name] = (
-                out,
-                prepare.prepare(
-                    dataset=name, manual_dir=str(place(name)), out=str(out), **SMALL, **shares
-                ),
-            )
-        return done[name]
+            fields = {'dataset': name, 'manual_dir': str(layout_folder(name)), **SMALL}
+            if name == 'howto100m':
+                fields.update(validation=0.0, test=0.0)
+            prepared[name] = (out, prepare.prepare(out=str(out), **fields))
+        return prepared[name]
 
-    return of
+    return prepared_of
+
+
+def run_config(path, **source):
+    """Run config that trains on one source: clips of four frames."""
+    config = get_config()
+    config.data.train = {'named': {'path': str(path), **source}}
+    config.model.inputs.video.update(frames=4, size=32, fps=float(FPS))
+    config.model.inputs.audio.update(samples=3200, rate=RATE)
+    return config
 
 
 def test_every_dataset_has_a_layout_here():
-    assert set(WANT) == set(layouts.LAYOUTS) == set(named.DATASETS)
+    assert set(EXPECTED) == set(layouts.LAYOUTS) == set(named.DATASETS)
 
 
-@pytest.mark.parametrize('name', WANT)
-def test_prepared_from_the_official_layout(made, name):
-    out, result = made(name)
-    splits, classes, last = WANT[name]
+@pytest.mark.parametrize('name', EXPECTED)
+def test_prepared_from_the_official_layout(prepared_named, name):
+    out, result = prepared_named(name)
+    splits, classes, classes_of_last = EXPECTED[name]
     label = LABEL.get(name, 'class')
     assert result['labels'] == {label: classes}
     if isinstance(splits, list):
-        assert result['folds'] == splits and [
-            dict.fromkeys(Prepared(out, k + 1).splits) for k in range(len(splits))
-        ] == [dict.fromkeys([*s, 'clips']) for s in splits]
-        part = Split(Prepared(out), 'test')
+        assert result['folds'] == splits
+        for fold, split_sizes in enumerate(splits, start=1):
+            assert set(Prepared(out, fold).splits) == {*split_sizes, 'clips'}
+        last = Split(Prepared(out), 'test')
     else:
-        assert {k: v['records'] for k, v in result['splits'].items()} == splits
-        part = Split(Prepared(out), list(splits)[-1])
-    t = part.index
-    order = np.argsort(list(t.id))
-    got = [t.labels[label][t.segment_offset[i] : t.segment_offset[i + 1]].tolist() for i in order]
-    assert got == last
-    raw, reasons = part.read(np.arange(len(part)))
-    assert not any(reasons) and all(raw)
+        num_records = {split: counts['records'] for split, counts in result['splits'].items()}
+        assert num_records == splits
+        last = Split(Prepared(out), list(splits)[-1])
+
+    index = last.index
+    found = []
+    for i in np.argsort(list(index.id)):
+        begin, end = index.segment_offset[i : i + 2]
+        found.append(index.labels[label][begin:end].tolist())
+    assert found == classes_of_last
+    raw_records, reasons = last.read(np.arange(len(last)))
+    assert not any(reasons)
+    assert all(raw_records)
 
 
-def test_folds_are_the_official_lists(made, place):
-    for name in ('ucf101', 'hmdb51'):
-        for fold in (1, 2, 3):
-            for split in ('train', 'test'):
-                if name == 'ucf101':
-                    text = (place(name) / f'ucfTrainTestlist/{split}list0{fold}.txt').read_text()
-                    want = {'UCF-101/' + line.split()[0] for line in text.splitlines()}
-                else:
-                    mark = {'train': '1', 'test': '2'}[split]
-                    want = {
-                        f'{p.name.split("_test")[0]}/{line.strip().rpartition(" ")[0]}'
-                        for p in place(name).glob(f'*/*_test_split{fold}.txt')
-                        for line in p.read_text().splitlines()
-                        if line.strip()[-1] == mark
-                    }
-                prepared = Prepared(made(name)[0], fold)
-                got = set(Split(prepared, split).index.id) if split in prepared.splits else set()
-                assert got == want, (name, fold, split)
+def official_ucf101_ids(folder, fold, split):
+    """Ids of the clips that the official list of a fold names."""
+    text = (folder / f'ucfTrainTestlist/{split}list0{fold}.txt').read_text()
+    return {'UCF-101/' + line.split()[0] for line in text.splitlines()}
+
+
+def official_hmdb51_ids(folder, fold, split):
+    """Ids of the clips with the mark of a split in the official lists of a fold."""
+    expected_mark = {'train': '1', 'test': '2'}[split]
+    ids = set()
+    for path in folder.glob(f'*/*_test_split{fold}.txt'):
+        class_name = path.name.split('_test')[0]
+        for line in path.read_text().splitlines():
+            clip, _, mark = line.strip().rpartition(' ')
+            if mark == expected_mark:
+                ids.add(f'{class_name}/{clip}')
+    return ids
+
+
+@pytest.mark.parametrize('fold', [1, 2, 3])
+@pytest.mark.parametrize(
+    'name, official_ids',
+    [('ucf101', official_ucf101_ids), ('hmdb51', official_hmdb51_ids)],
+)
+def test_folds_are_the_official_lists(prepared_named, layout_folder, name, official_ids, fold):
+    out, _ = prepared_named(name)
+    prepared = Prepared(out, fold)
+    for split in ('train', 'test'):
+        ids = set()
+        if split in prepared.splits:
+            ids = set(Split(prepared, split).index.id)
+        assert ids == official_ids(layout_folder(name), fold, split), split
+
+
+def test_a_fold_that_is_not_there_is_named(prepared_named):
     with pytest.raises(DataError, match='has no fold 4; it has the folds 1 to 3'):
-        Prepared(made('ucf101')[0], 4)
+        Prepared(prepared_named('ucf101')[0], 4)
     with pytest.raises(DataError, match='has no fold 1; it has none'):
-        Prepared(made('vggsound')[0], 1)
+        Prepared(prepared_named('vggsound')[0], 1)
 
 
-def test_folds_in_a_run(made):
-    """Training and evaluation read the records of the fold that the config names."""
-    from configs.default import get_config
+def group_of(clip_id):
+    """The group in the name of a clip of UCF101, such as g02."""
+    return clip_id[-11:-8]
 
-    c = get_config()
-    path = str(made('ucf101')[0])
-    c.data.train = {'ucf': {'path': path, 'fold': 2}}
-    c.data.eval = {'path': path, 'fold': 2}
-    c.model.inputs.video.update(frames=4, size=32, fps=float(FPS))
-    c.model.inputs.audio.update(samples=3200, rate=RATE)
-    data = data_pipelines.open(c)
-    assert data.size('train') == 4 and data.size('test') == 2
-    assert {t['id'][-11:-8] for t in data.texts('test')} == {'g02'} and {
-        t['id'][-11:-8] for t in data.texts('train')
-    } == {'g01', 'g03'}
-    batch = next(it := data.train(0, 4))
-    it.close()
-    chex.assert_shape(batch['video']['data'], (4, 4, 32, 48, 3))
-    assert batch['valid'].all() and set(batch['labels']['class']) == {0, 1}
-    # all clips at once, and where each is in every fold
-    every = next(data.one_pass('clips', 8))
-    group = {'g01': [], 'g02': [], 'g03': []}
-    for text, *where in zip(data.texts('clips'), *(every['labels'][f'fold{k}'] for k in (1, 2, 3))):
-        group[text['id'][-11:-8]].append([data.info['labels']['fold1'][w] for w in where])
-    assert all(w == ['train', 'test', 'train'] for w in group['g02']) and len(group['g02']) == 2, (
-        group
-    )
-    assert [t['id'].split('/')[1] for t in data.texts('train', 'records')] == [
-        ['Archery', 'YoYo'][k]
-        for k in next(data.one_pass('train', 4, by='records'))['labels']['class']
-    ]
+
+@pytest.fixture
+def ucf101_fold_2(prepared_named):
+    """(config, data opened by it): training and evaluation by the second fold."""
+    path, _ = prepared_named('ucf101')
+    config = run_config(path, fold=2)
+    config.data.eval = {'path': str(path), 'fold': 2}
+    data = data_pipelines.open(config)
+    yield config, data
     data.close()
 
 
-def contents(out, split):
-    """id -> (frames [T H W 3], audio [S]) of a prepared split."""
-    import io
+def test_a_run_reads_the_records_of_its_fold(ucf101_fold_2):
+    config, data = ucf101_fold_2
+    assert data.size('train') == 4
+    assert data.size('test') == 2
+    assert {group_of(text['id']) for text in data.texts('test')} == {'g02'}
+    assert {group_of(text['id']) for text in data.texts('train')} == {'g01', 'g03'}
+    iterator = data.train(0, 4)
+    batch = next(iterator)
+    iterator.close()
+    chex.assert_shape(batch['video']['data'], (4, 4, 32, 48, 3))
+    assert batch['valid'].all()
+    assert set(batch['labels']['class']) == {0, 1}
 
-    from PIL import Image
+    classes = next(data.one_pass('train', 4, by='records'))['labels']['class']
+    names = [text['id'].split('/')[1] for text in data.texts('train', 'records')]
+    assert names == [['Archery', 'YoYo'][i] for i in classes]
+
+
+def test_labels_say_where_each_clip_is_in_every_fold(ucf101_fold_2):
+    _, data = ucf101_fold_2
+    labels = next(data.one_pass('clips', 8))['labels']
+    split_names = data.info['labels']['fold1']
+    splits_of_group = {}
+    for i, text in enumerate(data.texts('clips')):
+        splits = [split_names[labels[f'fold{fold}'][i]] for fold in (1, 2, 3)]
+        splits_of_group.setdefault(group_of(text['id']), []).append(splits)
+    assert set(splits_of_group) == {'g01', 'g02', 'g03'}
+    assert splits_of_group['g02'] == [['train', 'test', 'train']] * 2
+
+
+def contents(out, split):
+    """id -> (frames [T H W 3] or None, audio [S]) of a prepared split."""
     from tensorflow_datasets.proto import tf_example_pb2
 
-    part = Split(Prepared(out), split)
+    records = Split(Prepared(out), split)
+    raw_records, _ = records.read(np.arange(len(records)))
     found = {}
-    for raw in part.read(np.arange(len(part)))[0]:
-        f = tf_example_pb2.Example.FromString(raw).features.feature
-        frames = [np.asarray(Image.open(io.BytesIO(b))) for b in f['frames'].bytes_list.value]
-        found[f['id'].bytes_list.value[0].decode()] = (
-            np.stack(frames) if frames else None,
-            np.frombuffer(f['audio'].bytes_list.value[0], '<i2'),
-        )
+    for raw in raw_records:
+        feature = tf_example_pb2.Example.FromString(raw).features.feature
+        encoded = feature['frames'].bytes_list.value
+        frames = None
+        if encoded:
+            frames = np.stack([np.asarray(Image.open(io.BytesIO(frame))) for frame in encoded])
+        audio = np.frombuffer(feature['audio'].bytes_list.value[0], '<i2')
+        found[feature['id'].bytes_list.value[0].decode()] = (frames, audio)
     return found
 
 
-def test_a_clip_is_cut_out_of_the_whole_video(made):
-    frames, audio = contents(made('audioset')[0], 'train')['clips/--whole_one.webm@1-3']
+def test_a_clip_is_cut_out_of_the_whole_video(prepared_named):
+    out, _ = prepared_named('audioset')
+    frames, audio = contents(out, 'train')['clips/--whole_one.webm@1-3']
     np.testing.assert_allclose(video_time(frames), 1 + np.arange(20) / FPS, atol=0.06)
-    np.testing.assert_allclose(
-        audio_time(audio)[2:-2], 1 + (np.arange(50)[2:-2] + 0.5) * 0.04, atol=0.06
-    )
-    # A file that is as long as the clip was cut before, whatever the list says of its place in the
-    # whole.
-    frames, _ = contents(made('kinetics400')[0], 'test')['test/ttt.mp4@5-6']
+    np.testing.assert_allclose(audio_time(audio)[2:-2], 1 + piece_middles(50)[2:-2], atol=0.06)
+
+
+def test_a_file_as_long_as_the_clip_was_cut_before(prepared_named):
+    """Whatever the list says of its place in the whole."""
+    frames, _ = contents(prepared_named('kinetics400')[0], 'test')['test/ttt.mp4@5-6']
     np.testing.assert_allclose(video_time(frames), np.arange(10) / FPS, atol=0.06)
-    sounds = contents(made('audioset')[0], 'test')
-    for id in ('clips/Ysound_wav_30.000.wav', 'clips/sound_ogg_0_10000.ogg'):
-        assert sounds[id][0] is None
-        np.testing.assert_allclose(
-            audio_time(sounds[id][1])[2:-2], (np.arange(25)[2:-2] + 0.5) * 0.04, atol=0.06
-        )
+    sounds = contents(prepared_named('audioset')[0], 'test')
+    for clip_id in ('clips/Ysound_wav_30.000.wav', 'clips/sound_ogg_0_10000.ogg'):
+        frames, audio = sounds[clip_id]
+        assert frames is None
+        np.testing.assert_allclose(audio_time(audio)[2:-2], piece_middles(25)[2:-2], atol=0.06)
 
 
-@pytest.mark.parametrize('suffix', ['avi', 'mp4', 'webm', 'wav', 'ogg'])
-def test_a_part_is_that_of_the_whole(files, suffix, tmp_path):
+@pytest.mark.parametrize(
+    'suffix, video_codec, audio_codec, rate, source_rate',
+    [
+        ('avi', 'mpeg4', 'libmp3lame', 16000, 16000),
+        ('webm', 'libvpx', 'libopus', 48000, RATE),
+        ('ogg', None, 'libopus', 48000, RATE),
+        ('mp4', None, None, RATE, RATE),
+        ('wav', None, None, RATE, RATE),
+    ],
+)
+def test_a_part_is_that_of_the_whole(tmp_path, suffix, video_codec, audio_codec, rate, source_rate):
     """Cut while reading = read whole and cut, for every container.
 
     What is behind a seek is positioned by its time.
     """
     path = tmp_path / f'long.{suffix}'
-    frames, audio = layouts.clock(3.4, 32, 48, rate=16000 if suffix == 'avi' else RATE)
+    frames, audio = clock(3.4, 32, 48, rate=source_rate)
     frames, audio = np.tile(frames, (2, 1, 1, 1)), np.tile(audio, 2)
     if suffix == 'wav':
-        layouts.write_wav(path, audio)
+        write_wav(path, audio)
     elif suffix == 'mp4':
         media.write_mp4(path, frames, FPS, audio, RATE)
     else:
-        video, sound, rate = {
-            'avi': ('mpeg4', 'libmp3lame', 16000),
-            'webm': ('libvpx', 'libopus', 48000),
-            'ogg': ('', 'libopus', 48000),
-        }[suffix]
         layouts.encode(
             path,
-            frames if video else None,
+            frames if video_codec else None,
             audio,
-            video,
-            sound,
+            video_codec,
+            audio_codec,
             rate=rate,
-            source_rate=16000 if suffix == 'avi' else RATE,
+            source_rate=source_rate,
         )
-    whole, part = media.read(path, FPS, 32, RATE), media.read(path, FPS, 32, RATE, part=(2.2, 4.7))
+    whole = media.read(path, FPS, 32, RATE)
+    part = media.read(path, FPS, 32, RATE, part=(2.2, 4.7))
     if whole.frames is not None:
-        np.testing.assert_allclose(
-            video_time(np.stack(list(part.frames))),
-            video_time(np.stack(list(whole.frames))[22:47]),
-            atol=0.03,
-        )
-    assert len(part.audio) == 2.5 * RATE
+        shown = video_time(np.stack(list(part.frames)))
+        expected = video_time(np.stack(list(whole.frames))[22:47])
+        np.testing.assert_allclose(shown, expected, atol=0.03)
+    chex.assert_shape(part.audio, (2.5 * RATE,))
     heard = audio_time(part.audio)
-    expected = audio_time(whole.audio[round(2.2 * RATE) :][: len(part.audio)])
+    begin = round(2.2 * RATE)
+    expected = audio_time(whole.audio[begin : begin + len(part.audio)])
     # One may differ: the piece in which the second half begins.
     assert (np.abs(heard - expected)[3:] > 0.08).sum() <= 1
 
 
-def test_captions_and_segments(made):
-    def index(name, split):
-        return Split(Prepared(made(name)[0]), split).index
+@pytest.fixture(scope='module')
+def index_of(prepared_named):
+    """(name, split) -> index of the prepared split."""
 
-    t = index('youcook2', 'train')
-    assert list(t.sentence_text) == list(t.segment_caption) == [
-        'add the bacon',
-        'flip it',
-    ] and t.segment_end.tolist() == [2, 5]
-    assert list(index('youcook2', 'validation').segment_caption) == ['whisk the eggs']
-    t = index('msrvtt', 'test')
-    assert list(t.segment_caption) == ['a woman, cooking'] == list(t.sentence_text) and list(
-        t.id
-    ) == ['TestVideo/video3.mp4']
-    assert sorted(index('msrvtt', 'train').sentence_text) == sorted(
-        f'sentence {k} about {i}' for k in range(3) for i in range(3)
-    )
-    # Of three sentences one has no words; one ends before it starts.
-    t = index('howto100m', 'train')
-    assert list(t.sentence_text) == ['put onions', 'stir soup'] and t.sentence_end.tolist() == [
-        1.5,
-        2.0,
-    ]
-    t = index('ave', 'train')
-    assert (
-        t.segment_start.tolist() == [1, 4]
-        and t.segment_end.tolist() == [3, 5]
-        and t.labels['class'].tolist() == [0, 1]
-    )
-    parents = [json.loads(g) for g in index('audioset', 'test').ground_truth]
-    assert {'parents': ['Animal']} in parents and {'parents': []} in parents
+    def open_index(name, split):
+        out, _ = prepared_named(name)
+        return Split(Prepared(out), split).index
+
+    return open_index
 
 
-def test_an_image_is_a_clip_of_one_frame_that_repeats(made):
-    from configs.default import get_config
+def test_steps_of_recipes_are_segments_and_sentences(index_of):
+    train = index_of('youcook2', 'train')
+    assert list(train.sentence_text) == ['add the bacon', 'flip it']
+    assert list(train.segment_caption) == ['add the bacon', 'flip it']
+    assert train.segment_end.tolist() == [2, 5]
+    assert list(index_of('youcook2', 'validation').segment_caption) == ['whisk the eggs']
 
-    c = get_config()
-    c.data.train = {'images': {'path': str(made('imagenet')[0])}}
-    c.model.inputs.video.update(frames=4, size=32, fps=float(FPS))
-    c.model.inputs.audio.update(samples=3200, rate=RATE)
-    data = data_pipelines.open(c)
+
+def test_descriptions_are_captions(index_of):
+    test = index_of('msrvtt', 'test')
+    assert list(test.id) == ['TestVideo/video3.mp4']
+    assert list(test.segment_caption) == ['a woman, cooking']
+    assert list(test.sentence_text) == ['a woman, cooking']
+    expected = []
+    for video in range(3):
+        expected += [f'sentence {k} about {video}' for k in range(3)]
+    assert sorted(index_of('msrvtt', 'train').sentence_text) == sorted(expected)
+
+
+def test_faults_of_narrations_are_mended(index_of):
+    """Of three sentences one has no words; one ends before it starts."""
+    train = index_of('howto100m', 'train')
+    assert list(train.sentence_text) == ['put onions', 'stir soup']
+    assert train.sentence_end.tolist() == [1.5, 2.0]
+
+
+def test_events_are_segments(index_of):
+    train = index_of('ave', 'train')
+    assert train.segment_start.tolist() == [1, 4]
+    assert train.segment_end.tolist() == [3, 5]
+    assert train.labels['class'].tolist() == [0, 1]
+
+
+def test_parents_of_classes_are_in_the_ground_truth(index_of):
+    parents = [json.loads(text) for text in index_of('audioset', 'test').ground_truth]
+    assert {'parents': ['Animal']} in parents
+    assert {'parents': []} in parents
+
+
+def test_an_image_is_a_clip_of_one_frame_that_repeats(prepared_named):
+    path, _ = prepared_named('imagenet')
+    data = data_pipelines.open(run_config(path))
     batch = next(data.one_pass('validation', 1))
     data.close()
     chex.assert_shape(batch['video']['data'], (1, 4, 32, 48, 3))
@@ -310,77 +370,78 @@ def test_an_image_is_a_clip_of_one_frame_that_repeats(made):
     assert (np.abs(batch['video']['data'].astype(int) - 99) < 3).all()
 
 
-def test_missing_clips_are_listed_and_unlisted_files_not_used(made):
-    assert made('audioset')[1]['skipped'] == {'-gone_000000_000010': 'missing: no such file'}
-    out, result = made('howto100m')
-    assert (
-        result['skipped']
-        == {'gone': 'missing: no such file'}
-        == json.loads((out / 'skipped.json').read_text())
-    )
+def test_missing_clips_are_listed_and_unlisted_files_not_used(prepared_named):
+    _, result = prepared_named('audioset')
+    assert result['skipped'] == {'-gone_000000_000010': 'missing: no such file'}
+    out, result = prepared_named('howto100m')
+    assert result['skipped'] == {'gone': 'missing: no such file'}
+    assert json.loads((out / 'skipped.json').read_text()) == result['skipped']
     assert 'videos/unlisted.mp4' not in Split(Prepared(out), 'train').index.id
 
 
-def test_one_file_in_two_splits_is_in_the_later(place, files, tmp_path):
-    layouts.write(tmp_path, layouts.vggsound(files))
-    with open(tmp_path / 'vggsound.csv', 'a') as f:
-        f.write('b,12,dog barking,test\n')
-    got = named.read('vggsound', str(tmp_path))
-    assert (
-        got.splits['video/b_000012_000022.mp4'] == 'test'
-        and 'two splits: train and test' in got.skipped['video/b_000012_000022.mp4 (again)']
+def test_one_file_in_two_splits_is_in_the_later(example_files, tmp_path):
+    layouts.write_layout(tmp_path, layouts.vggsound(example_files))
+    with open(tmp_path / 'vggsound.csv', 'a') as file:
+        file.write('b,12,dog barking,test\n')
+    catalog = named.read('vggsound', str(tmp_path))
+    name = 'video/b_000012_000022.mp4'
+    assert catalog.splits[name] == 'test'
+    assert 'two splits: train and test' in catalog.skipped[f'{name} (again)']
+
+
+# ---- other forms of the annotations: what the pages offer besides the usual files says the same
+
+
+@pytest.fixture
+def read_layout(tmp_path):
+    """(name, layout) -> the catalog that is read from it."""
+
+    def read(name, layout):
+        folder = tmp_path / f'layout_{len(list(tmp_path.iterdir()))}'
+        layouts.write_layout(folder, layout)
+        return named.read(name, str(folder))
+
+    return read
+
+
+def test_howto100m_captions_by_video(example_files, read_layout):
+    usual = read_layout('howto100m', layouts.howto100m(example_files))
+    layout = layouts.howto100m(example_files)
+    captions = layout.pop('caption.json')
+    layout['howto100m_captions/nAmFnsR7g6A.csv'] = layouts.lines(
+        'start,end,text', '0.5,1.5,put onions', '2.0,1.0,stir soup', '3.0,4.0,'
     )
+    layout['howto100m_captions/second.json'] = captions['gone']
+    other = read_layout('howto100m', layout)
+    assert usual.sentences == other.sentences
+    second_sentence = other.sentences['videos/nAmFnsR7g6A.webm'][1]
+    assert second_sentence == {'text': 'stir soup', 'start': 2.0, 'end': 2.0}
 
 
-def test_other_forms_of_the_annotations(files, tmp_path):
-    """What the pages offer besides the usual files says the same."""
-
-    def both(name, change):
-        layout = layouts.LAYOUTS[name](files)
-        layouts.write(tmp_path / name / 'usual', layout)
-        layouts.write(tmp_path / name / 'other', change(dict(layout)))
-        return [named.read(name, str(tmp_path / name / x)) for x in ('usual', 'other')]
-
-    def per_video(layout):
-        captions = layout.pop('caption.json')
-        rows = ('start,end,text', '0.5,1.5,put onions', '2.0,1.0,stir soup', '3.0,4.0,', '')
-        return {
-            **layout,
-            'howto100m_captions/nAmFnsR7g6A.csv': '\n'.join(rows),
-            'howto100m_captions/second.json': captions['gone'],
-        }
-
-    usual, other = both('howto100m', per_video)
-    assert usual.sentences == other.sentences and other.sentences['videos/nAmFnsR7g6A.webm'][1] == {
-        'text': 'stir soup',
-        'start': 2.0,
-        'end': 2.0,
+def test_msrvtt_annotations_in_one_file(example_files, read_layout):
+    usual = read_layout('msrvtt_full', layouts.msrvtt(example_files))
+    layout = layouts.msrvtt(example_files)
+    first = layout.pop('train_val_videodatainfo.json')
+    second = layout.pop('test_videodatainfo.json')
+    layout['MSRVTT_data.json'] = {
+        'videos': first['videos'] + second['videos'],
+        'sentences': first['sentences'] + second['sentences'],
     }
+    other = read_layout('msrvtt_full', layout)
+    assert usual.sentences == other.sentences
+    assert usual.annotations == other.annotations
+    assert usual.splits == other.splits
 
-    def together(layout):
-        first, second = (
-            layout.pop('train_val_videodatainfo.json'),
-            layout.pop('test_videodatainfo.json'),
-        )
-        return {
-            **layout,
-            'MSRVTT_data.json': {k: first[k] + second[k] for k in ('videos', 'sentences')},
-        }
 
-    usual, other = both('msrvtt_full', together)
-    assert (usual.sentences, usual.annotations, usual.splits) == (
-        other.sentences,
-        other.annotations,
-        other.splits,
-    )
-
-    usual, other = both(
-        'audioset',
-        lambda layout: {k: v for k, v in layout.items() if k != 'class_labels_indices.csv'},
-    )
+def test_audioset_classes_from_the_ontology(example_files, read_layout):
+    usual = read_layout('audioset', layouts.audioset(example_files))
+    layout = layouts.audioset(example_files)
+    del layout['class_labels_indices.csv']
+    other = read_layout('audioset', layout)
     assert other.classes == {'class': ['Dog', 'Speech']}
 
     def class_names(catalog):
+        """{file: first letters of its classes}: one is 'Dog, bark' in the usual file."""
         names = {}
         for file_id, annotation in catalog.annotations.items():
             numbers = annotation['segments'][0]['labels']['class']
@@ -389,20 +450,22 @@ def test_other_forms_of_the_annotations(files, tmp_path):
 
     assert class_names(usual) == class_names(other)
 
-    def sorted_into_folders(layout):
-        return {
-            k.replace('val/', 'val/n01443537/'): v
-            for k, v in layout.items()
-            if k != 'LOC_val_solution.csv'
-        }
 
-    usual, other = both('imagenet', sorted_into_folders)
-    assert [m['segments'] for m in usual.annotations.values()] == [
-        m['segments'] for m in other.annotations.values()
-    ]
+def test_imagenet_validation_in_class_folders(example_files, read_layout):
+    usual = read_layout('imagenet', layouts.imagenet(example_files))
+    layout = layouts.imagenet(example_files)
+    del layout['LOC_val_solution.csv']
+    picture = layout.pop('val/ILSVRC2012_val_00000001.JPEG')
+    layout['val/n01443537/ILSVRC2012_val_00000001.JPEG'] = picture
+    other = read_layout('imagenet', layout)
+    segments_of_usual = [annotation['segments'] for annotation in usual.annotations.values()]
+    segments_of_other = [annotation['segments'] for annotation in other.annotations.values()]
+    assert segments_of_usual == segments_of_other
 
 
-# file that is broken -> what it says then (None: it is removed)
+# ---- mistakes
+
+# Dataset, annotation file, its contents (None: it is removed), and what is said then.
 BROKEN = [
     (
         'ucf101',
@@ -512,79 +575,89 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize('name, path, text, say', BROKEN)
-def test_broken_annotations_are_one_sentence(files, tmp_path, capsys, name, path, text, say):
-    layouts.write(tmp_path, layouts.LAYOUTS[name](files))
+@pytest.mark.parametrize('name, path, text, message', BROKEN)
+def test_broken_annotations_are_one_sentence(
+    example_files, tmp_path, capsys, name, path, text, message
+):
+    layouts.write_layout(tmp_path, layouts.LAYOUTS[name](example_files))
     pathlib.Path(tmp_path, path).unlink()
     if text is not None:
-        layouts.write(tmp_path, {path: text})
-    assert (
-        prepare.main(
-            [
-                f'--dataset={name}',
-                f'--manual_dir={tmp_path}',
-                f'--out={tmp_path / "out"}',
-                '--quiet',
-            ]
-        )
-        == 2
-    )
+        layouts.write_layout(tmp_path, {path: text})
+    arguments = [f'--dataset={name}', f'--manual_dir={tmp_path}', f'--out={tmp_path / "out"}']
+    assert prepare.main([*arguments, '--quiet']) == 2
     error = capsys.readouterr().err
     assert error.count('\n') == 1
-    assert say in error, error
+    assert message in error, error
 
 
-def test_other_mistakes_are_one_sentence(place, files, tmp_path):
-    def call(**changes):
-        usual = {'dataset': 'ucf101', 'manual_dir': str(place('ucf101'))}
-        return prepare.prepare(**{'out': str(tmp_path / 'out'), **usual, **SMALL, **changes})
+@pytest.fixture
+def prepare_ucf101(layout_folder, tmp_path):
+    """Prepares UCF101 with changed arguments."""
 
-    with pytest.raises(DataError, match='--dataset=ufc is unknown; datasets are ucf101'):
-        call(dataset='ufc')
-    with pytest.raises(DataError, match='is not a folder; it holds the files of ucf101'):
-        call(manual_dir='nowhere')
-    with pytest.raises(DataError, match='brings its own captions'):
-        call(captions='c.csv')
-    (tmp_path / 'hmdb51_org.rar').write_text('')
+    def prepare_with(**changes):
+        arguments = {
+            'dataset': 'ucf101',
+            'manual_dir': str(layout_folder('ucf101')),
+            'out': str(tmp_path / 'out'),
+            **SMALL,
+        }
+        arguments.update(changes)
+        return prepare.prepare(**arguments)
+
+    return prepare_with
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'dataset': 'ufc'}, '--dataset=ufc is unknown; datasets are ucf101'),
+        ({'manual_dir': 'nowhere'}, 'is not a folder; it holds the files of ucf101'),
+        ({'captions': 'c.csv'}, 'brings its own captions'),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(prepare_ucf101, changes, message):
+    with pytest.raises(DataError, match=message):
+        prepare_ucf101(**changes)
+
+
+def test_wrong_folders_are_one_sentence(prepare_ucf101, example_files, tmp_path):
+    folder = tmp_path / 'in'
+    layouts.write_layout(folder, {'hmdb51_org.rar': ''})
     with pytest.raises(DataError, match='no media file .* unpack hmdb51_org.rar first'):
-        call(manual_dir=str(tmp_path))
-    layouts.write(
-        tmp_path,
-        {
-            'other/x.avi': files['avi'],
-            **{k: v for k, v in layouts.ucf101(files).items() if isinstance(v, str)},
-        },
-    )
+        prepare_ucf101(manual_dir=str(folder))
+    layouts.write_layout(folder, {'other/x.avi': example_files['avi']})
+    for name, content in layouts.ucf101(example_files).items():
+        if isinstance(content, str):  # the lists without their clips
+            layouts.write_layout(folder, {name: content})
     with pytest.raises(DataError, match='none of the 6 clips of its annotation files is below'):
-        call(manual_dir=str(tmp_path))
+        prepare_ucf101(manual_dir=str(folder))
 
 
-def test_second_run_does_nothing_and_a_changed_list_is_noticed(
-    place, files, made, tmp_path, monkeypatch
-):
-    layouts.write(tmp_path / 'in', layouts.vggsound(files))
-
-    def call():
-        return prepare.prepare(
-            dataset='vggsound', manual_dir=str(tmp_path / 'in'), out=str(tmp_path / 'out'), **SMALL
-        )
-
-    assert call()['fresh'] and not call()['fresh']
-    with open(tmp_path / 'in/vggsound.csv', 'a') as f:
-        f.write('d,0,dog barking,train\n')
+def test_second_run_does_nothing_and_a_changed_list_is_noticed(example_files, tmp_path):
+    layouts.write_layout(tmp_path / 'in', layouts.vggsound(example_files))
+    arguments = {
+        'dataset': 'vggsound',
+        'manual_dir': str(tmp_path / 'in'),
+        'out': str(tmp_path / 'out'),
+        **SMALL,
+    }
+    assert prepare.prepare(**arguments)['fresh']
+    assert not prepare.prepare(**arguments)['fresh']
+    with open(tmp_path / 'in/vggsound.csv', 'a') as file:
+        file.write('d,0,dog barking,train\n')
     with pytest.raises(DataError, match='already prepared with other annotations'):
-        call()
+        prepare.prepare(**arguments)
 
 
-def test_pages(capsys):
-    docs = pathlib.Path(named.__file__).parents[2] / 'docs' / 'datasets.md'
-    assert docs.read_text(encoding='utf-8') == named.pages()
+def test_the_document_is_what_help_prints(capsys):
+    document = pathlib.Path(named.__file__).parents[2] / 'docs' / 'datasets.md'
+    assert document.read_text(encoding='utf-8') == named.pages()
     with pytest.raises(SystemExit):
         prepare.main(['--dataset=hmdb51', '--help'])
     assert 'testTrainMulti_7030_splits/CLASS_test_split1.txt' in capsys.readouterr().out
 
 
-def test_tfds_builder(place, tmp_path):
+def test_tfds_builder(layout_folder, tmp_path):
     import tensorflow_datasets as tfds
 
     from data_pipelines.datasets import builders
@@ -593,13 +666,13 @@ def test_tfds_builder(place, tmp_path):
     builder = tfds.builder('our_hmdb51', data_dir=str(tmp_path), **SMALL)
     with pytest.raises(DataError, match='--manual_dir is not given'):
         builder.download_and_prepare()
-    builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(manual_dir=str(place('hmdb51')))
-    )
-    again = tfds.builder('our_hmdb51', data_dir=str(tmp_path))
-    for b in (builder, again):
-        assert b.info.splits['clips'].num_examples == 4
-        for e in b.as_data_source('clips'):
-            assert e['segment_labels']['class'] == [int(e['id'].startswith(b'wave'))]
-            assert len(json.loads(e['ground_truth'])['folds']) == 3
+    folder = str(layout_folder('hmdb51'))
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=folder))
+    reopened = tfds.builder('our_hmdb51', data_dir=str(tmp_path))
+    for each in (builder, reopened):
+        assert each.info.splits['clips'].num_examples == 4
+        for example in each.as_data_source('clips'):
+            is_wave = example['id'].startswith(b'wave')
+            assert example['segment_labels']['class'] == [int(is_wave)]
+            assert len(json.loads(example['ground_truth'])['folds']) == 3
     assert Prepared(builder.data_dir, 3).splits == ('train', 'clips')

@@ -1,5 +1,8 @@
+"""The order of examples: a pure function of position and seed, whatever the hosts and batches."""
+
 import math
 
+import chex
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,57 +16,99 @@ sizes = st.integers(1, 700)
 seeds = st.integers(0, 2**40)
 
 
+def chi_squared(counts, expected):
+    """Σ (count - expected)² / expected."""
+    return ((counts - expected) ** 2 / expected).sum()
+
+
+def correlation(first, second):
+    """Correlation coefficient of two sequences."""
+    return np.corrcoef(first, second)[0, 1]
+
+
+def is_without_repetition(values):
+    """Whether no value comes twice."""
+    return len(np.unique(values)) == len(values)
+
+
+def rows_of_hosts(order_, step, consumed, batch_size, hosts):
+    """(source, index, epoch) of one global batch, joined from the rows of each host."""
+    parts = []
+    for host in range(hosts):
+        positions = order.train_positions(step, consumed, batch_size, (host, hosts))
+        parts.append(order_.rows(positions))
+    return tuple(np.concatenate(columns) for columns in zip(*parts))
+
+
 @settings(max_examples=60, deadline=None)
 @given(n=sizes, seed=seeds, epoch=st.integers(0, 10**6))
 def test_permute_is_a_bijection(n, seed, epoch):
     assert sorted(order.permute(np.arange(n), n, seed, epoch)) == list(range(n))
 
 
-def test_permute_looks_random():
+def test_permutations_look_random():
     n = 10**6
     i = np.arange(20000)
-    a, b, c = (order.permute(i, n, seed, epoch) for seed, epoch in ((0, 1), (0, 2), (1, 1)))
-    for x, y in ((a, b), (a, c), (a[1:], a[:-1]), (a, i)):
-        assert abs(np.corrcoef(x, y)[0, 1]) < 0.03
-    # Every permutation of three comes about equally often (chi-squared with 5 degrees of freedom, 99.99 % point 25.7).
-    _, counts = np.unique(
-        [order.permute(np.arange(3), 3, 0, e) for e in range(3000)], axis=0, return_counts=True
-    )
-    assert len(counts) == 6 and ((counts - 500) ** 2 / 500).sum() < 25.7
+    first_epoch = order.permute(i, n, 0, 1)
+    second_epoch = order.permute(i, n, 0, 2)
+    another_seed = order.permute(i, n, 1, 1)
+    assert abs(correlation(first_epoch, second_epoch)) < 0.03
+    assert abs(correlation(first_epoch, another_seed)) < 0.03
+    assert abs(correlation(first_epoch[1:], first_epoch[:-1])) < 0.03
+    assert abs(correlation(first_epoch, i)) < 0.03
+
+
+def test_every_permutation_of_three_comes_about_equally_often():
+    permutations = [order.permute(np.arange(3), 3, 0, epoch) for epoch in range(3000)]
+    _, counts = np.unique(permutations, axis=0, return_counts=True)
+    chex.assert_shape(counts, (6,))
+    # 5 degrees of freedom: 99.99 % point.
+    assert chi_squared(counts, 500) < 25.7
 
 
 @pytest.mark.parametrize('n', [10**5, 10**6, 10**7])
 def test_epochs_of_small_seeds_are_not_correlated(n):
-    """For seeds such as these other index shuffles have 0.94 between epochs 1 and 2 of a million records, 0.4 between neighbours."""
+    """For such seeds other index shuffles have 0.94 between epochs 1 and 2 of a million records.
+
+    Between neighbours they have 0.4.
+    """
+    bound = 0.035  # five standard deviations of what chance does
     i = np.arange(20000)
-    epochs = [Order([Source(n)], seed).rows(e * n + i)[1] for seed in (0, 1) for e in range(4)]
-    c = np.corrcoef(np.stack([*epochs, i]))
-    assert np.abs(c - np.eye(9)).max() < 0.035  # five standard deviations of what chance does
-    for e in epochs:
+    epochs = []
+    for seed in (0, 1):
+        order_ = Order([Source(n)], seed)
+        for epoch in range(4):
+            _, index, _ = order_.rows(epoch * n + i)
+            epochs.append(index)
+    correlations = np.corrcoef(np.stack([*epochs, i]))
+    assert np.abs(correlations - np.eye(9)).max() < bound
+    for index in epochs:
         for lag in (1, 2, 8, 256):
-            assert abs(np.corrcoef(e[lag:], e[:-lag])[0, 1]) < 0.035
+            assert abs(correlation(index[lag:], index[:-lag])) < bound
 
 
 @st.composite
 def mixtures(draw):
-    """(sources, batch size): weights, exact shares, records weighted by a column, in any combination that is allowed."""
-    batch = draw(st.sampled_from([12, 24]))
-    n = draw(st.integers(1, 4))
-    shared = draw(st.lists(st.integers(0, batch // n // 2), min_size=n, max_size=n))
-    shared[draw(st.integers(0, n - 1))] = 0  # one takes what is left
+    """(sources, batch size).
+
+    Weights, exact shares and records weighted by a column, in any combination that is allowed.
+    """
+    batch_size = draw(st.sampled_from([12, 24]))
+    count = draw(st.integers(1, 4))
+    rows_at_most = batch_size // count // 2
+    share_rows = draw(st.lists(st.integers(0, rows_at_most), min_size=count, max_size=count))
+    share_rows[draw(st.integers(0, count - 1))] = 0  # one takes what is left
     sources = []
-    for rows in shared:
+    for rows in share_rows:
         size = draw(st.integers(1, 90))
         sampling = None
         if draw(st.booleans()):
-            sampling = np.array(
-                draw(st.lists(st.sampled_from([0.0, 1.0, 2.5]), min_size=size, max_size=size))
-            )
+            weights = st.lists(st.sampled_from([0.0, 1.0, 2.5]), min_size=size, max_size=size)
+            sampling = np.array(draw(weights))
             sampling[draw(st.integers(0, size - 1))] = 1.0
-        sources.append(
-            Source(size, draw(st.sampled_from([0.37, 1.0, 3.0])), rows / batch, sampling)
-        )
-    return sources, batch
+        weight = draw(st.sampled_from([0.37, 1.0, 3.0]))
+        sources.append(Source(size, weight, rows / batch_size, sampling))
+    return sources, batch_size
 
 
 @settings(max_examples=60, deadline=None)
@@ -74,64 +119,82 @@ def mixtures(draw):
     hosts=st.sampled_from([1, 2, 3, 4, 6, 12]),
 )
 def test_any_mixture_resumed_at_any_step_on_any_number_of_hosts(mixture, seed, begin, hosts):
-    sources, batch = mixture
-    steps, counts = 4, np.array([round(s.share * batch) for s in sources])
-    whole = Order(sources, seed, batch).rows(np.arange((begin + steps) * batch))
-    later = [x[begin * batch :].reshape(steps, batch) for x in whole]
-    resumed = Order(
-        sources, seed, batch, begin * batch
-    )  # as a run does that has consumed that much
-    for step in range(steps):
-        parts = [
-            resumed.rows(order.train_positions(step, begin * batch, batch, (i, hosts)))
-            for i in range(hosts)
-        ]
-        for x, y in zip(later, map(np.concatenate, zip(*parts))):
-            np.testing.assert_array_equal(x[step], y)
+    sources, batch_size = mixture
+    num_steps = 4
+    consumed = begin * batch_size
+    whole = Order(sources, seed, batch_size).rows(np.arange(consumed + num_steps * batch_size))
+    resumed = Order(sources, seed, batch_size, offset=consumed)
+    for step in range(num_steps):
+        first = consumed + step * batch_size
+        expected = tuple(column[first : first + batch_size] for column in whole)
+        got = rows_of_hosts(resumed, step, consumed, batch_size, hosts)
+        chex.assert_trees_all_equal(got, expected)
+
     source, index, epoch = whole
-    of_batch = np.stack([np.bincount(s, minlength=len(sources)) for s in source.reshape(-1, batch)])
-    rest = counts == 0
-    assert (of_batch[:, ~rest] == counts[~rest]).all() and (
-        of_batch[:, rest].sum(1) == batch - counts.sum()
-    ).all()
-    for i, s in enumerate(sources):
-        mine = source == i
-        assert index[mine].size == 0 or (0 <= index[mine].min() and index[mine].max() < s.size)
-        if s.sampling is not None:
-            assert (s.sampling[index[mine]] > 0).all()
-            continue
-        place = (
-            epoch[mine] * s.size + index[mine]
-        )  # each record once in every epoch, epochs one after another
-        assert len(np.unique(place)) == len(place) and (np.diff(epoch[mine]) >= 0).all()
-        full = np.bincount(epoch[mine])[:-1]
-        assert (full == s.size).all()
+    check_shares(sources, source.reshape(-1, batch_size))
+    for i, spec in enumerate(sources):
+        is_mine = source == i
+        check_records(spec, index[is_mine], epoch[is_mine])
+
+
+def check_shares(sources, source_of_rows):
+    """In every batch [steps B] sources with a share have exactly it, the others the rest."""
+    batch_size = source_of_rows.shape[1]
+    share_rows = np.array([round(spec.share * batch_size) for spec in sources])
+    counts = np.stack([np.bincount(batch, minlength=len(sources)) for batch in source_of_rows])
+    has_share = share_rows > 0
+    assert (counts[:, has_share] == share_rows[has_share]).all()
+    assert (counts[:, ~has_share].sum(1) == batch_size - share_rows.sum()).all()
+
+
+def check_records(spec, index, epoch):
+    """The records drawn from one source exist, and come once in every epoch or by their weights."""
+    if not len(index):
+        return
+    assert index.min() >= 0
+    assert index.max() < spec.size
+    if spec.sampling is not None:
+        assert (spec.sampling[index] > 0).all()
+        return
+    # Each record once in every epoch, epochs one after another, all but the last complete.
+    assert is_without_repetition(epoch * spec.size + index)
+    assert (np.diff(epoch) >= 0).all()
+    complete_epochs = np.bincount(epoch)[:-1]
+    assert (complete_epochs == spec.size).all()
 
 
 def test_permute_one_element_of_a_huge_set_is_immediate():
-    got = order.permute(np.array([0, 1, 10**15 - 1]), 10**15, 3)
-    assert len(set(got.tolist())) == 3 and got.max() < 10**15
+    permuted = order.permute(np.array([0, 1, 10**15 - 1]), 10**15, 3)
+    assert len(set(permuted.tolist())) == 3
+    assert permuted.max() < 10**15
 
 
-def test_uniform_is_keyed_and_flat():
-    p = np.arange(50000)
-    u = order.uniform(7, p, 'crop', 3)
-    assert u.shape == (50000, 3) and u.min() >= 0 and u.max() < 1
-    np.testing.assert_array_equal(u[[5, 900]], order.uniform(7, np.array([5, 900]), 'crop', 3))
-    np.testing.assert_array_equal(
-        u[:, :2], order.uniform(7, p, 'crop', 2)
-    )  # more draws change no earlier one
-    counts = np.histogram(u, 50, (0, 1))[0]
-    assert ((counts - 3000) ** 2 / 3000).sum() < 100  # 49 degrees of freedom: 99.998 % point
+def test_uniform_draws_are_keyed_by_position():
+    positions = np.arange(50000)
+    draws = order.uniform(7, positions, 'crop', 3)
+    chex.assert_shape(draws, (50000, 3))
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    two_positions = order.uniform(7, np.array([5, 900]), 'crop', 3)
+    np.testing.assert_array_equal(two_positions, draws[[5, 900]])
+    # More draws change no earlier one.
+    np.testing.assert_array_equal(order.uniform(7, positions, 'crop', 2), draws[:, :2])
+
+
+def test_uniform_draws_are_flat_and_not_correlated():
+    positions = np.arange(50000)
+    draws = order.uniform(7, positions, 'crop', 3)
+    counts, _ = np.histogram(draws, 50, (0, 1))
+    # 49 degrees of freedom: 99.998 % point.
+    assert chi_squared(counts, 3000) < 100
     columns = [
-        u[:, 0],
-        u[:, 1],
-        order.uniform(7, p, 'flip', 1)[:, 0],
-        order.uniform(8, p, 'crop', 1)[:, 0],
-        np.roll(u[:, 0], 1),
+        draws[:, 0],
+        draws[:, 1],
+        order.uniform(7, positions, 'flip', 1)[:, 0],
+        order.uniform(8, positions, 'crop', 1)[:, 0],
+        np.roll(draws[:, 0], 1),
     ]
-    c = np.corrcoef(columns)
-    assert abs(c - np.eye(5)).max() < 0.025
+    assert np.abs(np.corrcoef(columns) - np.eye(5)).max() < 0.025
 
 
 @settings(max_examples=20, deadline=None)
@@ -140,86 +203,85 @@ def test_uniform_is_keyed_and_flat():
     seed=seeds,
 )
 def test_each_record_once_per_epoch_per_source(parts, seed):
-    o = Order([Source(n, w) for n, w in parts], seed)
-    total = sum(w for _, w in parts)
-    block = total // math.gcd(
-        *(w for _, w in parts)
-    )  # slots after which proportions are exact, before they are repeated
+    """`parts` are (size, weight) of each source."""
+    sources = [Source(size, weight) for size, weight in parts]
+    weights = [weight for _, weight in parts]
+    total = sum(weights)
+    # Slots after which proportions are exact, before they are repeated.
+    block = total // math.gcd(*weights)
     block *= max(1, 64 // block) * 2
-    source, index, epoch = o.rows(np.arange(block * 3))
-    for i, (n, w) in enumerate(parts):
-        mine = source == i
-        assert mine.sum() == block * 3 * w // total  # exact proportions over whole blocks
-        for e in np.unique(epoch[mine]):
-            seen = index[mine & (epoch == e)]
-            assert len(set(seen.tolist())) == len(seen) and seen.max() < n
-            if e < epoch[mine].max():
-                assert len(seen) == n
+    source, index, epoch = Order(sources, seed).rows(np.arange(block * 3))
+    for i, (size, weight) in enumerate(parts):
+        is_mine = source == i
+        # Exact proportions over whole blocks.
+        assert is_mine.sum() == block * 3 * weight // total
+        for e in np.unique(epoch[is_mine]):
+            seen = index[is_mine & (epoch == e)]
+            assert is_without_repetition(seen)
+            assert seen.max() < size
+            if e < epoch[is_mine].max():
+                assert len(seen) == size
 
 
 @settings(max_examples=30, deadline=None)
 @given(batches=st.integers(1, 12), seed=seeds, start=st.integers(0, 5000))
 def test_shares_are_exact_in_every_batch(batches, seed, start):
     sources = [Source(37, share=0.5), Source(11, share=0.125), Source(50, 3.0), Source(9, 1.0)]
-    o = Order(sources, seed, 16, offset=start)
-    source, index, epoch = o.rows(start + np.arange(16 * batches))
-    counts = np.stack([np.bincount(s, minlength=4) for s in source.reshape(-1, 16)])
-    assert (
-        (counts[:, 0] == 8).all()
-        and (counts[:, 1] == 2).all()
-        and (counts[:, 2:].sum(1) == 6).all()
-    )
+    positions = start + np.arange(16 * batches)
+    source, index, epoch = Order(sources, seed, 16, offset=start).rows(positions)
+    counts = np.stack([np.bincount(batch, minlength=4) for batch in source.reshape(-1, 16)])
+    assert (counts[:, 0] == 8).all()
+    assert (counts[:, 1] == 2).all()
+    assert (counts[:, 2:].sum(1) == 6).all()
     for i in range(len(sources)):
         for e in np.unique(epoch[source == i]):
-            seen = index[(source == i) & (epoch == e)]
-            assert len(set(seen.tolist())) == len(seen)
+            assert is_without_repetition(index[(source == i) & (epoch == e)])
 
 
 def test_each_epoch_has_its_own_order():
     _, index, _ = Order([Source(1000)], 0).rows(np.arange(3000))
     epochs = index.reshape(3, 1000)
-    assert (np.sort(epochs) == np.arange(1000)).all()
-    assert (
-        np.abs(np.corrcoef(epochs) - np.eye(3)).max() < 0.15 and (epochs[0] == epochs[1]).sum() < 20
-    )
+    np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(1000), (3, 1)))
+    assert np.abs(np.corrcoef(epochs) - np.eye(3)).max() < 0.15
+    assert (epochs[0] == epochs[1]).sum() < 20
 
 
 def test_shares_continue_when_the_batch_size_changes():
     sources = [Source(40, share=0.25), Source(300)]
-    before = Order(sources, 0, 8).rows(np.arange(80))
-    after = Order(sources, 0, 16, offset=80).rows(np.arange(80, 160))
-    first = np.concatenate([before[1][before[0] == 0], after[1][after[0] == 0]])
-    assert sorted(first) == list(range(40))  # 20 rows of either: one epoch, nobody twice
+    source_before, index_before, _ = Order(sources, 0, 8).rows(np.arange(80))
+    source_after, index_after, _ = Order(sources, 0, 16, offset=80).rows(np.arange(80, 160))
+    of_first = np.concatenate([index_before[source_before == 0], index_after[source_after == 0]])
+    # 20 rows of either: one epoch, none twice.
+    assert sorted(of_first) == list(range(40))
 
 
 @settings(max_examples=30, deadline=None)
 @given(hosts=st.sampled_from([1, 2, 3, 4, 6]), consumed=st.integers(0, 10**12), seed=seeds)
 def test_hosts_partition_the_global_order(hosts, consumed, seed):
-    o = Order([Source(1000, 2.0), Source(77, 1.0)], seed)
-    whole = o.rows(order.train_positions(3, consumed, 12))
-    parts = [o.rows(order.train_positions(3, consumed, 12, (i, hosts))) for i in range(hosts)]
-    for a, b in zip(whole, map(np.concatenate, zip(*parts))):
-        np.testing.assert_array_equal(a, b)
+    order_ = Order([Source(1000, 2.0), Source(77, 1.0)], seed)
+    whole = order_.rows(order.train_positions(3, consumed, 12))
+    chex.assert_trees_all_equal(rows_of_hosts(order_, 3, consumed, 12, hosts), whole)
 
 
-def test_order_does_not_know_the_batch_size():
-    o = Order([Source(50, 1.0), Source(70, 0.37)], 5)
-    whole = o.rows(np.arange(960))
-    for b in (8, 96):
-        got = [o.rows(order.train_positions(k, 0, b)) for k in range(960 // b)]
-        for x, y in zip(whole, map(np.concatenate, zip(*got))):
-            np.testing.assert_array_equal(x, y)
+@pytest.mark.parametrize('batch_size', [8, 96])
+def test_order_does_not_know_the_batch_size(batch_size):
+    order_ = Order([Source(50, 1.0), Source(70, 0.37)], 5)
+    batches = []
+    for step in range(960 // batch_size):
+        batches.append(order_.rows(order.train_positions(step, 0, batch_size)))
+    got = tuple(np.concatenate(columns) for columns in zip(*batches))
+    chex.assert_trees_all_equal(got, order_.rows(np.arange(960)))
 
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(0, 200), per_host=st.integers(1, 9), hosts=st.integers(1, 4))
-def test_one_pass_is_exactly_once(n, per_host, hosts):
-    b = per_host * hosts
+@given(n=st.integers(0, 200), rows_per_host=st.integers(1, 9), hosts=st.integers(1, 4))
+def test_one_pass_is_exactly_once(n, rows_per_host, hosts):
+    batch_size = rows_per_host * hosts
     seen = []
-    for step in range(order.one_pass_batches(n, b)):
-        for i in range(hosts):
-            positions, valid = order.one_pass(step, n, b, (i, hosts))
-            assert len(positions) == per_host
+    for step in range(order.one_pass_batches(n, batch_size)):
+        for host in range(hosts):
+            positions, valid = order.one_pass(step, n, batch_size, (host, hosts))
+            chex.assert_shape([positions, valid], (rows_per_host,))
             seen += positions[valid].tolist()
     assert sorted(seen) == list(range(n))
 
@@ -229,33 +291,34 @@ def test_sampling_by_a_column():
     _, index, _ = Order([Source(5, sampling=weights)], 1).rows(np.arange(40000))
     share = np.bincount(index, minlength=5) / 40000
     np.testing.assert_allclose(share, weights / 8, atol=0.012)
-    assert share[0] == share[3] == 0
+    assert share[0] == 0
+    assert share[3] == 0
 
 
 def test_unequal_weights_of_any_kind():
-    source, _, _ = Order([Source(10, 0.1234567), Source(10, 1e-9), Source(10, 0.7)], 2).rows(
-        np.arange(4096 * 4)
-    )
+    sources = [Source(10, 0.1234567), Source(10, 1e-9), Source(10, 0.7)]
+    source, _, _ = Order(sources, 2).rows(np.arange(4096 * 4))
     share = np.bincount(source, minlength=3) / len(source)
-    assert abs(share[0] - 0.1234567 / 0.8234567) < 1e-3 and share[1] > 0
+    assert abs(share[0] - 0.1234567 / 0.8234567) < 1e-3
+    assert share[1] > 0
 
 
 @pytest.mark.parametrize(
-    'sources, batch, say',
+    'sources, message',
     [
-        ([], 8, 'no source'),
-        ([Source(0)], 8, 'no records'),
-        ([Source(9, share=0.3), Source(9)], 8, 'whole number of rows'),
-        ([Source(9, share=0.75), Source(9, share=0.5)], 8, 'more than a whole batch'),
-        ([Source(9, share=0.5)], 8, 'no source without'),
-        ([Source(9, share=1.0), Source(9)], 8, 'never be read'),
-        ([Source(3, sampling=np.zeros(3))], 8, 'not all'),
-        ([Source(3, sampling=np.ones(2))], 8, '3 finite'),
+        ([], 'no source'),
+        ([Source(0)], 'no records'),
+        ([Source(9, share=0.3), Source(9)], 'whole number of rows'),
+        ([Source(9, share=0.75), Source(9, share=0.5)], 'more than a whole batch'),
+        ([Source(9, share=0.5)], 'no source without'),
+        ([Source(9, share=1.0), Source(9)], 'never be read'),
+        ([Source(3, sampling=np.zeros(3))], 'not all'),
+        ([Source(3, sampling=np.ones(2))], '3 finite'),
     ],
 )
-def test_wrong_mixtures_say_what_is_wrong(sources, batch, say):
-    with pytest.raises(DataError, match=say):
-        Order(sources, 0, batch)
+def test_wrong_mixtures_say_what_is_wrong(sources, message):
+    with pytest.raises(DataError, match=message):
+        Order(sources, 0, 8)
 
 
 def test_batch_must_divide_over_hosts():

@@ -1,10 +1,12 @@
-import itertools
+"""From prepared records to host batches: contract, windows, labels, mixtures, damage."""
+
 import shutil
 
+import chex
 import numpy as np
 import pytest
-from clocks import FPS, RATE, SIZE, audio_time, clock, video_time
-from test_data_synthetic import equal, rows
+from batches import assert_contract, assert_equal, concatenate, stack, take
+from clocks import FPS, RATE, SIZE, audio_time, clock, piece_middles, video_time
 
 import data_pipelines
 from data_pipelines import media
@@ -12,70 +14,73 @@ from data_pipelines.errors import DataError
 from data_pipelines.loading import frame_windows
 from data_pipelines.prepare import prepare
 
+LABEL_CLASSES = {'class': None, 'tags': 3}
+
 
 @pytest.fixture
 def data(config):
-    d = data_pipelines.open(config)
-    yield d
-    d.close()
+    """The prepared clocks, opened."""
+    opened = data_pipelines.open(config)
+    yield opened
+    opened.close()
 
 
-def check_clocks(got, view=''):
-    """Pictures and sounds of a stacked batch tell the time that `start` says."""
-    start = got[f'video{view}/start']
-    seen = got[f'video{view}/valid']
-    want = start[:, None] + np.arange(8) / FPS
-    inside = (
-        want < 2.0 - 0.05
-    )  # the shortest record is 2 s; behind its end nothing is read in these tests
-    shown = video_time(got[f'video{view}/data'])
-    np.testing.assert_allclose(shown[seen][inside[seen]], want[seen][inside[seen]], atol=0.06)
-    heard = got[f'audio{view}/valid'] & seen
-    told = audio_time(got[f'audio{view}/data'])[:, :18]
-    np.testing.assert_allclose(
-        told[heard], (start[:, None] + (np.arange(18) + 0.5) * 0.04)[heard], atol=0.08
-    )
+def first_batch(config, *arguments):
+    """The first training batch of a config's data, which is closed again."""
+    data = data_pipelines.open(config)
+    batch = next(data.train(*arguments))
+    data.close()
+    return batch
 
 
-def test_contract_and_clocks(data):
-    b = next(it := data.train(0, 13))
-    it.close()
-    assert (
-        b['video']['data'].shape == (13, 8, SIZE, SIZE, 3) and b['video']['data'].dtype == np.uint8
-    )
-    assert b['audio']['data'].shape == (13, 6400) and b['audio']['data'].dtype == np.int16
-    assert b['text']['data'].shape == (13, 3, 6) and b['text']['data'].dtype == np.int32
-    assert (
-        b['position'].dtype == np.int64
-        and b['index'].dtype == np.int32
-        and b['source'].dtype == np.int32
-    )
-    got = rows(data.train(0, 13), 3)
-    assert sorted(got['index'][:13]) == list(range(13)) == sorted(got['index'][13:26])
-    check_clocks(got)
-    assert len(np.unique(got['video/start'])) > 5
-    # The silent video and the sound without pictures: zeros and valid False, the rest of the row as ever.
-    ids = [t['id'] for t in data.texts('train', 'records')]
-    silent, sound = (
-        got['index'] == ids.index('train/silent.mp4'),
-        got['index'] == ids.index('train/sound.wav'),
-    )
-    assert (
-        not got['audio/valid'][silent].any()
-        and not got['audio/data'][silent].any()
-        and got['video/valid'][silent].all()
-    )
-    assert (
-        not got['video/valid'][sound].any()
-        and not got['video/data'][sound].any()
-        and got['audio/data'][sound].any()
-    )
-    assert got['valid'].all() and not got['text/valid'][silent | sound].any()
-    assert got['text/mask'][~(silent | sound)].all()
+def check_clocks(batch, view=''):
+    """Pictures and sounds of a batch tell the time that `start` says."""
+    video, audio = batch[f'video{view}'], batch[f'audio{view}']
+    start = video['start'][:, None]
+    expected = start + np.arange(8) / FPS
+    # The shortest record is 2 s; behind its end nothing is read in these tests.
+    is_inside = (expected < 2.0 - 0.05) & video['valid'][:, None]
+    shown = video_time(video['data'])
+    np.testing.assert_allclose(shown[is_inside], expected[is_inside], atol=0.06)
+
+    has_both = audio['valid'] & video['valid']
+    heard = audio_time(audio['data'])[:, :18]
+    expected = start + piece_middles(18)
+    np.testing.assert_allclose(heard[has_both], expected[has_both], atol=0.08)
+
+
+def test_contract_and_clocks(config, data):
+    iterator = data.train(0, 13)
+    assert_contract(next(iterator), config, 13, label_classes=LABEL_CLASSES)
+    iterator.close()
+    batch = stack(data.train(0, 13), 3)
+    assert sorted(batch['index'][:13]) == list(range(13))
+    assert sorted(batch['index'][13:26]) == list(range(13))
+    check_clocks(batch)
+    assert len(np.unique(batch['video']['start'])) > 5
+
+    # The silent video and the sound without pictures: zeros and valid False, the rest of the row as
+    # ever.
+    assert batch['valid'].all()
+    ids = [text['id'] for text in data.texts('train', 'records')]
+    is_silent = batch['index'] == ids.index('train/silent.mp4')
+    silent = take(batch, is_silent)
+    assert not silent['audio']['valid'].any()
+    assert not silent['audio']['data'].any()
+    assert silent['video']['valid'].all()
+    is_sound = batch['index'] == ids.index('train/sound.wav')
+    sound = take(batch, is_sound)
+    assert not sound['video']['valid'].any()
+    assert not sound['video']['data'].any()
+    assert sound['audio']['data'].any()
+    has_captions = ~(is_silent | is_sound)
+    assert not batch['text']['valid'][~has_captions].any()
+    assert batch['text']['mask'][has_captions].all()
 
 
 @pytest.fixture(scope='session')
 def stored_as_video(media_folder, tmp_path_factory):
+    """The clocks prepared as H.264."""
     out = tmp_path_factory.mktemp('video') / 'set'
     prepare(
         str(media_folder / 'videos'),
@@ -94,46 +99,62 @@ def stored_as_video(media_folder, tmp_path_factory):
     return out
 
 
-def test_frames_stored_as_video(config, data, stored_as_video, prepared, tmp_path):
-    """One reader for both forms: the same plan, times and sounds, and in one mixture."""
-    jpegs = rows(data.train(0, 13), 1)
+def record_bytes(folder):
+    """Size of all records of a prepared dataset."""
+    return sum(path.stat().st_size for path in folder.glob('*array_record*'))
+
+
+def test_frames_stored_as_video_have_the_same_plan_times_and_sounds(
+    config, data, stored_as_video, prepared
+):
+    from_jpegs = next(data.train(0, 13))
     config.data.train = {'video': {'path': str(stored_as_video)}}
     config.data.views = (('video.back', {'kind': 'reverse'}),)
     video_data = data_pipelines.open(config)
-    videos = rows(video_data.train(0, 13), 1)
+    from_video = next(video_data.train(0, 13))
     video_data.close()
-    sizes = [
-        sum(p.stat().st_size for p in path.glob('*array_record*'))
-        for path in (stored_as_video, prepared[0])
-    ]
-    assert sizes[0] < sizes[1]
-    ids = [[t['id'] for t in d.texts('train', 'records')] for d in (data, video_data)]
-    assert sorted(ids[0]) == sorted(ids[1]) and set(videos['index']) == set(range(13))
-    # The training step gets planes and makes RGB of them itself; other passes get RGB.
-    assert videos['video/data'].shape == (13, 8, SIZE * 3 // 2, SIZE)
-    np.testing.assert_array_equal(videos['video.back/data'], videos['video/data'][:, ::-1])
-    videos['video/data'] = on_device(videos['video/data'])
-    check_clocks(videos)
+    assert record_bytes(stored_as_video) < record_bytes(prepared[0])
+    ids_of_jpegs = [text['id'] for text in data.texts('train', 'records')]
+    ids_of_video = [text['id'] for text in video_data.texts('train', 'records')]
+    assert sorted(ids_of_jpegs) == sorted(ids_of_video)
+    assert set(from_video['index']) == set(range(13))
+    assert from_video['video']['valid'].sum() == from_jpegs['video']['valid'].sum() == 12
+
+    # The training step gets planes and makes RGB of them itself.
+    planes = from_video['video']['data']
+    chex.assert_shape(planes, (13, 8, SIZE * 3 // 2, SIZE))
+    np.testing.assert_array_equal(from_video['video.back']['data'], planes[:, ::-1])
+    from_video['video']['data'] = on_device(planes)
+    check_clocks(from_video)
+
+
+def test_passes_over_frames_stored_as_video_are_rgb(config, stored_as_video):
     config.data.eval = {'path': str(stored_as_video)}
-    video_data = data_pipelines.open(config)
-    check_clocks(tested := rows(video_data.one_pass('test', 5), 1))
-    assert tested['video/data'].shape == (5, 8, SIZE, SIZE, 3)
-    video_data.close()
-    assert videos['video/valid'].sum() == jpegs['video/valid'].sum() == 12
+    data = data_pipelines.open(config)
+    batch = next(data.one_pass('test', 5))
+    data.close()
+    assert_contract(batch, config, 5, ['text.caption'], LABEL_CLASSES)
+    check_clocks(batch)
+
+
+def test_both_forms_of_frames_mix(config, stored_as_video, prepared):
     config.data.train = {
         'video': {'path': str(stored_as_video)},
         'jpeg': {'path': str(prepared[0])},
     }
-    config.data.views = ()
-    both = data_pipelines.open(config)
-    got = rows(both.train(0, 16), 2)
-    both.close()
-    assert {0, 1} == set(got['source'])
-    check_clocks(got)
-    # Frames of several shapes: squares are cut here too.
+    data = data_pipelines.open(config)
+    batch = stack(data.train(0, 16), 2)
+    data.close()
+    assert_contract(batch, config, 32, label_classes=LABEL_CLASSES)
+    assert set(batch['source']) == {0, 1}
+    check_clocks(batch)
+
+
+def test_frames_of_several_shapes_stored_as_video_are_cut_to_squares(config, tmp_path):
     (tmp_path / 'wide').mkdir()
-    for i, width in enumerate((64, 96)):
-        media.write_mp4(tmp_path / 'wide' / f'{i}.mp4', clock(1.0, 64, width)[0], FPS)
+    for width in (64, 96):
+        frames, _ = clock(1.0, 64, width)
+        media.write_mp4(tmp_path / 'wide' / f'{width}.mp4', frames, FPS)
     prepare(
         str(tmp_path / 'wide'),
         '',
@@ -148,236 +169,264 @@ def test_frames_stored_as_video(config, data, stored_as_video, prepared, tmp_pat
         test=0,
     )
     config.data.train = {'wide': {'path': str(tmp_path / 'out')}}
-    wide = data_pipelines.open(config)
-    got = rows(wide.train(0, 4), 1)
-    wide.close()
-    assert got['video/data'].shape == (4, 8, 64, 64, 3)
-    np.testing.assert_allclose(
-        video_time(got['video/data']), got['video/start'][:, None] + np.arange(8) / FPS, atol=0.06
-    )
+    video = first_batch(config, 0, 4)['video']
+    chex.assert_shape(video['data'], (4, 8, 64, 64, 3))
+    expected = video['start'][:, None] + np.arange(8) / FPS
+    np.testing.assert_allclose(video_time(video['data']), expected, atol=0.06)
 
 
 def on_device(planes):
     """uint8 [B T H W 3] of planes [B T 3H/2 W] with square frames, by the device stage."""
     from vatt_jax.inputs import preprocess
 
-    b, size = len(planes), planes.shape[3]
+    num_rows, size = len(planes), planes.shape[3]
     stream = {
         'data': planes,
-        'box': np.tile(np.float32([0, 0, 1, 1]), (b, 1)),
-        'flip': np.zeros(b, bool),
+        'box': np.tile(np.float32([0, 0, 1, 1]), (num_rows, 1)),
+        'flip': np.zeros(num_rows, bool),
     }
-    x = preprocess.video(stream, {'size': size}, {'color': 0.0}, None, False)
-    return np.rint((np.asarray(x) + 1) * 127.5).astype(np.uint8)
+    pixels = preprocess.video(stream, {'size': size}, {'color': 0.0}, None, False)  # in [-1, 1]
+    return np.rint((np.asarray(pixels) + 1) * 127.5).astype(np.uint8)
 
 
 def test_planes_are_what_the_decoder_makes_rgb_of():
+    """The device stage computes BT.601 of the planes, one colour pixel for four of brightness.
+
+    With y = (Y - 16) / 219, u = (U - 128) / 224 and v = (V - 128) / 224:
+    R = y + 1.402 v,  G = y - (0.114 · 1.772 u + 0.299 · 1.402 v) / 0.587,  B = y + 1.772 u.
+    """
     rng = np.random.default_rng(0)
-    patches = np.kron(rng.integers(0, 256, (6, 4, 4, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    colors = rng.integers(0, 256, (6, 4, 4, 3))
+    patches = np.kron(colors, np.ones((16, 16, 1))).astype(np.uint8)  # [T 64 64 3]
     packets = media.encode_h264(patches, FPS, 4)
-    rgb, planes = (
-        media.decode_h264(packets, range(6)),
-        media.decode_h264(packets, range(6), 'yuv420p'),
-    )
-    assert planes.shape == (6, 96, 64)
+    rgb = media.decode_h264(packets, range(6))
+    planes = media.decode_h264(packets, range(6), 'yuv420p')
+    chex.assert_shape(planes, (6, 96, 64))
     got = on_device(planes[None])[0].astype(int)
-    # The definition of BT.601, each colour pixel for four: away from the borders of patches, where they may be doubled otherwise.
-    y, (u, v) = (
-        planes[:, :64].astype(float),
-        planes[:, 64:].reshape(6, 2, 32, 32).repeat(2, 2).repeat(2, 3).astype(float).swapaxes(0, 1),
-    )
-    y, u, v = (y - 16) / 219, (u - 128) / 224, (v - 128) / 224
-    want = 255 * np.stack(
-        [y + 1.402 * v, y - (0.114 * 1.772 * u + 0.299 * 1.402 * v) / 0.587, y + 1.772 * u], -1
-    ).clip(0, 1)
-    inner = np.kron(np.ones((4, 4), bool), np.pad(np.ones((10, 10), bool), 3))
-    assert np.abs(got - want)[:, inner].max() < 2 and np.abs(got - want)[:, inner].mean() < 0.35
-    assert np.abs(got - rgb)[:, inner].max() <= 3 and np.abs(got - patches)[:, inner].mean() < 5
+
+    y = (planes[:, :64].astype(float) - 16) / 219
+    chroma = (planes[:, 64:].astype(float) - 128) / 224
+    chroma = chroma.reshape(6, 2, 32, 32).repeat(2, 2).repeat(2, 3)
+    u, v = chroma[:, 0], chroma[:, 1]
+    red = y + 1.402 * v
+    green = y - (0.114 * 1.772 * u + 0.299 * 1.402 * v) / 0.587
+    blue = y + 1.772 * u
+    expected = 255 * np.stack([red, green, blue], -1).clip(0, 1)
+
+    # Away from the borders of patches, where colour pixels may be doubled otherwise.
+    is_inner = np.kron(np.ones((4, 4), bool), np.pad(np.ones((10, 10), bool), 3))
+    error = np.abs(got - expected)[:, is_inner]
+    assert error.max() < 2
+    assert error.mean() < 0.35
+    assert np.abs(got - rgb)[:, is_inner].max() <= 3
+    assert np.abs(got - patches)[:, is_inner].mean() < 5
 
 
 def test_any_frame_of_a_stored_video():
-    frames = clock(3.5, 48, 64)[0]
+    frames, _ = clock(3.5, 48, 64)
     frames[:, 10:20, 10:20, 0] += np.arange(35, dtype=np.uint8)[:, None, None]
     packets = media.encode_h264(frames, FPS, 10)
     assert len(packets) == 35
     whole = media.decode_h264(packets, np.arange(35))
+    chex.assert_equal_shape([whole, frames])
     assert np.abs(whole.astype(int) - frames).mean() < 3
-    for numbers in ([34], [9, 10, 11], [20, 3, 3, 34, 0], np.random.default_rng(0).permutation(35)):
+    in_any_order = np.random.default_rng(0).permutation(35)
+    for numbers in ([34], [9, 10, 11], [20, 3, 3, 34, 0], in_any_order):
         np.testing.assert_array_equal(media.decode_h264(packets, np.array(numbers)), whole[numbers])
     # Nothing before the last beginning is needed.
     np.testing.assert_array_equal(media.decode_h264(packets[20:30], np.array([5])), whole[[25]])
-    np.testing.assert_array_equal(
-        media.decode_h264(packets[:3] + packets[20:23], np.array([4, 1])), whole[[21, 1]]
-    )
+    some = packets[:3] + packets[20:23]
+    np.testing.assert_array_equal(media.decode_h264(some, np.array([4, 1])), whole[[21, 1]])
     with pytest.raises(media.MediaError, match='0 of 1 frames decode'):
         media.decode_h264(packets[8:10], np.array([0]))
 
 
 def test_sentences_are_those_of_the_window(data):
-    got = rows(data.train(0, 13), 2)
+    batch = stack(data.train(0, 13), 2)
     table = data.texts('train', 'records')
-    for i, start, numbers, mask in zip(
-        got['index'], got['text/start'], got['text/data'], got['text/mask']
-    ):
+    text = batch['text']
+    for i, start, words, mask in zip(batch['index'], text['start'], text['data'], text['mask']):
         if not mask.any():
             continue
         # Sentence k lies at 0.4 k … 0.4 k + 0.4; the window's middle is start + 0.4.
         distance = np.abs(np.arange(6) * 0.4 + 0.2 - (start + 0.4))
-        first = np.argmin([distance[k : k + 3].sum() for k in range(4)])
+        distance_of_three = [distance[k : k + 3].sum() for k in range(4)]
+        nearest = np.argmin(distance_of_three)
         sentences = table[i]['sentences']
-        want = [data.tokenizer.encode(sentences[k : k + 3], 6) for k in range(len(sentences) - 2)]
-        match = [k for k, w in enumerate(want) if (w == numbers).all()]
-        assert (
-            len(match) == 1 and abs(match[0] - first) <= 1
-        )  # contiguous, in order, nearest (to one sentence)
+        matches = []
+        for k in range(len(sentences) - 2):
+            encoded = data.tokenizer.encode(sentences[k : k + 3], 6)
+            if (encoded == words).all():
+                matches.append(k)
+        # Contiguous, in order, nearest (to one sentence).
+        assert len(matches) == 1
+        assert abs(matches[0] - nearest) <= 1
 
 
-def test_resume_anywhere_batch_size_and_hosts(data):
-    whole = rows(data.train(0, 8), 4)
-    equal(rows(data.train(16, 8), 2), {k: v[16:] for k, v in whole.items()})
-    equal(rows(data.train(20, 4), 3), {k: v[20:] for k, v in whole.items()})
+def test_resume_anywhere_with_any_batch_size_and_number_of_hosts(data):
+    whole = stack(data.train(0, 8), 4)
+    assert_equal(stack(data.train(16, 8), 2), take(whole, slice(16, None)))
+    assert_equal(stack(data.train(20, 4), 3), take(whole, slice(20, None)))
     for hosts in (2, 4):
-        parts = [rows(data.train(8, 8, process=(i, hosts)), 1) for i in range(hosts)]
-        equal(
-            {k: np.concatenate([p[k] for p in parts]) for k in whole},
-            {k: v[8:16] for k, v in whole.items()},
-        )
+        of_hosts = [next(data.train(8, 8, process=(i, hosts))) for i in range(hosts)]
+        assert_equal(concatenate(of_hosts), take(whole, slice(8, 16)))
 
 
-def test_one_pass_exactly_once(data):
-    for by, split, size in (
-        ('records', 'train', 13),
-        ('segments', 'test', 10),
-        ('records', 'test', 5),
-    ):
-        assert data.size(split, by) == size
-        parts = [list(data.one_pass(split, 6, process=(i, 2), by=by)) for i in range(2)]
-        assert len(parts[0]) == len(parts[1]) == -(-size // 6)
-        seen = np.concatenate([b['index'][b['valid']] for b in itertools.chain(*parts)])
-        assert sorted(seen) == list(range(size))
-        pad = parts[1][-1]
-        assert (
-            not pad['video']['valid'][~pad['valid']].any()
-            and not pad['video']['data'][~pad['valid']].any()
-        )
-    assert sum(b['valid'].sum() for b in data.one_pass('test', 4, limit=3)) == 3
-    equal(rows(data.one_pass('test', 10), 1), rows(data.one_pass('test', 10), 1))
+@pytest.mark.parametrize(
+    'by, split, size',
+    [('records', 'train', 13), ('segments', 'test', 10), ('records', 'test', 5)],
+)
+def test_one_pass_is_exactly_once(data, by, split, size):
+    assert data.size(split, by) == size
+    of_hosts = [list(data.one_pass(split, 6, process=(i, 2), by=by)) for i in range(2)]
+    assert len(of_hosts[0]) == len(of_hosts[1]) == -(-size // 6)
+    rows = concatenate([*of_hosts[0], *of_hosts[1]])
+    assert sorted(rows['index'][rows['valid']]) == list(range(size))
+    last = of_hosts[1][-1]
+    padding = take(last, ~last['valid'])
+    assert not padding['video']['valid'].any()
+    assert not padding['video']['data'].any()
+
+
+def test_one_pass_repeats_ends_early_and_names_a_split_that_is_not_there(data):
+    assert sum(batch['valid'].sum() for batch in data.one_pass('test', 4, limit=3)) == 3
+    assert_equal(next(data.one_pass('test', 10)), next(data.one_pass('test', 10)))
     with pytest.raises(DataError, match="no split 'validation'"):
         data.one_pass('validation', 4)
 
 
-def test_segments_windows_labels_captions(data):
-    got = rows(data.one_pass('test', 10), 1)
+def test_segments_windows_labels_captions(config, data):
+    batch = next(data.one_pass('test', 10))
+    assert_contract(batch, config, 10, ['text.caption'], LABEL_CLASSES)
     table = data.texts('test', 'segments')
-    early = np.array([t['caption'].startswith('dark') for t in table])
-    np.testing.assert_array_equal(got['labels/class'], np.where(early, 0, 1))
-    np.testing.assert_array_equal(
-        got['labels/tags'], np.where(early[:, None], [1.0, 0, 0], [0.0, 1, 1])
-    )
-    assert got['labels/tags'].dtype == np.float32
-    centre = np.array([(t['start'] + t['end']) / 2 for t in table])
-    length = np.array([2.0 + 0.1 * int(t['id'][-6:-4]) for t in table])
-    np.testing.assert_allclose(
-        got['video/start'], np.clip(centre - 0.4, 0, length - 0.8), atol=0.1 + 1e-6
-    )
-    check_clocks(got)
-    np.testing.assert_array_equal(
-        got['text.caption/data'][:, 0], data.tokenizer.encode([t['caption'] for t in table], 6)
-    )
-    np.testing.assert_array_equal(got['video/box'], np.tile([0, 0, 1, 1], (10, 1)))
-    assert not got['video/flip'].any() and table[0]['ground_truth'].startswith('{"i"')
+    is_dark = np.array([text['caption'].startswith('dark') for text in table])
+    labels = {
+        'class': np.where(is_dark, 0, 1).astype(np.int32),
+        'tags': np.where(is_dark[:, None], [1, 0, 0], [0, 1, 1]).astype(np.float32),
+    }
+    assert_equal(batch['labels'], labels)
+
+    middle = np.array([(text['start'] + text['end']) / 2 for text in table])
+    length = np.array([2.0 + 0.1 * int(text['id'][-6:-4]) for text in table])
+    expected_start = np.clip(middle - 0.4, 0, length - 0.8)
+    np.testing.assert_allclose(batch['video']['start'], expected_start, atol=0.1 + 1e-6)
+    check_clocks(batch)
+    captions = data.tokenizer.encode([text['caption'] for text in table], 6)
+    np.testing.assert_array_equal(batch['text.caption']['data'][:, 0], captions)
+    np.testing.assert_array_equal(batch['video']['box'], np.tile([0, 0, 1, 1], (10, 1)))
+    assert not batch['video']['flip'].any()
+    assert table[0]['ground_truth'].startswith('{"i"')
+
     # In passes over records the label is that of the segment on show.
-    records = rows(data.one_pass('test', 5, by='records', augment=True), 1)
-    middle = records['video/start'] + 0.4
-    np.testing.assert_array_equal(records['labels/class'][middle > 1.01], 1)
-    np.testing.assert_array_equal(records['labels/class'][middle < 0.99], 0)
+    batch = next(data.one_pass('test', 5, by='records', augment=True))
+    middle = batch['video']['start'] + 0.4
+    np.testing.assert_array_equal(batch['labels']['class'][middle > 1.01], 1)
+    np.testing.assert_array_equal(batch['labels']['class'][middle < 0.99], 0)
 
 
-def test_views(config):
-    config.data.views = (
-        ('video.second', {'kind': 'clip'}),
-        ('audio.second', {'kind': 'clip'}),
-        ('text.second', {'kind': 'clip'}),
-        ('audio.late', {'kind': 'shift', 'seconds': 0.5}),
-        ('audio.any', {'kind': 'shift', 'seconds': 'random'}),
-        ('video.back', {'kind': 'reverse'}),
-        ('audio.back', {'kind': 'reverse'}),
-    )
+def test_views_of_training(config):
+    views = {
+        'video.second': {'kind': 'clip'},
+        'audio.second': {'kind': 'clip'},
+        'text.second': {'kind': 'clip'},
+        'audio.late': {'kind': 'shift', 'seconds': 0.5},
+        'audio.any': {'kind': 'shift', 'seconds': 'random'},
+        'video.back': {'kind': 'reverse'},
+        'audio.back': {'kind': 'reverse'},
+    }
+    config.data.views = tuple(views.items())
     data = data_pipelines.open(config)
-    got = rows(data.train(0, 13), 2)
-    check_clocks(got)
-    check_clocks(got, '.second')
-    np.testing.assert_array_equal(got['video.second/start'], got['text.second/start'])
-    assert (got['video.second/start'] != got['video/start']).mean() > 0.5
-    np.testing.assert_array_equal(got['video.back/data'], got['video/data'][:, ::-1])
-    np.testing.assert_array_equal(got['audio.back/data'], got['audio/data'][:, ::-1])
-    np.testing.assert_allclose(np.abs(got['audio.late/start'] - got['audio/start']), 0.5, atol=1e-5)
-    heard = got['audio.late/valid']
-    told = audio_time(got['audio.late/data'])[:, :18]
-    np.testing.assert_allclose(
-        told[heard],
-        (got['audio.late/start'][:, None] + (np.arange(18) + 0.5) * 0.04)[heard],
-        atol=0.08,
-    )
-    assert (got['video.second/box'] != got['video/box']).any()
-    # Windows of a pass: the given views instead of the config's.
-    names = {f'video.w{i}': {'kind': 'window', 'number': i, 'of': 3} for i in range(3)}
-    got = rows(data.one_pass('test', 10, views=names), 1)
-    assert 'video.second/data' not in got
-    for i, t in enumerate(data.texts('test')):
-        last = max(t['end'] - 0.8, t['start'])
-        want = np.linspace(t['start'], last, 3)
-        np.testing.assert_allclose(
-            [got[f'video.w{j}/start'][i] for j in range(3)], want, atol=0.1 + 1e-6
-        )
+    batch = stack(data.train(0, 13), 2)
+    data.close()
+    assert_contract(batch, config, 26, views, LABEL_CLASSES)
+    check_clocks(batch)
+    check_clocks(batch, '.second')
+    second = batch['video.second']
+    np.testing.assert_array_equal(second['start'], batch['text.second']['start'])
+    assert (second['start'] != batch['video']['start']).mean() > 0.5
+    assert (second['box'] != batch['video']['box']).any()
+    np.testing.assert_array_equal(batch['video.back']['data'], batch['video']['data'][:, ::-1])
+    np.testing.assert_array_equal(batch['audio.back']['data'], batch['audio']['data'][:, ::-1])
+
+    late = batch['audio.late']
+    shift = np.abs(late['start'] - batch['audio']['start'])
+    np.testing.assert_allclose(shift, 0.5, atol=1e-5)
+    is_heard = late['valid']
+    heard = audio_time(late['data'])[:, :18]
+    expected = late['start'][:, None] + piece_middles(18)
+    np.testing.assert_allclose(heard[is_heard], expected[is_heard], atol=0.08)
+
+
+def test_windows_of_a_pass(config):
+    """The views that a pass is given stand instead of the config's."""
+    config.data.views = (('video.second', {'kind': 'clip'}),)
+    data = data_pipelines.open(config)
+    views = {f'video.w{i}': {'kind': 'window', 'number': i, 'of': 3} for i in range(3)}
+    batch = next(data.one_pass('test', 10, views=views))
+    assert_contract(batch, config, 10, [*views, 'text.caption'], LABEL_CLASSES)
+    starts = np.stack([batch[name]['start'] for name in views], axis=1)  # [B 3]
+    for i, text in enumerate(data.texts('test')):
+        last = max(text['end'] - 0.8, text['start'])
+        expected = np.linspace(text['start'], last, 3)
+        np.testing.assert_allclose(starts[i], expected, atol=0.1 + 1e-6)
+
     # The same windows as main streams, pictures and sound together.
-    main = rows(
-        data.one_pass('test', 10, views={}, window={'kind': 'window', 'number': 2, 'of': 3}), 1
-    )
-    np.testing.assert_array_equal(main['video/data'], got['video.w2/data'])
-    np.testing.assert_array_equal(main['audio/start'], got['video.w2/start'])
+    main = next(data.one_pass('test', 10, views={}, window=views['video.w2']))
+    np.testing.assert_array_equal(main['video']['data'], batch['video.w2']['data'])
+    np.testing.assert_array_equal(main['audio']['start'], batch['video.w2']['start'])
     check_clocks(main)
-    for wrong, say in (
+    data.close()
+
+
+@pytest.mark.parametrize(
+    'window, message',
+    [
         ({'kind': 'window', 'number': 3, 'of': 3}, 'number runs from 0'),
         ({'kind': 'clip'}, "expected a view of kind 'window'"),
         ({'kind': 'window', 'number': 0, 'of': 1, 'crop': 2}, 'crop is 2; give a number from 0'),
-    ):
-        with pytest.raises(DataError, match=say):
-            data.one_pass('test', 10, window=wrong)
-    data.close()
+    ],
+)
+def test_wrong_windows_of_a_pass_say_what_is_wrong(data, window, message):
+    with pytest.raises(DataError, match=message):
+        data.one_pass('test', 10, window=window)
 
 
 def test_fewer_frames_per_second_than_stored(config):
     config.model.inputs.video.update(fps=4.0, frames=3)
     data = data_pipelines.open(config)
-    got = rows(data.one_pass('test', 5, by='records'), 1)
-    wanted = got['video/start'][:, None] + np.arange(3) / 4
-    assert (
-        np.abs(video_time(got['video/data']) - wanted).max() < 0.05 + 0.04
-    )  # half a stored frame, and the codec
+    video = next(data.one_pass('test', 5, by='records'))['video']
+    data.close()
+    expected = video['start'][:, None] + np.arange(3) / 4
+    shown = video_time(video['data'])
+    chex.assert_equal_shape([shown, expected])
+    # Half a stored frame, and the codec.
+    assert np.abs(shown - expected).max() < 0.05 + 0.04
 
 
 def test_short_records_repeat(config):
     config.model.inputs.video.update(frames=40)
     config.model.inputs.audio.update(samples=4 * RATE)
     data = data_pipelines.open(config)
-    got = rows(data.train(0, 13), 1)
+    batch = next(data.train(0, 13))
     table = data.texts('train', 'records')
-    for i, valid, frames, pcm in zip(
-        got['index'], got['video/valid'] & got['audio/valid'], got['video/data'], got['audio/data']
-    ):
-        if valid:
-            length = table[i]['end']
-            np.testing.assert_allclose(
-                video_time(frames), np.arange(40) / FPS % round(length, 6), atol=0.06
-            )
-            n = round(length * RATE)
-            np.testing.assert_array_equal(pcm[n : 2 * n][: 4 * RATE - n], pcm[: 4 * RATE - n][:n])
+    data.close()
+    for i in np.flatnonzero(batch['video']['valid'] & batch['audio']['valid']):
+        length = table[batch['index'][i]]['end']
+        expected = np.arange(40) / FPS % round(length, 6)
+        np.testing.assert_allclose(video_time(batch['video']['data'][i]), expected, atol=0.06)
+        pcm = batch['audio']['data'][i]
+        period = round(length * RATE)
+        num_repeated = 4 * RATE - period
+        repeated = pcm[period : 2 * period][:num_repeated]
+        np.testing.assert_array_equal(repeated, pcm[:num_repeated][:period])
 
 
 @pytest.fixture(params=['flipped bits', 'other record'])
 def damaged(prepared, tmp_path, request):
-    """A copy in whose record 4 of the training split each frame and each second of sound has one flipped bit, or is not the one that was noted."""
+    """A copy of the clocks in which record 4 of the training split is unreadable.
+
+    Each frame and each second of sound has one flipped bit, or is not the one that was noted.
+    """
     from data_pipelines.storage import byte_offsets
     from data_pipelines.storage.records import Prepared, Split
 
@@ -400,23 +449,30 @@ def damaged(prepared, tmp_path, request):
 
 
 def test_unreadable_record_keeps_its_row(config, damaged):
-    clean = rows(data_pipelines.open(config).train(0, 13), 2)
+    clean_data = data_pipelines.open(config)
+    clean = stack(clean_data.train(0, 13), 2)
+    clean_data.close()
     config.data.train = {'clocks': {'path': str(damaged)}}
     config.data.max_corrupt = 0.5
     data = data_pipelines.open(config)
-    got = rows(data.train(0, 13), 2)
-    bad = got['index'] == 4
-    assert bad.sum() == 2 and clean['valid'].all()
-    np.testing.assert_array_equal(got['valid'], ~bad)
-    equal({k: v[~bad] for k, v in got.items()}, {k: v[~bad] for k, v in clean.items()})
-    for k, v in got.items():
-        if k.endswith(('/valid', '/data', '/mask', '/box')):
-            assert not v[bad].any(), k
-    np.testing.assert_array_equal(got['position'], clean['position'])
-    np.testing.assert_array_equal(got['labels/class'][bad], -1)
+    batch = stack(data.train(0, 13), 2)
+    is_damaged = batch['index'] == 4
+    assert is_damaged.sum() == 2
+    assert clean['valid'].all()
+    np.testing.assert_array_equal(batch['valid'], ~is_damaged)
+    np.testing.assert_array_equal(batch['position'], clean['position'])
+    assert_equal(take(batch, ~is_damaged), take(clean, ~is_damaged))
+
+    damaged_rows = take(batch, is_damaged)
+    assert not damaged_rows['valid'].any()
+    for stream in ('video', 'audio', 'text'):
+        for name in {'valid', 'data', 'mask', 'box'} & set(damaged_rows[stream]):
+            assert not damaged_rows[stream][name].any(), (stream, name)
+    np.testing.assert_array_equal(damaged_rows['labels']['class'], -1)
     problems = data.problems()
-    assert problems['corrupt'] >= 2 and problems['read'] >= 26
-    assert [(s, i) for s, i, _ in problems['indices']] == [('clocks/train', 4)]
+    assert problems['corrupt'] >= 2
+    assert problems['read'] >= 26
+    assert [(source, i) for source, i, _ in problems['indices']] == [('clocks/train', 4)]
     data.close()
 
 
@@ -425,9 +481,10 @@ def test_too_many_unreadable_records_stop_the_run(config, damaged):
     data = data_pipelines.open(config)
     with pytest.raises(DataError, match='max_corrupt=0.01'):
         for _ in range(20):
-            next(it := data.train(0, 13))
+            iterator = data.train(0, 13)
+            next(iterator)
     with pytest.raises(StopIteration):
-        next(it)
+        next(iterator)
     data.close()
 
 
@@ -438,36 +495,37 @@ def test_mixture_of_sources(config, prepared):
         'b': {'path': path, 'split': 'test'},
         'c': {'path': path, 'weight': 3.0},
     }
+    sizes = [13, 5, 13]
     data = data_pipelines.open(config)
-    assert data.size('train') == 31 and data.info['sources'] == ['a', 'b', 'c']
-    got = rows(data.train(0, 16), 6)
-    counts = np.stack([np.bincount(s, minlength=3) for s in got['source'].reshape(6, 16)])
-    assert (counts[:, 0] == 4).all()
-    total = np.bincount(got['source'], minlength=3)
+    assert data.size('train') == 31
+    assert data.info['sources'] == ['a', 'b', 'c']
+    batch = stack(data.train(0, 16), 6)
+    is_first = batch['source'].reshape(6, 16) == 0
+    assert is_first.sum(1).tolist() == [4] * 6
+    total = np.bincount(batch['source'], minlength=3)
     assert 0.5 < total[2] / total[1] / 3 < 2
-    for s, n in ((0, 13), (1, 5), (2, 13)):
-        assert sorted(got['index'][got['source'] == s][:n]) == list(range(n))
-    check_clocks(got)
-    got = rows(data.one_pass('train', 31, by='records'), 1)
-    assert sorted(zip(got['source'], got['index'])) == [
-        (s, i) for s, n in ((0, 13), (1, 5), (2, 13)) for i in range(n)
-    ]
-    np.testing.assert_array_equal(
-        data.offsets('train')[got['source']] + got['index'], got['position']
-    )
+    for source, size in enumerate(sizes):
+        of_source = batch['index'][batch['source'] == source]
+        assert sorted(of_source[:size]) == list(range(size))
+    check_clocks(batch)
+
+    batch = next(data.one_pass('train', 31, by='records'))
+    expected = []
+    for source, size in enumerate(sizes):
+        expected += [(source, i) for i in range(size)]
+    assert sorted(zip(batch['source'], batch['index'])) == expected
+    position = data.offsets('train')[batch['source']] + batch['index']
+    np.testing.assert_array_equal(position, batch['position'])
     data.close()
 
 
-def test_without_captioned_segments_there_is_no_caption_stream(config, prepared):
-    """So that retrieval asks with the sentences that were spoken: the training split here has these alone."""
-    data = data_pipelines.open(config)
-    got, captioned = (next(iter(data.one_pass(split, 4))) for split in ('train', 'test'))
-    assert (
-        'text.caption' not in got
-        and got['text']['valid'].any()
-        and captioned['text.caption']['valid'].all()
-    )
-    data.close()
+def test_without_captioned_segments_there_is_no_caption_stream(data):
+    """So that retrieval asks with the sentences that were spoken: the training split has these."""
+    spoken = next(data.one_pass('train', 4))
+    captioned = next(data.one_pass('test', 4))
+    assert 'text.caption' not in spoken
+    assert spoken['text']['valid'].any()
+    assert captioned['text.caption']['valid'].all()
 
 
 def test_a_source_without_a_path_is_what_is_made(config, prepared, tmp_path):
@@ -482,54 +540,60 @@ def test_a_source_without_a_path_is_what_is_made(config, prepared, tmp_path):
 
 
 def test_few_labels(config, prepared):
-    """Exactly so many segments of each class are known, in records drawn in proportion; fewer are a part of more; passes know all."""
+    """Exactly so many segments of each class are known, and fewer are a part of more.
 
-    def known(n, **fields):
+    Records are drawn in proportion to their known segments; passes know all.
+    """
+
+    def known_segments(per_class, label='class'):
+        """({(record, class)} of the rows with a label, records that were drawn)."""
         config.data.train = {
             'clocks': {
                 'path': str(prepared[0]),
                 'split': 'test',
-                'label': 'class',
-                'per_class': n,
-                **fields,
+                'label': label,
+                'per_class': per_class,
             }
         }
         data = data_pipelines.open(config)
-        got = rows(data.train(0, 32), 5)
-        everything = rows(data.one_pass('test', 10), 1)['labels/class']
+        batch = stack(data.train(0, 32), 5)
+        in_a_pass = next(data.one_pass('test', 10))['labels']['class']
         data.close()
-        assert sorted(everything) == [0] * 5 + [1] * 5
-        unknown = got['labels/class'] < 0
-        assert not got['labels/tags'][unknown].any() and got['labels/tags'][~unknown].any(-1).all()
-        return {(int(i), int(c)) for i, c in zip(got['index'], got['labels/class']) if c >= 0}, set(
-            got['index'].tolist()
-        )
+        assert sorted(in_a_pass) == [0] * 5 + [1] * 5
+        classes, tags = batch['labels']['class'], batch['labels']['tags']
+        is_known = classes >= 0
+        assert not tags[~is_known].any()
+        assert tags[is_known].any(-1).all()
+        known = zip(batch['index'][is_known].tolist(), classes[is_known].tolist())
+        return set(known), set(batch['index'].tolist())
 
-    two, records = known(2)
-    assert sorted(c for _, c in two) == [0, 0, 1, 1] and records == {i for i, _ in two}
-    four, _ = known(4)
-    assert two < four and len(four) == 8
-    with pytest.raises(
-        DataError,
-        match="per_class=6: class 'early' of label 'class' has 5 segments in split 'test'",
-    ):
-        known(6)
-    with pytest.raises(
-        DataError, match="has no label 'tags' with one class for each segment; it has class"
-    ):
-        known(2, label='tags')
+    two, records = known_segments(2)
+    assert sorted(label for _, label in two) == [0, 0, 1, 1]
+    assert records == {record for record, _ in two}
+    four, _ = known_segments(4)
+    assert two < four
+    assert len(four) == 8
+    message = "per_class=6: class 'early' of label 'class' has 5 segments in split 'test'"
+    with pytest.raises(DataError, match=message):
+        known_segments(6)
+    message = "has no label 'tags' with one class for each segment; it has class"
+    with pytest.raises(DataError, match=message):
+        known_segments(2, label='tags')
 
 
-def test_squares_along_the_longer_side():
-    height, width = np.array([60, 90, 50]), np.array([120, 60, 50])
-    for place, want in (
+@pytest.mark.parametrize(
+    'position, expected',
+    [
         (0.0, [[0, 0, 1, 0.5], [0, 0, 2 / 3, 1], [0, 0, 1, 1]]),
         (0.5, [[0, 0.25, 1, 0.75], [1 / 6, 0, 5 / 6, 1], [0, 0, 1, 1]]),
         (1.0, [[0, 0.5, 1, 1], [1 / 3, 0, 1, 1], [0, 0, 1, 1]]),
-    ):
-        np.testing.assert_allclose(
-            frame_windows.square_boxes(height, width, place), want, atol=1e-6
-        )
+    ],
+)
+def test_squares_along_the_longer_side(position, expected):
+    """Boxes (y0 x0 y1 x1) of a wide, a high and a square frame."""
+    height, width = np.array([60, 90, 50]), np.array([120, 60, 50])
+    boxes = frame_windows.square_boxes(height, width, position)
+    np.testing.assert_allclose(boxes, expected, atol=1e-6)
 
 
 def test_frames_of_different_shapes_are_cut_to_squares(config, tmp_path):
@@ -553,38 +617,37 @@ def test_frames_of_different_shapes_are_cut_to_squares(config, tmp_path):
     )
     config.data.train = {'shapes': {'path': str(tmp_path / 'out')}}
     data = data_pipelines.open(config)
-    got = rows(data.one_pass('train', 3, by='records'), 1)
-    assert got['video/data'].shape == (3, 8, SIZE, SIZE, 3)
-    ids = [t['id'] for t in data.texts('train', 'records')]
-    middle = ramp[32:96].astype(float)
-    for name, axis in (('wide.mp4', 0), ('high.mp4', 1)):
-        seen = got['video/data'][ids.index(name), 0].astype(float).mean(-1).mean(axis)
-        np.testing.assert_allclose(seen, middle, atol=6)
+    ids = [text['id'] for text in data.texts('train', 'records')]
+
+    def check_squares(stream, expected):
+        """The first frames of the wide and the high video show this part of the ramp."""
+        for name, other_axis in (('wide.mp4', 0), ('high.mp4', 1)):
+            frame = stream['data'][ids.index(name), 0].astype(float).mean(-1)  # [H W]
+            np.testing.assert_allclose(frame.mean(other_axis), expected.astype(float), atol=6)
+
+    batch = next(data.one_pass('train', 3, by='records'))
+    chex.assert_shape(batch['video']['data'], (3, 8, SIZE, SIZE, 3))
+    check_squares(batch['video'], ramp[32:96])
+
     # Three squares of each frame, as multi-view testing takes them; two of them in one pass.
-    for place, part in ((0.0, ramp[:64]), (1.0, ramp[64:])):
-        window = {'kind': 'window', 'number': 0, 'of': 1, 'crop': place}
-        got = rows(
-            data.one_pass(
-                'train',
-                3,
-                by='records',
-                window=window,
-                views={'video.middle': {**window, 'crop': 0.5}},
-            ),
-            1,
-        )
-        for name, axis in (('wide.mp4', 0), ('high.mp4', 1)):
-            for stream, wanted in (('video', part), ('video.middle', ramp[32:96])):
-                seen = got[f'{stream}/data'][ids.index(name), 0].astype(float).mean(-1).mean(axis)
-                np.testing.assert_allclose(seen, wanted.astype(float), atol=6)
-    got = rows(data.train(0, 3), 5)
-    wide = got['video/data'][got['index'] == ids.index('wide.mp4')].astype(float).mean((1, 2, 3, 4))
-    assert len(wide) == 5 and wide.std() > 5  # training moves the square along the long side
+    for crop, expected in ((0.0, ramp[:64]), (1.0, ramp[64:])):
+        window = {'kind': 'window', 'number': 0, 'of': 1, 'crop': crop}
+        views = {'video.middle': {**window, 'crop': 0.5}}
+        batch = next(data.one_pass('train', 3, by='records', window=window, views=views))
+        check_squares(batch['video'], expected)
+        check_squares(batch['video.middle'], ramp[32:96])
+
+    # Training moves the square along the long side.
+    batch = stack(data.train(0, 3), 5)
+    is_wide = batch['index'] == ids.index('wide.mp4')
+    brightness = batch['video']['data'][is_wide].astype(float).mean((1, 2, 3, 4))
+    assert len(brightness) == 5
+    assert brightness.std() > 5
     data.close()
 
 
 @pytest.mark.parametrize(
-    'change, say',
+    'changes, message',
     [
         ({'model.inputs.video.fps': 25.0}, 'model.inputs.video.fps is 25.*--fps=25'),
         ({'model.inputs.video.size': 224}, 'model.inputs.video.size is 224.*--size=224'),
@@ -599,7 +662,8 @@ def test_frames_of_different_shapes_are_cut_to_squares(config, tmp_path):
         ({'data.train': {'a': {}}}, 'has no path'),
         (
             {'data.train': {'a': 'data/mine'}},
-            "config.data.train.a: expected a group of fields, such as {'path': FOLDER}, got 'data/mine'",
+            'config.data.train.a: expected a group of fields, such as '
+            "{'path': FOLDER}, got 'data/mine'",
         ),
         (
             {'data.train': {'a': {'path': 'tests', 'weight': 'much'}}},
@@ -612,18 +676,18 @@ def test_frames_of_different_shapes_are_cut_to_squares(config, tmp_path):
         ({'data.views': (3,)}, 'config.data.views: expected pairs of a stream and a view'),
     ],
 )
-def test_what_does_not_fit_is_named(config, change, say):
-    for path, value in change.items():
-        node, _, field = path.rpartition('.')
-        where = config
-        for part in node.split('.'):
-            where = where[part]
-        where[field] = value
-    with pytest.raises(DataError, match=say):
+def test_what_does_not_fit_is_named(config, changes, message):
+    for path, value in changes.items():
+        parents, _, field = path.rpartition('.')
+        node = config
+        for name in parents.split('.'):
+            node = node[name]
+        node[field] = value
+    with pytest.raises(DataError, match=message):
         data_pipelines.open(config)
 
 
-def test_a_trained_models_tokenizer_is_kept(config):
+def test_the_tokenizer_of_a_trained_model_is_used(config):
     from vatt_jax.inputs import tokenizer
 
     spec = tokenizer.train('words', ['video yes'], 10).to_spec()
@@ -631,5 +695,5 @@ def test_a_trained_models_tokenizer_is_kept(config):
         config.model.inputs.text.tokenizer = spec
     data = data_pipelines.open(config)
     assert data.info['tokenizer'] == spec
-    assert rows(data.train(0, 13), 1)['text/data'].max() == 3
+    assert next(data.train(0, 13))['text']['data'].max() == 3
     data.close()

@@ -1,3 +1,6 @@
+"""Folders of media files and captions become a dataset, whatever stops it half-way."""
+
+import io
 import json
 import os
 import pathlib
@@ -8,7 +11,8 @@ import time
 
 import numpy as np
 import pytest
-from clocks import FPS, RATE, SIZE, audio_time, clock, video_time, write_wav
+from clocks import FPS, RATE, SIZE, audio_time, clock, piece_middles, video_time, write_wav
+from PIL import Image
 
 from data_pipelines import media, prepare
 from data_pipelines.errors import DataError
@@ -21,29 +25,60 @@ from data_pipelines.preparation import (
 from data_pipelines.storage.record_index import Index, Strings
 from data_pipelines.storage.records import Prepared, Split
 
-SMALL = dict(fps=FPS, size=SIZE, rate=RATE, quiet=True, processes=1, min_seconds=0.5)
+SMALL = {
+    'fps': FPS,
+    'size': SIZE,
+    'rate': RATE,
+    'quiet': True,
+    'processes': 1,
+    'min_seconds': 0.5,
+}
 
 
-def folder_of(path, number, seconds=1.0):
-    path.mkdir(exist_ok=True)
-    for i in range(number):
-        frames, audio = clock(seconds)
-        media.write_mp4(path / f'v{i}.mp4', frames, FPS, audio, RATE)
-    return str(path)
+def write_clocks(folder, count, seconds=1.0):
+    """The folder as a string, filled with so many clocks."""
+    folder.mkdir(exist_ok=True)
+    frames, audio = clock(seconds)
+    for i in range(count):
+        media.write_mp4(folder / f'v{i}.mp4', frames, FPS, audio, RATE)
+    return str(folder)
 
 
-def test_what_comes_out(prepared, media_folder):
+def write_silences(folder, *names):
+    """The folder as a string, filled with a second of silence under each name."""
+    folder.mkdir()
+    for name in names:
+        write_wav(folder / f'{name}.wav', np.zeros(8000, np.int16))
+    return str(folder)
+
+
+def staged_files(out):
+    """Files decoded so far by a run that has not finished; half-written ones have a suffix."""
+    paths = (out / '.staging' / 'files').glob('*/*')
+    return [path for path in paths if '.' not in path.name]
+
+
+def num_records(result):
+    """Records of all splits."""
+    return sum(split['records'] for split in result['splits'].values())
+
+
+def example_features(raw):
+    """The features of a serialized Example by name."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return tf_example_pb2.Example.FromString(raw).features.feature
+
+
+def test_the_result_counts_records_and_skipped_files(prepared):
     out, result = prepared
-    assert (
-        result['fresh']
-        and result['splits']['train']['records'] == 13
-        and result['splits']['test']['records'] == 5
-    )
-    assert (
-        result['splits']['train']['without_audio'] == 1
-        and result['splits']['train']['without_video'] == 1
-    )
-    reasons = {k: v.split(':')[0] for k, v in result['skipped'].items()}
+    assert result['fresh']
+    train, test = result['splits']['train'], result['splits']['test']
+    assert train['records'] == 13
+    assert test['records'] == 5
+    assert train['without_audio'] == 1
+    assert train['without_video'] == 1
+    reasons = {name: reason.split(':')[0] for name, reason in result['skipped'].items()}
     assert reasons == {
         'train/cut.mp4': 'corrupt',
         'train/noise.mp4': 'corrupt',
@@ -51,8 +86,13 @@ def test_what_comes_out(prepared, media_folder):
     }
     assert json.loads((out / 'skipped.json').read_text()) == result['skipped']
     assert not (out / '.staging').exists()
+
+
+def test_the_vocabulary_is_that_of_the_training_captions_alone(prepared):
+    out, _ = prepared
     vocabulary = json.loads((out / 'tokenizer.json').read_text())['vocabulary']
-    assert 'train3' in vocabulary and 'test3' not in vocabulary  # of the training captions alone
+    assert 'train3' in vocabulary
+    assert 'test3' not in vocabulary
 
 
 def test_it_is_a_tfds_dataset(prepared):
@@ -60,90 +100,91 @@ def test_it_is_a_tfds_dataset(prepared):
 
     out, _ = prepared
     builder = tfds.builder_from_directory(str(out))
-    assert builder.info.name == 'clocks' and builder.info.splits['train'].num_examples == 13
-    by_id = {e['id'].decode(): e for e in builder.as_data_source('test')}
-    e = by_id['test/test04.mp4']
-    assert (
-        len(e['frames']) == 24
-        and len(e['audio']) == 2 * round(2.4 * RATE)
-        and (e['height'], e['width']) == (SIZE, SIZE)
-    )
-    assert e['caption_text'][1] == b'word1 of video test4, yes' and json.loads(
-        e['ground_truth']
-    ) == {'i': 4}
-    assert [int(x) for x in e['segment_labels']['class']] == [0, 1]
-    np.testing.assert_array_equal(np.stack(e['segment_labels']['tags']), [[1, 0, 0], [0, 1, 1]])
-    np.testing.assert_allclose(e['segment_end'], [1.0, 2.4], atol=1e-6)  # cut to the record
-    np.testing.assert_allclose(
-        audio_time(np.frombuffer(e['audio'], '<i2'))[3:-3],
-        ((np.arange(60) + 0.5) * 0.04)[3:-3],
-        atol=0.06,
-    )
+    assert builder.info.name == 'clocks'
+    assert builder.info.splits['train'].num_examples == 13
+    examples = {example['id'].decode(): example for example in builder.as_data_source('test')}
+    example = examples['test/test04.mp4']
+    assert len(example['frames']) == 24
+    assert (example['height'], example['width']) == (SIZE, SIZE)
+    assert example['caption_text'][1] == b'word1 of video test4, yes'
+    assert json.loads(example['ground_truth']) == {'i': 4}
+    labels = example['segment_labels']
+    assert [int(label) for label in labels['class']] == [0, 1]
+    np.testing.assert_array_equal(np.stack(labels['tags']), [[1, 0, 0], [0, 1, 1]])
+    # The second segment is cut to the record.
+    np.testing.assert_allclose(example['segment_end'], [1.0, 2.4], atol=1e-6)
+    pcm = np.frombuffer(example['audio'], '<i2')
+    assert len(pcm) == round(2.4 * RATE)
+    np.testing.assert_allclose(audio_time(pcm)[3:-3], piece_middles(60)[3:-3], atol=0.06)
 
 
-def test_index_tells_what_the_records_hold(prepared):
+def test_the_index_says_what_the_records_hold(prepared):
     out, _ = prepared
     split = Split(Prepared(out), 'train')
-    t = split.index
-    raw, reasons = split.read(np.arange(13))
+    index = split.index
+    raw_records, reasons = split.read(np.arange(13))
     assert not any(reasons)
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    for i, r in enumerate(raw):
-        f = tf_example_pb2.Example.FromString(r).features.feature
-        assert f['id'].bytes_list.value[0].decode() == t.id[i]
-        assert (
-            len(f['frames'].bytes_list.value) == t.frames[i]
-            and len(f['audio'].bytes_list.value[0]) == 2 * t.samples[i]
-        )
-        first, last = t.sentence_offset[i : i + 2]
-        assert [x.decode() for x in f['caption_text'].bytes_list.value] == t.sentence_text[
-            first:last
-        ]
-    i = list(t.id).index('train/sound.wav')
-    assert t.frames[i] == 0 and t.duration[i] == 2.5
-    assert (t.segment_record == np.arange(13)).all() and (
-        t.segment_end == t.duration.astype(np.float32)
-    ).all()
+    for i, raw in enumerate(raw_records):
+        feature = example_features(raw)
+        assert feature['id'].bytes_list.value[0].decode() == index.id[i]
+        assert len(feature['frames'].bytes_list.value) == index.frames[i]
+        assert len(feature['audio'].bytes_list.value[0]) == 2 * index.samples[i]
+        first, last = index.sentence_offset[i : i + 2]
+        sentences = [text.decode() for text in feature['caption_text'].bytes_list.value]
+        assert sentences == index.sentence_text[first:last]
+    sound = list(index.id).index('train/sound.wav')
+    assert index.frames[sound] == 0
+    assert index.duration[sound] == 2.5
+    # Without annotations a record is one segment.
+    np.testing.assert_array_equal(index.segment_record, np.arange(13))
+    np.testing.assert_array_equal(index.segment_end, index.duration.astype(np.float32))
 
 
 def test_second_run_decodes_nothing_and_other_settings_are_refused(
     prepared, media_folder, monkeypatch
 ):
     out, _ = prepared
-    same = dict(
-        annotations=str(media_folder / 'annotations.json'),
-        fps=FPS,
-        size=SIZE,
-        rate=RATE,
-        name='clocks',
-        quiet=True,
-    )
-    args = (str(media_folder / 'videos'), str(media_folder / 'captions.csv'), str(out))
-    with monkeypatch.context() as m:
-        m.setattr(staging, 'stage_all', None)  # nothing is decoded again
-        assert not prepare.prepare(*args, **same)['fresh']
+    paths = (str(media_folder / 'videos'), str(media_folder / 'captions.csv'), str(out))
+    same = {
+        'annotations': str(media_folder / 'annotations.json'),
+        'fps': FPS,
+        'size': SIZE,
+        'rate': RATE,
+        'name': 'clocks',
+        'quiet': True,
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, 'stage_all', None)  # nothing is decoded again
+        assert not prepare.prepare(*paths, **same)['fresh']
     with pytest.raises(DataError, match='other settings.*--overwrite'):
-        prepare.prepare(*args, **{**same, 'size': 32})
+        prepare.prepare(*paths, **{**same, 'size': 32})
     with pytest.raises(DataError, match='other tokenizer'):
-        prepare.prepare(*args, **same, tokenizer='wordpiece')
+        prepare.prepare(*paths, **same, tokenizer='wordpiece')
 
 
-def children(pid):
-    """Process ids below `pid` (Linux; elsewhere none)."""
-    out = []
+def child_processes(pid):
+    """Process ids of the children of `pid` (Linux; elsewhere none)."""
+    children = []
     for stat in pathlib.Path('/proc').glob('[0-9]*/stat'):
         try:
             parent = int(stat.read_text().rpartition(')')[2].split()[1])
         except OSError:  # gone meanwhile
             continue
         if parent == pid:
-            out.append(int(stat.parent.name))
-    return out
+            children.append(int(stat.parent.name))
+    return children
+
+
+def wait_until_gone(pids, seconds=10):
+    """Waits for processes to notice that their parent is gone."""
+    deadline = time.monotonic() + seconds
+    while any(pathlib.Path(f'/proc/{pid}').exists() for pid in pids):
+        assert time.monotonic() < deadline, 'worker processes live on without their parent'
+        time.sleep(0.01)
 
 
 def test_killed_run_goes_on(tmp_path, monkeypatch):
-    videos, out = folder_of(tmp_path / 'videos', 30, 3.0), tmp_path / 'out'
+    videos, out = write_clocks(tmp_path / 'videos', 30, 3.0), tmp_path / 'out'
     command = [
         sys.executable,
         '-m',
@@ -157,29 +198,33 @@ def test_killed_run_goes_on(tmp_path, monkeypatch):
         '--min_seconds=0.5',
         '--quiet',
     ]
-
-    def staged():
-        return [p for p in (out / '.staging' / 'files').glob('*/*') if '.' not in p.name]
-
     process = subprocess.Popen(command)
-    while len(staged()) < 3:
+    while len(staged_files(out)) < 3:
         time.sleep(0.002)
         assert process.poll() is None
-    workers = [w for pid in children(process.pid) for w in (pid, *children(pid))]
+    workers = []
+    for pid in child_processes(process.pid):
+        workers += [pid, *child_processes(pid)]
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 10
-    while any(pathlib.Path(f'/proc/{w}').exists() for w in workers):  # they notice, and go
-        assert time.monotonic() < deadline, 'worker processes live on without their parent'
-        time.sleep(0.01)
-    assert 3 <= len(staged()) < 30 and not (out / 'prepare.json').exists()
+    wait_until_gone(workers)
+    num_staged = len(staged_files(out))
+    assert 3 <= num_staged < 30
+    assert not (out / 'prepare.json').exists()
     with pytest.raises(DataError, match='not finished'):
         Prepared(out)
-    done, original = [], decoded_files.stage_file
-    monkeypatch.setattr(decoded_files, 'stage', lambda *a: (done.append(a[0].id), original(*a)))
-    left = 30 - len(staged())
+
+    decoded = []
+    stage_file = decoded_files.stage_file
+
+    def counting_stage(file, *arguments):
+        decoded.append(file.id)
+        stage_file(file, *arguments)
+
+    monkeypatch.setattr(decoded_files, 'stage_file', counting_stage)
     result = prepare.prepare(videos, '', str(out), **SMALL)
-    assert len(done) == left and sum(s['records'] for s in result['splits'].values()) == 30
+    assert len(decoded) == 30 - num_staged
+    assert num_records(result) == 30
     # The same bytes as a run that was never killed.
     again = prepare.prepare(videos, '', str(tmp_path / 'again'), **SMALL, name='out')
     assert again['splits'] == result['splits']
@@ -190,57 +235,59 @@ def test_killed_run_goes_on(tmp_path, monkeypatch):
 
 
 def test_killed_while_writing(tmp_path, monkeypatch):
-    videos, out = folder_of(tmp_path / 'videos', 3), tmp_path / 'out'
-    with monkeypatch.context() as m:
-        calls = []
+    videos, out = write_clocks(tmp_path / 'videos', 3), tmp_path / 'out'
+    original_replace = os.replace
 
-        def replace(a, b, original=os.replace):
-            calls.append(b)
-            if str(b) == str(out / 'tokenizer.json'):
-                raise KeyboardInterrupt
-            original(a, b)
+    def interrupted_replace(source, target):
+        if str(target) == str(out / 'tokenizer.json'):
+            raise KeyboardInterrupt
+        original_replace(source, target)
 
-        m.setattr(os, 'replace', replace)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', interrupted_replace)
         with pytest.raises(KeyboardInterrupt):
             prepare.prepare(videos, '', str(out), **SMALL)
-    assert (out / 'dataset_info.json').exists() and not (out / 'prepare.json').exists()
-    monkeypatch.setattr(decoded_files, 'stage', None)  # nothing is decoded again
+    assert (out / 'dataset_info.json').exists()
+    assert not (out / 'prepare.json').exists()
+    monkeypatch.setattr(decoded_files, 'stage_file', None)  # nothing is decoded again
     result = prepare.prepare(videos, '', str(out), **SMALL)
-    assert sum(s['records'] for s in result['splits'].values()) == 3
-    assert all(len(Split(Prepared(out), s)) for s in result['splits'])
+    assert num_records(result) == 3
+    for name in result['splits']:
+        assert len(Split(Prepared(out), name)) > 0
 
 
 def test_overwrite(tmp_path):
-    videos, out = folder_of(tmp_path / 'videos', 2), tmp_path / 'out'
+    videos, out = write_clocks(tmp_path / 'videos', 2), tmp_path / 'out'
     prepare.prepare(videos, '', str(out), **SMALL)
     (out / 'mine.txt').write_text('kept')
     os.remove(tmp_path / 'videos' / 'v0.mp4')
     with pytest.raises(DataError, match='other files'):
         prepare.prepare(videos, '', str(out), **SMALL)
     result = prepare.prepare(videos, '', str(out), **SMALL, overwrite=True)
-    assert sum(s['records'] for s in result['splits'].values()) == 1
+    assert num_records(result) == 1
 
 
 def crashing_stage(file, settings, target):
+    """Stages a second of silence, but ends the process on a file called bomb."""
     if 'bomb' in file.id:
         os._exit(11)
-    decoded_files.write(
-        target,
-        {'id': file.id, 'lengths': [], 'samples': 8000, 'height': 0, 'width': 0, 'duration': 1.0},
-        [bytes(16000)],
-    )
+    header = {
+        'id': file.id,
+        'lengths': [],
+        'samples': 8000,
+        'height': 0,
+        'width': 0,
+        'duration': 1.0,
+    }
+    decoded_files.write(target, header, [bytes(16000)])
 
 
 def test_a_file_that_crashes_the_decoder_is_skipped(tmp_path, monkeypatch):
-    (tmp_path / 'videos').mkdir()
-    for name in ('a', 'bomb', 'c', 'd'):
-        write_wav(tmp_path / 'videos' / f'{name}.wav', np.zeros(8000, np.int16))
-    monkeypatch.setattr(decoded_files, 'stage', crashing_stage)
-    result = prepare.prepare(
-        str(tmp_path / 'videos'), '', str(tmp_path / 'out'), **{**SMALL, 'processes': 2}
-    )
+    videos = write_silences(tmp_path / 'videos', 'a', 'bomb', 'c', 'd')
+    monkeypatch.setattr(decoded_files, 'stage_file', crashing_stage)
+    result = prepare.prepare(videos, '', str(tmp_path / 'out'), **{**SMALL, 'processes': 2})
     assert result['skipped'] == {'bomb.wav': 'corrupt: it crashes the decoder'}
-    assert sum(s['records'] for s in result['splits'].values()) == 3
+    assert num_records(result) == 3
 
 
 def test_require_audio_and_nothing_left(tmp_path, capsys):
@@ -256,119 +303,125 @@ def test_require_audio_and_nothing_left(tmp_path, capsys):
         '--quiet',
     ]
     assert prepare.main(arguments) == 2
-    assert (
-        'all 1 files' in (error := capsys.readouterr().err)
-        and 'no audio' in error
-        and error.count('\n') == 1
-    )
+    error = capsys.readouterr().err
+    assert 'all 1 files' in error
+    assert 'no audio' in error
+    assert error.count('\n') == 1
 
 
 @pytest.mark.parametrize(
-    'change, say',
+    'changes, message',
     [
-        (dict(videos='none'), 'does not exist'),
-        (dict(captions='none.csv'), 'captions file none.csv does not exist'),
-        (dict(fps=0.0), '--fps=0.0'),
-        (dict(name='My Set'), '--name=My Set'),
-        (dict(validation=0.7, test=0.5), '--validation=0.7'),
-        (dict(videos='.'), 'no media file'),
+        ({'videos': 'none'}, 'does not exist'),
+        ({'captions': 'none.csv'}, 'captions file none.csv does not exist'),
+        ({'fps': 0.0}, '--fps=0.0'),
+        ({'name': 'My Set'}, '--name=My Set'),
+        ({'validation': 0.7, 'test': 0.5}, '--validation=0.7'),
+        ({'videos': 'empty'}, 'no media file'),
     ],
 )
-def test_one_clear_sentence(tmp_path, monkeypatch, change, say):
+def test_wrong_arguments_are_one_clear_sentence(tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'videos').mkdir()
-    write_wav(tmp_path / 'videos' / 'a.wav', np.zeros(8000, np.int16))
-    if change.get('videos') == '.':
-        (tmp_path / 'videos' / 'a.wav').unlink()
-    with pytest.raises(DataError, match=say):
-        prepare.prepare(**{'videos': 'videos', 'captions': '', 'out': 'out', **SMALL, **change})
+    write_silences(tmp_path / 'videos', 'a')
+    (tmp_path / 'empty').mkdir()
+    arguments = {'videos': 'videos', 'captions': '', 'out': 'out', **SMALL, **changes}
+    with pytest.raises(DataError, match=message):
+        prepare.prepare(**arguments)
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
-    videos = folder_of(tmp_path / 'videos', 1)
+    videos = write_clocks(tmp_path / 'videos', 1)
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out' / 'thesis.tex').write_text('x')
     with pytest.raises(DataError, match='holds other files'):
         prepare.prepare(videos, '', str(tmp_path / 'out'), **SMALL)
 
 
-def test_splits_by_hash_are_stable_and_in_proportion():
+def test_splits_by_hash_are_in_proportion():
     names = [f'v{i}.mp4' for i in range(4000)]
-    split = [record_contents.split_of(n, False, 0.1, 0.2) for n in names]
-    assert abs(split.count('test') - 800) < 100 and abs(split.count('validation') - 400) < 80
-    assert (
-        record_contents.split_of('val/x.mp4', True, 0, 0) == 'validation'
-        and record_contents.split_of('x.mp4', True, 0, 0) == 'train'
-    )
+    splits = [record_contents.split_of(name, False, 0.1, 0.2) for name in names]
+    assert abs(splits.count('test') - 800) < 100
+    assert abs(splits.count('validation') - 400) < 80
+
+
+def test_splits_by_folder():
+    assert record_contents.split_of('val/x.mp4', True, 0, 0) == 'validation'
+    assert record_contents.split_of('x.mp4', True, 0, 0) == 'train'
 
 
 # ---- captions and annotations
 
 
 def test_caption_formats_agree(tmp_path):
-    want = {
+    expected = {
         'a.mp4': [
             {'text': 'one, two', 'start': 0.0, 'end': 1.5},
             {'text': 'three', 'start': 2.0, 'end': 3.0},
         ],
         'b': [{'text': 'ÅÄÖ', 'start': 0.0, 'end': float('inf')}],
     }
-    (tmp_path / 'c.csv').write_text(
-        '﻿Video, start,end,text\na.mp4,0,1.5,"one, two"\na.mp4,2,3,three\nb,,,ÅÄÖ\n',
-        encoding='utf-8',
-    )
-    (tmp_path / 'd.json').write_text(
-        json.dumps(
-            {
-                'a.mp4': [
-                    {'text': 'one, two', 'start': 0, 'end': 1.5},
-                    {'text': 'three', 'start': 2, 'end': 3},
-                ],
-                'b': ['ÅÄÖ'],
-            }
-        )
-    )
-    (tmp_path / 'l.json').write_text(
-        json.dumps(
-            [
-                {'video': 'a.mp4', 'text': 'one, two', 'end': 1.5},
-                {'video': 'a.mp4', 'start': 2, 'end': 3, 'text': 'three'},
-                {'video': 'b', 'text': 'ÅÄÖ'},
-            ]
-        )
-    )
-    for name in ('c.csv', 'd.json', 'l.json'):
-        assert annotation_files.read_captions(tmp_path / name) == want, name
-
-
-def test_names_mean_files():
-    names = annotation_files.NameResolver(
-        ['train/a.mp4', 'test/a.mp4', 'train/deep/b.webm', 'c.mp4']
-    )
-    assert names('train/a.mp4') == 'train/a.mp4' and names('train/a') == 'train/a.mp4'
-    assert (
-        names('b') == names('deep/b.webm') == names('./train/deep/b') == 'train/deep/b.webm'
-        and names('c') == 'c.mp4'
-    )
-    assert names('a.mp4') is None and names('zzz') is None  # two answer, none answers
-
-
-def test_label_csv(tmp_path):
-    (tmp_path / 'l.csv').write_text('video,label\na.mp4,run\nb.mp4,jump\n')
-    classes, videos = annotation_files.read_annotations(tmp_path / 'l.csv')
-    assert classes == {'class': ['jump', 'run']} and videos['a.mp4']['segments'][0]['labels'] == {
-        'class': 1
+    byte_order_mark = '\ufeff'
+    lines = [
+        'Video, start,end,text',
+        'a.mp4,0,1.5,"one, two"',
+        'a.mp4,2,3,three',
+        'b,,,ÅÄÖ',
+    ]
+    table = byte_order_mark + '\n'.join(lines) + '\n'
+    (tmp_path / 'table.csv').write_text(table, encoding='utf-8')
+    by_video = {
+        'a.mp4': [
+            {'text': 'one, two', 'start': 0, 'end': 1.5},
+            {'text': 'three', 'start': 2, 'end': 3},
+        ],
+        'b': ['ÅÄÖ'],
     }
-    assert annotation_files.multi_hot_sizes(classes, videos) == {'class': None}
-    (tmp_path / 'l.csv').write_text('video,label\na.mp4,run\na.mp4,jump\nb.mp4,jump\n')
-    classes, videos = annotation_files.read_annotations(tmp_path / 'l.csv')
-    assert annotation_files.multi_hot_sizes(classes, videos) == {'class': 2} and videos['a.mp4'][
-        'segments'
-    ][0]['labels'] == {'class': [1, 0]}
+    (tmp_path / 'by_video.json').write_text(json.dumps(by_video))
+    in_a_list = [
+        {'video': 'a.mp4', 'text': 'one, two', 'end': 1.5},
+        {'video': 'a.mp4', 'start': 2, 'end': 3, 'text': 'three'},
+        {'video': 'b', 'text': 'ÅÄÖ'},
+    ]
+    (tmp_path / 'in_a_list.json').write_text(json.dumps(in_a_list))
+    for name in ('table.csv', 'by_video.json', 'in_a_list.json'):
+        assert annotation_files.read_captions(tmp_path / name) == expected, name
 
 
 @pytest.mark.parametrize(
-    'text, say',
+    'name, expected',
+    [
+        ('train/a.mp4', 'train/a.mp4'),
+        ('train/a', 'train/a.mp4'),
+        ('b', 'train/deep/b.webm'),
+        ('deep/b.webm', 'train/deep/b.webm'),
+        ('./train/deep/b', 'train/deep/b.webm'),
+        ('c', 'c.mp4'),
+        ('a.mp4', None),  # two files answer to it
+        ('zzz', None),
+    ],
+)
+def test_names_mean_files(name, expected):
+    files = ['train/a.mp4', 'test/a.mp4', 'train/deep/b.webm', 'c.mp4']
+    assert annotation_files.NameResolver(files)(name) == expected
+
+
+def test_a_label_a_video_is_a_class(tmp_path):
+    (tmp_path / 'l.csv').write_text('video,label\na.mp4,run\nb.mp4,jump\n')
+    classes, videos = annotation_files.read_annotations(tmp_path / 'l.csv')
+    assert classes == {'class': ['jump', 'run']}
+    assert videos['a.mp4']['segments'][0]['labels'] == {'class': 1}
+    assert annotation_files.multi_hot_sizes(classes, videos) == {'class': None}
+
+
+def test_several_labels_a_video_are_multi_hot(tmp_path):
+    (tmp_path / 'l.csv').write_text('video,label\na.mp4,run\na.mp4,jump\nb.mp4,jump\n')
+    classes, videos = annotation_files.read_annotations(tmp_path / 'l.csv')
+    assert videos['a.mp4']['segments'][0]['labels'] == {'class': [1, 0]}
+    assert annotation_files.multi_hot_sizes(classes, videos) == {'class': 2}
+
+
+@pytest.mark.parametrize(
+    'text, message',
     [
         ('{"videos": {"a": {"segments": [{"labels": {"k": 1}}]}}}', "label 'k' is not among"),
         (
@@ -383,15 +436,18 @@ def test_label_csv(tmp_path):
         ('{', 'not readable JSON'),
     ],
 )
-def test_wrong_annotations_name_the_place(tmp_path, text, say):
+def test_wrong_annotations_say_what_is_wrong(tmp_path, text, message):
     (tmp_path / 'a.json').write_text(text)
-    with pytest.raises(DataError, match=say):
+    with pytest.raises(DataError, match=message):
         annotation_files.read_annotations(tmp_path / 'a.json')
 
 
-def test_strings():
-    s = Strings.from_texts(['a', '', 'Å☃', 'z'])
-    assert list(s) == ['a', '', 'Å☃', 'z'] and s[1:3] == ['', 'Å☃'] and s[-1] == 'z' and len(s) == 4
+def test_strings_are_a_sequence():
+    strings = Strings.from_texts(['a', '', 'Å☃', 'z'])
+    assert list(strings) == ['a', '', 'Å☃', 'z']
+    assert strings[1:3] == ['', 'Å☃']
+    assert strings[-1] == 'z'
+    assert len(strings) == 4
 
 
 def test_damaged_index_is_one_sentence(tmp_path):
@@ -401,12 +457,8 @@ def test_damaged_index_is_one_sentence(tmp_path):
 
 
 def test_stored_frames_show_the_right_moment(prepared):
-    import io
-
-    from PIL import Image
-    from tensorflow_datasets.proto import tf_example_pb2
-
     split = Split(Prepared(prepared[0]), 'test')
-    f = tf_example_pb2.Example.FromString(split.read(np.array([0]))[0][0]).features.feature
-    frames = np.stack([np.asarray(Image.open(io.BytesIO(b))) for b in f['frames'].bytes_list.value])
+    raw_records, _ = split.read(np.array([0]))
+    encoded = example_features(raw_records[0])['frames'].bytes_list.value
+    frames = np.stack([np.asarray(Image.open(io.BytesIO(frame))) for frame in encoded])
     np.testing.assert_allclose(video_time(frames), np.arange(len(frames)) / FPS, atol=0.06)

@@ -1,8 +1,11 @@
+"""The synthetic source and prepared batches in an npz file."""
+
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from batches import assert_contract, assert_equal, concatenate, stack, take
 
 import data_pipelines
 from configs.default import get_config
@@ -10,160 +13,149 @@ from data_pipelines.errors import DataError
 from data_pipelines.loading.synthetic import save_npz
 
 
-def config(**data):
-    c = get_config()
-    c.data.source = 'synthetic'
-    c.model.inputs.video.update(frames=8, size=16, fps=5.0)
-    c.model.inputs.audio.update(samples=3200, rate=2000)
-    c.model.inputs.text.update(candidates=3, words=6)
-    c.data.update(data)
-    return c
+def synthetic_config(**data_fields):
+    """A small synthetic source, `data_fields` of config.data changed."""
+    config = get_config()
+    config.data.source = 'synthetic'
+    config.model.inputs.video.update(frames=8, size=16, fps=5.0)
+    config.model.inputs.audio.update(samples=3200, rate=2000)
+    config.model.inputs.text.update(candidates=3, words=6)
+    config.data.update(data_fields)
+    return config
 
 
-def rows(batches, count):
-    """Streams, labels and marks of `count` batches, rows stacked."""
-    flat = []
-    for _ in range(count):
-        b, one = next(batches), {}
-        for k, v in b.items():
-            one.update({f'{k}/{n}': x for n, x in v.items()} if isinstance(v, dict) else {k: v})
-        flat.append(one)
-    return {k: np.concatenate([f[k] for f in flat]) for k in flat[0]}
-
-
-def equal(a, b):
-    assert a.keys() == b.keys()
-    for k in a:
-        np.testing.assert_array_equal(a[k], b[k], err_msg=k)
-
-
-def test_contract_of_a_batch():
-    c = config(
-        views=(
-            ('video.second', {'kind': 'clip'}),
-            ('audio.second', {'kind': 'clip'}),
-            ('audio.shifted', {'kind': 'shift', 'seconds': 0.4}),
-        )
+def test_batches_keep_the_contract():
+    views = {
+        'video.second': {'kind': 'clip'},
+        'audio.second': {'kind': 'clip'},
+        'audio.shifted': {'kind': 'shift', 'seconds': 0.4},
+    }
+    config = synthetic_config(views=tuple(views.items()))
+    data = data_pipelines.open(config)
+    batch = next(data.train(0, 6))
+    assert_contract(batch, config, 6, views, {'class': None})
+    assert_contract(
+        next(data.one_pass('test', 6)), config, 6, [*views, 'text.caption'], {'class': None}
     )
-    d = data_pipelines.open(c)
-    b = next(d.train(0, 6))
-    assert b['video']['data'].shape == (6, 8, 16, 16, 3) and b['video']['data'].dtype == np.uint8
-    assert b['audio']['data'].shape == (6, 3200) and b['audio']['data'].dtype == np.int16
-    assert b['text']['data'].shape == (6, 3, 6) and b['text']['data'].dtype == np.int32
-    assert (
-        b['video']['box'].shape == (6, 4)
-        and b['video']['box'].dtype == np.float32
-        and b['video']['flip'].dtype == bool
-    )
-    assert (
-        b['index'].dtype == np.int32
-        and b['source'].dtype == np.int32
-        and b['position'].dtype == np.int64
-    )
-    box = b['video']['box']
-    assert (box >= 0).all() and (box <= 1).all() and (box[:, 2:] > box[:, :2]).all()
-    np.testing.assert_array_equal(
-        b['video.second']['start'], b['audio.second']['start']
-    )  # one suffix, one window
-    assert (b['video.second']['start'] != b['video']['start']).any()
-    moved = np.abs(b['audio.shifted']['start'] - b['audio']['start'])
-    np.testing.assert_allclose(moved, 0.4, atol=1e-6)
-    assert d.info['tokenizer']['size'] > b['text']['data'].max()
+
+    box = batch['video']['box']
+    assert (box >= 0).all()
+    assert (box <= 1).all()
+    assert (box[:, 2:] > box[:, :2]).all()
+    # One suffix, one window.
+    np.testing.assert_array_equal(batch['video.second']['start'], batch['audio.second']['start'])
+    assert (batch['video.second']['start'] != batch['video']['start']).any()
+    shift = np.abs(batch['audio.shifted']['start'] - batch['audio']['start'])
+    np.testing.assert_allclose(shift, 0.4, atol=1e-6)
+    assert data.info['tokenizer']['size'] > batch['text']['data'].max()
 
 
 def test_same_rows_after_resume_on_other_hosts_and_batch_sizes():
-    d = data_pipelines.open(config(synthetic_size=40))
-    whole = rows(d.train(0, 12), 5)
+    data = data_pipelines.open(synthetic_config(synthetic_size=40))
+    whole = stack(data.train(0, 12), 5)
     np.testing.assert_array_equal(np.sort(whole['index'][:40]), np.arange(40))
-    equal(rows(d.train(24, 12), 3), {k: v[24:] for k, v in whole.items()})
-    equal(rows(d.train(24, 6), 6), {k: v[24:] for k, v in whole.items()})
-    parts = [rows(d.train(0, 12, process=(i, 4)), 1) for i in range(4)]
-    equal(
-        {k: np.concatenate([p[k] for p in parts]) for k in whole},
-        {k: v[:12] for k, v in whole.items()},
-    )
+    assert_equal(stack(data.train(24, 12), 3), take(whole, slice(24, None)))
+    assert_equal(stack(data.train(24, 6), 6), take(whole, slice(24, None)))
+    of_hosts = [next(data.train(0, 12, process=(i, 4))) for i in range(4)]
+    assert_equal(concatenate(of_hosts), take(whole, slice(12)))
 
 
-def test_one_pass_padding_rows_are_empty():
-    d = data_pipelines.open(config(synthetic_size=13))
-    got = rows(d.one_pass('train', 8, by='records'), 2)
-    assert got['valid'].sum() == 13 and sorted(got['index'][got['valid']]) == list(range(13))
-    pad = ~got['valid']
-    assert (
-        not got['video/valid'][pad].any()
-        and not got['video/data'][pad].any()
-        and not got['text/mask'][pad].any()
-    )
-    assert (got['labels/class'][pad] == -1).all()
-    assert got['text.caption/data'].shape == (16, 1, 6) if 'text.caption/data' in got else True
-    assert rows(d.one_pass('train', 8, limit=3), 1)['valid'].sum() == 3
+def test_padding_rows_of_one_pass_are_empty():
+    config = synthetic_config(synthetic_size=13)
+    data = data_pipelines.open(config)
+    batch = stack(data.one_pass('train', 8, by='records'), 2)
+    assert_contract(batch, config, 16, label_classes={'class': None})
+    is_valid = batch['valid']
+    assert is_valid.sum() == 13
+    assert sorted(batch['index'][is_valid]) == list(range(13))
+    padding = take(batch, ~is_valid)
+    assert not padding['video']['valid'].any()
+    assert not padding['video']['data'].any()
+    assert not padding['text']['mask'].any()
+    assert (padding['labels']['class'] == -1).all()
+    assert next(data.one_pass('train', 8, limit=3))['valid'].sum() == 3
 
 
 def test_sampling_columns_choose_records():
-    d = data_pipelines.open(config(synthetic_size=10))
-    weight = np.zeros(10)
-    weight[[2, 7]] = 1
-    assert set(rows(d.train(0, 8, columns={'w': weight}), 2)['index']) == {2, 7}
+    data = data_pipelines.open(synthetic_config(synthetic_size=10))
+    weights = np.zeros(10)
+    weights[[2, 7]] = 1
+    batch = stack(data.train(0, 8, columns={'w': weights}), 2)
+    assert set(batch['index']) == {2, 7}
     with pytest.raises(DataError, match='10 records'):
-        d.train(0, 8, columns={'w': np.ones(3)})
+        data.train(0, 8, columns={'w': np.ones(3)})
 
 
 def test_modalities_belong_together():
-    """Within one class, brightness over a clip follows loudness over the same clip, and not that of another record."""
-    d = data_pipelines.open(config(synthetic_size=64))
-    got = rows(d.one_pass('train', 64, by='records'), 1)
-    light = got['video/data'].reshape(64, 8, -1).mean(-1)
-    loud = np.abs(got['audio/data'].astype(float)).reshape(64, 8, -1).mean(-1)
-    unit = lambda x: (x - x.mean(1, keepdims=True)) / (x.std(1, keepdims=True) + 1e-9)
-    similar = unit(light) @ unit(loud).T / 8
-    assert np.diag(similar).mean() > 0.6 > 0.3 > np.abs(similar[~np.eye(64, dtype=bool)].mean())
+    """Brightness over a clip follows the loudness of the same clip, not that of another record."""
+    data = data_pipelines.open(synthetic_config(synthetic_size=64))
+    batch = next(data.one_pass('train', 64, by='records'))
+    brightness = batch['video']['data'].reshape(64, 8, -1).mean(-1)
+    loudness = np.abs(batch['audio']['data'].astype(float)).reshape(64, 8, -1).mean(-1)
+
+    def standardized(values):
+        """Each row [8] with mean 0 and standard deviation 1."""
+        deviations = values - values.mean(1, keepdims=True)
+        return deviations / (values.std(1, keepdims=True) + 1e-9)
+
+    correlation = standardized(brightness) @ standardized(loudness).T / 8
+    of_other_records = correlation[~np.eye(64, dtype=bool)]
+    assert np.diag(correlation).mean() > 0.6
+    assert np.abs(of_other_records.mean()) < 0.3
 
 
 def test_npz_round_trip(tmp_path):
-    d = data_pipelines.open(config(synthetic_size=11))
+    synthetic = data_pipelines.open(synthetic_config(synthetic_size=11))
     path = str(tmp_path / 'batches.npz')
-    save_npz(
-        {'train': d.one_pass('train', 8, by='segments'), 'test': d.one_pass('test', 8, limit=5)},
-        path,
-        d.info,
+    passes = {
+        'train': synthetic.one_pass('train', 8, by='segments'),
+        'test': synthetic.one_pass('test', 8, limit=5),
+    }
+    save_npz(passes, path, synthetic.info)
+    config = synthetic_config(source='npz', npz=path, flip=0.0, crop=(1.0, 1.0), aspect=(1.0, 1.0))
+    stored = data_pipelines.open(config)
+    assert stored.size('train') == 11
+    assert stored.size('test') == 5
+    assert stored.size('validation') == 0
+    assert_equal(
+        stack(stored.one_pass('train', 4), 3),
+        stack(synthetic.one_pass('train', 4), 3),
     )
-    c = config(source='npz', npz=path, flip=0.0, crop=(1.0, 1.0), aspect=(1.0, 1.0))
-    n = data_pipelines.open(c)
-    assert n.size('train') == 11 and n.size('test') == 5 and n.size('validation') == 0
-    a, b = rows(d.one_pass('train', 4), 3), rows(n.one_pass('train', 4), 3)
-    equal(a, b)
-    assert sorted(rows(n.train(0, 11), 1)['index']) == list(range(11))
-    reverse = rows(n.one_pass('train', 4, views={'video.back': {'kind': 'reverse'}}), 1)
+    assert sorted(next(stored.train(0, 11))['index']) == list(range(11))
+    batch = next(stored.one_pass('train', 4, views={'video.back': {'kind': 'reverse'}}))
+    np.testing.assert_array_equal(batch['video.back']['data'], batch['video']['data'][:, ::-1])
+
     with pytest.raises(DataError, match="no other window of 'video'"):
-        n.one_pass('train', 4, window={'kind': 'window', 'number': 0, 'of': 2})
-    np.testing.assert_array_equal(reverse['video.back/data'], reverse['video/data'][:, ::-1])
+        stored.one_pass('train', 4, window={'kind': 'window', 'number': 0, 'of': 2})
+    second_clip = ('video.x', {'kind': 'clip'})
     with pytest.raises(DataError, match='other windows'):
-        data_pipelines.open(config(source='npz', npz=path, views=(('video.x', {'kind': 'clip'}),)))
-    c.model.inputs.audio.samples = 100
+        data_pipelines.open(synthetic_config(source='npz', npz=path, views=(second_clip,)))
+    config.model.inputs.audio.samples = 100
     with pytest.raises(DataError, match=r'audio/data has rows of shape \(3200,\)'):
-        data_pipelines.open(c)
+        data_pipelines.open(config)
 
 
 @pytest.mark.parametrize(
-    'change, say',
+    'fields, message',
     [
-        (dict(source='x'), 'records, synthetic, npz'),
-        (dict(source='npz'), 'not a file'),
-        (dict(synthetic_size=0), 'at least 1'),
-        (dict(views=(('depth.x', {'kind': 'clip'}),)), 'modality'),
-        (dict(views=(('video.x', {'kind': 'zoom'}),)), 'clip'),
+        ({'source': 'x'}, 'records, synthetic, npz'),
+        ({'source': 'npz'}, 'not a file'),
+        ({'synthetic_size': 0}, 'at least 1'),
+        ({'views': (('depth.x', {'kind': 'clip'}),)}, 'modality'),
+        ({'views': (('video.x', {'kind': 'zoom'}),)}, 'clip'),
         (
-            dict(views=(('video.x', {'kind': 'clip'}), ('audio.x', {'kind': 'reverse'}))),
+            {'views': (('video.x', {'kind': 'clip'}), ('audio.x', {'kind': 'reverse'}))},
             'share one window',
         ),
     ],
 )
-def test_errors_name_the_field(change, say):
-    with pytest.raises(DataError, match=say):
-        data_pipelines.open(config(**change))
+def test_errors_name_the_field(fields, message):
+    with pytest.raises(DataError, match=message):
+        data_pipelines.open(synthetic_config(**fields))
 
 
 def test_no_tensorflow(tmp_path):
+    """Both sources without files work where neither TensorFlow nor a decoder is installed."""
     code = f"""
 import sys
 for name in ('tensorflow', 'tensorflow_datasets', 'array_record', 'av'):
@@ -180,5 +172,5 @@ save_npz([next(d.train(0, 4))], {str(tmp_path / 'b.npz')!r}, d.info)
 c.data.source, c.data.npz = 'npz', {str(tmp_path / 'b.npz')!r}
 print(next(data_pipelines.open(c).train(0, 2))['video']['data'].shape, 'jax' in sys.modules)
 """
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert out.stdout.strip() == '(2, 2, 8, 8, 3) False', out.stderr
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert result.stdout.strip() == '(2, 2, 8, 8, 3) False', result.stderr

@@ -1,13 +1,18 @@
-"""The playground keeps its promises: what is seen, heard and said belongs together, and the truth beside it is true."""
+"""What is seen, heard and said in a playground belongs together; the truth beside it is true."""
 
 import dataclasses
+import io
 import json
 import shutil
 import sys
 
+import chex
 import numpy as np
 import pytest
+from batches import assert_contract
+from PIL import Image
 
+import data_pipelines
 from data_pipelines import DataError
 from data_pipelines.datasets import playground
 from data_pipelines.datasets.playground import __main__ as command
@@ -24,10 +29,10 @@ from data_pipelines.datasets.playground.world import (
     SPLITS,
     Config,
 )
+from data_pipelines.loading import sentence_windows
 
-FINE = Config(
-    train=48, validation=16, test=48, fps=200.0, camera_noise=0.0, sound_noise=0.0
-)  # the same world, looked at closely
+# The same world, looked at closely.
+FINE = Config(train=48, validation=16, test=48, fps=200.0, camera_noise=0.0, sound_noise=0.0)
 SMALL = {
     'train': 3,
     'validation': 2,
@@ -40,13 +45,27 @@ SMALL = {
 
 
 @pytest.fixture(scope='module')
-def worlds():
-    """[(split, number, episodes)] at 200 pictures a second."""
-    return [(s, n, world.video(FINE, s, n)) for s in SPLITS for n in range(getattr(FINE, s))]
+def videos():
+    """{(split, number): episodes} at 200 pictures a second."""
+    episodes = {}
+    for split in SPLITS:
+        for number in range(getattr(FINE, split)):
+            episodes[split, number] = world.video(FINE, split, number)
+    return episodes
+
+
+def episodes_of(videos, *splits):
+    """All episodes of the videos of these splits (of every split if none is given)."""
+    found = []
+    for (split, _), episodes in videos.items():
+        if not splits or split in splits:
+            found += episodes
+    return found
 
 
 @pytest.fixture(scope='module')
-def made(tmp_path_factory):
+def small_playground(tmp_path_factory):
+    """(folder, folder of its records)."""
     path = tmp_path_factory.mktemp('playground') / 'small'
     return path, playground.make(path, processes=1, quiet=True, **SMALL)
 
@@ -54,476 +73,568 @@ def made(tmp_path_factory):
 # ---- the world
 
 
+def narration_of(config, split, number):
+    """The timed sentences of one video."""
+    rng = world.rng_of(config, split, number, 3)
+    return narration.narrate(rng, world.video(config, split, number))
+
+
 def test_everything_follows_from_the_seed():
     config = Config(**SMALL)
     frames, audio = content(config, 'train', 1)
-    again = content(Config(**SMALL), 'train', 1)
-    assert (
-        frames.dtype == np.uint8
-        and frames.shape == (36, 48, 48, 3)
-        and audio.dtype == np.int16
-        and audio.shape == (36000,)
-    )
-    np.testing.assert_array_equal(frames, again[0])
-    np.testing.assert_array_equal(audio, again[1])
-    say = lambda c, *at: narration.narrate(world.rng_of(c, *at, 3), world.video(c, *at))
-    assert say(config, 'train', 1) == say(config, 'train', 1)
-    for c, at in (
-        (dataclasses.replace(config, seed=4), ('train', 1)),
-        (config, ('train', 2)),
-        (config, ('test', 1)),
-    ):
-        other = content(c, *at)
-        assert (
-            not np.array_equal(other[0], frames)
-            and not np.array_equal(other[1], audio)
-            and say(c, *at) != say(config, 'train', 1)
-        )
-    more = dataclasses.replace(config, train=50, test=9)  # a larger set begins with the smaller one
-    np.testing.assert_array_equal(content(more, 'train', 1)[0], frames)
+    chex.assert_shape(frames, (36, 48, 48, 3))
+    chex.assert_shape(audio, (36000,))
+    chex.assert_type([frames, audio], [np.uint8, np.int16])
+    chex.assert_trees_all_equal(content(Config(**SMALL), 'train', 1), (frames, audio))
+    said = narration_of(config, 'train', 1)
+    assert narration_of(config, 'train', 1) == said
+
+    another_seed = dataclasses.replace(config, seed=4)
+    for other in ((another_seed, 'train', 1), (config, 'train', 2), (config, 'test', 1)):
+        other_frames, other_audio = content(*other)
+        assert not np.array_equal(other_frames, frames)
+        assert not np.array_equal(other_audio, audio)
+        assert narration_of(*other) != said
 
 
-def test_classes_are_every_event_of_every_object_in_balance(worlds):
-    assert len(CLASSES) == len(EVENTS) * len(KINDS) >= 12 and set(CLASSES) == {
-        f'{e} {k}' for e in EVENTS for k in KINDS
-    }
+def test_a_larger_set_begins_with_the_smaller_one():
+    config = Config(**SMALL)
+    larger = dataclasses.replace(config, train=50, test=9)
+    chex.assert_trees_all_equal(content(larger, 'train', 1), content(config, 'train', 1))
+
+
+def test_classes_are_every_event_of_every_object_in_balance(videos):
+    expected = set()
+    for event in EVENTS:
+        expected |= {f'{event} {kind}' for kind in KINDS}
+    assert set(CLASSES) == expected
+    assert len(CLASSES) == len(EVENTS) * len(KINDS) >= 12
     for split in SPLITS:
-        labels = [e.label for s, _, es in worlds if s == split for e in es]
-        counts = np.array([labels.count(c) for c in CLASSES])
-        assert counts.sum() == getattr(FINE, split) * FINE.episodes and np.ptp(counts) <= 1, split
+        labels = [episode.label for episode in episodes_of(videos, split)]
+        counts = np.array([labels.count(name) for name in CLASSES])
+        assert counts.sum() == getattr(FINE, split) * FINE.episodes, split
+        assert np.ptp(counts) <= 1, split
 
 
-def test_held_out_pairs_are_in_the_test_split_alone(worlds):
-    held = world.held_out_pairs(FINE)
-    assert len(held) == round(FINE.held_out * len(COLORS) * len(KINDS)) > 0
+def assert_nothing_is_held_out_whole(pairs):
+    """Every colour and every kind is left in some pair."""
     for color in COLORS:
-        assert sum((color, k) in held for k in KINDS) < len(KINDS)
+        assert sum((color, kind) in pairs for kind in KINDS) < len(KINDS)
     for kind in KINDS:
-        assert sum((c, kind) in held for c in COLORS) < len(COLORS)
-    shown = lambda split: [
-        (x.color, x.kind)
-        for s, _, es in worlds
-        if s == split
-        for e in es
-        for x in (e.subject, *e.distractors)
-    ]
-    assert not held & set(shown('train')) and not held & set(shown('validation'))
-    subjects = [(e.subject.color, e.subject.kind) for s, _, es in worlds if s == 'test' for e in es]
-    share = np.mean([p in held for p in subjects])
-    assert 0.4 * FINE.held_out < share < 2 * FINE.held_out  # seen and unseen pairs side by side
+        assert sum((color, kind) in pairs for color in COLORS) < len(COLORS)
+
+
+def test_held_out_pairs_are_in_the_test_split_alone(videos):
+    held_out = world.held_out_pairs(FINE)
+    assert len(held_out) == round(FINE.held_out * len(COLORS) * len(KINDS)) > 0
+    assert_nothing_is_held_out_whole(held_out)
+    shown = set()
+    for episode in episodes_of(videos, 'train', 'validation'):
+        for thing in (episode.subject, *episode.distractors):
+            shown.add((thing.color, thing.kind))
+    assert not held_out & shown
+
+    # Seen and unseen pairs side by side.
+    subjects = [episode.subject for episode in episodes_of(videos, 'test')]
+    share = np.mean([(thing.color, thing.kind) in held_out for thing in subjects])
+    assert 0.4 * FINE.held_out < share < 2 * FINE.held_out
+
+
+def test_the_share_and_the_seed_choose_the_held_out_pairs():
     assert not world.held_out_pairs(dataclasses.replace(FINE, held_out=0.0))
-    assert world.held_out_pairs(dataclasses.replace(FINE, seed=1)) != held
-    most = world.held_out_pairs(dataclasses.replace(FINE, held_out=0.5))
-    assert len(most) == len(COLORS) * len(KINDS) // 2 and all(
-        sum((c, k) in most for c in COLORS) < len(COLORS) for k in KINDS
-    )
+    another_seed = dataclasses.replace(FINE, seed=1)
+    assert world.held_out_pairs(another_seed) != world.held_out_pairs(FINE)
+    half = world.held_out_pairs(dataclasses.replace(FINE, held_out=0.5))
+    assert len(half) == len(COLORS) * len(KINDS) // 2
+    assert_nothing_is_held_out_whole(half)
 
 
-def test_scenes_fill_the_video_and_events_lie_inside_their_scene(worlds):
-    for _, _, episodes in worlds:
-        assert episodes[0].begin == 0 and episodes[-1].end == FINE.seconds
-        assert all(a.end == b.begin and b.end - b.begin > 1 for a, b in zip(episodes, episodes[1:]))
-        assert sum(len(e.times) for e in episodes) == round(FINE.seconds * FINE.fps)
-        events = truth(
-            dataclasses.replace(FINE, fps=4.0),
-            [dataclasses.replace(e, times=e.times[:1]) for e in episodes],
-        )['ground_truth']['events']
+def test_scenes_fill_the_video_and_events_lie_inside_their_scene(videos):
+    for episodes in videos.values():
+        assert episodes[0].begin == 0
+        assert episodes[-1].end == FINE.seconds
+        for episode, following in zip(episodes, episodes[1:]):
+            assert episode.end == following.begin
+            assert following.end - following.begin > 1
+        num_frames = sum(len(episode.times) for episode in episodes)
+        assert num_frames == round(FINE.seconds * FINE.fps)
+
+        expected = []
+        for episode in episodes:
+            assert episode.sounds
+            for time, name, _ in episode.sounds:
+                assert time < episode.end
+                expected.append((max(time, episode.begin), name, episode.subject.kind))
+        events = truth(FINE, episodes)['ground_truth']['events']
         assert all(0 <= event['time'] < FINE.seconds for event in events)
-        assert all(e.sounds and all(t < e.end for t, _, _ in e.sounds) for e in episodes)
-        want = [
-            (max(t, e.begin), what, e.subject.kind) for e in episodes for t, what, _ in e.sounds
+        assert [(event['sound'], event['object']) for event in events] == [
+            (name, kind) for _, name, kind in expected
         ]
-        assert [(v['sound'], v['object']) for v in events] == [w[1:] for w in want]
-        np.testing.assert_allclose([v['time'] for v in events], [w[0] for w in want], atol=1e-4)
+        np.testing.assert_allclose(
+            [event['time'] for event in events], [time for time, _, _ in expected], atol=1e-4
+        )
 
 
-def test_impacts_are_heard_when_they_are_seen(worlds):
-    """At each impact the thing is at the floor or a post and turns round; and each turn there has its impact."""
-    checked = 0
-    for _, _, episodes in worlds:
-        for e in episodes:
-            if e.event not in ('bounce', 'collide'):
+def test_impacts_are_heard_when_they_are_seen(videos):
+    """At each impact the thing is at an edge and turns round; and each turn there has its impact.
+
+    The edge is the floor for what bounces, and a post for what collides.
+    """
+    num_checked = 0
+    for episode in episodes_of(videos):
+        if episode.event not in ('bounce', 'collide'):
+            continue
+        subject, times = episode.subject, episode.times
+        reach_y, reach_x = subject.radius[0] * np.array(world.REACH[subject.kind])
+        if episode.event == 'bounce':
+            position = subject.center[:, 0]
+            edges = [FLOOR - reach_y]
+        else:
+            position = subject.center[:, 1]
+            edges = [LEFT + reach_x, RIGHT - reach_x]
+        distance = np.min([np.abs(position - edge) for edge in edges], axis=0)  # [T]
+        speed = np.diff(position)
+        impacts = []
+        for time, name, _ in episode.sounds:
+            assert name == 'impact'
+            impacts.append(time)
+        for time in impacts:
+            i = np.searchsorted(times, time)
+            if not 3 <= i < len(times) - 3:
                 continue
-            s, t = e.subject, e.times
-            way = s.center[:, 0] if e.event == 'bounce' else s.center[:, 1]
-            high, wide = s.radius[0] * np.array(world.REACH[s.kind])
-            edges = [FLOOR - high] if e.event == 'bounce' else [LEFT + wide, RIGHT - wide]
-            assert all(what == 'impact' for _, what, _ in e.sounds)
-            speed = np.diff(way)
-            for time, _, _ in e.sounds:
-                i = np.searchsorted(t, time)
-                if not 3 <= i < len(t) - 3:
-                    continue
-                assert min(abs(way[i] - edge) for edge in edges) < 0.02, (e.label, time)
-                assert speed[i - 3] * speed[i + 1] < 0, (e.label, time)
-                checked += 1
-            near = np.min([np.abs(way - edge) for edge in edges], 0) < 0.01
-            turns = [
-                t[i + 1] for i in range(1, len(speed)) if speed[i - 1] * speed[i] < 0 and near[i]
-            ]
-            for turn in turns:
-                assert min(abs(turn - time) for time, _, _ in e.sounds) < 0.02, (e.label, turn)
-    assert checked > 100
+            assert distance[i] < 0.02, (episode.label, time)
+            assert speed[i - 3] * speed[i + 1] < 0, (episode.label, time)
+            num_checked += 1
+        for i in range(1, len(speed)):
+            turns = speed[i - 1] * speed[i] < 0
+            if turns and distance[i] < 0.01:
+                delay = np.abs(times[i + 1] - np.array(impacts)).min()
+                assert delay < 0.02, (episode.label, times[i + 1])
+    assert num_checked > 100
 
 
-def test_appearing_and_vanishing_are_heard_when_they_are_seen(worlds):
-    """From its sound on, a thing grows from nothing (appear) or shrinks from its full size (vanish), and between sounds it stays."""
-    checked = 0
-    for _, _, episodes in worlds:
-        for e in episodes:
-            if e.event not in ('appear', 'vanish'):
+def test_appearing_and_vanishing_are_heard_when_they_are_seen(videos):
+    """From its sound on, a thing grows from nothing or shrinks from its full size.
+
+    The one appears, the other vanishes. Between sounds it stays.
+    """
+    num_checked = 0
+    for episode in episodes_of(videos):
+        if episode.event not in ('appear', 'vanish'):
+            continue
+        direction = 1 if episode.event == 'appear' else -1
+        radius, times = episode.subject.radius, episode.times
+        for time, name, _ in episode.sounds:
+            assert name == episode.event
+            i = np.searchsorted(times, time)
+            later = np.searchsorted(times, time + 0.5 * world.GLIDE)
+            if i < 1 or later >= len(times) or times[i - 1] < episode.begin:
                 continue
-            r, t = e.subject.radius, e.times
-            for time, what, _ in e.sounds:
-                i, later = np.searchsorted(t, time), np.searchsorted(t, time + 0.5 * world.GLIDE)
-                assert what == e.event
-                if i < 1 or later >= len(t) or t[i - 1] < e.begin:
-                    continue
-                change = r[later] - r[i]
-                assert change > 0.3 * r.max() if what == 'appear' else change < -0.3 * r.max(), (
-                    e.label,
-                    time,
-                )
-                checked += 1
-            moving = np.sign(np.diff(r)) == (1 if e.event == 'appear' else -1)
-            begins = [t[i] for i in range(1, len(moving)) if moving[i] and not moving[i - 1]]
-            for begin in begins:
-                assert (
-                    min(abs(begin - time) for time, _, _ in e.sounds) < 0.03 or begin > e.end - 0.15
-                ), (e.label, begin)
-    assert checked > 100
+            change = radius[later] - radius[i]
+            assert direction * change > 0.3 * radius.max(), (episode.label, time)
+            num_checked += 1
+        is_moving = np.sign(np.diff(radius)) == direction
+        sound_times = np.array([time for time, _, _ in episode.sounds])
+        for i in range(1, len(is_moving)):
+            begins = is_moving[i] and not is_moving[i - 1]
+            # What begins at the very end of a scene is cut off before it is heard.
+            if begins and times[i] <= episode.end - 0.15:
+                assert np.abs(times[i] - sound_times).min() < 0.03, (episode.label, times[i])
+    assert num_checked > 100
 
 
 # ---- sound
 
 
 def loudness(wave, rate, begin, end):
-    piece = wave[max(0, round(begin * rate)) : max(0, round(end * rate))].astype(np.float64) / 32768
-    return np.sqrt((piece**2).mean()) if len(piece) else 0.0
+    """Root mean square of a part of a wave given in seconds; 0 where there is none."""
+    part = wave[max(0, round(begin * rate)) : max(0, round(end * rate))].astype(np.float64)
+    if not len(part):
+        return 0.0
+    return np.sqrt(((part / 32768) ** 2).mean())
 
 
-def test_sounds_are_audible_at_their_instants(worlds):
-    """Energy rises at events and falls between them, scene by scene; a scene is silent before its first sound and outside its time."""
-    rate, at_events, between = FINE.rate, [], []
-    for split, n, episodes in worlds[:40]:
-        for e in episodes:
-            wave = sound.waveform(FINE, [e], world.rng_of(FINE, split, n, 2))
-            assert len(wave) == round(FINE.seconds * rate) and wave.dtype == np.int16
-            assert not wave[: round(e.begin * rate)].any() and not wave[round(e.end * rate) :].any()
-            times = sorted(max(t, e.begin) for t, _, _ in e.sounds if e.end - t > 0.15)
+def rise(wave, rate, time):
+    """How many times louder a wave is just after this time than just before it."""
+    before = loudness(wave, rate, time - 0.1, time)
+    return loudness(wave, rate, time, time + 0.1) / max(1e-4, before)
+
+
+def test_sounds_are_audible_at_their_instants(videos):
+    """Energy rises at events and falls between them, scene by scene.
+
+    A scene is silent before its first sound and outside its time.
+    """
+    rate = FINE.rate
+    rises_at_events, rises_between = [], []
+    for (split, number), episodes in list(videos.items())[:40]:
+        for episode in episodes:
+            wave = sound.waveform(FINE, [episode], world.rng_of(FINE, split, number, 2))
+            chex.assert_shape(wave, (round(FINE.seconds * rate),))
+            chex.assert_type(wave, np.int16)
+            first_sample = round(episode.begin * rate)
+            assert not wave[:first_sample].any()
+            assert not wave[round(episode.end * rate) :].any()
+
+            times = []
+            for time, _, _ in episode.sounds:
+                if episode.end - time > 0.15:
+                    times.append(max(time, episode.begin))
+            times.sort()
             if times:
-                assert not wave[round(e.begin * rate) : max(0, round(times[0] * rate) - 1)].any()
+                first_sound = max(0, round(times[0] * rate) - 1)
+                assert not wave[first_sample:first_sound].any()
                 assert loudness(wave, rate, times[0], times[0] + 0.15) > 0.03
-            rise = lambda t: (
-                loudness(wave, rate, t, t + 0.1) / max(1e-4, loudness(wave, rate, t - 0.1, t))
-            )  # noqa: B023
-            at_events += [rise(t) for t in times]
-            between += [rise((a + b) / 2) for a, b in zip(times, times[1:]) if b - a > 0.3]
-    assert np.mean(np.array(at_events) > 1.3) > 0.95 and np.mean(np.array(between) > 1.3) < 0.3
+            for time in times:
+                rises_at_events.append(rise(wave, rate, time))
+            for time, following in zip(times, times[1:]):
+                if following - time > 0.3:
+                    rises_between.append(rise(wave, rate, (time + following) / 2))
+    assert np.mean(np.array(rises_at_events) > 1.3) > 0.95
+    assert np.mean(np.array(rises_between) > 1.3) < 0.3
 
 
-def test_each_kind_has_its_timbre_and_each_event_its_sound():
-    """Same pitch and phases, other kind: the same four tones, equally strong over a note, but others at a time. Appearing bends upwards,
-    vanishing downwards, an impact not at all and is over sooner."""
-    rate, pitch = 8000, 280.0
-    note = lambda kind, what: sound.note(rate, kind, what, pitch, np.random.default_rng(0))
+NOTE_RATE, PITCH = 8000, 280.0
 
-    def strength(wave, frequency):
-        """Of one tone in a wave, by a sliding product with it: [S / step]."""
-        n = 320
-        t = np.arange(n) / rate
-        probe = np.exp(-2j * np.pi * frequency * t) * np.hanning(n)
-        return np.abs([wave[i : i + n] @ probe for i in range(0, len(wave) - n + 1, 80)]) / (
-            np.hanning(n).sum() / 2
-        )
 
-    together = {}
+def note(kind, event):
+    """The sound of one event, always of the same pitch and phases."""
+    return sound.note(NOTE_RATE, kind, event, PITCH, np.random.default_rng(0))
+
+
+def tone_strength(wave, frequency, length=320, step=80):
+    """[S / step]: amplitude of one tone in a wave, by a sliding product with it."""
+    times = np.arange(length) / NOTE_RATE
+    window = np.hanning(length)
+    probe = np.exp(-2j * np.pi * frequency * times) * window
+    products = []
+    for begin in range(0, len(wave) - length + 1, step):
+        products.append(wave[begin : begin + length] @ probe)
+    return np.abs(products) / (window.sum() / 2)
+
+
+def test_each_kind_has_its_timbre():
+    """The same four tones, equally strong over a note, but others at a time."""
+    heard_together = {}
     for kind in KINDS:
-        heard = np.stack([strength(note(kind, 'impact'), pitch * tone) for tone in sound.TONES])
-        np.testing.assert_allclose(heard.mean(1), 0.5, atol=0.13)
-        together[kind] = np.corrcoef(heard) > 0.5
-    for i, a in enumerate(KINDS):
-        for b in KINDS[i + 1 :]:
-            assert (together[a] != together[b]).any(), (a, b)
-    for kind in KINDS:
-        assert len(note(kind, 'impact')) < len(note(kind, 'appear')) == len(note(kind, 'vanish'))
-        for what, way in (('appear', 1), ('vanish', -1)):
-            spectrum = np.abs(np.fft.rfft(note(kind, what)[-1600:]))[
-                : 80 if way > 0 else 60
-            ]  # the last fifth of a second, the lowest tone alone
-            assert way * (np.argmax(spectrum) * rate / 1600 - pitch) > 20, (kind, what)
+        wave = note(kind, 'impact')
+        strengths = np.stack([tone_strength(wave, PITCH * tone) for tone in sound.TONES])
+        np.testing.assert_allclose(strengths.mean(1), 0.5, atol=0.13)
+        heard_together[kind] = np.corrcoef(strengths) > 0.5
+    for i, kind in enumerate(KINDS):
+        for other in KINDS[i + 1 :]:
+            assert (heard_together[kind] != heard_together[other]).any(), (kind, other)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_each_event_has_its_sound(kind):
+    """Appearing bends upwards, vanishing downwards; an impact is over sooner."""
+    assert len(note(kind, 'impact')) < len(note(kind, 'appear')) == len(note(kind, 'vanish'))
+    # In the last fifth of a second, among the bins around the lowest tone alone.
+    for event, direction, num_bins in (('appear', 1, 80), ('vanish', -1, 60)):
+        spectrum = np.abs(np.fft.rfft(note(kind, event)[-1600:]))[:num_bins]
+        strongest = np.argmax(spectrum) * NOTE_RATE / 1600
+        assert direction * (strongest - PITCH) > 20, event
 
 
 # ---- pictures
 
 
 def test_boxes_hold_the_object_and_are_tight():
-    """The pixels that the subject changes, in scenes with and without it: inside its box, and touching all four sides."""
-    config = Config(train=30, fps=4.0, size=96, camera_noise=0.0, distractors=0)
+    """The pixels that the subject changes lie inside its box and touch all four sides."""
+    size = 96
+    config = Config(train=30, fps=4.0, size=size, camera_noise=0.0, distractors=0)
     checked = set()
-    for n in range(16):
-        for e in world.video(config, 'train', n):
-            gone = dataclasses.replace(
-                e, subject=dataclasses.replace(e.subject, radius=np.zeros_like(e.subject.radius))
-            )
-            changed = np.abs(drawing.scene(96, e) - drawing.scene(96, gone)).max(-1) > 24
-            for mask, ((y0, x0, y1, x1), *_) in zip(changed, drawing.boxes(config, [e])):
+    for number in range(16):
+        for episode in world.video(config, 'train', number):
+            no_radius = np.zeros_like(episode.subject.radius)
+            invisible = dataclasses.replace(episode.subject, radius=no_radius)
+            empty = dataclasses.replace(episode, subject=invisible)
+            difference = np.abs(drawing.scene(size, episode) - drawing.scene(size, empty))
+            is_changed = difference.max(-1) > 24  # [T H W]
+            boxes = drawing.boxes(config, [episode])
+            for mask, (box, *_) in zip(is_changed, boxes):
+                y0, _, y1, _ = box
                 rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-                if not len(rows) or (y1 - y0) * 96 < 8:
+                if not len(rows) or (y1 - y0) * size < 8:
                     continue
-                found = np.array([rows[0], columns[0], rows[-1] + 1, columns[-1] + 1]) / 96
-                assert np.abs(found - [y0, x0, y1, x1]).max() < 2.2 / 96, (
-                    e.label,
-                    found,
-                    (y0, x0, y1, x1),
-                )
-                checked.add(e.label)
+                found = np.array([rows[0], columns[0], rows[-1] + 1, columns[-1] + 1]) / size
+                error = np.abs(found - box).max()
+                assert error < 2.2 / size, (episode.label, found, box)
+                checked.add(episode.label)
     assert len(checked) == len(CLASSES)
 
 
-def test_boxes_of_all_objects_in_every_frame(worlds):
+def test_boxes_of_all_objects_in_every_frame():
     config = Config(fps=8.0)
-    for n in range(6):
-        episodes = world.video(config, 'test', n)
-        known = truth(config, episodes)['ground_truth']
-        assert len(known['boxes']) == round(config.seconds * config.fps) and len(
-            known['objects']
-        ) == len(episodes)
-        counts = [len(o) for o, e in zip(known['objects'], episodes) for _ in e.times]
-        assert [len(row) for row in known['boxes']] == counts
-        for row in known['boxes']:
-            for y0, x0, y1, x1 in row:
-                assert 0 <= y0 <= y1 <= 1 and 0 <= x0 <= x1 <= 1
+    for number in range(6):
+        episodes = world.video(config, 'test', number)
+        ground_truth = truth(config, episodes)['ground_truth']
+        assert len(ground_truth['objects']) == len(episodes)
+        expected_counts = []
+        for objects, episode in zip(ground_truth['objects'], episodes):
+            expected_counts += [len(objects)] * len(episode.times)
+        boxes_by_frame = ground_truth['boxes']
+        assert len(boxes_by_frame) == round(config.seconds * config.fps)
+        assert [len(boxes) for boxes in boxes_by_frame] == expected_counts
+        boxes = np.concatenate(boxes_by_frame)
+        chex.assert_shape(boxes, (sum(expected_counts), 4))
+        assert (boxes >= 0).all()
+        assert (boxes <= 1).all()
+        assert (boxes[:, :2] <= boxes[:, 2:]).all()
 
 
-def test_a_scene_moves_over_its_background_with_distractors(worlds):
-    assert max(len(e.distractors) for _, _, es in worlds for e in es) == FINE.distractors
-    assert all(x.kind != e.subject.kind for _, _, es in worlds for e in es for x in e.distractors)
-    e = worlds[0][2][0]
-    few = dataclasses.replace(e, times=e.times[::50])
-    back = drawing.backdrop(48, few)
-    assert back.shape == (len(few.times), 48, 48, 3) and np.abs(np.diff(back, axis=0)).mean() > 0.05
+def test_a_scene_has_distractors_of_other_kinds(videos):
+    counts = []
+    for episode in episodes_of(videos):
+        counts.append(len(episode.distractors))
+        assert all(thing.kind != episode.subject.kind for thing in episode.distractors)
+    assert max(counts) == FINE.distractors
+
+
+def test_a_scene_moves_over_its_background(videos):
+    episode = videos['train', 0][0]
+    few_frames = dataclasses.replace(episode, times=episode.times[::50])
+    backdrop = drawing.backdrop(48, few_frames)
+    chex.assert_shape(backdrop, (len(few_frames.times), 48, 48, 3))
+    assert np.abs(np.diff(backdrop, axis=0)).mean() > 0.05
 
 
 def test_sine_of_sum_is_its_definition():
-    rows, columns = (np.random.default_rng(0).uniform(-9, 9, (3, n)) for n in (5, 7))
+    """sin(a_i + b_j) for every pair (i, j)."""
+    rng = np.random.default_rng(0)
+    rows, columns = rng.uniform(-9, 9, (3, 5)), rng.uniform(-9, 9, (3, 7))
     got = drawing.sine_of_sum(rows, columns)
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, np.sin(rows[:, :, None] + columns[:, None, :]), atol=1e-6)
+    chex.assert_type(got, np.float32)
+    expected = np.sin(rows[:, :, None] + columns[:, None, :])
+    chex.assert_equal_shape([got, expected])
+    np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 # ---- words
 
 
+def kinds_named(text):
+    """The kinds of which a sentence says a noun."""
+    kinds = set()
+    for kind in KINDS:
+        if any(f' {noun} ' in f' {text} ' for noun in narration.NOUNS[kind]):
+            kinds.add(kind)
+    return kinds
+
+
 def test_narrations_are_partly_about_now():
-    """Several sentences a video, in order of time. Of the three nearest to a clip of two seconds about half tell of what it shows, some of
-    another scene of its video, and some of nothing."""
-    from data_pipelines.loading import sentence_windows
+    """Several sentences a video, in order of time.
 
+    Of the three nearest to a clip of two seconds about half are about what it shows, some about
+    another scene of its video, and some about nothing.
+    """
     config = Config(train=150)
-    nouns = {word: kind for kind in KINDS for word in narration.NOUNS[kind]}
     about = []
-    for n in range(config.train):
-        episodes = world.video(config, 'train', n)
-        said = narration.narrate(world.rng_of(config, 'train', n, 3), episodes)
-        assert len(said) >= len(episodes) + 1 and [s['start'] for s in said] == sorted(
-            s['start'] for s in said
-        )
-        for s in said:
-            assert (
-                0 <= s['start'] < s['end']
-                and s['text'] == s['text'].lower()
-                and s['text'].replace(' ', '').isalpha()
-            )
-        begin, end = (np.array([s[k] for s in said]) for k in ('start', 'end'))
-        for e in episodes:
-            for i in sentence_windows.candidates(begin, end, (e.begin + e.end) / 2 - 1, 2.0, 3):
-                told = {
-                    kind for noun, kind in nouns.items() if f' {noun} ' in f' {said[i]["text"]} '
-                }
-                if said[i]['text'] in narration.CHATTER:
+    for number in range(config.train):
+        episodes = world.video(config, 'train', number)
+        sentences = narration_of(config, 'train', number)
+        assert len(sentences) >= len(episodes) + 1
+        begin = np.array([sentence['start'] for sentence in sentences])
+        end = np.array([sentence['end'] for sentence in sentences])
+        assert (np.diff(begin) >= 0).all()
+        assert (begin >= 0).all()
+        assert (begin < end).all()
+        for sentence in sentences:
+            assert sentence['text'] == sentence['text'].lower()
+            assert sentence['text'].replace(' ', '').isalpha()
+
+        kinds_in_video = {episode.subject.kind for episode in episodes}
+        for episode in episodes:
+            clip_begin = (episode.begin + episode.end) / 2 - 1
+            for i in sentence_windows.candidates(begin, end, clip_begin, 2.0, 3):
+                text = sentences[i]['text']
+                kinds = kinds_named(text)
+                if text in narration.CHATTER:
                     about.append('nothing')
-                elif told == {e.subject.kind}:
+                elif kinds == {episode.subject.kind}:
                     about.append('this')
-                elif told:
+                elif kinds:
                     about.append('another')
-                    assert told <= {
-                        x.subject.kind for x in episodes
-                    }  # of the same video all the same
-    share = {what: about.count(what) / len(about) for what in ('this', 'another', 'nothing')}
-    assert (
-        0.42 < share['this'] < 0.75
-        and 0.1 < share['another'] < 0.35
-        and 0.1 < share['nothing'] < 0.4
-    ), share
+                    assert kinds <= kinds_in_video
+    share = {subject: about.count(subject) / len(about) for subject in set(about)}
+    assert 0.42 < share['this'] < 0.75, share
+    assert 0.1 < share['another'] < 0.35, share
+    assert 0.1 < share['nothing'] < 0.4, share
 
 
-def test_captions_name_what_is_to_be_seen(worlds):
-    captions = {}
-    for _, _, episodes in worlds:
-        for e in episodes:
-            text = narration.caption(e)
-            assert (
-                narration.NOUNS[e.subject.kind][0] in text
-                and e.subject.color in text
-                and narration.VERBS[e.event][0] in text
-            )
-            captions.setdefault(text, set()).add(
-                (e.label, e.subject.color, e.subject.texture, e.subject.size)
-            )
-    assert all(len(looks) == 1 for looks in captions.values())  # one caption, one meaning
+def test_captions_name_what_is_to_be_seen(videos):
+    looks_of_caption = {}
+    for episode in episodes_of(videos):
+        subject = episode.subject
+        caption = narration.caption(episode)
+        assert narration.NOUNS[subject.kind][0] in caption
+        assert subject.color in caption
+        assert narration.VERBS[episode.event][0] in caption
+        look = (episode.label, subject.color, subject.texture, subject.size)
+        looks_of_caption.setdefault(caption, set()).add(look)
+    # One caption, one meaning.
+    assert all(len(looks) == 1 for looks in looks_of_caption.values())
 
 
 # ---- files
 
 
-def test_mp4_files_are_h264_and_aac(made):
+def test_mp4_files_are_h264_and_aac(small_playground):
     import av
 
-    path, _ = made
-    files = sorted(
-        p.relative_to(path / 'media').as_posix() for p in (path / 'media').rglob('*') if p.is_file()
-    )
-    assert files == [
-        f'{s}/{n:06d}.mp4' for s in ('test', 'train', 'validation') for n in range(SMALL[s])
-    ]
-    with av.open(str(path / 'media' / files[0])) as file:
-        picture, heard = file.streams.video[0], file.streams.audio[0]
-        assert (picture.codec_context.name, heard.codec_context.name) == ('h264', 'aac')
-        assert (picture.width, picture.height, float(picture.average_rate), heard.rate) == (
-            48,
-            48,
-            8.0,
-            8000,
-        )
+    media_folder = small_playground[0] / 'media'
+    files = [path for path in media_folder.rglob('*') if path.is_file()]
+    expected = []
+    for split in SPLITS:
+        expected += [media_folder / split / f'{n:06d}.mp4' for n in range(SMALL[split])]
+    assert sorted(files) == sorted(expected)
+    with av.open(str(media_folder / 'test' / '000000.mp4')) as file:
+        video, audio = file.streams.video[0], file.streams.audio[0]
+        assert video.codec_context.name == 'h264'
+        assert audio.codec_context.name == 'aac'
+        assert (video.width, video.height) == (48, 48)
+        assert float(video.average_rate) == 8.0
+        assert audio.rate == 8000
         assert abs(file.duration / 1e6 - SMALL['seconds']) < 0.2
 
 
 def records_of(records, split):
+    """{id: record} of a split, as tfds alone reads them."""
     import tensorflow_datasets as tfds
 
-    return {
-        r['id'].decode(): r for r in tfds.builder_from_directory(str(records)).as_data_source(split)
+    source = tfds.builder_from_directory(str(records)).as_data_source(split)
+    return {record['id'].decode(): record for record in source}
+
+
+def check_truth(record, known, episodes, captions):
+    """A record holds the truth and the captions of its video unchanged."""
+    assert json.loads(record['ground_truth']) == json.loads(json.dumps(known['ground_truth']))
+    starts = [segment['start'] for segment in known['segments']]
+    np.testing.assert_allclose(record['segment_start'], starts, atol=1e-3)
+    segment_captions = [text.decode() for text in record['segment_caption']]
+    assert segment_captions == [narration.caption(episode) for episode in episodes]
+    sentences = [text.decode() for text in record['caption_text']]
+    assert sentences == [said['text'] for said in captions if said['start'] < SMALL['seconds']]
+
+    class_names = {
+        'class': CLASSES,
+        'event': EVENTS,
+        'object': KINDS,
+        'color': list(COLORS),
+        'size': list(world.SIZES),
+    }
+    labels = {}
+    for label, names in class_names.items():
+        labels[label] = [names[i] for i in record['segment_labels'][label]]
+    subjects = [episode.subject for episode in episodes]
+    assert labels == {
+        'class': [f'{episode.event} {episode.subject.kind}' for episode in episodes],
+        'event': [episode.event for episode in episodes],
+        'object': [subject.kind for subject in subjects],
+        'color': [subject.color for subject in subjects],
+        'size': [subject.size for subject in subjects],
     }
 
 
-def test_records_hold_pictures_sound_words_and_truth(made):
-    """What tfds alone reads back: the rendered frames and sound within what JPEG, H.264 and AAC lose, and the truth unchanged."""
-    import io
-
-    from PIL import Image
-
-    path, records = made
+@pytest.mark.parametrize('split', SPLITS)
+def test_records_hold_words_and_truth(small_playground, split):
+    path, records = small_playground
     config = Config(**SMALL)
     captions = json.loads((path / 'captions.json').read_text())
-    for split in SPLITS:
-        found = records_of(records, split)
-        assert sorted(found) == [f'{split}/{n:06d}.mp4' for n in range(SMALL[split])]
-        for n in range(SMALL[split]):
-            name, episodes = f'{split}/{n:06d}.mp4', world.video(config, split, n)
-            r, known = found[name], truth(config, episodes)
-            assert json.loads(r['ground_truth']) == json.loads(json.dumps(known['ground_truth']))
-            np.testing.assert_allclose(
-                r['segment_start'], [s['start'] for s in known['segments']], atol=1e-3
-            )
-            assert [t.decode() for t in r['segment_caption']] == [
-                narration.caption(e) for e in episodes
-            ]
-            names = {
-                'class': CLASSES,
-                'event': EVENTS,
-                'object': KINDS,
-                'color': list(COLORS),
-                'size': list(world.SIZES),
-            }
-            told = {
-                label: [values[i] for i in r['segment_labels'][label]]
-                for label, values in names.items()
-            }
-            looks = [e.subject for e in episodes]
-            assert told == {
-                'class': [f'{e.event} {e.subject.kind}' for e in episodes],
-                'event': [e.event for e in episodes],
-                'object': [x.kind for x in looks],
-                'color': [x.color for x in looks],
-                'size': [x.size for x in looks],
-            }
-            assert [t.decode() for t in r['caption_text']] == [
-                s['text'] for s in captions[name] if s['start'] < SMALL['seconds']
-            ]
-    frames, audio = content(config, 'test', 1)
-    r = records_of(records, 'test')['test/000001.mp4']
-    seen = np.stack([np.asarray(Image.open(io.BytesIO(f))) for f in r['frames']]).astype(float)
-    assert seen.shape == frames.shape and np.abs(seen - frames).mean() < 8
-    heard = np.frombuffer(r['audio'], '<i2').astype(float)
-    assert len(heard) == len(audio) and np.corrcoef(heard, audio)[0, 1] > 0.9
+    found = records_of(records, split)
+    names = [f'{split}/{number:06d}.mp4' for number in range(SMALL[split])]
+    assert sorted(found) == names
+    for number, name in enumerate(names):
+        episodes = world.video(config, split, number)
+        check_truth(found[name], truth(config, episodes), episodes, captions[name])
 
 
-def test_the_pipeline_reads_it(made):
-    import data_pipelines
+def test_records_hold_pictures_and_sound(small_playground):
+    """The rendered frames and sound, within what JPEG, H.264 and AAC lose."""
+    _, records = small_playground
+    frames, audio = content(Config(**SMALL), 'test', 1)
+    record = records_of(records, 'test')['test/000001.mp4']
+    seen = np.stack([np.asarray(Image.open(io.BytesIO(frame))) for frame in record['frames']])
+    chex.assert_equal_shape([seen, frames])
+    assert np.abs(seen.astype(float) - frames).mean() < 8
+    heard = np.frombuffer(record['audio'], '<i2').astype(float)
+    chex.assert_equal_shape([heard, audio])
+    assert np.corrcoef(heard, audio)[0, 1] > 0.9
+
+
+def test_the_pipeline_reads_it(small_playground):
     from configs import demo
 
     config = demo.get_config()
-    config.data.train.playground.path = str(made[1])
+    config.data.train.playground.path = str(small_playground[1])
     config.model.inputs.video.size = 24
     data = data_pipelines.open(config)
     batch = next(iter(data.one_pass('test', 4)))
-    assert (
-        data.info['labels']['class'] == list(CLASSES)
-        and data.size('test', 'segments') == SMALL['test'] * SMALL['episodes']
-    )
-    assert batch['valid'].all() and all(
-        batch[s]['valid'].all() for s in ('video', 'audio', 'text', 'text.caption')
-    )
-    assert batch['labels']['class'].tolist() == [
-        CLASSES.index(e.label) for n in range(2) for e in world.video(Config(**SMALL), 'test', n)
-    ]
+    assert data.info['labels']['class'] == list(CLASSES)
+    assert data.size('test', 'segments') == SMALL['test'] * SMALL['episodes']
+    label_classes = dict.fromkeys(data.info['labels'])
+    # The device crops and resizes: on the host frames are as large as they are stored.
+    assert_contract(batch, config, 4, ['text.caption'], label_classes, frame_size=48)
+    assert batch['valid'].all()
+    for stream in ('video', 'audio', 'text', 'text.caption'):
+        assert batch[stream]['valid'].all(), stream
+    expected = []
+    for number in range(2):
+        for episode in world.video(Config(**SMALL), 'test', number):
+            expected.append(CLASSES.index(episode.label))
+    assert batch['labels']['class'].tolist() == expected
     data.close()
 
 
 def test_rendering_goes_on_where_it_was_stopped(tmp_path):
-    """One file gone, another half-written under its temporary name: the rest is untouched, and all bytes are as in one go."""
+    """One file gone, another half-written under its temporary name.
+
+    The rest is untouched, and all bytes are as in one go.
+    """
     fields = {**SMALL, 'train': 2, 'validation': 1, 'test': 1, 'size': 32}
     config, out = Config(**fields), tmp_path / 'p'
     render(config, out, processes=1, quiet=True)
     files = sorted((out / 'media').rglob('*.mp4'))
-    before = {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in files}
-    words = (out / 'captions.json').read_bytes(), (out / 'annotations.json').read_bytes()
+    bytes_before = {file: file.read_bytes() for file in files}
+    times_before = {file: file.stat().st_mtime_ns for file in files}
+    words = ['captions.json', 'annotations.json']
+    words_before = [(out / name).read_bytes() for name in words]
+
     gone = path_of(out, 'train', 1)
-    gone.with_suffix('.tmp.mp4').write_bytes(before[gone][0][:100])
+    gone.with_suffix('.tmp.mp4').write_bytes(bytes_before[gone][:100])
     gone.unlink()
     (out / 'captions.json').unlink()
     render(config, out, processes=1, quiet=True)
-    assert sorted((out / 'media').rglob('*.mp4')) == files and all(
-        f.read_bytes() == before[f][0] for f in files
-    )
-    assert [f for f in files if f.stat().st_mtime_ns != before[f][1]] == [gone]
-    assert words == ((out / 'captions.json').read_bytes(), (out / 'annotations.json').read_bytes())
+    assert sorted((out / 'media').rglob('*.mp4')) == files
+    assert {file: file.read_bytes() for file in files} == bytes_before
+    rewritten = [file for file in files if file.stat().st_mtime_ns != times_before[file]]
+    assert rewritten == [gone]
+    assert [(out / name).read_bytes() for name in words] == words_before
 
 
-def test_what_is_there_is_kept_and_another_world_refused(made):
-    path, records = made
-    before = {p: p.stat().st_mtime_ns for p in path.rglob('*')}
+def test_what_is_there_stays_and_another_world_is_refused(small_playground):
+    path, records = small_playground
+    before = {file: file.stat().st_mtime_ns for file in path.rglob('*')}
     assert playground.make(path, processes=1, quiet=True, **SMALL) == records
-    with pytest.raises(
-        DataError, match=r'holds a playground with seed=3, got 4; name another path'
-    ):
+    message = r'holds a playground with seed=3, got 4; name another path'
+    with pytest.raises(DataError, match=message):
         playground.make(path, processes=1, quiet=True, **{**SMALL, 'seed': 4})
-    assert {p: p.stat().st_mtime_ns for p in path.rglob('*')} == before
+    assert {file: file.stat().st_mtime_ns for file in path.rglob('*')} == before
 
 
-def test_killed_just_before_the_records_were_finished(made, tmp_path):
-    """Everything is there but the file that says so, which is written last: the same call finishes it."""
-    shutil.copytree(made[0], tmp_path / 'small')
-    done = tmp_path / 'small' / 'records' / 'prepare.json'
-    done.unlink()
-    (done.parent / '.staging').mkdir()
-    assert playground.make(tmp_path / 'small', processes=1, quiet=True, **SMALL) == done.parent
-    assert done.exists()
+def test_killed_just_before_the_records_were_finished(small_playground, tmp_path):
+    """Everything is there but the file that says so, which is written last."""
+    shutil.copytree(small_playground[0], tmp_path / 'small')
+    records = tmp_path / 'small' / 'records'
+    (records / 'prepare.json').unlink()
+    (records / '.staging').mkdir()
+    assert playground.make(tmp_path / 'small', processes=1, quiet=True, **SMALL) == records
+    assert (records / 'prepare.json').exists()
 
 
 @pytest.mark.parametrize(
-    'fields, sentence',
+    'fields, message',
     [
         (
             {'lenght': 3},
@@ -545,26 +656,20 @@ def test_killed_just_before_the_records_were_finished(made, tmp_path):
         ({'camera_noise': -0.1}, 'playground camera_noise: expected 0 or more, got -0.1'),
     ],
 )
-def test_config_mistakes_are_sentences(tmp_path, fields, sentence):
-    with pytest.raises(DataError, match=sentence):
+def test_config_mistakes_are_sentences(tmp_path, fields, message):
+    with pytest.raises(DataError, match=message):
         playground.make(tmp_path / 'p', **fields)
     assert not (tmp_path / 'p').exists()
 
 
-def test_the_command(made, monkeypatch, capsys):
-    path, records = made
-    words = [
-        'playground',
-        f'--out={path}',
-        '--processes=1',
-        '--quiet',
-        *(f'--{k}={v}' for k, v in SMALL.items()),
-    ]
-    monkeypatch.setattr(sys, 'argv', words)
-    assert command.main() == 0 and capsys.readouterr().out.strip() == str(records)
-    monkeypatch.setattr(sys, 'argv', [*words, '--size=31'])
+def test_the_command(small_playground, monkeypatch, capsys):
+    path, records = small_playground
+    fields = [f'--{name}={value}' for name, value in SMALL.items()]
+    arguments = ['playground', f'--out={path}', '--processes=1', '--quiet', *fields]
+    monkeypatch.setattr(sys, 'argv', arguments)
+    assert command.main() == 0
+    assert capsys.readouterr().out.strip() == str(records)
+    monkeypatch.setattr(sys, 'argv', [*arguments, '--size=31'])
     assert command.main() == 2
-    assert (
-        capsys.readouterr().err
-        == 'error: playground size: expected an even number, as H.264 needs one, got 31\n'
-    )
+    message = 'playground size: expected an even number, as H.264 needs one, got 31'
+    assert capsys.readouterr().err == f'error: {message}\n'

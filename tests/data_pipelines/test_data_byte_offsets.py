@@ -1,0 +1,136 @@
+"""The tables of byte offsets against the libraries that wrote the files."""
+
+import shutil
+import zlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_data_dmvr import sequence_example
+
+from data_pipelines.errors import DataError
+from data_pipelines.storage import byte_offsets
+from data_pipelines.storage.records import Prepared, Split
+
+
+def record_sizes(count):
+    """Sizes around the edges of a block, and `count` others from 1 to 300 kB."""
+    edges = [0, 1, 3, byte_offsets.BLOCK - 24 - 24 - 40 - 3]
+    exponents = np.random.default_rng(0).uniform(0, 5.5, count)
+    return [*edges, *(10**exponents).astype(int).tolist()]
+
+
+def write_array_record(path, records, options='group_size:1,uncompressed'):
+    """A file of these records by the library."""
+    from array_record.python import array_record_module
+
+    writer = array_record_module.ArrayRecordWriter(str(path), options)
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+def pieces_of(record, rng):
+    """uint32 [3 3] of (offset, size, crc32): three pieces of a record, the first behind the second.
+
+    A few bytes before them and behind them belong to none.
+    """
+    cuts = sorted(rng.integers(0, len(record) + 1, 4).tolist())
+    spans = [(cuts[1], cuts[2]), (cuts[0], cuts[1]), (cuts[2], cuts[3])]
+    rows = [(begin, end - begin, zlib.crc32(record[begin:end])) for begin, end in spans]
+    return np.array(rows, np.uint32)
+
+
+def cut_out(record, table):
+    """The pieces of a record that the rows of a table describe."""
+    return [record[offset : offset + size] for offset, size, _ in table.tolist()]
+
+
+def test_records_of_a_file_and_any_part_of_them(tmp_path):
+    path = tmp_path / 'x'
+    rng = np.random.default_rng(1)
+    records = [rng.bytes(size) for size in record_sizes(40)]
+    write_array_record(path, records)
+    found = list(byte_offsets.array_records(path))
+    assert [record for _, record in found] == records
+
+    tables = [pieces_of(record, rng) for record in records]
+    firsts = 3 * np.arange(len(records) + 1)
+    spans = [(0, offset, len(record)) for offset, record in found]
+    byte_offsets.save(tmp_path, 'train', [path], spans, tables)
+    pieces = byte_offsets.Pieces(tmp_path, 'train', [path], firsts, True, 'again')
+    # Far pieces are read by calls of their own.
+    assert max(len(record) for record in records) > byte_offsets._APART + 1000
+    for i, record in enumerate(records):
+        assert pieces[i] == record
+        for numbers in ([0, 1, 2], [2, 0], [1], []):
+            assert pieces.read(i, numbers) == cut_out(record, tables[i][numbers])
+
+    pieces._pieces = pieces._pieces ^ np.array([0, 0, 1], np.uint32)
+    with pytest.raises(ValueError, match='crc32'):
+        pieces.read(10, [1])
+    with pytest.raises(DataError, match='2 records and its index.*again|has 44 records'):
+        byte_offsets.Pieces(tmp_path, 'train', [path], firsts[:-1], True, 'again')
+    with open(path, 'ab') as file:
+        file.write(b'x')
+    with pytest.raises(DataError, match='is not the file of .* bytes that .*again'):
+        byte_offsets.Pieces(tmp_path, 'train', [path], firsts, True, 'again')
+
+
+def test_compressed_files_are_refused(tmp_path):
+    write_array_record(tmp_path / 'x', [b'a' * 1000] * 3, 'group_size:1,zstd')
+    with pytest.raises(DataError, match='compressed'):
+        list(byte_offsets.array_records(tmp_path / 'x'))
+
+
+def bytes_feature(*values):
+    """A feature of an Example that holds these bytes."""
+    return tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
+
+
+def test_pieces_of_an_example():
+    frames = [b'first', b'', b'third' * 50]
+    pcm = np.arange(25, dtype='<i2')
+    features = {
+        'id': bytes_feature(b'me'),
+        'frames': bytes_feature(*frames),
+        'audio': bytes_feature(pcm.tobytes()),
+        'rate': tf.train.Feature(int64_list=tf.train.Int64List(value=[10])),
+        'fps': tf.train.Feature(float_list=tf.train.FloatList(value=[1.5])),
+    }
+    example = tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
+    name, table = byte_offsets.pieces_of_example(example, 10)
+    expected = [*frames, pcm[:10].tobytes(), pcm[10:20].tobytes(), pcm[20:].tobytes()]
+    assert name == 'me'
+    assert cut_out(example, table) == expected
+    assert table[:, 2].tolist() == [zlib.crc32(piece) for piece in expected]
+
+
+def test_pieces_of_a_sequence_example():
+    frames = [b'first', b'', b'third' * 50]
+    audio = np.linspace(-1, 1, 25).astype('<f4')
+    example = sequence_example(frames, audio)
+    table = byte_offsets.pieces_of_sequence_example(
+        example, 'image/encoded', 'WAVEFORM/feature/floats', 10
+    )
+    expected = [*frames, audio[:10].tobytes(), audio[10:20].tobytes(), audio[20:].tobytes()]
+    assert cut_out(example, table) == expected
+    frames_alone = byte_offsets.pieces_of_sequence_example(example, 'image/encoded', '', 10)
+    assert len(frames_alone) == 3
+
+
+def test_a_dataset_without_tables_gets_them_when_opened(prepared, tmp_path, monkeypatch):
+    shutil.copytree(prepared[0], tmp_path / 'old')
+    for name in ('places-test.npz', 'pieces-test.npy'):
+        (tmp_path / 'old' / name).unlink()
+
+    def refuse(*arguments, **fields):
+        raise OSError('read only')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(byte_offsets.np, 'savez', refuse)
+        with pytest.raises(DataError, match='make the folder writable once'):
+            Split(Prepared(tmp_path / 'old'), 'test')
+    old = Split(Prepared(tmp_path / 'old'), 'test')
+    new = Split(Prepared(prepared[0]), 'test')
+    assert old.clip(3, [2, 5], [1]) == new.clip(3, [2, 5], [1])
