@@ -1,4 +1,7 @@
-"""run.py from the command line: the four modes, and every mistake told in one sentence before anything is built or written."""
+"""run.py from the command line: its modes, and mistakes, each one sentence.
+
+A mistake is an error before anything is built or written.
+"""
 
 import json
 import os
@@ -7,7 +10,10 @@ import re
 import shutil
 import subprocess
 import sys
+from typing import NamedTuple
 
+import chex
+import jax
 import numpy as np
 import pytest
 
@@ -19,27 +25,43 @@ ROOT = pathlib.Path(__file__).parent.parent
 TINY = '--config=tests/configs/tiny.py'
 
 
-def shell(*argv: str) -> subprocess.CompletedProcess:
-    """`python run.py …` with nothing of this process's JAX settings."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(('XLA_', 'JAX_', 'VATT_'))}
-    env |= {
+class Finished(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def shell(*argv: str) -> Finished:
+    """`python …` with nothing of this process's JAX settings."""
+    environment = {
         'JAX_COMPILATION_CACHE_DIR': str(runs.CACHE),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
         'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
     }
-    return subprocess.run(
-        [sys.executable, *argv], cwd=ROOT, env=env, text=True, capture_output=True, timeout=550
+    for name, value in os.environ.items():
+        if not name.startswith(('XLA_', 'JAX_', 'VATT_')):
+            environment[name] = value
+    done = subprocess.run(
+        [sys.executable, *argv],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=550,
     )
+    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture
 def cli(monkeypatch, capfd):
-    """(exit code, stdout, stderr) of run.py's own entry, in this process; os._exit is the one thing replaced."""
+    """Calls run.py's own entry in this process; os._exit is the one thing replaced."""
 
     def leave(code):
         raise SystemExit(code)
 
-    def call(*argv: str):
+    def call(*argv: str) -> Finished:
         monkeypatch.setattr(sys, 'argv', ['run.py', *argv])
         monkeypatch.setattr(os, '_exit', leave)
         code = 0
@@ -48,7 +70,8 @@ def cli(monkeypatch, capfd):
             run.entry()
         except SystemExit as error:
             code = error.code
-        return code, *capfd.readouterr()
+        stdout, stderr = capfd.readouterr()
+        return Finished(code, stdout, stderr)
 
     return call
 
@@ -65,88 +88,106 @@ def trained(tmp_path_factory):
         '--config.steps=4',
         '--config.log_every=2',
         '--config.name',
-        'said aloud',
+        'named run',
     )
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     return workdir, done
 
 
-def test_train(trained):
-    workdir, done = trained
+@pytest.fixture
+def trained_copy(trained, tmp_path):
+    """A run folder to be written to."""
+    return shutil.copytree(trained[0], tmp_path / 'run')
+
+
+def evaluation_of(workdir):
+    """results.json of the last step."""
+    return json.loads((workdir / 'evals' / 'step_000004' / 'results.json').read_text())
+
+
+def test_train_prints_its_progress(trained):
+    _, done = trained
     assert re.search(
-        r'said aloud: starting from scratch; 0\.\d+ M parameters, 40 training records', done.stdout
+        r'named run: starting from scratch; 0\.\d+ M parameters, 40 training records', done.stdout
     )
     assert re.search(
-        r'step 4/4  loss \d+\.\d+  lr \S+  \d+ clips/s  waiting for data \d+%  goodput \d+%  ETA 0:00',
+        r'step 4/4  loss \d+\.\d+  lr \S+  \d+ clips/s  '
+        r'waiting for data \d+%  goodput \d+%  ETA 0:00',
         done.stdout,
     )
-    assert '\x1b' not in done.stdout and 'Traceback' not in done.stderr
+    assert '\x1b' not in done.stdout  # no colours where no terminal is
+    assert 'Traceback' not in done.stderr
+
+
+def test_train_writes_its_folder(trained):
+    workdir, _ = trained
     config = json.loads((workdir / 'config.json').read_text())
-    assert (
-        config['steps'] == 4
-        and config['name'] == 'said aloud'
-        and config['model']['towers']['text']['vocab'] > 0
-    )
+    assert config['steps'] == 4
+    assert config['name'] == 'named run'
+    assert config['model']['towers']['text']['vocab'] > 0
     assert [line['step'] for line in runs.log_lines(workdir) if 'loss' in line] == [2, 4]
-    assert (
-        list((workdir / 'tensorboard').glob('events*')) and (workdir / 'checkpoints' / '4').is_dir()
-    )
-    assert set(json.loads((workdir / 'timings.json').read_text())) == {'data', 'training'}
+    assert list((workdir / 'tensorboard').glob('events*'))
+    assert (workdir / 'checkpoints' / '4').is_dir()
+    timings = json.loads((workdir / 'timings.json').read_text())
+    assert set(timings) == {'data', 'training'}
 
 
-def test_the_same_command_again_changes_no_result(trained, cli, tmp_path):
-    workdir = tmp_path / 'run'
-    shutil.copytree(trained[0], workdir)
+def test_the_same_command_again_changes_no_result(trained, trained_copy, cli):
+    workdir, _ = trained
     code, out, err = cli(
         TINY,
-        f'--workdir={workdir}',
+        f'--workdir={trained_copy}',
         '--quiet',
         '--config.steps=4',
         '--config.log_every=2',
-        '--config.name=said aloud',
+        '--config.name=named run',
     )
     assert code == 0, err
     assert 'continuing from step 4' in out
-    assert runs.log_lines(workdir) == runs.log_lines(trained[0])
-    before, after = runs.done(trained[0]), runs.done(workdir)
-    assert before['digests'] == after['digests'] and before['order'] == after['order']
+    assert runs.log_lines(trained_copy) == runs.log_lines(workdir)
+    before, after = runs.done(workdir), runs.done(trained_copy)
+    assert before['digests'] == after['digests']
+    assert before['order'] == after['order']
 
 
 def test_eval_embed_and_report(trained, cli):
     """Each works from the run folder alone: config, weights and tokenizer come from there."""
     workdir, _ = trained
-    first = json.loads((workdir / 'evals' / 'step_000004' / 'results.json').read_text())
+    first = evaluation_of(workdir)
     code, out, err = cli(f'--workdir={workdir}', '--mode=eval')
     assert code == 0, err
-    assert 'random init' in out and re.search(r'retrieval audio → video R@10\s+\d', out)
-    again = json.loads((workdir / 'evals' / 'step_000004' / 'results.json').read_text())
-    assert {k: v['scalars'] for k, v in again.items()} == {
-        k: v['scalars'] for k, v in first.items()
-    }
+    assert 'random init' in out
+    assert re.search(r'retrieval audio → video R@10\s+\d', out)
+    again = evaluation_of(workdir)
+    assert set(again) == set(first)
+    for name in first:
+        assert again[name]['scalars'] == first[name]['scalars'], name
     assert (workdir / 'evals' / 'random_init' / 'results.json').exists()
     assert (workdir / 'evals' / 'step_000004' / 'gallery.npz').exists()
 
     code, out, err = cli(
         f'--workdir={workdir}', '--mode=embed', '--split=validation', '--config.batch_size=16'
     )
-    assert code == 0 and '32 examples' in out, err
-    written = np.load(workdir / 'embeddings' / 'validation.npz')
-    assert written['pooled/video'].shape == (32, 32) and written['space/va/audio'].shape == (32, 16)
-    np.testing.assert_allclose(np.linalg.norm(written['space/va/video'], axis=-1), 1, rtol=1e-5)
-    assert written['id'].tolist() == [f'validation/{i}' for i in range(32)]
+    assert code == 0, err
+    assert '32 examples' in out
+    with np.load(workdir / 'embeddings' / 'validation.npz') as written:
+        chex.assert_shape(written['pooled/video'], (32, 32))
+        chex.assert_shape(written['space/va/audio'], (32, 16))
+        lengths = np.linalg.norm(written['space/va/video'], axis=-1)
+        np.testing.assert_allclose(lengths, 1, rtol=1e-5)
+        assert written['id'].tolist() == [f'validation/{i}' for i in range(32)]
 
     code, out, err = cli(f'--workdir={workdir}', '--mode=report')
     assert code == 0, err
     page = (workdir / 'report' / 'index.html').read_text()
-    assert (
-        'said aloud' in page
-        and '<svg' in page
-        and 'data:image/png' in page
-        and 'src="http' not in page
-    )
+    assert 'named run' in page
+    assert '<svg' in page
+    assert 'data:image/png' in page
+    assert 'src="http' not in page
 
 
-# arguments beside --config and --workdir -> what the sentence must name: the field, the value, the remedy
+# Arguments beside --config and --workdir -> what the sentence must name: the field, the value, the
+# remedy.
 MISTAKES = {
     'unknown field': (
         ['--config.batchsize=4'],
@@ -235,24 +276,19 @@ MISTAKES = {
 }
 
 
-def told(code, err: str, words: list[str]) -> None:
-    """Exit code 2 and exactly one line on standard error, which says all of this."""
-    assert code == 2, err
-    assert (
-        err.startswith('error: ')
-        and err.endswith('\n')
-        and err.count('\n') == 1
-        and 'Traceback' not in err
-    ), err
+def assert_mistake(done: Finished, words: list[str]) -> None:
+    """Exit code 2 and exactly one line on standard error, which has all of these words."""
+    assert done.code == 2, done.stderr
+    assert re.fullmatch(r'error: .*\n', done.stderr), done.stderr  # one line: . is no line break
+    assert 'Traceback' not in done.stderr
     for word in words:
-        assert word in err, f'{word!r} is not in {err!r}'
+        assert word in done.stderr, f'{word!r} is not in {done.stderr!r}'
 
 
 @pytest.mark.parametrize('name', MISTAKES)
 def test_mistakes_are_one_sentence_and_write_nothing(name, cli, tmp_path):
-    extra, words = MISTAKES[name]
-    code, _, err = cli(TINY, f'--workdir={tmp_path / "run"}', '--quiet', *extra)
-    told(code, err, words)
+    arguments, words = MISTAKES[name]
+    assert_mistake(cli(TINY, f'--workdir={tmp_path / "run"}', '--quiet', *arguments), words)
     assert not list(tmp_path.iterdir())
 
 
@@ -267,8 +303,19 @@ def test_mistakes_are_one_sentence_and_write_nothing(name, cli, tmp_path):
     ],
 )
 def test_config_file_mistakes(spec, words, cli, tmp_path):
-    told(*cli(f'--config={spec}', f'--workdir={tmp_path / "run"}')[::2], words)
+    assert_mistake(cli(f'--config={spec}', f'--workdir={tmp_path / "run"}'), words)
     assert not list(tmp_path.iterdir())
+
+
+CONFIG_FILE = """
+from tests.configs import tiny
+
+
+def get_config():
+    c = tiny.get_config()
+{lines}
+    return c
+"""
 
 
 @pytest.mark.parametrize(
@@ -297,51 +344,44 @@ def test_config_file_mistakes(spec, words, cli, tmp_path):
 )
 def test_mistakes_in_a_config_file(lines, words, cli, tmp_path):
     file = tmp_path / 'mine.py'
-    file.write_text(
-        f'from tests.configs import tiny\n\n\ndef get_config():\n    c = tiny.get_config()\n{lines}\n    return c\n'
-    )
-    told(*cli(f'--config={file}', f'--workdir={tmp_path / "run"}')[::2], words)
+    file.write_text(CONFIG_FILE.format(lines=lines))
+    assert_mistake(cli(f'--config={file}', f'--workdir={tmp_path / "run"}'), words)
     assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize(
-    'extra, words',
+    'arguments, words',
     [
         (['--config.model.towers.video.name=vat'], ["config.model.towers.video.name='vat'", 'vit']),
         (['--config.evals.sync.limt=3'], ['config.evals', 'limt']),
         (['--config.optimizer.schedule.warmup=9999'], ['schedule.warmup=9999']),
         (['--config.model.towers.audio.patch=99999'], ['config.model.towers.audio.patch', '99999']),
         (['--config.data.make.seconds=1.0'], ['seconds=1.0', 'leave less than']),
-        (
-            ['--config.data.train={"mine": {"path": "nowhere"}}'],
-            ['nowhere does not exist'],
-        ),  # own videos: no playground is made
+        # Own videos: no playground is made.
+        (['--config.data.train={"mine": {"path": "nowhere"}}'], ['nowhere does not exist']),
     ],
 )
-def test_mistakes_are_told_before_the_playground_is_rendered(extra, words, cli, tmp_path):
-    told(
-        *cli(
-            '--config=configs/demo.py',
-            f'--workdir={tmp_path / "run"}',
-            f'--config.data.make.path={tmp_path / "world"}',
-            *extra,
-        )[::2],
-        words,
+def test_mistakes_are_errors_before_the_playground_is_rendered(arguments, words, cli, tmp_path):
+    done = cli(
+        '--config=configs/demo.py',
+        f'--workdir={tmp_path / "run"}',
+        f'--config.data.make.path={tmp_path / "world"}',
+        *arguments,
     )
+    assert_mistake(done, words)
     assert not list(tmp_path.iterdir())
 
 
 def test_workdir_that_is_a_file(cli, tmp_path):
-    (tmp_path / 'run').write_text('mine')
-    told(
-        *cli(TINY, f'--workdir={tmp_path / "run"}')[::2],
-        [f'--workdir={tmp_path / "run"}: expected a folder, this is a file'],
-    )
-    assert (tmp_path / 'run').read_text() == 'mine'
+    file = tmp_path / 'run'
+    file.write_text('mine')
+    done = cli(TINY, f'--workdir={file}')
+    assert_mistake(done, [f'--workdir={file}: expected a folder, this is a file'])
+    assert file.read_text() == 'mine'
 
 
 @pytest.mark.parametrize(
-    'extra, words',
+    'arguments, words',
     [
         (
             ['--config.model.towers.video.mlp=128'],
@@ -361,49 +401,56 @@ def test_workdir_that_is_a_file(cli, tmp_path):
         (['--mode=report', '--compare=nowhere'], ['nowhere holds no run']),
     ],
 )
-def test_mistakes_leave_an_existing_run_alone(extra, words, trained, cli):
+def test_mistakes_leave_an_existing_run_alone(arguments, words, trained, cli):
     workdir, _ = trained
     before = runs.snapshot(workdir)
-    told(*cli(TINY, f'--workdir={workdir}', '--quiet', *extra)[::2], words)
+    assert_mistake(cli(TINY, f'--workdir={workdir}', '--quiet', *arguments), words)
     assert runs.snapshot(workdir) == before
 
 
 @pytest.mark.parametrize('mode', ['train', 'eval', 'embed'])
-@pytest.mark.parametrize('damage', ['arrays', 'meta', 'config'])
-def test_unreadable_checkpoint(mode, damage, trained, cli, tmp_path):
-    workdir = tmp_path / 'run'
-    shutil.copytree(trained[0], workdir)
+@pytest.mark.parametrize(
+    'damage, word',
+    [
+        ('arrays', 'damaged'),
+        ('meta', 'damaged'),
+        ('config', 'cannot be read'),
+    ],
+)
+def test_unreadable_checkpoint(mode, damage, word, trained_copy, cli):
+    arguments = [f'--workdir={trained_copy}', f'--mode={mode}', '--quiet']
     if damage == 'config':
-        (workdir / 'config.json').write_text('{"steps": 4,')
-    for file in (workdir / 'checkpoints').rglob('*'):
-        if file.is_file() and (
-            file.parent.name == 'd'
-            if damage == 'arrays'
-            else damage == 'meta' and file.parent.name == 'meta'
-        ):
-            file.write_bytes(b'')
-    before = runs.snapshot(workdir)
-    told(
-        *cli(
-            f'--workdir={workdir}',
-            f'--mode={mode}',
-            '--quiet',
-            '--config.steps=8' if damage != 'config' else '--quiet',
-        )[::2],
-        [str(workdir), 'cannot be read' if damage == 'config' else 'damaged'],
-    )
-    assert runs.snapshot(workdir) == before
+        (trained_copy / 'config.json').write_text('{"steps": 4,')
+    else:
+        arguments.append('--config.steps=8')
+        # Orbax puts the bytes of arrays into folders named d.
+        folder_name = {'arrays': 'd', 'meta': 'meta'}[damage]
+        damaged = [
+            path
+            for path in (trained_copy / 'checkpoints').rglob(f'{folder_name}/*')
+            if path.is_file()
+        ]
+        assert damaged
+        for path in damaged:
+            path.write_bytes(b'')
+    before = runs.snapshot(trained_copy)
+    assert_mistake(cli(*arguments), [str(trained_copy), word])
+    assert runs.snapshot(trained_copy) == before
 
 
 def test_a_mistake_from_a_real_shell(tmp_path):
     done = shell('run.py', TINY, f'--workdir={tmp_path / "run"}', '--config.batchsize=4')
-    told(done.returncode, done.stderr, ["no field 'batchsize'", "did you mean 'batch_size'?"])
-    assert done.stdout == '' and not (tmp_path / 'run').exists()
+    assert_mistake(done, ["no field 'batchsize'", "did you mean 'batch_size'?"])
+    assert done.stdout == ''
+    assert not (tmp_path / 'run').exists()
 
 
-WITHOUT = """
+CORE_DEPENDENCIES_ALONE = """
 import sys
-for name in ('tensorflow', 'tensorflow_datasets', 'array_record', 'av', 'soxr', 'PIL', 'tokenizers', 'sentencepiece'):
+for name in (
+    'tensorflow', 'tensorflow_datasets', 'array_record', 'av', 'soxr', 'PIL', 'tokenizers',
+    'sentencepiece',
+):
     sys.modules[name] = None  # importing it raises ImportError
 import importlib, pkgutil
 import configs, data_pipelines.loading.synthetic, vatt_jax
@@ -415,45 +462,52 @@ sys.argv = ['run.py', *sys.argv[1:]]
 run.entry()
 import numpy as np
 model = vatt_jax.load(sys.argv[-1].partition('=')[2])
-print('embedded', model.embed(text='red stripes move', audio=np.zeros(1024, np.int16))['text']['vat'].shape)
+features = model.embed(text='red stripes move', audio=np.zeros(1024, np.int16))
+print('embedded', features['text']['vat'].shape)
 """
 
 
 def test_trains_and_embeds_without_tensorflow(tmp_path):
-    """With core dependencies alone: every module is imported, a run trains, evaluates and reports, and its checkpoint embeds."""
+    """With core dependencies alone every module is imported, a run trains, evaluates and reports.
+
+    Its checkpoint embeds.
+    """
+    workdir = tmp_path / 'run'
     done = shell(
         '-c',
-        WITHOUT,
+        CORE_DEPENDENCIES_ALONE,
         TINY,
         '--quiet',
         '--config.steps=3',
         '--config.report=true',
-        f'--workdir={tmp_path / "run"}',
+        f'--workdir={workdir}',
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert 'embedded (8,)' in done.stdout and (tmp_path / 'run' / 'report' / 'index.html').exists()
+    assert done.code == 0, done.stderr[-3000:]
+    assert 'embedded (8,)' in done.stdout
+    assert (workdir / 'report' / 'index.html').exists()
 
 
 @pytest.mark.parametrize(
-    'platform, told, field, want',
+    'platform, jax_cache, field, expected',
     [
         ('tpu', None, '', 'RUN/compiled'),
-        ('tpu', '/told', '', '/told'),
-        ('tpu', '/told', '/own', '/own'),
+        ('tpu', '/jax', '', '/jax'),
+        ('tpu', '/jax', '/own', '/own'),
         ('cpu', None, '', None),
         ('cpu', None, '/own', '/own'),
     ],
 )
-def test_compiled_programs_are_kept_for_the_next_start(
-    tmp_path, monkeypatch, platform, told, field, want
+def test_compiled_programs_are_stored_for_the_next_start(
+    tmp_path, monkeypatch, platform, jax_cache, field, expected
 ):
-    import jax
-
-    before, config = jax.config.jax_compilation_cache_dir, tiny.config(compilation_cache=field)
+    before = jax.config.jax_compilation_cache_dir
+    config = tiny.config(compilation_cache=field)
     monkeypatch.setattr(jax, 'default_backend', lambda: platform)
+    if expected is not None:
+        expected = expected.replace('RUN', str(tmp_path))
     try:
-        jax.config.update('jax_compilation_cache_dir', told)
+        jax.config.update('jax_compilation_cache_dir', jax_cache)
         process.keep_compiled(config, tmp_path)
-        assert jax.config.jax_compilation_cache_dir == (want and want.replace('RUN', str(tmp_path)))
+        assert jax.config.jax_compilation_cache_dir == expected
     finally:
         jax.config.update('jax_compilation_cache_dir', before)

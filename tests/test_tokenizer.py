@@ -1,7 +1,10 @@
+"""Tokenizers: VATT's words, WordPiece and SentencePiece behind one interface."""
+
 import json
 import subprocess
 import sys
 
+import chex
 import numpy as np
 import pytest
 
@@ -10,34 +13,46 @@ from vatt_jax.inputs import tokenizer
 TEXTS = ["It's a DOG, a big dog!", 'the cat sat', 'a dog and a cat', '...']
 
 
-def test_words_as_in_the_paper():
-    t = tokenizer.train('words', TEXTS, 100)
-    assert (
-        t.vocabulary[:3] == ['a', 'dog', 'cat'] and 'its' in t.vocabulary
-    )  # by frequency, punctuation deleted not split
-    assert t.vocabulary[3:] == sorted(t.vocabulary[3:])
-    got = t.encode(['A dog, barks', 'a ' * 9, ''], 4)
-    assert got.dtype == np.int32
-    np.testing.assert_array_equal(got, [[2, 3, tokenizer.UNKNOWN, 0], [2, 2, 2, 2], [0, 0, 0, 0]])
+def test_words_are_numbered_by_frequency_then_by_alphabet():
+    words = tokenizer.train('words', TEXTS, 100)
+    assert words.vocabulary[:3] == ['a', 'dog', 'cat']
+    assert words.vocabulary[3:] == sorted(words.vocabulary[3:])
+    assert 'its' in words.vocabulary  # punctuation is deleted, not split at
+
+
+def test_words_are_cut_and_padded():
+    words = tokenizer.train('words', TEXTS, 100)
+    numbers = words.encode(['A dog, barks', 'a ' * 9, ''], 4)
+    chex.assert_type(numbers, np.int32)
+    expected = [[2, 3, tokenizer.UNKNOWN, 0], [2, 2, 2, 2], [0, 0, 0, 0]]
+    np.testing.assert_array_equal(numbers, expected)
 
 
 def test_words_size_is_a_limit():
-    t = tokenizer.train('words', TEXTS, 4)
-    assert t.size == 4 and t.vocabulary == ['a', 'dog']
+    words = tokenizer.train('words', TEXTS, 4)
+    assert words.size == 4
+    assert words.vocabulary == ['a', 'dog']
 
 
 @pytest.mark.parametrize('kind', ['words', 'wordpiece', 'sentencepiece'])
 def test_spec_round_trip_and_special_numbers(kind):
-    t = tokenizer.train(kind, TEXTS * 20, 60)
-    spec = json.loads(json.dumps(t.to_spec()))
-    again = tokenizer.from_spec(spec)
-    got = t.encode(TEXTS + ['☃'], 12)
-    np.testing.assert_array_equal(again.encode(TEXTS + ['☃'], 12), got)
-    assert spec['size'] == t.size == again.size and 3 <= t.size <= 60
-    assert got.shape == (5, 12) and got.max() < t.size
-    assert got[4].max() == tokenizer.UNKNOWN or kind != 'words'
-    assert (got[1] != 0).sum() >= 3 and got[1, -1] == 0  # the padding comes last
-    np.testing.assert_array_equal(t.encode(['THE CAT SAT'], 12)[0], got[1])  # case does not matter
+    trained = tokenizer.train(kind, TEXTS * 20, 60)
+    spec = json.loads(json.dumps(trained.to_spec()))
+    restored = tokenizer.from_spec(spec)
+    texts = [*TEXTS, '☃']
+    numbers = trained.encode(texts, 12)
+    chex.assert_trees_all_equal(restored.encode(texts, 12), numbers, strict=True)
+    assert spec['size'] == trained.size == restored.size
+    assert 3 <= trained.size <= 60
+    chex.assert_shape(numbers, (5, 12))
+    chex.assert_type(numbers, np.int32)
+    assert numbers.max() < trained.size
+    snowman, cat = numbers[4], numbers[1]
+    if kind == 'words':
+        assert snowman.max() == tokenizer.UNKNOWN
+    assert (cat != 0).sum() >= 3
+    assert cat[-1] == 0  # the padding comes last
+    np.testing.assert_array_equal(trained.encode(['THE CAT SAT'], 12)[0], cat)
 
 
 def test_errors_name_the_kinds():
@@ -51,13 +66,21 @@ def test_errors_name_the_kinds():
         tokenizer.train('sentencepiece', [''], 10)
 
 
+# In a process of its own: the library stays importable for the other tests of this one.
+WITHOUT_LIBRARY = """
+import sys
+sys.modules['tokenizers'] = None  # importing it raises ImportError
+from vatt_jax.inputs import tokenizer
+tokenizer.train('words', ['a b'], 9)
+try:
+    tokenizer.train('wordpiece', ['a b'], 9)
+except ImportError as error:
+    print(error)
+"""
+
+
 def test_missing_library_is_one_clear_sentence():
-    code = (
-        "import sys; sys.modules['tokenizers'] = None\n"
-        "from vatt_jax.inputs import tokenizer\ntokenizer.train('words', ['a b'], 9)\n"
-        "try: tokenizer.train('wordpiece', ['a b'], 9)\nexcept ImportError as e: print(e)"
+    done = subprocess.run(
+        [sys.executable, '-c', WITHOUT_LIBRARY], capture_output=True, text=True, check=True
     )
-    out = subprocess.run(
-        [sys.executable, '-c', code], capture_output=True, text=True, check=True
-    ).stdout
-    assert "needs the package 'tokenizers'" in out
+    assert "needs the package 'tokenizers'" in done.stdout
