@@ -1,14 +1,18 @@
-"""Memory and time of contrastive losses, value and gradient: blockwise (vatt_jax/losses/nce.py) against the best dense form we know.
+"""Memory and time of contrastive losses, value and gradient: blockwise against the best dense form.
 
-    python benchmarks/loss_memory.py                      # CPU: memory from the compiler, time side by side; TPU: memory, compiled only
-    python benchmarks/loss_memory.py --parts=tpu          # needs libtpu, no TPU: pip install "jax[tpu]==<your jax version>"
+    python benchmarks/loss_memory.py                      # CPU: memory from the compiler, time side
+                                                          # by side; TPU: memory, compiled only
+    python benchmarks/loss_memory.py --parts=tpu          # needs libtpu, no TPU:
+                                        # pip install "jax[tpu]==<your jax version>"
     python benchmarks/loss_memory.py --sizes=1024,2048 --repeats=5
     python benchmarks/loss_memory.py --parts=tpu --devices=8,32 --losses=symmetric
 
-Embeddings are already on the unit sphere (512 wide; float32 on CPU, bfloat16 on TPU), so that only the loss is measured. Dense is the
-fastest of two formulations: automatic derivative of two log-sum-exps and a row-wise dot product, and a hand-written derivative with one
-weight matrix. Runs are interleaved and the minimum over repeats is taken, in CPU seconds (steady on a shared machine) and wall seconds.
-Writes benchmarks/results/loss_memory.json; a part that does not run, and a compilation that is not chosen, keep their former results.
+Blockwise is vatt_jax/losses/nce.py. Embeddings are already on the unit sphere (512 wide; float32 on
+CPU, bfloat16 on TPU), so that only the loss is measured. Dense is the faster of two formulations:
+automatic derivative of two log-sum-exps and a row-wise dot product, and a hand-written derivative
+with one weight matrix. Runs are interleaved and the minimum over repeats is taken, in CPU seconds
+(steady on a shared machine) and wall seconds. Writes benchmarks/results/loss_memory.json; a part
+that does not run, and a compilation that is not chosen, keep their former results.
 """
 
 from __future__ import annotations
@@ -20,309 +24,381 @@ import importlib.util
 import json
 import os
 import pathlib
-import platform
-import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# libtpu compiles for a named topology without its hardware; these keep it from looking for any and from talking.
-for name, value in {
-    'TPU_SKIP_MDS_QUERY': '1',
-    'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
-    'TPU_WORKER_HOSTNAMES': 'localhost',
-    'TPU_WORKER_ID': '0',
-    'TPU_STDERR_LOG_LEVEL': '3',
-    'TPU_MIN_LOG_LEVEL': '3',
-    'TF_CPP_MIN_LOG_LEVEL': '3',
-    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-}.items():
-    os.environ.setdefault(name, value)
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+# libtpu compiles for a named topology without its hardware; these keep it from looking for any and
+# from talking.
+os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
+os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+os.environ.setdefault('TPU_WORKER_ID', '0')
+os.environ.setdefault('TPU_STDERR_LOG_LEVEL', '3')
+os.environ.setdefault('TPU_MIN_LOG_LEVEL', '3')
+os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import repository
 
 from vatt_jax.losses import nce
 from vatt_jax.losses.blockwise import MAX_STORED_SCORES
 from vatt_jax.losses.similarity import How
 
-WIDTH = 512
-RESULTS = ROOT / 'benchmarks' / 'results' / 'loss_memory.json'
+RESULTS = repository.RESULTS / 'loss_memory.json'
+WIDTH, TEMPERATURE = 512, 0.07
+# Those of the CPU part.
 TIMED = ('symmetric', 'asymmetric', 'mil_nce')
+# Candidates of a clip.
 CANDIDATES = {'symmetric': 1, 'asymmetric': 1, 'mil_nce': 5, 'siglip': 1, 'nt_xent': 1}
+DENSE = ('dense, automatic', 'dense, by hand')
+
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def combine(form, rows, columns, own):
+# ---- losses of x [B E] and its candidates y [B K E]
+
+
+def combine(loss: str, rows, columns, own):
     """The loss from log-sum-exps: rows [B], columns [B K], own scores [B K]."""
     columns, positive = jax.nn.logsumexp(columns, 1), jax.nn.logsumexp(own, 1)
-    return jnp.mean(
-        rows + columns - 2 * positive
-        if form == 'symmetric'
-        else jnp.logaddexp(rows, columns) - positive
-    )
+    if loss == 'symmetric':
+        return jnp.mean(rows + columns - 2 * positive)
+    return jnp.mean(jnp.logaddexp(rows, columns) - positive)
 
 
-def product(a, b, contracted):
-    return jax.lax.dot_general(
-        a, b, (((contracted[0],), (contracted[1],)), ((), ())), preferred_element_type=jnp.float32
-    )
+def product(a, b, contracted: tuple[int, int]):
+    """A matrix product over an axis of each, summed in float32."""
+    axes = ((contracted[0],), (contracted[1],))
+    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32)
 
 
-def dense_automatic(form, temperature):
+def own_scores(x, y):
+    """Scores of each clip's own candidates: [B K].
+
+    Row by row: taking a diagonal of the matrix does not even compile at size on TPU.
+    """
+    return jnp.sum(x[:, None].astype(jnp.float32) * y, -1) / TEMPERATURE
+
+
+def dense_automatic(name: str) -> Loss:
+    """All scores at once, and JAX's derivative."""
+
     def loss(x, y):
-        s = product(x, y.reshape(-1, WIDTH), (1, 1)) / temperature
-        # Row by row: taking a diagonal of the matrix does not even compile at size on TPU.
-        own = jnp.sum(x[:, None].astype(jnp.float32) * y, -1) / temperature
-        return combine(form, jax.nn.logsumexp(s, 1), jax.nn.logsumexp(s, 0).reshape(own.shape), own)
+        scores = product(x, y.reshape(-1, WIDTH), (1, 1)) / TEMPERATURE
+        own = own_scores(x, y)
+        rows, columns = jax.nn.logsumexp(scores, 1), jax.nn.logsumexp(scores, 0)
+        return combine(name, rows, columns.reshape(own.shape), own)
 
     return loss
 
 
-def dense_by_hand(form, temperature):
-    @jax.custom_vjp
-    def sums(x, y):
-        return forward(x, y)[0]
+@jax.custom_vjp
+def log_sum_exps(x, y):
+    """Of rows and of columns of the scores of x [B E] and y [B·K E]."""
+    return _log_sum_exps_forward(x, y)[0]
 
-    def forward(x, y):
-        s = product(x, y, (1, 1)) / temperature
-        rows, columns = jax.nn.logsumexp(s, 1), jax.nn.logsumexp(s, 0)
-        return (rows, columns), (x, y, s, rows, columns)
 
-    def backward(residuals, cotangents):
-        x, y, s, rows, columns = residuals
-        g, h = cotangents
-        w = jnp.exp(s - rows[:, None]) * (g / temperature)[:, None] + jnp.exp(s - columns) * (
-            h / temperature
-        )
-        w = w.astype(x.dtype)
-        return product(w, y, (1, 0)).astype(x.dtype), product(w, x, (0, 0)).astype(y.dtype)
+def _log_sum_exps_forward(x, y):
+    scores = product(x, y, (1, 1)) / TEMPERATURE
+    rows, columns = jax.nn.logsumexp(scores, 1), jax.nn.logsumexp(scores, 0)
+    return (rows, columns), (x, y, scores, rows, columns)
 
-    sums.defvjp(forward, backward)
+
+def _log_sum_exps_backward(residuals, cotangents):
+    x, y, scores, rows, columns = residuals
+    of_rows, of_columns = cotangents
+    row_weights = jnp.exp(scores - rows[:, None]) * (of_rows / TEMPERATURE)[:, None]
+    column_weights = jnp.exp(scores - columns) * (of_columns / TEMPERATURE)
+    weights = (row_weights + column_weights).astype(x.dtype)
+    x_gradient = product(weights, y, (1, 0)).astype(x.dtype)
+    y_gradient = product(weights, x, (0, 0)).astype(y.dtype)
+    return x_gradient, y_gradient
+
+
+log_sum_exps.defvjp(_log_sum_exps_forward, _log_sum_exps_backward)
+
+
+def dense_by_hand(name: str) -> Loss:
+    """All scores at once, and a derivative with one matrix of weights."""
 
     def loss(x, y):
-        rows, columns = sums(x, y.reshape(-1, WIDTH))
-        own = jnp.sum(x[:, None].astype(jnp.float32) * y, -1) / temperature
-        return combine(form, rows, columns.reshape(own.shape), own)
+        rows, columns = log_sum_exps(x, y.reshape(-1, WIDTH))
+        own = own_scores(x, y)
+        return combine(name, rows, columns.reshape(own.shape), own)
 
     return loss
 
 
-def blockwise(form, how, normalise=False):
-    options = {'temperature': 0.07, 'how': how}
-    if form != 'mil_nce':
+def blockwise(name: str, how: How, normalise: bool = False) -> Loss:
+    """vatt_jax's loss."""
+    function = getattr(nce, name)
+    options = {'temperature': TEMPERATURE, 'how': how}
+    if name != 'mil_nce':
         options['normalise'] = normalise
-    return lambda x, y: getattr(nce, form)(x, y, **options)
+
+    def loss(x, y):
+        return function(x, y, **options)
+
+    return loss
 
 
-def with_gradient(loss):
+def with_gradient(loss: Loss):
+    """Value and gradient by both inputs, jitted."""
     return jax.jit(jax.value_and_grad(loss, (0, 1)))
 
 
 # ---- CPU: memory and time
 
 
-def cpu(sizes, repeats, forms):
-    out = []
+def make_embeddings(batch: int, candidates: int) -> tuple[jax.Array, jax.Array]:
+    """Clips [B E] and candidates [B K E] near them, on the unit sphere."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(batch, WIDTH))
+    y = rng.normal(size=(batch, candidates, WIDTH)) + x[:, None]
+    return to_unit_sphere(x), to_unit_sphere(y)
+
+
+def to_unit_sphere(x: np.ndarray) -> jax.Array:
+    """Float32, of norm 1 over the last axis."""
+    return jnp.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True), jnp.float32)
+
+
+def forms_on_cpu(loss: str, batch: int) -> dict[str, Loss]:
+    """What is compared of a loss."""
+    forms = {
+        'dense, automatic': dense_automatic(loss),
+        'dense, by hand': dense_by_hand(loss),
+        'blockwise': blockwise(loss, How()),
+    }
+    # Up to there `auto` keeps the scores.
+    if batch * batch * CANDIDATES[loss] <= MAX_STORED_SCORES:
+        forms['blockwise, 512'] = blockwise(loss, How(block=512))
+    return forms
+
+
+def time_all(compiled: dict[str, Callable], x: jax.Array, y: jax.Array, repeats: int):
+    """(CPU seconds, wall seconds, results) by name: the least of the repeats, taken in turns."""
+    cpu_seconds = dict.fromkeys(compiled, np.inf)
+    wall_seconds = dict.fromkeys(compiled, np.inf)
+    results = {}
+    for _ in range(repeats):
+        for name, function in compiled.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            results[name] = jax.block_until_ready(function(x, y))
+            cpu_spent, wall_spent = time.process_time() - cpu, time.perf_counter() - wall
+            cpu_seconds[name] = min(cpu_seconds[name], cpu_spent)
+            wall_seconds[name] = min(wall_seconds[name], wall_spent)
+    return cpu_seconds, wall_seconds, results
+
+
+def largest_difference(result, expected) -> float:
+    """Of the loss or a gradient, relative to what is expected."""
+    loss, gradients = result
+    expected_loss, expected_gradients = expected
+    differences = [float(abs(loss - expected_loss) / abs(expected_loss))]
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        distance = jnp.linalg.norm(gradient - expected_gradient)
+        differences.append(float(distance / jnp.linalg.norm(expected_gradient)))
+    return max(differences)
+
+
+def measure_on_cpu(loss: str, batch: int, repeats: int) -> list[dict]:
+    """A row for each form of a loss."""
+    candidates = CANDIDATES[loss]
+    x, y = make_embeddings(batch, candidates)
+    compiled, memory = {}, {}
+    for name, function in forms_on_cpu(loss, batch).items():
+        compiled[name] = with_gradient(function).lower(x, y).compile()
+        memory[name] = compiled[name].memory_analysis().temp_size_in_bytes
+    cpu_seconds, wall_seconds, results = time_all(compiled, x, y, repeats)
+
+    least_memory = min(memory[name] for name in DENSE)
+    best_cpu = min(cpu_seconds[name] for name in DENSE)
+    best_wall = min(wall_seconds[name] for name in DENSE)
+    rows = []
+    for name in compiled:
+        row = {
+            'loss': loss,
+            'B': batch,
+            'K': candidates,
+            'form': name,
+            'temp_bytes': memory[name],
+            'times_less_memory': least_memory / memory[name],
+            'cpu_seconds': cpu_seconds[name],
+            'cpu_ratio': cpu_seconds[name] / best_cpu,
+            'wall_seconds': wall_seconds[name],
+            'wall_ratio': wall_seconds[name] / best_wall,
+            'relative_difference': largest_difference(results[name], results['dense, automatic']),
+        }
+        rows.append(row)
+        print(
+            f'{loss:11} {batch:6} {name:18} {memory[name] / 1e6:9.2f} '
+            f'{row["times_less_memory"]:7.1f} {row["cpu_seconds"]:8.3f} {row["cpu_ratio"]:6.2f} '
+            f'{row["wall_seconds"]:8.3f} {row["wall_ratio"]:6.2f}',
+            flush=True,
+        )
+    return rows
+
+
+def cpu_part(sizes: Sequence[int], repeats: int, losses: Sequence[str]) -> list[dict]:
+    """All rows of the CPU; sizes with too many candidates are left out."""
     print(
-        f'{"loss":11} {"B":>6} {"form":18} {"temp MB":>9} {"less":>7} {"CPU s":>8} {"ratio":>6} {"wall s":>8} {"ratio":>6}'
+        f'{"loss":11} {"B":>6} {"form":18} {"temp MB":>9} {"less":>7} {"CPU s":>8} {"ratio":>6} '
+        f'{"wall s":>8} {"ratio":>6}'
     )
-    for form in forms:
-        k = CANDIDATES[form]
-        for b in sizes:
-            if b * k > max(sizes) * 2:
-                continue
-            rng = np.random.default_rng(0)
-            x = rng.normal(size=(b, WIDTH))
-            y = rng.normal(size=(b, k, WIDTH)) + x[:, None]
-            x, y = (
-                jnp.asarray(a / np.linalg.norm(a, axis=-1, keepdims=True), jnp.float32)
-                for a in (x, y)
-            )
-            losses = {
-                'dense, automatic': dense_automatic(form, 0.07),
-                'dense, by hand': dense_by_hand(form, 0.07),
-                'blockwise': blockwise(form, How()),
-            }
-            if b * b * k <= MAX_STORED_SCORES:  # there `auto` keeps the scores
-                losses['blockwise, 512'] = blockwise(form, How(block=512))
-            compiled = {name: with_gradient(f).lower(x, y).compile() for name, f in losses.items()}
-            memory = {name: f.memory_analysis().temp_size_in_bytes for name, f in compiled.items()}
-            seconds = {name: [np.inf, np.inf] for name in losses}
-            values = {}
-            for _ in range(repeats):
-                for name, f in compiled.items():
-                    cpu_start, wall_start = time.process_time(), time.perf_counter()
-                    values[name] = jax.block_until_ready(f(x, y))
-                    spent = time.process_time() - cpu_start, time.perf_counter() - wall_start
-                    seconds[name] = [min(a, s) for a, s in zip(seconds[name], spent)]
-            dense = [n for n in losses if n.startswith('dense')]
-            least = min(memory[n] for n in dense)
-            best = [min(seconds[n][i] for n in dense) for i in (0, 1)]
-            want, (gx, gy) = values['dense, automatic']
-            for name in losses:
-                value, grads = values[name]
-                error = [float(abs(value - want) / abs(want))] + [
-                    float(jnp.linalg.norm(a - w) / jnp.linalg.norm(w))
-                    for a, w in zip(grads, (gx, gy))
-                ]
-                row = {
-                    'loss': form,
-                    'B': b,
-                    'K': k,
-                    'form': name,
-                    'temp_bytes': memory[name],
-                    'times_less_memory': least / memory[name],
-                    'cpu_seconds': seconds[name][0],
-                    'cpu_ratio': seconds[name][0] / best[0],
-                    'wall_seconds': seconds[name][1],
-                    'wall_ratio': seconds[name][1] / best[1],
-                    'relative_difference': max(error),
-                }
-                out.append(row)
-                print(
-                    f'{form:11} {b:6} {name:18} {memory[name] / 1e6:9.2f} {row["times_less_memory"]:7.1f} {row["cpu_seconds"]:8.3f} '
-                    f'{row["cpu_ratio"]:6.2f} {row["wall_seconds"]:8.3f} {row["wall_ratio"]:6.2f}',
-                    flush=True,
-                )
-    return out
+    rows = []
+    for loss in losses:
+        for batch in sizes:
+            if batch * CANDIDATES[loss] <= max(sizes) * 2:
+                rows += measure_on_cpu(loss, batch, repeats)
+    return rows
 
 
 # ---- TPU: memory by compiling
 
-K = 1024
-# (loss, global B, devices, form); forms: dense | auto | gather | ring, and `normalised`: auto with normalisation from raw embeddings inside
-COMPILED = [
-    *(
-        ('symmetric', b * K, 1, form)
-        for b, form in (
-            (8, 'dense'),
-            (8, 'auto'),
-            (32, 'dense'),
-            (32, 'auto'),
-            (128, 'dense'),
-            (128, 'auto'),
-            (128, 'normalised'),
-            (1024, 'auto'),
-        )
-    ),
-    *(
-        ('asymmetric', b * K, 1, form)
-        for b, form in (
-            (8, 'dense'),
-            (8, 'auto'),
-            (128, 'dense'),
-            (128, 'auto'),
-            (128, 'normalised'),
-            (1024, 'auto'),
-        )
-    ),
-    *(
-        ('mil_nce', b * K, 1, form)
-        for b, form in ((8, 'dense'), (8, 'auto'), (32, 'dense'), (32, 'auto'), (128, 'auto'))
-    ),
-    *((loss, 128 * K, 1, 'auto') for loss in ('siglip', 'nt_xent')),
-    *(
-        ('symmetric', b * K, 8, form)
-        for b, form in (
-            (32, 'dense'),
-            (32, 'gather'),
-            (32, 'ring'),
-            (128, 'dense'),
-            (128, 'gather'),
-            (128, 'ring'),
-            (256, 'ring'),
-            (1024, 'gather'),
-            (1024, 'ring'),
-        )
-    ),
-    *(('symmetric', b * K, 32, 'ring') for b in (32, 128, 256, 1024)),
-    *(
-        ('symmetric', b * K, 64, form)
-        for b, form in (
-            (128, 'dense'),
-            (128, 'gather'),
-            (128, 'ring'),
-            (1024, 'gather'),
-            (1024, 'ring'),
-        )
-    ),
-    *((loss, 1024 * K, 64, 'ring') for loss in ('asymmetric', 'siglip', 'nt_xent', 'mil_nce')),
-]
+# (loss, devices, global batch in thousands of 1024, forms). Forms: dense | auto | gather | ring,
+# and `normalised`: auto with normalisation from raw embeddings inside.
+COMPILED = (
+    ('symmetric', 1, 8, ('dense', 'auto')),
+    ('symmetric', 1, 32, ('dense', 'auto')),
+    ('symmetric', 1, 128, ('dense', 'auto', 'normalised')),
+    ('symmetric', 1, 1024, ('auto',)),
+    ('asymmetric', 1, 8, ('dense', 'auto')),
+    ('asymmetric', 1, 128, ('dense', 'auto', 'normalised')),
+    ('asymmetric', 1, 1024, ('auto',)),
+    ('mil_nce', 1, 8, ('dense', 'auto')),
+    ('mil_nce', 1, 32, ('dense', 'auto')),
+    ('mil_nce', 1, 128, ('auto',)),
+    ('siglip', 1, 128, ('auto',)),
+    ('nt_xent', 1, 128, ('auto',)),
+    ('symmetric', 8, 32, ('dense', 'gather', 'ring')),
+    ('symmetric', 8, 128, ('dense', 'gather', 'ring')),
+    ('symmetric', 8, 256, ('ring',)),
+    ('symmetric', 8, 1024, ('gather', 'ring')),
+    ('symmetric', 32, 32, ('ring',)),
+    ('symmetric', 32, 128, ('ring',)),
+    ('symmetric', 32, 256, ('ring',)),
+    ('symmetric', 32, 1024, ('ring',)),
+    ('symmetric', 64, 128, ('dense', 'gather', 'ring')),
+    ('symmetric', 64, 1024, ('gather', 'ring')),
+    ('asymmetric', 64, 1024, ('ring',)),
+    ('siglip', 64, 1024, ('ring',)),
+    ('nt_xent', 64, 1024, ('ring',)),
+    ('mil_nce', 64, 1024, ('ring',)),
+)
+# Devices -> topology.
 TOPOLOGY = {1: 'v5p:2x2x1', 8: 'v5p:2x2x2', 32: 'v5p:2x4x4', 64: 'v5p:4x4x4'}
+# Fields of a row that name a compilation.
+NAME = ('loss', 'B', 'devices', 'form')
 
 
-def tpu(former, losses, counts, about):
-    """Yields all rows after each compilation: what is chosen in place of former ones of the same name; each says which commit it is of."""
-    from jax.experimental import topologies
+def compilations() -> list[tuple[str, int, int, str]]:
+    """(loss, global batch, devices, form) of each."""
+    names = []
+    for loss, devices, thousands, forms in COMPILED:
+        for form in forms:
+            names.append((loss, thousands * 1024, devices, form))
+    return names
 
-    out = {(r['loss'], r['B'], r['devices'], r['form']): r for r in former}
+
+def tpu_part(
+    former: Sequence[dict], losses: Sequence[str], device_counts: Sequence[int], about: dict
+) -> Iterator[list[dict]]:
+    """Compiles what is chosen.
+
+    Args:
+        former: rows of earlier runs.
+        losses: the chosen ones.
+        device_counts: the chosen ones.
+        about: fields of every new row, as the commit that it is of.
+
+    Yields:
+        All rows after each compilation: new ones in place of former ones of the same name.
+    """
+    rows = {}
+    for row in former:
+        rows[tuple(row[field] for field in NAME)] = row
     print(
-        f'{"loss":11} {"B":>8} {"devices":>7} {"form":11} {"temp MB/device":>15} {"kB/row":>9} {"compile CPU s":>14}'
+        f'{"loss":11} {"B":>8} {"devices":>7} {"form":11} {"temp MB/device":>15} {"kB/row":>9} '
+        f'{"compile CPU s":>14}'
     )
-    for loss, b, devices, form in COMPILED:
-        if loss not in losses or devices not in counts:
+    for name in compilations():
+        loss, batch, devices, form = name
+        if loss not in losses or devices not in device_counts:
             continue
-        k = CANDIDATES[loss]
-        topology = topologies.get_topology_desc(platform='tpu', topology_name=TOPOLOGY[devices])
-        mesh = jax.make_mesh(
-            (devices,),
-            ('replica',),
-            devices=topology.devices[:devices],
-            axis_types=(AxisType.Auto,),
-        )
-        rows = NamedSharding(mesh, P('replica'))
-        x = jax.ShapeDtypeStruct((b, WIDTH), jnp.bfloat16, sharding=rows)
-        y = jax.ShapeDtypeStruct((b, k, WIDTH), jnp.bfloat16, sharding=rows)
-        how = How(form if form in ('gather', 'ring') else 'auto', dtype='bfloat16')
-        f = (
-            dense_automatic(loss, 0.07)
-            if form == 'dense'
-            else blockwise(loss, how, normalise=form == 'normalised')
-        )
-        began, row = (
-            time.process_time(),
-            {
-                'loss': loss,
-                'B': b,
-                'K': k,
-                'devices': devices,
-                'topology': TOPOLOGY[devices],
-                'form': form,
-                **about,
-            },
-        )
+        row = {
+            'loss': loss,
+            'B': batch,
+            'K': CANDIDATES[loss],
+            'devices': devices,
+            'topology': TOPOLOGY[devices],
+            'form': form,
+            **about,
+        }
+        began = time.process_time()
         try:
-            with jax.set_mesh(mesh):
-                compiled = with_gradient(f).trace(x, y).lower(lowering_platforms=('tpu',)).compile()
-            memory = compiled.memory_analysis()
-            row |= {
-                'temp_bytes': memory.temp_size_in_bytes,
-                'argument_bytes': memory.argument_size_in_bytes,
-                'bytes_per_row': memory.temp_size_in_bytes / (b / devices),
-            }
+            memory = compiled_memory(loss, batch, devices, form)
+            row['temp_bytes'] = memory.temp_size_in_bytes
+            row['argument_bytes'] = memory.argument_size_in_bytes
+            row['bytes_per_row'] = memory.temp_size_in_bytes / (batch / devices)
             text = f'{row["temp_bytes"] / 1e6:15.1f} {row["bytes_per_row"] / 1e3:9.2f}'
         except jax.errors.JaxRuntimeError as error:
             row['error'] = str(error).splitlines()[0][:200]
             text = f'  does not compile: {row["error"][:90]}'
-        out[loss, b, devices, form] = row
-        print(
-            f'{loss:11} {b:8} {devices:7} {form:11} {text} {time.process_time() - began:14.1f}',
-            flush=True,
-        )
-        yield [out[name] for name in COMPILED if name in out]
+        rows[name] = row
+        took = time.process_time() - began
+        print(f'{loss:11} {batch:8} {devices:7} {form:11} {text} {took:14.1f}', flush=True)
+        yield [rows[name] for name in compilations() if name in rows]
 
 
-def write(results):
+def compiled_memory(loss: str, batch: int, devices: int, form: str):
+    """What the compiler says of a device's memory, value and gradient.
+
+    Raises:
+        JaxRuntimeError: it does not compile.
+    """
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform='tpu', topology_name=TOPOLOGY[devices])
+    mesh = jax.make_mesh(
+        (devices,),
+        ('replica',),
+        devices=topology.devices[:devices],
+        axis_types=(AxisType.Auto,),
+    )
+    by_row = NamedSharding(mesh, P('replica'))
+    candidates = CANDIDATES[loss]
+    x = jax.ShapeDtypeStruct((batch, WIDTH), jnp.bfloat16, sharding=by_row)
+    y = jax.ShapeDtypeStruct((batch, candidates, WIDTH), jnp.bfloat16, sharding=by_row)
+    if form == 'dense':
+        function = dense_automatic(loss)
+    else:
+        exchange = form if form in ('gather', 'ring') else 'auto'
+        how = How(exchange, dtype='bfloat16')
+        function = blockwise(loss, how, normalise=form == 'normalised')
+    with jax.set_mesh(mesh):
+        lowered = with_gradient(function).trace(x, y).lower(lowering_platforms=('tpu',))
+        return lowered.compile().memory_analysis()
+
+
+# ---- both parts
+
+
+def write(results: dict) -> None:
+    """Writes the results of both parts."""
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + '\n')
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--parts', default='cpu,tpu')
     parser.add_argument('--sizes', default='1024,2048,4096,8192', help='rows of the CPU part')
@@ -330,59 +406,40 @@ def main():
     parser.add_argument('--devices', default='1,8,32,64', help='of the TPU part')
     parser.add_argument('--repeats', type=int, default=3)
     args = parser.parse_args()
+    parts, losses = args.parts.split(','), args.losses.split(',')
+    sizes = [int(size) for size in args.sizes.split(',')]
+    device_counts = [int(count) for count in args.devices.split(',')]
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    run = lambda *command: subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT
-    ).stdout.strip()
-    cpus = (
-        [
-            line.split(':')[1].strip()
-            for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-            if line.startswith('model name')
-        ]
-        if pathlib.Path('/proc/cpuinfo').exists()
-        else [platform.processor()]
-    )
-    source = ('vatt_jax/losses', 'benchmarks/loss_memory.py')
     about = {
-        'commit': run('git', 'rev-parse', '--short', 'HEAD')
-        + ('+' if run('git', 'status', '--porcelain', *source) else ''),
+        'commit': repository.commit('vatt_jax/losses', 'benchmarks/loss_memory.py'),
         'date': datetime.date.today().isoformat(),
         'jax': jax.__version__,
         'width': WIDTH,
     }
-    parts = args.parts.split(',')
     if 'cpu' in parts:
-        sizes = [int(s) for s in args.sizes.split(',')]
-        about_cpu = {
+        timed_losses = [loss for loss in losses if loss in TIMED]
+        results['cpu'] = {
             **about,
-            'hardware': f'{os.cpu_count()} × {cpus[0]}',
+            'hardware': f'{os.cpu_count()} × {repository.processor()}',
             'load_average': os.getloadavg(),
             'repeats': args.repeats,
-        }
-        results['cpu'] = {
-            **about_cpu,
-            'rows': cpu(
-                sizes, args.repeats, [loss for loss in args.losses.split(',') if loss in TIMED]
-            ),
+            'rows': cpu_part(sizes, args.repeats, timed_losses),
         }
         write(results)
-    if 'tpu' in parts:
-        if importlib.util.find_spec('libtpu') is None:
-            print(
-                f'TPU part left out: libtpu is not installed. No TPU is needed, only its compiler: pip install "jax[tpu]=={jax.__version__}" '
-                '(an environment of its own will do: this script needs nothing else), then --parts=tpu'
-            )
-        else:
-            for rows in tpu(
-                results.get('tpu', {}).get('rows', []),
-                args.losses.split(','),
-                [int(n) for n in args.devices.split(',')],
-                {'commit': about['commit'], 'libtpu': importlib.metadata.version('libtpu')},
-            ):
-                results['tpu'] = {**about, 'hardware': 'none: compiled for TPU v5p', 'rows': rows}
-                write(results)
-    print(f'written: {RESULTS.relative_to(ROOT)}')
+    if 'tpu' in parts and importlib.util.find_spec('libtpu') is None:
+        print(
+            'TPU part left out: libtpu is not installed. No TPU is needed, only its compiler: '
+            f'pip install "jax[tpu]=={jax.__version__}" (an environment of its own will do: this '
+            'script needs nothing else), then --parts=tpu'
+        )
+    elif 'tpu' in parts:
+        former = results.get('tpu', {}).get('rows', [])
+        libtpu = importlib.metadata.version('libtpu')
+        origin = {'commit': about['commit'], 'libtpu': libtpu}
+        for rows in tpu_part(former, losses, device_counts, origin):
+            results['tpu'] = {**about, 'hardware': 'none: compiled for TPU v5p', 'rows': rows}
+            write(results)
+    print(f'written: {RESULTS.relative_to(repository.ROOT)}')
 
 
 if __name__ == '__main__':

@@ -1,12 +1,15 @@
-"""Plans of the published models on pods: compiled here, without the pods, into benchmarks/results/plans.json and the tables of docs/scaling.md.
+"""Plans of the published models on pods: compiled here, without the pods.
 
-    PYTHONPATH=<folder with libtpu and JAX's plugin for GPUs> python benchmarks/plans.py    # what is missing, one plan after another
-    python benchmarks/plans.py --only='lbs.*v5e' --again                  # some of them, anew
-    python benchmarks/plans.py --tables                                   # docs/scaling.md from the results there are
+    PYTHONPATH=<folder with libtpu and JAX's plugin for GPUs> python benchmarks/plans.py
+                                                     # what is missing, one plan after another
+    python benchmarks/plans.py --only='lbs.*v5e' --again    # some of them, anew
+    python benchmarks/plans.py --tables              # docs/scaling.md from the results there are
 
-A row is a model, a machine, a global batch and the kind of attention: `fused` has no dropout on attention probabilities and runs the platform's
-kernel, `dense` is the published step. Each is `run.py --mode=plan` in a process of its own, so that a crash or a kill costs one row, and is
-written when it is known. On GPUs, Pallas' Triton kernel stands in for cuDNN's (vatt_jax/planning/plan.py).
+A row is a model, a machine, a global batch and the kind of attention: `fused` has no dropout on
+attention probabilities and runs the platform's kernel, `dense` is the published step. Each is
+`run.py --mode=plan` in a process of its own, so that a crash or a kill costs one row, and is
+written when it is known. On GPUs, Pallas' Triton kernel stands in for cuDNN's
+(vatt_jax/planning/plan.py). Writes benchmarks/results/plans.json and the tables of docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -20,15 +23,26 @@ import subprocess
 import sys
 import tempfile
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / 'benchmarks' / 'results' / 'plans.json'
-DOCS = ROOT / 'docs' / 'scaling.md'
+from support import repository
+
+RESULTS = repository.RESULTS / 'plans.json'
+DOCS = repository.ROOT / 'docs' / 'scaling.md'
+# Between these lines of the document the tables are written.
+BEGIN, END = '<!-- tables of benchmarks/plans.py -->', '<!-- end -->'
+
 MODELS = {
     'bbs': 'configs/vatt.py:bbs,synthetic',
     'mbs': 'configs/vatt.py:mbs,synthetic',
     'lbs': 'configs/vatt.py:lbs,synthetic',
     'agnostic': 'configs/vatt.py:agnostic_medium,synthetic',
     'mmv': 'configs/mmv.py:tsm50x2_fac_vat,synthetic',
+}
+TITLES = {
+    'bbs': 'VATT bbs',
+    'mbs': 'VATT mbs',
+    'lbs': 'VATT lbs',
+    'agnostic': 'VATT agnostic, medium',
+    'mmv': 'MMV tsm50x2',
 }
 MACHINES = {
     'v5e-256': 'v5e:16x16',
@@ -37,195 +51,248 @@ MACHINES = {
     '8 × H100': 'h100:1x8',
     '64 × H100': 'h100:8x8',
 }
-# weak scaling at 8 clips a chip: within a slice, then slice by slice over the network between them
+# Chips -> topology, for weak scaling at 8 clips a chip: within a slice, then slice by slice over
+# the network between them.
 WEAK = {16: 'v5e:4x4', 64: 'v5e:8x8', 256: 'v5e:16x16', 1024: 'v5e:16x16*4', 4096: 'v5e:16x16*16'}
+WEAK_CLIPS = 8
+BATCHES = (2048, 16384)
+# Fields of a plan that are copied into the results.
+COPIED = ('chips', 'mesh', 'per_device_batch', 'memory', 'roofline', 'notes', 'compiled')
 
 
-def rows() -> dict[str, dict]:
-    """name -> {model, machine, batch, attention, topology}, the most wanted first."""
-    out = {}
-
-    def add(model, machine, topology, batch, attention):
-        out.setdefault(
-            f'{model} {attention} {topology} {batch}',
-            {
-                'model': model,
-                'machine': machine,
-                'topology': topology,
-                'batch': batch,
-                'attention': attention,
-            },
-        )
-
-    for machine in ('v5e-256', 'v5p-256', 'v6e-256', '8 × H100', '64 × H100'):
-        add('lbs', machine, MACHINES[machine], 2048, 'fused')
-    for model in ('lbs', 'mbs'):
-        add(model, 'v5e-256', MACHINES['v5e-256'], 2048, 'dense')
-    for model in ('mbs', 'bbs', 'agnostic', 'mmv'):
-        add(model, 'v5e-256', MACHINES['v5e-256'], 2048, 'dense' if model == 'mmv' else 'fused')
-    for chips in (1024, 4096, 64, 16):
-        add('lbs', f'v5e-{chips}', WEAK[chips], 8 * chips, 'fused')
-    for batch in (2048, 16384):
-        for machine in MACHINES:
-            for model in MODELS:
-                add(
-                    model, machine, MACHINES[machine], batch, 'dense' if model == 'mmv' else 'fused'
-                )
-    return out
+# ---- plans
 
 
-def plan(row: dict, extra: list[str]) -> dict:
-    """The plan of a row in short, or {'error': …}."""
-    config = MODELS[row['model']] + (',fused' if row['attention'] == 'fused' else '')
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            'run.py',
-            '--mode=plan',
-            f'--config={config}',
-            f'--topology={row["topology"]}',
-            f'--workdir={folder}',
-            '--quick',
-            f'--config.batch_size={row["batch"]}',
-            *(['--config.mesh.fsdp=8'] if row['topology'].startswith('h100') else []),
-            *extra,
-        ]
-        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=os.environ)
-        found = list(pathlib.Path(folder).glob('plan/*.json'))
-        if done.returncode or not found:
-            lines = (
-                done.stderr.strip() or done.stdout.strip() or f'exit code {done.returncode}'
-            ).splitlines()
-            return row | {'error': lines[-1][:300]}
-        p = json.loads(found[0].read_text())
-    keep = {
-        k: p[k]
-        for k in ('chips', 'mesh', 'per_device_batch', 'memory', 'roofline', 'notes', 'compiled')
-    }
-    keep['model_step_flops'], keep['executed_step_flops'] = (
-        p['flops']['model_step'],
-        p['flops']['executed_step'],
-    )
-    keep['kernel'] = p['model']['attention']
-    git = lambda *c: subprocess.run(
-        ['git', *c], cwd=ROOT, text=True, capture_output=True
-    ).stdout.strip()
-    keep['commit'] = git('rev-parse', '--short', 'HEAD') + (
-        '+' if git('status', '--porcelain', 'vatt_jax', 'configs') else ''
-    )
-    return (
-        row
-        | keep
-        | {
-            'command': ' '.join(
-                c for c in ['python', *command[1:]] if not c.startswith('--workdir')
-            )
+class Rows:
+    """The rows by name, in the order in which they were first added."""
+
+    def __init__(self):
+        self.by_name: dict[str, dict] = {}
+
+    def add(self, model: str, machine: str, topology: str, batch: int, attention: str) -> None:
+        """Adds a row that is not there."""
+        row = {
+            'model': model,
+            'machine': machine,
+            'topology': topology,
+            'batch': batch,
+            'attention': attention,
         }
-    )
+        self.by_name.setdefault(f'{model} {attention} {topology} {batch}', row)
+
+
+def fastest_attention(model: str) -> str:
+    """`fused` where a model has attention."""
+    return 'dense' if model == 'mmv' else 'fused'
+
+
+def list_rows() -> dict[str, dict]:
+    """name -> {model, machine, topology, batch, attention}, in the order of compiling."""
+    rows = Rows()
+    # First what says most: the largest model on every machine, what fused attention gains, the
+    # other models, and weak scaling.
+    for machine, topology in MACHINES.items():
+        rows.add('lbs', machine, topology, 2048, 'fused')
+    for model in ('lbs', 'mbs'):
+        rows.add(model, 'v5e-256', MACHINES['v5e-256'], 2048, 'dense')
+    for model in ('mbs', 'bbs', 'agnostic', 'mmv'):
+        rows.add(model, 'v5e-256', MACHINES['v5e-256'], 2048, fastest_attention(model))
+    for chips in (1024, 4096, 64, 16):
+        rows.add('lbs', f'v5e-{chips}', WEAK[chips], WEAK_CLIPS * chips, 'fused')
+    # Then all the others.
+    for batch in BATCHES:
+        for machine, topology in MACHINES.items():
+            for model in MODELS:
+                rows.add(model, machine, topology, batch, fastest_attention(model))
+    return rows.by_name
+
+
+def compile_plan(row: dict, extra: list[str]) -> dict:
+    """The plan of a row in short, or {'error': …}.
+
+    Args:
+        row: of list_rows().
+        extra: further flags of run.py.
+    """
+    config = MODELS[row['model']]
+    if row['attention'] == 'fused':
+        config += ',fused'
+    flags = [
+        '--mode=plan',
+        f'--config={config}',
+        f'--topology={row["topology"]}',
+        '--quick',
+        f'--config.batch_size={row["batch"]}',
+    ]
+    if row['topology'].startswith('h100'):
+        flags.append('--config.mesh.fsdp=8')
+    flags += extra
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, 'run.py', *flags, f'--workdir={folder}'],
+            cwd=repository.ROOT,
+            text=True,
+            capture_output=True,
+            env=os.environ,
+        )
+        files = list(pathlib.Path(folder).glob('plan/*.json'))
+        if done.returncode or not files:
+            output = done.stderr.strip() or done.stdout.strip()
+            message = output or f'exit code {done.returncode}'
+            return row | {'error': message.splitlines()[-1][:300]}
+        plan = json.loads(files[0].read_text())
+    copied = {field: plan[field] for field in COPIED}
+    return {
+        **row,
+        **copied,
+        'model_step_flops': plan['flops']['model_step'],
+        'executed_step_flops': plan['flops']['executed_step'],
+        'kernel': plan['model']['attention'],
+        'commit': repository.commit('vatt_jax', 'configs'),
+        'command': ' '.join(['python', 'run.py', *flags]),
+    }
 
 
 # ---- tables
+
+
 def amount(x: float | None, unit: float = 1.0, digits: int = 3) -> str:
-    return '–' if x is None else f'{x / unit:.{digits}g}' if x / unit < 1000 else f'{x / unit:.0f}'
+    """x in a unit, to some digits but with all before the point; – for None."""
+    if x is None:
+        return '–'
+    scaled = x / unit
+    return f'{scaled:.{digits}g}' if scaled < 1000 else f'{scaled:.0f}'
 
 
-def line(r: dict, name: str) -> str:
-    if 'error' in r:
-        return f'| {name} | {r["error"]} | | | | | | |'
-    m, roof = r['memory'], r['roofline']
-    each = f'{r["per_device_batch"]:g}'
-    peak = f'{amount(m["peak"], 1e9)}' if m['peak'] else f'> {amount(m["arguments"], 1e9)}'
-    if m['fits'] is False:
-        would = ' or '.join(x.partition(':')[0] for x in m['would_fit'] if 'alone are' not in x)
-        return f'| {name} | {each} | {peak} | does not fit in {amount(m["limit"], 1e9)}; would, by estimate: {would} | | | | |'
-    if 'bound' not in roof:
-        return f'| {name} | {each} | {peak} | | | | | |'
-    s = roof['seconds']
-    ms = lambda k: amount(s[k], 1e-3)
-    return (
-        f'| {name} | {each} | {peak} | {ms("compute")} | {ms("memory")} | {amount((s["links"] or 0) + (s["network"] or 0), 1e-3)} | '
-        f'{amount(roof["clips_per_s_per_chip"])} ({amount(roof["clips_per_s_per_chip"] * roof["bound"] / roof["serial"])}) | '
-        f'{100 * roof["mfu"]:.0f} % ({100 * roof["mfu_serial"]:.0f} %) |'
+def heading(first: str) -> str:
+    """The first two lines of a table, whose first column is named."""
+    columns = (
+        first,
+        'clips a chip',
+        'peak GB',
+        'compute ms',
+        'memory ms',
+        'links + network ms',
+        'clips/s/chip (nothing overlaps)',
+        'MFU',
     )
+    return f'{table_line(columns)}\n|---|---|---|---|---|---|---|---|'
 
 
-HEAD = (
-    '| {} | clips a chip | peak GB | compute ms | memory ms | links + network ms | clips/s/chip (nothing overlaps) | MFU |\n'
-    '|---|---|---|---|---|---|---|---|'
-)
-TITLES = {
-    'bbs': 'VATT bbs',
-    'mbs': 'VATT mbs',
-    'lbs': 'VATT lbs',
-    'agnostic': 'VATT agnostic, medium',
-    'mmv': 'MMV tsm50x2',
-}
+def table_line(cells) -> str:
+    """Cells of Markdown."""
+    return '| ' + ' | '.join(cells) + ' |'
 
 
-def tables(results: dict[str, dict]) -> str:
-    wanted = rows()
-    out = []
-    for machine, topology in MACHINES.items():
-        named = [(name, w) for name, w in wanted.items() if w['topology'] == topology]
-        named.sort(
-            key=lambda x: (list(TITLES).index(x[1]['model']), x[1]['batch'], x[1]['attention'])
-        )
-        have = [(name, w) for name, w in named if name in results]
-        out += [
-            f'**{machine}** (`{topology}`)',
-            '',
-            *([HEAD.format('model, batch')] if have else []),
-        ]
-        out += [
-            line(
-                results[name],
-                f'{TITLES[w["model"]]}, {w["batch"]}'
-                + (
-                    ', dense attention'
-                    if w['attention'] == 'dense'
-                    and w['model'] != 'mmv'
-                    and not topology.startswith('h100')
-                    else ''
-                ),
-            )
-            for name, w in have
-        ]
-        missing = [
-            f'{w["model"]} {w["batch"]}'
-            + (' dense' if w['attention'] == 'dense' and w['model'] != 'mmv' else '')
-            for name, w in named
-            if name not in results
-        ]
-        out += [''] if have else []
-        out += (
-            [
-                f'Not compiled yet (`python benchmarks/plans.py --only={topology}`): {", ".join(missing)}.',
-                '',
-            ]
-            if missing
-            else []
-        )
-    out += [
-        '**Weak scaling**: VATT lbs, fused attention, 8 clips a chip, v5e; above 256 chips in slices of 256',
+def row_line(row: dict, title: str) -> str:
+    """A row of a table; one whose plan failed or does not fit says so."""
+    if 'error' in row:
+        return f'| {title} | {row["error"]} | | | | | | |'
+    memory, roofline = row['memory'], row['roofline']
+    clips = f'{row["per_device_batch"]:g}'
+    if memory['peak']:
+        peak = amount(memory['peak'], 1e9)
+    else:
+        peak = f'> {amount(memory["arguments"], 1e9)}'
+    if memory['fits'] is False:
+        would_fit = []
+        for option in memory['would_fit']:
+            if 'alone are' not in option:
+                would_fit.append(option.partition(':')[0])
+        limit, options = amount(memory['limit'], 1e9), ' or '.join(would_fit)
+        why = f'does not fit in {limit}; would, by estimate: {options}'
+        return f'| {title} | {clips} | {peak} | {why} | | | | |'
+    if 'bound' not in roofline:
+        return f'| {title} | {clips} | {peak} | | | | | |'
+    seconds = roofline['seconds']
+    between_chips = (seconds['links'] or 0) + (seconds['network'] or 0)
+    rate = roofline['clips_per_s_per_chip']
+    serial_rate = rate * roofline['bound'] / roofline['serial']
+    cells = (
+        title,
+        clips,
+        peak,
+        amount(seconds['compute'], 1e-3),
+        amount(seconds['memory'], 1e-3),
+        amount(between_chips, 1e-3),
+        f'{amount(rate)} ({amount(serial_rate)})',
+        f'{100 * roofline["mfu"]:.0f} % ({100 * roofline["mfu_serial"]:.0f} %)',
+    )
+    return table_line(cells)
+
+
+def reading_order(named_row: tuple[str, dict]) -> tuple[int, int, str]:
+    """Key by which the rows of a machine are sorted."""
+    _, row = named_row
+    return list(TITLES).index(row['model']), row['batch'], row['attention']
+
+
+def machine_table(machine: str, topology: str, results: dict[str, dict]) -> list[str]:
+    """Lines of a machine: its rows, and which are missing."""
+    named = [(name, row) for name, row in list_rows().items() if row['topology'] == topology]
+    named.sort(key=reading_order)
+    table, missing = [], []
+    for name, row in named:
+        is_dense = row['attention'] == 'dense' and row['model'] != 'mmv'
+        if name in results:
+            title = f'{TITLES[row["model"]]}, {row["batch"]}'
+            if is_dense and not topology.startswith('h100'):
+                title += ', dense attention'
+            table.append(row_line(results[name], title))
+        else:
+            missing.append(f'{row["model"]} {row["batch"]}' + (' dense' if is_dense else ''))
+    lines = [f'**{machine}** (`{topology}`)', '']
+    if table:
+        lines += [heading('model, batch'), *table, '']
+    if missing:
+        command = f'python benchmarks/plans.py --only={topology}'
+        lines += [f'Not compiled yet (`{command}`): {", ".join(missing)}.', '']
+    return lines
+
+
+def weak_scaling_table(results: dict[str, dict]) -> list[str]:
+    """Lines of weak scaling: its rows, and which are missing."""
+    table, missing = [], []
+    for chips, topology in WEAK.items():
+        name = f'lbs fused {topology} {WEAK_CLIPS * chips}'
+        if name in results:
+            table.append(row_line(results[name], str(chips)))
+        else:
+            missing.append(str(chips))
+    lines = [
+        f'**Weak scaling**: VATT lbs, fused attention, {WEAK_CLIPS} clips a chip, v5e; above 256 '
+        'chips in slices of 256',
         '',
     ]
-    weak = {chips: f'lbs fused {topology} {8 * chips}' for chips, topology in WEAK.items()}
-    have = [line(results[name], str(chips)) for chips, name in weak.items() if name in results]
-    missing = [str(chips) for chips, name in weak.items() if name not in results]
-    out += [HEAD.format('chips'), *have, ''] if have else []
-    return '\n'.join(
-        out + ([f'Not compiled yet: {", ".join(missing)} chips.'] if missing else [])
-    ).rstrip()
+    if table:
+        lines += [heading('chips'), *table, '']
+    if missing:
+        lines.append(f'Not compiled yet: {", ".join(missing)} chips.')
+    return lines
 
 
-BEGIN, END = '<!-- tables of benchmarks/plans.py -->', '<!-- end -->'
+def all_tables(results: dict[str, dict]) -> str:
+    """What stands in the document."""
+    lines = []
+    for machine, topology in MACHINES.items():
+        lines += machine_table(machine, topology, results)
+    lines += weak_scaling_table(results)
+    return '\n'.join(lines).rstrip()
 
 
-def write(results: dict[str, dict]) -> None:
-    text = DOCS.read_text()
-    before, rest = text.split(BEGIN)
+def write_tables(results: dict[str, dict]) -> None:
+    """Replaces the tables of the document."""
+    before, rest = DOCS.read_text().split(BEGIN)
     after = rest.split(END)[1]
-    DOCS.write_text(f'{before}{BEGIN}\n\n{tables(results)}\n\n{END}{after}')
+    DOCS.write_text(f'{before}{BEGIN}\n\n{all_tables(results)}\n\n{END}{after}')
+
+
+# ---- the program
+
+
+def read_results() -> dict[str, dict]:
+    """name -> row with its plan."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def main() -> None:
@@ -239,20 +306,22 @@ def main() -> None:
         '--list', action='store_true', help='names of the rows and whether they are there'
     )
     flags, extra = parser.parse_known_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name, row in rows().items():
+    results = read_results()
+    for name, row in list_rows().items():
         if not re.search(flags.only, name):
             continue
+        is_there = name in results and 'error' not in results[name]
         if flags.list:
-            print(name, 'there' if name in results and 'error' not in results[name] else 'missing')
-        elif not flags.tables and (flags.again or name not in results or 'error' in results[name]):
+            print(name, 'there' if is_there else 'missing')
+        elif not flags.tables and (flags.again or not is_there):
             print(name, flush=True)
-            made = plan(row, extra)  # minutes, in which another process may have written
-            results = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | {name: made}
+            compiled = compile_plan(row, extra)
+            # Read again: it took minutes, in which another process may have written.
+            results = read_results() | {name: compiled}
             RESULTS.write_text(json.dumps(results, indent=1) + '\n')
-            print('  ', line(results[name], name), flush=True)
+            print('  ', row_line(results[name], name), flush=True)
     if not flags.list:
-        write(results)
+        write_tables(results)
 
 
 if __name__ == '__main__':
