@@ -495,6 +495,9 @@ def test_what_does_not_fit_is_refused_in_a_sentence():
         traced(nce.asymmetric, x, y, how=How('rign'))
     with pytest.raises(ValueError, match=r'got x \(4, 3\) and y \(5, 3\)'):
         traced(nce.asymmetric, x, jnp.ones((5, 3)))
+    queue = nce.Keys(jnp.ones((7, 3)), apart=jnp.arange(7))
+    with pytest.raises(ValueError, match='expected ids, .*, got None'):
+        traced(nce.info_nce, x, x, keys=(queue,))
 
 
 @pytest.mark.slow
