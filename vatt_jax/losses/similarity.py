@@ -498,15 +498,9 @@ def _backward(
             else:
                 s = _scores(row, block.keys, scale, bias)
             masks = _masks(row, block.keys)
+            w = _weights(task, s, i, row_terms, positive_terms, block.columns, masks)
             if task.kind == 'sigmoid':
-                # d softplus(-z s) / ds = -z σ(-z s), times the row's cotangent.
-                w = jax.nn.sigmoid(_signed(s, masks.positives)) * row_terms[i][:, None]
-                w = _where(masks.rows, _signed(w, masks.positives), 0)
                 dbias = dbias + jnp.sum(w)
-            else:
-                w = _softmax_weights(s, get_block(row_terms, i), block.columns, masks)
-                if positive_terms is not None and masks.positives is not None:
-                    w = _add_positive_weights(w, s, get_block(positive_terms, i), masks.positives)
 
             # w is rounded once, for both products.
             w = w.astype(x_type)
@@ -537,10 +531,7 @@ def _backward(
     if dy is None:
         dy = jnp.zeros((num_own_keys, width), y_type)
     else:
-        dy = dy.reshape(-1, width)[:num_keys]
-        if layout.axes and not layout.ring:
-            # Every device has a part of all keys' gradients: each gets the sums of its own keys.
-            dy = jax.lax.psum_scatter(dy, layout.axes, tiled=True)
+        dy = _home_key_gradient(layout, dy.reshape(-1, width)[:num_keys])
     if layout.axes:
         dscale, dbias = jax.lax.psum((dscale, dbias), layout.axes)
     return dx.astype(x_type), dy.astype(y_type), dscale, dbias
@@ -563,6 +554,36 @@ def _softmax_term(
         log_sum_exp=jnp.where(is_empty, jnp.max(log_sum_exp), log_sum_exp),
         cotangent=jnp.where(is_empty, 0, cotangent),
     )
+
+
+def _weights(
+    task: Task,
+    s: Scores,
+    i: Any,
+    row_terms: Any,
+    positive_terms: SoftmaxTerm | None,
+    columns: SoftmaxTerm | None,
+    masks: Masks,
+) -> Scores:
+    """Computes w of a block: the derivative by each of its scores, times the scale.
+
+    Args:
+      task: What is summed.
+      s: The scores of the block.
+      i: Its block of rows.
+      row_terms: For softmax a SoftmaxTerm, else the cotangents, of all blocks of rows.
+      positive_terms: The same of the positives' sums.
+      columns: The term of the block's keys.
+      masks: Which pairs count.
+    """
+    if task.kind == 'sigmoid':
+        # d softplus(-z s) / ds = -z σ(-z s), times the row's cotangent.
+        w = jax.nn.sigmoid(_signed(s, masks.positives)) * row_terms[i][:, None]
+        return _where(masks.rows, _signed(w, masks.positives), 0)
+    w = _softmax_weights(s, get_block(row_terms, i), columns, masks)
+    if positive_terms is not None and masks.positives is not None:
+        w = _add_positive_weights(w, s, get_block(positive_terms, i), masks.positives)
+    return w
 
 
 def _softmax_weights(
@@ -629,6 +650,16 @@ def _key_gradient(
         return _product(w, rows, (0, 0), accumulate)
 
     return jax.lax.platform_dependent(w, cpu=transposed_first, default=contracted)
+
+
+def _home_key_gradient(layout: Layout, dy: Float[Array, 'keys E']) -> Float[Array, 'own_keys E']:
+    """Returns the gradient of this device's own keys, summed over the rows of all devices.
+
+    In a ring it has come home complete, and on one device there is nothing to add.
+    """
+    if not layout.axes or layout.ring:
+        return dy
+    return jax.lax.psum_scatter(dy, layout.axes, tiled=True)
 
 
 # ---- The arithmetic of one block.
