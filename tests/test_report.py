@@ -211,6 +211,42 @@ def test_another_run_beside_it(tiny_run, tmp_path):
     assert 'control, seed 7' in report.table(folder, [other], width=200)
 
 
+def test_pictures_go_by_the_type_of_an_evaluator_not_by_its_name(tiny_run, tmp_path):
+    folder = copy_of(tiny_run, tmp_path)
+    names = {
+        'retrieval': 'search',
+        'single_frame_retrieval': 'retrieval',
+        'probe_video': 'single_simple_words',
+        'simple_probe_spectrum': 'probe_spectrum',
+    }
+    step = folder / 'evals' / 'step_000002'
+    results = evals.load(step)
+    evals.save({names.get(name, name): result for name, result in results.items()}, step)
+    config = json.loads((folder / 'config.json').read_text())
+    config['evals'] = {names.get(name, name): entry for name, entry in config['evals'].items()}
+    (folder / 'config.json').write_text(json.dumps(config))
+
+    def captions():
+        text, _ = read(report.build(folder))
+        return re.findall(r'<figcaption>([^<]*)</figcaption>', text.partition('Similarity</h2>')[2])
+
+    assert captions() == [
+        'text → video',
+        'audio → video',
+        'single simple words: true class by row, predicted by column in the same order',
+    ]
+
+    # Several retrievals: each says whose it is.
+    config['evals']['retrieval']['change'] = ''
+    (folder / 'config.json').write_text(json.dumps(config))
+    assert captions()[:4] == [
+        'search: text → video',
+        'search: audio → video',
+        'retrieval: text → video',
+        'retrieval: audio → video',
+    ]
+
+
 def test_a_run_without_gallery_evaluation_or_metrics(tiny_run, tmp_path):
     folder = copy_of(tiny_run, tmp_path)
     (folder / 'evals' / 'step_000002' / 'gallery.npz').unlink()
