@@ -11,6 +11,7 @@ import pytest
 from vatt_jax import evals
 from vatt_jax.config import ConfigError
 from vatt_jax.reporting import data_uris, report
+from vatt_jax.reporting.finished_run import FinishedRun
 
 EVIL = '<script>alert("x")</script> & \'a\' "red" stripe</div>'
 VOID = {'meta', 'img', 'br', 'hr', 'link', 'input', 'line', 'polyline'}
@@ -191,6 +192,17 @@ def test_captions_are_escaped(tiny_run, tmp_path):
     assert any(EVIL in v for v in page.values('title'))
     assert page.tags.count('section') == 16 and '<h2>Time</h2>' in text and '1.5 min' in page.texts
     assert EVIL in report.table(folder, width=400)
+
+
+def test_the_newest_evaluation_is_that_of_the_largest_step(tiny_run, tmp_path):
+    """As numbers: a million comes after 999 999, and a user's own copies are no evaluations."""
+    evaluations = copy_of(tiny_run, tmp_path) / 'evals'
+    for name in ('step_999999', 'step_1000000', 'step_999999_old', 'step_7'):
+        shutil.copytree(evaluations / 'step_000002', evaluations / name)
+    (evaluations / 'step_2000000').mkdir()
+    run = FinishedRun(tmp_path / 'run')
+    assert run.evaluation_folder == evaluations / 'step_1000000'
+    assert run.results and run.baseline
 
 
 def test_another_run_beside_it(tiny_run, tmp_path):

@@ -20,6 +20,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vatt_jax.run_folder import RunFolder
+
 
 class ConfigError(ValueError):
     """A mistake of the user's that a sentence can explain.
@@ -561,7 +563,7 @@ def stored(workdir: str | pathlib.Path) -> ConfigDict | None:
     Raises:
         ConfigError: The file cannot be read.
     """
-    file = pathlib.Path(workdir) / 'config.json'
+    file = RunFolder(pathlib.Path(workdir)).config
     if not file.exists():
         return None
     try:

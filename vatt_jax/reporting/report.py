@@ -15,6 +15,7 @@ from vatt_jax.reporting import data_uris
 from vatt_jax.reporting.charts import line_chart
 from vatt_jax.reporting.finished_run import FinishedRun
 from vatt_jax.reporting.results_table import Table, rows, table
+from vatt_jax.run_folder import RunFolder
 
 __all__ = ['build', 'rows', 'table']
 
@@ -62,7 +63,7 @@ def build(workdir: str | os.PathLike, others: Sequence[str | os.PathLike] = ()) 
         '<meta name="viewport" content="width=device-width">'
         f'<title>{title}</title><style>{STYLE}</style><main>{"".join(body)}</main></html>'
     )
-    path = run.path / 'report' / 'index.html'
+    path = RunFolder(run.path).report
     path.parent.mkdir(parents=True, exist_ok=True)
     # Renamed into place: a browser that reloads never shows half a page.
     temporary = path.with_suffix('.tmp')
