@@ -56,7 +56,7 @@ def asymmetric(
 ) -> Float[Array, '']:
     """NCE (K = 1) or MIL-NCE with one denominator for both directions (VATT, MMV).
 
-    VATT paper, equations 2 and 3. For clip b, over every clip a and candidate k:
+    As in the VATT paper. For clip b, over every clip a and candidate k:
 
         P_b  = log Σ_k exp s(x_b, y_bk)
         D_b  = log (Σ_ak exp s(x_b, y_ak) + Σ_ak exp s(x_a, y_bk))
@@ -164,7 +164,7 @@ def siglip(
     normalise: bool = True,
     how: How = AUTO,
 ) -> Float[Array, '']:
-    """Sigmoid loss (SigLIP, equation 1): every pair is a yes/no question.
+    """Sigmoid loss (SigLIP): every pair is a yes/no question.
 
         loss = 1/B Σ_ba -log sigmoid(z_ba (s(x_b, y_a) + bias)),  z = 1 for own pairs, else -1
 
@@ -189,7 +189,7 @@ def nt_xent(
     normalise: bool = True,
     how: How = AUTO,
 ) -> Float[Array, '']:
-    """NT-Xent (SimCLR, equation 1), for one candidate per clip (K = 1).
+    """NT-Xent (SimCLR), for one candidate per clip (K = 1).
 
     Each of a clip's two views must find the other among all views but itself, those of its own kind
     included; the mean over both.

@@ -1,6 +1,6 @@
 """Self-labelling by k-means: clusters of the whole set are the classes that views must predict.
 
-The scheme of DeepCluster and of XDC (Alwassel et al. 2019, section 3): at each refresh all training
+The scheme of DeepCluster and of XDC (Alwassel et al. 2019): at each refresh all training
 records are encoded, their features clustered, and fresh linear classifiers learn to name the
 clusters.
 """

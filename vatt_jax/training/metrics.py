@@ -240,7 +240,7 @@ class Meter:
             'goodput': self.useful / max(1e-9, now - self.start),
         }
         if self.flops and self.peak:
-            # Model FLOPs utilisation (PaLM, appendix B): FLOPs that the model needs, without those
+            # Model FLOPs utilisation (PaLM): FLOPs that the model needs, without those
             # that rematerialisation repeats, over the chips' peak.
             figures['mfu'] = self.clips / elapsed * self.flops / self.peak
         self.reset()
