@@ -581,7 +581,12 @@ def test_pages(capsys):
     assert docs.read_text(encoding='utf-8') == named.pages()
     with pytest.raises(SystemExit):
         prepare.main(['--dataset=hmdb51', '--help'])
-    assert 'testTrainMulti_7030_splits/CLASS_test_split1.txt' in capsys.readouterr().out
+    page = capsys.readouterr().out
+    assert 'testTrainMulti_7030_splits/CLASS_test_split1.txt' in page
+    # Both ways to write a flag's value.
+    with pytest.raises(SystemExit):
+        prepare.main(['--dataset', 'hmdb51', '--help'])
+    assert capsys.readouterr().out == page
 
 
 def test_tfds_builder(place, tmp_path):
