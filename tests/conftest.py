@@ -12,11 +12,10 @@ import jax
 import jaxtyping
 import pytest
 
-if os.environ.get('TYPECHECK') == '1':
-    # Annotations, shapes included, are checked whenever a function of the project is called.
-    from tests import typecheck  # noqa: F401 - the hook looks the checker up in the package
+from tests import typecheck  # noqa: F401 - the hook looks the checker up in the package
 
-    jaxtyping.install_import_hook(['vatt_jax', 'data_pipelines'], 'tests.typecheck.typechecker')
+# Annotations, shapes included, are checked whenever a function of the project is called.
+jaxtyping.install_import_hook(['vatt_jax', 'data_pipelines'], 'tests.typecheck.typechecker')
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)

@@ -16,11 +16,13 @@ import sys
 import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
 from vatt_jax.run_folder import RunFolder
+
+Value = TypeVar('Value')  # of a field that is one of several
 
 
 class ConfigError(ValueError):
@@ -405,7 +407,9 @@ def fill_missing(config: ConfigDict, defaults: ConfigDict, path: str = '') -> Co
 
 
 def with_defaults(
-    config: ConfigDict | Mapping[str, Any], defaults: Mapping[str, Any], where: str
+    config: ConfigDict | Mapping[str, Any],
+    defaults: ConfigDict | Mapping[str, Any],
+    where: str,
 ) -> ConfigDict:
     """Return `defaults` overlaid with `config`.
 
@@ -428,7 +432,7 @@ def with_defaults(
     return merged
 
 
-def choose(value: str, options: Iterable[str], where: str) -> str:
+def choose(value: Value, options: Iterable[Value], where: str) -> Value:
     """Return `value` if it is one of `options`.
 
     Raises:
@@ -436,7 +440,8 @@ def choose(value: str, options: Iterable[str], where: str) -> str:
     """
     options = list(options)
     if value not in options:
-        raise ConfigError(f'{where}={value!r}: choose one of {", ".join(options)}')
+        names = ', '.join(str(option) for option in options)
+        raise ConfigError(f'{where}={value!r}: choose one of {names}')
     return value
 
 

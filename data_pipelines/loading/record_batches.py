@@ -122,6 +122,8 @@ class RecordBatches(Iterator):
             batches = rows.batch(batch_size, drop_remainder=True)
         return batches.prefetch(max(1, data_config.prefetch)).with_options(options)
 
+    # Nothing here has Python branches on tensors for AutoGraph to rewrite.
+    @tf.autograph.experimental.do_not_convert
     def _fetch_tensors(self, step: tf.Tensor) -> dict[str, tf.Tensor]:
         # (name, type, shape) of the arrays of `_fetch`, one row a line; a None is a size that only
         # the batch knows.
@@ -141,7 +143,7 @@ class RecordBatches(Iterator):
             tensors[name] = tf.ensure_shape(array, shape)
         return tensors
 
-    def _fetch(self, step: np.ndarray) -> list[np.ndarray]:
+    def _fetch(self, step: np.ndarray | np.integer) -> list[np.ndarray]:
         """Plan a batch and read its rows; return what TensorFlow needs to decode the frames."""
         if self.closed:
             raise RuntimeError('closed')
@@ -163,6 +165,7 @@ class RecordBatches(Iterator):
             raise
 
     # ---- in the graph: one row
+    @tf.autograph.experimental.do_not_convert
     def _decode_row(self, row: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         planner = self._planner
         frame_shape = planner.frame_shape

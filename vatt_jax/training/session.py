@@ -179,7 +179,7 @@ def _greeting(config: ConfigDict, data: Any, run: TrainingRun) -> str:
 
 def _meter(config: ConfigDict, built: Built) -> Meter:
     """The run's speedometer; it tells MFU where the chips' peak is known."""
-    peak = chips.peak_of(built.mesh.devices.flat)
+    peak = chips.peak_of(list(built.mesh.devices.flat))
     if not peak:
         # A chip that is not in the table: FLOPs need not be counted, which traces the towers.
         return Meter(None, peak)

@@ -102,7 +102,7 @@ class ResNetV2(nn.Module):
     def __call__(
         self, x: Float[Array, 'N H W C'], valid: Any, train: bool
     ) -> tuple[jax.Array, jax.Array]:
-        choose(self.depth, DEPTHS, 'config.model.towers depth')  # type: ignore[arg-type]
+        choose(self.depth, DEPTHS, 'config.model.towers depth')
         num_blocks, bottleneck, widths = DEPTHS[self.depth]
 
         def scaled(width: int) -> int:
