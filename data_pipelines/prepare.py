@@ -455,17 +455,25 @@ def _parser(dataset: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _named_dataset(arguments: list[str]) -> str:
+    """The value of --dataset, written --dataset=NAME or --dataset NAME; '' without one."""
+    for number, argument in enumerate(arguments):
+        if argument.startswith('--dataset='):
+            return argument.partition('=')[2]
+        if argument == '--dataset':
+            # The last argument has none behind it; the parser says so.
+            return ''.join(arguments[number + 1 : number + 2])
+    return ''
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     # --help depends on --dataset, so this flag is looked up before the others are parsed.
-    dataset = ''
-    for argument in arguments or sys.argv[1:]:
-        if argument.startswith('--dataset='):
-            dataset = argument.partition('=')[2]
-            break
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(_named_dataset(arguments))
     try:
         # Flags are called like the arguments of `prepare`, one for one.
-        prepare(**vars(_parser(dataset).parse_args(arguments)))
+        prepare(**vars(parser.parse_args(arguments)))
     except DataError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2  # as argparse exits after a wrong flag

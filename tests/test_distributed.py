@@ -239,6 +239,7 @@ def test_launch_ends_with_the_code_of_the_first_to_fail(tmp_path, monkeypatch):
     script = tmp_path / 'script.py'
     script.write_text('import os, sys, time\nown = int(os.environ["VATT_PROCESS"])\n' + body)
     together = launch.ProcessGroup([sys.executable, str(script)], 2, grace=0.5)
+    together.start()
     assert together.wait() == 7
     assert list(together.heard[1]) == ['the reason']
     assert [c.returncode for c in together.children] == [-signal.SIGTERM, 7]
@@ -267,6 +268,42 @@ def test_launch_forwards_sigterm_to_all(tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert all((tmp_path / f'left{i}').exists() for i in range(2))
+
+
+def test_launch_forwards_a_signal_that_comes_while_processes_start(tmp_path):
+    """SIGTERM between the starts of the two: neither is left behind."""
+    (tmp_path / 'script.py').write_text('import time\ntime.sleep(60)\n')
+    (tmp_path / 'driver.py').write_text(
+        'import os, signal, subprocess, sys\n'
+        'from vatt_jax import launch\n'
+        'start = subprocess.Popen\n'
+        'def start_under_fire(*args, **options):\n'
+        '    child = start(*args, **options)\n'
+        '    print(child.pid, flush=True)\n'
+        '    if options["env"]["VATT_PROCESS"] == "0":\n'
+        '        os.kill(os.getpid(), signal.SIGTERM)\n'
+        '    return child\n'
+        'subprocess.Popen = start_under_fire\n'
+        'sys.exit(launch.main(sys.argv[1:]))\n'
+    )
+    driver = subprocess.run(
+        [sys.executable, tmp_path / 'driver.py', '--processes=2', tmp_path / 'script.py'],
+        cwd=ROOT,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    children = [int(pid) for pid in driver.stdout.split()]
+    left = []
+    for pid in children:
+        try:
+            os.kill(pid, signal.SIGKILL)
+            left.append(pid)
+        except ProcessLookupError:
+            pass
+    assert not left
+    assert driver.returncode == 128 + signal.SIGTERM and len(children) == 2
 
 
 @pytest.mark.parametrize(

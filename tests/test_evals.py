@@ -844,6 +844,11 @@ def test_mmv_probe_standardises_learns_from_passes_and_averages_decisions():
         match=r'config.evals.p.strengths: .* with passes=3, got \(0.1, 1.0\).* Give one strength',
     ):
         evals.build('p', ConfigDict({**fields, 'strengths': (0.1, 1.0)}))
+    # Without strengths logistic regression chooses among three of its own, the machine has one.
+    undecided = {**fields, 'strengths': ()}
+    evals.build('p', ConfigDict(undecided))
+    with pytest.raises(ConfigError, match=r'with passes=3, got \(0.01, 0.1, 1.0\)'):
+        evals.build('p', ConfigDict({**undecided, 'solver': 'logistic'}))
     with pytest.raises(ConfigError, match='passes: expected a number of passes, .* got -1'):
         evals.build('p', ConfigDict({**fields, 'passes': -1}))
 

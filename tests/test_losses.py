@@ -688,6 +688,13 @@ def test_what_does_not_fit_is_named(form, y_shape, options, message):
         jax.eval_shape(loss, jnp.ones((4, 3)), jnp.ones(y_shape))
 
 
+def test_keys_with_ids_need_ids_of_the_queries():
+    x = jnp.ones((4, 3))
+    queue = nce.Keys(jnp.ones((7, 3)), apart=jnp.arange(7))
+    with pytest.raises(ValueError, match='expected ids, .*, got None'):
+        jax.eval_shape(lambda: nce.info_nce(x, x, keys=(queue,)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('form', FORMS)
 def test_float64_gradients_are_finite_differences(form):

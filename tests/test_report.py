@@ -20,6 +20,7 @@ from PIL import Image
 from vatt_jax import evals
 from vatt_jax.config import ConfigError
 from vatt_jax.reporting import data_uris, report
+from vatt_jax.reporting.finished_run import FinishedRun
 
 EVIL = '<script>alert("x")</script> & \'a\' "red" stripe</div>'
 VOID = {'meta', 'img', 'br', 'hr', 'link', 'input', 'line', 'polyline'}
@@ -245,6 +246,18 @@ def test_captions_are_escaped(copied_run):
     assert EVIL in report.table(copied_run, width=400)
 
 
+def test_the_newest_evaluation_is_that_of_the_largest_step(copied_run):
+    """As numbers: a million comes after 999 999, and a user's own copies are no evaluations."""
+    evaluations = copied_run / 'evals'
+    for name in ('step_999999', 'step_1000000', 'step_999999_old', 'step_7'):
+        shutil.copytree(evaluations / 'step_000002', evaluations / name)
+    (evaluations / 'step_2000000').mkdir()
+    run = FinishedRun(copied_run)
+    assert run.evaluation_folder == evaluations / 'step_1000000'
+    assert run.results
+    assert run.baseline
+
+
 def test_another_run_beside_it(tiny_run, copied_run, tmp_path):
     other = shutil.copytree(tiny_run[0], tmp_path / 'other')
     update_config(other, name='control', seed=7)
@@ -263,6 +276,42 @@ def test_another_run_beside_it(tiny_run, copied_run, tmp_path):
     assert 'loss, runs side by side' in text
     assert '— control, seed 7' in page.text()
     assert 'control, seed 7' in report.table(copied_run, [other], width=200)
+
+
+def test_pictures_go_by_the_type_of_an_evaluator_not_by_its_name(copied_run):
+    names = {
+        'retrieval': 'search',
+        'single_frame_retrieval': 'retrieval',
+        'probe_video': 'single_simple_words',
+        'simple_probe_spectrum': 'probe_spectrum',
+    }
+    step = copied_run / 'evals' / 'step_000002'
+    results = evals.load(step)
+    evals.save({names.get(name, name): result for name, result in results.items()}, step)
+    entries = read_json(copied_run / 'config.json')['evals']
+    entries = {names.get(name, name): entry for name, entry in entries.items()}
+    update_config(copied_run, evals=entries)
+
+    def captions():
+        text, _ = read_page(report.build(copied_run))
+        _, _, pictures = text.partition('Similarity</h2>')
+        return re.findall(r'<figcaption>([^<]*)</figcaption>', pictures)
+
+    assert captions() == [
+        'text → video',
+        'audio → video',
+        'single simple words: true class by row, predicted by column in the same order',
+    ]
+
+    # Several retrievals: each says whose it is.
+    entries['retrieval']['change'] = ''
+    update_config(copied_run, evals=entries)
+    assert captions()[:4] == [
+        'search: text → video',
+        'search: audio → video',
+        'retrieval: text → video',
+        'retrieval: audio → video',
+    ]
 
 
 def test_a_run_without_gallery_and_baseline(copied_run):

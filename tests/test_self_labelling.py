@@ -720,6 +720,33 @@ def test_who_predicts_whose_clusters(targets, expected):
             assert_same_partition(column[:60][there[name]], splits[name][there[name]])
 
 
+def test_clusters_depend_on_the_seed():
+    """Points without clusters of their own: where k-means starts decides."""
+    objective = objectives.build(ConfigDict({'name': 'kmeans_labels', 'clusters': 4}))
+    points = np.random.default_rng(0).normal(size=(200, 3))
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    rows = {'index': np.arange(200)}
+    for view in ('video', 'audio'):
+        rows |= {view: points, f'{view}/valid': np.ones(200, bool)}
+    params = {
+        view: {
+            target: {'kernel': np.zeros((3, 4)), 'bias': np.zeros(4)}
+            for target in objective.targets[view]
+        }
+        for view in objective.targets
+    }
+
+    def column(seed):
+        records = TrainingRecords(200, {}, lambda fn: rows, seed)
+        with jax.set_mesh(sharding.make_mesh({'replica': 1})):
+            columns = objective.refresh(None, params, None, 3, records).columns
+        return np.concatenate(list(columns.values()))
+
+    np.testing.assert_array_equal(column(5), column(5))
+    assert not np.array_equal(column(0), column(5))
+    column(-1)  # any integer is a seed
+
+
 # ---- evaluation
 
 

@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from vatt_jax.run_folder import RunFolder
+
 Value = TypeVar('Value')  # of a field that is one of several
 
 
@@ -566,7 +568,7 @@ def stored(workdir: str | pathlib.Path) -> ConfigDict | None:
     Raises:
         ConfigError: The file cannot be read.
     """
-    file = pathlib.Path(workdir) / 'config.json'
+    file = RunFolder(pathlib.Path(workdir)).config
     if not file.exists():
         return None
     try:

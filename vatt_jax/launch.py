@@ -65,7 +65,7 @@ class ProcessGroup:
     """The processes of one command, from start to the exit code of them all."""
 
     def __init__(self, command: list[str], processes: int, each: str = '', grace: float = GRACE):
-        """Start the processes.
+        """Make the group; `start` starts its processes.
 
         Args:
             command: The program and its arguments.
@@ -73,22 +73,31 @@ class ProcessGroup:
             each: Devices of each process, see `--each`.
             grace: Seconds that the others are given when one fails.
         """
+        self.command = command
+        self.processes = processes
+        self.each = each
         self.grace = grace
         self.asked = False  # whether a signal was forwarded
+        self.started = False  # whether all processes are there to forward it to
+        self.early: int | None = None  # the signal that came before they were
         # The last lines of each process; those of process 0 go to the terminal.
         self.heard: list[collections.deque[str]] = [
             collections.deque(maxlen=LINES) for _ in range(processes)
         ]
-        port = _free_port()
         self.children: list[subprocess.Popen[bytes]] = []
-        for process in range(processes):
+        self.listeners: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the processes; `forward` may be called as a signal handler from before on."""
+        port = _free_port()
+        for process in range(self.processes):
             output: dict[str, Any] = {}
             if process > 0:
                 # One pipe for both streams keeps their lines in order.
                 output = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT}
             child = subprocess.Popen(
-                command,
-                env=os.environ | environment(process, processes, port, each),
+                self.command,
+                env=os.environ | environment(process, self.processes, port, self.each),
                 # A session of its own: a terminal's Ctrl-C reaches this process alone, which
                 # forwards it once.
                 start_new_session=True,
@@ -96,12 +105,14 @@ class ProcessGroup:
             )
             self.children.append(child)
         # A process whose output nobody reads would stop when the pipe is full.
-        self.listeners: list[threading.Thread] = []
-        for process in range(1, processes):
+        for process in range(1, self.processes):
             # Daemons: a grandchild that holds a pipe open must not keep this process from leaving.
             listener = threading.Thread(target=self._listen, args=(process,), daemon=True)
             listener.start()
             self.listeners.append(listener)
+        self.started = True
+        if self.early is not None:
+            self.forward(self.early)
 
     def _listen(self, process: int) -> None:
         output = self.children[process].stdout
@@ -118,6 +129,10 @@ class ProcessGroup:
 
     def forward(self, number: int, *_: Any) -> None:
         """Handle a signal: send it to all that still run, the second time SIGKILL."""
+        if not self.started:
+            # A process that is being started would not get it.
+            self.early = number
+            return
         self._send(signal.SIGKILL if self.asked else number)
         self.asked = True
 
@@ -207,6 +222,8 @@ def main(argv: list[str]) -> int:
     group = ProcessGroup([sys.executable, *flags.command], flags.processes, flags.each)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, group.forward)
+    # After the handlers: a signal in between would end this process and leave the others behind.
+    group.start()
     return group.wait()
 
 

@@ -33,6 +33,11 @@ class RunFolder:
         return self.path / 'metrics.jsonl'
 
     @property
+    def tensorboard(self) -> pathlib.Path:
+        """The same numbers as event files of TensorBoard."""
+        return self.path / 'tensorboard'
+
+    @property
     def done(self) -> pathlib.Path:
         """The last word of a training that reached config.steps (JSON); absent before."""
         return self.path / 'done.json'
@@ -57,13 +62,33 @@ class RunFolder:
         """Plans made before the run, as tables and as JSON."""
         return self.path / 'plan'
 
+    @property
+    def report(self) -> pathlib.Path:
+        """The report page (HTML)."""
+        return self.path / 'report' / 'index.html'
+
     def evaluation(self, name: str) -> pathlib.Path:
         """Folder of one evaluation, named by `evaluation_name` or by its tag."""
         return self.path / 'evals' / name
 
+    def results(self, name: str) -> pathlib.Path:
+        """What that evaluation found (JSON)."""
+        return self.evaluation(name) / 'results.json'
+
     def has_evaluation(self, name: str) -> bool:
         """Whether that evaluation is finished; its folder appears whole or not at all."""
-        return (self.evaluation(name) / 'results.json').exists()
+        return self.results(name).exists()
+
+    def evaluated_steps(self) -> list[int]:
+        """Steps with a finished evaluation, in ascending order."""
+        steps = []
+        for results in (self.path / 'evals').glob('step_*/results.json'):
+            name = results.parent.name
+            number = name.removeprefix('step_')
+            # Others are a user's own, such as step_001000_old.
+            if number.isdecimal() and name == evaluation_name(int(number)):
+                steps.append(int(number))
+        return sorted(steps)
 
     def embeddings(self, split: str) -> pathlib.Path:
         """Embeddings of a split of the evaluation data (npz)."""
@@ -75,8 +100,8 @@ RANDOM_INIT = 'random_init'
 
 
 def evaluation_name(step: int) -> str:
-    """Name of the evaluation of a step; names sort by step."""
-    # Six digits, for names are sorted as text; longer numbers keep their digits but sort wrongly.
+    """Name of the evaluation of a step."""
+    # Six digits, so that file listings show most runs in order of step.
     return f'step_{step:06d}'
 
 

@@ -74,7 +74,7 @@ def frame_numbers(
 ) -> Int32[np.ndarray, 'B T']:
     """The stored frames nearest to start + t / fps.
 
-    Records of fewer frames repeat cyclically (VATT).
+    Windows that are longer than their record repeat it cyclically (VATT).
 
     Args:
       start: of the windows [B], in seconds.
@@ -84,9 +84,15 @@ def frame_numbers(
       count: T, frames of the clip.
     """
     times = np.asarray(start)[:, None] + np.arange(count) / fps  # [B T]
+    positions = times * np.reshape(stored_fps, (-1, 1))  # in stored frames
     # Not np.rint, which rounds halves to even: up and down in turn.
-    nearest = np.floor(times * np.reshape(stored_fps, (-1, 1)) + 0.5).astype(np.int64)
-    return (nearest % np.maximum(frames, 1)[:, None]).astype(np.int32)  # [B T]; frames may be 0
+    nearest = np.floor(positions + 0.5).astype(np.int64)
+    num_frames = np.maximum(frames, 1)[:, None]  # frames may be 0
+    # A moment less than half a frame before the record's end is nearest to the frame behind it,
+    # which is there only where the record is repeated.
+    is_inside = positions[:, -1:] < num_frames - _STEP_TOLERANCE
+    nearest = np.where(is_inside, np.minimum(nearest, num_frames - 1), nearest)
+    return (nearest % num_frames).astype(np.int32)  # [B T]
 
 
 def snap(start: np.ndarray, step: np.ndarray | float) -> np.ndarray:

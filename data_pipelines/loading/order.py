@@ -15,6 +15,7 @@ so its boundaries enter:
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Sequence
 from fractions import Fraction
@@ -313,14 +314,14 @@ def _share_rows(source: Source, batch_size: int) -> int:
 
 def _quotas(weights: Sequence[float]) -> Int64[np.ndarray, ' sources']:
     """Slots of a block for each source, in proportion to the weights."""
-    # Weights as they were written: Fraction(0.1) has the denominator 2^55, its limit 10.
-    fractions = [Fraction(weight).limit_denominator(10**6) for weight in weights]
+    fractions = [_as_written(weight) for weight in weights]
     total = sum(fractions)
     shares = [fraction / total for fraction in fractions]
     # The least common multiple of the denominators: the shortest block of whole slots.
     length = 1
     for share in shares:
-        length = length * share.denominator // np.gcd(length, share.denominator)
+        # Not NumPy's: the denominators of small weights exceed 64 bits.
+        length = math.lcm(length, share.denominator)
         if length > _MAX_BLOCK:
             break
     if length <= _MAX_BLOCK:
@@ -334,6 +335,15 @@ def _quotas(weights: Sequence[float]) -> Int64[np.ndarray, ' sources']:
     for i in np.argsort(remainders)[::-1][:num_missing]:
         quotas[i] += 1
     return np.maximum(quotas, np.asarray(weights) > 0)  # a tiny weight is rare, not never
+
+
+def _as_written(weight: float) -> Fraction:
+    """A weight as the fraction that was meant: 0.1 has the denominator 2^55, its limit 10."""
+    limited = Fraction(weight).limit_denominator(10**6)
+    # Small weights lie between such fractions, or next to 0. Written in decimals they are exact.
+    if abs(limited - Fraction(weight)) > Fraction(weight) / 1000:
+        return Fraction(str(weight))
+    return limited
 
 
 def _cumulative(source: Source) -> Float64[np.ndarray, ' size']:

@@ -105,10 +105,11 @@ def _stage_until_crash(
     try:
         while queue or running:
             while queue and len(running) < _TASKS_PER_PROCESS * processes:
-                file = queue.pop()
+                file = queue[-1]
                 target = decoded_files.staged_path(stage_dir, file, settings)
+                # Raises where the pool broke meanwhile: the file then stays in the queue.
                 task = pool.submit(decoded_files.stage_file, file, settings, str(target))
-                running[task] = file
+                running[task] = queue.pop()
             # As soon as one is done, so that the queue of the workers is filled up again.
             finished, _ = futures.wait(running, return_when=futures.FIRST_COMPLETED)
             for task in finished:

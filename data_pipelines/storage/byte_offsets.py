@@ -214,7 +214,7 @@ def array_records(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
       The logical offset of each record, and the record.
 
     Raises:
-      DataError: the file is of another kind.
+      DataError: the file is of another kind, or damaged.
     """
     physical_size = os.path.getsize(path)
     num_blocks = -(-physical_size // BLOCK)
@@ -243,9 +243,15 @@ def _record_begin(data: memoryview, path: str | os.PathLike) -> int:
     """Where the only record of a chunk begins in the chunk's data."""
     # Compression [1 byte, 0: none], bytes of the sizes [varint], the sizes [a varint each], the
     # records.
-    compression = data[0]
-    bytes_of_sizes, sizes_begin = _varint(data, 1)
-    record_size, _ = _varint(data, sizes_begin)
+    try:
+        compression = data[0]
+        bytes_of_sizes, sizes_begin = _varint(data, 1)
+        record_size, _ = _varint(data, sizes_begin)
+    except IndexError:
+        raise DataError(
+            f'{path} is damaged: expected a chunk with one record, got {len(data)} bytes; copy the '
+            'file again, or prepare the data again with --overwrite'
+        ) from None
     begin = sizes_begin + bytes_of_sizes
     if compression or begin + record_size != len(data):
         raise DataError(f'{path} holds compressed records; prepare the data again with --overwrite')

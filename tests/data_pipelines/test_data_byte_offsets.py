@@ -46,6 +46,16 @@ def cut_out(record, table):
     return [record[offset : offset + size] for offset, size, _ in table.tolist()]
 
 
+@pytest.mark.parametrize('size', [0, 1, 2])
+def test_a_chunk_without_its_record_is_an_error_in_a_sentence(tmp_path, size):
+    """The header of a chunk of one record, and less data than the sizes in front of it take."""
+    block_header = bytes(byte_offsets.HEADER)
+    head = bytes(8) + size.to_bytes(8, 'little') + bytes(8) + b'r' + (1).to_bytes(7, 'little')
+    (tmp_path / 'x').write_bytes(block_header + head + bytes(8) + b'\0\x80'[:size])
+    with pytest.raises(DataError, match='x is damaged'):
+        list(byte_offsets.array_records(tmp_path / 'x'))
+
+
 def test_records_of_a_file_and_any_part_of_them(tmp_path):
     path = tmp_path / 'x'
     rng = np.random.default_rng(1)

@@ -654,7 +654,12 @@ def test_the_document_is_what_help_prints(capsys):
     assert document.read_text(encoding='utf-8') == named.pages()
     with pytest.raises(SystemExit):
         prepare.main(['--dataset=hmdb51', '--help'])
-    assert 'testTrainMulti_7030_splits/CLASS_test_split1.txt' in capsys.readouterr().out
+    page = capsys.readouterr().out
+    assert 'testTrainMulti_7030_splits/CLASS_test_split1.txt' in page
+    # Both ways to write a flag's value.
+    with pytest.raises(SystemExit):
+        prepare.main(['--dataset', 'hmdb51', '--help'])
+    assert capsys.readouterr().out == page
 
 
 def test_tfds_builder(layout_folder, tmp_path):

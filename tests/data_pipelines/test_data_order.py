@@ -304,6 +304,24 @@ def test_unequal_weights_of_any_kind():
 
 
 @pytest.mark.parametrize(
+    'weights, shares',
+    [
+        ((1.0, 1e-7), (1 - 1 / 4097, 1 / 4097)),  # rare, not never
+        ((1e-7, 3e-7), (0.25, 0.75)),
+        ((6e-7, 1.2e-6), (1 / 3, 2 / 3)),
+        ((5e-324, 5e-324), (0.5, 0.5)),
+    ],
+)
+def test_small_weights_are_in_proportion(weights, shares):
+    sources = [Source(10, weight) for weight in weights]
+    length = 4097 * 3
+    source, _, _ = Order(sources, 2).rows(np.arange(length))
+    share = np.bincount(source, minlength=2) / length
+    np.testing.assert_allclose(share, shares, atol=1e-3)
+    assert share.min() > 0
+
+
+@pytest.mark.parametrize(
     'sources, message',
     [
         ([], 'no source'),

@@ -581,6 +581,18 @@ def test_few_labels(config, prepared):
         known_segments(2, label='tags')
 
 
+def test_frames_of_a_clip_faster_than_its_record():
+    """A window inside its record never begins again at frame 0; a longer one repeats the record."""
+    frames = np.array([4, 4])
+    # 2 stored frames a second: 2 s; a window of 1 s at 10 frames a second, from 1 s and from 1.5 s.
+    numbers = frame_windows.frame_numbers(np.array([1.0, 1.5]), frames, 2.0, 10.0, 10)
+    assert numbers[0].tolist() == [2, 2, 2, 3, 3, 3, 3, 3, 3, 3]
+    assert numbers[1].tolist() == [3, 3, 3, 0, 0, 0, 0, 0, 1, 1]
+    # Twice as many: the last frame is exactly between two stored ones.
+    numbers = frame_windows.frame_numbers(np.zeros(1), np.array([4]), 2.0, 4.0, 8)
+    assert numbers[0].tolist() == [0, 1, 1, 2, 2, 3, 3, 3]
+
+
 @pytest.mark.parametrize(
     'position, expected',
     [

@@ -2,12 +2,14 @@
 
 import io
 import json
+import multiprocessing
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -288,6 +290,38 @@ def test_a_file_that_crashes_the_decoder_is_skipped(tmp_path, monkeypatch):
     result = prepare.prepare(videos, '', str(tmp_path / 'out'), **{**SMALL, 'processes': 2})
     assert result['skipped'] == {'bomb.wav': 'corrupt: it crashes the decoder'}
     assert num_records(result) == 3
+
+
+class PoolThatBreaks(futures.ProcessPoolExecutor):
+    """A pool whose first worker is killed before the second task is submitted."""
+
+    def submit(self, *task):
+        if self._processes:
+            for process in list(self._processes.values()):
+                os.kill(process.pid, signal.SIGKILL)
+            while not self._broken:
+                time.sleep(0.01)
+        return super().submit(*task)
+
+
+def test_no_file_is_lost_where_the_pool_breaks_between_two_tasks(tmp_path, monkeypatch):
+    (tmp_path / 'videos').mkdir()
+    for name in ('a', 'b', 'c', 'd'):
+        write_wav(tmp_path / 'videos' / f'{name}.wav', np.zeros(8000, np.int16))
+    first_pool, make_pool = [PoolThatBreaks], decoded_files.pool
+
+    def pool(processes):
+        if not first_pool:
+            return make_pool(processes)
+        context = multiprocessing.get_context('spawn')
+        return first_pool.pop()(processes, context, decoded_files.die_with_parent)
+
+    monkeypatch.setattr(decoded_files, 'pool', pool)
+    result = prepare.prepare(
+        str(tmp_path / 'videos'), '', str(tmp_path / 'out'), **{**SMALL, 'processes': 2}
+    )
+    assert not first_pool
+    assert sum(s['records'] for s in result['splits'].values()) == 4
 
 
 def test_require_audio_and_nothing_left(tmp_path, capsys):

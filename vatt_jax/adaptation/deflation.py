@@ -1,4 +1,4 @@
-"""Image networks out of video networks (MMV, section 3.2).
+"""Image networks out of video networks (MMV).
 
 The time axis is taken out of the kernels, and then the batch norms are fitted anew. A deflated
 model is the same model whose clips have one frame: heads, common spaces, evaluators and

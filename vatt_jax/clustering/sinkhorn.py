@@ -2,7 +2,7 @@
 
 The samples are given as logits, or as features and head weights.
 
-The problem (Asano et al. 2019, "Self-labelling", section 3.2): minimise the mean cross entropy of
+The problem (Asano et al. 2019, "Self-labelling"): minimise the mean cross entropy of
 the labels under the model, subject to the share prior[k] for cluster k, relaxed by an entropy of
 weight 1/λ. With Z = λ · mean over views of their logits, the solution is softmax(Z + g) by rows,
 where the P potentials g make its column means equal the prior; the label of a row is argmax(Z + g).
@@ -794,7 +794,7 @@ def soft_codes(
     iterations: int = 3,
     valid: Bool[Array | np.ndarray, ' B'] | None = None,
 ) -> Float[Array, 'B P']:
-    """Returns SwAV's codes of a batch (Caron et al. 2020, section 3.1). Traced; no gradient.
+    """Returns SwAV's codes of a batch (Caron et al. 2020). Traced; no gradient.
 
     Exactly `iterations` times, clusters are scaled to equal mass, then rows to equal mass; three
     are far from convergence on purpose. Sums over rows are over the global batch.

@@ -20,7 +20,7 @@ from vatt_jax.evals.base import (
     features_over_windows,
     modality_of,
 )
-from vatt_jax.evals.solvers import SEVERAL, SOLVERS
+from vatt_jax.evals.solvers import SEVERAL, SOLVERS, strengths_of
 from vatt_jax.inference.feature_extractor import gather_rows
 
 
@@ -104,10 +104,11 @@ class LinearProbe(Evaluator):
                 f'{where}.passes: expected a number of passes, or 0 for middle windows, got '
                 f'{c.passes}.'
             )
-        if c.passes > 1 and len(c.strengths) > 1:
+        strengths = strengths_of(c.solver, c.strengths)
+        if c.passes > 1 and len(strengths) > 1:
             raise ConfigError(
                 f'{where}.strengths: expected at most one strength with passes={c.passes}, got '
-                f'{tuple(c.strengths)}: the part that would choose among them holds other windows '
+                f'{strengths}: the part that would choose among them holds other windows '
                 'of the clips learnt from. Give one strength, or passes=0.'
             )
 

@@ -1,4 +1,4 @@
-"""Zero-shot retrieval: does the right clip come first among N? (VATT paper, section 4.4.)"""
+"""Zero-shot retrieval: does the right clip come first among N? (VATT paper.)"""
 
 from __future__ import annotations
 

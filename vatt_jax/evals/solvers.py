@@ -24,6 +24,18 @@ from vatt_jax.optim import scale_by_keras_adam
 
 Scores = tuple[np.ndarray, float | None]
 
+# Regularisation strengths that a solver chooses among where its config entry names none. VATT's
+# support-vector machine has one.
+DEFAULT_STRENGTHS: dict[str, tuple[float, ...]] = {
+    'logistic': (0.01, 0.1, 1.0),
+    'svm': (6e-5,),
+}
+
+
+def strengths_of(solver: str, strengths: Sequence[float]) -> tuple[float, ...]:
+    """Returns the strengths that a solver chooses among: those given, else its own, if any."""
+    return tuple(strengths) or DEFAULT_STRENGTHS.get(solver, ())
+
 
 def logistic(
     x: Float[np.ndarray, 'N D'],
@@ -43,7 +55,7 @@ def logistic(
         return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=200))
 
     # C is the inverse of the penalty's weight: small values regularise more.
-    model, strength = _fit_best(make_model, x, y, config.strengths or (0.01, 0.1, 1.0), seed)
+    model, strength = _fit_best(make_model, x, y, strengths_of('logistic', config.strengths), seed)
     probs = model.predict_proba(_rows(x_test))  # [M·W classes seen]
     return _by_class(probs, model.classes_, num_classes, x_test), strength
 
@@ -66,7 +78,7 @@ def svm(
         # The seed matters: its coordinate descent visits examples in random order.
         return LinearSVC(C=strength, random_state=seed)
 
-    model, strength = _fit_best(make_model, x, y, config.strengths or (6e-5,), seed)
+    model, strength = _fit_best(make_model, x, y, strengths_of('svm', config.strengths), seed)
     values = model.decision_function(_rows(x_test))
     if values.ndim == 1:  # of two classes scikit-learn gives the second one's value only
         values = np.stack([-values, values], 1)

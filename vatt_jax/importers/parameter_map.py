@@ -22,6 +22,7 @@ from vatt_jax.config import ConfigError, from_json, to_json
 from vatt_jax.inputs import preprocess, tokenizer
 from vatt_jax.models.embeddings import spline_matrix
 from vatt_jax.parallel import sharding
+from vatt_jax.run_folder import RunFolder
 from vatt_jax.training import checkpoint, train_state
 
 # A variable of ours: 'params', 'head', 'video_va', 'kernel', for example.
@@ -224,7 +225,7 @@ def listed(names: list[str], most: int = 20) -> str:
 def check_new(out: str | os.PathLike) -> pathlib.Path:
     """Return the folder as a path. Raises ConfigError where it already is a run."""
     out = pathlib.Path(out)
-    if (out / 'checkpoints').exists():
+    if RunFolder(out).checkpoints.exists():
         raise ConfigError(f'--out={out} already holds checkpoints; name another folder')
     return out
 
@@ -321,11 +322,11 @@ def write_run(
         'config': config.to_dict(),
         'info': info,
     }
-    checkpoints = checkpoint.Checkpoints(out / 'checkpoints', config.checkpoint)
+    checkpoints = checkpoint.Checkpoints(RunFolder(out).checkpoints, config.checkpoint)
     checkpoints.save(0, state, meta, {})
     checkpoints.wait()  # saving goes on in the background
     checkpoints.close()
-    (out / 'config.json').write_text(to_json(config))
+    RunFolder(out).config.write_text(to_json(config))
 
 
 def read_run(run: str | os.PathLike) -> tuple[ConfigDict, dict[str, Any], dict[Path, np.ndarray]]:

@@ -359,7 +359,7 @@ def _head(model: Mapping[str, Any]) -> Iterator[Entry]:
     va = Dim(head['va'], 'model.head.va')  # video-audio space
     vat = Dim(head['vat'], 'model.head.vat')  # video-audio-text space
 
-    # FAC, fine and coarse (VATT paper, section 3.4): video goes to the fine space `va`, and from
+    # FAC, fine and coarse (VATT paper): video goes to the fine space `va`, and from
     # there to the coarse one `vat`; audio goes to `va` and text to `vat` by one layer each.
     if 'video' in towers:
         dims = (_pooled_width(model, 'video'), va)

@@ -1,6 +1,6 @@
-"""The blockwise loop: how rows meet keys, block by block.
+"""The blockwise loop: all pairs of rows and keys, block by block.
 
-What is summed when a block meets a block is not known here (similarity.py).
+What is summed over a pair of blocks is not known here (similarity.py).
 
 On one device, block after block. Inside `jax.set_mesh(mesh)`, rows and keys are spread over *all*
 axes of the mesh (the model and seq axes, which hold copies of the batch, take a share of the work
@@ -184,7 +184,7 @@ def loop_over_keys(
     start: Any,
     finish: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, Any]:
-    """Lets every block of keys meet this device's rows.
+    """Visits all blocks of keys, each with this device's rows.
 
     Args:
       layout: Gathered or in a ring.

@@ -56,7 +56,7 @@ def asymmetric(
 ) -> Float[Array, '']:
     """NCE (K = 1) or MIL-NCE with one denominator for both directions (VATT, MMV).
 
-    VATT paper, equations 2 and 3. For clip b, over every clip a and candidate k:
+    As in the VATT paper. For clip b, over every clip a and candidate k:
 
         P_b  = log Σ_k exp s(x_b, y_bk)
         D_b  = log (Σ_ak exp s(x_b, y_ak) + Σ_ak exp s(x_a, y_bk))
@@ -164,7 +164,7 @@ def siglip(
     normalise: bool = True,
     how: How = AUTO,
 ) -> Float[Array, '']:
-    """Sigmoid loss (SigLIP, equation 1): every pair is a yes/no question.
+    """Sigmoid loss (SigLIP): every pair is a yes/no question.
 
         loss = 1/B Σ_ba -log sigmoid(z_ba (s(x_b, y_a) + bias)),  z = 1 for own pairs, else -1
 
@@ -189,7 +189,7 @@ def nt_xent(
     normalise: bool = True,
     how: How = AUTO,
 ) -> Float[Array, '']:
-    """NT-Xent (SimCLR, equation 1), for one candidate per clip (K = 1).
+    """NT-Xent (SimCLR), for one candidate per clip (K = 1).
 
     Each of a clip's two views must find the other among all views but itself, those of its own kind
     included; the mean over both.
@@ -225,7 +225,7 @@ class Keys(NamedTuple):
     apart: jax.Array | None = None
     own: jax.Array | None = None
 
-    def prepared(self, normalise: bool, how: How) -> Float[Array, 'keys E']:
+    def prepared(self, normalise: bool, how: How) -> Float[Array, 'M E']:
         data = self.data
         if self.valid is not None:
             # Before anything is computed from them: not even 0 · NaN may reach a gradient.
@@ -264,7 +264,7 @@ def info_nce(
     batch = similarity.log_sum_exp(
         p.x, p.keys, 1 / temperature, y_valid=p.key_valid, own=p.own, **options
     )
-    every, positive = batch.rows, batch.positives
+    all_pairs, positive = batch.rows, batch.positives
     assert positive is not None  # own pairs were named
     for k in keys:
         more = similarity.log_sum_exp(
@@ -272,15 +272,33 @@ def info_nce(
             k.prepared(normalise, how),
             1 / temperature,
             y_valid=k.valid,
-            apart=None if k.apart is None else (ids, k.apart),
-            own=None if k.own is None else (ids, k.own),
+            apart=_id_pair(ids, k.apart),
+            own=_id_pair(ids, k.own),
             **options,
         )
-        every = jnp.logaddexp(every, more.rows)
+        all_pairs = jnp.logaddexp(all_pairs, more.rows)
         if k.own is not None:
             assert more.positives is not None  # it was asked for
             positive = jnp.logaddexp(positive, more.positives)
-    return mean_over_clips(every - positive, p.valid, replicas)
+    return mean_over_clips(all_pairs - positive, p.valid, replicas)
+
+
+def _id_pair(
+    ids: Int[AnyArray, ' B'] | None, key_ids: Int[AnyArray, ' M'] | None
+) -> tuple[Int[AnyArray, ' B'], Int[AnyArray, ' M']] | None:
+    """Pairs the ids of queries with those of further keys; None where these have none.
+
+    Raises:
+        ValueError: keys have ids and queries do not.
+    """
+    if key_ids is None:
+        return None
+    if ids is None:
+        raise ValueError(
+            'expected ids, the numbers that apart and own of keys are compared with, got None; '
+            'pass ids=...'
+        )
+    return ids, key_ids
 
 
 class Prepared(NamedTuple):

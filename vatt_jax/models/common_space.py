@@ -108,7 +108,7 @@ def fine_and_coarse(between: Path) -> Graph:
 
 
 GRAPHS = {
-    # VATT's fine and coarse: video-audio fine, video-text coarse on top of it (paper, section 3.4;
+    # VATT's fine and coarse: video-audio fine, video-text coarse on top of it (VATT's paper;
     # official `fac` head).
     'fac': Graph(
         {
@@ -130,7 +130,7 @@ GRAPHS = {
     ),
     # One space for all (official `joint` head).
     'joint': Graph({'video': joint('video'), 'audio': joint('audio'), 'text': joint('text')}),
-    # MMV's (paper, section 3.1). Shared: one space for all. Disjoint: a space for each pair, with
+    # MMV's (its paper). Shared: one space for all. Disjoint: a space for each pair, with
     # heads of its own.
     'mmv_shared': Graph(
         {

@@ -41,7 +41,7 @@ class Tokens:
 class Positions(nn.Module):
     """One learnt table for each axis, summed, normalised, added, dropped out.
 
-    VATT paper, section 3.2; the official module has its own LayerNorm, and a dropout rate of its
+    As in the VATT paper; the official module has its own LayerNorm, and a dropout rate of its
     own. Tables of another size than the grid are resized by spline.
 
     Attributes:

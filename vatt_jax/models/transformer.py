@@ -103,7 +103,7 @@ class Projection(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer (VATT paper, section 3.3), with T5's options.
+    """One layer (VATT paper), with T5's options.
 
         x += drop(MHA(norm(x)));  x += drop(W2 drop(gelu(W1 norm(x))))
 

@@ -1,4 +1,4 @@
-"""--mode=deflate: a network for images out of one for video (MMV, section 3.2)."""
+"""--mode=deflate: a network for images out of one for video (MMV)."""
 
 from __future__ import annotations
 

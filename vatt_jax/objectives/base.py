@@ -100,11 +100,13 @@ class TrainingRecords:
         array [n …]} and `index` int64 [n], the rows of these records in columns, in their order;
         records that cannot be read are left out. With `augment`, windows, crops and device
         augmentation are as in training, other ones at every step and for every draw.
+      seed: of the run, for what a refresh draws itself.
     """
 
     size: int
     columns: Mapping[str, np.ndarray]
     encode: Callable[..., dict[str, np.ndarray]]
+    seed: int = 0
 
 
 class Objective:

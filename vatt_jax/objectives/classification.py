@@ -40,7 +40,7 @@ FORMS = ('softmax', 'sigmoid')
 class Classification(Objective):
     """Cross entropy of a linear classifier with the labels of the data.
 
-    softmax: cross entropy with label smoothing (VATT paper, section 4.2; glorot-normal classifier).
+    softmax: cross entropy with label smoothing (VATT paper; glorot-normal classifier).
     sigmoid: binary cross entropies, rows weighted by how rare their classes are in the batch; the
     bias starts where every class has probability 1/P (glorot-uniform classifier). Rows without the
     label or the modality count for nothing.

@@ -39,7 +39,7 @@ DEFAULTS = {
     'form': 'asymmetric',
     # 0: the form's usual one (FORMS); initial value when learnt.
     'temperature': 0.0,
-    # One per pair, as exp(log_scale), at or above 0.01 (CLIP, section 2.5).
+    # One per pair, as exp(log_scale), at or above 0.01 (CLIP).
     'learn_temperature': False,
     # siglip; learnt with the temperature.
     'bias': -10.0,
@@ -62,7 +62,7 @@ EXAMPLE = '("video", "audio", "va", 1.0)'
 
 
 class Contrastive(Objective):
-    """Weighted mean over pairs of streams of a contrastive loss (VATT paper, section 3.4).
+    """Weighted mean over pairs of streams of a contrastive loss (VATT paper).
 
     Each clip has one candidate or (MIL-NCE) several sentences. A clip that lacks a pair's modality
     is left out of that pair: finite loss, zero gradient.
@@ -189,7 +189,7 @@ class Contrastive(Objective):
     def after_update(
         self, model_params: Any, params: Any, state: Any, step: Any
     ) -> tuple[Any, Any, Any]:
-        """Hold learnt temperatures at or above 0.01 (CLIP, section 2.5)."""
+        """Hold learnt temperatures at or above 0.01 (CLIP)."""
         if params:
             # Clipped after the update instead of in the loss: a clip in the loss would have zero
             # gradient beyond the bound, so the scale could never return.

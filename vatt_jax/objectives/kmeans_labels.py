@@ -1,6 +1,6 @@
 """Self-labelling by k-means: clusters of the whole set are the classes that views must predict.
 
-The scheme of DeepCluster and of XDC (Alwassel et al. 2019, section 3): at each refresh all training
+The scheme of DeepCluster and of XDC (Alwassel et al. 2019): at each refresh all training
 records are encoded, their features clustered, and fresh linear classifiers learn to name the
 clusters.
 """
@@ -222,9 +222,7 @@ class KMeansLabels(Objective):
         self, variables: Any, params: Any, state: Any, step: int, records: TrainingRecords
     ) -> RefreshResult:
         encoded = records.encode(self.features)
-        # 17 is arbitrary. Depends on the step alone: every host must find the same clusters, and a
-        # resumed run too.
-        key = jax.random.fold_in(jax.random.key(17), step)
+        key = _clustering_key(records.seed, step)
         columns = {}
         frequency = {}
         metrics = {}
@@ -270,6 +268,17 @@ class KMeansLabels(Objective):
             key, features, c.clusters, c.iterations, jax.sharding.get_mesh()
         )
         return column
+
+
+def _clustering_key(seed: int, step: int) -> jax.Array:
+    """The key of a refresh: the same on every host, and in a resumed run."""
+    # 17 is arbitrary. Seed 0 leaves it as it is: runs of the default seed stay what they were.
+    key = jax.random.key(17)
+    # A seed may be any integer; JAX would refuse one beyond 32 bits.
+    word = seed & 0xFFFFFFFF
+    if word:
+        key = jax.random.fold_in(key, word)
+    return jax.random.fold_in(key, step)
 
 
 def _fresh_classifiers(key: jax.Array, params: Any) -> Any:

@@ -1,6 +1,6 @@
 """Online clustering: each view predicts the soft code of another view of the same clip.
 
-SwAV (Caron et al. 2020, section 3).
+SwAV (Caron et al. 2020).
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class OnlineCodes(Objective):
                 train,
             )
             for view, (_, outputs) in results.items():
-                # SwAV, section 3.1: features and prototypes on the unit sphere, so scores are
+                # SwAV: features and prototypes on the unit sphere, so scores are
                 # cosines.
                 projected[view] = heads.unit(outputs, -1)
         return projected, new_norm
@@ -183,7 +183,7 @@ class OnlineCodes(Objective):
         total: Any = 0.0
         prototypes_used: Any = 0.0
         metrics: dict[str, Any] = {}
-        # ℓ(z_v, q_a) = - Σ_k q_a(k) log p_v(k): SwAV, equation 2. Codes q carry no gradient.
+        # ℓ(z_v, q_a) = - Σ_k q_a(k) log p_v(k) (SwAV). Codes q carry no gradient.
         for assigned in self.assigned_views:
             code, queue = self.codes(
                 scores[assigned], features[assigned], valid[assigned], prototypes, state, assigned
@@ -240,8 +240,7 @@ class OnlineCodes(Objective):
         all_scores = jnp.concatenate([scores, queue['features'] @ prototypes])  # [B+Q P]
         is_used = jnp.concatenate([valid, is_ready & (queue['filled'] > NO_VIEW)])
         # Equal mass over batch and queue together, but only the batch has a loss. A batch much
-        # smaller than the number of prototypes cannot be split evenly among them (SwAV, section
-        # 3.1).
+        # smaller than the number of prototypes cannot be split evenly among them (SwAV).
         codes = soft_codes(all_scores, c.epsilon, c.iterations, is_used)[: len(features)]
 
         # Newest first; also right where the batch is larger than the queue.

@@ -88,7 +88,7 @@ HIDDEN_BLOCK = 16384  # rows that pass through the hidden layer at a time
 
 
 class SelfLabelling(Objective):
-    """Mean over views and heads of the cross entropy with the record's label (SeLaVi, section 3).
+    """Mean over views and heads of the cross entropy with the record's label (SeLaVi).
 
     params and state['norm'] are {modality: {head: …}}; views of a modality share its heads. The
     column `label` is int32 [M heads], -1 for records that no refresh could read. A record that

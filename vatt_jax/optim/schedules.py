@@ -28,7 +28,7 @@ def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
       by zero and returns NaN; this one returns the last level.
     - `warmup_cosine`: linear warm-up, then half a period from peak to end.
     - `warmup_quarter_cosine`: linear warm-up, then the first quarter of a period, so that the rate
-      falls fastest at the end (VATT paper, section 4.1).
+      falls fastest at the end (VATT paper).
     - `constant`: linear warm-up, then the peak.
 
     Args:

@@ -10,6 +10,7 @@ from typing import Any
 from vatt_jax import config as configs
 from vatt_jax import evals
 from vatt_jax.config import ConfigError
+from vatt_jax.run_folder import RANDOM_INIT, RunFolder, evaluation_name
 
 
 class FinishedRun:
@@ -37,21 +38,20 @@ class FinishedRun:
                 f'{self.path} holds no run (no config.json); train first, or name another folder'
             )
         self.config: dict[str, Any] = stored.to_dict()
-        self.timings = _read_json(self.path / 'timings.json')
-        self.done = _read_json(self.path / 'done.json')
+        folder = RunFolder(self.path)
+        self.timings = _read_json(folder.timings)
+        self.done = _read_json(folder.done)
         # A run under way can be reported too: all of these may be absent or short.
-        self.metrics = _read_lines(self.path / 'metrics.jsonl')
-        # By results.json, which tells a finished evaluation; names sort by step.
-        evaluations = sorted((self.path / 'evals').glob('step_*/results.json'))
-        self.evaluation_folder = evaluations[-1].parent if evaluations else None
+        self.metrics = _read_lines(folder.metrics)
+        self.evaluation_folder: pathlib.Path | None = None
         self.results = {}
-        if self.evaluation_folder is not None:
+        steps = folder.evaluated_steps()
+        if steps:
+            self.evaluation_folder = folder.evaluation(evaluation_name(steps[-1]))
             self.results = evals.load(self.evaluation_folder)
-        # run_folder.RANDOM_INIT.
-        random_init = self.path / 'evals' / 'random_init'
         self.baseline = {}
-        if (random_init / 'results.json').exists():
-            self.baseline = evals.load(random_init)
+        if folder.has_evaluation(RANDOM_INIT):
+            self.baseline = evals.load(folder.evaluation(RANDOM_INIT))
 
     @property
     def name(self) -> str:

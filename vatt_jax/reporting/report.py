@@ -15,6 +15,7 @@ from vatt_jax.reporting import data_uris
 from vatt_jax.reporting.charts import line_chart
 from vatt_jax.reporting.finished_run import FinishedRun
 from vatt_jax.reporting.results_table import Table, rows, table
+from vatt_jax.run_folder import RunFolder
 
 __all__ = ['build', 'rows', 'table']
 
@@ -62,7 +63,7 @@ def build(workdir: str | os.PathLike, others: Sequence[str | os.PathLike] = ()) 
         '<meta name="viewport" content="width=device-width">'
         f'<title>{title}</title><style>{STYLE}</style><main>{"".join(body)}</main></html>'
     )
-    path = run.path / 'report' / 'index.html'
+    path = RunFolder(run.path).report
     path.parent.mkdir(parents=True, exist_ok=True)
     # Renamed into place: a browser that reloads never shows half a page.
     temporary = path.with_suffix('.tmp')
@@ -218,16 +219,20 @@ def _clusters(run: FinishedRun) -> str:
 
 
 def _similarity(run: FinishedRun) -> str:
-    """Pictures of the similarity matrices of the retrieval evaluation."""
+    """Pictures of the similarity matrices of the retrieval evaluations."""
+    retrievals = [name for name in run.results if _is_plain(run, name, ('retrieval',))]
     figures = []
-    result = run.results.get('retrieval')
-    for key, matrix in result.artifacts.items() if result else ():
-        # Into video only: the other direction is the transpose.
-        if key.endswith('/similarity') and key.partition('_to_')[2].startswith('video'):
+    for name in retrievals:
+        for key, matrix in run.results[name].artifacts.items():
+            # Into video only: the other direction is the transpose.
+            if not key.endswith('/similarity') or not key.partition('_to_')[2].startswith('video'):
+                continue
+            title = key.split('/')[0].replace('_to_', ' → ')
+            if len(retrievals) > 1:
+                title = f'{name.replace("_", " ")}: {title}'
             picture = data_uris.png(_matrix_picture(matrix))
-            title = _text(key.split('/')[0].replace('_to_', ' → '))
             figures.append(
-                f'<figure><figcaption>{title}</figcaption>'
+                f'<figure><figcaption>{_text(title)}</figcaption>'
                 f'<img class="matrix" alt="" src="{picture}"></figure>'
             )
     if not figures:
@@ -236,6 +241,15 @@ def _similarity(run: FinishedRun) -> str:
         '<h2>Similarity</h2><p>The first 128 clips of the gallery, query by row: what belongs '
         f'together is the diagonal.</p><div class="charts">{"".join(figures)}</div>'
     )
+
+
+def _is_plain(run: FinishedRun, name: str, types: Sequence[str]) -> bool:
+    """Whether an evaluator is of one of these types and is no control.
+
+    A control sees changed input, such as single frames, or other views of it.
+    """
+    entry = run.config['evals'].get(name, {})
+    return entry.get('type') in types and not entry.get('change') and not entry.get('views')
 
 
 def _matrix_picture(matrix: Any) -> np.ndarray:
@@ -251,12 +265,11 @@ def _confusion(run: FinishedRun) -> str:
     """Tables of true and predicted classes."""
     figures = []
     for name, result in run.results.items():
+        # A clustering has a table only where its clusters were matched to classes; simple probes
+        # are controls.
         matrix = result.artifacts.get('confusion')
-        # Of clusterings only those whose clusters were matched to classes.
-        is_probe = name.startswith('probe') or 'cluster_class' in result.artifacts
-        # Baselines from colour statistics, spectra or single frames.
-        is_control = 'simple' in name or 'single' in name
-        if matrix is None or not is_probe or is_control or len(matrix) > MOST_CLASSES:
+        is_shown = _is_plain(run, name, ('linear_probe', 'clustering'))
+        if matrix is None or not is_shown or len(matrix) > MOST_CLASSES:
             continue
         figures.append(
             f'<figure><figcaption>{_text(name.replace("_", " "))}: true class by row, predicted '

@@ -38,6 +38,7 @@ from vatt_jax import optim
 from vatt_jax.config import ConfigError, from_json
 from vatt_jax.models.embeddings import spline_matrix
 from vatt_jax.parallel import sharding
+from vatt_jax.run_folder import RunFolder, evaluation_name
 
 # Orbax logs every file it writes and warns of metadata that it does not need.
 logging.getLogger('absl').setLevel(logging.ERROR)
@@ -60,11 +61,11 @@ class Best:
     Of equal results the earlier step is preserved.
 
     Attributes:
-        evals: The run's `evals` folder, with `step_<step>/results.json` in it.
+        run_folder: The run, whose evaluations hold the results.
         scalar: The result to compare, 'evaluator/name'.
     """
 
-    evals: pathlib.Path
+    run_folder: RunFolder
     scalar: str
 
     def value(self, step: int) -> float:
@@ -73,7 +74,7 @@ class Best:
         try:
             # Read anew each time: the evaluation of a step comes after its save, so its result
             # appears at a later call only.
-            results = json.loads((self.evals / f'step_{step:06d}' / 'results.json').read_text())
+            results = json.loads(self.run_folder.results(evaluation_name(step)).read_text())
             return float(results[evaluator]['scalars'][name])
         except (OSError, ValueError, KeyError, TypeError):
             return -math.inf
@@ -106,7 +107,7 @@ class Checkpoints:
         if config.keep_every:
             policies.append(managers.EveryNSteps(config.keep_every))
         if config.get('best'):
-            policies.append(Best(folder.parent / 'evals', config.best))
+            policies.append(Best(RunFolder(folder.parent), config.best))
         self.saving: int | None = None  # the step being written
 
         def seal() -> None:
@@ -423,8 +424,8 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
     if (path / 'meta').is_dir() and (path / 'state').is_dir():
         return path.absolute()
     folder = path
-    if (path / 'checkpoints').is_dir():
-        folder = path / 'checkpoints'
+    if RunFolder(path).checkpoints.is_dir():
+        folder = RunFolder(path).checkpoints
     available = _numbered_folders(folder, 'state')
     if not available:
         raise ConfigError(

@@ -59,9 +59,10 @@ def evaluate(
     Returns:
         Scalars, 'evaluator/name' -> value.
     """
-    folder = RunFolder(workdir).evaluation(tag or evaluation_name(step))
+    run_folder, name = RunFolder(workdir), tag or evaluation_name(step)
+    folder = run_folder.evaluation(name)
     # All processes go by what the main one sees: evaluating takes all of them.
-    if not again and distributed.broadcast_from_main((folder / 'results.json').exists()):
+    if not again and distributed.broadcast_from_main(run_folder.has_evaluation(name)):
         return _report_scalars(evals.load(folder), step, writer, progress)
 
     # Averaged parameters where the run keeps an average, the trained ones otherwise.

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from vatt_jax.run_folder import RunFolder
+
 # Results that are reported for a step after its checkpoint is saved.
 AFTER = ('eval/', 'refresh/')
 
@@ -37,14 +39,14 @@ class Writer:
         self.file: IO[str] | None = None
         if not active:
             return
-        path = workdir / 'metrics.jsonl'
-        if path.exists():
-            _drop_later_lines(path, step)
-        self.file = path.open('a')
+        folder = RunFolder(workdir)
+        if folder.metrics.exists():
+            _drop_later_lines(folder.metrics, step)
+        self.file = folder.metrics.open('a')
         from tensorboardX import SummaryWriter  # imported late: it takes a second
 
         # purge_step does for the events what `_drop_later_lines` does for the JSON lines.
-        self.board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1, flush_secs=30)
+        self.board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1, flush_secs=30)
 
     def write(self, step: int, scalars: dict[str, Any]) -> None:
         """Write one line {'step': …, **scalars}; numbers also go to TensorBoard.
@@ -238,7 +240,7 @@ class Meter:
             'goodput': self.useful / max(1e-9, now - self.start),
         }
         if self.flops and self.peak:
-            # Model FLOPs utilisation (PaLM, appendix B): FLOPs that the model needs, without those
+            # Model FLOPs utilisation (PaLM): FLOPs that the model needs, without those
             # that rematerialisation repeats, over the chips' peak.
             figures['mfu'] = self.clips / elapsed * self.flops / self.peak
         self.reset()

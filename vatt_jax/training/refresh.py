@@ -40,7 +40,7 @@ def refresh(config: ConfigDict, built: Built, data: Any, run: TrainingRun) -> Re
         state.params['objective'],
         state.objective,
         run.step,
-        TrainingRecords(data.size('train'), run.columns, encode),
+        TrainingRecords(data.size('train'), run.columns, encode, config.seed),
     )
     run.state = _with_refreshed(built, state, refreshed)
     # Columns that this refresh does not name stay as the last one left them.

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Integer
 from ml_collections import ConfigDict
 
+from vatt_jax.run_folder import RunFolder
 from vatt_jax.training.metrics import Meter, Progress, Writer
 from vatt_jax.training.start import TrainingRun
 
@@ -137,7 +138,7 @@ class BadStepGuard:
                 f'{int(num_bad)} non-finite steps in a row up to step {step}; the last good '
                 f'checkpoint is step {self.latest_saved()}. Lower config.optimizer.schedule.peak, '
                 'set config.optimizer.clip, or look at the records listed in '
-                f'{self.workdir}/metrics.jsonl'
+                f'{RunFolder(self.workdir).metrics}'
             )
 
 

@@ -19,7 +19,7 @@ from vatt_jax.models.towers.convolutions import ConvNorm, max_pool
 # Widths of a Mixed block's four branches:
 #       1×1×1, (1×1×1 before 3×3×3, 3×3×3), (1×1×1 before 3×3×3, 3×3×3), 1×1×1 after the max pool
 MIXED: dict[str, Any] = {
-    # The widths of GoogLeNet (Szegedy et al., 2015, table 1).
+    # The widths of GoogLeNet (Szegedy et al., 2015).
     'mixed_3b': (64, (96, 128), (16, 32), 32),
     'mixed_3c': (128, (128, 192), (32, 96), 64),
     'mixed_4b': (192, (96, 208), (16, 48), 64),

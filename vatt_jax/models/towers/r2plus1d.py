@@ -1,4 +1,4 @@
-"""R(2+1)D-18: each 3-D convolution is one over space and one over time (Tran et al., 2018).
+"""R(2+1)D-18: each 3-D convolution is one over space and one over time (Tran et al.).
 
 In the forms of torchvision and of XDC.
 """
@@ -19,7 +19,7 @@ MIDS = ('block', 'conv')
 
 def mid_planes(inputs: int, outputs: int) -> int:
     """Width between the two halves that gives them the parameters of the full 3×3×3 kernel."""
-    # t d² I O / (d² I + t O) with t = d = 3 (Tran et al., section 3.5): the 1×3×3 kernel has 9·I·M
+    # t d² I O / (d² I + t O) with t = d = 3 (Tran et al.): the 1×3×3 kernel has 9·I·M
     # parameters, the 3×1×1 one 3·M·O.
     return 27 * inputs * outputs // (9 * inputs + 3 * outputs)
 
