@@ -20,32 +20,20 @@ import datetime
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import time
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-RESULTS = ROOT / 'benchmarks' / 'results' / 'deflation.json'
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
+from support import repository
 
 import run
 import vatt_jax
 from vatt_jax.adaptation import deflation
 
-
-def git(*command: str) -> str:
-    """What a command of git prints."""
-    done = subprocess.run(['git', *command], cwd=ROOT, text=True, capture_output=True)
-    return done.stdout.strip()
-
-
-def commit() -> str:
-    """The commit, with + where sources or configs differ from it."""
-    changed = git('status', '--porcelain', 'vatt_jax', 'configs')
-    return git('rev-parse', '--short', 'HEAD') + ('+' if changed else '')
+RESULTS = repository.RESULTS / 'deflation.json'
 
 
 def read_pictures(model, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -167,7 +155,7 @@ def main() -> None:
         'loss': models['fitted'].info['deflated']['loss'],
     }
     about = {
-        'commit': commit(),
+        'commit': repository.commit('vatt_jax', 'configs'),
         'date': datetime.date.today().isoformat(),
         'hardware': f'{os.cpu_count()} CPU cores',
         'load': os.getloadavg(),
@@ -186,7 +174,7 @@ def main() -> None:
     print_table(rows)
     print(
         f'{len(train_images)} and {len(test_images)} pictures, '
-        f'chance {100 * about["chance"]:.1f} %; written: {RESULTS.relative_to(ROOT)}'
+        f'chance {100 * about["chance"]:.1f} %; written: {RESULTS.relative_to(repository.ROOT)}'
     )
 
 

@@ -20,21 +20,11 @@ import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / 'benchmarks' / 'results' / 'few_labels.json'
+from support import repository
+
+RESULTS = repository.RESULTS / 'few_labels.json'
+
 STARTS = ('pretrained', 'scratch')
-
-
-def git(*command: str) -> str:
-    """What a command of git prints."""
-    done = subprocess.run(['git', *command], cwd=ROOT, text=True, capture_output=True)
-    return done.stdout.strip()
-
-
-def commit() -> str:
-    """The commit, with + where sources or configs differ from it."""
-    changed = git('status', '--porcelain', 'vatt_jax', 'configs')
-    return git('rev-parse', '--short', 'HEAD') + ('+' if changed else '')
 
 
 def numbers(text: str) -> list[int]:
@@ -55,7 +45,7 @@ def train(
     if steps:
         options += [f'--config.steps={steps}', f'--config.checkpoint.every={steps}']
     command = [sys.executable, 'run.py', f'--config={config}', f'--workdir={folder}', *options]
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run(command, cwd=repository.ROOT, check=True)
 
 
 def cell(runs: pathlib.Path, labels: int, start: str, seed: int, origin: str, steps: int) -> dict:
@@ -123,7 +113,7 @@ def main() -> None:
                 cells.append(cell(runs, count, start, seed, str(origin), args.steps))
     done = origin / 'done.json'
     results = {
-        'commit': commit(),
+        'commit': repository.commit('vatt_jax', 'configs'),
         'date': datetime.date.today().isoformat(),
         'hardware': f'{os.cpu_count()} CPU cores',
         'pretraining_steps': json.loads(done.read_text())['step'] if done.exists() else None,
@@ -132,7 +122,7 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + '\n')
     print_table(cells, labels)
-    print(f'written: {RESULTS.relative_to(ROOT)}')
+    print(f'written: {RESULTS.relative_to(repository.ROOT)}')
 
 
 if __name__ == '__main__':

@@ -19,36 +19,29 @@ import json
 import os
 import pathlib
 import platform
-import subprocess
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ['JAX_PLATFORMS'] = 'cpu'
-
-import run
-
-run.keep_freed_memory()
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from support import repository
 
 import data_pipelines
 from configs import default
 from vatt_jax.inference import feature_extractor
+from vatt_jax.modes import process
 from vatt_jax.training import loop
 
-RESULTS = ROOT / 'benchmarks' / 'results' / 'microbatch.json'
+process.keep_freed_memory()
+
+RESULTS = repository.RESULTS / 'microbatch.json'
+
 # variant -> (parts of the batch, accumulation)
 VARIANTS = {'whole': (1, 'plain'), 'plain': (4, 'plain'), 'exact': (4, 'exact')}
-
-
-def git(*command: str) -> str:
-    """What a command of git prints."""
-    done = subprocess.run(['git', *command], cwd=ROOT, text=True, capture_output=True)
-    return done.stdout.strip()
 
 
 def make_config(accumulate: int, accumulation: str, remat: str) -> ConfigDict:
@@ -164,7 +157,7 @@ def main() -> None:
     flags = parser.parse_args()
     rows = [compare(remat, flags.rounds, flags.block) for remat in ('none', 'full')]
     results = {
-        'commit': git('rev-parse', '--short', 'HEAD'),
+        'commit': repository.git('rev-parse', '--short', 'HEAD'),
         'date': datetime.date.today().isoformat(),
         'jax': jax.__version__,
         'hardware': f'{os.cpu_count()} × {platform.processor() or platform.machine()}',
@@ -174,7 +167,7 @@ def main() -> None:
         'rows': rows,
     }
     RESULTS.write_text(json.dumps(results, indent=1) + '\n')
-    print(f'written: {RESULTS.relative_to(ROOT)}')
+    print(f'written: {RESULTS.relative_to(repository.ROOT)}')
 
 
 if __name__ == '__main__':

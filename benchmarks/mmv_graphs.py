@@ -21,8 +21,10 @@ import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / 'benchmarks' / 'results' / 'mmv_graphs.json'
+from support import repository
+
+RESULTS = repository.RESULTS / 'mmv_graphs.json'
+
 CELLS = ('fac_vat', 'shared_vat', 'disjoint_vat', 'fac_va', 'fac_vt', 'shared_vt')
 ROWS = {
     'text → video, R@10': 'retrieval/text_to_video/R@10',
@@ -34,18 +36,6 @@ ROWS = {
     'linear probe, video': 'probe_video/accuracy',
     'own sound or one second later': 'sync/accuracy',
 }
-
-
-def git(*command: str) -> str:
-    """What a command of git prints."""
-    done = subprocess.run(['git', *command], cwd=ROOT, text=True, capture_output=True)
-    return done.stdout.strip()
-
-
-def commit() -> str:
-    """The commit, with + where sources or configs differ from it."""
-    changed = git('status', '--porcelain', 'vatt_jax', 'configs')
-    return git('rev-parse', '--short', 'HEAD') + ('+' if changed else '')
 
 
 def last_scores(folder: pathlib.Path) -> dict[str, float]:
@@ -94,7 +84,7 @@ def cell(runs: pathlib.Path, name: str, seed: int, extra: list[str]) -> dict:
             '--quiet',
             *extra,
         ]
-        subprocess.run(command, cwd=ROOT, check=True)
+        subprocess.run(command, cwd=repository.ROOT, check=True)
     done = json.loads((folder / 'done.json').read_text())
     return {
         'cell': name,
@@ -129,7 +119,7 @@ def main() -> None:
     parser.add_argument('--runs', default='runs/mmv_graphs')
     args, extra = parser.parse_known_args()
     about = {
-        'commit': commit(),
+        'commit': repository.commit('vatt_jax', 'configs'),
         'date': datetime.date.today().isoformat(),
         'hardware': f'{os.cpu_count()} CPU cores',
     }
@@ -141,7 +131,7 @@ def main() -> None:
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps({**about, 'cells': cells}, indent=1) + '\n')
     print_table(cells)
-    print(f'written: {RESULTS.relative_to(ROOT)}')
+    print(f'written: {RESULTS.relative_to(repository.ROOT)}')
 
 
 if __name__ == '__main__':

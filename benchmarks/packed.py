@@ -25,45 +25,38 @@ import json
 import os
 import pathlib
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ['JAX_PLATFORMS'] = 'cpu'
-
-import run
-
-run.keep_freed_memory()
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen import meta
 from ml_collections import ConfigDict
+from support import repository
 
 import data_pipelines
 from configs import default
 from vatt_jax.models.transformer import Encoder, pack, unpack
+from vatt_jax.modes import process
 from vatt_jax.performance import hlo
 from vatt_jax.rng import Packed, Rng
 from vatt_jax.training import loop
 
-RESULTS = ROOT / 'benchmarks' / 'results' / 'packed.json'
+process.keep_freed_memory()
+
+RESULTS = repository.RESULTS / 'packed.json'
+
 WIDTH = 256
 # Clips, and rows and tokens of each clip's streams: video, audio, text.
 SIZES = {
     'published tokens': (2, ((1, 785), (1, 601), (5, 17))),
     'demo': (32, ((1, 49), (1, 32), (3, 13))),
 }
-
-
-def git(*command: str) -> str:
-    """What a command of git prints."""
-    done = subprocess.run(['git', *command], cwd=ROOT, text=True, capture_output=True)
-    return done.stdout.strip()
 
 
 def compile_gradient(
@@ -243,14 +236,14 @@ def main() -> None:
         }
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results.update(
-        commit=git('rev-parse', '--short', 'HEAD'),
+        commit=repository.git('rev-parse', '--short', 'HEAD'),
         date=datetime.date.today().isoformat(),
         jax=jax.__version__,
         hardware=f'{os.cpu_count()} × {platform.processor() or platform.machine()}',
         **measured,
     )
     RESULTS.write_text(json.dumps(results, indent=1) + '\n')
-    print(f'written: {RESULTS.relative_to(ROOT)}')
+    print(f'written: {RESULTS.relative_to(repository.ROOT)}')
 
 
 if __name__ == '__main__':

@@ -22,22 +22,22 @@ import os
 import pathlib
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from typing import Any, NamedTuple
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import av
 import input_pipeline
 import numpy as np
 from PIL import Image
+from support import repository
 
 from data_pipelines.preparation import decoded_files
 
-RESULTS = ROOT / 'benchmarks' / 'results' / 'prepare.json'
+RESULTS = repository.RESULTS / 'prepare.json'
+
 STORES = {'jpeg': 0, 'h264': 23}  # crf; 0: pictures as JPEG
 
 
@@ -219,8 +219,7 @@ def main() -> None:
             print_row(name, table[name])
     if flags.quick:
         return
-    command = ['git', '-C', str(ROOT), 'rev-parse', 'HEAD']
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    commit = repository.git('rev-parse', 'HEAD')
     results = {
         'commit': commit,
         'machine': f'{platform.machine()}, {os.cpu_count()} cores',

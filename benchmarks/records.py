@@ -27,24 +27,24 @@ import pathlib
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import tensorflow as tf
 from PIL import Image
+from support import repository
 
 from data_pipelines import media
 from data_pipelines.preparation import decoded_files
 
-RESULTS = ROOT / 'benchmarks' / 'results' / 'records.json'
+RESULTS = repository.RESULTS / 'records.json'
+
 STORED_FRAMES, HEIGHT, WIDTH, FPS, RATE = 100, 256, 384, 10, 48000
 READ_FRAMES = 32
 READ_SAMPLES = READ_FRAMES * RATE // FPS
@@ -323,8 +323,7 @@ def main() -> None:
     prepared = prepare(clips, pcm)
     print_tables(table, prepared)
 
-    command = ['git', '-C', str(ROOT), 'rev-parse', 'HEAD']
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    commit = repository.git('rev-parse', 'HEAD')
     settings = {
         **vars(flags),
         'frames': STORED_FRAMES,

@@ -26,12 +26,14 @@ import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from support import repository
 
 from configs import selavi
 
-RESULTS = ROOT / 'benchmarks' / 'results' / 'self_labelling.json'
+RESULTS = repository.RESULTS / 'self_labelling.json'
+
 # row -> (options of configs/selavi.py:demo, number of the given seeds that it is run with)
 ROWS = {
     'selavi': ('', 2),
@@ -55,23 +57,11 @@ REPORTED = (
 )
 
 
-def git(*command: str) -> str:
-    """What a command of git prints."""
-    done = subprocess.run(['git', *command], cwd=ROOT, text=True, capture_output=True)
-    return done.stdout.strip()
-
-
-def commit() -> str:
-    """The commit, with + where sources or configs differ from it."""
-    changed = git('status', '--porcelain', 'vatt_jax', 'configs')
-    return git('rev-parse', '--short', 'HEAD') + ('+' if changed else '')
-
-
 def run(folder: pathlib.Path, *arguments: str) -> None:
     """Runs run.py; the runs differ in little, so most of what one compiles serves the next."""
     cache = {'JAX_COMPILATION_CACHE_DIR': str(folder.parent / 'compiled')}
     command = [sys.executable, 'run.py', f'--workdir={folder}', *arguments, '--quiet']
-    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | cache)
+    subprocess.run(command, cwd=repository.ROOT, check=True, env=os.environ | cache)
 
 
 def result_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -189,7 +179,7 @@ def contrastive(origin: pathlib.Path, folder: pathlib.Path) -> list[dict]:
 def write(found: list[dict]) -> None:
     """Writes the result file with these entries."""
     results = {
-        'commit': commit(),
+        'commit': repository.commit('vatt_jax', 'configs'),
         'date': datetime.date.today().isoformat(),
         'hardware': f'{os.cpu_count()} CPU cores',
         'entries': found,
@@ -227,7 +217,10 @@ def main() -> None:
     )
     parser.add_argument('--runs', default='runs/self_labelling')
     args = parser.parse_args()
-    runs, origin = (ROOT / args.runs).resolve(), (ROOT / args.origin).resolve()
+    runs, origin = (
+        (repository.ROOT / args.runs).resolve(),
+        (repository.ROOT / args.origin).resolve(),
+    )
     found = []
     if (origin / 'done.json').exists():
         found += contrastive(origin, runs / 'vatt')
@@ -239,7 +232,7 @@ def main() -> None:
             found += self_labelled(name, int(seed), runs / f'{name}_seed{seed}')
             write(found)
     print_table(found)
-    print(f'written: {RESULTS.relative_to(ROOT)}')
+    print(f'written: {RESULTS.relative_to(repository.ROOT)}')
 
 
 if __name__ == '__main__':
