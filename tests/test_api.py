@@ -99,7 +99,7 @@ def test_embed_agrees_with_mode_embed(tiny_run, model, clips, tmp_path):
     assert_same(out, expected)
 
 
-def test_shapes_and_unit_length_of_single_items(model):
+def test_shapes_of_single_items(model):
     out = model.embed(
         video=random_frames(), audio=np.zeros(SAMPLES, np.int16), text='red stripes move left'
     )

@@ -1052,22 +1052,19 @@ def test_equal_requests_are_computed_once(view):
         assert data.num_passes == before + 1, request
 
 
-def test_other_variables_use_the_compiled_programs(view):
-    """A second evaluation of a run compiles nothing, and computes with its own variables."""
+def test_a_second_evaluation_computes_with_its_own_variables(view):
     batch = next(iter(view.data.one_pass('test', 16, limit=16)))
     first = view.encoder(batch)
-    num_programs = view.encoder._forward._cache_size()
     larger = jax.tree.map(lambda x: 1.5 * x, view.encoder.variables)
     second = view.encoder.on(larger)(batch)
-    assert view.encoder._forward._cache_size() == num_programs
     alone = feature_extractor.FeatureExtractor(view.encoder.config, larger, view.encoder.mesh)
     chex.assert_trees_all_equal(second, alone(batch), strict=True)
     assert np.abs(second['pooled']['video'] - first['pooled']['video']).max() > 0.1
     chex.assert_trees_all_equal(view.encoder(batch), first, strict=True)
 
 
-def test_the_forward_pass_is_traced_once(view):
-    """Neither another batch of the same shapes nor other variables trace it again."""
+def test_a_second_evaluation_of_a_run_compiles_nothing(view):
+    """Neither another batch of the same shapes nor other variables trace the forward pass again."""
     chex.clear_trace_counter()
 
     class TracedOnce(feature_extractor.FeatureExtractor):

@@ -90,7 +90,7 @@ def stage(batch, config, augment=True, inputs=INPUTS, seed=0, dtype='float32', j
 
     if jit:
         apply = jax.jit(apply)
-    return apply(batch)
+    return apply(jax.tree.map(jnp.asarray, batch))
 
 
 def stage_video(*args, **kwargs):

@@ -96,7 +96,7 @@ def test_published_shape_of_log_mel():
 def test_the_device_stage_makes_log_mel_of_valid_rows():
     audio = {'samples': 4096, 'rate': 48000, 'mel': {'bins': 80}}
     samples = np.random.default_rng(0).integers(-3000, 3000, (2, 4096)).astype(np.int16)
-    stream = {'data': samples, 'valid': np.array([True, False])}
+    stream = {'data': jnp.asarray(samples), 'valid': jnp.array([True, False])}
     out = preprocess.device_stage(
         {'audio': stream},
         {'audio': audio},

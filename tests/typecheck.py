@@ -1,9 +1,11 @@
 """The run-time type checker of the test suite, as jaxtyping's import hook applies it."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import beartype
+import jaxtyping
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -20,3 +22,13 @@ WIDER = beartype.BeartypeHintOverrides(
 )
 
 typechecker = beartype.beartype(conf=beartype.BeartypeConf(hint_overrides=WIDER))
+
+
+@contextlib.contextmanager
+def off() -> Iterator[None]:
+    """Nothing is checked inside: for tests of what the project itself says of wrong arguments."""
+    jaxtyping.config.update('jaxtyping_disable', True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update('jaxtyping_disable', False)
