@@ -1,4 +1,4 @@
-"""Imports only go down: from the floors of docs/architecture.md, none runs upward or in a circle."""
+"""Imports only go down the floors of docs/architecture.md: none runs upward or in a circle."""
 
 import ast
 import pathlib
@@ -26,11 +26,15 @@ COMMANDS = ('vatt_jax.importers.__main__',)
 
 
 def module_name(path: pathlib.Path) -> str:
+    """'vatt_jax.losses.nce' of its file; a package of its __init__."""
     parts = path.relative_to(ROOT).with_suffix('').parts
-    return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+    if parts[-1] == '__init__':
+        parts = parts[:-1]
+    return '.'.join(parts)
 
 
 def modules() -> dict[str, pathlib.Path]:
+    """{module: file} of this project's libraries."""
     files = [*ROOT.glob('vatt_jax/**/*.py'), *ROOT.glob('data_pipelines/**/*.py')]
     return {module_name(path): path for path in files}
 
@@ -57,6 +61,7 @@ def imports(path: pathlib.Path, at_top_only: bool) -> set[str]:
 
 
 def floor_of(module: str) -> int:
+    """The floor that a module stands on, 0 for the lowest."""
     for number, rooms in enumerate(FLOORS):
         if any(module == room or module.startswith(f'{room}.') for room in rooms):
             return number

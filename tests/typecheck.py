@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 # What annotations mean more widely than Python's own types.
 WIDER = beartype.BeartypeHintOverrides(
     {
-        # NumPy's scalars are numbers, and an int may be given for a float (PEP 484's numeric tower).
+        # NumPy's scalars are numbers, and an int may be given for a float (PEP 484's numeric
+        # tower).
         int: int | np.integer,
         float: float | int | np.floating | np.integer,
         bool: bool | np.bool_,
