@@ -177,6 +177,9 @@ def test_frames_of_several_shapes_stored_as_video_are_cut_to_squares(config, tmp
 
 def on_device(planes):
     """uint8 [B T H W 3] of planes [B T 3H/2 W] with square frames, by the device stage."""
+    import jax
+    import jax.numpy as jnp
+
     from vatt_jax.inputs import preprocess
     from vatt_jax.rng import Rng
 
@@ -186,6 +189,7 @@ def on_device(planes):
         'box': np.tile(np.float32([0, 0, 1, 1]), (num_rows, 1)),
         'flip': np.zeros(num_rows, bool),
     }
+    stream = jax.tree.map(jnp.asarray, stream)
     rng = Rng.create(0, 0, np.arange(num_rows))
     pixels = preprocess.video(stream, {'size': size}, {'color': 0.0}, rng, augment=False)
     # From [-1, 1].
