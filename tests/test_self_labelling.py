@@ -868,11 +868,10 @@ def test_report_shows_the_surest_clips_of_clusters(tmp_path):
         *_, third = itertools.islice(data.one_pass('train', 16), 3)
         np.testing.assert_array_equal(stored['frames/40'], third['video']['data'][8])
 
-    page = report._clusters(types.SimpleNamespace(evaluation_folder=tmp_path))
+    page = report._clusters(tmp_path)
     assert page.count('<img') == 3
     first = page.index('cluster 3 (a &lt;ring&gt;)')
     second = page.index('cluster 1 (no class)')
     assert 0 < first < second
     assert 'surest of, for the largest clusters (clusters)' in page
-    empty = types.SimpleNamespace(evaluation_folder=tmp_path / 'none')
-    assert report._clusters(empty) == ''
+    assert report._clusters(tmp_path / 'none') == ''

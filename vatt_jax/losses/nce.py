@@ -37,7 +37,8 @@ Embeddings = Float[AnyArray, 'B E']
 # One embedding or K candidates for each clip: [B E] or [B K E].
 Candidates = Float[AnyArray, 'B *K E']
 Valid = Bool[AnyArray, ' B'] | None
-CandidateMask = Bool[AnyArray, 'B *K'] | None
+# [B K]; of one embedding for each clip [B] or [B 1].
+CandidateMask = Bool[AnyArray, 'B *mask'] | None
 # A number, or a learnt scalar.
 Scalar = float | Float[AnyArray, '']
 

@@ -51,8 +51,8 @@ def build(workdir: str | os.PathLike, others: Sequence[str | os.PathLike] = ()) 
         NOTE,
         '<h2>Curves</h2>',
         _curves(run, beside),
-        _gallery(run),
-        _clusters(run),
+        _gallery(run.evaluation_folder),
+        _clusters(run.evaluation_folder),
         _similarity(run),
         _confusion(run),
         _stages(run),
@@ -132,9 +132,9 @@ def _curve(run: FinishedRun, key: str) -> list[tuple[float, Any]]:
     return [(line['step'], line[key]) for line in run.metrics if key in line]
 
 
-def _gallery(run: FinishedRun) -> str:
+def _gallery(folder: pathlib.Path | None) -> str:
     """What a few queries found."""
-    arrays = _evaluation_arrays(run, 'gallery.npz')
+    arrays = _evaluation_arrays(folder, 'gallery.npz')
     if arrays is None:
         return ''
     # JSON inside the npz, as a string array of no dimensions: no pickle is needed to read it.
@@ -194,9 +194,9 @@ def _retrieval(
     )
 
 
-def _clusters(run: FinishedRun) -> str:
+def _clusters(folder: pathlib.Path | None) -> str:
     """The surest clips of the largest clusters."""
-    arrays = _evaluation_arrays(run, 'clusters.npz')
+    arrays = _evaluation_arrays(folder, 'clusters.npz')
     if arrays is None:
         return ''
     document = json.loads(str(arrays['entries']))
@@ -311,10 +311,10 @@ def _stages(run: FinishedRun) -> str:
 # ---- what the newest evaluation left for pictures
 
 
-def _evaluation_arrays(run: FinishedRun, name: str) -> dict[str, np.ndarray] | None:
-    if run.evaluation_folder is None:
+def _evaluation_arrays(folder: pathlib.Path | None, name: str) -> dict[str, np.ndarray] | None:
+    if folder is None:
         return None
-    path = run.evaluation_folder / name
+    path = folder / name
     if not path.exists():
         return None
     with np.load(path) as arrays:
