@@ -178,6 +178,8 @@ def _json_rows(content: Any, where: str) -> Iterator[tuple[Any, Any]]:
     elif _is_entry(content):
         # One entry by itself, as lines of JSON Lines are.
         yield _fields(content)['video'], content
+    elif _is_nameless(content):
+        yield None, content
     else:
         for video, entries in content.items():
             # A list without sentences still makes the video known.
@@ -192,6 +194,13 @@ def _is_entry(value: Any) -> bool:
         return False
     names = _names_by_meaning(value)
     return 'text' in names and 'video' in names and isinstance(value[names['video'][0]], str | int)
+
+
+def _is_nameless(content: Mapping[str, Any]) -> bool:
+    """Whether an object is an entry that lacks its video, and no table of videos."""
+    names = _names_by_meaning(content)
+    num_understood = sum(len(found) for found in names.values())
+    return 'text' in names and num_understood == len(content)
 
 
 def _sentences_of(value: Any, where: str) -> list[dict[str, Any]]:
@@ -817,7 +826,8 @@ def _seconds(value: Any, default: float, where: str) -> float:
             f'{where}: {value!r} is not a time in seconds; expected a number such as 1.5, or '
             'minutes and hours such as 0:01.5 and 1:02:03'
         )
-    if not seconds >= 0:
+    # A sentence may go on to the end of the file, but not begin there.
+    if not seconds >= 0 or (math.isinf(seconds) and not math.isinf(default)):
         raise DataError(f'{where}: {value!r} is not a time in seconds from the beginning')
     return seconds
 
