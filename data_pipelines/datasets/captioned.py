@@ -84,8 +84,8 @@ class YouCook2(Dataset):
 
 class MSRVTT(Dataset):
     """`msrvtt`: split test is 1k-A, each clip with its one caption; all others are train.
-    `msrvtt_full`: the owners' train, validation and test. A training clip has its twenty sentences,
-    its segment the first of them as caption. Label `category`.
+    `msrvtt_full`: the owners' train, validation and test; all twenty sentences of a clip are its
+    captions, and retrieval counts each (docs/data.md). Label `category`.
 
         train_val_videodatainfo.json, test_videodatainfo.json
                                         or MSRVTT_data.json, which holds both
