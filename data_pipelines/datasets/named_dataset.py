@@ -164,6 +164,7 @@ class AnnotationFolder:
         )
         names = None if header else list(columns)
         expected = ', '.join(columns)
+        last_line = 0
         try:
             for row in reader:
                 # After the parser: a comment may contain commas, so it is a row of several fields.
@@ -171,6 +172,7 @@ class AnnotationFolder:
                 if not row or is_comment:
                     continue
                 where = f'{path}, line {reader.line_num}'
+                last_line = reader.line_num
                 if names is None:
                     # The header, where one is expected.
                     names = [name.strip().lower() for name in row]
@@ -198,7 +200,11 @@ class AnnotationFolder:
                 # zip ends with the shorter of the two.
                 yield where, dict(zip(names, fields))
         except csv.Error as error:
-            raise DataError(f'{self.dataset}: {path} is not readable CSV: {error}') from None
+            # Of a quote that is not closed, the row that it is in has begun behind this line.
+            raise DataError(
+                f'{self.dataset}: {path} is not readable CSV: {error}, in the row behind line '
+                f'{last_line}; close every double quote, and write one inside a text twice'
+            ) from None
         if names is None:
             raise DataError(f'{self.dataset}: {path} is empty; expected the columns {expected}')
 
