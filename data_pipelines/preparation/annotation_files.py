@@ -61,6 +61,8 @@ _NAMES_OF = {
         'start_seconds',
         'start_sec',
         'start_s',
+        'start_time_s',
+        'start_time_sec',
         'time_start',
         'starttime',
         'begin',
@@ -72,6 +74,8 @@ _NAMES_OF = {
         'end_seconds',
         'end_sec',
         'end_s',
+        'end_time_s',
+        'end_time_sec',
         'time_end',
         'endtime',
         'stop',
@@ -88,6 +92,12 @@ _START_NAMES = ('start', 'begin', 'onset')
 _END_NAMES = ('end', 'stop', 'offset')
 # Lists of MSR-VTT, COCO and their like, in which every entry names its video.
 _LISTS_OF_ENTRIES = ('sentences', 'captions', 'annotations', 'data')
+# The id in the address of a YouTube video.
+_ADDRESS = re.compile(
+    r'^(?:https?://)?(?:[\w.]*\.)?(?:youtube\.com/(?:watch\?(?:.*&)?v=|shorts/|embed/|v/)|youtu\.be/)'
+    r'([\w-]{11})(?![\w-])',
+    re.ASCII,
+)
 # What programs write where there is nothing.
 _MISSING_WORDS = ('', 'nan', 'NaN', 'null', 'NULL', 'None', '<NA>', 'N/A', '#N/A')
 
@@ -155,7 +165,7 @@ def _json_entries(text: str, path: pathlib.Path) -> Iterator[tuple[str, Any, str
                     f'{place}: expected a video name and {{"start", "end", "text"}}, '
                     f'got {_quote(entry)}'
                 )
-            yield str(video), entry, place
+            yield _storable(str(video)), entry, place
 
 
 def _json_rows(content: Any, where: str) -> Iterator[tuple[Any, Any]]:
@@ -271,7 +281,12 @@ def _checked_text(text: Any, where: str) -> str:
     is_number = isinstance(text, int | float) and not isinstance(text, bool)
     if not isinstance(text, str) and not is_number:
         raise DataError(f'{where}: expected a sentence, got {_quote(text)}')
-    return str(text)
+    return _storable(str(text))
+
+
+def _storable(text: str) -> str:
+    """Text with halves of characters replaced, as JSON has where somebody cut an emoji in two."""
+    return text.encode('utf-8', 'replace').decode()
 
 
 def is_missing(value: Any) -> bool:
@@ -435,9 +450,11 @@ class NameResolver:
 
     A name is the path of the file below the folder, or any end of that path, or either without the
     suffix, or a path that leads to the folder and on to the file. Downloaders put the id of a video
-    behind its title, `Title [ID].mp4` or `Title-ID.mp4`: the id is a name as well. Each counts as
-    long as only one file answers to it. Names are compared in composed form, because file systems
-    of macOS write an accent as a character of its own.
+    behind its title, `Title [ID].mp4` or `Title-ID.mp4`: the id is a name as well, and so is the
+    address of the video. Each counts as long as only one file answers to it.
+
+    Names are compared in composed form, because file systems of macOS write an accent as a
+    character of its own.
     """
 
     def __init__(self, file_ids: Iterable[str], folder: str | pathlib.Path = ''):
@@ -480,6 +497,9 @@ class NameResolver:
         # The file that is called so, before one that has it as its id only.
         if name in self._aliases:
             return self._aliases[name]
+        address = _ADDRESS.search(name)
+        if address:
+            return self(address[1])
         return self._ids.get(name) or self._below_folder(name)
 
     def _below_folder(self, name: str) -> str | None:
@@ -609,8 +629,7 @@ def _read_table(
     column_of = _columns(names, path, required, form)
     # Where a comma separates fields it cannot be a decimal mark as well.
     has_decimal_comma = delimiter != ','
-    # Of rows and not of the header, which a quoted text does not repeat.
-    text_files.check_quotes([row for row in body if row.fields[0]], path, delimiter)
+    text_files.check_quotes(body, path, delimiter, column_of['video'])
     for row in body:
         where = f'{path}, line {row.line_number}'
         cells = _cells(row, len(names), column_of, delimiter, where)
@@ -781,6 +800,8 @@ def _checked_path(path: str | pathlib.Path, kind: str, suffixes: tuple[str, ...]
         hint = ''
         if path.suffix.lower() in ('.xlsx', '.xls', '.ods', '.numbers'):
             hint = '; save the spreadsheet as CSV'
+        elif path.suffix.lower() in ('.gz', '.zip', '.bz2', '.xz', '.zst'):
+            hint = '; unpack it first'
         raise DataError(
             f'the {kind} file {path}: expected one of {", ".join(suffixes)}, '
             f'got {path.suffix or "no suffix"}{hint}'

@@ -272,7 +272,8 @@ def find(
     found = Found({}, [], {}, [], '')
     tracks_of: dict[str, list[_Track]] = {}
     others = []
-    for subtitle_id in _walk(folder):
+    paths = _walk(folder)
+    for subtitle_id in sorted(paths):
         if not subtitle_id.lower().endswith(SUFFIXES):
             others.append(subtitle_id)
             continue
@@ -280,7 +281,7 @@ def find(
         if not media_ids:
             found.unknown_names.append(subtitle_id)
         for media_id in media_ids:
-            track = _track(folder, subtitle_id, tags)
+            track = _track(subtitle_id, paths[subtitle_id], tags)
             tracks_of.setdefault(media_id, []).append(track)
 
     used, num_choices = _read_best(tracks_of, found, encoding)
@@ -288,14 +289,14 @@ def find(
     digest = hashlib.sha256()
     for track in sorted(set(used.values()), key=lambda track: track.id):
         content_digest = hashlib.sha256(track.path.read_bytes()).hexdigest()
-        digest.update(f'{track.id} {content_digest}\n'.encode('utf-8', 'surrogateescape'))
+        digest.update(f'{track.id} {content_digest}\n'.encode())
     found.digest = digest.hexdigest() if used else ''
     return found
 
 
-def _walk(folder: pathlib.Path) -> list[str]:
-    """Paths of all files below the folder that may be subtitles, sorted, without hidden ones."""
-    names = []
+def _walk(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """{path below the folder: path} of all files that may be subtitles, without hidden ones."""
+    paths = {}
     for root, subfolders, entries in os.walk(folder, followlinks=True):
         # Assigned in place: this is how os.walk is told where to go.
         subfolders[:] = [name for name in subfolders if not name.startswith('.')]
@@ -303,8 +304,11 @@ def _walk(folder: pathlib.Path) -> list[str]:
             # '._x.srt' is what macOS leaves on foreign disks.
             is_subtitle = entry.lower().endswith((*SUFFIXES, *_OTHER_SUFFIXES))
             if is_subtitle and not entry.startswith('.'):
-                names.append(pathlib.Path(root, entry).relative_to(folder).as_posix())
-    return sorted(names)
+                path = pathlib.Path(root, entry)
+                name = path.relative_to(folder).as_posix()
+                # Names that are not UTF-8 as text that can be stored and printed.
+                paths[os.fsencode(name).decode('utf-8', 'backslashreplace')] = path
+    return paths
 
 
 def _media_of(
@@ -328,14 +332,14 @@ def _media_of(
     return [], []
 
 
-def _track(folder: pathlib.Path, subtitle_id: str, tags: Sequence[str]) -> _Track:
+def _track(subtitle_id: str, path: pathlib.Path, tags: Sequence[str]) -> _Track:
     words: list[str] = []
     for tag in tags:
         words += re.split('[-_]', tag.lower())
     languages = [tag for tag in tags if tag.lower() not in _TRACK_WORDS]
     language = re.split('[-_]', languages[0].lower())[0] if languages else ''
     is_automatic = any(word in _AUTOMATIC_WORDS for word in words)
-    return _Track(subtitle_id, folder / subtitle_id, language, is_automatic)
+    return _Track(subtitle_id, path, language, is_automatic)
 
 
 def _read_best(

@@ -179,24 +179,27 @@ def rows(text: str, path: str | os.PathLike, delimiter: str = ',') -> Iterator[R
         first_line = reader.line_num
 
 
-def check_quotes(table: Sequence[Row], path: str | os.PathLike, delimiter: str) -> None:
+def check_quotes(
+    table: Sequence[Row], path: str | os.PathLike, delimiter: str, column: int
+) -> None:
     """Refuse a row that holds another row of the table between its quotes.
 
     A quote that is not closed takes the following rows for its text, up to the next quote.
 
     Args:
-        table: rows that begin with a name.
+        table: the rows.
         path: for messages.
         delimiter: between fields.
+        column: of the names, by which a row is known as one.
 
     Raises:
         DataError: if a quoted field goes on over what looks like rows.
     """
-    names = {row.fields[0] for row in table}
+    names = {row.fields[column] for row in table if len(row.fields) > column} - {''}
     for row in table:
         for i, line in enumerate(row.source.split('\n')[1:], 1):
-            name, found, _ = line.partition(delimiter)
-            if found and name.strip().strip('"') in names:
+            cells = [cell.strip().strip('"') for cell in line.split(delimiter)]
+            if len(cells) > max(column, 1) and cells[column] in names:
                 raise DataError(
                     f'{path}, line {row.line_number}: expected the quoted text to end before '
                     f'line {row.line_number + i}, which looks like another row '

@@ -152,6 +152,12 @@ def test_what_cannot_be_read_names_its_line(read, content, message):
         read('a.csv', content)
 
 
+def test_lines_that_begin_like_an_index_are_text(read):
+    """The names are in another column, as where pandas has written its index."""
+    content = ',video,text\n0,a.mp4,"steps:\n1, chop\n2, stir"\n1,b.mp4,wait\n2,b.mp4,eat\n'
+    assert read('a.csv', content)['a.mp4'] == [sentence('steps:\n1, chop\n2, stir')]
+
+
 def test_a_spreadsheet_is_told_apart(read):
     with pytest.raises(DataError, match='got .xlsx; save the spreadsheet as CSV'):
         read('a.xlsx', b'PK')
@@ -192,6 +198,10 @@ def test_words_for_nothing_are_no_captions(read, word):
         ),
         ('[{"path": "a.mp4", "captions": ["x", "y"]}]', {'a.mp4': [sentence('x'), sentence('y')]}),
         ('{"video": "a", "text": "x"}', {'a': [sentence('x')]}),
+        # youtube-transcript-api.
+        ('{"a": [{"text": "x", "start": 1.5, "duration": 2}]}', {'a': [sentence('x', 1.5, 3.5)]}),
+        # Half an emoji cannot be stored.
+        (r'{"a": ["hot \ud83d"]}', {'a': [sentence('hot ?')]}),
     ],
 )
 def test_forms_of_json(read, content, expected):
@@ -264,6 +274,11 @@ FILES = [
         ('abcDEF_12-3', FILES[0]),
         ('ABCdef_12-3', FILES[1]),
         ('zzzzzzzzzz1', FILES[2]),
+        ('https://www.youtube.com/watch?v=abcDEF_12-3&t=5s', FILES[0]),
+        ('https://www.youtube.com/watch?app=desktop&v=abcDEF_12-3', FILES[0]),
+        ('youtu.be/abcDEF_12-3', FILES[0]),
+        ('https://youtube.com/shorts/ABCdef_12-3', FILES[1]),
+        ('https://youtu.be/elsewhere_1', None),
         ('1080p', None),
         ('twice', None),
         ('caf\xe9.mp4', FILES[5]),
