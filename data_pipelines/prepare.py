@@ -103,6 +103,7 @@ def prepare(
     name: str = '',
     vocabulary: int = 65536,
     tokenizer: str = 'words',
+    encoding: str = '',
     validation: float = 0.05,
     test: float = 0.05,
     require_audio: bool = False,
@@ -115,7 +116,8 @@ def prepare(
     Args:
         videos: folder of media files; with `dataset`, where its media are if they are not below
             `manual_dir`.
-        captions: CSV or JSON file of captions, '' for none.
+        captions: file of captions (CSV, JSON, JSON Lines), or a folder of subtitle files; '' for
+            the subtitle files beside the videos, if there are any; 'none' for no captions.
         out: folder of the result, new or of an earlier run.
         annotations: JSON or CSV file of labels, segments and ground truth, '' for none.
         dataset: name of a named dataset, instead of captions and annotations.
@@ -131,6 +133,7 @@ def prepare(
         name: of the result; '' derives it from `out`.
         vocabulary: size of the vocabulary, at most.
         tokenizer: kind of tokenizer.
+        encoding: of text files that are neither UTF-8 nor UTF-16, '' to refuse them.
         validation: share of the files, where nothing else says the split.
         test: likewise.
         require_audio: whether videos without sound are skipped.
@@ -175,9 +178,11 @@ def prepare(
 
     if dataset:
         # From here on, a named dataset and anyone's folder are the same.
-        catalog = named.read(dataset, manual_dir, videos)
+        catalog = named.read(dataset, manual_dir, videos, encoding)
     else:
-        catalog = media_catalog.from_folder(videos, captions, annotations)
+        catalog = media_catalog.from_folder(videos, captions, annotations, encoding)
+    for remark in catalog.remarks:
+        console(remark)
     files = catalog.files
 
     # All that decides what comes out: a folder that was prepared from the same is left as it is.
@@ -387,8 +392,8 @@ def _parser(dataset: str) -> argparse.ArgumentParser:
     add(
         '--captions',
         default='',
-        help='CSV (video,start,end,text) or JSON; without it the captions of annotated segments '
-        'serve',
+        help='CSV (video,start,end,text), JSON, JSON Lines or a folder of subtitle files; without '
+        'it subtitle files beside the videos, else the captions of annotated segments; none: none',
     )
     add(
         '--dataset',
@@ -442,6 +447,11 @@ def _parser(dataset: str) -> argparse.ArgumentParser:
     add('--name', default='', help='name of the dataset; default: from --out')
     add('--vocabulary', type=int, default=65536, help='size of the vocabulary, at most')
     add('--tokenizer', default='words', choices=('words', 'wordpiece', 'sentencepiece'))
+    add(
+        '--encoding',
+        default='',
+        help='of captions and annotations that are neither UTF-8 nor UTF-16: cp1252, shift_jis …',
+    )
     add(
         '--validation',
         type=float,

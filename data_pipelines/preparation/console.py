@@ -83,8 +83,8 @@ class Console:
             self._print_skipped(summary['skipped'])
         if unknown_names:
             self(
-                f'{len(unknown_names)} names in captions or annotations have no file here, '
-                f'for example {unknown_names[0]!r}.'
+                f'{len(unknown_names)} names in captions or annotations have no file here, or '
+                f'several, for example {unknown_names[0]!r}.'
             )
         # The path in the quotes of Python, inside those of the shell: the command can be copied as
         # it is.
