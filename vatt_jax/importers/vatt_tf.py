@@ -79,6 +79,16 @@ def _nearby(prefix: str) -> str:
     return f'folder {folder} holds no TensorFlow checkpoint'
 
 
+def _data_files(prefix: str | os.PathLike) -> list[pathlib.Path]:
+    """The files that hold the numbers of a checkpoint."""
+    path = pathlib.Path(prefix)
+    # Not by a pattern: a name may hold characters that patterns give a meaning.
+    if not path.parent.is_dir():
+        return []
+    begin = f'{path.name}.data-'
+    return sorted(file for file in path.parent.iterdir() if file.name.startswith(begin))
+
+
 def write_checkpoint(prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
     """Write variables as tf.train.Checkpoint does.
 
@@ -285,19 +295,24 @@ def _class_names(prefix: str, shapes: Shapes, classes: Sequence[str] | None) -> 
     return list(classes)
 
 
-def export_checkpoint(run: str | os.PathLike, prefix: str) -> int:
+def export_checkpoint(
+    run: str | os.PathLike, prefix: str | os.PathLike, overwrite: bool = False
+) -> int:
     """Write a model of ours as an official checkpoint of weights.
 
     Args:
         run: a run folder, of which the newest model is taken, or one checkpoint folder.
         prefix: path of the checkpoint to write, without `.index`.
+        overwrite: whether to replace a checkpoint that is there.
 
     Returns:
         The number of variables written.
 
     Raises:
-        ConfigError: the model has parts that the official layout has not.
+        ConfigError: the model has parts that the official layout has not, or the checkpoint exists.
     """
+    out = pathlib.Path(prefix)
+    parameter_map.check_export(out, [pathlib.Path(f'{out}.index'), *_data_files(out)], overwrite)
     config, info, ours = parameter_map.read_run(run)
     objective, num_classes = None, 0
     if config.objective.name == 'classification':
@@ -305,5 +320,5 @@ def export_checkpoint(run: str | os.PathLike, prefix: str) -> int:
         num_classes = len(info['labels'][objective.label])
     entries = list(layout(filled(config), objective, num_classes))
     parameter_map.check_same(run, ours, entries)
-    write_checkpoint(prefix, parameter_map.to_theirs(ours, entries))
+    write_checkpoint(str(prefix), parameter_map.to_theirs(ours, entries))
     return len(entries)
