@@ -971,7 +971,7 @@ def test_weights_that_are_not_finite_and_guesses_are_reported(tmp_path, monkeypa
     (tmp_path / 'f').write_bytes(pickle.dumps(tree))
     main(['--format=mmv', f'--checkpoint={tmp_path / "f"}', f'--out={tmp_path / "run"}'])
     printed = capsys.readouterr().out
-    assert 'not finite: 2 variables' in printed
+    assert 'not finite: 2 of them' in printed
     assert 'text_conv1/b' in printed
     assert 'assumed: the graph fac, which was released' in printed
 

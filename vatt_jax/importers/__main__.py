@@ -85,13 +85,13 @@ def _print_report(report: Any) -> None:
     print(f'missing: none; optimizer and bookkeeping left alone: {report.bookkeeping} variables')
     if report.not_finite:
         print(
-            f'not finite: {len(report.not_finite)} variables hold a NaN or an infinity, as they do '
+            f'not finite: {len(report.not_finite)} of them hold a NaN or an infinity, as they do '
             f'in the checkpoint: {listed(report.not_finite)}'
         )
     if report.unreadable:
         print(
-            f'lost in the file: {len(report.unreadable)} variables of the optimizer and the like, '
-            f'which are not needed: {listed(report.unreadable)}'
+            f'lost in the file: {len(report.unreadable)} of the optimizer and the like, which are '
+            f'not needed: {listed(report.unreadable)}'
         )
     for assumption in report.assumed:
         print(f'assumed: {assumption}')
