@@ -1046,7 +1046,7 @@ def finetuned_checkpoint(tmp_path_factory):
         pytest.param(
             {'model.towers.video.width': 16},
             r'voxel_to_patch/kernel has shape \[2, 8, 8, 3, 12\], '
-            r'this config wants \[2, 8, 8, 3, 16\].*config.model.towers.video.width',
+            r'this config expects \[2, 8, 8, 3, 16\].*config.model.towers.video.width',
             id='width',
         ),
         pytest.param({'model.head.va': 15}, r'config.model.head.va', id='space'),
@@ -1057,7 +1057,7 @@ def finetuned_checkpoint(tmp_path_factory):
         ),
         pytest.param(
             {'model.towers.audio.layers': 2},
-            r'lacks 16 of the .* variables this config wants: .*/layers/1/layer_norm/gamma',
+            r'lacks 16 of the .* variables this config expects: .*/layers/1/layer_norm/gamma',
             id='more layers: variables',
         ),
         pytest.param(
@@ -1146,7 +1146,7 @@ def test_every_variable_that_does_not_fit_is_named(tmp_path):
     assert sorted(line.split(' has shape ')[0] for line in wrong) == sorted(expected)
     for line in wrong:
         shape = list(expected[line.split()[0]])
-        assert f'has shape {shape}, this config wants' in line
+        assert f'has shape {shape}, this config expects' in line
         assert '; set config.model.' in line
 
 

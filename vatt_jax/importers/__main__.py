@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 # TensorFlow reads this when it is imported; 3: errors alone.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 FORMATS = ('vatt_tf', 'mmv')
+MOST_LINES = 40  # names of one kind that are printed; the others are counted
 
 
 def main(argv: list[str]) -> None:
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
     importer = _importer(flags.format)
 
     if flags.export:
-        count = importer.export_checkpoint(flags.export, flags.out)
+        count = importer.export_checkpoint(flags.export, flags.out, flags.overwrite)
         # Of a TensorFlow checkpoint --out is the prefix; the index is one of its files.
         suffix = '.index' if flags.format == 'vatt_tf' else ''
         print(f'{count} variables of {flags.export} → {flags.out}{suffix}')
@@ -72,10 +73,28 @@ def main(argv: list[str]) -> None:
         flags.checkpoint, flags.out, config, default.get_config(), **names
     )
     print(f'{report.read} variables of {flags.checkpoint} → {flags.out} ({config.name})')
-    print(f'position tables resized: {", ".join(report.resized) or "none"}')
-    print(f'not used: {", ".join(report.unused) or "none"}')
+    _print_report(report)
+
+
+def _print_report(report: Any) -> None:
+    from vatt_jax.importers.messages import listed
+
+    print(f'position tables resized: {listed(report.resized, MOST_LINES) or "none"}')
+    print(f'not used: {listed(report.unused, MOST_LINES) or "none"}')
     # Always none: a variable that is missing is an error.
     print(f'missing: none; optimizer and bookkeeping left alone: {report.bookkeeping} variables')
+    if report.not_finite:
+        print(
+            f'not finite: {len(report.not_finite)} of them hold a NaN or an infinity, as they do '
+            f'in the checkpoint: {listed(report.not_finite)}'
+        )
+    if report.unreadable:
+        print(
+            f'lost in the file: {len(report.unreadable)} of the optimizer and the like, which are '
+            f'not needed: {listed(report.unreadable)}'
+        )
+    for assumption in report.assumed:
+        print(f'assumed: {assumption}')
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,6 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--vocabulary', default='', help='file of the words of the word table, one a line'
     )
+    parser.add_argument(
+        '--overwrite', action='store_true', help='let --export replace what is at --out'
+    )
     parser.add_argument('--classes', default='', help='file of class names, one a line')
     return parser
 
@@ -133,12 +155,16 @@ def _lines(path: str) -> list[str] | None:
     if not path:
         return None
     try:
-        return pathlib.Path(path).read_text().splitlines()
-    except OSError as error:
+        # A byte order mark, as some editors write, is no part of the first word. Only line ends
+        # separate words: other white space may belong to one.
+        text = pathlib.Path(path).read_text(encoding='utf-8-sig')
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, 'strerror', None) or f'not UTF-8: {error}'
         raise ConfigError(
-            f'{path} cannot be read ({error.strerror}); expected a text file with one word or name '
-            'a line'
+            f'{path} cannot be read ({reason}); expected a text file in UTF-8 with one word or '
+            'name a line'
         ) from error
+    return text.removesuffix('\n').split('\n')
 
 
 if __name__ == '__main__':
