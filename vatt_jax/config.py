@@ -180,12 +180,12 @@ def _get_config_function(spec: str, path: str, file: pathlib.Path) -> Any:
 
 def _files_nearby(folder: pathlib.Path) -> str:
     """Return the clause that tells of the config files in a folder."""
-    files = []
-    if folder.is_dir():
-        files = sorted(str(path) for path in folder.glob('*.py') if path.stem != '__init__')
-    if files:
-        return f'there are {", ".join(files)}'
-    return f'folder {folder} does not exist'
+    if not folder.is_dir():
+        return f'folder {folder} does not exist'
+    files = sorted(str(path) for path in folder.glob('*.py') if path.stem != '__init__')
+    if not files:
+        return f'folder {folder} has no Python files'
+    return f'there are {", ".join(files)}'
 
 
 def override(config: ConfigDict, assignments: Iterable[tuple[str, str]]) -> None:
