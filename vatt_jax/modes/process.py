@@ -99,8 +99,8 @@ def _count_devices(platform: str) -> tuple[int, int]:
 
     try:
         return jax.device_count(), jax.process_count()
-    # What JAX raises where a platform fails to start, here at its first use; an empty AssertionError
-    # where it was told of a platform whose plugin is not installed.
+    # What JAX raises where a platform fails to start, here at its first use: an AssertionError
+    # without a word where the platform's plugin is not installed.
     except (RuntimeError, AssertionError) as error:
         first_line = (str(error) or f'JAX has no plugin for {platform}').splitlines()[0]
         advice = '--config.jax_platform=cpu runs on the CPU'
