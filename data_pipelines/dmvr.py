@@ -36,6 +36,7 @@ from data_pipelines.storage import byte_offsets
 from data_pipelines.storage import record_index as indices
 from data_pipelines.storage.records import SPLITS
 from vatt_jax import extras
+from vatt_jax.command_line import expand_home
 from vatt_jax.config import fail
 
 try:
@@ -515,6 +516,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument('--overwrite', action='store_true', help='replace an index')
     parser.add_argument('--quiet', action='store_true', help='print errors only')
     try:
+        arguments = expand_home(sys.argv[1:] if arguments is None else arguments)
         index(**vars(parser.parse_args(arguments)))
     except (DataError, extras.MissingExtra) as e:
         print(f'error: {e}', file=sys.stderr)

@@ -36,6 +36,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.preparation.console import Console
 from data_pipelines.storage import record_index
 from vatt_jax import extras
+from vatt_jax.command_line import expand_home
 from vatt_jax.config import fail
 
 try:
@@ -484,6 +485,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     # --help depends on --dataset, so this flag is looked up before the others are parsed.
     arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = expand_home(arguments)
     parser = _parser(_named_dataset(arguments))
     try:
         # Flags are called like the arguments of `prepare`, one for one.

@@ -13,6 +13,7 @@ FLOORS = (
     (
         'vatt_jax.rng',
         'vatt_jax.parallel',
+        'vatt_jax.command_line',
         'vatt_jax.config',
         'vatt_jax.named_configs',
         'vatt_jax.run_folder',

@@ -15,7 +15,9 @@ import pytest
 
 from vatt_jax import config as configs
 from vatt_jax import named_configs
+from vatt_jax.command_line import expand_home
 from vatt_jax.config import ConfigError
+from vatt_jax.modes.flags import parse
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = sorted(named_configs.summaries())
@@ -255,4 +257,31 @@ def test_the_importers_of_a_wheel_find_their_defaults(site, elsewhere):
     )
     assert done.returncode == 2, done.stderr
     assert 'nowhere.pkl' in done.stderr
+    assert done.stderr.count('\n') == 1
+
+
+def test_a_home_folder_is_expanded(elsewhere, monkeypatch):
+    """Shells expand ~ only where a word begins with it, so --config=~/mine.py comes as it is."""
+    monkeypatch.setenv('HOME', str(elsewhere))
+    flags, overrides = parse(
+        ['--config=~/mine.py', '--workdir=~/runs/a', '--out=~/out', '--config.init_from=~/b']
+    )
+    assert flags.config == f'{elsewhere}/mine.py'
+    assert flags.workdir == f'{elsewhere}/runs/a'
+    assert flags.out == f'{elsewhere}/out'
+    assert overrides == [('init_from', f'{elsewhere}/b')]
+    assert expand_home(['--name=a~/b', '--x=~', '~/y']) == [
+        '--name=a~/b',
+        f'--x={elsewhere}',
+        '~/y',
+    ]
+
+
+def test_run_py_by_a_python_without_the_dependencies(elsewhere):
+    """-S: without the packages of this environment."""
+    done = subprocess.run(
+        [sys.executable, '-S', str(ROOT / 'run.py')], text=True, capture_output=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f'error: {sys.executable} has no module ')
     assert done.stderr.count('\n') == 1

@@ -29,7 +29,8 @@ def main(argv: list[str]) -> None:
     if flags.mode == 'report':
         from vatt_jax.modes import report
 
-        report.run(workdir, flags.compare.split(',') if flags.compare else ())
+        others = flags.compare.split(',') if flags.compare else ()
+        report.run(workdir, [os.path.expanduser(folder) for folder in others])
         return
     config = read_config(flags, overrides, workdir)
     if flags.mode == 'plan':

@@ -25,6 +25,8 @@ import pathlib
 import sys
 from typing import Any, NoReturn
 
+from vatt_jax.command_line import expand_home
+
 # TensorFlow reads this when it is imported; 3: errors alone.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 FORMATS = ('vatt_tf', 'mmv')
@@ -44,7 +46,7 @@ def main(argv: list[str]) -> None:
     from vatt_jax import named_configs
     from vatt_jax.config import ConfigError
 
-    flags = _parser().parse_args(argv)
+    flags = _parser().parse_args(expand_home(argv))
     if bool(flags.checkpoint) == bool(flags.export):
         # Neither says what to do; both would leave open which of them --out belongs to.
         raise ConfigError('name one of --checkpoint=PREFIX (in) and --export=RUN (out)')

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import vatt_jax
 from vatt_jax import named_configs
+from vatt_jax.command_line import expand_home
 from vatt_jax.config import ConfigError
 
 MODES = ('train', 'eval', 'embed', 'report', 'deflate', 'plan')
@@ -60,7 +61,7 @@ def parse(
         Flags, and ('field.path', 'text') of every --config.field.path=text.
     """
     overrides, rest = [], []
-    words = iter(argv)
+    words = iter(expand_home(argv))
     for word in words:
         if not word.startswith('--config.'):
             rest.append(word)
