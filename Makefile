@@ -8,7 +8,7 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 # Packages are installed without byte code, so what is imported is compiled once, by the first process that needs it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo controls test test-all lint types bench clean
+.PHONY: demo controls test test-all wheel-test lint types bench clean
 
 demo: $(VENV)/.ready        ## make the playground, pretrain VATT on it, evaluate, report
 	$(BIN)/python run.py --config=configs/demo.py --workdir=runs/demo
@@ -25,6 +25,9 @@ test: $(VENV)/.ready
 test-all: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
+wheel-test:                 ## the wheel in an environment of its own, with core dependencies alone
+	$(PYTHON) tools/wheel_test.py
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,6 +42,7 @@ $(VENV)/.ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 clean:

@@ -24,8 +24,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import default, demo, vatt
 from vatt_jax.config import choose
+
+from . import default, demo, vatt
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,15 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from jaxtyping import Int16, Integer, Shaped, UInt8
-from PIL import Image, ImageOps
+
+from vatt_jax import extras
+
+with extras.needed('video', 'reading and writing media files'):
+    import av
+    from av.video.reformatter import VideoReformatter
+    from PIL import Image, ImageOps
 
 # Containers of video, then of sound alone. What is really inside decides: see `_track`.
 SUFFIXES = (

@@ -32,19 +32,32 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from data_pipelines.datasets import named
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import (
-    arguments,
-    decoded_files,
-    media_catalog,
-    record_contents,
-    staging,
-    writing,
-)
 from data_pipelines.preparation.console import Console
 from data_pipelines.storage import record_index
+from vatt_jax import extras
+from vatt_jax.command_line import expand_home
+from vatt_jax.config import fail
 
+try:
+    # All of these import the reader of media files, whose packages are an extra.
+    from data_pipelines.datasets import named
+    from data_pipelines.preparation import (
+        arguments,
+        decoded_files,
+        media_catalog,
+        record_contents,
+        staging,
+        writing,
+    )
+except extras.MissingExtra as error:
+    # A program that imports this file gets the exception.
+    if __name__ == '__main__':
+        fail(str(error))
+    raise
+
+# Modules that write records.
+_WRITERS = ('tensorflow', 'tensorflow_datasets', 'array_record')
 # Written last: a folder without it is unfinished.
 _FINISHED_FILE = 'prepare.json'
 # Error numbers of a disk that takes no more: full, over the user's quota, file too large.
@@ -209,6 +222,8 @@ def prepare(
         )
         return {**finished['summary'], 'fresh': False}
 
+    # Likewise: these are imported only when all files are decoded.
+    extras.check('writing records', *_WRITERS, *record_contents.tokenizer_modules(tokenizer))
     stage_dir.mkdir(parents=True, exist_ok=True)
     # Skips what an earlier run has staged already: this is the step that resumes.
     staging.stage_all(files, settings, stage_dir, processes, console, beam)
@@ -480,11 +495,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     # --help depends on --dataset, so this flag is looked up before the others are parsed.
     arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = expand_home(arguments)
     parser = _parser(_named_dataset(arguments))
     try:
         # Flags are called like the arguments of `prepare`, one for one.
         prepare(**vars(parser.parse_args(arguments)))
-    except DataError as error:
+    except (DataError, extras.MissingExtra) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2  # as argparse exits after a wrong flag
     except KeyboardInterrupt:

@@ -353,6 +353,20 @@ def test_launch_refuses_in_a_sentence(flags, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
+def test_launch_starts_the_installed_command(tmp_path):
+    """`vatt-jax` is no file of the current folder."""
+    done = subprocess.run(
+        [sys.executable, '-m', 'vatt_jax.launch', '--processes=1', 'vatt-jax', '--version'],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith('vatt_jax ')
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_training_by_the_launcher(tmp_path):

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int16, UInt8
 from ml_collections import ConfigDict
 
-from vatt_jax import optim
+from vatt_jax import extras, optim
 from vatt_jax.config import ConfigError
 from vatt_jax.inference import feature_extractor
 from vatt_jax.inputs import tokenizer
@@ -381,13 +381,9 @@ def _resampled(x: np.ndarray, rate: int, model_rate: int) -> np.ndarray:
         raise ConfigError(
             f'embed(audio=…, rate={rate}): expected a positive number of samples per second'
         )
-    try:
+    purpose = f'embed(audio=…, rate={rate}): the model reads {model_rate} Hz, and resampling'
+    with extras.needed('video', purpose):
         import soxr
-    except ImportError as error:
-        raise ConfigError(
-            f'embed(audio=…, rate={rate}): the model reads {model_rate} Hz, and resampling needs '
-            'soxr; install the video extra'
-        ) from error
     return soxr.resample(x, rate, model_rate)
 
 
@@ -405,10 +401,6 @@ def _sound_of_file(path: str | os.PathLike, rate: int) -> Int16[np.ndarray, ' S'
 
 def _media() -> Any:
     """The reader of media files. Imported where it is used: it is an extra."""
-    try:
-        from data_pipelines import media
-    except ImportError as error:
-        raise ConfigError(
-            f'reading media files needs PyAV ({error}); install the video extra, or pass arrays'
-        ) from error
+    from data_pipelines import media
+
     return media

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import ast
 import difflib
-import importlib.util
 import inspect
 import json
 import os
 import pathlib
 import sys
-import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from vatt_jax import named_configs
 from vatt_jax.run_folder import RunFolder
 
 Value = TypeVar('Value')  # of a field that is one of several
@@ -28,7 +27,7 @@ Value = TypeVar('Value')  # of a field that is one of several
 class ConfigError(ValueError):
     """A mistake of the user's that a sentence can explain.
 
-    run.py prints it and exits with code 2.
+    The command line prints it and exits with code 2.
     """
 
 
@@ -96,13 +95,21 @@ def load(spec: str) -> ConfigDict:
     """Load a config file.
 
     Args:
-        spec: 'path/file.py' or 'path/file.py:arg'; the argument goes to its get_config.
+        spec: 'path/file.py' or 'path/file.py:arg'; the argument goes to its get_config. Where
+            there is no such file, 'configs/demo.py', 'demo' and 'demo:arg' are the named config.
 
     Raises:
         ConfigError: There is no such file, it cannot be run, or get_config refuses the argument.
     """
     path, _, arg = spec.partition(':')
-    get_config = _get_config_function(spec, path)
+    file = _config_file(spec, path)
+    # Of the call too: get_config may import other configs.
+    with named_configs.importable(file):
+        return _call_get_config(spec, path, file, arg)
+
+
+def _call_get_config(spec: str, path: str, file: pathlib.Path, arg: str) -> ConfigDict:
+    get_config = _get_config_function(spec, path, file)
     if not arg:
         arguments = []
     elif inspect.signature(get_config).parameters:
@@ -121,19 +128,42 @@ def load(spec: str) -> ConfigDict:
         raise ConfigError(f'--config={spec}: {_one_line(message)}') from error
 
 
-def _get_config_function(spec: str, path: str) -> Any:
-    """Return the get_config of a config file."""
+def _config_file(spec: str, path: str) -> pathlib.Path:
+    """Return the file that --config names: one that is there, else a named config."""
     file = pathlib.Path(path)
-    if not file.is_file():
-        raise ConfigError(f'--config={spec}: no file {path}; {_files_nearby(file.parent)}')
-    if file.suffix != '.py':
+    if file.is_file() and file.suffix == '.py':
+        return file
+    # Before what is here under this name and cannot be a config: `demo` may well be a folder.
+    named = named_configs.find(path)
+    if named is not None:
+        return named
+    if file.is_file():
         raise ConfigError(
             f'--config={spec}: {path} is not a Python file; a config is one, such as '
             'configs/default.py'
         )
+    if named_configs.could_be_name(path):
+        hint = f' and no named config; {_name_suggestion(file.stem)}'
+    else:
+        hint = f'; {_files_nearby(file.parent)}'
+    raise ConfigError(f'--config={spec}: no file {path}{hint}')
+
+
+def _name_suggestion(name: str) -> str:
+    """Return the clause that names the named config most like `name`, or all of them."""
+    names = list(named_configs.summaries())
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f'did you mean configs/{close[0]}.py?'
+    files = [f'configs/{other}.py' for other in names]
+    return f'expected a file or one of {", ".join(files)}'
+
+
+def _get_config_function(spec: str, path: str, file: pathlib.Path) -> Any:
+    """Return the get_config of a config file."""
     try:
         # The file may do anything, and so raise anything.
-        module = _run_file(file)
+        module = named_configs.run_file(file)
     except Exception as error:
         raise ConfigError(
             f'--config={spec}: {path} cannot be run ({type(error).__name__}: '
@@ -148,23 +178,14 @@ def _get_config_function(spec: str, path: str) -> Any:
     return get_config
 
 
-def _run_file(file: pathlib.Path) -> types.ModuleType:
-    # Loaded by path, and not put into sys.modules: two config files of one name do not clash there.
-    module_spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
-    assert module_spec is not None and module_spec.loader is not None  # it ends in .py
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module
-
-
 def _files_nearby(folder: pathlib.Path) -> str:
     """Return the clause that tells of the config files in a folder."""
-    files = []
-    if folder.is_dir():
-        files = sorted(str(path) for path in folder.glob('*.py') if path.stem != '__init__')
-    if files:
-        return f'there are {", ".join(files)}'
-    return f'folder {folder} does not exist'
+    if not folder.is_dir():
+        return f'folder {folder} does not exist'
+    files = sorted(str(path) for path in folder.glob('*.py') if path.stem != '__init__')
+    if not files:
+        return f'folder {folder} has no Python files'
+    return f'there are {", ".join(files)}'
 
 
 def override(config: ConfigDict, assignments: Iterable[tuple[str, str]]) -> None:

@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from data_pipelines.errors import DataError
 from data_pipelines.preparation import decoded_files
 from data_pipelines.preparation.console import Console
+from vatt_jax import extras
 
 # Tasks submitted ahead for each worker: enough that none waits for the parent, few enough that
 # little has to be tried again when a file crashes the pool.
@@ -78,8 +79,8 @@ def _stage_with_beam(
         from data_pipelines.preparation import beam
     except ImportError as error:
         raise DataError(
-            f"--beam={beam_options} needs apache-beam ({error}); pip install 'vatt_jax[beam]' "
-            'into an environment of its own'
+            f'--beam={beam_options} needs apache-beam ({error}); in an environment of its own: '
+            f'{extras.install_command("beam")}'
         ) from None
     counts = beam.stage(waiting, settings, stage_dir, beam_options)
     parts = [f'{count} {result}' for result, count in sorted(counts.items())]

@@ -10,7 +10,7 @@
     python -m vatt_jax.importers --format=mmv --checkpoint=mmv_s3d.pkl \\
         --config=configs/mmv.py:s3d_fac_vat --out=runs/mmv_s3d
 
---out is then a run folder: vatt_jax.load(DIR), run.py --mode=eval --workdir=DIR,
+--out is then a run folder: vatt_jax.load(DIR), vatt-jax --mode=eval --workdir=DIR,
 --config.init_from=DIR, or further training in it.
 A pickle (mmv) is read without running anything that it asks for.
 --vocabulary=FILE (a word a line, <pad> first) makes embed(text=…) work; --classes=FILE names a
@@ -24,6 +24,8 @@ import os
 import pathlib
 import sys
 from typing import Any, NoReturn
+
+from vatt_jax.command_line import expand_home
 
 # TensorFlow reads this when it is imported; 3: errors alone.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -41,15 +43,16 @@ def main(argv: list[str]) -> None:
         ConfigError: flags, config or checkpoint are wrong.
     """
     # The importers, and models with them, are imported only when the flags are right.
-    from configs import default
     from vatt_jax import config as configs
+    from vatt_jax import named_configs
     from vatt_jax.config import ConfigError
 
-    flags = _parser().parse_args(argv)
+    flags = _parser().parse_args(expand_home(argv))
     if bool(flags.checkpoint) == bool(flags.export):
         # Neither says what to do; both would leave open which of them --out belongs to.
         raise ConfigError('name one of --checkpoint=PREFIX (in) and --export=RUN (out)')
     importer = _importer(flags.format)
+    default = named_configs.module('default')
 
     if flags.export:
         count = importer.export_checkpoint(flags.export, flags.out, flags.overwrite)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from vatt_jax import extras
 from vatt_jax.config import ConfigError, with_defaults
 from vatt_jax.importers import parameter_map
 from vatt_jax.importers.messages import escaped, shown
@@ -201,13 +202,8 @@ def write_checkpoint(prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
 
 def _tensorflow() -> Any:
     # Imported here: everything else of the library works without TensorFlow.
-    try:
+    with extras.needed('data', 'reading and writing TensorFlow checkpoints'):
         import tensorflow as tf
-    except ImportError as error:
-        raise ConfigError(
-            f'reading and writing TensorFlow checkpoints needs TensorFlow ({error}); install the '
-            'data extra'
-        ) from error
     tf.config.set_visible_devices([], 'GPU')  # else it would reserve the memory JAX needs
     return tf
 

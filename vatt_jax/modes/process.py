@@ -12,6 +12,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from vatt_jax import config as configs
+from vatt_jax import extras
 from vatt_jax.config import ConfigError
 from vatt_jax.run_folder import RunFolder
 
@@ -48,7 +49,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> None:
         jax.config.update('jax_platforms', config.jax_platform)
     # Before the first use of a device, after which JAX refuses it.
     distributed.initialize()
-    num_devices, num_processes = _count_devices()
+    num_devices, num_processes = _count_devices(config.jax_platform)
     # Cheap, and before the data are made or opened.
     configs.check_batch(config, num_devices, num_processes)
     keep_compiled(config, workdir)
@@ -92,18 +93,21 @@ def keep_compiled(config: ConfigDict, workdir: pathlib.Path) -> None:
         jax.config.update('jax_compilation_cache_dir', str(folder))
 
 
-def _count_devices() -> tuple[int, int]:
-    """(devices, processes) of the whole run."""
+def _count_devices(platform: str) -> tuple[int, int]:
+    """(devices, processes) of the whole run, on config.jax_platform."""
     import jax
 
     try:
         return jax.device_count(), jax.process_count()
-    # What JAX raises where a platform fails to start, here at its first use.
-    except RuntimeError as error:
-        first_line = str(error).splitlines()[0]
-        raise ConfigError(
-            f'no device could be used ({first_line}); --config.jax_platform=cpu runs on the CPU'
-        ) from error
+    # What JAX raises where a platform fails to start, here at its first use: an AssertionError
+    # without a word where the platform's plugin is not installed.
+    except (RuntimeError, AssertionError) as error:
+        first_line = (str(error) or f'JAX has no plugin for {platform}').splitlines()[0]
+        advice = '--config.jax_platform=cpu runs on the CPU'
+        if platform in extras.REQUIREMENTS:
+            command = extras.install_command(platform)
+            advice += f', and where the chips are there, {command} adds JAX for them'
+        raise ConfigError(f'no device could be used ({first_line}); {advice}') from error
 
 
 def exit_with_sentence(main: Callable[[list[str]], None], argv: list[str]) -> None:
