@@ -110,4 +110,7 @@ def _report_scalars(
             if name.rsplit('/', 1)[-1] in HEADLINES:
                 headlines.append(f'{name} {value:.3g}')
         progress.say(f'step {step}: ' + '  '.join(headlines))
+        for evaluator, result in results.items():
+            for remark in result.remarks:
+                progress.say(f'{evaluator}: {remark}')
     return scalars
