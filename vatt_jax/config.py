@@ -670,14 +670,21 @@ def stored(workdir: str | pathlib.Path) -> ConfigDict | None:
         ConfigError: The file cannot be read.
     """
     file = RunFolder(pathlib.Path(workdir)).config
-    if not file.exists():
-        return None
+    try:
+        if not file.exists():
+            return None
+    # A folder above that may not be looked into, a name that is too long or holds a null byte.
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f'--workdir={workdir}: expected a folder that can be read, got {error}; choose another '
+            '--workdir'
+        ) from error
     try:
         return from_json(file.read_text())
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
-            f'{file} cannot be read ({type(error).__name__}: {error}); remove it and name the '
-            'config with --config, or choose another --workdir'
+            f'{file} cannot be read ({type(error).__name__}: {error}); move it elsewhere and '
+            'name the config with --config, or choose another --workdir'
         ) from error
 
 

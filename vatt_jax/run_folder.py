@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import shutil
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,26 @@ def evaluation_name(step: int) -> str:
     """Name of the evaluation of a step."""
     # Six digits, so that file listings show most runs in order of step.
     return f'step_{step:06d}'
+
+
+def readable_size(num_bytes: float) -> str:
+    """Returns '1.5 GB' or '300 kB'."""
+    for unit, name in ((1e12, 'TB'), (1e9, 'GB'), (1e6, 'MB')):
+        if num_bytes >= unit:
+            return f'{num_bytes / unit:.1f} {name}'
+    return f'{num_bytes / 1e3:.0f} kB'
+
+
+def free_space(path: pathlib.Path) -> int | None:
+    """Bytes that may still be written where `path` is or will be; None where it is not known."""
+    for folder in (path.absolute(), *path.absolute().parents):
+        try:
+            return shutil.disk_usage(folder).free
+        except FileNotFoundError:
+            continue  # not made yet
+        except OSError:
+            return None
+    return None
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
