@@ -60,6 +60,8 @@ def get_config(arg: str = '') -> ConfigDict:
     c.profile = ()
     # Steps between lines of metrics.jsonl.
     c.log_every = 10
+    # Where these lines go as well: tensorboard | wandb | clu.
+    c.trackers = ('tensorboard',)
     # Non-finite steps in a row that stop the run.
     c.max_bad_steps = 5
 

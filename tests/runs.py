@@ -101,7 +101,11 @@ def log_lines(workdir: pathlib.Path) -> list[dict]:
     """metrics.jsonl without what time alone decides."""
     lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
     return [
-        {k: v for k, v in line.items() if k not in ('clips_per_s', 'data_wait', 'goodput', 'mfu')}
+        {
+            k: v
+            for k, v in line.items()
+            if k not in ('time', 'clips_per_s', 'data_wait', 'goodput', 'mfu')
+        }
         for line in lines
     ]
 

@@ -264,11 +264,7 @@ class Checkpoints:
         try:
             restored = self.manager.restore(step, args=items)
         except Exception as error:
-            raise ConfigError(
-                f'checkpoint {path} cannot be read ({_first_line(error)}); nothing was changed. To '
-                'go back to the one before, move that folder out of the run folder; or choose '
-                'another --workdir'
-            ) from error
+            raise _unreadable(path, error) from error
         restored_by_name = {
             _path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(restored.state)
         }
@@ -512,7 +508,10 @@ def _misfit(path: pathlib.Path, difference: str, config: ConfigDict | None) -> C
 
 
 def _unreadable(path: pathlib.Path, error: Exception) -> ConfigError:
-    return ConfigError(f'checkpoint {path} cannot be read ({_first_line(error)})')
+    return ConfigError(
+        f'checkpoint {path} cannot be read ({_first_line(error)}); nothing was changed. Name another '
+        'one, or move it out of its run folder to go back to the one before'
+    )
 
 
 def _path_name(key_path: Sequence[Any]) -> str:
