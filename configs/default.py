@@ -60,6 +60,8 @@ def get_config(arg: str = '') -> ConfigDict:
     c.profile = ()
     # Steps between lines of metrics.jsonl.
     c.log_every = 10
+    # Where these lines go as well: tensorboard | wandb | clu.
+    c.trackers = ('tensorboard',)
     # Non-finite steps in a row that stop the run.
     c.max_bad_steps = 5
 
@@ -142,8 +144,10 @@ def optimizer() -> ConfigDict:
     s.name = 'warmup_cosine'
     # Learning rate after the warm-up.
     s.peak = 1e-4
-    # Steps of linear warm-up from 0.
+    # Steps of linear warm-up.
     s.warmup = 5000
+    # Learning rate at the first step of the warm-up.
+    s.start = 0.0
     # Learning rate at the last step.
     s.end = 5e-5
     # vatt: (step, rate) pairs.

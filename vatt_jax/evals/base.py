@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
-from vatt_jax.config import ConfigError, with_defaults
+from vatt_jax.config import ConfigError, check_range, with_defaults
 from vatt_jax.inference.feature_extractor import FeatureExtractor, compute_features
 from vatt_jax.inputs.batch import modality_of
 
@@ -28,10 +29,12 @@ class Result:
       scalars: name -> number (logged as `<evaluator>/<name>`).
       artifacts: name -> NumPy array or JSON-able value for the report (saved with the evaluation,
         never logged).
+      remarks: sentences about the numbers that are said with them (neither saved nor logged).
     """
 
     scalars: dict[str, float]
     artifacts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    remarks: list[str] = dataclasses.field(default_factory=list)
 
 
 # ---- Named changes of a host batch before encoding (controls): host batch in, host batch out.
@@ -142,6 +145,8 @@ REMEDY = (
 # Checked for every evaluator that has them.
 POSITIVE_FIELDS = (
     'limit',
+    'query_limit',
+    'gallery_limit',
     'train_limit',
     'test_limit',
     'windows',
@@ -184,6 +189,9 @@ class Evaluator:
                 raise ConfigError(
                     f'{self.where}.{field}: expected a positive number, got {c[field]}.'
                 )
+        # 0 clusters: as many as classes; negative seconds: before.
+        for field, low in (('clusters', 0), ('seconds', -math.inf)):
+            check_range(c.get(field, 0), low, math.inf, f'{self.where}.{field}')
         for strength in c.get('strengths', ()):
             # `not > 0` instead of `<= 0`, which NaN would pass.
             if not isinstance(strength, (int, float)) or not strength > 0:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax.inference import feature_extractor
 from vatt_jax.parallel import distributed, sharding
-from vatt_jax.run_folder import RunFolder
+from vatt_jax.run_folder import RunFolder, writing
 from vatt_jax.training import checkpoint
 
 
@@ -55,8 +55,9 @@ def run(
         # numpy appends .npz to any other ending.
         temporary = path.with_name(f'{path.stem}.tmp.npz')
         # NumPy declares a flag among the keywords that are names of arrays.
-        np.savez(temporary, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, path)
+        with writing(path):
+            np.savez(temporary, **arrays)  # type: ignore[arg-type]
+            os.replace(temporary, path)
         print(f'{len(features["index"])} examples → {path}')
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import io
 import os
 import pathlib
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -28,6 +31,18 @@ EXIT_CODES = {
     'TrainingStopped': 1,
     'ProcessGone': 1,
     'CheckpointNotSaved': 1,
+    'NotWritten': 1,
+}
+# What the system says of files that a sentence explains -> exit code: 2 where another folder has to
+# be named, 1 where the same command works once there is room.
+SYSTEM_ERRORS = {
+    errno.EACCES: 2,
+    errno.EPERM: 2,
+    errno.EROFS: 2,
+    errno.ENAMETOOLONG: 2,
+    errno.ENOSPC: 1,
+    errno.EDQUOT: 1,
+    errno.EFBIG: 1,
 }
 
 
@@ -117,6 +132,7 @@ def exit_with_sentence(main: Callable[[list[str]], None], argv: list[str]) -> No
         main: takes the arguments.
         argv: the arguments.
     """
+    _write_any_character()
     try:
         main(argv)
     except ConfigError as error:
@@ -125,8 +141,17 @@ def exit_with_sentence(main: Callable[[list[str]], None], argv: list[str]) -> No
         print('interrupted; the same command continues from the last checkpoint', file=sys.stderr)
         # 128 + SIGINT, as shells have it.
         sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read the output, such as `head`, has seen enough. Python would fail once more at
+        # its end, when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         code = EXIT_CODES.get(type(error).__name__)
+        message = str(error)
+        if code is None and isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+            code = SYSTEM_ERRORS[error.errno]
+            message = _about_file(error)
         if code is None:
             import jax
 
@@ -136,8 +161,27 @@ def exit_with_sentence(main: Callable[[list[str]], None], argv: list[str]) -> No
             code = 1
             traceback.print_exc()
         else:
-            print(f'error: {error}', file=sys.stderr)
+            print(f'error: {message}', file=sys.stderr)
         sys.stderr.flush()
         sys.stdout.flush()
         # Out at once: at its end Python would wait for the other processes, and they for this one.
         os._exit(code)
+
+
+def _write_any_character() -> None:
+    """Has the terminal's encoding replace the characters it lacks, such as × in ASCII."""
+    for stream in (sys.stdout, sys.stderr):
+        # Tests and notebooks put other objects there.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='replace')
+
+
+def _about_file(error: OSError) -> str:
+    """The sentence for an error of the file system."""
+    reason = error.strerror or str(error)
+    # Errors of writing to an open file have no name.
+    if error.filename is None:
+        return f'a file could not be written: {reason}; the same command continues once it can be'
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f'{error.filename} could not be written: {reason}; make room and start again'
+    return f'{error.filename}: {reason}; choose another folder, or change its permissions'

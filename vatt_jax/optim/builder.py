@@ -64,7 +64,7 @@ def _is_rate(pair: Any) -> bool:
     if not isinstance(pair, tuple) or len(pair) != 2:
         return False
     factor = pair[1]
-    return isinstance(factor, (int, float)) and factor >= 0
+    return isinstance(factor, (int, float)) and 0 <= factor < math.inf
 
 
 def build(config: ConfigDict, steps: int, params: Any) -> optax.GradientTransformationExtraArgs:
