@@ -1,4 +1,4 @@
-"""Every number of a config has a range: what lies outside is refused by a sentence that names its field."""
+"""Every number of a config has a range; what lies outside is a sentence with the field."""
 
 import importlib
 import math

@@ -1,4 +1,4 @@
-"""What befalls runs on other people's machines: changed configs, full disks, folders of others, closed terminals."""
+"""Runs on other people's machines: changed configs, full disks, folders of others, terminals."""
 
 import errno
 import json

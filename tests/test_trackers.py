@@ -1,4 +1,4 @@
-"""Trackers: what each service is handed, that none is needed until it is asked for, and that none can end a run."""
+"""Trackers: what each service is given; none is needed until it is used, none can end a run."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ def say_nothing(line):
 
 
 def events(folder):
-    """[(step, tag, kind)] of the event files of a folder, read by tensorboardX's own protocol buffers."""
+    """[(step, tag, kind)] of a folder's event files, by tensorboardX's own protocol buffers."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
