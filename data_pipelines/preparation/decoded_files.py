@@ -23,7 +23,7 @@ import multiprocessing
 import os
 import pathlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -139,7 +139,7 @@ def _decode(file: File, settings: Settings) -> tuple[dict[str, Any], list[bytes]
     if settings.crf:
         frames = media.encode_h264(pictures(), settings.fps, settings.crf)
     else:
-        frames = [media.encode_jpeg(picture, settings.quality) for picture in pictures()]
+        frames = _encode_jpegs(pictures(), settings.quality)
 
     audio = decoded.audio
     if frames:
@@ -160,6 +160,19 @@ def _decode(file: File, settings: Settings) -> tuple[dict[str, Any], list[bytes]
     # Little-endian on every machine; the header says nothing of byte order.
     pcm = b'' if audio is None else audio.astype('<i2').tobytes()
     return header, [*frames, pcm]
+
+
+def _encode_jpegs(pictures: Iterable[UInt8[np.ndarray, 'H W 3']], quality: int) -> list[bytes]:
+    encoded: list[bytes] = []
+    last = None
+    for picture in pictures:
+        # One that stays on display is the same array each time: a still picture with minutes of
+        # sound is encoded once.
+        if picture is not last:
+            jpeg = media.encode_jpeg(picture, quality)
+            last = picture
+        encoded.append(jpeg)
+    return encoded
 
 
 def write(target: str, header: dict[str, Any], parts: list[bytes]) -> None:
