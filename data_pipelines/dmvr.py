@@ -36,6 +36,7 @@ from data_pipelines.preparation.console import Console
 from data_pipelines.storage import byte_offsets
 from data_pipelines.storage import record_index as indices
 from data_pipelines.storage.records import SPLITS
+from vatt_jax.terminal import printable, use_plain_characters
 
 FRAMES = ('image/encoded',)
 AUDIO = ('WAVEFORM/feature/floats', 'waveform/floats')
@@ -474,6 +475,7 @@ def _check_rates(records: list[dict[str, Any]], fps: float, rate: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    use_plain_characters()
     parser = argparse.ArgumentParser(
         prog='python -m data_pipelines.dmvr',
         allow_abbrev=False,
@@ -504,7 +506,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         index(**vars(parser.parse_args(arguments)))
     except DataError as e:
-        print(f'error: {e}', file=sys.stderr)
+        print(f'error: {printable(str(e))}', file=sys.stderr)
         return 2
     return 0
 

@@ -44,6 +44,7 @@ from data_pipelines.preparation import (
 )
 from data_pipelines.preparation.console import Console
 from data_pipelines.storage import record_index
+from vatt_jax.terminal import printable, use_plain_characters
 
 # Written last: a folder without it is unfinished.
 _FINISHED_FILE = 'prepare.json'
@@ -468,6 +469,7 @@ def _named_dataset(arguments: list[str]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    use_plain_characters()
     # --help depends on --dataset, so this flag is looked up before the others are parsed.
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser(_named_dataset(arguments))
@@ -475,7 +477,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Flags are called like the arguments of `prepare`, one for one.
         prepare(**vars(parser.parse_args(arguments)))
     except DataError as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(f'error: {printable(str(error))}', file=sys.stderr)
         return 2  # as argparse exits after a wrong flag
     except KeyboardInterrupt:
         print('stopped; the same command goes on from here', file=sys.stderr)

@@ -10,7 +10,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up. Files of one floor may import those below, and one another where that makes
 # no circle (test_no_two_files_import_each_other).
 FLOORS = (
-    ('vatt_jax.rng', 'vatt_jax.parallel', 'vatt_jax.config', 'vatt_jax.run_folder'),
+    (
+        'vatt_jax.rng',
+        'vatt_jax.parallel',
+        'vatt_jax.config',
+        'vatt_jax.run_folder',
+        'vatt_jax.terminal',
+    ),
     ('vatt_jax.inputs',),
     ('vatt_jax.losses', 'vatt_jax.clustering'),
     ('vatt_jax.models',),

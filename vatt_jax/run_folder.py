@@ -109,5 +109,6 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     """Writes a file that a kill leaves either as it was or complete."""
     # In the same folder, since a rename is atomic within one file system only.
     temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(text)
+    # Not the encoding of whoever's terminal it is.
+    temporary.write_text(text, encoding='utf-8')
     os.replace(temporary, path)

@@ -133,7 +133,7 @@ def _lines(path: str) -> list[str] | None:
     if not path:
         return None
     try:
-        return pathlib.Path(path).read_text().splitlines()
+        return pathlib.Path(path).read_text(encoding='utf-8').splitlines()
     except OSError as error:
         raise ConfigError(
             f'{path} cannot be read ({error.strerror}); expected a text file with one word or name '
@@ -143,7 +143,9 @@ def _lines(path: str) -> list[str] | None:
 
 if __name__ == '__main__':
     from vatt_jax.config import ConfigError, fail
+    from vatt_jax.terminal import use_plain_characters
 
+    use_plain_characters()
     try:
         main(sys.argv[1:])
     except ConfigError as error:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from vatt_jax import config as configs
 from vatt_jax.config import ConfigError
 from vatt_jax.run_folder import RunFolder
+from vatt_jax.terminal import use_plain_characters
 
 # Options of glibc's mallopt (malloc.h).
 M_TRIM_THRESHOLD = -1
@@ -113,6 +114,7 @@ def exit_with_sentence(main: Callable[[list[str]], None], argv: list[str]) -> No
         main: takes the arguments.
         argv: the arguments.
     """
+    use_plain_characters()
     try:
         main(argv)
     except ConfigError as error:

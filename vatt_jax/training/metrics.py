@@ -119,7 +119,8 @@ class Progress:
         self.interval = 30.0 if quiet else 10.0  # seconds between plain lines
         self.live: Live | None = None
         # In a log file a live line would be one control sequence after another.
-        console = Console(stderr=False)
+        # Names of files and runs are text, not rich's [styles] and :pictures:.
+        console = Console(stderr=False, markup=False, emoji=False, highlight=False)
         if active and not quiet and console.is_terminal:
             self.live = Live(console=console, refresh_per_second=4, transient=False)
             self.live.start()
@@ -168,8 +169,8 @@ class Progress:
         if not self.active:
             return
         if self.live:
-            # Above the live line; rich must not read [brackets] in it as markup.
-            self.live.console.print(text, markup=False, highlight=False)
+            # Above the live line.
+            self.live.console.print(text)
         else:
             print(text, flush=True)
 
