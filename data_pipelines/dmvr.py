@@ -38,6 +38,7 @@ from data_pipelines.storage.records import SPLITS
 from vatt_jax import extras
 from vatt_jax.command_line import expand_home
 from vatt_jax.config import fail
+from vatt_jax.terminal import printable, use_plain_characters
 
 try:
     # All of these import the reader of media files, whose packages are an extra.
@@ -488,6 +489,7 @@ def _check_rates(records: list[dict[str, Any]], fps: float, rate: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    use_plain_characters()
     parser = argparse.ArgumentParser(
         prog='python -m data_pipelines.dmvr',
         allow_abbrev=False,
@@ -519,7 +521,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = expand_home(sys.argv[1:] if arguments is None else arguments)
         index(**vars(parser.parse_args(arguments)))
     except (DataError, extras.MissingExtra) as e:
-        print(f'error: {e}', file=sys.stderr)
+        print(f'error: {printable(str(e))}', file=sys.stderr)
         return 2
     return 0
 

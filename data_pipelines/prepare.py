@@ -38,6 +38,7 @@ from data_pipelines.storage import record_index
 from vatt_jax import extras
 from vatt_jax.command_line import expand_home
 from vatt_jax.config import fail
+from vatt_jax.terminal import printable, use_plain_characters
 
 try:
     # All of these import the reader of media files, whose packages are an extra.
@@ -493,6 +494,7 @@ def _named_dataset(arguments: list[str]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    use_plain_characters()
     # --help depends on --dataset, so this flag is looked up before the others are parsed.
     arguments = sys.argv[1:] if arguments is None else arguments
     arguments = expand_home(arguments)
@@ -501,7 +503,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Flags are called like the arguments of `prepare`, one for one.
         prepare(**vars(parser.parse_args(arguments)))
     except (DataError, extras.MissingExtra) as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(f'error: {printable(str(error))}', file=sys.stderr)
         return 2  # as argparse exits after a wrong flag
     except KeyboardInterrupt:
         print('stopped; the same command goes on from here', file=sys.stderr)

@@ -18,6 +18,7 @@ FLOORS = (
         'vatt_jax.named_configs',
         'vatt_jax.run_folder',
         'vatt_jax.extras',
+        'vatt_jax.terminal',
     ),
     ('vatt_jax.inputs',),
     ('vatt_jax.losses', 'vatt_jax.clustering'),

@@ -184,5 +184,6 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     # In the same folder, since a rename is atomic within one file system only.
     temporary = path.with_name(path.name + '.tmp')
     with writing(path):
-        temporary.write_text(text)
+        # Not the encoding of whoever's terminal it is.
+        temporary.write_text(text, encoding='utf-8')
         os.replace(temporary, path)

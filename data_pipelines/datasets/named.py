@@ -21,6 +21,7 @@ from data_pipelines.datasets.named_dataset import AnnotationFolder, Dataset
 from data_pipelines.datasets.sounds import AVE, ESC50, AudioSet, VGGSound
 from data_pipelines.errors import DataError
 from data_pipelines.preparation import annotation_files, media_catalog
+from vatt_jax.terminal import use_plain_characters
 
 # In the order in which docs/datasets.md shows them.
 DATASETS: dict[str, Dataset] = {
@@ -144,5 +145,6 @@ def pages() -> str:
 
 
 if __name__ == '__main__':
+    use_plain_characters()
     # The text ends in a newline of its own.
     print(pages(), end='')

@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import pathlib
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -326,7 +327,9 @@ def scan(
                     status = path.stat()
                 except OSError:  # a dangling link
                     continue
-                file_id = path.relative_to(folder).as_posix()
+                if not stat.S_ISREG(status.st_mode):  # reading a pipe would never end
+                    continue
+                file_id = _readable(path.relative_to(folder).as_posix())
                 files.append(
                     decoded_files.File(file_id, str(path), status.st_size, status.st_mtime_ns)
                 )
@@ -336,6 +339,14 @@ def scan(
         hint = f'; unpack {archives[0]} first' if archives else ''
         raise DataError(f'no media file below {folder} (looked for {", ".join(suffixes)}){hint}')
     return files
+
+
+def _readable(path: str) -> str:
+    """A path as text that can be stored: bytes that are no UTF-8 become `\\xe9` and so on.
+
+    It is the same in every locale, although Python's own text of a path is not.
+    """
+    return os.fsencode(path).decode('utf-8', 'backslashreplace')
 
 
 def digest(path: str | os.PathLike) -> str:

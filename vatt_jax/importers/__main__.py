@@ -172,7 +172,9 @@ def _lines(path: str) -> list[str] | None:
 
 if __name__ == '__main__':
     from vatt_jax.config import ConfigError, fail
+    from vatt_jax.terminal import use_plain_characters
 
+    use_plain_characters()
     try:
         main(sys.argv[1:])
     except ConfigError as error:

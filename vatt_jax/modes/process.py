@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import io
 import os
 import pathlib
 import signal
@@ -18,6 +17,7 @@ from vatt_jax import config as configs
 from vatt_jax import extras
 from vatt_jax.config import ConfigError
 from vatt_jax.run_folder import RunFolder
+from vatt_jax.terminal import use_plain_characters
 
 # Options of glibc's mallopt (malloc.h).
 M_TRIM_THRESHOLD = -1
@@ -132,7 +132,7 @@ def exit_with_sentence(main: Callable[[list[str]], None], argv: list[str]) -> No
         main: takes the arguments.
         argv: the arguments.
     """
-    _write_any_character()
+    use_plain_characters()
     try:
         main(argv)
     except ConfigError as error:
@@ -166,14 +166,6 @@ def exit_with_sentence(main: Callable[[list[str]], None], argv: list[str]) -> No
         sys.stdout.flush()
         # Out at once: at its end Python would wait for the other processes, and they for this one.
         os._exit(code)
-
-
-def _write_any_character() -> None:
-    """Has the terminal's encoding replace the characters it lacks, such as × in ASCII."""
-    for stream in (sys.stdout, sys.stderr):
-        # Tests and notebooks put other objects there.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors='replace')
 
 
 def _about_file(error: OSError) -> str:

@@ -140,7 +140,8 @@ class Progress:
         self.live: Live | None = None
         self.values: dict[str, float] = {}  # of the last line of the log
         # In a log file a live line would be one control sequence after another.
-        console = Console(stderr=False)
+        # Names of files and runs are text, not rich's [styles] and :pictures:.
+        console = Console(stderr=False, markup=False, emoji=False, highlight=False)
         if active and not quiet and console.is_terminal:
             self.live = Live(console=console, refresh_per_second=4, transient=False)
             self.live.start()
@@ -194,8 +195,8 @@ class Progress:
         if not self.active:
             return
         if self.live:
-            # Above the live line; rich must not read [brackets] in it as markup.
-            self.live.console.print(text, markup=False, highlight=False)
+            # Above the live line.
+            self.live.console.print(text)
         else:
             self._print(text)
 
