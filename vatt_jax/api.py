@@ -63,25 +63,13 @@ class _Request:
 
     call: str
     batch_size: int
-    rate: Any = None
-    windows: int | None = None
-    stride: float | None = None
-    on_error: str = 'raise'
-    quiet: bool = False
+    rate: Any
+    windows: int | None
+    stride: float | None
+    on_error: str
+    quiet: bool
     # Whether the sound of media files is encoded beside their pictures.
     takes_sound: bool = False
-
-    def __post_init__(self) -> None:
-        _check_count('batch_size', self.batch_size, self.call)
-        if self.windows is not None:
-            _check_count('windows', self.windows, self.call)
-        stride = self.stride
-        if stride is not None and not (arrays.is_number(stride) and 0 < stride < float('inf')):
-            raise ConfigError(f'{self.call}(stride={stride!r}): expected a positive number of s')
-        if self.on_error not in ON_ERROR:
-            raise ConfigError(
-                f'{self.call}(on_error={self.on_error!r}): expected one of {", ".join(ON_ERROR)}'
-            )
 
     @property
     def has_windows(self) -> bool:
@@ -92,6 +80,24 @@ class _Request:
         if isinstance(value, FILES):
             return f'{self.call}({name}={os.fsdecode(value)!r})'
         return f'{self.call}({name}=…)'
+
+
+def _request(call: str, takes_sound: bool = False, **options: Any) -> _Request:
+    """A request of checked options, which are the fields of `_Request`.
+
+    Raises:
+        ConfigError: one of them is of another kind or out of range.
+    """
+    _check_count('batch_size', options['batch_size'], call)
+    if options['windows'] is not None:
+        _check_count('windows', options['windows'], call)
+    stride = options['stride']
+    if stride is not None and not (arrays.is_number(stride) and 0 < stride < float('inf')):
+        raise ConfigError(f'{call}(stride={stride!r}): expected a positive number of seconds')
+    on_error = options['on_error']
+    if on_error not in ON_ERROR:
+        raise ConfigError(f'{call}(on_error={on_error!r}): expected one of {", ".join(ON_ERROR)}')
+    return _Request(call, takes_sound=takes_sound, **options)
 
 
 def _check_count(name: str, value: Any, call: str) -> None:
@@ -252,7 +258,15 @@ class Model:
         """
         given = _given(video=video, audio=audio, text=text, image=image)
         takes_sound = audio is None and 'audio' in self._encoder.modalities
-        request = _Request('embed', batch_size, rate, windows, stride, on_error, quiet, takes_sound)
+        options = {
+            'rate': rate,
+            'batch_size': batch_size,
+            'windows': windows,
+            'stride': stride,
+            'on_error': on_error,
+            'quiet': quiet,
+        }
+        request = _request('embed', takes_sound, **options)
         embedded = {}
         for name, rows in self._encode_inputs(given, request).items():
             rows.features = {k: v for k, v in rows.features.items() if k != 'logits'}
@@ -346,7 +360,7 @@ class Model:
             )
         sentences = zero_shot.prompts(names, templates, 'classify')
         names = zero_shot.check_names(names, 'classify')
-        request = _Request('classify', **options)
+        request = _request('classify', **options)
         rows = self._encode_inputs(given, request)[name]
         texts = self._encode_text(sentences, request, request.where('names'))
         spaces = {key: {'text'} for key in texts if key not in ('pooled', 'logits')}
@@ -418,7 +432,7 @@ class Model:
             raise ConfigError(
                 f'{call}({name}=…): this model was fine-tuned on {stream}; pass {stream}=…'
             )
-        request = _Request(call, **options)
+        request = _request(call, **options)
         rows = self._encode_inputs(given, request)[name]
         logits = rows.features['logits']
         if objective.form == 'softmax':

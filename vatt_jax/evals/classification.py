@@ -72,7 +72,7 @@ class Classification(Evaluator):
         if is_multi_label:
             # Only the order of clips within each class counts, so scores need not be probabilities.
             return Result(*statistics.multi_label(scores, targets, view.seed))
-        return _single_label(scores, targets, view.seed)
+        return single_label(scores, targets, view.seed)
 
     def _poolable(self, logits: np.ndarray, is_multi_label: bool) -> np.ndarray:
         """What is averaged over windows, [N P]."""
@@ -83,7 +83,7 @@ class Classification(Evaluator):
         return statistics.softmax(logits)
 
 
-def _single_label(scores: Float[np.ndarray, 'N P'], targets: np.ndarray, seed: int) -> Result:
+def single_label(scores: Float[np.ndarray, 'N P'], targets: np.ndarray, seed: int) -> Result:
     """Top-1 and top-5 accuracy of scores against the one class of each example."""
     # Stable: equal scores go to the lower class, whatever sort NumPy would choose.
     order = np.argsort(-scores, -1, kind='stable')

@@ -57,15 +57,9 @@ def as_array(value: Any, where: str) -> np.ndarray:
         return x.astype(np.float32)
     if x.dtype.kind not in 'iuf':
         raise ConfigError(
-            f'{where}: expected an array of numbers, got {_of(value)} of type {x.dtype}'
+            f'{where}: expected an array of numbers, got {type(value).__name__} of type {x.dtype}'
         )
     return x
-
-
-def _of(value: Any) -> str:
-    name = type(value).__name__
-    article = 'an' if name[0] in 'aeiou' else 'a'
-    return f'{article} {name}'
 
 
 def _shape(x: np.ndarray) -> str:
