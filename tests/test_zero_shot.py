@@ -183,7 +183,7 @@ def test_a_fine_tuned_model_gives_its_class_scores(tuned_run):
     assert one['predicted'] == out['predicted'][0]
     with pytest.raises(ConfigError, match='this model has no text tower; leave names out'):
         model.classify(video=batch['video']['data'], names=NAMES)
-    with pytest.raises(ConfigError, match='this model has no audio tower'):
+    with pytest.raises(ConfigError, match=r'was fine-tuned on video; pass video='):
         model.predict(audio=np.zeros(100))
 
 
