@@ -277,7 +277,7 @@ def test_media_files_that_cannot_be_read_are_sentences(model, media_files, tmp_p
             r'expected finite floats in \[-1, 1\], got magnitudes up to 3.5',
         ),
         ({'audio': np.full(8, np.nan)}, r'finite floats'),
-        ({'audio': np.zeros(8), 'rate': 0}, r'rate=0\): expected a positive number'),
+        ({'audio': np.zeros(8), 'rate': 0}, r'rate=0\): expected samples per second'),
         ({'text': [3]}, r'embed\(text=…\): expected strings, got int'),
         ({'text': [None]}, r'got NoneType'),
     ],

@@ -156,10 +156,10 @@ def test_resizing_averages_whole_blocks():
         (np.full((2, 4, 4, 3), 256), r'expected uint8 frames of 0…255'),
         (
             np.zeros((2, 4, 4, 3), bool),
-            r'expected an array of numbers, got ndarray of type bool',
+            r'expected an array of numbers, got bool \[2, 4, 4, 3\]',
         ),
-        (np.zeros((2, 4, 4, 3), complex), r'of type complex128'),
-        ({'frames': 1}, r'expected an array of numbers, got dict'),
+        (np.zeros((2, 4, 4, 3), complex), r'got complex128 '),
+        ({'frames': 1}, r'expected an array or a list of them, got dict'),
         (Image.fromarray(np.zeros((4, 4), np.uint16)), r"got a picture of mode 'I;16'"),
     ],
 )
@@ -206,6 +206,35 @@ def heard(value, tell=say):
     return arrays.samples(value, 'audio', tell)
 
 
+class Tensor:
+    """As much of torch as counts here: NumPy refuses it before it is detached and on the host."""
+
+    def __init__(self, x, dtype='torch.float32', is_ready=False):
+        self.x, self.dtype, self.is_ready = x, dtype, is_ready
+        self.shape = x.shape
+
+    def detach(self):
+        return self
+
+    def cpu(self):
+        return Tensor(self.x, self.dtype, True)
+
+    def float(self):
+        return Tensor(self.x, 'torch.float32', self.is_ready)
+
+    def __array__(self, dtype=None, copy=None):
+        if not self.is_ready or 'bfloat16' in self.dtype:
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        return np.asarray(self.x, dtype)
+
+
+@pytest.mark.parametrize('dtype', ['torch.float32', 'torch.bfloat16'])
+def test_tensors_of_other_libraries(dtype):
+    x = np.moveaxis(RGB, -1, 1) / 255.0
+    np.testing.assert_array_equal(clip_of(Tensor(x, dtype)), RGB)
+    np.testing.assert_array_equal(clip_of([Tensor(frame, dtype) for frame in x]), RGB)
+
+
 def test_sounds_of_every_type():
     pcm = noise(500) // 256 * 256
     x = pcm.astype(np.int64)
@@ -215,6 +244,7 @@ def test_sounds_of_every_type():
     np.testing.assert_array_equal(heard((x // 256 + 128).astype(np.uint8)), pcm)
     np.testing.assert_array_equal(heard((x // 256).astype(np.int8)), pcm)
     np.testing.assert_array_equal(heard(pcm.tolist()), pcm)
+    np.testing.assert_array_equal(heard(pcm.astype('>i2')), pcm)
 
 
 def test_channels_are_mixed_down():
@@ -277,9 +307,14 @@ def test_quiet_int32_is_told():
         ({'audio': np.full(100, 70000)}, r'pass floats in \[-1, 1\]'),
         ({'audio': np.zeros(100, np.uint16)}, 'expected int16, int32, uint8 or float samples'),
         ({'audio': np.zeros(100, bool)}, 'expected an array of numbers'),
-        ({'audio': noise(100), 'rate': -1}, 'rate=-1.: expected a positive number of samples'),
-        ({'audio': noise(100), 'rate': float('nan')}, 'rate=nan.: expected a positive'),
-        ({'audio': noise(100), 'rate': '8k'}, "rate='8k'.: expected a positive"),
+        ({'audio': noise(100), 'rate': -1}, 'rate=-1.: expected samples per second'),
+        ({'audio': noise(100), 'rate': float('nan')}, 'rate=nan.: expected samples per second'),
+        ({'audio': noise(100), 'rate': '8k'}, "rate='8k'.: expected samples per second"),
+        ({'audio': noise(100), 'rate': 44.1}, 'rate=44.1.: expected .* such as 44100'),
+        ({'audio': [noise(100), None]}, r'embed\(audio\[1\]=…\): .*, got NoneType'),
+        ({'audio': noise(100).tobytes()}, 'got bytes with the content of a file; pass its path'),
+        ({'image': io.BytesIO(b'1')}, 'got BytesIO with the content of a file; pass its path'),
+        ({'image': {'a.jpg'}}, 'expected an array or a list of them, got set'),
         ({'audio': noise(100), 'batch_size': 0}, r'embed\(batch_size=0\): expected a whole number'),
         ({'audio': noise(100), 'batch_size': 2.5}, r'batch_size=2.5\): expected a whole number'),
         ({'audio': noise(100), 'windows': 0}, r'windows=0\): expected a whole number'),
@@ -294,6 +329,20 @@ def test_what_is_wrong_is_one_sentence(model, call, message):
     with pytest.raises(ConfigError, match=message) as caught:
         model.embed(**call)
     assert '\n' not in str(caught.value)
+
+
+def test_where_windows_begin():
+    def begins(length, **request):
+        return arrays.window_begins(length, 4, 2.0, request.get('windows'), request.get('stride'))
+
+    assert begins(11) == begins(11, windows=1) == [3]
+    assert begins(11, windows=3) == [0, 4, 7]
+    assert begins(11, stride=1.5) == [0, 3, 6]
+    assert begins(11, stride=1.5, windows=2) == [0, 3]
+    assert begins(3) == begins(3, stride=1.0) == [0]
+    assert begins(3, windows=2) == [0, 0]
+    # Shorter than a frame.
+    assert begins(6, stride=0.1) == [0, 1, 2]
 
 
 # ---- sentences
@@ -312,6 +361,7 @@ def test_unknown_words_and_long_sentences_are_told_once(untold):
 
 def test_texts_of_arrays_and_columns(model):
     expected = model.embed(text=['red', 'blue'])
+    assert_same(model.embed(text=np.array('red')), jax.tree.map(lambda x: x[0], expected))
     assert_same(model.embed(text=np.array(['red', 'blue'])), expected)
     assert_same(model.embed(text=(word for word in ('red', 'blue'))), expected)
 

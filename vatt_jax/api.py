@@ -75,11 +75,12 @@ class _Request:
     def has_windows(self) -> bool:
         return self.windows is not None or self.stride is not None
 
-    def where(self, name: str, value: Any = None) -> str:
-        """The call and argument, for messages."""
+    def where(self, name: str, value: Any = None, number: int | None = None) -> str:
+        """The call and argument, for messages; `number` of an item of a list."""
         if isinstance(value, FILES):
             return f'{self.call}({name}={os.fsdecode(value)!r})'
-        return f'{self.call}({name}=…)'
+        item = '' if number is None else f'[{number}]'
+        return f'{self.call}({name}{item}=…)'
 
 
 def _request(call: str, takes_sound: bool = False, **options: Any) -> _Request:
@@ -537,9 +538,10 @@ class Model:
         """Rows of clips, sounds or pictures, encoded while the next ones are read."""
         has_files = any(isinstance(item, FILES) for item in items)
         takes_sound = name == 'video' and has_files and request.takes_sound
-        readers = [
-            functools.partial(self._pieces, name, item, request, takes_sound) for item in items
-        ]
+        readers = []
+        for number, item in enumerate(items):
+            where = request.where(name, item, None if is_single else number)
+            readers.append(functools.partial(self._pieces, name, item, request, where, takes_sound))
         bar = _progress_bar(len(items), request.has_windows, has_files and not request.quiet)
         collected: list[tuple[int, _Piece]] = []
         item_numbers: list[int] = []
@@ -644,7 +646,7 @@ class Model:
     # ---- one item -> its windows, as the encoder takes them
 
     def _pieces(
-        self, name: str, item: Any, request: _Request, takes_sound: bool
+        self, name: str, item: Any, request: _Request, where: str, takes_sound: bool
     ) -> Iterator[_Piece]:
         """Windows of one item. Called in a thread of its own where files are read."""
         reader: Callable[..., Iterator[_Piece]]
@@ -655,7 +657,7 @@ class Model:
         else:
             reader = self._image_pieces
         try:
-            yield from reader(item, request, request.where(name, item))
+            yield from reader(item, request, where)
         except ConfigError as error:
             if request.on_error == 'raise':
                 raise
@@ -780,6 +782,8 @@ def _given(**inputs: Any) -> dict[str, Any]:
 
 
 def _list_texts(value: Any, where: str) -> tuple[list[Any], bool]:
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
     if isinstance(value, str):
         return [value], True
     if isinstance(value, (bytes, Mapping)) or not np.iterable(value):

@@ -23,6 +23,9 @@ MOST_CHANNELS = 8
 # Floats up to here are taken for [0, 1], or [-1, 1]: resizing and decoding overshoot.
 PIXEL_OVERSHOOT = 0.1
 SOUND_OVERSHOOT = 2.0
+# Samples per second of a sound; kilohertz lie below, and noise of other meanings above.
+RATES = (200, 10_000_000)
+LONGEST_PATH = 4096
 
 # (key, message): says something to the user, once for each key.
 Tell = Callable[[str, str], None]
@@ -55,11 +58,14 @@ def as_array(value: Any, where: str) -> np.ndarray:
         ) from error
     if x.dtype.name == 'bfloat16':
         return x.astype(np.float32)
-    if x.dtype.kind not in 'iuf':
+    if x.dtype.kind == 'O':
         raise ConfigError(
-            f'{where}: expected an array of numbers, got {type(value).__name__} of type {x.dtype}'
+            f'{where}: expected an array or a list of them, got {type(value).__name__}'
         )
-    return x
+    if x.dtype.kind not in 'iuf':
+        raise ConfigError(f'{where}: expected an array of numbers, got {_shape(x)}')
+    # Files of other machines bring the other order of bytes.
+    return x.astype(x.dtype.newbyteorder('='), copy=False)
 
 
 def _shape(x: np.ndarray) -> str:
@@ -71,8 +77,21 @@ def is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, FILES)
 
 
-def _has_next(value: Any) -> bool:
-    return hasattr(value, '__next__')
+def _iterated(value: Any, where: str) -> Any:
+    """A list of what an iterator yields; anything else as it is.
+
+    Raises:
+        ConfigError: it is an open file, or the content of one.
+    """
+    is_open_file = hasattr(value, 'read') and hasattr(value, 'seek')
+    is_content = isinstance(value, bytes) and (b'\0' in value or len(value) > LONGEST_PATH)
+    # PIL's pictures can be read from as well.
+    if (is_open_file and not _is_pil(value)) or is_content:
+        raise ConfigError(
+            f'{where}: expected a path or an array, got {type(value).__name__} with the content '
+            'of a file; pass its path'
+        )
+    return list(value) if hasattr(value, '__next__') else value
 
 
 # ---- Pictures and clips.
@@ -103,8 +122,7 @@ def list_videos(value: Any, where: str) -> tuple[list[Any], bool]:
 
     Pictures in a list are the frames of one clip.
     """
-    if _has_next(value):
-        value = list(value)
+    value = _iterated(value, where)
     if isinstance(value, FILES) or _is_pil(value) or _is_decoded_frame(value):
         return [value], True
     if is_list(value):
@@ -122,8 +140,7 @@ def list_videos(value: Any, where: str) -> tuple[list[Any], bool]:
 
 def list_images(value: Any, where: str) -> tuple[list[Any], bool]:
     """The pictures of an argument: (pictures, whether a single one was given)."""
-    if _has_next(value):
-        value = list(value)
+    value = _iterated(value, where)
     if isinstance(value, FILES) or _is_pil(value) or _is_decoded_frame(value):
         return [value], True
     if is_list(value):
@@ -338,6 +355,7 @@ def list_sounds(value: Any, where: str, tell: Tell) -> tuple[list[Any], bool, An
     An axis of channels is never taken for one of clips: [S, 2] is one stereo sound. Readers of
     sound files return pairs of samples and rate, in either order.
     """
+    value = _iterated(value, where)
     if isinstance(value, FILES):
         return [value], True, None
     if is_list(value):
@@ -447,10 +465,9 @@ def resampled(
     Raises:
         ConfigError: the rate is none, or soxr is not installed.
     """
-    is_rate = is_number(rate) and not isinstance(rate, FILES) and np.isfinite(rate) and rate > 0
-    if not is_rate:
+    if not is_number(rate) or not RATES[0] <= rate <= RATES[1]:
         raise ConfigError(
-            f'{where[:-1]}, rate={rate!r}): expected a positive number of samples per second'
+            f'{where[:-1]}, rate={rate!r}): expected samples per second, such as 44100'
         )
     if rate == model_rate:
         return x
@@ -490,7 +507,8 @@ def window_begins(
         if windows is not None:
             count = min(count, windows)
         begins = [round(i * stride * rate) for i in range(count)]
-        return [min(begin, last) for begin in begins]
+        # Once each: a stride may be shorter than a frame.
+        return list(dict.fromkeys(min(begin, last) for begin in begins))
     if windows is None or windows == 1:
         return [last // 2]
     return [round(begin) for begin in np.linspace(0, last, windows).tolist()]

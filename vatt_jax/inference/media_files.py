@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -22,6 +23,10 @@ from vatt_jax.inference.arrays import window_begins
 HELD_SECONDS = 20.0
 # Of a longer one so much is read at a time; a new start costs the frames since a keyframe.
 BLOCK_SECONDS = 30.0
+# Of what is said to be a picture, ten seconds are looked at.
+PICTURE_FRAMES = 250
+# Characters of a path in messages.
+LONGEST_SHOWN = 300
 
 
 class MediaFileError(ConfigError):
@@ -48,12 +53,15 @@ def missing_files(paths: Iterable[Any], call: str, name: str) -> str:
     paths = [os.fsdecode(path) for path in paths]
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
-        count = ''
-        if len(paths) > 1:
-            count = f'{len(missing)} of {len(paths)} files are not there: '
-        shown = ', '.join(repr(path) for path in missing[:3])
+        shown = ', '.join(repr(path[:LONGEST_SHOWN]) for path in missing[:3])
+        advice = _advice(missing[0])
+        if len(paths) == 1:
+            return f'{call}({name}={shown}): No such file{advice}'
         more = ', …' if len(missing) > 3 else ''
-        return f'{call}({name}={count}{shown}{more}): No such file{_advice(missing[0])}'
+        return (
+            f'{call}({name}=[…]): {len(missing)} of {len(paths)} files are not there: '
+            f'{shown}{more}: No such file{advice}'
+        )
     folders = [path for path in paths if os.path.isdir(path)]
     if folders:
         return (
@@ -294,16 +302,16 @@ def read_picture(path: Any, where: str, size: int) -> UInt8[np.ndarray, 'H W 3']
     media = _reader()
     path = os.fsdecode(path)
     try:
-        frames = media.read(path, 1.0, size, 8000).frames
-        first = None if frames is None else next(frames, None)
-        second = None if frames is None else next(frames, None)
+        frames = media.read(path, 25.0, size, 8000).frames
+        shown = [] if frames is None else list(itertools.islice(frames, PICTURE_FRAMES))
     except (media.MediaError, OSError) as error:
         raise MediaFileError(f'{where}: {error}') from error
-    if first is None:
+    if not shown:
         raise MediaFileError(f'{where}: the file has no picture')
-    if second is not None:
+    # A picture that stays on display is one array.
+    if any(frame is not shown[0] for frame in shown):
         raise MediaFileError(f'{where}: expected a picture, got a video; pass it as video=…')
-    return first
+    return shown[0]
 
 
 def _reader() -> Any:
