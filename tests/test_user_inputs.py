@@ -562,3 +562,34 @@ def test_reading_ahead_keeps_the_order_and_raises_where_it_is_read():
     assert [next(items) for _ in range(3)] == [(0, 30), (0, 31), (0, 32)]
     with pytest.raises(ValueError, match='seven'):
         next(items)
+
+
+def test_the_progress_bar_is_for_terminals_and_may_be_left_out(
+    model, long_file, monkeypatch, capfd
+):
+    def shown(**options):
+        model.embed(video=[long_file] * 3, **options)
+        return capfd.readouterr().err
+
+    # What rich takes for a terminal.
+    monkeypatch.setenv('FORCE_COLOR', '1')
+    assert 'files' in shown()
+    assert shown(quiet=True) == ''
+    monkeypatch.setenv('FORCE_COLOR', '')
+    monkeypatch.setenv('TERM', 'dumb')
+    assert shown() == ''
+
+
+def test_a_wide_clip_of_the_models_height_is_cropped_as_in_evaluation(model):
+    """The central square as the device cuts it out of records."""
+    wide = random_frames(FRAMES, SIZE, 28, 3)
+    side = SIZE / 28
+    stream = {
+        'data': wide[None],
+        'valid': np.ones(1, bool),
+        'box': np.array([[0, (1 - side) / 2, 1, (1 + side) / 2]], np.float32),
+        'flip': np.zeros(1, bool),
+    }
+    batch = {'video': stream, 'position': np.zeros(1, int), 'valid': np.ones(1, bool)}
+    expected = model._encoder(batch)['pooled']['video'][0]
+    np.testing.assert_allclose(model.embed(video=wide)['video']['pooled'], expected, atol=1e-4)
