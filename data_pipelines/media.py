@@ -203,6 +203,30 @@ def fit_audio(
     return np.pad(audio[:samples], (0, max(0, samples - len(audio))))
 
 
+def duration(path: str | os.PathLike, kind: str) -> float | None:
+    """Seconds that a file says its track lasts; None where it does not say, or is an image.
+
+    Args:
+        path: the file.
+        kind: 'video' or 'audio'; a file without such a track answers for all of it.
+
+    Raises:
+        MediaError: the file does not open.
+    """
+    if os.fsdecode(path).lower().endswith(IMAGES):
+        return None
+    try:
+        with av.open(os.fspath(path)) as container:
+            track = _track(container, kind)
+            if track is not None and track.duration:
+                return float(track.duration * track.time_base)
+            if container.duration:
+                return container.duration / av.time_base
+            return None
+    except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
+        raise MediaError(_reason(error)) from None
+
+
 def _read_image(path: str | os.PathLike, fps: float, size: int, longest: float) -> Media:
     """An image file as a video of one frame; an animated one, as a video."""
     try:

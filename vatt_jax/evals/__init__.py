@@ -19,6 +19,7 @@ from vatt_jax.evals.clustering import Clustering
 from vatt_jax.evals.linear_probe import LinearProbe, SimpleProbe
 from vatt_jax.evals.neighbours import Neighbours
 from vatt_jax.evals.retrieval import Retrieval, Sync
+from vatt_jax.evals.zero_shot import ZeroShot
 from vatt_jax.run_folder import writing
 
 # The key is the field `type` of an entry of config.evals; names of entries are free, so a type may
@@ -31,6 +32,7 @@ EVALUATORS: dict[str, type[Evaluator]] = {
     'classification': Classification,
     'clustering': Clustering,
     'neighbours': Neighbours,
+    'zero_shot': ZeroShot,
 }
 
 __all__ = [

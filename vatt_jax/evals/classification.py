@@ -80,7 +80,7 @@ class Classification(Evaluator):
             # Only the order of clips within each class counts, so scores need not be probabilities.
             result = Result(*statistics.multi_label(scores, targets, view.seed))
         else:
-            result = _single_label(scores, targets, view.seed)
+            result = single_label(scores, targets, view.seed)
         result.artifacts['unlabelled'] = int((~has_label).sum())
         if result.artifacts['unlabelled']:
             result.remarks.append(self._about_unlabelled(result, len(has_label), is_multi_label))
@@ -107,7 +107,7 @@ class Classification(Evaluator):
         return statistics.softmax(logits)
 
 
-def _single_label(scores: Float[np.ndarray, 'N P'], targets: np.ndarray, seed: int) -> Result:
+def single_label(scores: Float[np.ndarray, 'N P'], targets: np.ndarray, seed: int) -> Result:
     """Top-1 and top-5 accuracy of scores against the one class of each example."""
     # Stable: equal scores go to the lower class, whatever sort NumPy would choose.
     order = np.argsort(-scores, -1, kind='stable')

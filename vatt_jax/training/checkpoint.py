@@ -544,12 +544,46 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
     if RunFolder(path).checkpoints.is_dir():
         folder = RunFolder(path).checkpoints
     available = _numbered_folders(folder, 'state')
-    if not available:
-        raise ConfigError(
-            f'{path} holds no checkpoint: expected a run folder (with checkpoints/<step>) or one '
-            'checkpoint folder'
+    if available:
+        return (folder / str(available[-1])).absolute()
+    # A checkpoint that was taken out of its run, under whatever name.
+    alone = _checkpoints_by_name(folder)
+    if len(alone) == 1:
+        return alone[0].absolute()
+    raise ConfigError(f'{path} holds no checkpoint: {_what_is_there(path, alone)}')
+
+
+def _checkpoints_by_name(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the checkpoint folders inside a folder, complete ones, whatever they are called."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if (path / 'meta').is_dir()
+        and (path / 'state').is_dir()
+        and '.orbax-checkpoint-tmp' not in path.name
+        and not path.name.endswith('.damaged')
+    )
+
+
+def _what_is_there(path: pathlib.Path, checkpoints: Sequence[pathlib.Path]) -> str:
+    """Return what a path is that `find` cannot use, and what to do."""
+    expected = 'expected a run folder (with checkpoints/<step>) or one checkpoint folder'
+    if checkpoints:
+        names = ', '.join(folder.name for folder in checkpoints[:3])
+        return f'{expected}, got a folder with {len(checkpoints)} of them ({names}, …); name one'
+    if path.is_file() or path.with_name(f'{path.name}.index').is_file():
+        return (
+            f'{expected}, got a file; official checkpoints are imported first, with python -m '
+            'vatt_jax.importers'
         )
-    return (folder / str(available[-1])).absolute()
+    if path.is_dir():
+        runs = sorted(run.name for run in path.iterdir() if RunFolder(run).checkpoints.is_dir())
+        if runs:
+            return f'{expected}, got a folder of runs; name one of {", ".join(runs[:5])}'
+        return f'{expected}, got a folder without one'
+    return f'{expected}, and there is no such folder'
 
 
 def find_verified(path: str | pathlib.Path) -> pathlib.Path:
@@ -635,13 +669,14 @@ def read_model(path: pathlib.Path, objective: bool = False) -> dict[str, Any]:
 
 
 def load_model(
-    path: str | pathlib.Path, mesh: Mesh
+    path: str | pathlib.Path, mesh: Mesh, objective: bool = False
 ) -> tuple[ConfigDict, dict[str, Any], dict[str, Any]]:
     """Load the model of a run folder or a checkpoint folder.
 
     Args:
         path: See `find`.
         mesh: The variables are replicated over it.
+        objective: Also read the parameters of the objective's heads, as `read_model` does.
 
     Returns:
         The run's config, the variables of the model, and `info`, what the data object said about
@@ -652,7 +687,7 @@ def load_model(
     """
     path = find_verified(path)
     meta = read_meta(path)
-    variables = jax.device_put(read_model(path), sharding.replicated(mesh))
+    variables = jax.device_put(read_model(path, objective), sharding.replicated(mesh))
     # By way of JSON, as a stored config is read: tuples are restored and renamed fields moved.
     return from_json(json.dumps(meta['config'])), variables, meta['info']
 
