@@ -352,7 +352,8 @@ class LinearWords(nn.Module):
 
     Attributes:
         init: entry of layers.INITS; MMV: fan_in.
-        The others are those of Words.
+
+    The other attributes are those of `Words`.
     """
 
     vocab: int = 1 << 16
