@@ -245,13 +245,19 @@ def _sentences_of_lists(fields: Mapping[str, Any], where: str) -> list[dict[str,
         pairs = [_pair(value, where) for value in _list_of(fields['times'], len(texts), where)]
         starts = [start for start, _ in pairs]
         ends = [end for _, end in pairs]
+    durations = fields.get('duration') if ends is None else None
+    if not isinstance(durations, list):
+        durations = None  # of the whole file
     sentences = []
     starts = _list_of(starts, len(texts), where)
     ends = _list_of(ends, len(texts), where)
-    for text, start, end in zip(texts, starts, ends):
+    durations = _list_of(durations, len(texts), where)
+    for text, start, end, duration in zip(texts, starts, ends, durations):
         if is_missing(text):
             continue
         begin = _seconds(start, WHOLE[0], where)
+        if not is_missing(duration):
+            end = begin + _seconds(duration, WHOLE[1], where)
         # HowTo100M has sentences that end before they begin; those have a moment and no length.
         finish = max(begin, _seconds(end, WHOLE[1], where))
         sentences.append({'text': _checked_text(text, where), 'start': begin, 'end': finish})
@@ -670,19 +676,23 @@ def _columns(
     names: Sequence[str], path: pathlib.Path, required: tuple[str, ...], form: str
 ) -> dict[str, int]:
     """What it means -> position of the column."""
-    by_name: dict[str, int] = {}
-    for column, name in enumerate(names):
-        # Of two columns with one name, one would be lost.
-        if name and name in by_name:
-            raise DataError(f'{path}: expected columns with different names, got {name!r} twice')
-        by_name[name] = column
+    by_name = {name: column for column, name in enumerate(names)}
     column_of = _fields(by_name)
+    simplified = [_simplified(name) for name in names]
+    for column in column_of.values():
+        # Of two columns with one name, one would be lost.
+        if simplified.count(simplified[column]) > 1:
+            raise DataError(
+                f'{path}: expected columns with different names, got {names[column]!r} twice'
+            )
     if not set(required) <= set(column_of):
         found = ', '.join(names) or '(none)'
         raise DataError(
             f'{path}: expected the columns {form}, got {found[:_MAX_HEADER]}; the first line has '
             'the names of the columns'
         )
+    if 'label' in required:
+        _check_single('label', by_name, str(path))
     if 'text' in required:
         # A cell holds one time.
         if 'times' in column_of:
@@ -727,6 +737,10 @@ def _cells(
 
 def _is_name_and_times(cells: Sequence[str], column_of: Mapping[str, int]) -> bool:
     """Whether the cells before a sentence are what their columns say."""
+    for column, cell in enumerate(cells[:-1]):
+        # Of another column, only a number cannot be a part of the text behind it.
+        if column not in column_of.values() and cell and not _is_time(cell):
+            return False
     if 'start' in column_of and 'end' in column_of:
         times = [cells[column_of['start']], cells[column_of['end']]]
         return all(time == '' or _is_time(time) for time in times)
@@ -750,14 +764,8 @@ def _check_names(names: Iterable[str], where: str) -> None:
         DataError: if two could be the sentence, or if one must be a time and is not understood.
     """
     names = list(names)
+    _check_single('text', names, where)
     found = _names_by_meaning(names)
-    texts = found.get('text', [])
-    # `text` itself is clear; of two other names, one would be lost.
-    if len(texts) > 1 and _simplified(texts[0]) != 'text':
-        raise DataError(
-            f'{where}: expected one field with the sentence, got {" and ".join(texts)}; '
-            'call the one that is meant text'
-        )
     if 'times' in found:
         return
     beginnings: tuple[str, ...] = ()
@@ -771,6 +779,17 @@ def _check_names(names: Iterable[str], where: str) -> None:
                 f'{where}: expected times in fields start and end (seconds, or 0:01:30), got '
                 f'{name!r}, whose unit is unknown; rename it'
             )
+
+
+def _check_single(meaning: str, names: Iterable[str], where: str) -> None:
+    """Refuse several fields that could be meant: all but one would be lost."""
+    possible = _names_by_meaning(names).get(meaning, [])
+    # The name itself is clear.
+    if len(possible) > 1 and _simplified(possible[0]) != meaning:
+        raise DataError(
+            f'{where}: expected one field {meaning}, got {" and ".join(possible)}; '
+            f'call the one that is meant {meaning}'
+        )
 
 
 def _names_by_meaning(names: Iterable[Any]) -> dict[str, list[str]]:

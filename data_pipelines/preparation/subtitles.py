@@ -40,6 +40,8 @@ _TIME = r'(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)'
 _CUE = re.compile(rf'\s*{_TIME}\s*-->\s*{_TIME}(?:\s.*)?')
 # 0:00:01.000,0:00:02.000
 _SBV_CUE = re.compile(rf'\s*{_TIME},{_TIME}\s*')
+# Times of a cue, however malformed: taken for words, they would join two cues.
+_LIKE_CUE = re.compile(r'.*\d:\d.*-->.*\d:\d.*')
 # Tags of WebVTT and SRT by name, so that "3 < 5" stays; <00:00:01.500> is the time of a word.
 _TAG = re.compile(r'</?(?:c|i|b|u|s|v|lang|ruby|rt|font)(?:[\s.][^<>]*)?>|<[\d:.]+>', re.I)
 # {\an8}: place on the screen, in SRT made from ASS.
@@ -60,11 +62,12 @@ _FLASH = 0.1
 
 @dataclasses.dataclass
 class _Cue:
-    """Lines that are shown together, from `start` to `end` seconds."""
+    """Lines that are shown together, from `start` to `end` seconds; `source` has their tags."""
 
     start: float
     end: float
     lines: list[str]
+    source: str
 
 
 # ---- One file.
@@ -73,22 +76,27 @@ class _Cue:
 def parse(text: str, path: str | os.PathLike) -> list[dict[str, Any]]:
     """Read the sentences of a subtitle file, each as a dict of 'text', 'start', 'end' (seconds).
 
-    Automatic subtitles roll: each cue repeats the lines before it. Here every line comes once.
+    Automatic subtitles repeat themselves: lines roll over the screen, grow word by word, or come
+    again for each word that is highlighted. Here every line comes once.
 
     Args:
         text: of the file, its lines ending in newlines.
         path: for messages.
 
     Raises:
-        DataError: if there is text, but no times.
+        DataError: if there is text, but no times, or times are malformed.
     """
-    cues = _cues(text)
+    cues = _cues(text, path)
     if not cues and not text.lstrip().startswith('WEBVTT') and text.strip():
         first_line = text.strip().partition('\n')[0][:60]
         raise DataError(
             f'{path}: expected subtitles with lines such as 00:00:01.000 --> 00:00:02.500, '
             f'got {first_line!r}'
         )
+    cues = _joined(cues, _is_highlighted)
+    num_growing = sum(_is_grown(before, cue) for before, cue in zip(cues, cues[1:]))
+    if num_growing > _ROLLING_SHARE * len(cues):
+        cues = _joined(cues, _is_grown)
     if _is_rolling(cues):
         cues = _without_repetitions(cues)
     sentences = []
@@ -99,7 +107,7 @@ def parse(text: str, path: str | os.PathLike) -> list[dict[str, Any]]:
     return sentences
 
 
-def _cues(text: str) -> list[_Cue]:
+def _cues(text: str, path: str | os.PathLike) -> list[_Cue]:
     """All cues with any text, in the order of their times."""
     lines = text.split('\n')
     # The names of cues in WebVTT are anything, in SRT they are numbers.
@@ -111,6 +119,11 @@ def _cues(text: str) -> list[_Cue]:
         match = pattern.fullmatch(line)
         if match:
             times.append((line_number, match))
+        elif _LIKE_CUE.fullmatch(line):
+            raise DataError(
+                f'{path}, line {line_number + 1}: expected times such as 00:00:01.000 --> '
+                f'00:00:02.500, got {line.strip()[:60]!r}'
+            )
     # Of each cue, the line with the times of the next.
     next_lines = [line_number for line_number, _ in times[1:]]
     cues = []
@@ -122,7 +135,7 @@ def _cues(text: str) -> list[_Cue]:
         start, end = _seconds(match, 1), _seconds(match, 4)
         if spoken:
             # Some end before they start: they have a moment and no length.
-            cues.append(_Cue(start, max(start, end), spoken))
+            cues.append(_Cue(start, max(start, end), spoken, '\n'.join(body)))
     return sorted(cues, key=lambda cue: cue.start)
 
 
@@ -158,9 +171,38 @@ def _spoken_lines(lines: Sequence[str]) -> list[str]:
     return spoken
 
 
+def _is_touching(before: _Cue, cue: _Cue) -> bool:
+    return cue.start <= before.end + _TOUCHING
+
+
+def _is_highlighted(before: _Cue, cue: _Cue) -> bool:
+    """Whether a cue is the one before with another word in a tag."""
+    has_tags = _TAG.search(before.source) and _TAG.search(cue.source)
+    is_same = before.lines == cue.lines and before.source.strip() != cue.source.strip()
+    return bool(has_tags) and is_same and _is_touching(before, cue)
+
+
+def _is_grown(before: _Cue, cue: _Cue) -> bool:
+    """Whether a cue is the one before with more words behind it."""
+    # Words of the same line: a new line is one that rolls in.
+    is_longer = cue.lines[-1].startswith(before.lines[-1] + ' ')
+    return is_longer and cue.lines[:-1] == before.lines[:-1] and _is_touching(before, cue)
+
+
+def _joined(cues: Sequence[_Cue], continues: Callable[[_Cue, _Cue], bool]) -> list[_Cue]:
+    """The cues, where each that continues the one before takes its place."""
+    joined: list[_Cue] = []
+    for cue in cues:
+        if joined and continues(joined[-1], cue):
+            joined[-1] = dataclasses.replace(cue, start=joined[-1].start)
+        else:
+            joined.append(cue)
+    return joined
+
+
 def _overlap(before: _Cue, cue: _Cue) -> int:
     """Number of lines at the beginning of a cue that the one before ends with."""
-    if cue.start > before.end + _TOUCHING:
+    if not _is_touching(before, cue):
         return 0
     for count in range(min(len(before.lines), len(cue.lines)), 0, -1):
         if before.lines[-count:] == cue.lines[:count]:

@@ -135,6 +135,8 @@ def test_a_comma_in_a_caption_without_times(read):
         # A merged cell names its video in the first row alone.
         ('video,text\na,ok\n,more\n', "line 3: expected the name of a video in column 'video'"),
         ('video,text,text\na,b,c\n', "different names, got 'text' twice"),
+        ('video,Text,text\na,b,c\n', "different names, got 'text' twice"),
+        ('video,start,end,tags,text\na,0,1,red, blue,hi\n', 'line 2: expected 5 fields, got 6'),
         ('video,caption,description\na,b,c\n', 'got caption and description'),
         ('video,start_frame,text\na,5,b\n', "got 'start_frame', whose unit is unknown"),
         ('video,start,end_ms,text\na,5,9,b\n', "got 'end_ms', whose unit is unknown"),
@@ -185,6 +187,10 @@ def test_words_for_nothing_are_no_captions(read, word):
         (
             '{"a": {"start": [0, 2, 3], "end": [1, 1, 4], "text": ["hi", "ho", NaN]}}',
             {'a': [sentence('hi', 0.0, 1.0), sentence('ho', 2.0, 2.0)]},
+        ),
+        (
+            '{"a": {"start": [0, 2], "duration": [1, 1.5], "text": ["hi", "ho"]}}',
+            {'a': [sentence('hi', 0.0, 1.0), sentence('ho', 2.0, 3.5)]},
         ),
         # ActivityNet Captions.
         (
@@ -250,6 +256,9 @@ def test_labels_of_a_spreadsheet(tmp_path):
     path.write_bytes('\ufefffilename;class\r\na.mp4;run\r\nb.mp4;jump\r\n'.encode())
     classes, _ = annotation_files.read_annotations(path)
     assert classes == {'class': ['jump', 'run']}
+    path.write_text('video,class,category\na.mp4,run,sport\n')
+    with pytest.raises(DataError, match='expected one field label, got class and category'):
+        annotation_files.read_annotations(path)
     path.write_text('video,label\na.mp4,run, fast\n')
     with pytest.raises(DataError, match='line 2: expected 2 fields, got 3'):
         annotation_files.read_annotations(path)

@@ -86,6 +86,46 @@ def test_rolling_lines_come_once(text):
     assert parse(text) == ROLLING
 
 
+def timed(*lines):
+    """SRT in which the lines follow one another, half a second each."""
+    cues = []
+    for i, line in enumerate(lines):
+        times = f'00:00:{i / 2:06.3f} --> 00:00:{(i + 1) / 2:06.3f}'
+        cues.append(f'{i + 1}\n{times}\n{line}\n')
+    return '\n'.join(cues)
+
+
+def test_lines_that_grow_or_are_highlighted_come_once():
+    """Word by word, as live subtitles and Whisper's highlighted words do."""
+    expected = [
+        {'text': 'hello and welcome', 'start': 0.0, 'end': 1.5},
+        {'text': 'to my kitchen', 'start': 1.5, 'end': 3.0},
+    ]
+    grown = timed('hello', 'hello and', 'hello and welcome', 'to', 'to my', 'to my kitchen')
+    assert parse(grown) == expected
+    highlighted = timed(
+        '<u>hello</u> and welcome',
+        'hello <u>and</u> welcome',
+        'hello and <u>welcome</u>',
+        '<u>to</u> my kitchen',
+        'to <u>my</u> kitchen',
+        'to my <u>kitchen</u>',
+    )
+    assert parse(highlighted) == expected
+    # Once among many cues it is what was said.
+    once = ['no', 'no way', 'one', 'two', 'three', 'four']
+    assert texts(timed(*once)) == once
+
+
+@pytest.mark.parametrize(
+    'times', ['00:00:01:500 --> 00:00:02:000', '-00:00:01,000 --> 00:00:02,000', '0:1x --> 0:02']
+)
+def test_times_that_are_malformed_are_no_words(times):
+    srt = timed('one', 'two') + f'\n3\n{times}\nthree\n'
+    with pytest.raises(DataError, match='x, line 10: expected times such as'):
+        parse(srt)
+
+
 def test_what_is_said_twice_stays():
     srt = '1\n00:00:01,000 --> 00:00:02,000\nNo.\n\n2\n00:00:02,000 --> 00:00:03,000\nNo.\n'
     assert texts(srt) == ['No.', 'No.']
@@ -109,12 +149,13 @@ def test_files_that_keep_to_no_standard():
     """Blank lines inside a cue, none between cues, numbers that are spoken, no milliseconds."""
     srt = (
         '\n1\n00:00:01 --> 00:00:02\nheat\n\noil\n2\n0:00:02,5 --> 00:00:02.100\n10\n'
-        '\n00:00:03,000 --> 00:00:04,000\nwait\n'
+        '\n00:00:03,000 --> 00:00:04,000\nwait\n\nand stir\n00:00:04,000 --> 00:00:05,000\neat\n'
     )
     assert parse(srt) == [
         {'text': 'heat oil', 'start': 1.0, 'end': 2.0},
         {'text': '10', 'start': 2.5, 'end': 2.5},
-        {'text': 'wait', 'start': 3.0, 'end': 4.0},
+        {'text': 'wait and stir', 'start': 3.0, 'end': 4.0},
+        {'text': 'eat', 'start': 4.0, 'end': 5.0},
     ]
 
 
@@ -201,6 +242,7 @@ def test_a_video_of_another_name_is_not_meant(sentences_of):
     [
         # What people wrote comes before what was recognised.
         ({'a.en-orig.vtt': 'auto', 'a.en.vtt': 'manual'}, 'manual'),
+        ({'a.en-orig.vtt': 'auto', 'a.en-eEY6OEpapPo.vtt': 'manual'}, 'manual'),
         ({'a.en.auto.srt': 'auto', 'a.en-GB.srt': 'manual'}, 'manual'),
         ({'a.de.srt': 'deutsch', 'a.en.srt': 'english'}, 'english'),
         ({'a.de.srt': 'deutsch', 'a.srt': 'its own'}, 'its own'),
