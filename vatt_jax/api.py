@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax import optim
 from vatt_jax.config import ConfigError
+from vatt_jax.importers import safetensors_folder
 from vatt_jax.inference import feature_extractor
 from vatt_jax.inputs import tokenizer
 from vatt_jax.parallel import sharding
@@ -35,7 +36,7 @@ DESCRIPTIONS = {
 
 
 def load(path: str | os.PathLike) -> Model:
-    """The newest model of a run folder, or that of one checkpoint folder.
+    """The newest model of a run folder, or that of one checkpoint or safetensors folder.
 
     Averaged parameters where the run kept them. The checkpoint carries config, tokenizer and class
     names, so nothing else is needed.
@@ -44,7 +45,11 @@ def load(path: str | os.PathLike) -> Model:
         ConfigError: no model can be read there.
     """
     mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1))
-    config, variables, info = checkpoint.load_model(pathlib.Path(path), mesh)
+    path = pathlib.Path(path)
+    if safetensors_folder.is_model_folder(path):
+        config, variables, info = safetensors_folder.load_model(path, mesh)
+    else:
+        config, variables, info = checkpoint.load_model(path, mesh)
     return Model(config, variables, info, mesh)
 
 
