@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax import objectives, optim
 from vatt_jax.config import ConfigError
+from vatt_jax.importers import safetensors_folder
 from vatt_jax.inference import arrays, feature_extractor, media_files, zero_shot
 from vatt_jax.inference.arrays import FILES
 from vatt_jax.inference.read_ahead import read_ahead
@@ -43,7 +44,7 @@ ON_ERROR = ('raise', 'skip')
 
 
 def load(path: str | os.PathLike) -> Model:
-    """The newest model of a run folder, or that of one checkpoint folder.
+    """The newest model of a run folder, or that of one checkpoint or safetensors folder.
 
     Averaged parameters where the run kept them. The checkpoint carries config, tokenizer and class
     names, so nothing else is needed.
@@ -52,8 +53,13 @@ def load(path: str | os.PathLike) -> Model:
         ConfigError: no model can be read there.
     """
     mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1))
-    config, variables, info = checkpoint.load_model(pathlib.Path(path), mesh, objective=True)
-    heads = variables.pop('objective')
+    path = pathlib.Path(path)
+    if safetensors_folder.is_model_folder(path):
+        config, variables, info = safetensors_folder.load_model(path, mesh)
+        heads = None
+    else:
+        config, variables, info = checkpoint.load_model(path, mesh, objective=True)
+        heads = variables.pop('objective')
     return Model(config, variables, info, mesh, heads)
 
 

@@ -9,6 +9,9 @@
     # MMV
     python -m vatt_jax.importers --format=mmv --checkpoint=mmv_s3d.pkl \\
         --config=configs/mmv.py:s3d_fac_vat --out=runs/mmv_s3d
+    # any model of ours for other tools, and back; vatt_jax.load takes that folder, too
+    python -m vatt_jax.importers --format=safetensors --export=runs/vatt --out=shared/vatt
+    python -m vatt_jax.importers --format=safetensors --checkpoint=shared/vatt --out=runs/again
 
 --out is then a run folder: vatt_jax.load(DIR), vatt-jax --mode=eval --workdir=DIR,
 --config.init_from=DIR, or further training in it.
@@ -29,7 +32,7 @@ from vatt_jax.command_line import expand_home
 
 # TensorFlow reads this when it is imported; 3: errors alone.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-FORMATS = ('vatt_tf', 'mmv')
+FORMATS = ('vatt_tf', 'mmv', 'safetensors')
 MOST_LINES = 40  # names of one kind that are printed; the others are counted
 
 
@@ -57,15 +60,19 @@ def main(argv: list[str]) -> None:
     if flags.export:
         count = importer.export_checkpoint(flags.export, flags.out, flags.overwrite)
         # Of a TensorFlow checkpoint --out is the prefix; the index is one of its files.
-        suffix = '.index' if flags.format == 'vatt_tf' else ''
+        suffix = {'vatt_tf': '.index', 'safetensors': '/model.safetensors'}.get(flags.format, '')
         print(f'{count} variables of {flags.export} → {flags.out}{suffix}')
         return
 
     # Only vatt_tf's importer takes `classes`.
     names = {'vocabulary': _lines(flags.vocabulary)}
     if flags.classes:
-        if flags.format == 'mmv':
-            raise ConfigError('--classes: MMV checkpoints have no classifier; leave it out')
+        if flags.format != 'vatt_tf':
+            reasons = {
+                'mmv': 'MMV checkpoints have no classifier',
+                'safetensors': 'the names of classes are stored beside the model',
+            }
+            raise ConfigError(f'--classes: {reasons[flags.format]}; leave it out')
         names['classes'] = _lines(flags.classes)
     config = None
     if flags.config:
@@ -119,11 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--checkpoint',
         default='',
-        help='an official checkpoint: the file, or (vatt_tf) its path without .index',
+        help='what to import: the file, (vatt_tf) its path without .index, or (safetensors) the '
+        'folder',
     )
-    parser.add_argument(
-        '--export', default='', help='a run folder, to be written in the official layout'
-    )
+    parser.add_argument('--export', default='', help='a run folder, to be written in this format')
     parser.add_argument(
         '--config',
         default='',
@@ -132,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--out',
         required=True,
-        help='the run folder to make; with --export, the file or prefix to write',
+        help='the run folder to make; with --export, the file, prefix or folder to write',
     )
     parser.add_argument(
         '--vocabulary', default='', help='file of the words of the word table, one a line'
@@ -146,9 +152,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _importer(name: str) -> Any:
     """The module of a format: import_checkpoint and export_checkpoint."""
-    from vatt_jax.importers import mmv, vatt_tf
+    from vatt_jax.importers import mmv, safetensors_folder, vatt_tf
 
-    return {'vatt_tf': vatt_tf, 'mmv': mmv}[name]
+    return {'vatt_tf': vatt_tf, 'mmv': mmv, 'safetensors': safetensors_folder}[name]
 
 
 def _lines(path: str) -> list[str] | None:

@@ -21,7 +21,8 @@ class _Shortened(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()
         self.maxlevel = 3
-        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 4
+        self.maxlist = self.maxtuple = 6  # axes of the largest kernel, and one more
+        self.maxset = self.maxfrozenset = self.maxdict = 4
         self.maxstring = 60
 
     def repr_int(self, x: int, level: int) -> str:
