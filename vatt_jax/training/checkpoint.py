@@ -509,8 +509,8 @@ def _misfit(path: pathlib.Path, difference: str, config: ConfigDict | None) -> C
 
 def _unreadable(path: pathlib.Path, error: Exception) -> ConfigError:
     return ConfigError(
-        f'checkpoint {path} cannot be read ({_first_line(error)}); nothing was changed. Name another '
-        'one, or move it out of its run folder to go back to the one before'
+        f'checkpoint {path} cannot be read ({_first_line(error)}); nothing was changed. Name '
+        'another one, or move it out of its run folder to go back to the one before'
     )
 
 
