@@ -131,6 +131,9 @@ def optimizer() -> ConfigDict:
     o.clip = 0.0
     # Parameter paths (regex) that are clipped, by the norm of these alone. (): all.
     o.clip_paths = ()
+    # True: in that norm the gradients of position tables count token by token, before tokens that
+    # share a row are summed, as TensorFlow counts them (official VATT).
+    o.clip_lookups = False
     # Parameter paths (regex) that are never updated.
     o.frozen = (r'word_table',)
     # ((regex, factor), ...): factor of the learning rate by parameter path; the first match wins.

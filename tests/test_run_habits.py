@@ -4,19 +4,21 @@ import errno
 import json
 import os
 import pathlib
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 
+import numpy as np
 import pytest
 
 import data_pipelines
 from tests import tiny
 from vatt_jax import config as configs
 from vatt_jax.config import ConfigError
-from vatt_jax.modes import process
+from vatt_jax.modes import embed, process
 from vatt_jax.planning import preflight
 from vatt_jax.run_folder import NotWritten, RunFolder, free_space, readable_size, write_atomically
 from vatt_jax.training import checkpoint, loop, start
@@ -73,6 +75,20 @@ def test_an_unreadable_checkpoint_is_not_to_be_removed(copied, monkeypatch):
         file.write_bytes(b'')
     with pytest.raises(ConfigError, match='cannot be read .*; nothing was changed. .* move '):
         train(copied, short(steps=4))
+
+
+def test_embeddings_of_other_data_do_not_replace_those_that_are_there(copied):
+    config = short()
+    embed.run(config, copied, data_pipelines.open, 'test')
+    embed.run(config, copied, data_pipelines.open, 'test')  # the same again: in its place
+    assert [path.name for path in (copied / 'embeddings').iterdir()] == ['test.npz']
+    embed.run(short(data__synthetic_size=128), copied, data_pipelines.open, 'test')
+    names = sorted(path.name for path in (copied / 'embeddings').iterdir())
+    assert names[0] == 'test.npz' and re.fullmatch(r'test_[0-9a-f]{8}\.npz', names[1])
+    with np.load(copied / 'embeddings' / 'test.npz') as stored:
+        assert json.loads(str(stored['source']))['synthetic_size'] == 64
+    with np.load(copied / 'embeddings' / names[1]) as stored:
+        assert json.loads(str(stored['source']))['synthetic_size'] == 128
 
 
 # ---- folders that cannot be written
@@ -149,8 +165,6 @@ def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, small_fil
 
 
 def test_evaluations_that_cannot_be_written(tmp_path, small_files):
-    import numpy as np
-
     from vatt_jax import evals
 
     noise = np.random.default_rng(0).normal(size=100_000)
