@@ -593,3 +593,32 @@ def test_a_wide_clip_of_the_models_height_is_cropped_as_in_evaluation(model):
     batch = {'video': stream, 'position': np.zeros(1, int), 'valid': np.ones(1, bool)}
     expected = model._encoder(batch)['pooled']['video'][0]
     np.testing.assert_allclose(model.embed(video=wide)['video']['pooled'], expected, atol=1e-4)
+
+
+def test_a_file_whose_resolution_changes(model, tmp_path):
+    """Two transport streams, one behind the other: frames take the shape of the first."""
+    parts = []
+    for number, width in enumerate((64, 96)):
+        path = tmp_path / f'{number}.ts'
+        with media.av.open(str(path), 'w', format='mpegts') as container:
+            video = container.add_stream('libx264', rate=FPS)
+            video.width, video.height, video.pix_fmt = width, 48, 'yuv420p'
+            for _ in range(10):
+                pixels = np.full((48, width, 3), 50 + 100 * number, np.uint8)
+                frame = media.av.VideoFrame.from_ndarray(pixels, format='rgb24')
+                container.mux(video.encode(frame))
+            container.mux(video.encode())
+        parts.append(path.read_bytes())
+    path = tmp_path / 'both.ts'
+    path.write_bytes(b''.join(parts))
+    shapes = {frame.shape for frame in media.read(path, FPS, SIZE, RATE).frames}
+    assert len(shapes) == 2
+    (window,) = windows_of(path)
+    assert len({frame.shape for frame in window.frames}) == 2
+    out = model.embed(video=path)['video']['pooled']
+    chex.assert_tree_all_finite(out)
+    # Grey of 50, then of 150: what the frames show is not changed.
+    levels = [round(float(frame.mean()), -1) for frame in window.frames]
+    flat = np.stack([np.full((SIZE, SIZE, 3), frame.mean(), np.uint8) for frame in window.frames])
+    assert sorted(set(levels)) == [50, 150]
+    np.testing.assert_allclose(out, model.embed(video=flat)['video']['pooled'], atol=0.05)

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -256,7 +257,8 @@ class Model:
         Returns:
             {modality: {'pooled': [B D], <common space>: [B E] of unit length}}, float32; without B
             where a single item was given. 'valid' bool [B] beside them where rows may be of
-            nothing: the sound of a list of files, and all that `on_error='skip'` covers. With
+            nothing: the sound of several files or windows of them, and all that
+            `on_error='skip'` covers. With
             `windows` or `stride` B counts windows, 'start' float32 [B] holds their seconds and, of
             lists, 'item' int32 [B] the number of the item.
 
@@ -465,7 +467,7 @@ class Model:
         """Warns the user, once for each key."""
         if key not in self._told:
             self._told.add(key)
-            warnings.warn(message, stacklevel=3)
+            _warn(message)
 
     # ---- inputs -> rows of features
 
@@ -560,7 +562,7 @@ class Model:
         def encode_collected() -> None:
             pieces = [piece for _, piece in collected]
             for modality, encoded in parts.items():
-                encoded.append(self._encode_present(name, modality, pieces, request.batch_size))
+                encoded.append(self._encode_present(modality, pieces, request.batch_size))
             collected.clear()
 
         with bar as advance:
@@ -576,7 +578,7 @@ class Model:
             if collected:
                 encode_collected()
         if errors:
-            warnings.warn(_summary(errors, len(items)), stacklevel=5)
+            _warn(_summary(errors, len(items)))
 
         results = {}
         for modality, encoded in parts.items():
@@ -592,19 +594,17 @@ class Model:
                 np.array(starts, np.float32),
                 is_valid,
                 is_single,
-                # One file is as its key says: without sound there is no `audio`.
-                tells_valid=request.on_error == 'skip' or (modality != name and not is_single),
+                # A single window is as its key says: without sound there is no `audio`.
+                tells_valid=request.on_error == 'skip'
+                or (modality != name and (request.has_windows or not is_single)),
             )
         return results
 
-    def _encode_present(
-        self, name: str, modality: str, pieces: Sequence[_Piece], batch_size: int
-    ) -> _Part:
+    def _encode_present(self, modality: str, pieces: Sequence[_Piece], batch_size: int) -> _Part:
         present = [i for i, piece in enumerate(pieces) if modality in piece.data]
         if not present:
             return len(pieces), present, {}
-        kind = name if modality == name else modality
-        encoded = self._encode(kind, [pieces[i].data[modality] for i in present], batch_size)
+        encoded = self._encode(modality, [pieces[i].data[modality] for i in present], batch_size)
         return len(pieces), present, encoded
 
     def _encode(self, name: str, items: list[np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
@@ -781,6 +781,16 @@ class Model:
 
 # Of a batch of windows: how many there were, which of them the modality has, their features.
 _Part = tuple[int, list[int], dict[str, np.ndarray]]
+
+
+def _warn(message: str) -> None:
+    """Warns with the line of the user's own code."""
+    frame: Any = sys._getframe()
+    level = 1
+    while frame.f_back and frame.f_globals.get('__name__', '').startswith('vatt_jax'):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, stacklevel=level)
 
 
 def _given(**inputs: Any) -> dict[str, Any]:

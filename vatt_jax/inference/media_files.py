@@ -191,6 +191,10 @@ class _Reading:
             end = min(block[-1] / self.fps + self.span, length)
             file = self._open(part=(start, end))
             sound = file.audio if self.takes_sound else None
+            if sound is not None:
+                # Silence, where the pictures go on without it.
+                missing = round((end - start) * self.rate) - len(sound)
+                sound = np.pad(sound, (0, max(0, missing)))
             offsets = [begin - block[0] for begin in block]
             num_windows = 0
             for offset, frames in cut(file.frames, offsets, self.frames):
