@@ -98,7 +98,8 @@ def line_chart(title: str, lines: Sequence[Line]) -> Chart | None:
     steps = [x for _, points in finite for x, _ in points]
     values = [y for _, points in finite for _, y in points]
     low, high = _value_range(values)
-    x_values = ticks(0, max(steps) or 1, 5)
+    # There is no half a step.
+    x_values = [x for x in ticks(0, max(steps) or 1, 5) if x == int(x)]
     y_values = ticks(low, high, 5)
     # The plot ends at a tick on both sides, or with the last point where steps end between two.
     low, high = min(low, y_values[0]), max(high, y_values[-1])
@@ -194,10 +195,10 @@ def _thinned(points: Sequence[tuple[float, Any]]) -> list[tuple[float, Any]]:
     """At most MOST_POINTS of them: the lowest and the highest of each stretch, in order."""
     if len(points) <= MOST_POINTS:
         return list(points)
-    # The last point is where the run stands: it stays.
-    *rest, last = points
-    kept = []
-    stretches = (MOST_POINTS - 1) // 2
+    # Where the run began and where it stands stay.
+    first, *rest, last = points
+    kept = [first]
+    stretches = (MOST_POINTS - 2) // 2
     for i in range(stretches):
         stretch = rest[len(rest) * i // stretches : len(rest) * (i + 1) // stretches]
         extremes = {

@@ -171,12 +171,16 @@ def encode(
     if not rate:
         sound = None
     for rung in ladder:
-        still = _resized(frames[len(frames) // 2], rung.side)
-        height, width, _ = still.shape
+        picture = _resized(frames[len(frames) // 2], rung.side)
+        height, width, _ = picture.shape
+        still = data_uris.jpeg(picture, rung.quality)
+        # A film takes long to encode: not where even the still is too large.
+        if len(still) > budget:
+            continue
         film = ''
         if rung.crf is not None:
             film = _film(frames, fps, sound if rung.bit_rate else None, rate, rung)
-        clip = Clip(data_uris.jpeg(still, rung.quality), width, height, film, rung)
+        clip = Clip(still, width, height, film, rung)
         if clip.size <= budget:
             return clip
     return None

@@ -122,18 +122,7 @@ def _verdict(
 
 def warnings(run: FinishedRun) -> list[str]:
     """What a reader should know before believing a number."""
-    found = []
-    for name, result in run.results.items():
-        for key, value in result.scalars.items():
-            # 'text_to_video/clips': clips of the gallery of one pair of streams.
-            if not key.endswith('_to_video/clips') or value >= FEW_CLIPS:
-                continue
-            pair = key.removesuffix('/clips').replace('_to_', ' → ')
-            found.append(
-                f'{name.replace("_", " ")}, {pair}: only {value:.0f} clips were held out, so one '
-                f'clip moves R@1 by {100 / value:.0f} percentage points'
-                f'{_certain_recalls(value)}. Hold out {FEW_CLIPS} or more.'
-            )
+    found = [_few_clips(clips, names) for clips, names in _small_galleries(run).items()]
     if run.done.get('skipped_steps'):
         found.append(
             f'{run.done["skipped_steps"]} steps were skipped because loss or gradients were not '
@@ -147,7 +136,29 @@ def warnings(run: FinishedRun) -> list[str]:
     return found
 
 
-def _certain_recalls(clips: float) -> str:
+def _small_galleries(run: FinishedRun) -> dict[int, list[str]]:
+    """Number of clips -> the retrievals that have as few; controls are left out."""
+    found: dict[int, list[str]] = {}
+    for name, result in run.results.items():
+        if not run.is_plain(name, ('retrieval',)):
+            continue
+        for key, value in result.scalars.items():
+            # 'text_to_video/clips': clips of the gallery of one pair of streams.
+            if key.endswith('/clips') and value < FEW_CLIPS:
+                pair = key.removesuffix('/clips').replace('_to_', ' → ')
+                found.setdefault(int(value), []).append(f'{name.replace("_", " ")} {pair}')
+    return found
+
+
+def _few_clips(clips: int, names: Sequence[str]) -> str:
+    return (
+        f'only {clips} clips were held out ({", ".join(names)}), so one clip moves R@1 by '
+        f'{100 / clips:.0f} percentage points{_certain_recalls(clips)}. Hold out {FEW_CLIPS} or '
+        'more.'
+    )
+
+
+def _certain_recalls(clips: int) -> str:
     """', and R@5 and R@10 are 100 % whatever the model does' for three clips."""
     certain = [f'R@{k}' for k in (1, 5, 10) if k >= clips]
     if not certain:
@@ -186,7 +197,7 @@ def next_steps(run: FinishedRun) -> list[Step]:
             f'--config.seed={seed} --workdir={run.path}-seed{seed}',
         ),
         Step(
-            'and then both runs side by side.',
+            'Then look at both runs side by side.',
             f'{command} --mode=report --compare={run.path}-seed{seed}',
         ),
     ]

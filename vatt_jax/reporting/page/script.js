@@ -51,8 +51,6 @@ for (const field of document.querySelectorAll('[data-filter]')) {
 
 // ---- curves: the values at a step, by pointer or arrow keys
 
-const SVG = 'http://www.w3.org/2000/svg';
-
 function nearest(xs, x) {
   let best = 0;
   for (let i = 1; i < xs.length; i++) {
@@ -66,14 +64,14 @@ function readable(svg) {
   const output = svg.nextElementSibling;
   // One step after another of the line with most of them.
   const main = lines.reduce((a, b) => (b.x.length > a.x.length ? b : a));
-  const cursor = document.createElementNS(SVG, 'line');
+  const cursor = document.createElementNS(svg.namespaceURI, 'line');
   cursor.setAttribute('class', 'cursor');
   cursor.setAttribute('y1', 12);
   cursor.setAttribute('y2', svg.viewBox.baseVal.height - 44);
   cursor.style.display = 'none';
   svg.append(cursor);
   const dots = lines.map((line) => {
-    const dot = document.createElementNS(SVG, 'circle');
+    const dot = document.createElementNS(svg.namespaceURI, 'circle');
     dot.setAttribute('r', 4);
     dot.style.fill = `var(--c${line.color})`;
     dot.style.display = 'none';
