@@ -27,6 +27,11 @@ class RunFolder:
         return self.path / 'config.json'
 
     @property
+    def provenance(self) -> pathlib.Path:
+        """Commit, versions and hardware of the newest start (JSON)."""
+        return self.path / 'provenance.json'
+
+    @property
     def checkpoints(self) -> pathlib.Path:
         """One folder for each saved step."""
         return self.path / 'checkpoints'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
 from typing import Any
@@ -17,7 +18,7 @@ from vatt_jax.config import ConfigError
 from vatt_jax.inputs import word_vectors
 from vatt_jax.parallel import distributed
 from vatt_jax.run_folder import RunFolder, write_atomically
-from vatt_jax.training import checkpoint
+from vatt_jax.training import checkpoint, provenance
 from vatt_jax.training.build import Built
 from vatt_jax.training.checkpoint import Checkpoints
 from vatt_jax.training.train_state import TrainState
@@ -99,6 +100,7 @@ def start(
         if run.step < config.steps:
             # Of a run that was shorter: this one is not done.
             folder.done.unlink(missing_ok=True)
+            write_atomically(folder.provenance, json.dumps(provenance.describe(), indent=1))
     return run, checkpoints
 
 
