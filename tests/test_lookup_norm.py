@@ -25,7 +25,7 @@ def module(transposed=False):
 
 
 def token_gradients(tables, weights, axes):
-    """Gradient of Σ weights · LayerNorm(Σ of the tables' rows) at each token [N D], in float64 by hand."""
+    """Gradient of Σ weights · LayerNorm(Σ of the tables' rows) at each token [N D], float64."""
     total = np.zeros((*GRID, WIDTH))
     for table, axis in zip(tables, axes):
         shape = [1] * len(GRID) + [WIDTH]
@@ -102,7 +102,7 @@ def test_the_clip_takes_the_excess_of_the_paths_that_it_clips():
 
 
 def test_a_step_clips_by_that_norm():
-    """The whole step: what plain clipping by a norm made so much larger would do to the parameters."""
+    """The whole step: what plain clipping by a norm made so much larger does to parameters."""
     config = tiny.config(optimizer__clip=0.5, optimizer__clip_lookups=True)
     config.optimizer.update({'name': 'sgd', 'momentum': 0.0})
     config.optimizer.schedule.update({'name': 'constant', 'peak': 1.0, 'warmup': 0})
