@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from data_pipelines import extras
 from data_pipelines.errors import DataError
 
 __all__ = ['DataError', 'open', 'open_or_make', 'open_or_synthetic']
@@ -27,7 +28,8 @@ def open(config: ConfigDict) -> Any:
     """
     source = config.data.source
     if source == 'records':
-        from data_pipelines.loading.records_source import Records
+        with extras.explain_missing():
+            from data_pipelines.loading.records_source import Records
 
         return Records(config)
     if source == 'synthetic':
@@ -64,7 +66,8 @@ def open_or_make(config: ConfigDict, check: Callable[[ConfigDict], None]) -> Any
         if not made or os.path.join(made, 'records') in paths:
             if not playground.is_made(made):
                 check(config)
-            playground.make(**config.data.make)
+            with extras.explain_missing():
+                playground.make(**config.data.make)
     return open(config)
 
 

@@ -30,13 +30,21 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import numpy as np
 
+from data_pipelines import extras
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import arguments, decoded_files, record_contents
-from data_pipelines.preparation.console import Console
-from data_pipelines.storage import byte_offsets
-from data_pipelines.storage import record_index as indices
-from data_pipelines.storage.records import SPLITS
 from vatt_jax.terminal import printable, use_plain_characters
+
+try:
+    from data_pipelines.preparation import arguments, decoded_files, record_contents
+    from data_pipelines.preparation.console import Console
+    from data_pipelines.storage import byte_offsets
+    from data_pipelines.storage import record_index as indices
+    from data_pipelines.storage.records import SPLITS
+except ModuleNotFoundError as missing:
+    # As in prepare.py.
+    if __name__ != '__main__':
+        raise
+    extras.exit_if_missing(missing)
 
 FRAMES = ('image/encoded',)
 AUDIO = ('WAVEFORM/feature/floats', 'waveform/floats')

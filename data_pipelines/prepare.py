@@ -32,22 +32,33 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from data_pipelines.datasets import named
+from data_pipelines import extras
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import (
-    arguments,
-    decoded_files,
-    media_catalog,
-    record_contents,
-    staging,
-    writing,
-)
-from data_pipelines.preparation.console import Console
 from data_pipelines.storage import record_index
 from vatt_jax.terminal import printable, use_plain_characters
 
+try:
+    from data_pipelines.datasets import named
+    from data_pipelines.preparation import (
+        arguments,
+        decoded_files,
+        media_catalog,
+        record_contents,
+        staging,
+        training_command,
+        writing,
+    )
+    from data_pipelines.preparation.console import Console
+except ModuleNotFoundError as missing:
+    # Media are read by packages of an extra. Who imports this gets the error as it is.
+    if __name__ != '__main__':
+        raise
+    extras.exit_if_missing(missing)
+
 # Written last: a folder without it is unfinished.
 _FINISHED_FILE = 'prepare.json'
+# Packages of the kinds of tokenizers that need one.
+_TOKENIZER_MODULES = {'wordpiece': ('tokenizers',), 'sentencepiece': ('sentencepiece',)}
 # Error numbers of a disk that takes no more: full, over the user's quota, file too large.
 _FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -155,6 +166,9 @@ def prepare(
     start_time = time.monotonic()
     console = Console(quiet)
     _check_sources(videos, captions, annotations, out, dataset)
+    # Needed only when everything is decoded, which may take days.
+    extras.require('tensorflow', 'tensorflow_datasets', 'array_record')
+    extras.require(*_TOKENIZER_MODULES.get(tokenizer, ()))
     target = pathlib.Path(out)
     # Inside the target: on the same file system, so that finished files move by a rename; and
     # hidden, so that a later scan for media files does not enter it.
@@ -225,7 +239,9 @@ def prepare(
     # split of another.
     by_folder = not dataset and record_contents.has_split_folders(files)
     # Splits first: the tokenizer sees the text of the training split only.
-    record_contents.assign_splits(records, catalog, by_folder, validation, test)
+    remarks = record_contents.assign_splits(records, catalog, by_folder, validation, test)
+    for remark in remarks:
+        console(remark)
     record_contents.train_tokenizer(records, tokenizer, vocabulary, stage_dir)
 
     console(f'writing {len(records)} records …')
@@ -253,6 +269,8 @@ def prepare(
 
     # Missing clips of a named dataset are in the table of skipped files already.
     console.summary(target, summary, [] if dataset else catalog.missing)
+    command = training_command.training_command(target, name, settings, tokenizer, summary)
+    console(f'Train on it: {command}')
     if catalog.unused:
         console(f'{catalog.unused} media files are in no annotation file and were not used.')
     return {**summary, 'fresh': True}

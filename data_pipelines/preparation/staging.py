@@ -77,8 +77,8 @@ def _stage_with_beam(
         from data_pipelines.preparation import beam
     except ImportError as error:
         raise DataError(
-            f"--beam={beam_options} needs apache-beam ({error}); pip install 'vatt_jax[beam]' "
-            'into an environment of its own'
+            f'--beam={beam_options} needs apache-beam ({error}); in the folder of the repository, '
+            "pip install '.[data,video,text,beam]' into an environment of its own"
         ) from None
     counts = beam.stage(waiting, settings, stage_dir, beam_options)
     parts = [f'{count} {result}' for result, count in sorted(counts.items())]

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import sys
 
+from data_pipelines import extras
 from data_pipelines.datasets.playground import Config, make
 from data_pipelines.errors import DataError
 from vatt_jax.terminal import use_plain_characters
@@ -26,7 +27,8 @@ def main() -> int:
         parser.add_argument(f'--{field.name}', type=type(field.default), default=field.default)
     flags = vars(parser.parse_args())
     try:
-        print(make(flags.pop('out'), **flags))
+        with extras.explain_missing():
+            print(make(flags.pop('out'), **flags))
     except DataError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
