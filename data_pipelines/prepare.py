@@ -450,7 +450,7 @@ def _parser(dataset: str) -> argparse.ArgumentParser:
     add(
         '--encoding',
         default='',
-        help='of captions and annotations that are neither UTF-8 nor UTF-16: cp1252, shift_jis and so on',
+        help='of captions and annotations that are neither UTF-8 nor UTF-16, such as cp1252',
     )
     add(
         '--validation',
