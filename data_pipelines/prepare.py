@@ -471,7 +471,7 @@ def _parser(dataset: str) -> argparse.ArgumentParser:
     add(
         '--encoding',
         default='',
-        help='of captions and annotations that are neither UTF-8 nor UTF-16: cp1252, shift_jis …',
+        help='of captions and annotations that are neither UTF-8 nor UTF-16, such as cp1252',
     )
     add(
         '--validation',
