@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from vatt_jax.command_line import run_command
 from vatt_jax.terminal import printable, use_plain_characters
 
 _COUNTS = ('records', 'segments', 'sentences', 'hours', 'without_audio', 'without_video')
@@ -92,7 +93,7 @@ class Console:
         # The path in the quotes of Python, inside those of the shell: the command can be copied as
         # it is.
         self(
-            f'done in {summary["seconds"]} s. Train on it: python run.py --config=FILE '
+            f'done in {summary["seconds"]} s. Train on it: {run_command()} --config=FILE '
             f"\"--config.data.train={{'mine': {{'path': {str(target)!r}}}}}\""
         )
 

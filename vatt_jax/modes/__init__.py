@@ -1,1 +1,1 @@
-"""What run.py does, one file for each --mode. Whatever reads data is given how to open them."""
+"""What the command line does, one file for each --mode. Whatever reads data is given how to open them."""
