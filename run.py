@@ -9,6 +9,9 @@ python run.py --mode=report --workdir=runs/demo                  # report/index.
 python run.py --mode=deflate --workdir=runs/mmv --out=runs/mmv_image   # for images: docs/mmv.md
 python run.py --mode=plan --workdir=runs/plan --config=configs/vatt.py:mbs --topology=v5p:4x4x4
                                                # before the machines are rented: docs/scaling.md
+python run.py --mode=index  --workdir=runs/demo --videos=FOLDER --out=INDEX    # docs/search.md
+python run.py --mode=search --index=INDEX --query="a dog barks"                # or --serve
+python run.py --mode=export --workdir=runs/demo --out=FOLDER     # for JAX alone: docs/export.md
 """
 
 from __future__ import annotations
@@ -42,6 +45,10 @@ def main(argv: list[str]) -> None:
 
         report.run(workdir, flags.compare.split(',') if flags.compare else ())
         return
+    if flags.mode == 'search':
+        from vatt_jax.modes import search
+
+        workdir = search.model_folder(flags.index, workdir)
     config = read_config(flags, overrides, workdir)
     if flags.mode == 'plan':
         from vatt_jax.modes import plan
@@ -52,7 +59,7 @@ def main(argv: list[str]) -> None:
         return
 
     process.prepare(config, workdir)
-    from vatt_jax.modes import deflate, embed, evaluate, train
+    from vatt_jax.modes import deflate, embed, evaluate, export, index, search, train
     from vatt_jax.parallel import distributed
 
     if flags.mode == 'train':
@@ -61,6 +68,12 @@ def main(argv: list[str]) -> None:
         evaluate.run(config, workdir, open_data)
     elif flags.mode == 'embed':
         embed.run(config, workdir, open_data, flags.split)
+    elif flags.mode == 'index':
+        index.run(workdir, flags.videos, flags.out, flags.window, flags.stride)
+    elif flags.mode == 'search':
+        search.run(workdir, flags)
+    elif flags.mode == 'export':
+        export.run(workdir, flags.out, flags.licence)
     else:
         deflate.run(config, workdir, open_data, flags.out, flags.naive, flags.fit, flags.rate)
     distributed.leave()

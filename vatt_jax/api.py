@@ -45,7 +45,7 @@ def load(path: str | os.PathLike) -> Model:
     """
     mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1))
     config, variables, info = checkpoint.load_model(pathlib.Path(path), mesh)
-    return Model(config, variables, info, mesh)
+    return Model(config, variables, info, mesh, pathlib.Path(path))
 
 
 class Model:
@@ -56,12 +56,19 @@ class Model:
         variables: {'params', 'batch_stats'}.
         info: {'tokenizer', 'labels', …} of the data it was trained on.
         mesh: the devices it runs on.
+        path: the folder it was loaded from; its evaluation goes into model cards.
     """
 
     def __init__(
-        self, config: ConfigDict, variables: Mapping[str, Any], info: Mapping[str, Any], mesh: Mesh
+        self,
+        config: ConfigDict,
+        variables: Mapping[str, Any],
+        info: Mapping[str, Any],
+        mesh: Mesh,
+        path: pathlib.Path | None = None,
     ):
         self.config, self.info, self.variables = config, info, variables
+        self.path = path
         self.inputs = {name: dict(spec) for name, spec in config.model.inputs.items()}
         self.tokenizer = None
         if info.get('tokenizer'):
@@ -75,6 +82,33 @@ class Model:
             if name in self._encoder.modalities:
                 towers.append(f'{name}: {DESCRIPTIONS[name].format(**spec)}')
         return f'<{self.config.name}: {count / 1e6:.2f} M parameters; {"; ".join(towers)}>'
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that the model has trained towers for."""
+        return self._encoder.modalities
+
+    def export(self, folder: str | os.PathLike, licence: str = '') -> list[str]:
+        """Writes each tower with its preprocessing as a program that JAX alone runs.
+
+        The folder's `load.py` reads it without this package; README.md is a model card.
+
+        Args:
+            folder: to make.
+            licence: of the weights, for the model card.
+
+        Returns:
+            The names of the files.
+
+        Raises:
+            ConfigError: the folder is there and not empty, or cannot be written.
+        """
+        from vatt_jax.exchange import artifact, model_card
+
+        run = model_card.run_folder_of(self.path.absolute()) if self.path else None
+        return artifact.write(
+            folder, self.config, self.variables, self.info, self.modalities, run, licence
+        )
 
     def paths(self) -> list[str]:
         """Parameter paths, as the patterns of config.optimizer and config.init_skip see them."""

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from vatt_jax.config import ConfigError
 
-MODES = ('train', 'eval', 'embed', 'report', 'deflate', 'plan')
+MODES = ('train', 'eval', 'embed', 'report', 'deflate', 'plan', 'index', 'search', 'export')
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,10 +52,30 @@ def parse(
     )
     add('--search', action='store_true', help='plan: vary batch per device, remat and FSDP width')
     add('--compare', default='', help='report: other run folders shown beside it, with commas')
-    add('--out', default='', help='deflate: the run folder to make')
+    add('--out', default='', help='deflate: the run folder to make; index, export: the folder')
     add('--naive', action='store_true', help='deflate: sum the kernels, and fit nothing')
     add('--fit', default=1000, type=int, help='deflate: steps of config.batch_size pictures')
     add('--rate', default=1e-3, type=float, help='deflate: first learning rate of these steps')
+    add('--videos', default='', help='index: folder of videos and sounds')
+    add('--window', default=0.0, type=float, help="index: seconds; default: the model's clips")
+    add('--stride', default=0.0, type=float, help='index: seconds; default: --window')
+    add('--index', default='', help='search: folder that --mode=index made')
+    add('--query', default='', help='search: a sentence')
+    add('--query_audio', default='', help='search: a file, whose sound is looked for')
+    add('--query_video', default='', help='search: a file, whose pictures are looked for')
+    add(
+        '--against',
+        default='',
+        choices=('', 'video', 'audio'),
+        help='search: compare with pictures or sound; default: of the same kind as the query, '
+        'pictures for a sentence',
+    )
+    add('--space', default='', help='search: the common space; default: the first that both have')
+    add('--top', default=10, type=int, help='search: how many hits')
+    add('--approximate', action='store_true', help='search: by a graph of neighbours (USearch)')
+    add('--serve', action='store_true', help='search: a web page on this machine')
+    add('--port', default=8000, type=int, help='search: port of the page; 0: any that is free')
+    add('--licence', default='', help="export: what the weights' model card says of their licence")
 
     overrides, rest = [], []
     words = iter(argv)
