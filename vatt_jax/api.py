@@ -40,9 +40,16 @@ def load(path: str | os.PathLike) -> Model:
     Averaged parameters where the run kept them. The checkpoint carries config, tokenizer and class
     names, so nothing else is needed.
 
+    Args:
+        path: the folder, or hf://owner/name[@revision] for a repository of the Hugging Face hub.
+
     Raises:
         ConfigError: no model can be read there.
     """
+    if os.fspath(path).startswith('hf://'):
+        from vatt_jax.exchange import hub
+
+        path = hub.download(os.fspath(path))
     mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1))
     config, variables, info = checkpoint.load_model(pathlib.Path(path), mesh)
     return Model(config, variables, info, mesh, pathlib.Path(path))
@@ -109,6 +116,31 @@ class Model:
         return artifact.write(
             folder, self.config, self.variables, self.info, self.modalities, run, licence
         )
+
+    def push_to_hub(
+        self,
+        repository: str,
+        licence: str = '',
+        private: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Uploads the checkpoint and a model card to the Hugging Face hub.
+
+        Args:
+            repository: owner/name; made where it is not there.
+            licence: of the weights, for the model card.
+            private: whether a new repository is only its owner's.
+            token: of the hub; None: that of `hf auth login`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ConfigError: the model was not loaded from a folder, or the hub refuses.
+        """
+        from vatt_jax.exchange import hub
+
+        return hub.push(self, repository, licence, private, token)
 
     def paths(self) -> list[str]:
         """Parameter paths, as the patterns of config.optimizer and config.init_skip see them."""
