@@ -41,6 +41,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if self.command != 'HEAD':
             self.wfile.write(content)
 
+    def _endpoint(self):
+        return f'http://{self.headers["Host"]}'
+
     def _parts(self):
         return urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).strip('/').split('/')
 
@@ -89,7 +92,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f'{asked["organization"]}/{asked["name"]}'
             self.server.repositories.setdefault(name, {})
-            return self._answer({'url': f'http://hub/{name}', 'id': name})
+            return self._answer({'url': f'{self._endpoint()}/{name}', 'id': name})
         if parts == ['api', 'validate-yaml']:
             self.server.cards.append(json.loads(body)['content'])
             return self._answer({'errors': [], 'warnings': []})
@@ -107,7 +110,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 content = base64.b64decode(value['content'])
                 self.server.repositories[name][value['path']] = content
         sha = self._sha(name)
-        self._answer({'success': True, 'commitOid': sha, 'commitUrl': f'http://hub/{name}/{sha}'})
+        url = f'{self._endpoint()}/{name}/commit/{sha}'
+        self._answer({'success': True, 'commitOid': sha, 'commitUrl': url})
 
 
 @pytest.fixture
@@ -130,7 +134,7 @@ def server(monkeypatch, tmp_path):
 def test_a_model_there_and_back(server, plain_run):
     model = vatt_jax.load(plain_run)
     address = model.push_to_hub('me/tiny', licence='mit', token='secret')
-    assert address.startswith('http://hub/me/tiny/')
+    assert '/me/tiny/commit/' in address
     files = server.repositories['me/tiny']
     assert {'README.md', 'config.json', 'checkpoints/2/manifest.json'} <= set(files)
     assert files['README.md'].startswith(b'---\nlicense: "mit"\n')
