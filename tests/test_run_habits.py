@@ -251,6 +251,27 @@ def test_other_errors_keep_their_traceback():
         process.exit_with_sentence(main, [])
 
 
+@pytest.mark.parametrize(
+    'chosen, platform, visible, plugin, is_said',
+    [
+        ('', 'cpu', '', 'json', True),
+        ('', 'cpu', '-1', 'json', True),
+        ('cpu', 'cpu', '', 'json', False),
+        ('', 'gpu', '', 'json', False),
+        ('', 'cpu', '0', 'json', False),
+        ('', 'cpu', None, 'json', False),
+        ('', 'cpu', '', 'no_such_plugin', False),
+    ],
+)
+def test_hidden_gpus_are_said(chosen, platform, visible, plugin, is_said, monkeypatch):
+    monkeypatch.setattr(process, 'CUDA_PLUGINS', (plugin,))
+    environment = {} if visible is None else {'CUDA_VISIBLE_DEVICES': visible}
+    said = process.hidden_gpus(chosen, platform, environment)
+    assert bool(said) == is_said
+    if is_said:
+        assert f'CUDA_VISIBLE_DEVICES={visible!r} hides all GPUs' in said
+
+
 SHOWING = """
 import sys
 sys.path.insert(0, {root!r})
