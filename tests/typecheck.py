@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import beartype
+import jax
 import jaxtyping
 import numpy as np
 from ml_collections import ConfigDict
@@ -17,6 +18,8 @@ WIDER = beartype.BeartypeHintOverrides(
         int: int | np.integer,
         float: float | int | np.floating | np.integer,
         bool: bool | np.bool_,
+        # Functions of JAX take NumPy's arrays.
+        jax.Array: jax.Array | np.ndarray,
         # A ConfigDict is used like a mapping, and is not registered as one.
         Mapping[str, Any]: Mapping[str, Any] | ConfigDict,
     }

@@ -166,6 +166,11 @@ def split_of(file_id: str, by_folder: bool, validation: float, test: float) -> s
     return 'train'
 
 
+def tokenizer_modules(kind: str) -> tuple[str, ...]:
+    """Optional modules that train a kind of tokenizer, to be looked for before long work."""
+    return {'wordpiece': ('tokenizers',), 'sentencepiece': ('sentencepiece',)}.get(kind, ())
+
+
 def train_tokenizer(
     records: Sequence[Mapping[str, Any]], kind: str, size: int, stage_dir: pathlib.Path
 ) -> None:

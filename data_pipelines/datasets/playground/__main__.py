@@ -11,9 +11,11 @@ import sys
 
 from data_pipelines.datasets.playground import Config, make
 from data_pipelines.errors import DataError
+from vatt_jax.terminal import use_plain_characters
 
 
 def main() -> int:
+    use_plain_characters()
     parser = argparse.ArgumentParser(
         prog='python -m data_pipelines.datasets.playground', description=__doc__
     )
