@@ -22,6 +22,8 @@ REQUIREMENTS = {
     'data': (_TENSORFLOW, 'tensorflow-datasets>=4.9.10', 'array-record>=0.8'),
     'video': ('av>=17', 'soxr>=1.0', 'pillow>=11'),
     'text': ('tokenizers>=0.21', 'sentencepiece>=0.2'),
+    'search': ('flask>=3.1', 'usearch>=2.26'),
+    'hub': ('huggingface_hub>=1.0',),
     'beam': ('apache-beam>=2.70', 'mlcroissant>=1.0'),
     'cuda': ('jax[cuda13]>=0.10,<0.13',),
     'tpu': ('jax[tpu]>=0.10,<0.13',),
@@ -36,6 +38,9 @@ EXTRA_OF = {
     'PIL': 'video',
     'tokenizers': 'text',
     'sentencepiece': 'text',
+    'flask': 'search',
+    'usearch': 'search',
+    'huggingface_hub': 'hub',
     'apache_beam': 'beam',
     'mlcroissant': 'beam',
 }

@@ -1,6 +1,6 @@
 """Windows of media files, read in constant memory however long a file is.
 
-The only file of vatt_jax that reads media, and so the only one that imports data_pipelines; the
+Beside search/, the only file of vatt_jax that reads media, and so imports data_pipelines; the
 reader is an extra and imported when it is first used.
 """
 

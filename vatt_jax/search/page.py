@@ -13,9 +13,11 @@ import tempfile
 import threading
 from typing import Any
 
+from vatt_jax import extras
 from vatt_jax.config import ConfigError
 from vatt_jax.search.index import Window
 from vatt_jax.search.searcher import Hit, Searcher
+from vatt_jax.terminal import printable
 
 HOST = '127.0.0.1'
 # Bytes of an uploaded query.
@@ -50,7 +52,7 @@ def make_app(searcher: Searcher) -> Any:
         searcher: what answers.
 
     Raises:
-        ConfigError: Flask is not installed.
+        MissingExtra: Flask is not installed.
     """
     flask = _flask()
     app = flask.Flask(__name__)
@@ -132,7 +134,7 @@ def serve(searcher: Searcher, port: int) -> None:
         port: of 127.0.0.1; 0: any that is free.
 
     Raises:
-        ConfigError: Flask is not installed, or the port is in use.
+        ConfigError: the port is in use, or Flask is not installed.
     """
     app = make_app(searcher)
     from werkzeug.serving import make_server
@@ -154,13 +156,8 @@ def serve(searcher: Searcher, port: int) -> None:
 
 
 def _flask() -> Any:
-    try:
+    with extras.needed('search', 'run.py --mode=search --serve'):
         import flask
-    except ImportError as error:
-        raise ConfigError(
-            f'--serve needs the package flask ({error}); install the search extra, or ask with '
-            '--query on the command line'
-        ) from error
     return flask
 
 
@@ -199,10 +196,9 @@ def _describe(searcher: Searcher, hit: Hit) -> dict[str, Any]:
     """What the template shows of an answer."""
     window = hit.window
     suffix = window.path.suffix.lower()
-    name = os.fsencode(window.path).decode('utf-8', 'backslashreplace')
     return {
         'id': window.id,
-        'name': name,
+        'name': printable(str(window.path)),
         'start': _clock(window.start),
         'end': _clock(window.end),
         'fragment': f't={window.start:.1f},{window.end:.1f}',
