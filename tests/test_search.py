@@ -403,6 +403,10 @@ def test_files_are_served_in_parts(client, searcher, folder):
     thumbnail = client.get(f'/thumbnail/{number}')
     assert thumbnail.mimetype == 'image/jpeg'
     assert thumbnail.data[:2] == b'\xff\xd8'
+    # Every window shows its own middle, here of a file of other pictures every half second.
+    numbers = [n for n, w in searcher.windows.items() if str(w.path) == 'a.mp4']
+    pictures = {client.get(f'/thumbnail/{n}').data for n in numbers}
+    assert len(pictures) == len(numbers) == 3
 
 
 def test_nothing_else_is_served(client, searcher, folder, tmp_path):

@@ -7,6 +7,7 @@ but files of the index that lie in the indexed folder.
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pathlib
 import tempfile
@@ -24,6 +25,9 @@ HOST = '127.0.0.1'
 LARGEST_UPLOAD = 1 << 30
 # Short side of a thumbnail, in pixels.
 THUMBNAIL = 180
+# Files shorter than so many seconds are read from their beginning, at this rate.
+SHORT = 3.0
+THUMBNAIL_FPS = 4.0
 # Kinds that browsers play. Others are offered as a download.
 KINDS = {
     '.mp4': 'video/mp4',
@@ -233,8 +237,18 @@ def _thumbnail(path: pathlib.Path, window: Window) -> bytes | None:
 
     middle = (window.start + window.end) / 2
     try:
-        frames = media.read(path, 1.0, THUMBNAIL, rate=0, part=(middle, middle + 1)).frames
-        frame = next(iter(frames or ()), None)
+        length = media.duration(path, 'video')
+        if length is None or length < SHORT:
+            # The reader takes no part of a file that is hardly longer than the part.
+            frames = media.read(path, THUMBNAIL_FPS, THUMBNAIL, rate=0).frames
+            number = int(middle * THUMBNAIL_FPS)
+        else:
+            frames = media.read(path, 1.0, THUMBNAIL, rate=0, part=(middle, middle + 1)).frames
+            number = 0
+        frame = None
+        # The last one that there is, where the window is longer than the pictures.
+        for frame in itertools.islice(frames or (), number + 1):
+            pass
     except (media.MediaError, OSError):
         return None
     return None if frame is None else media.encode_jpeg(frame, 80)
