@@ -411,8 +411,8 @@ def measure_access(loader, turn: int, batches: int = 25) -> float:
     start = settle()
     for step in range(batches):
         rows = loader._rows(turn * batches + step)
-        batch, planned = loader._plan(rows)
-        loader._read(rows, batch, planned)
+        batch, request = loader._planner.plan(rows)
+        loader._reader.read(rows, batch, request)
     return round(1e3 * (settle() - start) / (batches * BATCH), 3)
 
 

@@ -32,7 +32,6 @@ import os
 import pathlib
 import sys
 import time
-import types
 from collections.abc import Callable
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -45,6 +44,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorflow as tf
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from support import repository
@@ -352,6 +352,25 @@ class Official(tf.Module):
 # ---- ours
 
 
+def with_every_token(method, args, kwargs, context):
+    """Has the last layers compute all tokens; for nn.intercept_methods."""
+    if context.method_name == 'encode_all':
+        kwargs = {**kwargs, 'features': True}
+    return method(*args, **kwargs)
+
+
+def not_in_training(method, args, kwargs, context):
+    """Has a model not train, whatever the objective asks for; for nn.intercept_methods."""
+    if 'train' in kwargs:
+        kwargs = {**kwargs, 'train': False}
+    return method(*args, **kwargs)
+
+
+def as_called(method, args, kwargs, context):
+    """Changes nothing; for nn.intercept_methods."""
+    return method(*args, **kwargs)
+
+
 class Ours:
     """Our compiled step.
 
@@ -368,13 +387,9 @@ class Ours:
         built = loop.build(config, data_pipelines.open(config))
         self.built = built
         self.state = built.init()
-        model = built.model
-        if every_token:
-            apply = functools.partial(built.model.apply, features=True)
-            model = types.SimpleNamespace(apply=apply)
         with jax.set_mesh(built.mesh):
             step = jax.jit(
-                train_step.make(config, model, built.objective, built.tx),
+                train_step.make(config, built.model, built.objective, built.tx),
                 donate_argnums=0,
                 in_shardings=(built.shardings, sharding.batch_sharding(built.mesh)),
                 out_shardings=(built.shardings, sharding.replicated(built.mesh)),
@@ -383,7 +398,9 @@ class Ours:
             stages = preprocess.STAGES
             if floats:
                 preprocess.STAGES = {}
-            self.compiled = step.lower(self.state, self.batch).compile()
+            with nn.intercept_methods(with_every_token if every_token else as_called):
+                lowered = step.lower(self.state, self.batch)
+            self.compiled = lowered.compile()
             preprocess.STAGES = stages
 
     def step(self) -> float:
@@ -412,20 +429,16 @@ def losses_without_dropout(config: ConfigDict, inputs: dict, ours: Ours) -> tupl
     official = Official(weights, drop_token=0.0, dropout=0.0, train=False)
     official_loss = official.loss(*(tf.constant(inputs[modality]) for modality in MODALITIES))
 
-    def apply(variables, batch, train, rng, mutable):
-        """The model's, not in training whatever the objective asks for."""
-        return ours.built.model.apply(variables, batch, train=False, rng=rng), {}
-
-    model = types.SimpleNamespace(apply=apply)
     batch = jax.tree.map(jnp.asarray, host_batch(inputs))
     variables = {'params': ours.state.params['model'], 'batch_stats': ours.state.batch_stats}
 
     @jax.jit
     def our_loss():
         rng = Rng.create(0, 0, jnp.arange(BATCH))
-        return ours.built.objective.loss(model, variables, {}, {}, batch, rng).value
+        return ours.built.objective.loss(ours.built.model, variables, {}, {}, batch, rng).value
 
-    return float(official_loss), float(our_loss())
+    with nn.intercept_methods(not_in_training):
+        return float(official_loss), float(our_loss())
 
 
 # ---- matrix products

@@ -19,7 +19,7 @@ code: docs/self_labelling.md.
 
 from ml_collections import ConfigDict
 
-from configs import default, selavi
+from . import default, selavi
 
 # Videos of the first training split.
 NUM_VIDEOS = {'ucf101': 9_537, 'hmdb51': 3_570}

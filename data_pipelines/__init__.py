@@ -11,8 +11,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from data_pipelines import extras
 from data_pipelines.errors import DataError
+from vatt_jax import extras
+
+# What the sentence about missing packages says of config.data.make, and the packages.
+_PLAYGROUND = 'the playground (config.data.make; --config=demo:synthetic trains without it)'
+_PLAYGROUND_MODULES = ('av', 'PIL', 'tensorflow', 'tensorflow_datasets', 'array_record')
 
 __all__ = ['DataError', 'open', 'open_or_make', 'open_or_synthetic']
 
@@ -28,8 +32,7 @@ def open(config: ConfigDict) -> Any:
     """
     source = config.data.source
     if source == 'records':
-        with extras.explain_missing():
-            from data_pipelines.loading.records_source import Records
+        from data_pipelines.loading.records_source import Records
 
         return Records(config)
     if source == 'synthetic':
@@ -64,10 +67,10 @@ def open_or_make(config: ConfigDict, check: Callable[[ConfigDict], None]) -> Any
         paths.append(evaluated['path'])
         # A config that reads other records keeps the description, and needs no playground.
         if not made or os.path.join(made, 'records') in paths:
+            extras.check(_PLAYGROUND, *_PLAYGROUND_MODULES)
             if not playground.is_made(made):
                 check(config)
-            with extras.explain_missing():
-                playground.make(**config.data.make)
+            playground.make(**config.data.make)
     return open(config)
 
 

@@ -16,12 +16,16 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import av
 import numpy as np
-from av.sidedata.sidedata import Type as SideDataType
-from av.video.reformatter import VideoReformatter
 from jaxtyping import Int16, Integer, Shaped, UInt8
-from PIL import Image, ImageOps, ImageSequence
+
+from vatt_jax import extras
+
+with extras.needed('video', 'reading and writing media files'):
+    import av
+    from av.sidedata.sidedata import Type as SideDataType
+    from av.video.reformatter import VideoReformatter
+    from PIL import Image, ImageOps, ImageSequence
 
 # Containers of video, then of sound alone. What is really inside decides: see `_track`.
 SUFFIXES = (
@@ -197,6 +201,30 @@ def fit_audio(
     # Rounded once for the whole length; rounding samples per frame would add up.
     samples = round(frames / fps * rate)
     return np.pad(audio[:samples], (0, max(0, samples - len(audio))))
+
+
+def duration(path: str | os.PathLike, kind: str) -> float | None:
+    """Seconds that a file says its track lasts; None where it does not say, or is an image.
+
+    Args:
+        path: the file.
+        kind: 'video' or 'audio'; a file without such a track answers for all of it.
+
+    Raises:
+        MediaError: the file does not open.
+    """
+    if os.fsdecode(path).lower().endswith(IMAGES):
+        return None
+    try:
+        with _open(path) as container:
+            track = _track(container, kind)
+            if track is not None and track.duration:
+                return float(track.duration * track.time_base)
+            if container.duration:
+                return container.duration / av.time_base
+            return None
+    except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
+        raise MediaError(_reason(error)) from None
 
 
 def _read_image(path: str | os.PathLike, fps: float, size: int, longest: float) -> Media:

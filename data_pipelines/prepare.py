@@ -32,12 +32,16 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from data_pipelines import extras
 from data_pipelines.errors import DataError
+from data_pipelines.preparation.console import Console
 from data_pipelines.storage import record_index
+from vatt_jax import extras
+from vatt_jax.command_line import expand_home
+from vatt_jax.config import fail
 from vatt_jax.terminal import printable, use_plain_characters
 
 try:
+    # All of these import the reader of media files, whose packages are an extra.
     from data_pipelines.datasets import named
     from data_pipelines.preparation import (
         arguments,
@@ -48,17 +52,16 @@ try:
         training_command,
         writing,
     )
-    from data_pipelines.preparation.console import Console
-except ModuleNotFoundError as missing:
-    # Media are read by packages of an extra. Who imports this gets the error as it is.
-    if __name__ != '__main__':
-        raise
-    extras.exit_if_missing(missing)
+except extras.MissingExtra as error:
+    # A program that imports this file gets the exception.
+    if __name__ == '__main__':
+        fail(str(error))
+    raise
 
+# Modules that write records.
+_WRITERS = ('tensorflow', 'tensorflow_datasets', 'array_record')
 # Written last: a folder without it is unfinished.
 _FINISHED_FILE = 'prepare.json'
-# Packages of the kinds of tokenizers that need one.
-_TOKENIZER_MODULES = {'wordpiece': ('tokenizers',), 'sentencepiece': ('sentencepiece',)}
 # Error numbers of a disk that takes no more: full, over the user's quota, file too large.
 _FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -115,6 +118,7 @@ def prepare(
     name: str = '',
     vocabulary: int = 65536,
     tokenizer: str = 'words',
+    encoding: str = '',
     validation: float = 0.05,
     test: float = 0.05,
     require_audio: bool = False,
@@ -127,7 +131,8 @@ def prepare(
     Args:
         videos: folder of media files; with `dataset`, where its media are if they are not below
             `manual_dir`.
-        captions: CSV or JSON file of captions, '' for none.
+        captions: file of captions (CSV, JSON, JSON Lines), or a folder of subtitle files; '' for
+            the subtitle files beside the videos, if there are any; 'none' for no captions.
         out: folder of the result, new or of an earlier run.
         annotations: JSON or CSV file of labels, segments and ground truth, '' for none.
         dataset: name of a named dataset, instead of captions and annotations.
@@ -143,6 +148,7 @@ def prepare(
         name: of the result; '' derives it from `out`.
         vocabulary: size of the vocabulary, at most.
         tokenizer: kind of tokenizer.
+        encoding: of text files that are neither UTF-8 nor UTF-16, '' to refuse them.
         validation: share of the files, where nothing else says the split.
         test: likewise.
         require_audio: whether videos without sound are skipped.
@@ -166,9 +172,6 @@ def prepare(
     start_time = time.monotonic()
     console = Console(quiet)
     _check_sources(videos, captions, annotations, out, dataset)
-    # Needed only when everything is decoded, which may take days.
-    extras.require('tensorflow', 'tensorflow_datasets', 'array_record')
-    extras.require(*_TOKENIZER_MODULES.get(tokenizer, ()))
     target = pathlib.Path(out)
     # Inside the target: on the same file system, so that finished files move by a rename; and
     # hidden, so that a later scan for media files does not enter it.
@@ -190,9 +193,11 @@ def prepare(
 
     if dataset:
         # From here on, a named dataset and anyone's folder are the same.
-        catalog = named.read(dataset, manual_dir, videos)
+        catalog = named.read(dataset, manual_dir, videos, encoding)
     else:
-        catalog = media_catalog.from_folder(videos, captions, annotations)
+        catalog = media_catalog.from_folder(videos, captions, annotations, encoding)
+    for remark in catalog.remarks:
+        console(remark)
     files = catalog.files
 
     # All that decides what comes out: a folder that was prepared from the same is left as it is.
@@ -219,6 +224,8 @@ def prepare(
         )
         return {**finished['summary'], 'fresh': False}
 
+    # Likewise: these are imported only when all files are decoded.
+    extras.check('writing records', *_WRITERS, *record_contents.tokenizer_modules(tokenizer))
     stage_dir.mkdir(parents=True, exist_ok=True)
     # Skips what an earlier run has staged already: this is the step that resumes.
     staging.stage_all(files, settings, stage_dir, processes, console, beam)
@@ -406,8 +413,8 @@ def _parser(dataset: str) -> argparse.ArgumentParser:
     add(
         '--captions',
         default='',
-        help='CSV (video,start,end,text) or JSON; without it the captions of annotated segments '
-        'serve',
+        help='CSV (video,start,end,text), JSON, JSON Lines or a folder of subtitle files; without '
+        'it subtitle files beside the videos, else the captions of annotated segments; none: none',
     )
     add(
         '--dataset',
@@ -462,6 +469,11 @@ def _parser(dataset: str) -> argparse.ArgumentParser:
     add('--vocabulary', type=int, default=65536, help='size of the vocabulary, at most')
     add('--tokenizer', default='words', choices=('words', 'wordpiece', 'sentencepiece'))
     add(
+        '--encoding',
+        default='',
+        help='of captions and annotations that are neither UTF-8 nor UTF-16: cp1252, shift_jis …',
+    )
+    add(
         '--validation',
         type=float,
         default=0.05,
@@ -490,11 +502,12 @@ def main(arguments: list[str] | None = None) -> int:
     use_plain_characters()
     # --help depends on --dataset, so this flag is looked up before the others are parsed.
     arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = expand_home(arguments)
     parser = _parser(_named_dataset(arguments))
     try:
         # Flags are called like the arguments of `prepare`, one for one.
         prepare(**vars(parser.parse_args(arguments)))
-    except DataError as error:
+    except (DataError, extras.MissingExtra) as error:
         print(f'error: {printable(str(error))}', file=sys.stderr)
         return 2  # as argparse exits after a wrong flag
     except KeyboardInterrupt:

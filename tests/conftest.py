@@ -5,7 +5,8 @@ import os
 import pathlib
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-# Compiling costs more here than running: XLA's older code generator takes half the time. For this process and those it starts.
+# Compiling costs more here than running: XLA's older code generator takes half the time. For this
+# process and those it starts.
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_cpu_use_fusion_emitters=false'
 
 import jax
@@ -26,6 +27,7 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
+# Fields that loop.build does not read.
 UNREAD = (
     'name',
     'report',
@@ -34,13 +36,16 @@ UNREAD = (
     'init_skip',
     'checkpoint',
     'max_bad_steps',
-)  # by loop.build
+)
 _built = {}
 
 
 @pytest.fixture(autouse=True, scope='session')
 def share_what_is_built():
-    """Runs of one config in one process share its traced and compiled functions; the command line's own processes do not."""
+    """Runs of one config in one process share its traced and compiled functions.
+
+    The command line's own processes do not.
+    """
     from ml_collections import ConfigDict
 
     from vatt_jax.config import to_json
@@ -50,10 +55,9 @@ def share_what_is_built():
 
     def shared(config, data):
         loop.resolve(config, data)
-        key = (
-            to_json(ConfigDict({k: v for k, v in config.items() if k not in UNREAD})),
-            json.dumps(data.info, sort_keys=True, default=str),
-        )
+        fields = {name: value for name, value in config.items() if name not in UNREAD}
+        info = json.dumps(data.info, sort_keys=True, default=str)
+        key = (to_json(ConfigDict(fields)), info)
         if key not in _built:
             _built[key] = build(config, data)
         return _built[key]
@@ -65,8 +69,11 @@ def share_what_is_built():
 
 @pytest.fixture(scope='session')
 def tiny_run(tmp_path_factory):
-    """(folder, config, data) of a run of two steps with an evaluator of each kind, evaluated beside its random initialisation, gallery and
-    report included. For reading: whoever writes copies it."""
+    """(folder, config, data) of a run of two steps with an evaluator of each kind.
+
+    It is evaluated beside its random initialisation, gallery and report included. For reading:
+    whoever writes copies it.
+    """
     import data_pipelines
     from tests import tiny
     from vatt_jax.modes import evaluate

@@ -1,7 +1,8 @@
 """Runs of run.py in processes of their own: started, watched, killed, and read afterwards.
 
-The processes are forked from a server that has imported everything and touched no device (multiprocessing's forkserver), so a start
-costs a second instead of the imports' several; from `run.entry()` on it is what the command line does.
+The processes are forked from a server that has imported everything and touched no device
+(multiprocessing's forkserver), so a start costs a second instead of the imports' several; from
+`run.entry()` on it is what the command line does.
 """
 
 from __future__ import annotations
@@ -37,24 +38,29 @@ _server.set_forkserver_preload(
 )
 
 
+def end_with_parent() -> None:
+    """Ends this process when the one that started it ends: no orphans."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def enter(argv: list[str], log: str, cache: str, devices: int, environment: dict[str, str]) -> None:
     """In the child: run.py with these arguments. Output goes to the file `log`."""
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1), os.dup2(out, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, 'w', buffering=1), os.fdopen(2, 'w', buffering=1)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.stdout = os.fdopen(1, 'w', buffering=1)
+    sys.stderr = os.fdopen(2, 'w', buffering=1)
     os.environ.update(environment)
     import jax
 
     import run
 
-    threading.Thread(
-        target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True
-    ).start()  # no orphans
+    threading.Thread(target=end_with_parent, daemon=True).start()
     jax.config.update('jax_num_cpu_devices', devices)
     jax.config.update('jax_compilation_cache_dir', cache or None)
-    jax.config.update(
-        'jax_disable_most_optimizations', True
-    )  # compiling costs more here than running
+    # Compiling costs more here than running.
+    jax.config.update('jax_disable_most_optimizations', True)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
     sys.argv = ['run.py', *argv]
@@ -68,7 +74,15 @@ def start(
     devices: int = 1,
     **environment: str,
 ):
-    """A started process (kill(), terminate(), join(), exitcode). cache None: everything is compiled anew."""
+    """A started process: kill(), terminate(), join(), exitcode.
+
+    Args:
+        argv: Arguments of run.py.
+        log: Its output goes here.
+        cache: Of compiled programs; None: everything is compiled anew.
+        devices: Simulated devices.
+        environment: Variables beside those of this process.
+    """
     process = _server.Process(
         target=enter,
         args=(list(argv), str(log), str(cache or ''), devices, environment),
@@ -79,7 +93,7 @@ def start(
 
 
 def finish(process, log: pathlib.Path, timeout: float = 550) -> int:
-    """Exit code; a process that does not end in time is killed and the test fails with what it said."""
+    """Exit code. A process that does not end in time is killed, and the test fails with its log."""
     process.join(timeout)
     if process.exitcode is None:
         process.kill()
@@ -88,34 +102,38 @@ def finish(process, log: pathlib.Path, timeout: float = 550) -> int:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        return listener.getsockname()[1]
 
 
 def done(workdir: pathlib.Path) -> dict:
+    """done.json of a finished run."""
     return json.loads((workdir / 'done.json').read_text())
 
 
+# What the speed of the machine decides.
+TIMINGS = ('time', 'clips_per_s', 'data_wait', 'goodput', 'mfu')
+
+
 def log_lines(workdir: pathlib.Path) -> list[dict]:
-    """metrics.jsonl without what time alone decides."""
-    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ('clips_per_s', 'data_wait', 'goodput', 'mfu')}
-        for line in lines
-    ]
+    """The lines of metrics.jsonl without what time alone decides."""
+    lines = []
+    for text in (workdir / 'metrics.jsonl').read_text().splitlines():
+        line = json.loads(text)
+        for name in TIMINGS:
+            line.pop(name, None)
+        lines.append(line)
+    return lines
 
 
 def snapshot(folder: pathlib.Path) -> dict[str, tuple]:
     """{path: (bytes, time of last change)} of everything below a folder."""
-    return (
-        {
-            str(p.relative_to(folder)): (
-                p.read_bytes() if p.is_file() else None,
-                p.stat().st_mtime_ns,
-            )
-            for p in sorted(folder.rglob('*'))
-        }
-        if folder.exists()
-        else {}
-    )
+    if not folder.exists():
+        return {}
+    found = {}
+    for path in sorted(folder.rglob('*')):
+        content = path.read_bytes() if path.is_file() else None
+        found[str(path.relative_to(folder))] = (content, path.stat().st_mtime_ns)
+    return found

@@ -1,4 +1,4 @@
-"""Imports only go down: from the floors of docs/architecture.md, none runs upward or in a circle."""
+"""Imports only go down the floors of docs/architecture.md: none runs upward or in a circle."""
 
 import ast
 import pathlib
@@ -13,8 +13,11 @@ FLOORS = (
     (
         'vatt_jax.rng',
         'vatt_jax.parallel',
+        'vatt_jax.command_line',
         'vatt_jax.config',
+        'vatt_jax.named_configs',
         'vatt_jax.run_folder',
+        'vatt_jax.extras',
         'vatt_jax.terminal',
     ),
     ('vatt_jax.inputs',),
@@ -26,17 +29,22 @@ FLOORS = (
     ('vatt_jax.training', 'vatt_jax.reporting'),
     ('vatt_jax.importers', 'vatt_jax.adaptation', 'vatt_jax.planning', 'vatt_jax.api'),
     ('vatt_jax.modes', 'vatt_jax.launch'),
+    ('vatt_jax.cli', 'vatt_jax.__main__'),
 )
-# The importers' command reads the default config; it is a command, not a library.
-COMMANDS = ('vatt_jax.importers.__main__',)
+# The command line is a command, not a library: it opens data.
+COMMANDS = ('vatt_jax.cli',)
 
 
 def module_name(path: pathlib.Path) -> str:
+    """'vatt_jax.losses.nce' of its file; a package of its __init__."""
     parts = path.relative_to(ROOT).with_suffix('').parts
-    return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+    if parts[-1] == '__init__':
+        parts = parts[:-1]
+    return '.'.join(parts)
 
 
 def modules() -> dict[str, pathlib.Path]:
+    """{module: file} of this project's libraries."""
     files = [*ROOT.glob('vatt_jax/**/*.py'), *ROOT.glob('data_pipelines/**/*.py')]
     return {module_name(path): path for path in files}
 
@@ -63,6 +71,7 @@ def imports(path: pathlib.Path, at_top_only: bool) -> set[str]:
 
 
 def floor_of(module: str) -> int:
+    """The floor that a module stands on, 0 for the lowest."""
     for number, rooms in enumerate(FLOORS):
         if any(module == room or module.startswith(f'{room}.') for room in rooms):
             return number

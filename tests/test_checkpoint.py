@@ -1,12 +1,15 @@
-"""Checkpoints that were damaged, could not be written, or are the best: detected, told, and never at the cost of a good one."""
+"""Damaged checkpoints, full disks, and which checkpoints stay: a good one is never lost."""
 
 import json
-import pathlib
 import resource
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from vatt_jax.config import ConfigError
@@ -16,89 +19,108 @@ from vatt_jax.training import checkpoint
 
 MESH = sharding.make_mesh({'replica': 1})
 SHARDINGS = {'params': {'w': sharding.replicated(MESH)}}
+LARGE = 1 << 18  # float32 values: 1 MB
 
 
-def state(step, size=1000):
-    return {
-        'params': {
-            'w': jax.device_put(
-                np.random.default_rng(step).standard_normal(size).astype(np.float32),
-                SHARDINGS['params']['w'],
-            )
-        }
-    }
+def make_state(step, size=1000):
+    """The state of a step: random numbers that depend on the step alone."""
+    values = np.random.default_rng(step).standard_normal(size).astype(np.float32)
+    return {'params': {'w': jax.device_put(values, SHARDINGS['params']['w'])}}
 
 
-def keeper(folder, **fields):
-    return checkpoint.Checkpoints(
-        folder / 'checkpoints', ConfigDict({'keep': 3, 'keep_every': 0, 'best': '', **fields})
-    )
+def open_checkpoints(folder, **fields):
+    """The checkpoints of a run folder; `fields` are those of config.checkpoint."""
+    config = ConfigDict({'keep': 3, 'keep_every': 0, 'best': '', **fields})
+    return checkpoint.Checkpoints(folder / 'checkpoints', config)
 
 
-def saved(folder, steps, **fields):
-    k = keeper(folder, **fields)
+def save_steps(folder, steps, **fields):
+    """Saves a checkpoint of each step; returns the folder they lie in."""
+    checkpoints = open_checkpoints(folder, **fields)
     for step in steps:
-        k.save(step, state(step), {'step': step}, {})
-    k.wait()
-    k.close()
+        checkpoints.save(step, make_state(step), {'step': step}, {})
+    checkpoints.wait()
+    checkpoints.close()
     return folder / 'checkpoints'
 
 
-def restored(folder, step, size=1000):
-    k = keeper(folder)
+def restore(folder, step, size=1000):
+    """(state, meta) of a saved step."""
+    checkpoints = open_checkpoints(folder)
     shape = {'params': {'w': jax.ShapeDtypeStruct((size,), np.float32)}}
-    got, meta, _ = k.restore(step, shape, SHARDINGS)
-    k.close()
-    return np.asarray(got['params']['w']), meta
+    state, meta, _ = checkpoints.restore(step, shape, SHARDINGS)
+    checkpoints.close()
+    return state, meta
 
 
-def largest(folder):
-    return max(
-        (p for p in folder.rglob('*') if p.is_file() and p.name != checkpoint.MANIFEST),
-        key=lambda p: p.stat().st_size,
-    )
+def largest_file(folder):
+    """The largest file of a checkpoint, its manifest aside."""
+    files = []
+    for path in folder.rglob('*'):
+        if path.is_file() and path.name != checkpoint.MANIFEST:
+            files.append(path)
+    return max(files, key=lambda path: path.stat().st_size)
 
 
-def flip(path):
+def flip_a_bit(folder):
+    path = largest_file(folder)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0x10
     path.write_bytes(bytes(data))
 
 
+def remove_a_file(folder):
+    largest_file(folder).unlink()
+
+
+def break_the_manifest(folder):
+    (folder / checkpoint.MANIFEST).write_text('{')
+
+
+def init_from(path):
+    return checkpoint.init_from(str(path), {}, {}, (), ())
+
+
+def load_model(path):
+    return checkpoint.load_model(path, MESH)
+
+
 @pytest.mark.parametrize(
-    'harm, why',
+    'damage, reason',
     [
-        (lambda f: flip(largest(f)), 'is not what was written'),
-        (lambda f: largest(f).unlink(), 'is missing'),
-        (lambda f: (f / checkpoint.MANIFEST).write_text('{'), 'manifest.json cannot be read'),
+        (flip_a_bit, 'is not what was written'),
+        (remove_a_file, 'is missing'),
+        (break_the_manifest, 'manifest.json cannot be read'),
     ],
 )
-def test_a_damaged_checkpoint_is_told_set_aside_and_the_one_before_is_used(tmp_path, harm, why):
-    folder = saved(tmp_path, [1, 2, 3])
-    said = []
-    assert checkpoint.newest_sound(folder, said.append) == 3 and not said
-    harm(folder / '3')
-    for take in (
-        checkpoint.find_verified,
-        parameter_map.read_run,
-        lambda path: checkpoint.init_from(str(path), {}, {}, (), ()),
-    ):
-        with pytest.raises(ConfigError, match=f'checkpoint .*3 is damaged .*{why}'):
-            take(folder / '3')
-    with pytest.raises(ConfigError, match=f'checkpoint .*3 is damaged .*{why}'):
-        checkpoint.load_model(folder / '3', MESH)
-    assert (
-        checkpoint.newest_sound(folder, said.append) == 2
-        and '3.damaged' in said[0]
-        and why in said[0]
-        and 'going back to step 2' in said[0]
-    )
-    assert checkpoint.steps(folder) == [1, 2] and (folder / '3.damaged').is_dir()
-    got, meta = restored(tmp_path, 2)
-    np.testing.assert_array_equal(got, state(2)['params']['w'])
-    assert meta == {'step': 2} and saved(tmp_path, [3]) and checkpoint.newest_sound(folder) == 3
+def test_a_damaged_checkpoint_is_reported_set_aside_and_the_one_before_is_used(
+    tmp_path, damage, reason
+):
+    folder = save_steps(tmp_path, [1, 2, 3])
+    messages = []
+    assert checkpoint.newest_sound(folder, messages.append) == 3
+    assert not messages
+
+    damage(folder / '3')
+    for read in (checkpoint.find_verified, parameter_map.read_run, init_from, load_model):
+        with pytest.raises(ConfigError, match=f'checkpoint .*3 is damaged .*{reason}'):
+            read(folder / '3')
+    assert checkpoint.newest_sound(folder, messages.append) == 2
+    assert '3.damaged' in messages[0]
+    assert reason in messages[0]
+    assert 'going back to step 2' in messages[0]
+    assert checkpoint.steps(folder) == [1, 2]
+    assert (folder / '3.damaged').is_dir()
+
+    state, meta = restore(tmp_path, 2)
+    chex.assert_trees_all_equal(state, make_state(2), strict=True)
+    assert meta == {'step': 2}
+
+    # The step can be saved again.
+    save_steps(tmp_path, [3])
+    assert checkpoint.newest_sound(folder) == 3
     for step in (1, 2, 3):
-        flip(largest(folder / str(step)))
+        flip_a_bit(folder / str(step))
     with pytest.raises(ConfigError, match='every checkpoint in .* is damaged'):
         checkpoint.newest_sound(folder)
     assert checkpoint.steps(folder) == [1, 2, 3]
@@ -106,51 +128,83 @@ def test_a_damaged_checkpoint_is_told_set_aside_and_the_one_before_is_used(tmp_p
 
 def test_a_folder_without_checkpoints_and_one_without_manifest(tmp_path):
     assert checkpoint.newest_sound(tmp_path / 'none') is None
-    folder = saved(tmp_path, [1])
+    folder = save_steps(tmp_path, [1])
     (folder / '1' / checkpoint.MANIFEST).unlink()  # of a run that is older
     assert checkpoint.newest_sound(folder) == 1
 
 
+@pytest.mark.parametrize('sizes', [{'replica': 1}, {'fsdp': 8}, {'replica': 2, 'fsdp': 4}])
+def test_a_restored_tree_has_the_saved_values_dtypes_and_shardings(tmp_path, sizes):
+    """Saved on one device, restored over several; every dtype that a state holds."""
+    values = np.random.default_rng(0).standard_normal((8, 16))
+    saved = {
+        'step': jnp.asarray(7, jnp.int32),
+        'params': {'kernel': jnp.asarray(values, jnp.float32)},
+        'opt_state': {'mu': jnp.asarray(values, jnp.bfloat16)},
+        'objective': {'labels': jnp.arange(16, dtype=jnp.int32), 'seen': jnp.arange(16) % 3 == 0},
+    }
+    checkpoints = open_checkpoints(tmp_path)
+    checkpoints.save(7, saved, {'step': 7}, {})
+    checkpoints.wait()
+
+    mesh = sharding.make_mesh(sizes)
+    by_rows = NamedSharding(mesh, P('fsdp'))
+    shardings = {
+        'step': sharding.replicated(mesh),
+        'params': {'kernel': by_rows},
+        'opt_state': {'mu': by_rows},
+        'objective': {'labels': by_rows, 'seen': sharding.replicated(mesh)},
+    }
+    shape = jax.eval_shape(lambda: saved)
+    state, _, _ = checkpoints.restore(7, shape, shardings)
+    checkpoints.close()
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, saved)
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(saved))
+    chex.assert_trees_all_equal(jax.tree.map(lambda x: x.sharding, state), shardings)
+    chex.assert_shape(
+        state['params']['kernel'].addressable_shards[0].data, (8 // sizes.get('fsdp', 1), 16)
+    )
+
+
 def test_a_full_disk_loses_nothing(tmp_path):
-    """No file may grow beyond 100 kB while step 2 is written: told, step 1 stays, and when there is room step 2 is saved."""
-    k = keeper(tmp_path, keep=1)
-    k.save(1, state(1, 1 << 18), {'step': 1}, {})
-    k.wait()
+    """While step 2 is written no file may grow beyond 100 kB.
+
+    It is reported, step 1 stays, and when there is room step 2 is saved.
+    """
+    checkpoints = open_checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, make_state(1, LARGE), {'step': 1}, {})
+    checkpoints.wait()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    message = 'the checkpoint of step 2 could not be written .*; the checkpoint of step 1 is whole'
     try:
-        with pytest.raises(
-            checkpoint.CheckpointNotSaved,
-            match='the checkpoint of step 2 could not be written .*; the checkpoint of step 1 is whole',
-        ):
-            k.save(2, state(2, 1 << 18), {'step': 2}, {})
-            k.wait()
+        with pytest.raises(checkpoint.CheckpointNotSaved, match=message):
+            checkpoints.save(2, make_state(2, LARGE), {'step': 2}, {})
+            checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert checkpoint.newest_sound(tmp_path / 'checkpoints') == 1
-    np.testing.assert_array_equal(
-        restored(tmp_path, 1, 1 << 18)[0], state(1, 1 << 18)['params']['w']
-    )
-    k = keeper(tmp_path, keep=1)
-    k.save(2, state(2, 1 << 18), {'step': 2}, {})
-    k.wait()
-    k.close()
-    assert (
-        checkpoint.steps(tmp_path / 'checkpoints') == [2]
-        and checkpoint.newest_sound(tmp_path / 'checkpoints') == 2
-    )
+    state, _ = restore(tmp_path, 1, LARGE)
+    chex.assert_trees_all_equal(state, make_state(1, LARGE), strict=True)
+
+    checkpoints = open_checkpoints(tmp_path, keep=1)
+    checkpoints.save(2, make_state(2, LARGE), {'step': 2}, {})
+    checkpoints.wait()
+    checkpoints.close()
+    assert checkpoint.steps(tmp_path / 'checkpoints') == [2]
+    assert checkpoint.newest_sound(tmp_path / 'checkpoints') == 2
 
 
 def test_the_best_and_the_newest_stay(tmp_path):
-    k = keeper(tmp_path, keep=1, best='probe/top1')
-    for step, value in ((1, 0.3), (2, 0.7), (3, 0.5), (4, 0.7), (5, None), (6, 0.1)):
-        k.save(step, state(step), {'step': step}, {})
-        k.wait()
-        if value is not None:
-            folder = tmp_path / 'evals' / f'step_{step:06d}'
-            folder.mkdir(parents=True)
-            (folder / 'results.json').write_text(
-                json.dumps({'probe': {'scalars': {'top1': value}, 'artifacts': {}}})
-            )
-    k.close()
-    assert checkpoint.steps(pathlib.Path(tmp_path / 'checkpoints')) == [2, 6]
+    checkpoints = open_checkpoints(tmp_path, keep=1, best='probe/top1')
+    for step, top1 in ((1, 0.3), (2, 0.7), (3, 0.5), (4, 0.7), (5, None), (6, 0.1)):
+        checkpoints.save(step, make_state(step), {'step': step}, {})
+        checkpoints.wait()
+        if top1 is None:
+            continue
+        folder = tmp_path / 'evals' / f'step_{step:06d}'
+        folder.mkdir(parents=True)
+        results = {'probe': {'scalars': {'top1': top1}, 'artifacts': {}}}
+        (folder / 'results.json').write_text(json.dumps(results))
+    checkpoints.close()
+    assert checkpoint.steps(tmp_path / 'checkpoints') == [2, 6]

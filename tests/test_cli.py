@@ -340,6 +340,13 @@ def get_config():
         ('    c.steps = "100"', ['config', 'steps']),
         ('    c.stepz.x', ['stepz']),
         ('    c.steps = ', ['cannot be run (SyntaxError']),
+        (
+            '    c.steps = [][0]',
+            ['get_config() raised IndexError: list index out of range', 'mine.py, line'],
+        ),
+        ('    raise SystemExit(3)', ['get_config() raised SystemExit: 3', 'mine.py, line']),
+        ('    1 / 0', ['get_config() raised ZeroDivisionError', 'mine.py, line']),
+        ('    return None', ['expected get_config()', 'to return a ConfigDict, got NoneType']),
     ],
 )
 def test_mistakes_in_a_config_file(lines, words, cli, tmp_path):

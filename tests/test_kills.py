@@ -1,4 +1,7 @@
-"""A run that is killed (-9) again and again ends with the numbers of one that never was; SIGTERM saves and leaves with code 0."""
+"""A run that is killed (-9) again and again ends with the numbers of one that never was.
+
+SIGTERM saves and leaves with code 0.
+"""
 
 import pathlib
 import random
@@ -11,61 +14,72 @@ from tests import runs
 CONFIG = '--config=tests/configs/tiny.py'
 
 
-def losses_told(workdir: pathlib.Path) -> list[int]:
+def steps_logged(workdir: pathlib.Path) -> list[int]:
+    """The steps whose loss is logged; none while a line is being written."""
     file = workdir / 'metrics.jsonl'
-    return (
-        [line['step'] for line in runs.log_lines(workdir) if 'loss' in line]
-        if file.exists() and file.read_text().endswith('\n')
-        else []
-    )
+    if not file.exists() or not file.read_text().endswith('\n'):
+        return []
+    return [line['step'] for line in runs.log_lines(workdir) if 'loss' in line]
 
 
 class Watch:
-    """Phases of a started run, told from what it has written since the start."""
+    """The phase of a started run, read off what it has written since the start.
+
+    Each phase of DELAYS is a method: whether the run is in it.
+    """
 
     def __init__(self, workdir: pathlib.Path, log: pathlib.Path, rng: random.Random):
-        self.workdir, self.log, self.rng = workdir, log, rng
-        self.said = len(self.text())
-        self.kept, self.saves, self.seen = None, rng.randint(1, 2), set()
+        self.workdir = workdir
+        self.log = log
+        self.rng = rng
+        # Of the log: what earlier starts wrote.
+        self.num_old_characters = len(self.text())
+        self.steps_at_start: list[int] | None = None
+        self.num_saves = rng.randint(1, 2)
+        self.saves_seen: set[str] = set()
 
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else ''
+
+    def new_text(self) -> str:
+        return self.text()[self.num_old_characters :]
 
     def starting(self) -> bool:
         return True
 
     def compiling(self) -> bool:
-        """The first thing said comes when the state is there and the step is about to be compiled."""
-        return 'training records' in self.text()[self.said :]
+        """The first line comes when the state is there and the step is about to be compiled."""
+        return 'training records' in self.new_text()
 
     def stepping(self) -> bool:
-        """Another step is logged than those that were kept of before."""
+        """The log has another step than those that were there at the start."""
         if not self.compiling():
             return False
-        steps = losses_told(self.workdir)
-        self.kept = steps if self.kept is None else self.kept
-        return steps != self.kept
+        steps = steps_logged(self.workdir)
+        if self.steps_at_start is None:
+            self.steps_at_start = steps
+        return steps != self.steps_at_start
 
     def saving(self) -> bool:
-        """The folder of a checkpoint under way is there, for the first or second time since the start."""
-        self.seen |= {p.name for p in (self.workdir / 'checkpoints').glob('*tmp*')}
-        return self.compiling() and len(self.seen) >= self.saves
+        """The folder of a checkpoint under way is there, the first or second since the start."""
+        for path in (self.workdir / 'checkpoints').glob('*tmp*'):
+            self.saves_seen.add(path.name)
+        return self.compiling() and len(self.saves_seen) >= self.num_saves
 
     def evaluating(self) -> bool:
         """A step is done after which an evaluation is due, and its results are not there."""
-        steps = losses_told(self.workdir)
-        return (
-            self.compiling()
-            and bool(steps)
-            and steps[-1] % 4 == 0
-            and not (self.workdir / 'evals' / f'step_{steps[-1]:06d}').exists()
-        )
+        if not self.compiling():
+            return False
+        steps = steps_logged(self.workdir)
+        if not steps or steps[-1] % 4:
+            return False
+        return not (self.workdir / 'evals' / f'step_{steps[-1]:06d}').exists()
 
     def writing_results(self) -> bool:
         return any((self.workdir / 'evals').glob('*.tmp'))
 
     def refreshing(self) -> bool:
-        return 'refresh' in self.text()[self.said :]
+        return 'refresh' in self.new_text()
 
 
 # phase -> seconds after it begins in which the kill falls
@@ -81,7 +95,7 @@ DELAYS = {
 
 
 def reaches(process, watch: Watch, phase: str, timeout: float = 550) -> bool:
-    """Waits. True when the process is in that phase, False when it ended before."""
+    """Waits until the process is in that phase. False when it ended before."""
     end = time.monotonic() + timeout
     while process.exitcode is None:
         try:
@@ -107,33 +121,53 @@ def kill_at(process, watch: Watch, phase: str) -> bool:
 
 
 def stop_at(process, watch: Watch, phase: str) -> bool:
-    """SIGTERM in that phase: code 0, a checkpoint of the last step told, and no done.json. False when the run ended before."""
+    """SIGTERM in that phase: code 0, a checkpoint of the last step, and no done.json.
+
+    False when the run ended before.
+    """
     if reaches(process, watch, phase):
         process.terminate()
     assert runs.finish(process, watch.log) == 0, watch.text()[-3000:]
     if (watch.workdir / 'done.json').exists():
         return False
-    steps = losses_told(watch.workdir)
-    assert f'asked to stop: step {steps[-1]} is saved' in watch.text()[watch.said :]
+    steps = steps_logged(watch.workdir)
+    assert f'asked to stop: step {steps[-1]} is saved' in watch.new_text()
     assert (watch.workdir / 'checkpoints' / str(steps[-1])).is_dir()
     return True
 
 
-def survive(
+def is_done(workdir: pathlib.Path) -> bool:
+    return (workdir / 'done.json').exists()
+
+
+def interrupt(
     folder: pathlib.Path, variant: str, phases: list[str], seed: int
 ) -> tuple[list[pathlib.Path], list[str]]:
-    """Finished run folders, and the phases in which a run was killed, or with a leading ~ asked to stop. A run that ends before that is
-    followed by a fresh one."""
-    rng, killed, workdirs = random.Random(seed), [], []
-    phases = list(phases)
-    while phases or not workdirs or not (workdirs[-1] / 'done.json').exists():
-        if not workdirs or (workdirs[-1] / 'done.json').exists():
+    """Starts one command again and again, and interrupts it once in each phase.
+
+    A run that ends before its phase comes is followed by a fresh one.
+
+    Args:
+        folder: For run folders and logs.
+        variant: Of tests/configs/tiny.py.
+        phases: In which to kill; with a leading ~: in which to ask to stop.
+        seed: Of the moments within the phases.
+
+    Returns:
+        Finished run folders, and the phases in which a run was interrupted.
+    """
+    rng = random.Random(seed)
+    workdirs: list[pathlib.Path] = []
+    left, interrupted = list(phases), []
+    while left or not workdirs or not is_done(workdirs[-1]):
+        if not workdirs or is_done(workdirs[-1]):
             workdirs.append(folder / f'run{len(workdirs)}')
             assert len(workdirs) < 8
-        workdir, log = workdirs[-1], folder / f'log{len(workdirs)}.txt'
-        phase = phases[0] if phases else None
+        workdir = workdirs[-1]
+        log = folder / f'log{len(workdirs)}.txt'
+        phase = left[0] if left else None
         watch = Watch(workdir, log, rng)
-        # what shall be caught in compilation is compiled anew
+        # What is to be caught in compilation is compiled anew.
         process = runs.start(
             f'{CONFIG}{variant}',
             f'--workdir={workdir}',
@@ -143,14 +177,17 @@ def survive(
         )
         if phase is None:
             assert runs.finish(process, log) == 0, log.read_text()[-3000:]
-        elif (stop_at if phase[0] == '~' else kill_at)(process, watch, phase.lstrip('~')):
-            killed.append(phases.pop(0))
+            continue
+        interrupt_at = stop_at if phase.startswith('~') else kill_at
+        if interrupt_at(process, watch, phase.lstrip('~')):
+            interrupted.append(left.pop(0))
         else:
             assert process.exitcode == 0, log.read_text()[-3000:]
-    return workdirs, killed
+    return workdirs, interrupted
 
 
 def uninterrupted(folder: pathlib.Path, variant: str) -> pathlib.Path:
+    """The run folder of a run that nothing happened to."""
     log = folder / 'log.txt'
     process = runs.start(f'{CONFIG}{variant}', f'--workdir={folder / "run"}', '--quiet', log=log)
     assert runs.finish(process, log) == 0, log.read_text()[-3000:]
@@ -162,24 +199,34 @@ def whole(tmp_path_factory):
     return uninterrupted(tmp_path_factory.mktemp('whole'), '')
 
 
-def assert_same(workdir: pathlib.Path, whole: pathlib.Path) -> None:
-    """Parameters, moments, statistics, objective state and the order of records by digest; every line of the log; every result."""
-    got, want = runs.done(workdir), runs.done(whole)
+def evaluation_results(workdir: pathlib.Path) -> dict[str, str]:
+    """{evaluation: its results.json} of a run folder."""
+    files = (workdir / 'evals').glob('*/results.json')
+    return {file.parent.name: file.read_text() for file in files}
+
+
+def assert_same(workdir: pathlib.Path, expected_workdir: pathlib.Path) -> None:
+    """Two runs did the same, bit for bit.
+
+    Parameters, moments, statistics, objective state and the order of records by digest; every line
+    of the log; every result.
+    """
+    done, expected = runs.done(workdir), runs.done(expected_workdir)
     for key in ('digests', 'order', 'step', 'consumed', 'skipped_steps'):
-        assert got[key] == want[key], key
-    assert set(got['digests']) == {'params', 'batch_stats', 'opt_state', 'objective'}
-    assert runs.log_lines(workdir) == runs.log_lines(whole)
-    results = lambda folder: {
-        p.parent.name: p.read_text() for p in (folder / 'evals').glob('*/results.json')
-    }
-    assert results(workdir) == results(whole)
+        assert done[key] == expected[key], key
+    assert set(done['digests']) == {'params', 'batch_stats', 'opt_state', 'objective'}
+    assert runs.log_lines(workdir) == runs.log_lines(expected_workdir)
+    assert evaluation_results(workdir) == evaluation_results(expected_workdir)
 
 
 def test_killed_and_asked_to_stop_in_each_phase(whole, tmp_path):
-    """One run, five times interrupted: the same command continues each time, and nothing shows in the end."""
+    """One run, five times interrupted: the same command continues each time.
+
+    In the end nothing shows.
+    """
     phases = ['compiling', '~compiling', 'saving', '~stepping', 'evaluating']
-    workdirs, killed = survive(tmp_path, '', phases, seed=1)
-    assert killed == phases
+    workdirs, interrupted = interrupt(tmp_path, '', phases, seed=1)
+    assert interrupted == phases
     for workdir in workdirs:
         assert_same(workdir, whole)
 
@@ -187,18 +234,11 @@ def test_killed_and_asked_to_stop_in_each_phase(whole, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_fourteen_kills(whole, tmp_path):
-    phases = [
-        'starting',
-        'compiling',
-        'saving',
-        'stepping',
-        'evaluating',
-        'writing_results',
-        'saving',
-    ] * 2
+    each = ['starting', 'compiling', 'saving', 'stepping', 'evaluating', 'writing_results']
+    phases = [*each, 'saving'] * 2
     random.Random(7).shuffle(phases)
-    workdirs, killed = survive(tmp_path, '', phases, seed=7)
-    assert killed == phases
+    workdirs, interrupted = interrupt(tmp_path, '', phases, seed=7)
+    assert interrupted == phases
     for workdir in workdirs:
         assert_same(workdir, whole)
 
@@ -206,10 +246,13 @@ def test_fourteen_kills(whole, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_six_kills_of_a_run_with_refreshes(tmp_path):
-    """Self-labelling: fresh classifiers and labels of the whole set at steps 0, 3, 6 and 9; the killed run repeats them exactly."""
-    want = uninterrupted(tmp_path, ':kmeans')
+    """Self-labelling: fresh classifiers and labels of the whole set at steps 0, 3, 6 and 9.
+
+    The killed run repeats them exactly.
+    """
+    expected_workdir = uninterrupted(tmp_path, ':kmeans')
     phases = ['refreshing', 'saving', 'refreshing', 'stepping', 'evaluating', 'saving']
-    workdirs, killed = survive(tmp_path, ':kmeans', phases, seed=3)
-    assert killed == phases
+    workdirs, interrupted = interrupt(tmp_path, ':kmeans', phases, seed=3)
+    assert interrupted == phases
     for workdir in workdirs:
-        assert_same(workdir, want)
+        assert_same(workdir, expected_workdir)

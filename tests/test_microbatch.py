@@ -1,14 +1,18 @@
-"""Microbatches under one loss of the whole batch (config.accumulation='exact'): the gradient is that of the batch in one go, random bits included."""
+"""Microbatches under one loss of the whole batch (config.accumulation='exact').
+
+The gradient is that of the batch in one go, random bits included.
+"""
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import data_pipelines
-from tests import tiny
+from tests import tiny, traces
 from vatt_jax import config as configs
 from vatt_jax import models, objectives
 from vatt_jax.config import ConfigError
@@ -17,83 +21,90 @@ from vatt_jax.rng import Rng
 from vatt_jax.training import loop, train_step
 
 
-def config(**fields):
-    """Dropout everywhere; one permutation of DropToken for the batch (video) and one for each clip (audio)."""
-    c = tiny.config(**{'accumulate': 4, 'accumulation': 'exact', **fields})
-    c.model.towers.audio.per_example = True
-    return c
+def make_config(**fields):
+    """Dropout everywhere; one DropToken permutation a batch (video) and one a clip (audio)."""
+    config = tiny.config(**{'accumulate': 4, 'accumulation': 'exact', **fields})
+    config.model.towers.audio.per_example = True
+    return config
 
 
-def gradients(c):
-    """(gradients by path, Loss) of the first step; a clip lacks its video and one its words."""
-    data = data_pipelines.open(c)
-    built = loop.build(c, data)
+def first_gradients(config):
+    """(gradients, Loss) of the first step; a clip lacks its video and one its words."""
+    data = data_pipelines.open(config)
+    built = loop.build(config, data)
     with jax.set_mesh(built.mesh):
         state = built.init()
-        batch = next(data.train(0, c.batch_size))
-        batch['video']['valid'][3], batch['text']['valid'][5], batch['text']['mask'][5] = (
-            False,
-            False,
-            False,
-        )
+        batch = next(data.train(0, config.batch_size))
+        batch['video']['valid'][3] = False
+        batch['text']['valid'][5] = False
+        batch['text']['mask'][5] = False
         batch = feature_extractor.place_on_mesh(batch, built.mesh)
-        of = jax.jit(
-            train_step.gradients(c, built.model, built.objective),
+        compute_gradients = jax.jit(
+            train_step.gradients(config, built.model, built.objective),
             out_shardings=(built.shardings.params, None),
         )
-        grads, out = of(
+        grads, loss = compute_gradients(
             state.params,
             state.batch_stats,
             state.objective,
             batch,
-            Rng.create(c.seed, 0, batch['position']),
+            Rng.create(config.seed, 0, batch['position']),
         )
-    return {
-        jax.tree_util.keystr(k): np.asarray(x, np.float64)
-        for k, x in jax.tree_util.tree_leaves_with_path(grads)
-    }, out
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, state.params)
+    chex.assert_tree_all_finite((grads, loss.value, loss.metrics, loss.batch_stats))
+    # On the host, so that gradients of different meshes can be compared.
+    return jax.device_get(grads), loss
 
 
-def distance(got, want):
-    """Of gradients, relative to the whole one's norm."""
-    return np.sqrt(
-        sum(((got[k] - want[k]) ** 2).sum() for k in want)
-        / sum((x**2).sum() for x in want.values())
-    )
+def global_norm(tree):
+    """sqrt(sum of squares of all elements), in float64."""
+    return np.sqrt(sum((np.asarray(x, np.float64) ** 2).sum() for x in jax.tree.leaves(tree)))
+
+
+def relative_distance(grads, expected):
+    """‖grads - expected‖ / ‖expected‖ over all parameters together."""
+    difference = jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), grads, expected)
+    return global_norm(difference) / global_norm(expected)
 
 
 @pytest.mark.slow
-def test_training_in_microbatches(tmp_path):
-    """The loop in float32, scanned and rematerialised: losses of the whole batch's run, but for rounding."""
+def test_training_in_microbatches_has_the_losses_of_the_whole_batch(tmp_path, monkeypatch):
+    """The loop in float32, scanned and rematerialised: the same losses but for rounding."""
     curves = {}
     for accumulate in (1, 8):
-        c = config(accumulate=accumulate, steps=3, model__scan=True, model__remat='full')
-        loop.train(c, data_pipelines.open(c), tmp_path / str(accumulate), quiet=True)
-        lines = (tmp_path / str(accumulate) / 'metrics.jsonl').read_text().splitlines()
-        curves[accumulate] = [x['loss'] for x in map(json.loads, lines) if 'loss' in x]
+        config = make_config(accumulate=accumulate, steps=3, model__scan=True, model__remat='full')
+        data = data_pipelines.open(config)
+        traces.limit_step_to_one(monkeypatch, config, data)
+        folder = tmp_path / str(accumulate)
+        loop.train(config, data, folder, quiet=True)
+        lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+        curves[accumulate] = [line['loss'] for line in lines if 'loss' in line]
+    assert len(curves[1]) == 3
     np.testing.assert_allclose(curves[8], curves[1], rtol=1e-4)
 
 
-def test_what_meets_before_the_cut_is_refused():
-    c = config()
-    c.model.towers.video = {'name': 's3d'}
-    with pytest.raises(
-        ConfigError,
-        match=r"config.accumulation='exact': the video tower \(s3d\) normalises by statistics of the batch.*'plain'",
-    ):
-        loop.check(c)
-    c.accumulation = 'plain'
-    loop.check(c)
-    mixing = objectives.build(
-        type(c)({'name': 'classification', 'stream': 'audio', 'form': 'sigmoid', 'mixup': 5})
+def test_what_mixes_clips_before_the_pooled_vectors_is_refused():
+    config = make_config()
+    config.model.towers.video = {'name': 's3d'}
+    message = (
+        r"config.accumulation='exact': the video tower \(s3d\) normalises by statistics of the "
+        r"batch.*'plain'"
     )
+    with pytest.raises(ConfigError, match=message):
+        loop.check(config)
+    config.accumulation = 'plain'
+    loop.check(config)
+
+    fields = {'name': 'classification', 'stream': 'audio', 'form': 'sigmoid', 'mixup': 5}
+    mixing = objectives.build(type(config)(fields))
+    model = models.build(config.model)
     with pytest.raises(ConfigError, match='config.objective.mixup mixes clips of the whole batch'):
-        train_step.check(config(), models.build(c.model), mixing, {})
+        train_step.check(make_config(), model, mixing, {})
 
 
 @pytest.fixture(scope='module')
-def double():
-    """Everything in float64: what is left of a difference is not rounding."""
+def float64():
+    """Everything in float64: what is left of a difference is not rounding. Yields the fields."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jnp, 'float32', jnp.float64)
         patch.setitem(configs.CHOICES, 'compute_dtype', ('float64',))
@@ -103,27 +114,33 @@ def double():
 
 
 @pytest.fixture(scope='module')
-def whole(double):
-    return gradients(config(accumulate=1, **double))
+def whole_batch(float64):
+    """(gradients, Loss) of the batch in one go."""
+    return first_gradients(make_config(accumulate=1, **float64))
 
 
-def test_the_gradient_is_that_of_the_whole_batch(double, whole):
-    want, loss = whole
-    got, other = gradients(config(**double))
-    assert distance(got, want) < 1e-12 and max(np.abs(got[k] - want[k]).max() for k in want) < 1e-10
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10),
-        (other.value, other.batch_stats, other.metrics),
+def test_the_gradient_is_that_of_the_whole_batch(float64, whole_batch):
+    expected, expected_loss = whole_batch
+    grads, loss = first_gradients(make_config(**float64))
+    assert relative_distance(grads, expected) < 1e-12
+    chex.assert_trees_all_close(grads, expected, rtol=0, atol=1e-10)
+    chex.assert_trees_all_close(
         (loss.value, loss.batch_stats, loss.metrics),
+        (expected_loss.value, expected_loss.batch_stats, expected_loss.metrics),
+        rtol=1e-10,
     )
 
 
-def test_on_eight_devices_that_share_the_parameters(double, whole):
-    got, _ = gradients(config(accumulate=2, mesh__replica=2, mesh__fsdp=4, **double))
-    assert distance(got, whole[0]) < 1e-6
+def test_the_gradient_on_eight_devices_that_share_the_parameters(float64, whole_batch):
+    expected, _ = whole_batch
+    config = make_config(accumulate=2, mesh__replica=2, mesh__fsdp=4, **float64)
+    grads, _ = first_gradients(config)
+    assert relative_distance(grads, expected) < 1e-6
 
 
 @pytest.mark.slow
-def test_plain_accumulation_is_another_loss(double, whole):
+def test_plain_accumulation_is_another_loss(float64, whole_batch):
     """Its negatives and batch statistics are those of microbatches."""
-    assert distance(gradients(config(accumulation='plain', **double))[0], whole[0]) > 0.1
+    expected, _ = whole_batch
+    grads, _ = first_gradients(make_config(accumulation='plain', **float64))
+    assert relative_distance(grads, expected) > 0.1

@@ -1,29 +1,34 @@
 """The report page of a real tiny run.
 
 It is one well-formed file that loads nothing from elsewhere and executes nothing that a caption
-says.
+says. test_report_page.py looks at it in a browser.
 """
 
 import base64
+import hashlib
 import html.parser
 import io
 import json
+import os
 import re
 import shutil
+import sys
 import wave
 
+import av
 import chex
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from vatt_jax import evals
 from vatt_jax.config import ConfigError
-from vatt_jax.reporting import data_uris, report
+from vatt_jax.reporting import charts, clips, confusions, data_uris, headline, report
 from vatt_jax.reporting.finished_run import FinishedRun
 
 EVIL = '<script>alert("x")</script> & \'a\' "red" stripe</div>'
-VOID = {'meta', 'img', 'br', 'hr', 'link', 'input', 'line', 'polyline'}
+VOID = {'meta', 'img', 'br', 'hr', 'link', 'input', 'line', 'polyline', 'use', 'image'}
 
 
 class Page(html.parser.HTMLParser):
@@ -98,12 +103,19 @@ def update_config(folder, **fields):
 
 def results_table(text):
     """The results table of a page: rows of unescaped cells, header first."""
-    table = re.search(r'<table><thead>.*?</table>', text, re.S)[0]
+    table = re.search(r'<table class="sortable results".*?</table>', text, re.S)[0]
     rows = []
-    for row in re.findall(r'<tr>(.*?)</tr>', table):
-        cells = re.findall(r'<t[hd]>(.*?)</t[hd]>', row)
-        rows.append([html.unescape(cell) for cell in cells])
+    for row in re.findall(r'<tr>(.*?)</tr>', table, re.S):
+        cells = re.findall(r'<t[hd][^>]*>(.*?)</t[hd]>', row)
+        # Headings are buttons.
+        rows.append([html.unescape(re.sub(r'</?button[^>]*>', '', cell)) for cell in cells])
     return rows
+
+
+def section(text, name):
+    """The source of one section of a page, by the id of its heading; '' where it has none."""
+    found = re.search(rf'<section aria-labelledby="{name}">.*?</section>', text, re.S)
+    return found[0] if found else ''
 
 
 def percent(share):
@@ -114,28 +126,57 @@ def test_the_page_stands_alone(tiny_run):
     folder, _, _ = tiny_run
     text, page = read_page(folder / 'report' / 'index.html')
     assert [path.name for path in (folder / 'report').iterdir()] == ['index.html']
-    for loading in ('http', '@import', 'url('):
+    for loading in ('http:', 'https:', '@import', 'url('):
         assert loading not in text
-    assert 'script' not in page.tags
+    # The script of the page, and the films as data; the policy lets the browser run no other.
+    assert page.tags.count('script') == 2
+    script = re.search(r'<script>(.*?)</script>', text, re.S)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = page.values('content')[0]
+    assert policy.startswith("default-src 'none';")
+    assert f"script-src 'sha256-{digest}'" in policy
     assert 'link' not in page.tags
-    sources = page.values('src') + page.values('href')
+    sources = page.values('src')
     assert sources
     for source in sources:
-        assert source.startswith(('data:image/png;base64,', 'data:audio/wav;base64,'))
+        assert source.startswith('data:image/png;base64,')
+    # Sections, pictures of the page, and files of the run folder.
+    links = page.values('href')
+    assert any(link == '../metrics.jsonl' for link in links)
+    for link in links:
+        assert link.startswith(('#', 'data:image/jpeg;base64,', '../'))
+        if link.startswith('../'):
+            assert (folder / 'report' / link).exists()
     handlers = [name for _, name, _ in page.attributes if name.startswith('on')]
     assert handlers == []
-    assert page.texts[0] == 'tiny <run>'
+    assert 'tiny <run>' in page.texts
     assert ('meta', 'charset', 'utf-8') in page.attributes
 
 
 def test_sections_and_curves(tiny_run):
     folder, _, _ = tiny_run
     text, _ = read_page(folder / 'report' / 'index.html')
-    titles = re.findall(r'<h2>(.*?)</h2>', text)
-    assert titles == ['Results', 'Curves', 'Retrievals', 'Similarity', 'Confusions']
-    captions = set(re.findall(r'<figcaption>(.*?) <', text))
-    assert {'loss', 'learning rate', 'gradient norm'} <= captions
-    assert '2 steps of 16 clips · seed 0 · objective contrastive' in text
+    titles = re.findall(r'<h2 id="[a-z]+">(.*?)</h2>', text)
+    sections = ['Results', 'Curves', 'Retrievals', 'Similarity', 'Confusions', 'The run']
+    assert titles == ['Next', *sections]
+    assert re.findall(r'<li><a href="#[a-z]+">(.*?)</a>', text) == sections
+    captions = set(re.findall(r'<figcaption>(.*?)</figcaption>', text))
+    assert {'Loss', 'Learning rate', 'Gradient norm'} <= captions
+    assert '2 of 2 steps, 16 clips each' in text
+
+
+def test_the_run_says_what_it_was_made_with(tiny_run):
+    folder, _, _ = tiny_run
+    made = read_json(folder / 'provenance.json')
+    assert made['device'] == 'cpu'
+    assert made['versions']['jax'] == jax.__version__
+    text, _ = read_page(folder / 'report' / 'index.html')
+    facts = section(text, 'run')
+    assert f'{jax.device_count()} × cpu, 1 process(es), {os.cpu_count()} CPU cores' in facts
+    assert made['started'][:10] in facts
+    assert '../checkpoints/2' in facts
+    # Outside a git checkout there is no commit.
+    assert ('<dt>commit</dt>' in facts) == bool(made['commit'])
 
 
 def test_a_higher_loss_is_drawn_higher(tiny_run):
@@ -143,7 +184,7 @@ def test_a_higher_loss_is_drawn_higher(tiny_run):
     text, _ = read_page(folder / 'report' / 'index.html')
     lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
     losses = [line['loss'] for line in lines if 'loss' in line]
-    points = re.search(r'stroke="#2563eb"[^>]*points="(.*?)"', text)[1].split()
+    points = re.search(r'class="line color-0"[^>]*points="(.*?)"', text)[1].split()
     assert len(points) == len(losses) == 2
     first_y, last_y = (float(point.split(',')[1]) for point in points)
     # y grows downwards.
@@ -154,7 +195,7 @@ def test_the_table_has_trained_random_and_chance(tiny_run):
     folder, _, _ = tiny_run
     text, _ = read_page(folder / 'report' / 'index.html')
     header, *body = results_table(text)
-    assert header == ['', 'pretrained', '95 % interval', 'random init', 'chance']
+    assert header == ['measure', 'pretrained', '95 % interval', 'random init', 'chance']
     rows = {name: cells for name, *cells in body}
     assert len(rows) == len(body)
     trained = evals.load(folder / 'evals' / 'step_000002')['retrieval']
@@ -206,12 +247,37 @@ def test_the_gallery_shows_the_clips_found(tiny_run):
     assert first['index'] == 0
     assert first['top'] == result['text_to_video/top'][0].tolist()
     assert first['rank'] == result['text_to_video/rank'][0]
-    assert f'own clip came at rank {first["rank"]:g}' in text
+    assert f'own clip at rank {first["rank"]:g}' in text
     assert data.texts('test')[0]['caption'] in page.text()
 
-    assert text.count('<section class="query">') == 16
-    assert text.count('class="clip') == 80
-    assert page.tags.count('audio') == 8
+    assert text.count('<article class="query">') == 16
+    # Five clips each, and the own clip where it is not among them.
+    far_off = [entry for entry in entries if entry['index'] not in entry['top']]
+    assert text.count('<figure class="clip') == 80 + len(far_off)
+    assert text.count('<mark>own clip</mark>') == 16
+    assert text.count('data-sound=') == 8
+
+
+def test_each_clip_is_in_the_page_once_and_plays_as_it_was(tiny_run):
+    folder, config, _ = tiny_run
+    text, _ = read_page(folder / 'report' / 'index.html')
+    films = json.loads(re.search(r'id="films">(.*?)</script>', text)[1])
+    with np.load(folder / 'evals' / 'step_000002' / 'gallery.npz') as stored:
+        shown = {name.split('/')[1] for name in stored.files if name.startswith('frames/')}
+        heard = {name.split('/')[1] for name in stored.files if name.startswith('audio/')}
+        frames = stored['frames/0']
+    assert set(films) == {f'retrieval-{index}' for index in shown}
+    assert heard == shown
+    assert text.count('<image id=') == len(shown)
+    assert len(set(re.findall(r'href="(data:[^"]*)"', text))) <= len(shown)
+    with av.open(io.BytesIO(decoded(films['retrieval-0']))) as film:
+        assert film.streams.video[0].average_rate == config.model.inputs.video.fps
+        assert len(film.streams.audio) == 1
+        decoded_frames = [frame.to_ndarray(format='rgb24') for frame in film.decode(video=0)]
+    assert len(decoded_frames) == len(frames)
+    # 16 pixels are shown as 192, each as a square.
+    larger = np.repeat(np.repeat(frames, 12, 1), 12, 2).astype(float)
+    assert np.abs(np.array(decoded_frames) - larger).mean() < 8
 
 
 def test_captions_are_escaped(copied_run):
@@ -236,12 +302,12 @@ def test_captions_are_escaped(copied_run):
     write_json(copied_run / 'timings.json', {EVIL: 90})
 
     text, page = read_page(report.build(copied_run, [copied_run]))
-    assert 'script' not in page.tags
-    assert '<script' not in text
+    assert page.tags.count('script') == 2
+    assert '<script>alert' not in text
     assert EVIL in page.text()
     assert any(EVIL in title for title in page.values('title'))
-    assert page.tags.count('section') == 16
-    assert '<h2>Time</h2>' in text
+    assert any(EVIL in label for label in page.values('aria-label'))
+    assert page.tags.count('article') == 16
     assert '1.5 min' in page.texts
     assert EVIL in report.table(copied_run, width=400)
 
@@ -269,12 +335,13 @@ def test_another_run_beside_it(tiny_run, copied_run, tmp_path):
 
     text, page = read_page(report.build(copied_run, [other]))
     header, *body = results_table(text)
-    assert header == ['', 'pretrained', '95 % interval', 'control, seed 7', 'random init', 'chance']
+    expected = ['pretrained', '95 % interval', 'control, seed 7', 'random init', 'chance']
+    assert header == ['measure', *expected]
     rows = {row[0]: row for row in body}
     assert rows['sync'][3] == '12.3 %'
     assert rows['probe video'][3] == '–'
-    assert 'loss, runs side by side' in text
-    assert '— control, seed 7' in page.text()
+    assert 'Loss, runs side by side' in text
+    assert page.text().count('control, seed 7') >= 2
     assert 'control, seed 7' in report.table(copied_run, [other], width=200)
 
 
@@ -292,21 +359,17 @@ def test_pictures_go_by_the_type_of_an_evaluator_not_by_its_name(copied_run):
     entries = {names.get(name, name): entry for name, entry in entries.items()}
     update_config(copied_run, evals=entries)
 
-    def captions():
+    def captions(name, tag):
         text, _ = read_page(report.build(copied_run))
-        _, _, pictures = text.partition('Similarity</h2>')
-        return re.findall(r'<figcaption>([^<]*)</figcaption>', pictures)
+        return re.findall(rf'<{tag}>(.*?)</{tag}>', section(text, name))
 
-    assert captions() == [
-        'text → video',
-        'audio → video',
-        'single simple words: true class by row, predicted by column in the same order',
-    ]
+    assert captions('similarity', 'figcaption') == ['text → video', 'audio → video']
+    assert captions('confusions', 'h3') == ['single simple words']
 
     # Several retrievals: each says whose it is.
     entries['retrieval']['change'] = ''
     update_config(copied_run, evals=entries)
-    assert captions()[:4] == [
+    assert captions('similarity', 'figcaption') == [
         'search: text → video',
         'search: audio → video',
         'retrieval: text → video',
@@ -318,7 +381,7 @@ def test_a_run_without_gallery_and_baseline(copied_run):
     (copied_run / 'evals' / 'step_000002' / 'gallery.npz').unlink()
     shutil.rmtree(copied_run / 'evals' / 'random_init')
     text, _ = read_page(report.build(copied_run))
-    assert 'Retrievals' not in text
+    assert not section(text, 'retrievals')
     header, *body = results_table(text)
     assert body
     for row in body:
@@ -334,6 +397,7 @@ def test_metrics_that_are_not_finite_or_cut_short_are_left_out(copied_run):
     points = re.findall(r'points="(.*?)"', text)
     assert points
     assert 'nan' not in ' '.join(points)
+    assert 'NaN' not in section(text, 'curves')
 
 
 def test_a_run_without_evaluation_or_metrics(copied_run):
@@ -342,6 +406,7 @@ def test_a_run_without_evaluation_or_metrics(copied_run):
     (copied_run / 'done.json').unlink()
     text, page = read_page(report.build(copied_run))
     assert 'No evaluation yet' in text
+    assert 'Training is at step 0 of 2; the same command continues it.' in text
     assert 'polyline' not in page.tags
     # The header of the column of intervals has a percent sign of its own.
     assert '%' not in report.table(copied_run).replace('95 %', '')
@@ -375,3 +440,195 @@ def test_wav_bytes_give_the_sound_back():
         assert file.getsampwidth() == 2
         read_back = np.frombuffer(file.readframes(9), '<i2')
     chex.assert_trees_all_equal(read_back, sound, strict=True)
+
+
+def test_a_jpeg_is_nearly_the_picture():
+    y, x = np.mgrid[:40, :60]
+    picture = np.stack([x * 4, y * 6, x + y], -1).astype(np.uint8)
+    read_back = np.asarray(Image.open(io.BytesIO(decoded(data_uris.jpeg(picture, 90)))))
+    assert np.abs(read_back.astype(int) - picture).mean() < 4
+
+
+@pytest.mark.parametrize(
+    'low, high, expected',
+    [
+        (4.7, 5.42, ['4.6', '4.8', '5.0', '5.2', '5.4', '5.6']),
+        (0, 1e-3, ['0.0000', '0.0002', '0.0004', '0.0006', '0.0008', '0.0010']),
+        (0, 2e-5, ['0', '5e-06', '1e-05', '1.5e-05', '2e-05']),
+        (0, 1_000_000, ['0', '200k', '400k', '600k', '800k', '1M']),
+        (-3, 7, ['-4', '-2', '0', '2', '4', '6', '8']),
+        (99, 100.5, ['99.0', '99.5', '100.0', '100.5']),
+    ],
+)
+def test_ticks_are_round_numbers(low, high, expected):
+    assert charts.labels(charts.ticks(low, high, 5)) == expected
+
+
+def test_axes_have_no_values_that_cannot_be():
+    """A learning rate is not below 0, and there is no half a step."""
+    chart = charts.line_chart('rate', [('rate', [(1, 0.0), (2, 0.001)])])
+    assert [tick.label for tick in chart.x_ticks] == ['0', '1', '2']
+    assert chart.y_ticks[0].label == '0.0000'
+
+
+@pytest.mark.parametrize(
+    'values', [[2.5, 2.5], [0.0], [-1e99, 1e99], [1, 1 + 2e-16], [1e-310, 2e-310], [np.float64(3)]]
+)
+def test_charts_of_odd_values(values):
+    chart = charts.line_chart('x', [('x', list(enumerate(values)))])
+    assert len(chart.y_ticks) >= 2
+    for point in chart.lines[0].path.split():
+        across, down = map(float, point.split(','))
+        assert 0 <= across <= charts.WIDTH
+        assert 0 <= down <= charts.HEIGHT
+
+
+def test_a_long_curve_is_thinned_out_with_its_extremes():
+    points = [(step, 5 - step / 1e5) for step in range(100_000)]
+    points[70_001] = (70_001, 99.0)
+    chart = charts.line_chart('loss', [('loss', points)])
+    (line,) = chart.data['lines']
+    assert len(line['steps']) <= charts.MOST_POINTS
+    assert 99.0 in line['values']
+    assert line['steps'] == sorted(line['steps'])
+    assert (line['steps'][0], line['steps'][-1]) == (0, 99_999)
+
+
+def test_more_lines_than_colours_differ_by_their_dashes():
+    chart = charts.line_chart('x', [(f'line {i}', [(0, i), (1, i)]) for i in range(14)])
+    assert len({(line.color, line.dash) for line in chart.lines}) == 14
+
+
+def test_a_clip_takes_no_more_than_its_budget():
+    rng = np.random.default_rng(0)
+    film = rng.integers(0, 256, (8, 48, 64, 3), dtype=np.uint8)
+    sound = rng.integers(-9000, 9000, 8000).astype(np.int16)
+    sizes = []
+    for budget in (10**6, 100_000, 30_000, 3_000, 1_500):
+        clip = clips.encode(film, 4.0, sound, 8000, budget)
+        assert clip.size <= budget
+        sizes.append(clip.size)
+    assert sizes == sorted(sizes, reverse=True)
+    # The last one is a still.
+    assert not clip.film
+    assert clips.encode(film, 4.0, sound, 8000, 100) is None
+
+
+@pytest.mark.parametrize('rate', [2000, 8000, 44100, 96000])
+@pytest.mark.parametrize('shape', [(1, 2, 2), (3, 17, 31), (2, 300, 100)])
+def test_clips_of_any_shape_and_rate(shape, rate):
+    film = np.full((*shape, 3), 90, np.uint8)
+    clip = clips.encode(film, 12.5, np.zeros(rate // 2, np.int16), rate, 10**6)
+    with av.open(io.BytesIO(decoded(clip.film))) as read:
+        frames = list(read.decode(video=0))
+        assert len(frames) == shape[0]
+        assert frames[0].height / frames[0].width == pytest.approx(shape[1] / shape[2], rel=0.1)
+
+
+def test_without_the_video_extra_clips_are_stills_with_sound(monkeypatch, copied_run):
+    monkeypatch.setitem(sys.modules, 'av', None)
+    text, _ = read_page(report.build(copied_run))
+    assert "pip install 'vatt_jax[video]'" in text
+    assert 'data:video' not in text
+    films = json.loads(re.search(r'id="films">(.*?)</script>', text)[1])
+    assert films
+    for film in films.values():
+        assert film.startswith('data:audio/wav;base64,')
+
+
+def test_evaluations_from_before_the_speeds_were_stored(copied_run):
+    gallery_file = copied_run / 'evals' / 'step_000002' / 'gallery.npz'
+    with np.load(gallery_file) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    document = json.loads(str(arrays.pop('entries')))
+    del document['fps']
+    np.savez(gallery_file, entries=np.array(json.dumps(document)), **arrays)
+    (copied_run / 'provenance.json').unlink()
+    text, _ = read_page(report.build(copied_run))
+    assert text.count('data:video/mp4') > 0
+    assert '<dt>trained on</dt>' not in text
+
+
+def small_counts():
+    """Clips by true and predicted class; nothing of the last one."""
+    return np.array([[8, 2, 0], [1, 4, 0], [0, 0, 0]])
+
+
+def test_confusions_in_words():
+    shown = confusions.confusion('probe', small_counts(), ['dog', 'cat'])
+    assert shown.names == ['dog', 'cat', '2']
+    assert shown.cells[0][1].title == 'dog taken for cat: 2 (20 %)'
+    assert [row.recall for row in shown.classes] == [0.8, 0.8, None]
+    assert shown.classes[1].taken_for == 'dog (1)'
+    pairs = [(pair.true, pair.predicted, pair.count) for pair in shown.pairs]
+    assert pairs == [('dog', 'cat', 2), ('cat', 'dog', 1)]
+    assert shown.summary == '3 classes, 15 clips, 80.0 % of them on the diagonal'
+    assert confusions.confusion('probe', np.zeros((2, 2), int), []) is None
+
+
+@pytest.mark.parametrize('classes', [400, 1500])
+def test_confusions_of_many_classes_are_a_picture_that_hides_no_cell(classes):
+    counts = np.eye(classes, dtype=int) * 50
+    counts[classes - 7, 5] = 1
+    shown = confusions.confusion('probe', counts, [])
+    assert shown.cells == []
+    picture = np.asarray(Image.open(io.BytesIO(decoded(shown.picture))))
+    side = min(classes, confusions.PICTURE_SIDE)
+    assert picture.shape == (side, side, 3)
+    lower_left = picture[side // 2 :, : side // 4, 0]
+    assert (lower_left < 220).sum() == 1
+    # Flat (row, column, count) for the script.
+    triples = np.reshape(shown.data['counts'], (-1, 3)).tolist()
+    assert [classes - 7, 5, 1] in triples
+    assert len(triples) == classes + 1
+
+
+def test_recalls_that_cannot_be_wrong_are_marked(copied_run):
+    """Of three clips, R@5 and R@10 are 100 % whatever the model does."""
+    results_file = copied_run / 'evals' / 'step_000002' / 'results.json'
+    results = read_json(results_file)
+    retrieval = results['retrieval']
+    for name in ('text_to_video', 'audio_to_video'):
+        retrieval['scalars'][f'{name}/clips'] = 3.0
+        for k in (5, 10):
+            retrieval['scalars'][f'{name}/R@{k}'] = 1.0
+            retrieval['artifacts'][f'{name}/R@{k}/chance'] = 1.0
+            retrieval['artifacts'][f'{name}/R@{k}/interval'] = [1.0, 1.0]
+    write_json(results_file, results)
+    text, page = read_page(report.build(copied_run))
+    rows = [row[0] for row in results_table(text)]
+    assert 'retrieval text → video R@10 (too few clips to be wrong)' in rows
+    assert 'retrieval text → video R@1' in rows
+    assert 'too few clips to be wrong' in report.table(copied_run, width=200)
+    warning = (
+        'only 3 clips were held out (retrieval text → video, retrieval audio → video), so one '
+        'clip moves R@1 by 33 percentage points, and R@5 and R@10 are 100 % whatever the model '
+        'does. Hold out 100 or more.'
+    )
+    assert warning in page.text()
+    first, *_ = headline.numbers(FinishedRun(copied_run))
+    assert (first.verdict, first.is_good) == ('says nothing: too few clips to be wrong', False)
+
+
+@pytest.mark.parametrize(
+    'interval, chance, untrained, verdict, is_good',
+    [
+        ([0.3, 0.5], 0.1, 0.2, 'above chance and the untrained network', True),
+        ([0.3, 0.5], 0.1, None, 'above chance', True),
+        ([0.3, 0.5], 0.1, 0.35, 'not surely above the untrained network', False),
+        ([0.05, 0.5], 0.1, 0.0, 'not surely above chance', False),
+    ],
+)
+def test_verdicts(copied_run, interval, chance, untrained, verdict, is_good):
+    for folder, value in (('step_000002', 0.4), ('random_init', untrained)):
+        results_file = copied_run / 'evals' / folder / 'results.json'
+        results = read_json(results_file)
+        scalars = results['sync']['scalars']
+        scalars.pop('accuracy')
+        if value is not None:
+            scalars['accuracy'] = value
+        results['sync']['artifacts'] = {'accuracy/interval': interval, 'accuracy/chance': chance}
+        write_json(results_file, results)
+    *_, last = headline.numbers(FinishedRun(copied_run))
+    assert (last.label, last.value) == ('sync accuracy', '40.0 %')
+    assert (last.verdict, last.is_good) == (verdict, is_good)

@@ -30,7 +30,7 @@ from vatt_jax.evals.clustering import Clustering
 from vatt_jax.objectives import TrainingRecords
 from vatt_jax.objectives.self_labelling import schedule
 from vatt_jax.parallel import sharding
-from vatt_jax.reporting import report
+from vatt_jax.reporting import clips
 from vatt_jax.rng import Rng
 
 FIELDS = {
@@ -863,16 +863,17 @@ def test_report_shows_the_surest_clips_of_clusters(tmp_path):
     entries = {'kmeans': {'type': 'clustering'}, 'clusters': {'type': 'clustering'}}
     gallery.clusters(tmp_path / 'clusters.npz', results, entries, data, 16)
     with np.load(tmp_path / 'clusters.npz') as stored:
-        assert sorted(stored.files) == ['entries', 'frames/2', 'frames/40', 'frames/5']
+        names = {name for name in stored.files if name.startswith('frames/')}
+        assert names == {'frames/2', 'frames/40', 'frames/5'}
+        assert json.loads(str(stored['entries']))['fps'] == data.config.model.inputs.video.fps
         # Clip 40 is row 8 of the third batch.
         *_, third = itertools.islice(data.one_pass('train', 16), 3)
         np.testing.assert_array_equal(stored['frames/40'], third['video']['data'][8])
 
-    page = report._clusters(types.SimpleNamespace(evaluation_folder=tmp_path))
-    assert page.count('<img') == 3
-    first = page.index('cluster 3 (a &lt;ring&gt;)')
-    second = page.index('cluster 1 (no class)')
-    assert 0 < first < second
-    assert 'surest of, for the largest clusters (clusters)' in page
-    empty = types.SimpleNamespace(evaluation_folder=tmp_path / 'none')
-    assert report._clusters(empty) == ''
+    source = clips.open_source(tmp_path / 'clusters.npz')
+    assert source.document['evaluator'] == 'clusters'
+    assert sorted(source.indices) == ['2', '40', '5']
+    # In the order of the clusters, each named as the evaluator named it.
+    shown = [cluster['name'] for cluster in source.document['clusters']]
+    assert shown == ['cluster 3 (a <ring>), 9 clips', 'cluster 1 (no class), 2 clips']
+    assert clips.open_source(tmp_path / 'none' / 'clusters.npz') is None

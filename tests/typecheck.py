@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import beartype
+import jax
 import jaxtyping
 import numpy as np
 from ml_collections import ConfigDict
@@ -12,10 +13,13 @@ from ml_collections import ConfigDict
 # What annotations mean more widely than Python's own types.
 WIDER = beartype.BeartypeHintOverrides(
     {
-        # NumPy's scalars are numbers, and an int may be given for a float (PEP 484's numeric tower).
+        # NumPy's scalars are numbers, and an int may be given for a float (PEP 484's numeric
+        # tower).
         int: int | np.integer,
         float: float | int | np.floating | np.integer,
         bool: bool | np.bool_,
+        # Functions of JAX take NumPy's arrays.
+        jax.Array: jax.Array | np.ndarray,
         # A ConfigDict is used like a mapping, and is not registered as one.
         Mapping[str, Any]: Mapping[str, Any] | ConfigDict,
     }

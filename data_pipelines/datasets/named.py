@@ -48,13 +48,16 @@ DATASETS: dict[str, Dataset] = {
 }
 
 
-def read(name: str, manual_dir: str, videos: str = '') -> media_catalog.MediaCatalog:
+def read(
+    name: str, manual_dir: str, videos: str = '', encoding: str = ''
+) -> media_catalog.MediaCatalog:
     """Catalog the media files of a named dataset with what its annotation files say of them.
 
     Args:
         name: of the dataset.
         manual_dir: folder of the annotation files, and of the media files too.
         videos: folder of the media files, if they are elsewhere.
+        encoding: of annotation files that are neither UTF-8 nor UTF-16, '' to refuse them.
 
     Raises:
         DataError: if files are missing or malformed.
@@ -71,7 +74,7 @@ def read(name: str, manual_dir: str, videos: str = '') -> media_catalog.MediaCat
     file_ids = [file.id for file in files]
     # Shared: a dataset may ask it which files are there (HowTo100M).
     resolver = annotation_files.NameResolver(file_ids)
-    folder = AnnotationFolder(name, root, file_ids, resolver)
+    folder = AnnotationFolder(name, root, file_ids, resolver, encoding)
     clips, classes = dataset.clips(folder)
     if not clips:
         raise DataError(f'{name}: its annotation files list no clip')

@@ -86,8 +86,8 @@ class Console:
             self._print_skipped(summary['skipped'])
         if unknown_names:
             self(
-                f'{len(unknown_names)} names in captions or annotations have no file here, '
-                f'for example {unknown_names[0]!r}.'
+                f'{len(unknown_names)} names in captions or annotations have no file here, or '
+                f'several, for example {unknown_names[0]!r}.'
             )
         self(f'done in {summary["seconds"]} s.')
 

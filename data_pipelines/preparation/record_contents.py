@@ -218,6 +218,11 @@ def _position(file_id: str) -> float:
     return int.from_bytes(digest[:8], 'big') / 2**64
 
 
+def tokenizer_modules(kind: str) -> tuple[str, ...]:
+    """Optional modules that train a kind of tokenizer, to be looked for before long work."""
+    return {'wordpiece': ('tokenizers',), 'sentencepiece': ('sentencepiece',)}.get(kind, ())
+
+
 def train_tokenizer(
     records: Sequence[Mapping[str, Any]], kind: str, size: int, stage_dir: pathlib.Path
 ) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from data_pipelines.errors import DataError
 from data_pipelines.preparation import decoded_files, worker_processes
 from data_pipelines.preparation.console import Console
+from vatt_jax import extras
 
 # How often a file may end the process that decodes it: a system that runs out of memory kills a
 # process for no fault of its file.
@@ -77,8 +78,8 @@ def _stage_with_beam(
         from data_pipelines.preparation import beam
     except ImportError as error:
         raise DataError(
-            f'--beam={beam_options} needs apache-beam ({error}); in the folder of the repository, '
-            "pip install '.[data,video,text,beam]' into an environment of its own"
+            f'--beam={beam_options} needs apache-beam ({error}); in an environment of its own: '
+            f'{extras.install_command("beam")}'
         ) from None
     counts = beam.stage(waiting, settings, stage_dir, beam_options)
     parts = [f'{count} {result}' for result, count in sorted(counts.items())]

@@ -1,4 +1,6 @@
-"""The config of tests/tiny.py for runs that start from the command line, smaller still: what is tested starts many times.
+"""The config of tests/tiny.py for runs that start from the command line.
+
+Smaller still, since what is tested starts many times.
 
 python run.py --config=tests/configs/tiny.py[:kmeans|plain|prime|labels] --workdir=DIR
 """
@@ -7,11 +9,37 @@ from ml_collections import ConfigDict
 
 from tests import tiny
 
+VARIANTS = ('', 'kmeans', 'plain', 'prime', 'labels')
+RETRIEVAL = {
+    'type': 'retrieval',
+    'limit': 20,
+    'pairs': (('audio', 'video', 'va'), ('text', 'video', 'vat')),
+}
+PROBE = {'type': 'linear_probe', 'train_limit': 32, 'test_limit': 16, 'strengths': (1.0,)}
+SELF_LABELLING = {
+    'name': 'self_labelling',
+    'views': ('video', 'audio'),
+    'clusters': 4,
+    'heads': 2,
+    'groups': 2,
+    'hidden': 8,
+    'prior': 'gaussian',
+    'refreshes': 3,
+    'power': 1.0,
+}
+KMEANS_LABELS = {
+    'name': 'kmeans_labels',
+    'views': ('video', 'video.second', 'audio'),
+    'clusters': 4,
+    'every': 3,
+    'iterations': 3,
+}
+
 
 def get_config(arg: str = ''):
-    if arg not in ('', 'kmeans', 'plain', 'prime', 'labels'):
+    if arg not in VARIANTS:
         raise ValueError(
-            f'tests/configs/tiny.py has no variant {arg!r}; there are kmeans, plain, prime, labels'
+            f'tests/configs/tiny.py: expected one of {", ".join(VARIANTS[1:])}, got {arg!r}'
         )
     c = tiny.config(
         steps=12, batch_size=8, data__synthetic_size=40, checkpoint__every=2, jax_platform='cpu'
@@ -19,52 +47,24 @@ def get_config(arg: str = ''):
     for tower in c.model.towers.values():
         tower.layers = 1
     c.eval_every = 4
-    c.evals = ConfigDict(
-        {
-            'retrieval': {
-                'type': 'retrieval',
-                'limit': 20,
-                'pairs': (('audio', 'video', 'va'), ('text', 'video', 'vat')),
-            },
-            'probe': {
-                'type': 'linear_probe',
-                'train_limit': 32,
-                'test_limit': 16,
-                'strengths': (1.0,),
-            },
-        }
-    )
+    c.evals = ConfigDict({'retrieval': RETRIEVAL, 'probe': PROBE})
     if arg == 'plain':
-        c.evals, c.eval_every = ConfigDict(), 0
-    if arg == 'prime':  # 37 test records, in batches of 16
-        c.steps, c.batch_size, c.eval_every, c.data.synthetic_size = 4, 16, 0, 8 * 37
-        c.evals = ConfigDict({'retrieval': {**c.evals.retrieval, 'limit': 1000}})
-    if arg == 'labels':  # refreshes before steps 0 and 2, the second from where the first ended
-        c.steps, c.batch_size, c.eval_every, c.data.synthetic_size = 4, 16, 0, 8 * 37
-        c.objective = ConfigDict(
-            {
-                'name': 'self_labelling',
-                'views': ('video', 'audio'),
-                'clusters': 4,
-                'heads': 2,
-                'groups': 2,
-                'hidden': 8,
-                'prior': 'gaussian',
-                'refreshes': 3,
-                'power': 1.0,
-            }
-        )
+        c.eval_every = 0
+        c.evals = ConfigDict()
+    if arg in ('prime', 'labels'):
+        # 37 test records, in batches of 16
+        c.steps = 4
+        c.batch_size = 16
+        c.eval_every = 0
+        c.data.synthetic_size = 8 * 37
+    if arg == 'prime':
+        c.evals = ConfigDict({'retrieval': {**RETRIEVAL, 'limit': 1000}})
+    if arg == 'labels':
+        # refreshes before steps 0 and 2, the second from where the first ended
+        c.objective = ConfigDict(SELF_LABELLING)
         c.evals = ConfigDict({'clusters': {'type': 'clustering', 'baseline': False}})
     if arg == 'kmeans':
         c.data.views = (('video.second', {'kind': 'clip'}),)
-        c.objective = ConfigDict(
-            {
-                'name': 'kmeans_labels',
-                'views': ('video', 'video.second', 'audio'),
-                'clusters': 4,
-                'every': 3,
-                'iterations': 3,
-            }
-        )
-        c.evals = ConfigDict({'probe': c.evals.probe})
+        c.objective = ConfigDict(KMEANS_LABELS)
+        c.evals = ConfigDict({'probe': PROBE})
     return c

@@ -1,17 +1,13 @@
-"""A newcomer's first steps: a dozen files, the command that is printed, packages that are missing."""
+"""A newcomer's first steps: a dozen files, and the command that is printed."""
 
 import pathlib
 import shlex
-import subprocess
-import sys
 
-import numpy as np
 import pytest
-from clocks import FPS, RATE, SIZE, clock, write_wav
+from clocks import FPS, RATE, SIZE, clock
 
 import run as entry
-from data_pipelines import extras, media
-from data_pipelines.errors import DataError
+from data_pipelines import media
 from data_pipelines.preparation import media_catalog, record_contents
 from data_pipelines.preparation.decoded_files import Settings
 from data_pipelines.preparation.training_command import training_command
@@ -121,52 +117,3 @@ def test_the_command_fits_data_of_other_rates():
         '--config.evals={}',
     ):
         assert word in shlex.split(command)
-
-
-# ---- Packages.
-
-WITHOUT = """
-import runpy, sys
-for name in sys.argv[1].split(','):
-    sys.modules[name] = None
-module, sys.argv = sys.argv[2], sys.argv[2:]
-runpy.run_module(module, run_name='__main__', alter_sys=True)
-"""
-
-
-@pytest.mark.parametrize(
-    'missing, command',
-    [
-        ('av', 'data_pipelines.prepare --videos=VIDEOS --out=OUT'),
-        ('tensorflow', 'data_pipelines.prepare --videos=VIDEOS --out=OUT'),
-        ('tokenizers', 'data_pipelines.prepare --videos=VIDEOS --out=OUT --tokenizer=wordpiece'),
-        ('av', 'data_pipelines.dmvr --train=x --out=OUT'),
-        ('av', 'data_pipelines.datasets.playground --out=OUT --train=1'),
-        ('tensorflow', 'run --workdir=OUT --config.data.train={"a":{"path":"OUT"}}'),
-    ],
-)
-def test_a_missing_package_is_one_sentence(tmp_path, missing, command):
-    (tmp_path / 'videos').mkdir()
-    write_wav(tmp_path / 'videos' / 'a.wav', np.zeros(2 * RATE, np.int16))
-    command = command.replace('VIDEOS', str(tmp_path / 'videos'))
-    command = command.replace('OUT', str(tmp_path / 'out'))
-    result = subprocess.run(
-        [sys.executable, '-c', WITHOUT, missing, *command.split()],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith(f'error: the package {missing} is not installed')
-    assert "pip install '.[" in result.stderr and result.stderr.count('\n') == 1
-    # Said before anything is decoded.
-    assert not (tmp_path / 'out' / '.staging').exists()
-
-
-def test_other_import_errors_are_not_explained_away():
-    with pytest.raises(ModuleNotFoundError, match='no_such_module'):
-        with extras.explain_missing():
-            import no_such_module  # noqa: F401
-    with pytest.raises(DataError, match='the package av is not installed'):
-        with extras.explain_missing():
-            raise ModuleNotFoundError('No module named av', name='av.video')

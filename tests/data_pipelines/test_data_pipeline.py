@@ -177,6 +177,8 @@ def test_frames_of_several_shapes_stored_as_video_are_cut_to_squares(config, tmp
 
 def on_device(planes):
     """uint8 [B T H W 3] of planes [B T 3H/2 W] with square frames, by the device stage."""
+    import jax
+
     from vatt_jax.inputs import preprocess
     from vatt_jax.rng import Rng
 
@@ -187,6 +189,7 @@ def on_device(planes):
         'flip': np.zeros(num_rows, bool),
     }
     rng = Rng.create(0, 0, np.arange(num_rows))
+    stream = jax.device_put(stream)
     pixels = preprocess.video(stream, {'size': size}, {'color': 0.0}, rng, augment=False)
     # From [-1, 1].
     return np.rint((np.asarray(pixels) + 1) * 127.5).astype(np.uint8)

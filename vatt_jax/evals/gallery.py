@@ -39,8 +39,8 @@ def clusters(
     """Write the surest clips of the largest clusters.
 
     They come from the first evaluator of type `clustering` that has them. The file (npz) holds
-    `entries` (JSON: evaluator, and [{'name', 'clips': indices in the pass}]) and frames/<index>
-    uint8 [T H W 3].
+    `entries` (JSON: evaluator, [{'name', 'clips': indices in the pass}], `fps` and `rate`),
+    frames/<index> uint8 [T H W 3] and audio/<index> int16 [S].
     """
     for name, entry in config.items():
         if name not in results or entry.get('type') != 'clustering':
@@ -53,9 +53,9 @@ def clusters(
         # Indices are positions in the pass, so this must be the same split, in segments, without
         # augmentation. The default is that of `Clustering`.
         batches = data.one_pass(entry.get('split', 'train'), batch_size)
-        frames = _stored_arrays(batches, frames=shown)
-        document = json.dumps({'evaluator': name, 'clusters': surest})
-        _savez(path, document, frames)
+        arrays = _stored_arrays(batches, shown)
+        document = {'evaluator': name, 'clusters': surest, **_speeds(data)}
+        _savez(path, document, arrays)
         return
 
 
@@ -70,8 +70,9 @@ def retrievals(
     """Write the clips that came first for a few queries. Single process.
 
     Takes the evaluators of type `retrieval` that change nothing; queries are spaced evenly over the
-    gallery, so nobody chose them. The file (npz) holds `entries` (JSON), frames/<index> uint8
-    [T H W 3] and audio/<index> int16 [S].
+    gallery, so nobody chose them. The file (npz) holds `entries` (JSON: what was found, what is
+    said of each clip, `fps` and `rate`), frames/<index> uint8 [T H W 3] and audio/<index> int16
+    [S], the sound of every clip that has one.
     """
     entries: list[dict[str, Any]] = []
     gallery: tuple[str, int] | None = None  # (split, limit)
@@ -88,25 +89,25 @@ def retrievals(
     if gallery is None or not entries:
         return
 
-    frames = set()
-    sounds = set()
-    for shown in entries:
+    shown = set()
+    for entry in entries:
         # The query's own clip is shown too, beside what came first.
-        frames.update([shown['index'], *shown['top']])
-        # Sound is large; only queries by sound need it.
-        if shown['query'] == 'audio':
-            sounds.add(shown['index'])
+        shown.update([entry['index'], *entry['top']])
     split, limit = gallery
-    arrays = _stored_arrays(data.one_pass(split, batch_size, limit=limit), frames, sounds)
+    arrays = _stored_arrays(data.one_pass(split, batch_size, limit=limit), shown)
     texts = data.texts(split)
     fields = ('id', 'start', 'end', 'caption', 'sentences')
     clips = {}
-    for index in sorted(frames):
+    for index in sorted(shown):
         # JSON has only strings as keys.
         clips[str(index)] = {field: texts[index][field] for field in fields}
-    rate = int(data.config.model.inputs.audio.rate) if sounds else 0  # samples per second
-    document = json.dumps({'entries': entries, 'clips': clips, 'rate': rate})
-    _savez(path, document, arrays)
+    _savez(path, {'entries': entries, 'clips': clips, **_speeds(data)}, arrays)
+
+
+def _speeds(data: Any) -> dict[str, float]:
+    """Frames and samples a second of what the data object yields."""
+    inputs = data.config.model.inputs
+    return {'fps': float(inputs.video.fps), 'rate': int(inputs.audio.rate)}
 
 
 def _is_plain_retrieval(entry: Any) -> bool:
@@ -130,8 +131,8 @@ def _retrieval_entries(artifacts: Mapping[str, Any], queries: int) -> list[dict[
             continue
         # [N], the positions in the pass of the rows of all arrays of this pair.
         clips = artifacts[f'{pair}/clips']
-        # Galleries smaller than `queries` give some rows twice.
-        for row in np.linspace(0, len(clips) - 1, queries).astype(int):
+        # Galleries smaller than `queries` would give some rows twice.
+        for row in np.unique(np.linspace(0, len(clips) - 1, queries).astype(int)):
             entries.append(
                 {
                     'query': query,
@@ -144,7 +145,7 @@ def _retrieval_entries(artifacts: Mapping[str, Any], queries: int) -> list[dict[
 
 
 def _stored_arrays(
-    batches: Iterable[Mapping[str, Any]], frames: Collection[int], sounds: Collection[int] = ()
+    batches: Iterable[Mapping[str, Any]], shown: Collection[int]
 ) -> dict[str, np.ndarray]:
     """frames/<index> [T H W 3] and audio/<index> [S] of the clips with these indices."""
     arrays = {}
@@ -152,16 +153,20 @@ def _stored_arrays(
         # `position` numbers the whole pass; `index` starts anew in each source.
         for row, index in enumerate(batch['position'].tolist()):
             # Rows that fill up the last batch, or could not be read.
-            if not batch['valid'][row]:
+            if not batch['valid'][row] or index not in shown:
                 continue
-            if index in frames and 'video' in batch:
+            if 'video' in batch:
                 arrays[f'frames/{index}'] = batch['video']['data'][row]
-            if index in sounds:
+            # Zeros stand in for a missing sound.
+            if 'audio' in batch and batch['audio']['valid'][row]:
                 arrays[f'audio/{index}'] = batch['audio']['data'][row]
     return arrays
 
 
-def _savez(path: pathlib.Path, document: str, arrays: Mapping[str, np.ndarray]) -> None:
+def _savez(
+    path: pathlib.Path, document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> None:
     """Write <path> (npz): `entries`, a JSON document, and the arrays."""
     # A string array of no dimension: reading it needs no pickle.
-    np.savez_compressed(path, entries=np.array(document), **arrays)  # type: ignore[arg-type]  # stubs: a flag
+    entries = np.array(json.dumps(document))
+    np.savez_compressed(path, entries=entries, **arrays)  # type: ignore[arg-type]  # stubs: a flag

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from vatt_jax import config as configs
@@ -21,6 +22,8 @@ class FinishedRun:
         config: the stored config, as a dict.
         timings: stage -> seconds; {} where there are none.
         done: what done.json says; {} for a run that is not complete.
+        provenance: what provenance.json says; {} for runs that are older than it.
+        checkpoint: folder of the newest checkpoint, if any.
         metrics: the lines of metrics.jsonl.
         evaluation_folder: of the newest evaluation, if any.
         results: evaluator -> Result of that evaluation.
@@ -41,6 +44,8 @@ class FinishedRun:
         folder = RunFolder(self.path)
         self.timings = _read_json(folder.timings)
         self.done = _read_json(folder.done)
+        self.provenance = _read_json(folder.provenance)
+        self.checkpoint = _newest_checkpoint(folder.checkpoints)
         # A run under way can be reported too: all of these may be absent or short.
         self.metrics = _read_lines(folder.metrics)
         self.evaluation_folder: pathlib.Path | None = None
@@ -56,6 +61,27 @@ class FinishedRun:
     @property
     def name(self) -> str:
         return f'{self.config["name"]}, seed {self.config["seed"]}'
+
+    @property
+    def step(self) -> int:
+        """The step it has come to, as far as its files say."""
+        if 'step' in self.done:
+            return self.done['step']
+        return max((line.get('step', 0) for line in self.metrics), default=0)
+
+    def is_plain(self, evaluator: str, types: Sequence[str]) -> bool:
+        """Whether an evaluator is of one of these types and is no control.
+
+        A control sees changed input, such as single frames, or other views of it.
+        """
+        entry = self.config['evals'].get(evaluator, {})
+        return entry.get('type') in types and not entry.get('change') and not entry.get('views')
+
+
+def _newest_checkpoint(folder: pathlib.Path) -> pathlib.Path | None:
+    # Others, such as 1000.damaged, were set aside.
+    steps = [path for path in folder.glob('*') if path.name.isdecimal()]
+    return max(steps, key=lambda path: int(path.name), default=None)
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

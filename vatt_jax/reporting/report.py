@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-import html
+import base64
+import datetime
+import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jinja2
 import numpy as np
+from jaxtyping import Shaped, UInt8
 
-from vatt_jax.reporting import data_uris
-from vatt_jax.reporting.charts import line_chart
+from vatt_jax.reporting import charts, clips, confusions, data_uris, headline
+from vatt_jax.reporting.charts import Chart
+from vatt_jax.reporting.confusions import Confusion
 from vatt_jax.reporting.finished_run import FinishedRun
-from vatt_jax.reporting.results_table import Table, rows, table
+from vatt_jax.reporting.results_table import rows, table
 from vatt_jax.run_folder import RunFolder
 
 __all__ = ['build', 'rows', 'table']
 
-# Frames of each clip that are shown.
-STILLS = 4
+# The page is mailed and kept beside the run: all of it, clips included, in this many bytes.
+MOST_BYTES = 10_000_000
+# Tiles with a clip have a few more tags than those without one.
+BYTES_OF_A_TILE = 500
 # Clips along each side of a similarity matrix.
 MATRIX_CLIPS = 128
-# Larger confusion tables cannot be read.
-MOST_CLASSES = 40
+# Clusters whose clips are shown at once; the rest unfold.
+OPEN_CLUSTERS = 8
+# Tables with more rows get a field that filters them.
+FEW_ROWS = 30
+# Of a caption under a clip, in characters.
+LONGEST_CAPTION = 160
+
+PAGE = pathlib.Path(__file__).parent / 'page'
 
 
 def build(workdir: str | os.PathLike, others: Sequence[str | os.PathLike] = ()) -> pathlib.Path:
@@ -41,28 +54,15 @@ def build(workdir: str | os.PathLike, others: Sequence[str | os.PathLike] = ()) 
         ConfigError: one of the folders holds no run.
     """
     run, beside = FinishedRun(workdir), [FinishedRun(other) for other in others]
-    title, config = _text(run.config['name']), _text(json.dumps(run.config, indent=1))
-    # Each section is HTML or '', so that a run shows what it has.
-    body = [
-        f'<h1>{title}</h1>',
-        _facts(run),
-        '<h2>Results</h2>',
-        _html_table(rows(run, beside)),
-        NOTE,
-        '<h2>Curves</h2>',
-        _curves(run, beside),
-        _gallery(run),
-        _clusters(run),
-        _similarity(run),
-        _confusion(run),
-        _stages(run),
-        f'<details><summary>Config</summary><pre>{config}</pre></details>',
-    ]
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f'<title>{title}</title><style>{STYLE}</style><main>{"".join(body)}</main></html>'
-    )
+    sources = _clip_sources(run.evaluation_folder)
+    context = _context(run, beside, sources)
+    # Without clips first: what the rest leaves of MOST_BYTES is theirs.
+    bare = _render(context, {})
+    num_clips = sum(len(source.indices) for source in sources.values())
+    budget = MOST_BYTES - len(bare.encode()) - BYTES_OF_A_TILE * _num_tiles(context)
+    encoded = clips.encode_all(sources, budget) if num_clips else {}
+    page = _render(context, encoded)
+
     path = RunFolder(run.path).report
     path.parent.mkdir(parents=True, exist_ok=True)
     # Renamed into place: a browser that reloads never shows half a page.
@@ -72,156 +72,286 @@ def build(workdir: str | os.PathLike, others: Sequence[str | os.PathLike] = ()) 
     return path
 
 
-def _text(value: Any) -> str:
-    """Any value as text that a browser never reads as markup."""
-    return html.escape(str(value), quote=True)
+def _num_tiles(context: Mapping[str, Any]) -> int:
+    """How many times a clip is shown; the same one may be shown often."""
+    count = 0
+    for group in context['retrievals']:
+        for query in group['queries']:
+            count += len(query['tiles']) + 1
+    for cluster in context['clusters']['galleries']:
+        count += len(cluster['tiles'])
+    return count
 
 
-# ---- sections; '' where a run has nothing to show
+def _render(context: Mapping[str, Any], encoded: Mapping[str, clips.Clip]) -> str:
+    """The page. encoded: the clips that it shows."""
+    # Autoescape: captions, names and classes are a user's words, which no browser may read as
+    # markup. StrictUndefined: a name misspelt in the template is an error, not an empty text.
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters['percent'] = _percent
+    environment.filters['shortened'] = _shortened
+    films = {name: clip.film for name, clip in encoded.items() if clip.film}
+    script = (PAGE / 'script.js').read_text(encoding='utf-8')
+    return environment.get_template('page.html').render(
+        **context,
+        clips=encoded,
+        films=films,
+        script=script,
+        # The browser runs this script and no other, whatever else may have slipped into the page.
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        style=(PAGE / 'style.css').read_text(encoding='utf-8'),
+    )
 
 
-def _facts(run: FinishedRun) -> str:
-    config = run.config
-    facts = [
-        # done.json is absent while a run is under way.
-        f'{run.done.get("step", "–")} steps of {config["batch_size"]} clips',
-        f'seed {config["seed"]}',
-        f'objective {config["objective"]["name"]}',
-        f'{run.done.get("skipped_steps", 0)} steps skipped',
-        f'{run.done.get("corrupt_records", 0)} unreadable records',
-    ]
+def _percent(share: float) -> str:
+    return f'{100 * share:.1f} %'
+
+
+def _shortened(text: Any) -> str:
+    text = str(text)
+    return text if len(text) <= LONGEST_CAPTION else f'{text[: LONGEST_CAPTION - 1]}…'
+
+
+def _context(
+    run: FinishedRun, beside: Sequence[FinishedRun], sources: Mapping[str, clips.Source]
+) -> dict[str, Any]:
+    """What the template shows; empty where a run has nothing of the kind."""
+    header, body = rows(run, beside)
+    return {
+        'title': run.config['name'],
+        'numbers': headline.numbers(run),
+        'warnings': headline.warnings(run),
+        'next_steps': headline.next_steps(run),
+        'facts': _facts(run),
+        'files': _files(run),
+        'header': header,
+        'body': body,
+        'charts': _charts(run, beside),
+        'chart': charts,
+        'retrievals': _retrievals(sources.get('retrieval')),
+        'clusters': _clusters(run, sources.get('cluster')),
+        'similarities': _similarities(run),
+        'confusions': _confusions(run),
+        'timings': run.timings,
+        'config': json.dumps(run.config, indent=1),
+        'can_encode_films': clips.can_encode_films(),
+        'few_rows': FEW_ROWS,
+        'open_clusters': OPEN_CLUSTERS,
+    }
+
+
+# ---- the run
+
+
+def _facts(run: FinishedRun) -> dict[str, str]:
+    """Name of a fact -> what it is."""
+    config, made = run.config, run.provenance
+    facts = {
+        'training': f'{run.step} of {config["steps"]} steps, {config["batch_size"]} clips each',
+        'objective': config['objective']['name'],
+        'seed': str(config['seed']),
+        'skipped': f'{run.done.get("skipped_steps", 0)} steps',
+        'unreadable': f'{run.done.get("corrupt_records", 0)} records',
+    }
+    if made:
+        hardware = f'{made["devices"]} × {made["device"]}, {made["processes"]} process(es)'
+        facts['trained on'] = f'{hardware}, {made["cpu_cores"]} CPU cores, {made["platform"]}'
+        facts['started'] = made['started'].replace('T', ' ').replace('+00:00', ' UTC')
+        versions = [f'{name} {version}' for name, version in made['versions'].items()]
+        facts['versions'] = ', '.join(versions)
+    if made.get('commit'):
+        # '+': with changes.
+        facts['commit'] = made['commit'].replace('+', ' and uncommitted changes')
     order = run.done.get('order', '')
     if order:
         # Twelve digits tell two runs apart at a glance; done.json has them all.
-        facts.append(f'order {order[:12]}')
-    return f'<p class="facts">{_text(" · ".join(facts))}</p>'
+        facts['order of examples'] = order[:12]
+    today = datetime.datetime.now(datetime.UTC)
+    facts['report made'] = f'{today:%Y-%m-%d %H:%M} UTC'
+    return facts
 
 
-def _html_table(content: Table) -> str:
-    header, body = content
-    if not body:
-        return '<p>No evaluation yet: run with --mode=eval.</p>'
-    head = ''.join(f'<th>{_text(name)}</th>' for name in header)
-    lines = []
-    for row in body:
-        cells = ''.join(f'<td>{_text(cell)}</td>' for cell in row)
-        lines.append(f'<tr>{cells}</tr>')
-    return f'<table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+def _files(run: FinishedRun) -> dict[str, str]:
+    """Name of a file or folder of the run -> its path from the page."""
+    folder = RunFolder(run.path)
+    found = {
+        'checkpoint': run.checkpoint,
+        'evaluation': run.evaluation_folder,
+        'curves': folder.metrics,
+        'config': folder.config,
+        'TensorBoard': folder.tensorboard,
+    }
+    files = {}
+    for name, path in found.items():
+        if path is not None and path.exists():
+            files[name] = os.path.relpath(path, folder.report.parent)
+    return files
 
 
-def _curves(run: FinishedRun, beside: Sequence[FinishedRun]) -> str:
-    # The total and its parts: which there are depends on the objective.
-    losses = set()
-    for line in run.metrics:
-        losses |= {key for key in line if key == 'loss' or key.startswith('loss/')}
-    charts = [line_chart('loss', [(name, _curve(run, name)) for name in sorted(losses)])]
+def _charts(run: FinishedRun, beside: Sequence[FinishedRun]) -> list[Chart]:
+    drawn = [charts.line_chart('Loss', _lines(run, 'loss', 'loss/'))]
     if beside:
-        lines = [(other.name, _curve(other, 'loss')) for other in (run, *beside)]
-        charts.append(line_chart('loss, runs side by side', lines))
+        losses: list[charts.Line] = [
+            (other.name, _curve(other, 'loss')) for other in (run, *beside)
+        ]
+        drawn.append(charts.line_chart('Loss, runs side by side', losses))
+    for name in run.results:
+        # Runs that are evaluated once have a point, not a curve.
+        prefix = f'eval/{name}/'
+        lines = [line for line in _lines(run, '', prefix) if len(line[1]) > 1]
+        shown = [line for line in lines if line[0].endswith(('R@10', 'accuracy', 'NMI', 'mAP'))]
+        drawn.append(charts.line_chart(f'Evaluation: {name.replace("_", " ")}', shown))
     titles = {
-        'lr': 'learning rate',
-        'grad_norm': 'gradient norm',
-        'clips_per_s': 'clips per second',
+        'lr': 'Learning rate',
+        'grad_norm': 'Gradient norm',
+        'clips_per_s': 'Clips per second',
+        'data_wait': 'Share of time that waited for data',
     }
     for key, title in titles.items():
-        charts.append(line_chart(title, [(title, _curve(run, key))]))
-    return f'<div class="charts">{"".join(charts)}</div>'
+        drawn.append(charts.line_chart(title, [(title, _curve(run, key))]))
+    return [chart for chart in drawn if chart is not None]
+
+
+def _lines(run: FinishedRun, key: str, prefix: str) -> list[charts.Line]:
+    """The curve of `key` and of everything that begins with `prefix`, by name."""
+    names = set()
+    for line in run.metrics:
+        names |= {name for name in line if name == key or name.startswith(prefix)}
+    lines: list[charts.Line] = []
+    for name in sorted(names):
+        shown = name if name == key else name.removeprefix(prefix)
+        lines.append((shown.replace('_to_', ' → '), _curve(run, name)))
+    return lines
 
 
 def _curve(run: FinishedRun, key: str) -> list[tuple[float, Any]]:
     return [(line['step'], line[key]) for line in run.metrics if key in line]
 
 
-def _gallery(run: FinishedRun) -> str:
-    """What a few queries found."""
-    arrays = _evaluation_arrays(run, 'gallery.npz')
-    if arrays is None:
-        return ''
-    # JSON inside the npz, as a string array of no dimensions: no pickle is needed to read it.
-    document = json.loads(str(arrays['entries']))
-    stills = _stills(arrays)
-    sounds = {}
-    for index, samples in _members(arrays, 'audio'):
-        sounds[index] = data_uris.wav(samples, document['rate'])
-    sections = []
+# ---- what the newest evaluation left to look at
+
+
+def _clip_sources(folder: pathlib.Path | None) -> dict[str, clips.Source]:
+    """Kind of gallery -> its clips."""
+    if folder is None:
+        return {}
+    sources = {}
+    for name, file in (('retrieval', 'gallery.npz'), ('cluster', 'clusters.npz')):
+        source = clips.open_source(folder / file)
+        if source is not None:
+            sources[name] = source
+    return sources
+
+
+def _retrievals(source: clips.Source | None) -> list[dict[str, Any]]:
+    """What a few queries found, in groups by the kind of query."""
+    if source is None:
+        return []
+    entries = source.document['entries']
+    groups = []
     # Each kind of query once, in the order of the entries.
-    for query in dict.fromkeys(entry['query'] for entry in document['entries']):
-        blocks = []
-        for entry in document['entries']:
-            if entry['query'] == query:
-                sound = sounds.get(str(entry['index'])) if query == 'audio' else None
-                blocks.append(_retrieval(entry, document['clips'], stills, sound))
-        sections.append(f'<h3>{_text(query)} → video</h3>{"".join(blocks)}')
-    return (
-        '<h2>Retrievals</h2><p>Queries spaced evenly over the held-out gallery; the five nearest '
-        'clips, four frames each, the nearest first. A green frame is the clip the query belongs '
-        f'to.</p>{"".join(sections)}'
-    )
+    for kind in dict.fromkeys(entry['query'] for entry in entries):
+        queries: dict[int, dict[str, Any]] = {}
+        for entry in entries:
+            # By clip: evaluations of small galleries may hold a query several times.
+            if entry['query'] == kind:
+                queries.setdefault(entry['index'], _query(entry, source.document['clips']))
+        groups.append({'kind': kind, 'queries': list(queries.values())})
+    return groups
 
 
-def _retrieval(
-    entry: Mapping[str, Any],
-    clips: Mapping[str, Any],
-    stills: Mapping[str, str],
-    sound: str | None,
-) -> str:
-    """One query and the clips that came first.
+def _query(entry: Mapping[str, Any], clip_texts: Mapping[str, Any]) -> dict[str, Any]:
+    """One query and the clips that came first, its own clip last where it is not among them."""
+    own = entry['index']
+    tiles = []
+    for place, index in enumerate(entry['top'], 1):
+        tiles.append(_tile(index, str(place), clip_texts, is_own=index == own))
+    rank = f'{entry["rank"]:g}'
+    if own not in entry['top']:
+        tiles.append(_tile(own, rank, clip_texts, is_own=True))
+    text = clip_texts[str(own)]
+    return {
+        'text': text['caption'] or ' / '.join(text['sentences']) or text['id'],
+        'rank': rank,
+        'clip': f'retrieval-{own}',
+        'tiles': tiles,
+    }
 
-    Args:
-        entry: what a query found.
-        clips: what is said of each clip.
-        stills: data URI of each clip's frames.
-        sound: data URI of the query's sound, where it is asked by sound.
-    """
-    own = clips[str(entry['index'])]
-    query = f'<audio controls preload="none" src="{sound}"></audio>' if sound else ''
-    # Clips without a caption still have their spoken sentences.
-    spoken = own['caption'] or ' / '.join(own['sentences'])
-    query += f'<q>{_text(spoken)}</q> <small>own clip came at rank {entry["rank"]:g}</small>'
-    cells = []
-    # npz and JSON have text keys only, hence str(index) throughout.
-    for index in map(str, entry['top']):
-        if index in stills:
-            # A class of STYLE: the green frame.
-            marked = ' right' if index == str(entry['index']) else ''
-            name = _text(clips[index]['caption'] or clips[index]['id'])
-            cells.append(
-                f'<div class="clip{marked}"><img alt="" src="{stills[index]}">'
-                f'<small>{name}</small></div>'
+
+def _tile(index: int, rank: str, clip_texts: Mapping[str, Any], is_own: bool) -> dict[str, Any]:
+    # npz and JSON have text keys only.
+    text = clip_texts[str(index)]
+    return {
+        'clip': f'retrieval-{index}',
+        'rank': rank,
+        'caption': text['caption'] or text['id'],
+        'is_own': is_own,
+    }
+
+
+def _clusters(run: FinishedRun, source: clips.Source | None) -> dict[str, Any]:
+    """The surest clips of the largest clusters, and a table of all clusters of every evaluator."""
+    galleries = []
+    evaluator = ''
+    if source is not None:
+        evaluator = source.document['evaluator']
+        for cluster in source.document['clusters']:
+            tiles = []
+            for place, index in enumerate(cluster['clips'], 1):
+                caption = f'clip {place} of {cluster["name"]}'
+                tiles.append({'clip': f'cluster-{index}', 'rank': str(place), 'caption': caption})
+            galleries.append({'name': cluster['name'], 'tiles': tiles})
+    tables = []
+    for name, result in run.results.items():
+        contingency = result.artifacts.get('contingency')
+        if contingency is not None and run.is_plain(name, ('clustering',)):
+            tables.append(
+                {
+                    'title': name.replace('_', ' '),
+                    'rows': _cluster_rows(contingency, result.artifacts.get('classes') or []),
+                }
             )
-    return (
-        f'<section class="query"><p>{query}</p><div class="found">{"".join(cells)}</div></section>'
-    )
+    return {'evaluator': evaluator, 'galleries': galleries, 'tables': tables}
 
 
-def _clusters(run: FinishedRun) -> str:
-    """The surest clips of the largest clusters."""
-    arrays = _evaluation_arrays(run, 'clusters.npz')
-    if arrays is None:
-        return ''
-    document = json.loads(str(arrays['entries']))
-    stills = _stills(arrays)
-    sections = []
-    for cluster in document['clusters']:
-        cells = []
-        for index in map(str, cluster['clips']):
-            if index in stills:
-                cells.append(f'<div class="clip"><img alt="" src="{stills[index]}"></div>')
-        sections.append(
-            f'<section class="query"><p>{_text(cluster["name"])}</p>'
-            f'<div class="found">{"".join(cells)}</div></section>'
+def _cluster_rows(
+    contingency: Shaped[np.ndarray, 'P C'], class_names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Each cluster that has clips: how many, and of which classes. contingency: clips."""
+    sizes = contingency.sum(1)
+    largest = np.argsort(-sizes, kind='stable')[: confusions.LISTED_CLASSES]
+    found = []
+    for cluster in largest.tolist():
+        if not sizes[cluster]:
+            continue
+        shares = contingency[cluster] / sizes[cluster]
+        names = []
+        for kind in np.argsort(-shares, kind='stable')[:3].tolist():
+            if shares[kind] > 0:
+                # Classes without a name are numbered.
+                name = class_names[kind] if kind < len(class_names) else str(kind)
+                names.append(f'{name} ({100 * shares[kind]:.0f} %)')
+        found.append(
+            {
+                'name': f'cluster {cluster}',
+                'clips': int(sizes[cluster]),
+                'purity': float(shares.max()),
+                'classes': ', '.join(names),
+            }
         )
-    return (
-        '<h2>Clusters</h2><p>The five clips that the model is surest of, for the largest clusters '
-        f'({_text(document["evaluator"])}). In brackets the class that the best one-to-one '
-        f'matching gives the cluster.</p>{"".join(sections)}'
-    )
+    return found
 
 
-def _similarity(run: FinishedRun) -> str:
+def _similarities(run: FinishedRun) -> list[dict[str, str]]:
     """Pictures of the similarity matrices of the retrieval evaluations."""
-    retrievals = [name for name in run.results if _is_plain(run, name, ('retrieval',))]
-    figures = []
+    retrievals = [name for name in run.results if run.is_plain(name, ('retrieval',))]
+    found = []
     for name in retrievals:
         for key, matrix in run.results[name].artifacts.items():
             # Into video only: the other direction is the transpose.
@@ -230,144 +360,45 @@ def _similarity(run: FinishedRun) -> str:
             title = key.split('/')[0].replace('_to_', ' → ')
             if len(retrievals) > 1:
                 title = f'{name.replace("_", " ")}: {title}'
-            picture = data_uris.png(_matrix_picture(matrix))
-            figures.append(
-                f'<figure><figcaption>{_text(title)}</figcaption>'
-                f'<img class="matrix" alt="" src="{picture}"></figure>'
+            shown = np.asarray(matrix, np.float32)[:MATRIX_CLIPS, :MATRIX_CLIPS]
+            found.append(
+                {
+                    'title': title,
+                    'summary': _similarity_summary(shown),
+                    'picture': data_uris.png(_matrix_picture(shown)),
+                }
             )
-    if not figures:
-        return ''
+    return found
+
+
+def _similarity_summary(matrix: Shaped[np.ndarray, 'N N']) -> str:
+    diagonal = float(np.diagonal(matrix).mean())
+    others = matrix[~np.eye(len(matrix), dtype=bool)]
+    elsewhere = float(others.mean()) if len(others) else 0.0
     return (
-        '<h2>Similarity</h2><p>The first 128 clips of the gallery, query by row: what belongs '
-        f'together is the diagonal.</p><div class="charts">{"".join(figures)}</div>'
+        f'{len(matrix)} clips; mean cosine {diagonal:.2f} between what belongs together (the '
+        f'diagonal), {elsewhere:.2f} elsewhere'
     )
 
 
-def _is_plain(run: FinishedRun, name: str, types: Sequence[str]) -> bool:
-    """Whether an evaluator is of one of these types and is no control.
-
-    A control sees changed input, such as single frames, or other views of it.
-    """
-    entry = run.config['evals'].get(name, {})
-    return entry.get('type') in types and not entry.get('change') and not entry.get('views')
-
-
-def _matrix_picture(matrix: Any) -> np.ndarray:
-    """uint8 [N N 3]: from white, the least similar, to blue."""
-    x = np.asarray(matrix, np.float32)[:MATRIX_CLIPS, :MATRIX_CLIPS]
+def _matrix_picture(matrix: Shaped[np.ndarray, 'N N']) -> UInt8[np.ndarray, 'N N 3']:
+    """From white, the least similar, to blue."""
     # Full contrast whatever the temperature; 1e-6 for a matrix of one value.
-    x = (x - x.min()) / max(1e-6, float(x.max() - x.min()))
+    x = (matrix - matrix.min()) / max(1e-6, float(matrix.max() - matrix.min()))
     # White (255, 255, 255) at 0, (30, 100, 195) at 1.
     return np.stack([255 - 225 * x, 255 - 155 * x, 255 - 60 * x], -1).astype(np.uint8)
 
 
-def _confusion(run: FinishedRun) -> str:
-    """Tables of true and predicted classes."""
-    figures = []
+def _confusions(run: FinishedRun) -> list[Confusion]:
+    found = []
     for name, result in run.results.items():
         # A clustering has a table only where its clusters were matched to classes; simple probes
         # are controls.
-        matrix = result.artifacts.get('confusion')
-        is_shown = _is_plain(run, name, ('linear_probe', 'clustering'))
-        if matrix is None or not is_shown or len(matrix) > MOST_CLASSES:
+        counts = result.artifacts.get('confusion')
+        if counts is None or not run.is_plain(name, ('linear_probe', 'clustering')):
             continue
-        figures.append(
-            f'<figure><figcaption>{_text(name.replace("_", " "))}: true class by row, predicted '
-            f'by column in the same order</figcaption><table class="confusion">'
-            f'{_confusion_rows(matrix, result.artifacts.get("classes") or [])}</table></figure>'
-        )
-    return f'<h2>Confusions</h2>{"".join(figures)}' if figures else ''
-
-
-def _confusion_rows(matrix: np.ndarray, classes: Sequence[str]) -> str:
-    """Rows of a table. matrix: counts [P P], true class by row. classes: names, maybe fewer."""
-    # By true class, so that rare classes are as dark as frequent ones; empty rows stay 0.
-    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    numbers = [str(i) for i in range(len(matrix))]
-    # Clusters and classes without a name are numbered.
-    names = [*classes[: len(matrix)], *numbers[len(classes) :]]
-    lines = []
-    for true, row, counts in zip(names, shares, matrix.tolist(), strict=True):
-        cells = []
-        for predicted, share, count in zip(names, row, counts, strict=True):
-            cells.append(
-                f'<td title="{_text(true)} taken for {_text(predicted)}: {count}" '
-                # The share is the opacity: a row's cells add up to one full blue.
-                f'style="background:rgba(37,99,235,{share:.2f})">{count or ""}</td>'
-            )
-        lines.append(f'<tr><th>{_text(true)}</th>{"".join(cells)}</tr>')
-    return ''.join(lines)
-
-
-def _stages(run: FinishedRun) -> str:
-    if not run.timings:
-        return ''
-    lines = []
-    for stage, seconds in run.timings.items():
-        lines.append(f'<tr><td>{_text(stage)}</td><td>{seconds / 60:.1f} min</td></tr>')
-    return f'<h2>Time</h2><table>{"".join(lines)}</table>'
-
-
-# ---- what the newest evaluation left for pictures
-
-
-def _evaluation_arrays(run: FinishedRun, name: str) -> dict[str, np.ndarray] | None:
-    if run.evaluation_folder is None:
-        return None
-    path = run.evaluation_folder / name
-    if not path.exists():
-        return None
-    with np.load(path) as arrays:
-        return dict(arrays)
-
-
-def _members(arrays: Mapping[str, np.ndarray], group: str) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of every `group/name`."""
-    for key, array in arrays.items():
-        if key.startswith(f'{group}/'):
-            yield key.split('/')[1], array
-
-
-def _stills(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Clip -> data URI of a few of its frames, side by side."""
-    strips = {}
-    for index, frames in _members(arrays, 'frames'):
-        # Evenly spaced, the first and the last frame among them.
-        chosen = frames[np.linspace(0, len(frames) - 1, STILLS).astype(int)]  # [T H W 3]
-        # One strip a clip, so one data URI.
-        strips[index] = data_uris.png(np.concatenate(list(chosen), 1))
-    return strips
-
-
-NOTE = (
-    '<p class="facts">Intervals are bootstrap percentiles over the held-out clips. Ties share '
-    'their places, so a constant embedding scores chance. “random init” is the same network before '
-    'training; “chance” is what guessing gives.</p>'
-)
-# Inline, as the page must be one file that opens without a server.
-STYLE = """
-body{margin:0;background:#fff;color:#1f2937;font:15px/1.5 system-ui,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:24px}
-h1{font-size:26px;margin:0}h2{font-size:19px;margin:32px 0 8px;border-bottom:1px solid #e5e7eb}
-h3{font-size:16px;margin:20px 0 4px}
-.facts,small,figcaption{color:#6b7280;font-size:13px}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:3px 12px;text-align:right;border-bottom:1px solid #f3f4f6}
-th:first-child,td:first-child{text-align:left}
-thead th{border-bottom:1px solid #9ca3af;font-weight:600}
-td:nth-child(2){font-weight:600}td:nth-child(3){white-space:nowrap}
-.charts{display:flex;flex-wrap:wrap;gap:16px}figure{margin:0}
-.charts figure{width:420px;max-width:100%}svg{width:100%}
-svg text{font-size:11px;fill:#6b7280}.grid{stroke:#e5e7eb}
-.matrix{width:100%;image-rendering:pixelated;border:1px solid #e5e7eb}
-.query{margin:10px 0 16px}.query p{margin:0 0 4px}
-.query audio{height:28px;vertical-align:middle;margin-right:8px}
-.found{display:flex;flex-wrap:wrap;gap:8px}.clip{width:200px}
-.clip img{width:100%;image-rendering:pixelated;border:3px solid transparent;
-box-sizing:border-box}.clip.right img{border-color:#16a34a}
-.clip small{display:block;line-height:1.25}
-.confusion{margin-bottom:16px}
-.confusion td{font-weight:400;padding:1px 4px;width:22px;text-align:center;font-size:12px}
-.confusion th{font-weight:400;font-size:12px;padding:1px 8px}
-pre{background:#f9fafb;padding:12px;overflow:auto;font-size:12px}
-"""
+        classes = result.artifacts.get('classes') or []
+        shown = confusions.confusion(name.replace('_', ' '), counts, classes)
+        if shown is not None:
+            found.append(shown)
+    return found

@@ -30,11 +30,12 @@ def rows(run: FinishedRun, beside: Sequence[FinishedRun] = ()) -> Table:
     for evaluator, result in run.results.items():
         shown = [key for key in result.scalars if _is_shown(key, result)]
         for key in shown:
-            form = _form(key)
+            form = form_of(key)
             others = [_cell(other.results, evaluator, key, form) for other in beside]
             body.append(
                 [
-                    _label(evaluator, key, is_only_one=len(shown) == 1),
+                    label_of(evaluator, key, is_only_one=len(shown) == 1)
+                    + _note(result.artifacts.get(f'{key}/chance'), key),
                     form(result.scalars[key]),
                     _interval(result, key, form),
                     *others,
@@ -98,7 +99,15 @@ def _chance(result: Result, key: str, form: Callable[[float], str]) -> str:
     return ABSENT if chance is None else form(chance)
 
 
-def _label(evaluator: str, key: str, is_only_one: bool) -> str:
+def _note(chance: float | None, key: str) -> str:
+    """What a reader must know of a number that cannot be anything else."""
+    # R@10 of three clips.
+    if 'R@' in key and chance is not None and chance >= 1:
+        return ' (too few clips to be wrong)'
+    return ''
+
+
+def label_of(evaluator: str, key: str, is_only_one: bool) -> str:
     """'retrieval', 'text_to_video/R@10' -> 'retrieval text → video R@10'."""
     *pair, last = key.split('/')
     parts = [part.replace('_to_', ' → ') for part in pair]
@@ -109,7 +118,7 @@ def _label(evaluator: str, key: str, is_only_one: bool) -> str:
     return f'{words} {last.replace("_", " ")}'
 
 
-def _form(key: str) -> Callable[[float], str]:
+def form_of(key: str) -> Callable[[float], str]:
     """How a scalar of this name is written."""
     # Median and mean rank, in clips.
     if 'rank' in key:

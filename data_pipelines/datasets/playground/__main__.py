@@ -9,9 +9,9 @@ import argparse
 import dataclasses
 import sys
 
-from data_pipelines import extras
 from data_pipelines.datasets.playground import Config, make
 from data_pipelines.errors import DataError
+from vatt_jax.extras import MissingExtra
 from vatt_jax.terminal import use_plain_characters
 
 
@@ -27,9 +27,8 @@ def main() -> int:
         parser.add_argument(f'--{field.name}', type=type(field.default), default=field.default)
     flags = vars(parser.parse_args())
     try:
-        with extras.explain_missing():
-            print(make(flags.pop('out'), **flags))
-    except DataError as error:
+        print(make(flags.pop('out'), **flags))
+    except (DataError, MissingExtra) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     return 0
