@@ -144,7 +144,7 @@ def read(
         path: the file.
         fps: frames per second that come out, whatever the file's own rate.
         size: short side of the frames, in pixels.
-        rate: audio samples per second.
+        rate: audio samples per second; 0 leaves the sound out.
         longest: seconds above which time stamps are taken for corrupt.
         part: (start, end) in seconds that are read. A file that is as long as the part (to a
             second), or that ends before it, is read whole: it was cut out before.
@@ -169,18 +169,18 @@ def read(
             zero = _first_time(container) if has_video else None
             stated = _stated_length(container)
         # The file is opened again by each of the two: they read it from front to back.
-        audio = _audio(path, rate, zero, longest, part) if has_audio else None
+        audio = _audio(path, rate, zero, longest, part) if has_audio and rate else None
     except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
         raise MediaError(_reason(error)) from None
     if zero is not None:
         sound_seconds = None
-        if has_audio:
+        if has_audio and rate:
             sound_seconds = 0.0 if audio is None else len(audio) / rate
         # Frames stay an iterator, since an hour of them does not fit into memory; its audio does.
         return Media(_frames(path, fps, size, zero, longest, part, sound_seconds), audio)
-    if audio is None:
+    if audio is None and rate:
         raise MediaError('corrupt: no sound could be decoded')
-    if part == WHOLE:
+    if audio is not None and part == WHOLE:
         _check_length(len(audio) / rate, stated)
     return Media(None, audio)
 
@@ -753,6 +753,97 @@ def _audio_pieces(
 def _resample(resampler: av.AudioResampler, frame: Any) -> list[np.ndarray]:
     """Mono samples of one frame; those that the resampler still holds with None."""
     return [resampled.to_ndarray()[0] for resampled in resampler.resample(frame)]
+
+
+def stream_audio(
+    path: str | os.PathLike, rate: int, longest: float = 4 * 3600.0
+) -> Iterator[Int16[np.ndarray, ' S']]:
+    """Yield the mono sound of a file in short blocks without gaps, in constant memory.
+
+    The blocks begin at the first picture, as `read` has it, or at the first sound of a file without
+    pictures. Holes are filled with silence. Nothing is yielded without a sound track.
+
+    Args:
+        path: the file.
+        rate: samples per second that come out.
+        longest: seconds above which time stamps are taken for corrupt.
+
+    Raises:
+        MediaError: for sound that does not decode.
+    """
+    try:
+        with av.open(os.fspath(path)) as container:
+            has_video = _track(container, 'video') is not None
+            zero = _first_time(container) if has_video else None
+        # Opened again: finding the first picture may have decoded a part.
+        with av.open(os.fspath(path)) as container:
+            stream: Any = _track(container, 'audio')
+            if stream is None:
+                return
+            stream.codec_context.thread_count = 1
+            yield from _place_blocks(_audio_blocks(container, stream, rate), rate, zero, longest)
+    except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
+        raise MediaError(_reason(error)) from None
+
+
+def _audio_blocks(
+    container: Any, stream: Any, rate: int
+) -> Iterator[tuple[float | None, Int16[np.ndarray, ' S']]]:
+    """Yield (time stamp, mono samples); no time stamp where the last block simply goes on."""
+    resampler = None
+    stream_format = None
+    piece_time: float | None = None
+    expected_time = 0.0
+    for frame in _decode(container, stream):
+        time = _time_stamp(frame, default=expected_time)
+        frame_format = (frame.sample_rate, frame.layout.name, frame.format.name)
+        is_hole = abs(time - expected_time) > _MIN_HOLE
+        if resampler is None or frame_format != stream_format or is_hole:
+            if resampler is not None:
+                for samples in _resample(resampler, None):
+                    yield piece_time, samples
+                    piece_time = None
+            resampler = av.AudioResampler(format='s16', layout='mono', rate=rate)
+            stream_format = frame_format
+            piece_time = time
+            expected_time = time
+        for samples in _resample(resampler, frame):
+            yield piece_time, samples
+            piece_time = None
+        expected_time += frame.samples / frame.sample_rate
+    if resampler is not None:
+        for samples in _resample(resampler, None):
+            yield piece_time, samples
+            piece_time = None
+
+
+def _place_blocks(
+    blocks: Iterable[tuple[float | None, Int16[np.ndarray, ' S']]],
+    rate: int,
+    zero: float | None,
+    longest: float,
+) -> Iterator[Int16[np.ndarray, ' S']]:
+    """Yield blocks at their places on the clock that begins at `zero`, holes as silence."""
+    num_sent = 0
+    position = 0
+    for time, samples in blocks:
+        if time is not None:
+            if zero is None:
+                zero = time
+            position = round((time - zero) * rate)
+        if position + len(samples) > longest * rate:
+            raise MediaError(f'corrupt: sound runs to {position / rate:.0f} s')
+        while num_sent < position:
+            # A second at a time: a hole may be hours long.
+            silence = np.zeros(min(rate, position - num_sent), np.int16)
+            yield silence
+            num_sent += len(silence)
+        # What sounds before the clock begins, or was sent already, is left out.
+        rest = samples[max(0, num_sent - position) :]
+        position += len(samples)
+        if len(rest):
+            yield rest
+            num_sent += len(rest)
 
 
 # ---- Writing.

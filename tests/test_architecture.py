@@ -27,7 +27,14 @@ FLOORS = (
     ('vatt_jax.optim', 'vatt_jax.inference', 'vatt_jax.performance'),
     ('vatt_jax.evals',),
     ('vatt_jax.training', 'vatt_jax.reporting'),
-    ('vatt_jax.importers', 'vatt_jax.adaptation', 'vatt_jax.planning', 'vatt_jax.api'),
+    (
+        'vatt_jax.importers',
+        'vatt_jax.exchange',
+        'vatt_jax.adaptation',
+        'vatt_jax.planning',
+        'vatt_jax.api',
+        'vatt_jax.search',
+    ),
     ('vatt_jax.modes', 'vatt_jax.launch'),
     ('vatt_jax.cli', 'vatt_jax.__main__'),
 )

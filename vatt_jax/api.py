@@ -50,9 +50,16 @@ def load(path: str | os.PathLike) -> Model:
     Averaged parameters where the run kept them. The checkpoint carries config, tokenizer and class
     names, so nothing else is needed.
 
+    Args:
+        path: the folder, or hf://owner/name[@revision] for a repository of the Hugging Face hub.
+
     Raises:
         ConfigError: no model can be read there.
     """
+    if os.fspath(path).startswith('hf://'):
+        from vatt_jax.exchange import hub
+
+        path = hub.download(os.fspath(path))
     mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1))
     path = pathlib.Path(path)
     if safetensors_folder.is_model_folder(path):
@@ -61,7 +68,7 @@ def load(path: str | os.PathLike) -> Model:
     else:
         config, variables, info = checkpoint.load_model(path, mesh, objective=True)
         heads = variables.pop('objective')
-    return Model(config, variables, info, mesh, heads)
+    return Model(config, variables, info, mesh, heads, path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +179,7 @@ class Model:
         info: {'tokenizer', 'labels', …} of the data it was trained on.
         mesh: the devices it runs on.
         heads: parameters of the objective; those of a fine-tuned model are its classifier.
+        path: the folder it was loaded from; its evaluation goes into model cards.
     """
 
     def __init__(
@@ -181,8 +189,10 @@ class Model:
         info: Mapping[str, Any],
         mesh: Mesh,
         heads: Mapping[str, Any] | None = None,
+        path: pathlib.Path | None = None,
     ):
         self.config, self.info, self.variables = config, info, variables
+        self.path = path
         self.inputs = {name: dict(spec) for name, spec in config.model.inputs.items()}
         self.tokenizer = None
         if info.get('tokenizer'):
@@ -203,6 +213,58 @@ class Model:
             if name in self._encoder.modalities:
                 towers.append(f'{name}: {DESCRIPTIONS[name].format(**spec)}')
         return f'<{self.config.name}: {count / 1e6:.2f} M parameters; {"; ".join(towers)}>'
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that the model has trained towers for."""
+        return self._encoder.modalities
+
+    def export(self, folder: str | os.PathLike, licence: str = '') -> list[str]:
+        """Writes each tower with its preprocessing as a program that JAX alone runs.
+
+        The folder's `load.py` reads it without this package; README.md is a model card.
+
+        Args:
+            folder: to make.
+            licence: of the weights, for the model card.
+
+        Returns:
+            The names of the files.
+
+        Raises:
+            ConfigError: the folder is there and not empty, or cannot be written.
+        """
+        from vatt_jax.exchange import artifact, model_card
+
+        run = model_card.run_folder_of(self.path.absolute()) if self.path else None
+        return artifact.write(
+            folder, self.config, self.variables, self.info, self.modalities, run, licence
+        )
+
+    def push_to_hub(
+        self,
+        repository: str,
+        licence: str = '',
+        private: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Uploads the checkpoint and a model card to the Hugging Face hub.
+
+        Args:
+            repository: owner/name; made where it is not there.
+            licence: of the weights, for the model card.
+            private: whether a new repository is only its owner's.
+            token: of the hub; None: that of `hf auth login`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ConfigError: the model was not loaded from a folder, or the hub refuses.
+        """
+        from vatt_jax.exchange import hub
+
+        return hub.push(self, repository, licence, private, token)
 
     def paths(self) -> list[str]:
         """Parameter paths, as the patterns of config.optimizer and config.init_skip see them."""

@@ -32,6 +32,10 @@ def main(argv: list[str]) -> None:
         others = flags.compare.split(',') if flags.compare else ()
         report.run(workdir, [os.path.expanduser(folder) for folder in others])
         return
+    if flags.mode == 'search':
+        from vatt_jax.modes import search
+
+        workdir = search.model_folder(flags.index, workdir)
     config = read_config(flags, overrides, workdir)
     if flags.mode == 'plan':
         from vatt_jax.modes import plan
@@ -42,7 +46,7 @@ def main(argv: list[str]) -> None:
         return
 
     process.prepare(config, workdir)
-    from vatt_jax.modes import deflate, embed, evaluate, train
+    from vatt_jax.modes import deflate, embed, evaluate, export, index, search, train
     from vatt_jax.parallel import distributed
 
     if flags.mode == 'train':
@@ -51,6 +55,12 @@ def main(argv: list[str]) -> None:
         evaluate.run(config, workdir, open_data)
     elif flags.mode == 'embed':
         embed.run(config, workdir, open_data, flags.split)
+    elif flags.mode == 'index':
+        index.run(workdir, flags.videos, flags.out, flags.window, flags.stride)
+    elif flags.mode == 'search':
+        search.run(workdir, flags)
+    elif flags.mode == 'export':
+        export.run(workdir, flags.out, flags.licence)
     else:
         deflate.run(config, workdir, open_data, flags.out, flags.naive, flags.fit, flags.rate)
     distributed.leave()

@@ -210,17 +210,17 @@ def split_of(file_id: str, by_folder: bool, validation: float, test: float) -> s
     return 'train'
 
 
+def tokenizer_modules(kind: str) -> tuple[str, ...]:
+    """Optional modules that train a kind of tokenizer, to be looked for before long work."""
+    return {'wordpiece': ('tokenizers',), 'sentencepiece': ('sentencepiece',)}.get(kind, ())
+
+
 def _position(file_id: str) -> float:
     """A random number of a file, uniform in [0, 1)."""
     # A hash of the name alone: files added later leave the earlier ones in their splits.
     # sha256, as Python's hash() of a string differs from run to run.
     digest = hashlib.sha256(file_id.encode()).digest()
     return int.from_bytes(digest[:8], 'big') / 2**64
-
-
-def tokenizer_modules(kind: str) -> tuple[str, ...]:
-    """Optional modules that train a kind of tokenizer, to be looked for before long work."""
-    return {'wordpiece': ('tokenizers',), 'sentencepiece': ('sentencepiece',)}.get(kind, ())
 
 
 def train_tokenizer(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines.preparation.decoded_files import Settings
+from vatt_jax.command_line import run_command
 
 # Inputs of configs/demo.py, a small model for two CPU cores.
 _DEMO_FPS = 4.0
@@ -34,7 +35,7 @@ def training_command(
         tokenizer: kind of its tokenizer.
         summary: of `prepare`.
     """
-    words = ['python', 'run.py', '--config=configs/demo.py', f'--workdir=runs/{name}']
+    words = [*run_command().split(), '--config=configs/demo.py', f'--workdir=runs/{name}']
     entry: dict[str, Any] = {'path': str(target)}
     if summary.get('folds'):
         entry['fold'] = 1

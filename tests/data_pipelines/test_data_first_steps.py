@@ -1,10 +1,13 @@
-"""A newcomer's first steps: a dozen files, and the command that is printed."""
+"""A newcomer's first steps: a dozen files, the printed command, packages that are missing."""
 
 import pathlib
 import shlex
+import subprocess
+import sys
 
+import numpy as np
 import pytest
-from clocks import FPS, RATE, SIZE, clock
+from clocks import FPS, RATE, SIZE, clock, write_wav
 
 import run as entry
 from data_pipelines import media
@@ -117,3 +120,45 @@ def test_the_command_fits_data_of_other_rates():
         '--config.evals={}',
     ):
         assert word in shlex.split(command)
+
+
+# ---- Packages.
+
+WITHOUT = """
+import runpy, sys
+for name in sys.argv[1].split(','):
+    sys.modules[name] = None
+module, sys.argv = sys.argv[2], sys.argv[2:]
+runpy.run_module(module, run_name='__main__', alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    'missing, command',
+    [
+        ('av', 'data_pipelines.prepare --videos=VIDEOS --out=OUT'),
+        ('tensorflow', 'data_pipelines.prepare --videos=VIDEOS --out=OUT'),
+        ('tokenizers', 'data_pipelines.prepare --videos=VIDEOS --out=OUT --tokenizer=wordpiece'),
+        ('av', 'data_pipelines.dmvr --train=x --out=OUT'),
+        ('av', 'data_pipelines.datasets.playground --out=OUT --train=1'),
+        ('tensorflow', 'run --workdir=OUT --config.data.train={"a":{"path":"OUT"}}'),
+    ],
+)
+def test_a_missing_package_is_one_sentence(tmp_path, missing, command):
+    (tmp_path / 'videos').mkdir()
+    write_wav(tmp_path / 'videos' / 'a.wav', np.zeros(2 * RATE, np.int16))
+    command = command.replace('VIDEOS', str(tmp_path / 'videos'))
+    command = command.replace('OUT', str(tmp_path / 'out'))
+    result = subprocess.run(
+        [sys.executable, '-c', WITHOUT, missing, *command.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith('error: ')
+    assert missing in result.stderr
+    assert 'pip install' in result.stderr
+    assert result.stderr.count('\n') == 1
+    # Said before anything is decoded.
+    assert not (tmp_path / 'out' / '.staging').exists()
