@@ -119,8 +119,8 @@ _INTRODUCTION = """
     python -m data_pipelines.prepare --dataset=NAME --manual_dir=FOLDER --out=data/NAME/records
     ```
 
-    Configs look for their data in `data/NAME/records`; those of VATT call Kinetics `k400`, `k600` and
-    `k700` and Moments in Time `mit` (`--dataset=kinetics400 --out=data/k400/records`).
+    Configs look for their data in `data/NAME/records`; those of VATT call Kinetics `k400`,
+    `k600` and `k700` and Moments in Time `mit` (`--dataset=kinetics400 --out=data/k400/records`).
 
     Nothing is downloaded: place the files that the owners distribute below FOLDER, as listed here.
     Annotation files may lie in FOLDER or one or two folders below; media files anywhere below (or
