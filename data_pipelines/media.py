@@ -216,7 +216,7 @@ def duration(path: str | os.PathLike, kind: str) -> float | None:
     if os.fsdecode(path).lower().endswith(IMAGES):
         return None
     try:
-        with av.open(os.fspath(path)) as container:
+        with _open(path) as container:
             track = _track(container, kind)
             if track is not None and track.duration:
                 return float(track.duration * track.time_base)
