@@ -74,14 +74,15 @@ def main(argv: list[str]) -> None:
             }
             raise ConfigError(f'--classes: {reasons[flags.format]}; leave it out')
         names['classes'] = _lines(flags.classes)
-    config = None
+    config, base = None, None
+    # The config of a safetensors folder lies in it.
+    if flags.config or flags.format != 'safetensors':
+        base = _default_config()
     if flags.config:
         config = configs.load(flags.config)
         # A misspelt field fails here, by its name.
-        configs.check_fields(config, default.get_config())
-    config, report = importer.import_checkpoint(
-        flags.checkpoint, flags.out, config, default.get_config(), **names
-    )
+        configs.check_fields(config, base)
+    config, report = importer.import_checkpoint(flags.checkpoint, flags.out, config, base, **names)
     print(f'{report.read} variables of {flags.checkpoint} → {flags.out} ({config.name})')
     _print_report(report)
 
@@ -148,6 +149,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('--classes', default='', help='file of class names, one a line')
     return parser
+
+
+def _default_config() -> Any:
+    from vatt_jax.config import ConfigError
+
+    try:
+        from configs import default
+    except ImportError as error:
+        # Configs are no part of the installed package.
+        raise ConfigError(
+            f'an import needs configs/default.py ({error}); run this command in a copy of the '
+            'repository'
+        ) from error
+    return default.get_config()
 
 
 def _importer(name: str) -> Any:
