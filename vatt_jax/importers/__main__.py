@@ -47,7 +47,6 @@ def main(argv: list[str]) -> None:
     """
     # The importers, and models with them, are imported only when the flags are right.
     from vatt_jax import config as configs
-    from vatt_jax import named_configs
     from vatt_jax.config import ConfigError
 
     flags = _parser().parse_args(expand_home(argv))
@@ -55,7 +54,6 @@ def main(argv: list[str]) -> None:
         # Neither says what to do; both would leave open which of them --out belongs to.
         raise ConfigError('name one of --checkpoint=PREFIX (in) and --export=RUN (out)')
     importer = _importer(flags.format)
-    default = named_configs.module('default')
 
     if flags.export:
         count = importer.export_checkpoint(flags.export, flags.out, flags.overwrite)
