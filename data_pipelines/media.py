@@ -263,7 +263,11 @@ def _image(image: Image.Image, size: int) -> UInt8[np.ndarray, 'H W 3']:
     # A JPEG is decoded at an eighth, quarter or half of its size if that is enough.
     image.draft('RGB', (size, size))
     # Cameras store the sensor's orientation and note the rotation in EXIF.
-    image = ImageOps.exif_transpose(image).convert('RGB')
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith('I'):
+        # 16 bits of grey, which `convert` would cut off at 255.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert('RGB')
     width, height = image.size
     _check_elongation(width, height)
     scale = size / min(width, height)
