@@ -124,7 +124,7 @@ def test_train_prints_its_progress(trained):
         'checkp',
     ):
         assert f'\n{line}' in before
-    assert 'compiling the training step' in after and 'step 4: evaluating retrieval' in after
+    assert 'compiling the training step' in after and 'step 4: evaluating probe, retrieval' in after
     assert '\x1b' not in done.stdout  # no colours where no terminal is
     assert 'Traceback' not in done.stderr
 
