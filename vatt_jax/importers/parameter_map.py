@@ -372,7 +372,8 @@ def write_run(
 
     Raises:
         ConfigError: no tokenizer can be made of the vocabulary, its length is not that of the word
-            table, or the folder cannot be written.
+            table, or the folder cannot be made.
+        CheckpointNotSaved: there is no room for the checkpoint.
     """
     info = dict(info)  # the caller's stays as it is
     if vocabulary is not None:
@@ -410,7 +411,7 @@ def write_run(
         checkpoints.wait()  # saving goes on in the background
         checkpoints.close()
         RunFolder(out).config.write_text(to_json(config))
-    except (OSError, checkpoint.CheckpointNotSaved) as error:
+    except OSError as error:
         raise not_written(out, error) from error
 
 
