@@ -1,6 +1,7 @@
 """VATT checkpoints whose files are not whole, or not what a config expects; the preset mmv_fac."""
 
 import pathlib
+import resource
 import shutil
 
 import jax.numpy as jnp
@@ -549,6 +550,23 @@ def test_an_export_replaces_nothing_unless_asked(whole, tmp_path):
         main(flags)
     with pytest.raises(ConfigError, match='is a folder'):
         main(['--format=mmv', f'--export={tmp_path / "run"}', f'--out={tmp_path}'])
+
+
+@pytest.mark.parametrize('name', ['vatt_tf', 'safetensors'])
+def test_a_place_that_cannot_be_written_is_one_sentence(whole, tmp_path, name):
+    vatt_tf.import_checkpoint(str(whole[0]), tmp_path / 'run', None, tiny.config())
+    # As on a disk with room for 1 KiB.
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limit[1]))
+    try:
+        with pytest.raises(ConfigError, match='cannot be written .*make room') as error:
+            main([f'--format={name}', f'--export={tmp_path / "run"}', f'--out={tmp_path / "out"}'])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert '\n' not in str(error.value)
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(ConfigError, match='cannot be (made|written)'):
+        main([f'--checkpoint={whole[0]}', f'--out={tmp_path / "file" / "run"}'])
 
 
 def test_an_import_goes_into_a_new_folder(whole, tmp_path):

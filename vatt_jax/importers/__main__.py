@@ -192,9 +192,15 @@ def _lines(path: str) -> list[str] | None:
 if __name__ == '__main__':
     from vatt_jax.config import ConfigError, fail
     from vatt_jax.terminal import use_plain_characters
+    from vatt_jax.training.checkpoint import CheckpointNotSaved
 
     use_plain_characters()
     try:
         main(sys.argv[1:])
     except ConfigError as error:
         fail(str(error))
+    # A full disk is no mistake of the user's in the flags: code 1, as of a run.
+    except CheckpointNotSaved as error:
+        print(f'error: {error}', file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # as `fail` does, without waiting for threads

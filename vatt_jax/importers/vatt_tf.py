@@ -187,6 +187,9 @@ def write_checkpoint(prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
     Args:
         prefix: path of the checkpoint without `.index`.
         arrays: {key without SUFFIX: array}.
+
+    Raises:
+        ConfigError: it cannot be written.
     """
     tf = _tensorflow()
     # Official code restores by object graph rather than by key. Modules nested as the keys are give
@@ -207,7 +210,10 @@ def write_checkpoint(prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
         setattr(node(tuple(parents)), name, tf.Variable(value))
     pathlib.Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     # Not `save`, which would add a counter to the variables and a number to the name.
-    root.write(prefix)
+    try:
+        root.write(prefix)
+    except Exception as error:  # TensorFlow's errors have many types
+        raise parameter_map.not_written(pathlib.Path(prefix), error) from error
 
 
 def _tensorflow() -> Any:
