@@ -174,13 +174,13 @@ def read(
         raise MediaError(_reason(error)) from None
     if zero is not None:
         sound_seconds = None
-        if has_audio:
+        if has_audio and rate:
             sound_seconds = 0.0 if audio is None else len(audio) / rate
         # Frames stay an iterator, since an hour of them does not fit into memory; its audio does.
         return Media(_frames(path, fps, size, zero, longest, part, sound_seconds), audio)
     if audio is None and rate:
         raise MediaError('corrupt: no sound could be decoded')
-    if part == WHOLE and audio is not None:
+    if audio is not None and part == WHOLE:
         _check_length(len(audio) / rate, stated)
     return Media(None, audio)
 
@@ -772,11 +772,11 @@ def stream_audio(
         MediaError: for sound that does not decode.
     """
     try:
-        with _open(path) as container:
+        with av.open(os.fspath(path)) as container:
             has_video = _track(container, 'video') is not None
             zero = _first_time(container) if has_video else None
         # Opened again: finding the first picture may have decoded a part.
-        with _open(path) as container:
+        with av.open(os.fspath(path)) as container:
             stream: Any = _track(container, 'audio')
             if stream is None:
                 return

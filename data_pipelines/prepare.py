@@ -49,6 +49,7 @@ try:
         media_catalog,
         record_contents,
         staging,
+        training_command,
         writing,
     )
 except extras.MissingExtra as error:
@@ -245,7 +246,9 @@ def prepare(
     # split of another.
     by_folder = not dataset and record_contents.has_split_folders(files)
     # Splits first: the tokenizer sees the text of the training split only.
-    record_contents.assign_splits(records, catalog, by_folder, validation, test)
+    remarks = record_contents.assign_splits(records, catalog, by_folder, validation, test)
+    for remark in remarks:
+        console(remark)
     record_contents.train_tokenizer(records, tokenizer, vocabulary, stage_dir)
 
     console(f'writing {len(records)} records …')
@@ -273,6 +276,8 @@ def prepare(
 
     # Missing clips of a named dataset are in the table of skipped files already.
     console.summary(target, summary, [] if dataset else catalog.missing)
+    command = training_command.training_command(target, name, settings, tokenizer, summary)
+    console(f'Train on it: {command}')
     if catalog.unused:
         console(f'{catalog.unused} media files are in no annotation file and were not used.')
     return {**summary, 'fresh': True}
@@ -466,7 +471,7 @@ def _parser(dataset: str) -> argparse.ArgumentParser:
     add(
         '--encoding',
         default='',
-        help='of captions and annotations that are neither UTF-8 nor UTF-16: cp1252, shift_jis …',
+        help='of captions and annotations that are neither UTF-8 nor UTF-16, such as cp1252',
     )
     add(
         '--validation',

@@ -15,7 +15,7 @@ import pytest
 
 from vatt_jax import config as configs
 from vatt_jax import named_configs
-from vatt_jax.command_line import expand_home
+from vatt_jax.command_line import expand_home, run_command
 from vatt_jax.config import ConfigError
 from vatt_jax.modes.flags import parse
 
@@ -285,3 +285,9 @@ def test_run_py_by_a_python_without_the_dependencies(elsewhere):
     assert done.returncode == 2
     assert done.stderr.startswith(f'error: {sys.executable} has no module ')
     assert done.stderr.count('\n') == 1
+
+
+def test_the_command_to_type_is_that_of_this_folder(elsewhere, monkeypatch):
+    assert run_command() == 'vatt-jax'
+    monkeypatch.chdir(ROOT)
+    assert run_command() == 'python run.py'

@@ -90,6 +90,8 @@ def check(folder: pathlib.Path) -> None:
     run([command, '--version'], elsewhere, expect=['vatt_jax'])
     run([python, '-m', 'vatt_jax', '--help'], elsewhere, expect=['named configs:', 'vatt_probes'])
     run([command, *TRAIN], elsewhere, expect=['step 2/2'])
+    # Reads files of the package that are not Python.
+    run([command, '--mode=report', '--workdir=run'], elsewhere, expect=['report'])
     run([python, '-c', EMBED], elsewhere, expect=['embedded'])
 
     # Fails at its last flag, so the config was found and read.

@@ -24,3 +24,8 @@ def expand_home(arguments: Iterable[str]) -> list[str]:
             argument = f'{flag}{equals}{os.path.expanduser(value)}'
         expanded.append(argument)
     return expanded
+
+
+def run_command() -> str:
+    """The command that starts runs, as it is to be typed in the current folder."""
+    return 'python run.py' if os.path.exists('run.py') else 'vatt-jax'

@@ -74,7 +74,7 @@ class Console:
     def summary(
         self, target: pathlib.Path, summary: Mapping[str, Any], unknown_names: list[str]
     ) -> None:
-        """Print the tables of splits and of skipped files, and how to train on the result.
+        """Print the tables of splits and of skipped files.
 
         Args:
             target: folder of the prepared dataset.
@@ -89,12 +89,7 @@ class Console:
                 f'{len(unknown_names)} names in captions or annotations have no file here, or '
                 f'several, for example {unknown_names[0]!r}.'
             )
-        # The path in the quotes of Python, inside those of the shell: the command can be copied as
-        # it is.
-        self(
-            f'done in {summary["seconds"]} s. Train on it: python run.py --config=FILE '
-            f"\"--config.data.train={{'mine': {{'path': {str(target)!r}}}}}\""
-        )
+        self(f'done in {summary["seconds"]} s.')
 
     def _print_splits(self, target: pathlib.Path, splits: Mapping[str, Mapping[str, Any]]) -> None:
         from rich.table import Table

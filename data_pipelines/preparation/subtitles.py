@@ -390,7 +390,8 @@ def _read_best(
     """Read the best track of each media file into `found`.
 
     Returns:
-        Media file id -> the track that was read, and the number of media files with several.
+        Media file id -> the track that was read, and the number of media files with several
+        tracks.
     """
     counts: collections.Counter[str] = collections.Counter()
     for tracks in tracks_of.values():
@@ -417,13 +418,19 @@ def _read_best(
             try:
                 sentences = parse(text_files.read_text(track.path, encoding), track.path)
             except DataError as error:
+                # What precedes the colon is the kind of reason, under which it is counted.
                 found.skipped[track.id] = f'subtitles: {error}'
                 continue
             if sentences:
                 found.sentences[media_id] = sentences
                 used[media_id] = track
                 break
-    return used, sum(len(tracks) > 1 for tracks in tracks_of.values())
+    num_choices = 0
+    for tracks in tracks_of.values():
+        # One track in several formats, as speech recognition writes it, is no choice.
+        names = {track.id.rpartition('.')[0] for track in tracks}
+        num_choices += len(names) > 1
+    return used, num_choices
 
 
 def _remark_on(

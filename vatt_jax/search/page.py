@@ -6,6 +6,7 @@ but files of the index that lie in the indexed folder.
 
 from __future__ import annotations
 
+import collections
 import io
 import itertools
 import os
@@ -245,10 +246,8 @@ def _thumbnail(path: pathlib.Path, window: Window) -> bytes | None:
         else:
             frames = media.read(path, 1.0, THUMBNAIL, rate=0, part=(middle, middle + 1)).frames
             number = 0
-        frame = None
         # The last one that there is, where the window is longer than the pictures.
-        for frame in itertools.islice(frames or (), number + 1):
-            pass
+        shown = collections.deque(itertools.islice(frames or (), number + 1), maxlen=1)
     except (media.MediaError, OSError):
         return None
-    return None if frame is None else media.encode_jpeg(frame, 80)
+    return media.encode_jpeg(shown[0], 80) if shown else None

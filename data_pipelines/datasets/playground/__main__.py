@@ -11,6 +11,7 @@ import sys
 
 from data_pipelines.datasets.playground import Config, make
 from data_pipelines.errors import DataError
+from vatt_jax import extras
 from vatt_jax.terminal import use_plain_characters
 
 
@@ -27,7 +28,7 @@ def main() -> int:
     flags = vars(parser.parse_args())
     try:
         print(make(flags.pop('out'), **flags))
-    except DataError as error:
+    except (DataError, extras.MissingExtra) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     return 0
