@@ -180,7 +180,7 @@ def read(
         return Media(_frames(path, fps, size, zero, longest, part, sound_seconds), audio)
     if audio is None and rate:
         raise MediaError('corrupt: no sound could be decoded')
-    if audio is not None and part == WHOLE:
+    if part == WHOLE and audio is not None:
         _check_length(len(audio) / rate, stated)
     return Media(None, audio)
 
@@ -216,7 +216,7 @@ def duration(path: str | os.PathLike, kind: str) -> float | None:
     if os.fsdecode(path).lower().endswith(IMAGES):
         return None
     try:
-        with av.open(os.fspath(path)) as container:
+        with _open(path) as container:
             track = _track(container, kind)
             if track is not None and track.duration:
                 return float(track.duration * track.time_base)
@@ -772,11 +772,11 @@ def stream_audio(
         MediaError: for sound that does not decode.
     """
     try:
-        with av.open(os.fspath(path)) as container:
+        with _open(path) as container:
             has_video = _track(container, 'video') is not None
             zero = _first_time(container) if has_video else None
         # Opened again: finding the first picture may have decoded a part.
-        with av.open(os.fspath(path)) as container:
+        with _open(path) as container:
             stream: Any = _track(container, 'audio')
             if stream is None:
                 return

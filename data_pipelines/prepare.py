@@ -1,7 +1,7 @@
 """A folder of media files with captions, or a named dataset -> a tfds dataset in ArrayRecord.
 
     python -m data_pipelines.prepare --videos=my_videos --captions=captions.csv --out=data/mine
-    python -m data_pipelines.prepare --dataset=ucf101 --manual_dir=downloads --out=data/ucf101
+    python -m data_pipelines.prepare --dataset=ucf101 --manual_dir=FOLDER --out=data/ucf101/records
 
 This is done once, offline; training reads the result. The command can be killed at any moment and
 started again: each decoded file stays until the dataset is whole. A file that cannot be used is

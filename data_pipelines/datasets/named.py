@@ -1,6 +1,6 @@
 """Named datasets, from the files and annotation formats that their owners distribute.
 
-    python -m data_pipelines.prepare --dataset=NAME --manual_dir=FOLDER --out=data/NAME
+    python -m data_pipelines.prepare --dataset=NAME --manual_dir=FOLDER --out=data/NAME/records
 
 Nothing is downloaded. The datasets are classes in `actions`, `sounds`, `captioned` and `images`;
 the docstring of a class is its page in docs/datasets.md, which
@@ -116,8 +116,11 @@ _INTRODUCTION = """
     Printed by `python -m data_pipelines.datasets.named`.
 
     ```
-    python -m data_pipelines.prepare --dataset=NAME --manual_dir=FOLDER --out=data/NAME
+    python -m data_pipelines.prepare --dataset=NAME --manual_dir=FOLDER --out=data/NAME/records
     ```
+
+    Configs look for their data in `data/NAME/records`; those of VATT call Kinetics `k400`,
+    `k600` and `k700` and Moments in Time `mit` (`--dataset=kinetics400 --out=data/k400/records`).
 
     Nothing is downloaded: place the files that the owners distribute below FOLDER, as listed here.
     Annotation files may lie in FOLDER or one or two folders below; media files anywhere below (or
