@@ -89,6 +89,8 @@ def make_app(searcher: Searcher) -> Any:
             elif query:
                 with lock:
                     hits = searcher.search(text=query, against=against, count=12)
+                if not searcher.knows(query):
+                    message = 'The model knows none of these words, so the hits mean nothing.'
             elif flask.request.method == 'POST':
                 message = 'Enter a sentence or choose a file.'
         except ConfigError as error:
