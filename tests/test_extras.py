@@ -15,8 +15,9 @@ from vatt_jax.config import ConfigError
 ROOT = pathlib.Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())
 EXTRAS = {**PYPROJECT['project']['optional-dependencies']}
-# For developers of a clone: nothing imports it late.
-del EXTRAS['dev'], EXTRAS['docs']
+# For developers of a clone: nothing imports them late.
+for name in ('dev', 'docs'):
+    del EXTRAS[name]
 
 
 def requirements(lines) -> set[tuple[str, str]]:

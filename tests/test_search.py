@@ -17,6 +17,7 @@ from data_pipelines import media
 from tests import browser
 from vatt_jax.config import ConfigError
 from vatt_jax.modes import index as index_mode
+from vatt_jax.search import index as search_index
 from vatt_jax.search.index import Index
 from vatt_jax.search.neighbours import Approximate, Exact
 from vatt_jax.search.searcher import Searcher
@@ -221,6 +222,33 @@ def test_mistakes_are_told(made, plain_run, folder, changes, message):
     assert rows_of(made) == before
 
 
+def test_an_index_that_cannot_be_written(made, plain_run, folder, tmp_path):
+    arguments = {'videos': str(folder), 'window': 1.0, 'stride': 0.5}
+    # Another process is writing.
+    busy = tmp_path / 'busy'
+    shutil.copytree(made, busy)
+    with Index(busy, create=True) as index:
+        index.forget(b'a.mp4')
+    with sqlite3.connect(busy / 'index.sqlite') as other:
+        other.execute('DELETE FROM files')
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(search_index, 'TIMEOUT', 0.1)
+            with pytest.raises(ConfigError, match='database is locked.*the same command continues'):
+                index_mode.run(plain_run, out=str(busy), **arguments)
+        other.rollback()
+    index_mode.run(plain_run, out=str(busy), **arguments)
+    assert rows_of(busy) == rows_of(made)
+    # A file that is no database stays as it is.
+    no_index = tmp_path / 'none' / 'index.sqlite'
+    no_index.parent.mkdir()
+    no_index.write_bytes(b'something else' * 1000)
+    with pytest.raises(ConfigError, match='expected an index that can be opened'):
+        index_mode.run(plain_run, out=str(no_index.parent), **arguments)
+    with pytest.raises(ConfigError, match='expected an index that can be opened'):
+        Index(no_index.parent)
+    assert no_index.read_bytes() == b'something else' * 1000
+
+
 # ---- questions
 
 
@@ -371,6 +399,8 @@ def test_the_page_answers_a_sentence(client):
     assert '<img src=x' not in html
     assert 'caf\\xe9.mp4' in html
     assert '<b>bold' not in client.post('/', data={'query': '<b>bold</b> "quoted"'}).text
+    assert 'knows none of these words' not in html
+    assert 'knows none of these words' in client.post('/', data={'query': 'zyzzyva'}).text
     policy = answer.headers['Content-Security-Policy']
     assert "default-src 'none'" in policy
     assert 'script' not in policy

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
+import sqlite3
 import time
+from collections.abc import Iterator
 
 import jax
 
@@ -46,7 +49,7 @@ def run(workdir: pathlib.Path, videos: str, out: str, window: float, stride: flo
         )
     model = api.load(workdir)
     features = WindowFeatures(model, window, stride)
-    with search_index.Index(out, create=True) as index:
+    with _told(out), search_index.Index(out, create=True) as index:
         about = {
             'workdir': str(workdir.absolute()),
             'model': checkpoint.digest(model.variables),
@@ -75,6 +78,18 @@ def run(workdir: pathlib.Path, videos: str, out: str, window: float, stride: flo
 
 # What an index cannot change: name in `about` -> flag.
 SETTINGS = {'folder': '--videos (as bytes)', 'window': '--window', 'stride': '--stride'}
+
+
+@contextlib.contextmanager
+def _told(out: str) -> Iterator[None]:
+    """What SQLite raises (a full disk, another process that writes) as one sentence."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise ConfigError(
+            f'--out={out}: expected an index that can be written, got: {error}. What was finished '
+            'stays, and the same command continues'
+        ) from error
 
 
 def _check_flags(videos: str, out: str) -> None:

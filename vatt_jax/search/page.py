@@ -6,6 +6,7 @@ but files of the index that lie in the indexed folder.
 
 from __future__ import annotations
 
+import collections
 import io
 import itertools
 import os
@@ -88,6 +89,8 @@ def make_app(searcher: Searcher) -> Any:
             elif query:
                 with lock:
                     hits = searcher.search(text=query, against=against, count=12)
+                if not searcher.knows(query):
+                    message = 'The model knows none of these words, so the hits mean nothing.'
             elif flask.request.method == 'POST':
                 message = 'Enter a sentence or choose a file.'
         except ConfigError as error:
@@ -246,7 +249,7 @@ def _thumbnail(path: pathlib.Path, window: Window) -> bytes | None:
             frames = media.read(path, 1.0, THUMBNAIL, rate=0, part=(middle, middle + 1)).frames
             number = 0
         # The last one that there is, where the window is longer than the pictures.
-        decoded = list(itertools.islice(frames or (), number + 1))
+        shown = collections.deque(itertools.islice(frames or (), number + 1), maxlen=1)
     except (media.MediaError, OSError):
         return None
-    return media.encode_jpeg(decoded[-1], 80) if decoded else None
+    return media.encode_jpeg(shown[0], 80) if shown else None
