@@ -217,12 +217,13 @@ def duration(path: str | os.PathLike, kind: str) -> float | None:
         return None
     try:
         with _open(path) as container:
-            track = _track(container, kind)
-            if track is not None and track.duration:
-                return float(track.duration * track.time_base)
-            if container.duration:
-                return container.duration / av.time_base
-            return None
+            # The last picture stays until the sound ends, so that pictures last as long.
+            kinds = ('video', 'audio') if kind == 'video' else (kind,)
+            lengths = []
+            for track in [_track(container, kind) for kind in kinds]:
+                if track is not None and track.duration:
+                    lengths.append(float(track.duration * track.time_base))
+            return max(lengths, default=0.0) or _length(container) or None
     except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
         raise MediaError(_reason(error)) from None
 
@@ -337,7 +338,16 @@ def _stated_length(container: Any) -> float:
     """Seconds that the header of a container states for its longest track; 0 where none does."""
     if container.format.name not in _STATED_LENGTH:
         return 0.0
-    return (container.duration or 0) / av.time_base
+    return _length(container)
+
+
+def _length(container: Any) -> float:
+    """Seconds that a container states, or FFmpeg estimates, for its longest track; 0 without."""
+    length = container.duration or 0
+    # In Matroska it is the time stamp of the end, on a clock that may begin anywhere.
+    if container.format.name == 'matroska,webm':
+        length -= max(container.start_time or 0, 0)
+    return length / av.time_base
 
 
 def _declared_length(container: Any, stream: Any) -> float:
@@ -402,16 +412,35 @@ def _decode(container: Any, stream: Any) -> Iterator[Any]:
         raise MediaError(f'corrupt: {num_bad} of {num_packets} packets do not decode')
 
 
-def _seek(container: Any, seconds: float) -> None:
-    """Go to a point from which everything at `seconds` of the file's own clock and later decodes.
+def _decode_from(
+    path: str | os.PathLike, container: Any, stream: Any, seconds: float
+) -> Iterator[Any]:
+    """Yield the decoded frames of one stream from a point on, and some that lie before it.
 
     Containers that cannot seek are read from the beginning.
+
+    Args:
+        path: of the file.
+        container: the file opened, nothing read yet.
+        stream: of it.
+        seconds: the point, on the clock of the file.
     """
     if seconds > 1:
         with contextlib.suppress(av.error.FFmpegError):
             # Without a stream, PyAV seeks in microseconds, to a keyframe at or before that time.
             # One second to spare, as keyframes and sound need not be aligned.
             container.seek(int((seconds - 1) * av.time_base))
+    num_frames = 0
+    for frame in _decode(container, stream):
+        num_frames += 1
+        yield frame
+    # Where the only picture lies long before that point, containers without an index go past it.
+    if seconds > 1 and not num_frames:
+        # Opened anew: they do not find back either.
+        with _open(path) as again:
+            stream = _track(again, stream.type)
+            stream.codec_context.thread_count = 1
+            yield from _decode(again, stream)
 
 
 def _reason(error: BaseException) -> str:
@@ -575,14 +604,13 @@ def _frames(
         max_stay = max(max_stay, _MAX_STAY)
         # DV and DVD material has pixels that are not square.
         converter = _Converter(size, float(stream.sample_aspect_ratio or 1))
-        _seek(container, zero + start if start else 0.0)
 
         num_pictures = 0
         num_sent = 0
         shown: _Picture | None = None  # on display
         shown_time = -1.0  # since when, on the clock of the file
         end = 0.0  # until when
-        for frame in _decode(container, stream):
+        for frame in _decode_from(path, container, stream, zero + start if start else 0.0):
             # A picture without a time stamp follows the last one.
             time = shown_time + usual_duration if shown is not None else 0.0
             if frame.pts is not None:
@@ -608,7 +636,7 @@ def _frames(
             end = time + duration
 
         has_all_sound = sound_seconds != 0.0
-        _check_end(container, stream, zero, end, sound_end, has_all_sound)
+        _check_end(container, stream, zero, end, sound_end, has_all_sound, part[1])
         if stated:
             # A damaged time stamp in the sound would otherwise repeat the last picture for hours.
             sound_end = min(sound_end, _MAX_EXCESS * stated + 1.0)
@@ -628,7 +656,13 @@ def _frames(
 
 
 def _check_end(
-    container: Any, stream: Any, zero: float, end: float, sound_end: float, has_all_sound: bool
+    container: Any,
+    stream: Any,
+    zero: float,
+    end: float,
+    sound_end: float,
+    has_all_sound: bool,
+    part_end: float,
 ) -> None:
     """Raise MediaError if a file ends long before its header says.
 
@@ -639,16 +673,20 @@ def _check_end(
         end: until when there are pictures, in seconds from the first one.
         sound_end: until when there is sound.
         has_all_sound: whether the sound, if the file has any, could be decoded.
+        part_end: until when the sound was read, infinite for all of it.
     """
     declared = _declared_length(container, stream)
+    found = end
     # Containers that do not count their frames have the longest track's duration in all tracks.
-    found = end if stream.frames else max(end, sound_end)
+    if not stream.frames:
+        found = max(end, sound_end)
+        declared = min(declared, part_end)
     # Tracks of other kinds (subtitles) may be what the length of the container is.
     num_tracks = len(container.streams.video) + len(container.streams.audio)
     has_other_tracks = len(container.streams) > num_tracks
     # Matroska and FLV state a duration for no track, and one for the whole.
     if not declared and has_all_sound and not has_other_tracks:
-        declared = _stated_length(container)
+        declared = min(_stated_length(container), part_end)
         # It counts from 0 on the clock of the file.
         found = max(end, sound_end) + max(zero, 0.0)
     _check_length(found, declared)
@@ -684,16 +722,17 @@ def _audio(
     with _open(path) as container:
         stream: Any = _track(container, 'audio')
         stream.codec_context.thread_count = 1
+        begin = 0.0  # where decoding begins
         if part != WHOLE:
             if zero is None:
                 has_start = stream.start_time is not None
                 zero = float(stream.start_time * stream.time_base) if has_start else 0.0
             # From here on, `zero` is the time stamp of the first sample of the part.
             zero += start
-            _seek(container, zero)
+            begin = zero
         # Decoding may stop there; a bit too much is cut off below.
         last_time = float('inf') if zero is None else zero + end - start
-        pieces = _audio_pieces(container, stream, rate, last_time)
+        pieces = _audio_pieces(_decode_from(path, container, stream, begin), rate, last_time)
     if not pieces:
         return None
 
@@ -722,15 +761,15 @@ def _audio(
 
 
 def _audio_pieces(
-    container: Any, stream: Any, rate: int, last_time: float
+    frames: Iterator[Any], rate: int, last_time: float
 ) -> list[tuple[float, Int16[np.ndarray, ' S']]]:
-    """Decode audio up to `last_time`, in pieces without a hole: (time stamp, mono samples)."""
+    """Resample audio up to `last_time`, in pieces without a hole: (time stamp, mono samples)."""
     times: list[float] = []
     chunks: list[list[np.ndarray]] = []  # of each piece
     resampler = None
     stream_format = None
     expected_time = 0.0  # when the next frame is due
-    for frame in _decode(container, stream):
+    for frame in frames:
         time = _time_stamp(frame, default=expected_time)
         if time > last_time:
             break

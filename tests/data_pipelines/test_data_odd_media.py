@@ -95,6 +95,19 @@ def test_a_still_picture_is_held_as_long_as_its_sound(tmp_path, container):
     assert loudness[4:-8].min() > 5000
 
 
+@pytest.mark.parametrize('container', CODECS)
+def test_a_part_of_a_still_picture_with_sound(tmp_path, container):
+    write_media(tmp_path / 'a', container, grays([0.0]), [tone(6.0)])
+    content = media.read(tmp_path / 'a', FPS, 64, RATE, part=(2.0, 3.5))
+    num_frames = len(list(content.frames))
+    # AVI states the length of its pictures alone, and is read whole.
+    expected = 6.0 if container == 'avi' else 1.5
+    assert abs(num_frames - expected * FPS) <= 1
+    assert abs(len(content.audio) - expected * RATE) <= 0.1 * RATE
+    if container != 'avi':
+        assert abs(media.duration(tmp_path / 'a', 'video') - 6.0) < 0.5
+
+
 @pytest.mark.parametrize('container', ['mp4', 'webm'])
 def test_the_last_picture_is_held_where_the_sound_goes_on(tmp_path, container):
     write_media(tmp_path / 'a', container, grays(np.arange(10) / FPS), [tone(3.0)])
@@ -168,6 +181,7 @@ def test_pictures_that_begin_late_on_the_clock_of_the_file_are_not_truncated(tmp
     times = 30.0 + np.arange(20) / FPS
     write_media(tmp_path / 'a', 'matroska', grays(times))
     assert len(read(tmp_path / 'a')[0]) == 20
+    assert abs(media.duration(tmp_path / 'a', 'video') - 2.0) < 0.2
 
 
 @pytest.mark.parametrize('form', ['WEBP', 'PNG'])
