@@ -8,7 +8,7 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 # Packages are installed without byte code, so what is imported is compiled once, by the first process that needs it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo controls test test-all lint types bench clean
+.PHONY: demo controls test test-all wheel-test lint types docs bench clean
 
 demo: $(VENV)/.ready        ## make the playground, pretrain VATT on it, evaluate, report
 	$(BIN)/python run.py --config=configs/demo.py --workdir=runs/demo
@@ -25,12 +25,18 @@ test: $(VENV)/.ready
 test-all: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
+wheel-test:                 ## the wheel in an environment of its own, with core dependencies alone
+	$(PYTHON) tools/wheel_test.py
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.ready
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs-ready    ## the documentation site, into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.ready
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
@@ -39,7 +45,13 @@ $(VENV)/.ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+# What only the site and the notebooks need, without touching what is installed.
+$(VENV)/.docs-ready: $(VENV)/.ready
+	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -r docs/requirements.txt
 	@touch $@
 
 clean:
-	rm -rf runs .jax_cache
+	rm -rf runs site .jax_cache

@@ -1,116 +1,31 @@
 #!/usr/bin/env python
-"""Trains, evaluates, embeds, reports and plans: the one entry point of runs.
+"""Trains, evaluates, embeds, reports and plans: the entry point of runs in a clone.
 
 python run.py                                                    # the demo, into runs/demo
 python run.py --config=configs/demo.py:agnostic --workdir=runs/agnostic --config.seed=1
 python run.py --mode=eval   --workdir=runs/demo                  # newest checkpoint, own config
-python run.py --mode=embed  --workdir=runs/demo --split=test     # embeddings of a split, as npz
-python run.py --mode=report --workdir=runs/demo                  # report/index.html
-python run.py --mode=deflate --workdir=runs/mmv --out=runs/mmv_image   # for images: docs/mmv.md
-python run.py --mode=plan --workdir=runs/plan --config=configs/vatt.py:mbs --topology=v5p:4x4x4
-                                               # before the machines are rented: docs/scaling.md
+
+Everything else: python run.py --help. Where the package is installed, `vatt-jax` is the same
+command. Its body is vatt_jax/cli.py.
 """
 
-from __future__ import annotations
-
-import argparse
-import os
-import pathlib
 import sys
-from typing import Any
 
-from ml_collections import ConfigDict
+try:
+    from vatt_jax.cli import entry, main, open_data, read_config
+    from vatt_jax.modes.process import keep_freed_memory
+except ModuleNotFoundError as missing:
+    # Another Python than the one that has the dependencies; a module of our own is a bug.
+    if str(missing.name).partition('.')[0] in ('vatt_jax', 'data_pipelines'):
+        raise
+    print(
+        f'error: {sys.executable} has no module {missing.name!r}; use .venv/bin/python, which make '
+        'sets up, or install what is needed: pip install .',
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
-import data_pipelines
-from vatt_jax import config as configs
-from vatt_jax.config import ConfigError
-from vatt_jax.modes import process
-from vatt_jax.modes.flags import parse
-from vatt_jax.modes.process import keep_freed_memory as keep_freed_memory  # benchmarks call it
-
-# TensorFlow, which is imported late, decodes on the host and need not introduce itself.
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
-
-
-def main(argv: list[str]) -> None:
-    """Runs one mode. Each is imported when it is asked for: JAX takes seconds to import."""
-    flags, overrides = parse(argv, __doc__)
-    workdir = pathlib.Path(flags.workdir)
-    if flags.mode == 'report':
-        from vatt_jax.modes import report
-
-        report.run(workdir, flags.compare.split(',') if flags.compare else ())
-        return
-    config = read_config(flags, overrides, workdir)
-    if flags.mode == 'plan':
-        from vatt_jax.modes import plan
-
-        topology = flags.topology or topology_of(flags.machine)
-        open_any = data_pipelines.open_or_synthetic
-        plan.run(config, workdir, open_any, topology, flags.quick, flags.search)
-        return
-
-    process.prepare(config, workdir)
-    from vatt_jax.modes import deflate, embed, evaluate, train
-    from vatt_jax.parallel import distributed
-
-    if flags.mode == 'train':
-        train.run(config, workdir, open_data, flags.quiet)
-    elif flags.mode == 'eval':
-        evaluate.run(config, workdir, open_data)
-    elif flags.mode == 'embed':
-        embed.run(config, workdir, open_data, flags.split)
-    else:
-        deflate.run(config, workdir, open_data, flags.out, flags.naive, flags.fit, flags.rate)
-    distributed.leave()
-
-
-def read_config(
-    flags: argparse.Namespace, overrides: list[tuple[str, str]], workdir: pathlib.Path
-) -> ConfigDict:
-    """The config with overrides, checked against configs/default.py."""
-    from configs import default, machines
-
-    stored = configs.stored(workdir)
-    if stored is None and flags.mode not in ('train', 'plan'):
-        raise ConfigError(
-            f'--workdir={workdir} holds no run (no config.json); '
-            'train first, or name another folder'
-        )
-    if flags.config or stored is None:
-        config = configs.load(flags.config or 'configs/demo.py')
-    else:
-        # A run older than some fields: the defaults keep its behaviour.
-        config = configs.fill_missing(stored, default.get_config())
-    if flags.machine:
-        machines.apply(config, flags.machine)
-    configs.override(config, overrides)
-    configs.check_fields(config, default.get_config())
-    return config
-
-
-def topology_of(machine: str) -> str:
-    """Topology of an entry of configs/machines.py; '' for none."""
-    from configs import machines
-
-    return machines.MACHINES[machine].topology if machine else ''
-
-
-def open_data(config: ConfigDict) -> Any:
-    """The data object; makes the playground first where the config asks for it.
-
-    That takes minutes, so what is wrong with the config whatever the data say is found before.
-    """
-    from vatt_jax.training import loop
-
-    return data_pipelines.open_or_make(config, loop.check)
-
-
-def entry() -> None:
-    """main(), with a user's mistakes (exit code 2) and failed runs (1) told in one sentence."""
-    process.exit_with_sentence(main, sys.argv[1:])
-
+__all__ = ['entry', 'keep_freed_memory', 'main', 'open_data', 'read_config']
 
 if __name__ == '__main__':
     entry()

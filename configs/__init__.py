@@ -1,0 +1,1 @@
+"""The named configs: package `configs` of a clone, `vatt_jax.configs` of an installed wheel."""

@@ -60,6 +60,8 @@ def get_config(arg: str = '') -> ConfigDict:
     c.profile = ()
     # Steps between lines of metrics.jsonl.
     c.log_every = 10
+    # Where these lines go as well: tensorboard | wandb | clu.
+    c.trackers = ('tensorboard',)
     # Non-finite steps in a row that stop the run.
     c.max_bad_steps = 5
 
@@ -129,6 +131,9 @@ def optimizer() -> ConfigDict:
     o.clip = 0.0
     # Parameter paths (regex) that are clipped, by the norm of these alone. (): all.
     o.clip_paths = ()
+    # True: in that norm the gradients of position tables count token by token, before tokens that
+    # share a row are summed, as TensorFlow counts them (official VATT).
+    o.clip_lookups = False
     # Parameter paths (regex) that are never updated.
     o.frozen = (r'word_table',)
     # ((regex, factor), ...): factor of the learning rate by parameter path; the first match wins.
@@ -142,8 +147,10 @@ def optimizer() -> ConfigDict:
     s.name = 'warmup_cosine'
     # Learning rate after the warm-up.
     s.peak = 1e-4
-    # Steps of linear warm-up from 0.
+    # Steps of linear warm-up.
     s.warmup = 5000
+    # Learning rate at the first step of the warm-up.
+    s.start = 0.0
     # Learning rate at the last step.
     s.end = 5e-5
     # vatt: (step, rate) pairs.

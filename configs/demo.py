@@ -14,7 +14,7 @@ Controls:
 
 from ml_collections import ConfigDict
 
-from configs import default
+from . import default
 
 VARIANTS = ('agnostic', 'shuffled', 'synthetic', 'controls')
 STEPS = 1250

@@ -8,7 +8,7 @@ python run.py --config=configs/finetune.py:scratch --workdir=runs/finetune_scrat
 
 from ml_collections import ConfigDict
 
-from configs import demo
+from . import demo
 
 
 def get_config(arg: str = '') -> ConfigDict:

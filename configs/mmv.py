@@ -23,9 +23,10 @@ and why: docs/mmv.md.
 
 from ml_collections import ConfigDict
 
-from configs import default, demo
 from vatt_jax.config import choose
 from vatt_jax.models import presets
+
+from . import default, demo
 
 OPTIONS = ('synthetic', 'howto100m')
 S3D = ('s3d', 's3d_pixels')

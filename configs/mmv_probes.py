@@ -17,8 +17,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import default, mmv
 from vatt_jax.config import choose
+
+from . import default, mmv
 
 NO_LIMIT = 1 << 20
 # Regularisation of HMDB-51's classifier, published for the released networks.

@@ -35,8 +35,9 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from configs import default, demo, mmv
 from vatt_jax.models import presets
+
+from . import default, demo, mmv
 
 NUM_CLASSES = 16
 # Option -> whose clusters are the labels of a modality (XDC's names).

@@ -7,7 +7,7 @@
         the playground's classes, from runs/selavi
     python run.py --config=configs/selavi_finetune.py:demo,scratch --workdir=runs/selavi_scratch
     python run.py --mode=eval --workdir=runs/selavi_vggsound \\
-        "--config.data.eval={'path': 'data/ucf101_1/records'}" \\
+        "--config.data.eval={'path': 'data/ucf101/records', 'fold': 1}" \\
         "--config.evals={'neighbours': {'type': 'neighbours'}}"
         retrieval, by the pretrained model
 
@@ -19,7 +19,7 @@ code: docs/self_labelling.md.
 
 from ml_collections import ConfigDict
 
-from configs import default, selavi
+from . import default, selavi
 
 # Videos of the first training split.
 NUM_VIDEOS = {'ucf101': 9_537, 'hmdb51': 3_570}
@@ -91,7 +91,8 @@ def labelled_config(name: str, options: list[str]) -> ConfigDict:
     c.model.inputs.video.update({'frames': 32, 'size': 112})
     splits = [option for option in options if option.isdigit()]
     split = splits[0] if splits else '1'
-    c.data.train[name] = default.records(f'data/{name}_{split}/records')
+    # All clips are stored once; the fold says which of them are for training.
+    c.data.train[name] = {**default.records(f'data/{name}/records'), 'fold': int(split)}
     c.data.crop, c.data.aspect = source.data.crop, source.data.aspect
     return c
 

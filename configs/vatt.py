@@ -25,10 +25,11 @@ docs/data.md. What differs from the official code, and why: docs/vatt.md.
 
 from ml_collections import ConfigDict
 
-from configs import default
 from vatt_jax.config import choose
 from vatt_jax.models import presets
 from vatt_jax.models.multimodal import NETS
+
+from . import default
 
 OPTIONS = ('paper', 'code', 'synthetic', 'fused')
 STEPS = 500_000

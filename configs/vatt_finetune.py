@@ -24,8 +24,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import default, demo, vatt
 from vatt_jax.config import choose
+
+from . import default, demo, vatt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ def set_recipe(c: ConfigDict, stream: str) -> None:
     c.objective = {'name': 'classification', 'stream': stream, 'label': 'class'}
     o = c.optimizer
     o.name, o.momentum, o.weight_decay = 'keras_sgd', 0.9, 0.0
-    o.clip, o.clip_paths = 0.75, (r'^model/',)
+    o.clip, o.clip_paths, o.clip_lookups = 0.75, (r'^model/',), True
     o.frozen = (r'word_table',)
     o.schedule.update({'name': 'warmup_cosine', 'peak': 5e-3, 'warmup': 2_500, 'end': 0.0})
 

@@ -14,8 +14,9 @@ docs/vatt.md.
 
 from ml_collections import ConfigDict
 
-from configs import default, vatt
 from vatt_jax.config import choose
+
+from . import default, vatt
 
 NO_LIMIT = 1 << 20
 # The probe learns from one middle clip of each example; four windows are tested and their

@@ -12,6 +12,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from data_pipelines.errors import DataError
+from vatt_jax import extras
+
+# What the sentence about missing packages says of config.data.make, and the packages.
+_PLAYGROUND = 'the playground (config.data.make; --config=demo:synthetic trains without it)'
+_PLAYGROUND_MODULES = ('av', 'PIL', 'tensorflow', 'tensorflow_datasets', 'array_record')
 
 __all__ = ['DataError', 'open', 'open_or_make', 'open_or_synthetic']
 
@@ -62,6 +67,7 @@ def open_or_make(config: ConfigDict, check: Callable[[ConfigDict], None]) -> Any
         paths.append(evaluated['path'])
         # A config that reads other records keeps the description, and needs no playground.
         if not made or os.path.join(made, 'records') in paths:
+            extras.check(_PLAYGROUND, *_PLAYGROUND_MODULES)
             if not playground.is_made(made):
                 check(config)
             playground.make(**config.data.make)

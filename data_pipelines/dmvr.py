@@ -31,11 +31,23 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 import numpy as np
 
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import arguments, decoded_files, record_contents
 from data_pipelines.preparation.console import Console
 from data_pipelines.storage import byte_offsets
 from data_pipelines.storage import record_index as indices
 from data_pipelines.storage.records import SPLITS
+from vatt_jax import extras
+from vatt_jax.command_line import expand_home
+from vatt_jax.config import fail
+from vatt_jax.terminal import printable, use_plain_characters
+
+try:
+    # All of these import the reader of media files, whose packages are an extra.
+    from data_pipelines.preparation import arguments, decoded_files, record_contents
+except extras.MissingExtra as error:
+    # A program that imports this file gets the exception.
+    if __name__ == '__main__':
+        fail(str(error))
+    raise
 
 FRAMES = ('image/encoded',)
 AUDIO = ('WAVEFORM/feature/floats', 'waveform/floats')
@@ -111,6 +123,9 @@ def index(
     arguments.check_arguments(settings, name, vocabulary, 0.0, 0.0, 1)
     # Wrong arguments are refused before the folder is touched.
     splits = _find_files({'train': train, 'validation': validation, 'test': test})
+    # Before the records are read, which may take hours.
+    modules = ('tensorflow', *record_contents.tokenizer_modules(tokenizer))
+    extras.check('reading DMVR records', *modules)
     _make_target(target, overwrite)
 
     parser = RecordParser(fps, rate)
@@ -474,6 +489,7 @@ def _check_rates(records: list[dict[str, Any]], fps: float, rate: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    use_plain_characters()
     parser = argparse.ArgumentParser(
         prog='python -m data_pipelines.dmvr',
         allow_abbrev=False,
@@ -502,9 +518,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument('--overwrite', action='store_true', help='replace an index')
     parser.add_argument('--quiet', action='store_true', help='print errors only')
     try:
+        arguments = expand_home(sys.argv[1:] if arguments is None else arguments)
         index(**vars(parser.parse_args(arguments)))
-    except DataError as e:
-        print(f'error: {e}', file=sys.stderr)
+    except (DataError, extras.MissingExtra) as e:
+        print(f'error: {printable(str(e))}', file=sys.stderr)
         return 2
     return 0
 

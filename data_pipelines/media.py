@@ -2,7 +2,8 @@
 
 Frames and audio share one clock, which starts at the first picture (or at the first sound of a file
 without pictures). Everything is positioned by its time stamp: a variable frame rate, a late audio
-track or a hole in it do not move audio against pictures.
+track or a hole in it do not move audio against pictures. A picture is on display until the next
+one; the last one, until the sound ends.
 """
 
 from __future__ import annotations
@@ -15,11 +16,16 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from jaxtyping import Int16, Integer, Shaped, UInt8
-from PIL import Image, ImageOps
+
+from vatt_jax import extras
+
+with extras.needed('video', 'reading and writing media files'):
+    import av
+    from av.sidedata.sidedata import Type as SideDataType
+    from av.video.reformatter import VideoReformatter
+    from PIL import Image, ImageOps, ImageSequence
 
 # Containers of video, then of sound alone. What is really inside decides: see `_track`.
 SUFFIXES = (
@@ -30,15 +36,33 @@ SUFFIXES = (
     '.mov',
     '.m4v',
     '.mpg',
+    '.mpeg',
     '.flv',
+    '.wmv',
+    '.asf',
+    '.ogv',
+    '.3gp',
+    '.ts',
+    '.mts',
+    '.m2ts',
+    '.vob',
+    '.gif',
     '.wav',
     '.flac',
     '.ogg',
+    '.oga',
     '.mp3',
     '.m4a',
+    '.mka',
+    '.aac',
     '.opus',
+    '.wma',
+    '.aif',
+    '.aiff',
 )
 IMAGES = ('.jpeg', '.jpg', '.png', '.webp')
+# Formats of Pillow whose further frames are an animation; of others they are thumbnails.
+_ANIMATED = ('WEBP', 'PNG', 'GIF')
 # (start, end) in seconds of a part that is all of the file.
 WHOLE = (0.0, float('inf'))
 # Frames from one keyframe to the next in records that store video.
@@ -48,6 +72,27 @@ GOP = 10
 _MAX_BAD_SHARE = 0.05
 # Seconds between the end of one piece of audio and the next from which on they are placed apart.
 _MIN_HOLE = 0.05
+# Seconds of sound after the last picture that are padding of its encoder, not more to see.
+_MAX_PADDING = 0.3
+# Seconds for which a picture may stay, at least, before its successor's time stamp counts as
+# damaged: in any file, and in one whose header states no length to compare with.
+_MAX_STAY = 60.0
+_MAX_STAY_WITHOUT_LENGTH = 600.0
+# Sound beyond this many times the length of a container is placed by a damaged time stamp.
+_MAX_EXCESS = 1.25
+# Long side over short side above which a picture is no picture.
+_MAX_ELONGATION = 32
+# Containers whose header states the length of what was written, which tells of a file cut short
+# (others state none, or one that FFmpeg estimates from the size of the file).
+_STATED_LENGTH = ('matroska,webm', 'flv', 'asf', 'flac', 'mov,mp4,m4a,3gp,3g2,mj2')
+# What the author of a file marks as not the main track of its kind.
+_SIDE_TRACK = (
+    av.stream.Disposition.attached_pic
+    | av.stream.Disposition.timed_thumbnails
+    | av.stream.Disposition.comment
+    | av.stream.Disposition.visual_impaired
+    | av.stream.Disposition.descriptions
+)
 # A frame is shown up to this many seconds early: containers round time stamps to milliseconds or
 # worse.
 _TIME_TOLERANCE = 5e-4
@@ -99,7 +144,7 @@ def read(
         path: the file.
         fps: frames per second that come out, whatever the file's own rate.
         size: short side of the frames, in pixels.
-        rate: audio samples per second.
+        rate: audio samples per second; 0 leaves the sound out.
         longest: seconds above which time stamps are taken for corrupt.
         part: (start, end) in seconds that are read. A file that is as long as the part (to a
             second), or that ends before it, is read whole: it was cut out before.
@@ -108,29 +153,35 @@ def read(
         MediaError: here for files that do not open, and while frames are read for pictures that do
             not decode.
     """
-    if os.fspath(path).lower().endswith(IMAGES):
-        return Media(iter([_image(path, size)]), None)
+    if os.fsdecode(path).lower().endswith(IMAGES):
+        return _read_image(path, fps, size, longest)
     try:
-        with av.open(os.fspath(path)) as container:
+        with _open(path) as container:
             # Opened briefly to look at the tracks, so that a file with neither is reported as
             # such.
             has_video = _track(container, 'video') is not None
             has_audio = _track(container, 'audio') is not None
             if not has_video and not has_audio:
-                raise MediaError('no video and no audio track')
+                raise MediaError(f'no video and no audio track{_undecodable(container)}')
             if part != WHOLE and not _contains_part(container, part):
                 part = WHOLE
             # The clock of frames and audio: a container may begin at any time stamp.
             zero = _first_time(container) if has_video else None
+            stated = _stated_length(container)
         # The file is opened again by each of the two: they read it from front to back.
-        audio = _audio(path, rate, zero, longest, part) if has_audio else None
+        audio = _audio(path, rate, zero, longest, part) if has_audio and rate else None
     except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
-        raise MediaError(f'corrupt: {_message(error)}') from None
+        raise MediaError(_reason(error)) from None
     if zero is not None:
+        sound_seconds = None
+        if has_audio and rate:
+            sound_seconds = 0.0 if audio is None else len(audio) / rate
         # Frames stay an iterator, since an hour of them does not fit into memory; its audio does.
-        return Media(_frames(path, fps, size, zero, longest, part), audio)
-    if audio is None:
+        return Media(_frames(path, fps, size, zero, longest, part, sound_seconds), audio)
+    if audio is None and rate:
         raise MediaError('corrupt: no sound could be decoded')
+    if part == WHOLE and audio is not None:
+        _check_length(len(audio) / rate, stated)
     return Media(None, audio)
 
 
@@ -152,18 +203,70 @@ def fit_audio(
     return np.pad(audio[:samples], (0, max(0, samples - len(audio))))
 
 
-def _image(path: str | os.PathLike, size: int) -> UInt8[np.ndarray, 'H W 3']:
-    """An image file, upright, with short side `size`."""
+def duration(path: str | os.PathLike, kind: str) -> float | None:
+    """Seconds that a file says its track lasts; None where it does not say, or is an image.
+
+    Args:
+        path: the file.
+        kind: 'video' or 'audio'; a file without such a track answers for all of it.
+
+    Raises:
+        MediaError: the file does not open.
+    """
+    if os.fsdecode(path).lower().endswith(IMAGES):
+        return None
     try:
-        with Image.open(path) as file:
-            # A JPEG is decoded at an eighth, quarter or half of its size if that is enough.
-            file.draft('RGB', (size, size))
-            # Cameras store the sensor's orientation and note the rotation in EXIF.
-            image = ImageOps.exif_transpose(file).convert('RGB')
+        with _open(path) as container:
+            track = _track(container, kind)
+            if track is not None and track.duration:
+                return float(track.duration * track.time_base)
+            if container.duration:
+                return container.duration / av.time_base
+            return None
+    except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
+        raise MediaError(_reason(error)) from None
+
+
+def _read_image(path: str | os.PathLike, fps: float, size: int, longest: float) -> Media:
+    """An image file as a video of one frame; an animated one, as a video."""
+    try:
+        # The type of the frames is left open: libraries have one class for each format.
+        with Image.open(os.fspath(path)) as file:
+            is_animated = getattr(file, 'n_frames', 1) > 1 and file.format in _ANIMATED
+            if not is_animated:
+                return Media(iter([_image(file, size)]), None)
+            frames = _animation(file, fps, size, longest)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise MediaError(f'corrupt: {_message(error)}') from None
-    scale = size / min(image.size)
+        raise MediaError(_reason(error)) from None
+    return Media(iter(frames), None)
+
+
+def _animation(
+    file: Image.Image, fps: float, size: int, longest: float
+) -> list[UInt8[np.ndarray, 'H W 3']]:
+    """The picture of an animation on display at 0, 1/fps, 2/fps, …, until its last one ends."""
+    frames: list[np.ndarray] = []
+    end = 0.0  # of the picture, in seconds
+    for picture in ImageSequence.Iterator(file):
+        # In milliseconds; browsers take 100 where the file states none.
+        end += (picture.info.get('duration') or 100.0) / 1000
+        if end > longest:
+            raise MediaError(f'corrupt: time stamps jump to {end:.0f} s')
+        num_frames = max(1, round(end * fps))
+        if num_frames > len(frames):
+            frames += [_image(picture, size)] * (num_frames - len(frames))
+    return frames
+
+
+def _image(image: Image.Image, size: int) -> UInt8[np.ndarray, 'H W 3']:
+    """An opened image, upright, with short side `size`."""
+    # A JPEG is decoded at an eighth, quarter or half of its size if that is enough.
+    image.draft('RGB', (size, size))
+    # Cameras store the sensor's orientation and note the rotation in EXIF.
+    image = ImageOps.exif_transpose(image).convert('RGB')
     width, height = image.size
+    _check_elongation(width, height)
+    scale = size / min(width, height)
     # At least `size`: rounding must not make the short side a pixel too short.
     new_size = (max(size, round(width * scale)), max(size, round(height * scale)))
     # The average of the pixels that fall into one, which does not alias.
@@ -171,13 +274,50 @@ def _image(path: str | os.PathLike, size: int) -> UInt8[np.ndarray, 'H W 3']:
     return np.asarray(image.resize(new_size, method))
 
 
+def _check_elongation(width: float, height: float) -> None:
+    """Refuse pictures that would take gigabytes at the short side that is stored."""
+    if max(width, height) > _MAX_ELONGATION * min(width, height):
+        raise MediaError(
+            f'too narrow: pictures of {width:.0f}×{height:.0f} pixels; expected a long side of at '
+            f'most {_MAX_ELONGATION} times the short one'
+        )
+
+
+def _open(path: str | os.PathLike) -> Any:
+    """Open a container for reading."""
+    name = os.fsdecode(path)
+    # FFmpeg takes what stands before a colon for a protocol, as in the name 'a:b.mp4'.
+    return av.open(name if '://' in name else f'file:{name}')
+
+
 def _track(container: Any, kind: str) -> Any:
-    """The first track of a kind, None without; the cover picture of a music file is none."""
+    """The main track of a kind that can be decoded, None without.
+
+    The cover picture of a music file is none, and a commentary comes last. Of several tracks, the
+    one that the file marks as its default is taken, or the first.
+    """
+    tracks = []
     for stream in getattr(container.streams, kind):
         # FFmpeg presents cover art as a video stream of one frame.
-        if not stream.disposition & av.stream.Disposition.attached_pic:
+        is_cover = stream.disposition & av.stream.Disposition.attached_pic
+        # Without a decoder there is no codec context.
+        if stream.codec_context is not None and not is_cover:
+            tracks.append(stream)
+    main_tracks = [stream for stream in tracks if not stream.disposition & _SIDE_TRACK]
+    for stream in main_tracks:
+        if stream.disposition & av.stream.Disposition.default:
             return stream
-    return None
+    candidates = main_tracks or tracks
+    return candidates[0] if candidates else None
+
+
+def _undecodable(container: Any) -> str:
+    """What a message adds of tracks that are there and have no decoder."""
+    kinds = {stream.type for stream in container.streams if stream.codec_context is None}
+    kinds &= {'video', 'audio'}
+    if not kinds:
+        return ''
+    return f' that can be decoded (FFmpeg knows no decoder for its {" and ".join(sorted(kinds))})'
 
 
 def _contains_part(container: Any, part: tuple[float, float]) -> bool:
@@ -189,16 +329,37 @@ def _contains_part(container: Any, part: tuple[float, float]) -> bool:
     return end - 1 <= duration and duration > end - start + 1
 
 
+def _stated_length(container: Any) -> float:
+    """Seconds that the header of a container states for its longest track; 0 where none does."""
+    if container.format.name not in _STATED_LENGTH:
+        return 0.0
+    return (container.duration or 0) / av.time_base
+
+
+def _declared_length(container: Any, stream: Any) -> float:
+    """Seconds that a container declares for its video track; 0 where it does for none."""
+    # FFmpeg corrects the length of AVI by what is there; the number of frames stays as written.
+    if container.format.name == 'avi' and stream.average_rate:
+        return float(stream.frames / stream.average_rate)
+    return float((stream.duration or 0) * stream.time_base)
+
+
 def _first_time(container: Any) -> float:
     """Time stamp of the first picture, in seconds."""
     stream = _track(container, 'video')
-    # Some containers do not state it: then one picture has to be decoded.
-    if stream.start_time is not None:
-        return float(stream.start_time * stream.time_base)
     stream.codec_context.thread_count = 1
-    for frame in _decode(container, stream):
-        return _time_stamp(frame, default=0.0)
-    raise MediaError('corrupt: no picture could be decoded')
+    # Some containers do not state it: then one picture has to be decoded.
+    if stream.start_time is None:
+        for frame in _decode(container, stream):
+            return _time_stamp(frame, default=0.0)
+        raise MediaError('corrupt: no picture could be decoded')
+    start = stream.start_time
+    for packet in container.demux(stream):
+        # Of a fragmented file, FFmpeg may take the beginning of the last fragment it looked at.
+        if packet.pts is not None and not packet.is_discard:
+            start = min(start, packet.pts)
+        break
+    return float(start * stream.time_base)
 
 
 def _time_stamp(frame: Any, default: float) -> float:
@@ -230,7 +391,7 @@ def _decode(container: Any, stream: Any) -> Iterator[Any]:
                 num_bad += bool(getattr(frame, 'is_corrupt', False))
                 yield frame
     except av.error.FFmpegError as error:
-        raise MediaError(f'corrupt: {_message(error)}') from None
+        raise MediaError(_reason(error)) from None
     num_packets = num_good + num_bad
     # Known only at the end. A reader that stops earlier, as for a part, never gets here.
     if num_bad > _MAX_BAD_SHARE * num_packets:
@@ -249,11 +410,107 @@ def _seek(container: Any, seconds: float) -> None:
             container.seek(int((seconds - 1) * av.time_base))
 
 
-def _message(error: BaseException) -> str:
-    return str(getattr(error, 'strerror', None) or error).split('\n')[0]
+def _reason(error: BaseException) -> str:
+    """Why a file cannot be used, of what was raised while it was opened."""
+    if isinstance(error, MediaError):
+        return error.reason
+    # A file that cannot be reached says nothing of its contents.
+    if isinstance(error, FileNotFoundError):
+        return 'missing: no such file'
+    if isinstance(error, IsADirectoryError):
+        return 'a folder: expected a media file'
+    if isinstance(error, PermissionError):
+        return 'not readable: permission denied'
+    message = str(getattr(error, 'strerror', None) or error).split('\n')[0]
+    return f'corrupt: {message}'
 
 
 # ---- Pictures.
+
+
+class _Converter:
+    """Decoded pictures -> arrays with square pixels, upright, all of the first one's shape.
+
+    Args:
+        size: short side, in pixels.
+        pixel_aspect: width / height of a stored pixel.
+    """
+
+    def __init__(self, size: int, pixel_aspect: float):
+        self._size = size
+        self._pixel_aspect = pixel_aspect
+        self._reformatter = VideoReformatter()  # one for all: it caches the tables of the scaler
+        self._shape: tuple[int, int] | None = None  # height and width of the first picture
+
+    def __call__(self, frame: av.VideoFrame) -> UInt8[np.ndarray, 'H W 3']:
+        orientation = _Orientation.of(frame)
+        height, width = self._stored_shape(frame, orientation)
+        # One thread: for small pictures, handing the rows to others takes several times as long
+        # as scaling them.
+        picture = self._reformatter.reformat(
+            frame,
+            width,
+            height,
+            'rgb24',
+            # Averages when it shrinks, which does not alias.
+            interpolation='AREA' if height < frame.height else 'BILINEAR',
+            threads=1,
+        ).to_ndarray()
+        return orientation.apply(picture)
+
+    def _stored_shape(self, frame: av.VideoFrame, orientation: _Orientation) -> tuple[int, int]:
+        """Height and width of the result before it is turned."""
+        if self._shape is None:
+            # In square pixels.
+            stored_width = frame.width * self._pixel_aspect
+            _check_elongation(stored_width, frame.height)
+            scale = self._size / min(stored_width, frame.height)
+            width = max(self._size, round(stored_width * scale))
+            height = max(self._size, round(frame.height * scale))
+            self._shape = (width, height) if orientation.is_transposed else (height, width)
+        # A record has one shape, so pictures after a change of resolution get that of the first.
+        height, width = self._shape
+        return (width, height) if orientation.is_transposed else (height, width)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Orientation:
+    """How a stored picture is turned for display: phones store what the sensor saw.
+
+    Attributes:
+        is_transposed: whether rows become columns, which is done first.
+        flips_rows: whether the picture is then turned upside down.
+        flips_columns: whether it is then mirrored.
+    """
+
+    is_transposed: bool = False
+    flips_rows: bool = False
+    flips_columns: bool = False
+
+    @classmethod
+    def of(cls, frame: av.VideoFrame) -> _Orientation:
+        # PyAV's types say that names are looked up; it takes the type as well.
+        side_data: Any = frame.side_data
+        buffer = side_data.get(SideDataType.DISPLAYMATRIX)
+        if buffer is None:
+            return cls()
+        # ISO/IEC 14496-12: (x, y) is displayed at (a x + c y, b x + d y), up to an offset. Of its
+        # nine numbers, each row of the matrix has a third one for perspective.
+        a, b, _, c, d = np.frombuffer(buffer, np.int32)[:5].tolist()
+        # The nearest of the eight: other angles than right ones occur by mistake only.
+        if abs(b) + abs(c) > abs(a) + abs(d):
+            return cls(True, flips_rows=b < 0, flips_columns=c < 0)
+        return cls(False, flips_rows=d < 0, flips_columns=a < 0)
+
+    def apply(self, picture: UInt8[np.ndarray, 'H W 3']) -> UInt8[np.ndarray, 'H2 W2 3']:
+        """The picture as it is displayed."""
+        if self.is_transposed:
+            picture = picture.transpose(1, 0, 2)
+        if self.flips_rows:
+            picture = picture[::-1]
+        if self.flips_columns:
+            picture = picture[:, ::-1]
+        return np.ascontiguousarray(picture)
 
 
 class _Picture:
@@ -262,16 +519,15 @@ class _Picture:
     Of a video with more frames per second than are asked for, most pictures never are.
     """
 
-    def __init__(self, frame: Any):
+    def __init__(self, frame: av.VideoFrame, converter: _Converter):
         self._frame = frame
+        self._converter = converter
         self._rgb: np.ndarray | None = None
 
-    def rgb(
-        self, size: int, pixel_aspect: float, reformatter: VideoReformatter
-    ) -> UInt8[np.ndarray, 'H W 3']:
-        """As `_rgb`; the same array each time."""
+    def rgb(self) -> UInt8[np.ndarray, 'H W 3']:
+        """RGB pixels; the same array each time."""
         if self._rgb is None:
-            self._rgb = _rgb(self._frame, size, pixel_aspect, reformatter)
+            self._rgb = self._converter(self._frame)
         return self._rgb
 
 
@@ -282,8 +538,9 @@ def _frames(
     zero: float,
     longest: float,
     part: tuple[float, float],
+    sound_seconds: float | None,
 ) -> Iterator[UInt8[np.ndarray, 'H W 3']]:
-    """Yield the picture on display at 0, 1/fps, 2/fps, … of the part, until its last one ends.
+    """Yield the picture on display at 0, 1/fps, 2/fps, … of the part, until the file ends.
 
     Args:
         path: the file.
@@ -292,103 +549,112 @@ def _frames(
         zero: time stamp of the first picture, at which the clock starts.
         longest: seconds above which time stamps are taken for corrupt.
         part: (start, end) in seconds.
+        sound_seconds: length of the sound of the part; None without an audio track.
     """
     start = part[0]
     length = part[1] - part[0]
+    # On the clock of the pictures.
+    sound_end = start + (sound_seconds or 0.0)
     try:
-        container = av.open(os.fspath(path))
+        container = _open(path)
     except (av.error.FFmpegError, OSError) as error:
-        raise MediaError(f'corrupt: {_message(error)}') from None
+        raise MediaError(_reason(error)) from None
     with container:
         stream: Any = _track(container, 'video')
         # Files are decoded side by side; threads inside each would only compete.
         stream.codec_context.thread_count = 1
         # Seconds for which a picture is shown, where the file does not say it.
         usual_duration = 1.0 / float(stream.average_rate) if stream.average_rate else 1.0 / fps
-        # 0 where the container states no duration for each stream, as Matroska: the check for
-        # truncated files below has nothing to compare with there.
-        declared = float(stream.duration * stream.time_base) if stream.duration else 0.0
-        # Width / height of a stored pixel; DV and DVD material is not square.
-        pixel_aspect = float(stream.sample_aspect_ratio or 1)
-        reformatter = VideoReformatter()  # one for all frames: it caches the tables of the scaler
+        declared = _declared_length(container, stream)
+        stated = _stated_length(container)
+        max_stay = max(declared, stated, sound_end) or _MAX_STAY_WITHOUT_LENGTH
+        max_stay = max(max_stay, _MAX_STAY)
+        # DV and DVD material has pixels that are not square.
+        converter = _Converter(size, float(stream.sample_aspect_ratio or 1))
         _seek(container, zero + start if start else 0.0)
 
+        num_pictures = 0
         num_sent = 0
         shown: _Picture | None = None  # on display
         shown_time = -1.0  # since when, on the clock of the file
         end = 0.0  # until when
         for frame in _decode(container, stream):
             # A picture without a time stamp follows the last one.
-            time = shown_time + usual_duration
+            time = shown_time + usual_duration if shown is not None else 0.0
             if frame.pts is not None:
                 time = _time_stamp(frame, default=0.0) - zero
             if time <= shown_time:  # clocks that stand still or run backwards: play on
                 time = shown_time + usual_duration if shown_time >= 0 else 0.0
             # A damaged time stamp would otherwise repeat one picture for hours.
-            is_jump = shown is not None and time - shown_time > max(60.0, declared)
+            is_jump = shown is not None and time - shown_time > max_stay
             if time - start > longest or is_jump:
                 raise MediaError(f'corrupt: time stamps jump to {time:.0f} s')
             # The picture on display stays there until this one replaces it.
             # Pictures before `start` come along, because decoding begins at a keyframe; they send
             # nothing, as the right side is negative then.
             while shown is not None and num_sent / fps < time - start - _TIME_TOLERANCE:
-                yield shown.rgb(size, pixel_aspect, reformatter)
+                yield shown.rgb()
                 num_sent += 1
                 if num_sent >= length * fps - 1e-3:  # float products may miss a whole number
                     return
-            shown = _Picture(frame)
+            shown = _Picture(frame, converter)
             shown_time = time
+            num_pictures += 1
             duration = float(frame.duration * frame.time_base) if frame.duration else usual_duration
             end = time + duration
 
-        # Declared durations are often a little too long, so a fifth and a second are allowed.
-        if end < 0.8 * declared - 1.0:
-            raise MediaError(f'truncated: {end:.1f} of {declared:.1f} s can be decoded')
+        has_all_sound = sound_seconds != 0.0
+        _check_end(container, stream, zero, end, sound_end, has_all_sound)
+        if stated:
+            # A damaged time stamp in the sound would otherwise repeat the last picture for hours.
+            sound_end = min(sound_end, _MAX_EXCESS * stated + 1.0)
+        # The last picture has no successor to end it: it is on display for its own duration, and
+        # on where the sound goes on. Music is uploaded as one picture with minutes of sound.
+        if num_pictures == 1 or sound_end > end + _MAX_PADDING:
+            end = max(end, sound_end)
         if start and end <= start:
             raise MediaError(
                 f'truncated: the clip begins at {start:.1f} s and {end:.1f} s can be decoded'
             )
         if shown is not None:
             # A video has one frame at least, however short it is.
-            # The last picture has no successor to end it: it is on display for its own duration.
             num_frames = max(1, round(min(end - start, length) * fps))
             for _ in range(num_sent, num_frames):
-                yield shown.rgb(size, pixel_aspect, reformatter)
+                yield shown.rgb()
 
 
-def _rgb(
-    frame: av.VideoFrame, size: int, pixel_aspect: float, reformatter: VideoReformatter
-) -> UInt8[np.ndarray, 'H W 3']:
-    """A decoded picture with square pixels, upright, with short side `size`.
+def _check_end(
+    container: Any, stream: Any, zero: float, end: float, sound_end: float, has_all_sound: bool
+) -> None:
+    """Raise MediaError if a file ends long before its header says.
 
     Args:
-        frame: the picture.
-        size: short side, in pixels.
-        pixel_aspect: width / height of a stored pixel.
-        reformatter: converts and scales.
+        container: the file.
+        stream: its video track.
+        zero: time stamp of the first picture.
+        end: until when there are pictures, in seconds from the first one.
+        sound_end: until when there is sound.
+        has_all_sound: whether the sound, if the file has any, could be decoded.
     """
-    # In square pixels.
-    stored_width = frame.width * pixel_aspect
-    scale = size / min(stored_width, frame.height)
-    width = max(size, round(stored_width * scale))
-    height = max(size, round(frame.height * scale))
-    # One thread: for small pictures, handing the rows to others takes several times as long as
-    # scaling them.
-    picture = reformatter.reformat(
-        frame,
-        width,
-        height,
-        'rgb24',
-        # Averages when it shrinks, which does not alias.
-        interpolation='AREA' if scale < 1 else 'BILINEAR',
-        threads=1,
-    ).to_ndarray()
-    # Phones store what the sensor saw, with a rotation. Both FFmpeg and np.rot90 count
-    # counterclockwise; the short side stays the short side.
-    quarter_turns = round(frame.rotation / 90) % 4
-    if not quarter_turns:
-        return picture
-    return np.ascontiguousarray(np.rot90(picture, quarter_turns))
+    declared = _declared_length(container, stream)
+    # Containers that do not count their frames have the longest track's duration in all tracks.
+    found = end if stream.frames else max(end, sound_end)
+    # Tracks of other kinds (subtitles) may be what the length of the container is.
+    num_tracks = len(container.streams.video) + len(container.streams.audio)
+    has_other_tracks = len(container.streams) > num_tracks
+    # Matroska and FLV state a duration for no track, and one for the whole.
+    if not declared and has_all_sound and not has_other_tracks:
+        declared = _stated_length(container)
+        # It counts from 0 on the clock of the file.
+        found = max(end, sound_end) + max(zero, 0.0)
+    _check_length(found, declared)
+
+
+def _check_length(found: float, stated: float) -> None:
+    """Raise MediaError if what could be decoded is much shorter than what a header states."""
+    # Stated durations are often a little too long, so a fifth and a second are allowed.
+    if found < 0.8 * stated - 1.0:
+        raise MediaError(f'truncated: {found:.1f} of {stated:.1f} s can be decoded')
 
 
 # ---- Audio.
@@ -411,7 +677,7 @@ def _audio(
         part: (start, end) in seconds.
     """
     start, end = part
-    with av.open(os.fspath(path)) as container:
+    with _open(path) as container:
         stream: Any = _track(container, 'audio')
         stream.codec_context.thread_count = 1
         if part != WHOLE:
@@ -487,6 +753,97 @@ def _audio_pieces(
 def _resample(resampler: av.AudioResampler, frame: Any) -> list[np.ndarray]:
     """Mono samples of one frame; those that the resampler still holds with None."""
     return [resampled.to_ndarray()[0] for resampled in resampler.resample(frame)]
+
+
+def stream_audio(
+    path: str | os.PathLike, rate: int, longest: float = 4 * 3600.0
+) -> Iterator[Int16[np.ndarray, ' S']]:
+    """Yield the mono sound of a file in short blocks without gaps, in constant memory.
+
+    The blocks begin at the first picture, as `read` has it, or at the first sound of a file without
+    pictures. Holes are filled with silence. Nothing is yielded without a sound track.
+
+    Args:
+        path: the file.
+        rate: samples per second that come out.
+        longest: seconds above which time stamps are taken for corrupt.
+
+    Raises:
+        MediaError: for sound that does not decode.
+    """
+    try:
+        with _open(path) as container:
+            has_video = _track(container, 'video') is not None
+            zero = _first_time(container) if has_video else None
+        # Opened again: finding the first picture may have decoded a part.
+        with _open(path) as container:
+            stream: Any = _track(container, 'audio')
+            if stream is None:
+                return
+            stream.codec_context.thread_count = 1
+            yield from _place_blocks(_audio_blocks(container, stream, rate), rate, zero, longest)
+    except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
+        raise MediaError(_reason(error)) from None
+
+
+def _audio_blocks(
+    container: Any, stream: Any, rate: int
+) -> Iterator[tuple[float | None, Int16[np.ndarray, ' S']]]:
+    """Yield (time stamp, mono samples); no time stamp where the last block simply goes on."""
+    resampler = None
+    stream_format = None
+    piece_time: float | None = None
+    expected_time = 0.0
+    for frame in _decode(container, stream):
+        time = _time_stamp(frame, default=expected_time)
+        frame_format = (frame.sample_rate, frame.layout.name, frame.format.name)
+        is_hole = abs(time - expected_time) > _MIN_HOLE
+        if resampler is None or frame_format != stream_format or is_hole:
+            if resampler is not None:
+                for samples in _resample(resampler, None):
+                    yield piece_time, samples
+                    piece_time = None
+            resampler = av.AudioResampler(format='s16', layout='mono', rate=rate)
+            stream_format = frame_format
+            piece_time = time
+            expected_time = time
+        for samples in _resample(resampler, frame):
+            yield piece_time, samples
+            piece_time = None
+        expected_time += frame.samples / frame.sample_rate
+    if resampler is not None:
+        for samples in _resample(resampler, None):
+            yield piece_time, samples
+            piece_time = None
+
+
+def _place_blocks(
+    blocks: Iterable[tuple[float | None, Int16[np.ndarray, ' S']]],
+    rate: int,
+    zero: float | None,
+    longest: float,
+) -> Iterator[Int16[np.ndarray, ' S']]:
+    """Yield blocks at their places on the clock that begins at `zero`, holes as silence."""
+    num_sent = 0
+    position = 0
+    for time, samples in blocks:
+        if time is not None:
+            if zero is None:
+                zero = time
+            position = round((time - zero) * rate)
+        if position + len(samples) > longest * rate:
+            raise MediaError(f'corrupt: sound runs to {position / rate:.0f} s')
+        while num_sent < position:
+            # A second at a time: a hole may be hours long.
+            silence = np.zeros(min(rate, position - num_sent), np.int16)
+            yield silence
+            num_sent += len(silence)
+        # What sounds before the clock begins, or was sent already, is left out.
+        rest = samples[max(0, num_sent - position) :]
+        position += len(samples)
+        if len(rest):
+            yield rest
+            num_sent += len(rest)
 
 
 # ---- Writing.

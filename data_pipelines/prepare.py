@@ -1,7 +1,7 @@
 """A folder of media files with captions, or a named dataset -> a tfds dataset in ArrayRecord.
 
     python -m data_pipelines.prepare --videos=my_videos --captions=captions.csv --out=data/mine
-    python -m data_pipelines.prepare --dataset=ucf101 --manual_dir=downloads --out=data/ucf101
+    python -m data_pipelines.prepare --dataset=ucf101 --manual_dir=FOLDER --out=data/ucf101/records
 
 This is done once, offline; training reads the result. The command can be killed at any moment and
 started again: each decoded file stays until the dataset is whole. A file that cannot be used is
@@ -32,19 +32,34 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from data_pipelines.datasets import named
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import (
-    arguments,
-    decoded_files,
-    media_catalog,
-    record_contents,
-    staging,
-    writing,
-)
 from data_pipelines.preparation.console import Console
 from data_pipelines.storage import record_index
+from vatt_jax import extras
+from vatt_jax.command_line import expand_home
+from vatt_jax.config import fail
+from vatt_jax.terminal import printable, use_plain_characters
 
+try:
+    # All of these import the reader of media files, whose packages are an extra.
+    from data_pipelines.datasets import named
+    from data_pipelines.preparation import (
+        arguments,
+        decoded_files,
+        media_catalog,
+        record_contents,
+        staging,
+        training_command,
+        writing,
+    )
+except extras.MissingExtra as error:
+    # A program that imports this file gets the exception.
+    if __name__ == '__main__':
+        fail(str(error))
+    raise
+
+# Modules that write records.
+_WRITERS = ('tensorflow', 'tensorflow_datasets', 'array_record')
 # Written last: a folder without it is unfinished.
 _FINISHED_FILE = 'prepare.json'
 # Error numbers of a disk that takes no more: full, over the user's quota, file too large.
@@ -103,6 +118,7 @@ def prepare(
     name: str = '',
     vocabulary: int = 65536,
     tokenizer: str = 'words',
+    encoding: str = '',
     validation: float = 0.05,
     test: float = 0.05,
     require_audio: bool = False,
@@ -115,7 +131,8 @@ def prepare(
     Args:
         videos: folder of media files; with `dataset`, where its media are if they are not below
             `manual_dir`.
-        captions: CSV or JSON file of captions, '' for none.
+        captions: file of captions (CSV, JSON, JSON Lines), or a folder of subtitle files; '' for
+            the subtitle files beside the videos, if there are any; 'none' for no captions.
         out: folder of the result, new or of an earlier run.
         annotations: JSON or CSV file of labels, segments and ground truth, '' for none.
         dataset: name of a named dataset, instead of captions and annotations.
@@ -131,6 +148,7 @@ def prepare(
         name: of the result; '' derives it from `out`.
         vocabulary: size of the vocabulary, at most.
         tokenizer: kind of tokenizer.
+        encoding: of text files that are neither UTF-8 nor UTF-16, '' to refuse them.
         validation: share of the files, where nothing else says the split.
         test: likewise.
         require_audio: whether videos without sound are skipped.
@@ -175,9 +193,11 @@ def prepare(
 
     if dataset:
         # From here on, a named dataset and anyone's folder are the same.
-        catalog = named.read(dataset, manual_dir, videos)
+        catalog = named.read(dataset, manual_dir, videos, encoding)
     else:
-        catalog = media_catalog.from_folder(videos, captions, annotations)
+        catalog = media_catalog.from_folder(videos, captions, annotations, encoding)
+    for remark in catalog.remarks:
+        console(remark)
     files = catalog.files
 
     # All that decides what comes out: a folder that was prepared from the same is left as it is.
@@ -204,6 +224,8 @@ def prepare(
         )
         return {**finished['summary'], 'fresh': False}
 
+    # Likewise: these are imported only when all files are decoded.
+    extras.check('writing records', *_WRITERS, *record_contents.tokenizer_modules(tokenizer))
     stage_dir.mkdir(parents=True, exist_ok=True)
     # Skips what an earlier run has staged already: this is the step that resumes.
     staging.stage_all(files, settings, stage_dir, processes, console, beam)
@@ -224,7 +246,9 @@ def prepare(
     # split of another.
     by_folder = not dataset and record_contents.has_split_folders(files)
     # Splits first: the tokenizer sees the text of the training split only.
-    record_contents.assign_splits(records, catalog, by_folder, validation, test)
+    remarks = record_contents.assign_splits(records, catalog, by_folder, validation, test)
+    for remark in remarks:
+        console(remark)
     record_contents.train_tokenizer(records, tokenizer, vocabulary, stage_dir)
 
     console(f'writing {len(records)} records …')
@@ -252,6 +276,8 @@ def prepare(
 
     # Missing clips of a named dataset are in the table of skipped files already.
     console.summary(target, summary, [] if dataset else catalog.missing)
+    command = training_command.training_command(target, name, settings, tokenizer, summary)
+    console(f'Train on it: {command}')
     if catalog.unused:
         console(f'{catalog.unused} media files are in no annotation file and were not used.')
     return {**summary, 'fresh': True}
@@ -387,8 +413,8 @@ def _parser(dataset: str) -> argparse.ArgumentParser:
     add(
         '--captions',
         default='',
-        help='CSV (video,start,end,text) or JSON; without it the captions of annotated segments '
-        'serve',
+        help='CSV (video,start,end,text), JSON, JSON Lines or a folder of subtitle files; without '
+        'it subtitle files beside the videos, else the captions of annotated segments; none: none',
     )
     add(
         '--dataset',
@@ -443,6 +469,11 @@ def _parser(dataset: str) -> argparse.ArgumentParser:
     add('--vocabulary', type=int, default=65536, help='size of the vocabulary, at most')
     add('--tokenizer', default='words', choices=('words', 'wordpiece', 'sentencepiece'))
     add(
+        '--encoding',
+        default='',
+        help='of captions and annotations that are neither UTF-8 nor UTF-16, such as cp1252',
+    )
+    add(
         '--validation',
         type=float,
         default=0.05,
@@ -468,14 +499,16 @@ def _named_dataset(arguments: list[str]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    use_plain_characters()
     # --help depends on --dataset, so this flag is looked up before the others are parsed.
     arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = expand_home(arguments)
     parser = _parser(_named_dataset(arguments))
     try:
         # Flags are called like the arguments of `prepare`, one for one.
         prepare(**vars(parser.parse_args(arguments)))
-    except DataError as error:
-        print(f'error: {error}', file=sys.stderr)
+    except (DataError, extras.MissingExtra) as error:
+        print(f'error: {printable(str(error))}', file=sys.stderr)
         return 2  # as argparse exits after a wrong flag
     except KeyboardInterrupt:
         print('stopped; the same command goes on from here', file=sys.stderr)

@@ -68,6 +68,19 @@ def share_what_is_built():
 
 
 @pytest.fixture(scope='session')
+def plain_run(tmp_path_factory):
+    """The folder of a run of two steps, without evaluation. For reading."""
+    import data_pipelines
+    from tests import tiny
+    from vatt_jax.training import loop
+
+    config = tiny.config(steps=2, optimizer__schedule__warmup=1)
+    folder = tmp_path_factory.mktemp('plain_run')
+    loop.train(config, data_pipelines.open(config), folder, quiet=True)
+    return folder
+
+
+@pytest.fixture(scope='session')
 def tiny_run(tmp_path_factory):
     """(folder, config, data) of a run of two steps with an evaluator of each kind.
 

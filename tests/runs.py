@@ -114,7 +114,7 @@ def done(workdir: pathlib.Path) -> dict:
 
 
 # What the speed of the machine decides.
-TIMINGS = ('clips_per_s', 'data_wait', 'goodput', 'mfu')
+TIMINGS = ('time', 'clips_per_s', 'data_wait', 'goodput', 'mfu')
 
 
 def log_lines(workdir: pathlib.Path) -> list[dict]:

@@ -115,6 +115,16 @@ def test_train_prints_its_progress(trained):
         r'waiting for data \d+%  goodput \d+%  ETA 0:00',
         done.stdout,
     )
+    before, _, after = done.stdout.partition('named run: starting from scratch')
+    for line in (
+        'parameters: ',
+        'one step: ',
+        'one epoch: 5.0 batches of 40',
+        'memory: ',
+        'checkp',
+    ):
+        assert f'\n{line}' in before
+    assert 'compiling the training step' in after and 'step 4: evaluating retrieval' in after
     assert '\x1b' not in done.stdout  # no colours where no terminal is
     assert 'Traceback' not in done.stderr
 
@@ -340,6 +350,13 @@ def get_config():
         ('    c.steps = "100"', ['config', 'steps']),
         ('    c.stepz.x', ['stepz']),
         ('    c.steps = ', ['cannot be run (SyntaxError']),
+        (
+            '    c.steps = [][0]',
+            ['get_config() raised IndexError: list index out of range', 'mine.py, line'],
+        ),
+        ('    raise SystemExit(3)', ['get_config() raised SystemExit: 3', 'mine.py, line']),
+        ('    1 / 0', ['get_config() raised ZeroDivisionError', 'mine.py, line']),
+        ('    return None', ['expected get_config()', 'to return a ConfigDict, got NoneType']),
     ],
 )
 def test_mistakes_in_a_config_file(lines, words, cli, tmp_path):

@@ -136,6 +136,22 @@ def test_groups_that_cannot_be_replaced_so(path, text, message):
             '0',
             'config.model.inputs.video.fps=0: expected a positive number',
         ),
+        ('augment.saturation', '-1', 'config.augment.saturation=-1: expected a number from 0 to 1'),
+        ('augment.brightness', '-1e999', 'config.augment.brightness=-inf: expected a number from'),
+        ('augment.hue', '0.6', 'config.augment.hue=0.6: expected a number from 0 to 0.5'),
+        ('seed', '-1', 'config.seed=-1: expected a number from 0 to 4.29497e'),
+        (
+            'steps',
+            '10000000000',
+            'config.steps=10000000000: expected a number of at most 2147483647',
+        ),
+        ('data.aspect', '(1, 1e999)', 'config.data.aspect='),
+        (
+            'evals',
+            "{'a/b': {'type': 'sync'}}",
+            "config.evals has an entry named 'a/b': expected let",
+        ),
+        ('data.train', "{' ': {}}", "config.data.train has an entry named ' '"),
     ],
 )
 def test_values_that_make_no_sense(path, text, message):
@@ -143,6 +159,12 @@ def test_values_that_make_no_sense(path, text, message):
     configs.override(config, [(path, text)])
     with pytest.raises(ConfigError, match=message):
         configs.check_batch(config, devices=8, processes=1)
+
+
+@pytest.mark.parametrize('text', ["{'a/../../b': {'type': 'sync'}}", "{'a': {'b.c': 1}}"])
+def test_names_with_dots_are_refused(text):
+    with pytest.raises(ConfigError, match='--config.evals=.*Expected names of letters, digits'):
+        configs.override(default.get_config(), [('evals', text)])
 
 
 def test_misspelt_field_in_a_config_file():

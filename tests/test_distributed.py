@@ -33,6 +33,12 @@ OMPI = {
     'OMPI_COMM_WORLD_LOCAL_RANK': '1',
     'OMPI_MCA_orte_hnp_uri': '1531576320.0;tcp://10.96.0.1,10.148.0.1:34911',
 }
+
+
+def without(environment, *names):
+    return {name: value for name, value in environment.items() if name not in names}
+
+
 GKE = {'TPU_WORKER_HOSTNAMES': 'mbs-0.mbs,mbs-1.mbs', 'TPU_WORKER_ID': '1'}
 
 
@@ -84,6 +90,26 @@ def by_hand(coordinator: str, processes: str, process: str, **more: str) -> dict
         # salloc or a batch script without srun is one process
         (SALLOC, None),
         ({**SLURM, 'SLURM_STEP_NUM_TASKS': '1', 'SLURM_PROCID': '0'}, None),
+        # the shell of `srun --pty bash`, with some variables not handed on
+        (without({**SLURM, 'SLURM_PROCID': '0'}, 'SLURM_NTASKS', 'SLURM_STEP_NUM_TASKS'), None),
+        (
+            without(
+                {
+                    **SLURM,
+                    'SLURM_PROCID': '0',
+                    'SLURM_STEP_NUM_TASKS': '1',
+                    'SLURM_STEP_TASKS_PER_NODE': '4',
+                },
+                'SLURM_LOCALID',
+                'SLURM_JOB_ID',
+            ),
+            None,
+        ),
+        # one task a node needs no local number
+        (without(SLURM, 'SLURM_LOCALID'), Position('gpu007:61808', 4, 2)),
+        # one process of mpirun, whatever else is unset
+        ({'OMPI_COMM_WORLD_SIZE': '1'}, None),
+        ({'TPU_WORKER_HOSTNAMES': 'a,b'}, None),
         # Open MPI with two tasks a node, with one, and with all on one node
         (OMPI, Position('10.96.0.1:62624', 4, 3, (1,))),
         (
@@ -129,6 +155,27 @@ def test_position_of_a_process(environment, expected):
             OMPI_WITHOUT_URI,
             'Open MPI does not say where process 0 is; name it: mpirun -x VATT_COORDINATOR',
         ),
+        (
+            without({**SLURM, 'SLURM_STEP_TASKS_PER_NODE': '4'}, 'SLURM_LOCALID'),
+            'of srun, but SLURM_LOCALID is not set: expected a number. .* VATT_COORDINATOR',
+        ),
+        (without(SLURM, 'SLURM_JOB_ID'), 'SLURM_JOB_ID is not set'),
+        (
+            without(SLURM, 'SLURM_NTASKS', 'SLURM_STEP_NUM_TASKS'),
+            'SLURM_NTASKS is not set: expected a number',
+        ),
+        ({**SLURM, 'SLURM_PROCID': 'x'}, "SLURM_PROCID='x': expected a number"),
+        ({**SLURM, 'SLURM_STEP_NODELIST': ''}, "SLURM_STEP_NODELIST='' names no host"),
+        (
+            without(OMPI, 'OMPI_COMM_WORLD_LOCAL_SIZE'),
+            'of mpirun, but OMPI_COMM_WORLD_LOCAL_SIZE is not set',
+        ),
+        (without(OMPI, 'OMPI_COMM_WORLD_RANK'), 'OMPI_COMM_WORLD_RANK is not set'),
+        (without(OMPI, 'OMPI_COMM_WORLD_LOCAL_RANK'), 'OMPI_COMM_WORLD_LOCAL_RANK is not set'),
+        ({**OMPI, 'OMPI_COMM_WORLD_SIZE': ''}, "OMPI_COMM_WORLD_SIZE='': expected a number"),
+        ({**GKE, 'TPU_WORKER_ID': ''}, "of GKE, but TPU_WORKER_ID='': expected a number"),
+        ({**GKE, 'MEGASCALE_NUM_SLICES': 'two'}, "MEGASCALE_NUM_SLICES='two'"),
+        ({**GKE, 'MEGASCALE_NUM_SLICES': '2'}, 'MEGASCALE_SLICE_ID is not set'),
     ],
 )
 def test_contradictions_are_sentences(environment, message):
@@ -351,6 +398,20 @@ def test_launch_refuses_in_a_sentence(flags, message, capsys, monkeypatch):
         launch.main(flags)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_launch_starts_the_installed_command(tmp_path):
+    """`vatt-jax` is no file of the current folder."""
+    done = subprocess.run(
+        [sys.executable, '-m', 'vatt_jax.launch', '--processes=1', 'vatt-jax', '--version'],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith('vatt_jax ')
 
 
 @pytest.mark.slow

@@ -1173,7 +1173,7 @@ def test_save_and_load_round_trip(tmp_path):
 # ---- classification
 
 
-def classify(logits, y, valid=None, name='class'):
+def classify(logits, y, valid=None, name='class', **fields):
     """The result of a classification evaluator; name: the label that the objective predicts."""
     if valid is None:
         valid = np.ones(len(y), bool)
@@ -1182,7 +1182,7 @@ def classify(logits, y, valid=None, name='class'):
         'labels': {'class': y},
         'valid': {'video': valid},
     }
-    return run_evaluator(KnownFeatures({'test': features}), 'c', type='classification')
+    return run_evaluator(KnownFeatures({'test': features}), 'c', type='classification', **fields)
 
 
 # Of four clips; classes in order of their distance from 0, 0, 0, 7.
@@ -1270,6 +1270,19 @@ def test_multi_label_scores_are_scikit_learns():
     low, high = result.artifacts['mAP/interval']
     assert low < result.scalars['mAP'] < high
     assert high - low < 0.15
+    assert result.artifacts['unlabelled'] == 1
+    assert '1 of 300 clips have no label' in result.remarks[0]
+
+
+def test_clips_without_labels_count_as_the_official_metric_counts_them():
+    rng = np.random.default_rng(1)
+    scores = rng.normal(size=(50, 4))
+    targets = (rng.uniform(size=(50, 4)) < 0.2).astype(np.float32)
+    assert (targets.sum(1) == 0).any()
+    result = classify(scores, targets, count_unlabelled=True)
+    expected = average_precision_score(targets, scores, average='macro')
+    assert result.scalars['mAP'] == pytest.approx(expected)
+    assert 'count as clips of no class' in result.remarks[0]
 
 
 def test_perfect_multi_label_scores_are_finite():

@@ -174,12 +174,30 @@ class Layout:
         self.params[f'{TEXT}/embed'] = {'embeddings': (VOCAB, WORD_WIDTH)}
         self.params[f'{TEXT}/text_conv1'] = {'w': (1, WORD_WIDTH, TEXT_WIDTH), 'b': (TEXT_WIDTH,)}
 
+    def add_mlp(self, path, inputs, outputs):
+        """A head of two layers with norms."""
+        self.add_dense(f'{path}/final_projection_inner', inputs, outputs)
+        self.add_norm(f'{path}/{NORM}', outputs, rank=2)
+        self.add_dense(f'{path}/final_projection', outputs, outputs, bias=False)
+        self.add_norm(f'{path}/{NORM}_1', outputs, rank=2)
+
+    def add_other_heads(self, graph, video, audio):
+        """The heads of a graph that was not released."""
+        if graph == 'fac_bnrelu':
+            self.add_heads(video, audio)
+            self.add_norm(f'{ROOT}/~_activate_interaction/{NORM}', VA, rank=2)
+            return
+        self.add_mlp(f'{HEADS}/vis_embd', video, VA)
+        self.add_dense(f'{HEADS}/audio_embd/final_projection', audio, VA)
+        self.add_dense(f'{HEADS}/txt_embd/final_projection', TEXT_WIDTH, VA)
+        if graph == 'disjoint':
+            self.add_mlp(f'{HEADS}/vid2audio_embd', video, VA)
+            self.add_dense(f'{HEADS}/audio2txt_embd/final_projection', audio, VA)
+            self.add_dense(f'{HEADS}/txt2audio_embd/final_projection', TEXT_WIDTH, VA)
+
     def add_heads(self, video, audio):
         """The heads of the FAC graph, on features of these widths, and two that nothing uses."""
-        self.add_dense(f'{HEADS}/vid2audio_embd/final_projection_inner', video, VA)
-        self.add_norm(f'{HEADS}/vid2audio_embd/{NORM}', VA, rank=2)
-        self.add_dense(f'{HEADS}/vid2audio_embd/final_projection', VA, VA, bias=False)
-        self.add_norm(f'{HEADS}/vid2audio_embd/{NORM}_1', VA, rank=2)
+        self.add_mlp(f'{HEADS}/vid2audio_embd', video, VA)
         self.add_dense(f'{HEADS}/vis_embd/final_projection', VA, VAT)
         self.add_norm(f'{HEADS}/vis_embd/{NORM}', VAT, rank=2)
         self.add_dense(f'{HEADS}/audio_embd/final_projection', audio, VA)
@@ -188,8 +206,8 @@ class Layout:
         self.add_dense(f'{HEADS}/txt2audio_embd/final_projection', TEXT_WIDTH, VA)
 
 
-def official_layout(backbone):
-    """The layout of the FAC model with this video network."""
+def official_layout(backbone, graph='fac'):
+    """The layout of a model with this video network."""
     layout = Layout()
     if backbone == 's3d':
         video = layout.add_s3d()
@@ -197,7 +215,10 @@ def official_layout(backbone):
         video = layout.add_resnet(TSM_NAMES, 3, BLOCKS[backbone])
     audio = layout.add_resnet(AUDIO_NAMES, 1, BLOCKS[backbone])
     layout.add_text()
-    layout.add_heads(video, audio)
+    if graph == 'fac':
+        layout.add_heads(video, audio)
+    else:
+        layout.add_other_heads(graph, video, audio)
     return layout
 
 
@@ -610,7 +631,7 @@ def remove_the_state(tree):
             's3d_fac_vat',
             leave,
             0.25,
-            r'projection_inner/w has shape \[128, 16\], this config wants \[256, 16\] '
+            r'projection_inner/w has shape \[128, 16\], this config expects \[256, 16\] '
             r'.*video_va_hidden/kernel.; set config.model.towers.video.multiplier',
             id='multiplier',
         ),
@@ -618,15 +639,14 @@ def remove_the_state(tree):
             'tsm50_fac_vat',
             leave,
             MULTIPLIER,
-            r'lacks \d+ of the \d+ variables this config wants: .*TSMResNetV2',
+            r'lacks \d+ of the \d+ variables this config expects: .*TSMResNetV2',
             id='video network',
         ),
         pytest.param(
             's3d_disjoint_vat',
             leave,
             None,
-            r"config.model.head.name='mmv_disjoint': "
-            r'MMV checkpoints were released with the graph mmv_fac_relu',
+            r"config.model.head.name='mmv_disjoint' .checkpoint: 'mmv_fac_relu'.; set these",
             id='graph',
         ),
         pytest.param(
@@ -717,3 +737,251 @@ def test_a_config_may_take_a_part_of_a_file(tmp_path, monkeypatch):
     assert any('vis_embd' in name for name in report.unused)
     saved = json.loads((tmp_path / 'run' / 'config.json').read_text())
     assert saved['model']['head'] == {'name': 'mmv_fac_relu', 'va': VA}
+
+
+# ---- other graphs, and parts of a model
+class Heads(Forward):
+    """The heads of the graphs that were not released, on pooled features."""
+
+    def mlp(self, name, x):
+        hidden = self.dense(f'{HEADS}/{name}/final_projection_inner', x)
+        hidden = self.norm_relu(f'{HEADS}/{name}/{NORM}', hidden)
+        return self.norm(
+            f'{HEADS}/{name}/{NORM}_1', self.dense(f'{HEADS}/{name}/final_projection', hidden)
+        )
+
+    def linear(self, name, x):
+        return self.dense(f'{HEADS}/{name}/final_projection', x)
+
+    def spaces_of(self, graph, video, audio, text):
+        """{(space, modality): features}."""
+        if graph == 'fac_bnrelu':
+            fine = {
+                'video': self.mlp('vid2audio_embd', video),
+                'audio': self.linear('audio_embd', audio),
+            }
+            spaces = {('vat', 'text'): self.linear('txt_embd', text)}
+            for modality, features in fine.items():
+                between = self.norm_relu(f'{ROOT}/~_activate_interaction/{NORM}', features)
+                coarse = self.norm(f'{HEADS}/vis_embd/{NORM}', self.linear('vis_embd', between))
+                spaces |= {('va', modality): features, ('vat', modality): coarse}
+            return spaces
+        if graph == 'shared':
+            return {
+                ('joint', 'video'): self.mlp('vis_embd', video),
+                ('joint', 'audio'): self.linear('audio_embd', audio),
+                ('joint', 'text'): self.linear('txt_embd', text),
+            }
+        return {
+            ('va', 'video'): self.mlp('vid2audio_embd', video),
+            ('va', 'audio'): self.linear('audio_embd', audio),
+            ('vt', 'video'): self.mlp('vis_embd', video),
+            ('vt', 'text'): self.linear('txt_embd', text),
+            ('at', 'audio'): self.linear('audio2txt_embd', audio),
+            ('at', 'text'): self.linear('txt2audio_embd', text),
+        }
+
+
+def base_config():
+    """The default config with the inputs of the files here."""
+    return small_inputs(default.get_config())
+
+
+def inputs_and_features(reference):
+    """Sounds and sentences, and what the official towers make of them."""
+    noise = np.random.default_rng(1)
+    audio = noise.integers(-9999, 9999, (2, 2048)).astype(np.int16)
+    ids = np.array([[4, 5, 0, 0, 0], [12, 1, 3, 8, 8]])
+    waveform = jnp.asarray(audio, jnp.float32) / 32768
+    mel = log_mel(waveform, 8000, base_config().model.inputs.audio.mel)
+    mel = np.asarray(mel, np.float64)
+    given = {'audio': audio, 'text': ['w1 w2', 'w9 the w0 w5 w5']}
+    pooled = {'audio': reference.audio(mel, BLOCKS['tsm_resnet']), 'text': reference.text(ids)}
+    return given, pooled
+
+
+WORDS = ['<pad>', 'the', '<unk>', *(f'w{i}' for i in range(VOCAB - 3))]
+
+
+@pytest.mark.parametrize('graph', ['fac_bnrelu', 'shared', 'disjoint'])
+def test_other_graphs_come_from_the_file_and_go_back(tmp_path, monkeypatch, graph):
+    set_blocks(monkeypatch, 'tsm_resnet', (1, 1, 1, 1))
+    tree = random_checkpoint(official_layout('tsm_resnet', graph))
+    (tmp_path / 'f').write_bytes(pickle.dumps(tree))
+    config, report = importer.import_checkpoint(
+        tmp_path / 'f', tmp_path / 'run', None, base_config(), WORDS
+    )
+    assert config.model.head.name == presets.MMV_GRAPHS[graph][0]
+    assert not report.assumed
+    assert bool(report.unused) == (graph == 'fac_bnrelu')  # its heads between sound and words
+
+    noise = np.random.default_rng(2)
+    video = noise.integers(0, 256, (2, 8, 32, 32, 3), dtype=np.uint8)
+    reference = Heads(tree)
+    given, pooled = inputs_and_features(reference)
+    pooled['video'] = reference.tsm(video / 255)
+    found = vatt_jax.load(tmp_path / 'run').embed(video=video, **given)
+    for (space, modality), features in reference.spaces_of(graph, **pooled).items():
+        expected = features / np.linalg.norm(features, axis=-1, keepdims=True)
+        np.testing.assert_allclose(
+            found[modality][space], expected, rtol=1e-4, atol=2e-5, err_msg=f'{space} {modality}'
+        )
+
+    importer.export_checkpoint(tmp_path / 'run', tmp_path / 'back')
+    back = pickle.loads((tmp_path / 'back').read_bytes())
+    for unused in report.unused:
+        module, name = unused.removeprefix('params/').rsplit('/', 1)
+        del tree['params'][module][name]
+    tree['params'] = {path: values for path, values in tree['params'].items() if values}
+    chex.assert_trees_all_equal(back, tree)
+
+
+@pytest.mark.parametrize(
+    'modality, heads',
+    [
+        ('visual', True),
+        ('visual', False),
+        ('audio', True),
+        ('audio', False),
+        ('text', True),
+        ('text', False),
+    ],
+)
+def test_a_tower_alone_is_imported(tmp_path, monkeypatch, modality, heads):
+    set_blocks(monkeypatch, 'tsm_resnet', (1, 1, 1, 1))
+    full = random_checkpoint(official_layout('tsm_resnet'))
+    head = {
+        'visual': ('vid2audio_embd', 'vis_embd'),
+        'audio': ('audio_embd',),
+        'text': ('txt_embd',),
+    }
+    prefixes = [f'{ROOT}/{modality}_module/']
+    if heads:
+        prefixes += [f'{HEADS}/{name}/' for name in head[modality]]
+    tree = {}
+    for group, modules in full.items():
+        tree[group] = {
+            path: values for path, values in modules.items() if path.startswith(tuple(prefixes))
+        }
+    (tmp_path / 'f').write_bytes(pickle.dumps(tree))
+    words = WORDS if modality == 'text' else None
+    config, report = importer.import_checkpoint(
+        tmp_path / 'f', tmp_path / 'run', None, base_config(), words
+    )
+    tower = 'video' if modality == 'visual' else modality
+    assert list(config.model.towers) == [tower]
+    assert report.unused == []
+    assert (config.model.head.name == 'none') == (not heads)
+
+    reference = Forward(full)
+    given, pooled = inputs_and_features(reference)
+    if tower == 'video':
+        given[tower] = np.random.default_rng(2).integers(0, 256, (2, 8, 32, 32, 3), dtype=np.uint8)
+        pooled[tower] = reference.tsm(given[tower] / 255)
+    found = vatt_jax.load(tmp_path / 'run').embed(**{tower: given[tower]})[tower]
+    expected_keys = {'video': {'va', 'vat'}, 'audio': {'va'}, 'text': {'vat'}}[tower]
+    assert set(found) == {'pooled'} | (expected_keys if heads else set())
+    scale = np.abs(pooled[tower]).max()
+    np.testing.assert_allclose(found['pooled'], pooled[tower], rtol=1e-4, atol=2e-5 * scale)
+
+    importer.export_checkpoint(tmp_path / 'run', tmp_path / 'back')
+    chex.assert_trees_all_equal(pickle.loads((tmp_path / 'back').read_bytes()), tree)
+
+
+def in_place_of(path, name, value):
+    """A change of a file: an array replaced, or removed where it is None."""
+
+    def change(tree):
+        if value is None:
+            del tree['params'][path][name]
+        else:
+            tree['params'][path][name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        pytest.param(
+            in_place_of(f'{TSM}/tsm_resnet_stem', 'w', None),
+            r'has no params/.*tsm_resnet_stem/w; without it its sizes are unknown',
+            id='no stem',
+        ),
+        pytest.param(
+            in_place_of(f'{TSM}/tsm_resnet_stem', 'w', np.ones((7, 7, 8), np.float32)),
+            r'tsm_resnet_stem/w has shape \[7, 7, 8\], expected 4 axes \[H W C D\]',
+            id='stem of another rank',
+        ),
+        pytest.param(
+            in_place_of(f'{TEXT}/embed', 'embeddings', np.ones(VOCAB, np.float32)),
+            r'embed/embeddings has shape \[20\], expected 2 axes \[words C\]',
+            id='word table of rank 1',
+        ),
+        pytest.param(
+            in_place_of(f'{TEXT}/text_conv1', 'w', np.float32(1)),
+            r'text_conv1/w has shape \[\], expected 3 axes',
+            id='scalar',
+        ),
+        pytest.param(
+            in_place_of(f'{HEADS}/audio_embd/final_projection', 'w', np.ones(8, np.float32)),
+            r'audio_embd/final_projection/w has shape \[8\], expected 2 axes \[C E\]',
+            id='head of rank 1',
+        ),
+        pytest.param(
+            in_place_of(f'{HEADS}/audio_embd/final_projection', 'b', None),
+            r'lacks 1 of .*audio_embd/final_projection/b',
+            id='one array missing',
+        ),
+        pytest.param(
+            in_place_of(f'{TEXT}/text_conv1', 'b', np.array(['a'] * TEXT_WIDTH)),
+            r'text_conv1/b: expected real numbers, got <U1 of shape \[24\]',
+            id='text',
+        ),
+        pytest.param(
+            in_place_of(f'{TEXT}/text_conv1', 'b', np.ones(TEXT_WIDTH, np.complex64)),
+            r'text_conv1/b: expected real numbers, got complex64',
+            id='complex',
+        ),
+        pytest.param(
+            in_place_of(f'{TEXT}/text_conv1', 'b', 'x' * 10_000),
+            r'text_conv1 b: expected an array, got a str',
+            id='a string',
+        ),
+    ],
+)
+def test_arrays_that_are_no_weights_are_named(tmp_path, monkeypatch, change, message):
+    set_blocks(monkeypatch, 'tsm_resnet', (1, 1, 1, 1))
+    tree = random_checkpoint(official_layout('tsm_resnet'))
+    change(tree)
+    (tmp_path / 'f').write_bytes(pickle.dumps(tree))
+    with pytest.raises(ConfigError, match=message):
+        importer.import_checkpoint(tmp_path / 'f', tmp_path / 'run', None, base_config())
+    assert not (tmp_path / 'run').exists()
+
+
+def test_weights_that_are_not_finite_and_guesses_are_reported(tmp_path, monkeypatch, capsys):
+    from vatt_jax.importers.__main__ import main
+
+    set_blocks(monkeypatch, 'tsm_resnet', (1, 1, 1, 1))
+    tree = random_checkpoint(official_layout('tsm_resnet'))
+    tree['params'][f'{TEXT}/text_conv1']['b'][3] = np.nan
+    huge = np.full((TEXT_WIDTH, VAT), 1e300)  # of float64: no number of float32
+    tree['params'][f'{HEADS}/txt_embd/final_projection']['w'] = huge
+    (tmp_path / 'f').write_bytes(pickle.dumps(tree))
+    main(['--format=mmv', f'--checkpoint={tmp_path / "f"}', f'--out={tmp_path / "run"}'])
+    printed = capsys.readouterr().out
+    assert 'not finite: 2 of them' in printed
+    assert 'text_conv1/b' in printed
+    assert 'assumed: the graph fac, which was released' in printed
+
+
+@pytest.mark.parametrize('count', [VOCAB - 1, VOCAB + 10])
+def test_a_vocabulary_has_a_word_for_each_row(tmp_path, monkeypatch, count):
+    set_blocks(monkeypatch, 'tsm_resnet', (1, 1, 1, 1))
+    tree = random_checkpoint(official_layout('tsm_resnet'))
+    (tmp_path / 'f').write_bytes(pickle.dumps(tree))
+    words = ['<pad>', '<unk>', *(f'w{i}' for i in range(count - 2))]
+    with pytest.raises(ConfigError, match=f'expected {VOCAB} words.*got {count}'):
+        importer.import_checkpoint(tmp_path / 'f', tmp_path / 'run', None, base_config(), words)
+    assert not (tmp_path / 'run').exists()

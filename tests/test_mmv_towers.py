@@ -256,6 +256,7 @@ def shifted(x, clip):
 
 def variables_of(module, x):
     """Values that hide nothing: no scale of 1, no bias of 0."""
+    x = jnp.asarray(x)
 
     def init():
         return module.init(jax.random.key(0), x, np.ones(len(x), bool), False)
@@ -279,6 +280,7 @@ def variables_of(module, x):
 
 def apply(module, variables, x, valid=None, train=False):
     """(pooled, last map), and the new statistics in training."""
+    x = jnp.asarray(x)
     if valid is None:
         valid = np.ones(len(x), bool)
     mutable = ['batch_stats'] if train else False
@@ -341,7 +343,7 @@ class SpaceToDepthTest(chex.TestCase):
     def test_space_to_depth_order(self):
         """Channel ((t · 2 + h) · 2 + w) · 3 + c of a block is its pixel (t, h, w, c)."""
         x = frames(1, 4, 6, 2, 3)
-        got = np.asarray(self.variant(space_to_depth)(x))
+        got = np.asarray(self.variant(space_to_depth)(jnp.asarray(x)))
         chex.assert_shape(got, (1, 2, 3, 1, 24))
         chex.assert_type(got, jnp.float32)
         for channel, (t, h, w, c) in enumerate(np.ndindex(2, 2, 2, 3)):
@@ -349,7 +351,7 @@ class SpaceToDepthTest(chex.TestCase):
 
     def test_frames_that_do_not_fold_are_a_sentence(self):
         with pytest.raises(ConfigError, match='5 frames of 4×4 do not fold into blocks'):
-            space_to_depth(frames(1, 5, 4, 4, 3))
+            space_to_depth(jnp.asarray(frames(1, 5, 4, 4, 3)))
 
 
 @pytest.fixture

@@ -88,9 +88,34 @@ def test_vatt_schedule_of_several_levels_ends_at_zero():
         assert abs(rate(step) - rate_through_levels(step)) < 1e-9, step
 
 
+@pytest.mark.parametrize('name', optim.schedules.SCHEDULES)
+def test_a_warmup_may_start_above_zero(name):
+    c = config().schedule
+    c.update({'name': name, 'peak': 3e-3, 'warmup': 10, 'end': 1e-3, 'start': 1e-3})
+    c.levels = ((10, 3e-3), (100, 1e-3))
+    rate = optim.schedule(c, 100)
+    for step in range(10):
+        assert math.isclose(rate(step), 1e-3 + 2e-3 * step / 10, rel_tol=1e-5)
+    assert math.isclose(rate(10), 3e-3, rel_tol=1e-6)
+    expected = 3e-3 if name == 'constant' else 1e-3
+    assert math.isclose(rate(100), expected, rel_tol=1e-5)
+
+
+def test_one_level_is_held_even_where_the_warmup_goes_down():
+    c = config().schedule
+    c.update({'name': 'vatt', 'levels': ((10, 1e-3),), 'start': 2e-3})
+    rate = optim.schedule(c, 10)
+    assert math.isclose(rate(5), 1.5e-3, rel_tol=1e-5)
+    assert math.isclose(rate(12), 1e-3, rel_tol=1e-6)
+
+
 def test_warmup_must_leave_steps():
-    with pytest.raises(ConfigError, match='warmup=5000 leaves nothing of config.steps=100'):
-        optim.schedule(config().schedule, 100)
+    with pytest.raises(
+        ConfigError,
+        match='warmup=5000 leaves nothing of config.steps=60; '
+        'try --config.optimizer.schedule.warmup=6, or more steps',
+    ):
+        optim.schedule(config().schedule, 60)
 
 
 def test_frozen_rates_and_decay_by_path():
@@ -259,6 +284,11 @@ def test_a_mistake_in_the_config_is_named(fields, message):
     [
         ({'peak': -1.0}, 'config.optimizer.schedule.peak=-1'),
         ({'warmup': -3}, 'schedule.warmup=-3'),
+        ({'peak': math.nan}, 'schedule.peak=nan: expected a number of at least 0'),
+        ({'end': math.inf}, 'schedule.end=inf'),
+        ({'start': -1e-9}, 'schedule.start=-1e-09'),
+        ({'name': 'vatt', 'levels': ((5, math.nan),)}, r'expected \(step, rate\) pairs'),
+        ({'name': 'vatt', 'levels': ((-5, 1.0),)}, r'expected \(step, rate\) pairs'),
         ({'name': 'vatt', 'levels': ()}, r'schedule.levels=\(\): expected \(step, rate\) pairs'),
         ({'name': 'vatt', 'levels': (1, 2)}, r'expected \(step, rate\) pairs'),
     ],

@@ -304,16 +304,16 @@ def test_a_plan_without_a_compiler(monkeypatch):
     assert seconds['network'] == pytest.approx(between_hosts / 50e9)
     compute = made['flops']['model_step'] / 64 / 989.4e12
     assert seconds['compute'] == pytest.approx(compute)
-    bound = max(each for each in seconds.values() if each is not None)
-    assert roofline['bound'] == bound
-    assert roofline['mfu'] == pytest.approx(compute / bound)
-    assert made['run']['chip_hours'] == pytest.approx(config.steps * bound * 64 / 3600)
+    # Compute and network alone would promise a step that memory does not allow.
+    assert not {'bound', 'mfu', 'clips_per_s'} & set(roofline)
+    assert 'run' not in made
 
     shown = plan.table(made)
     assert 'pip install --no-deps jax-cuda12-plugin==' in shown
     assert 'nothing was compiled' in shown
     assert 'without recomputation' in shown
-    assert 'chip-hours' in shown
+    assert 'no bound, MFU or hours are given' in shown
+    assert 'MFU ' not in shown.replace('MFU or', '') and 'chip-hours' not in shown
 
     config.mesh.fsdp = 8
     sharded = plan.plan(config, data, chips.parse('h100:8x8'))
@@ -515,7 +515,7 @@ def test_mistakes_on_the_command_line(cli, tmp_path, arguments, words):  # noqa:
 def test_a_missing_libtpu_is_reported():
     if importlib.util.find_spec('libtpu'):
         pytest.skip('libtpu is here')
-    message = r"libtpu, which is not installed; pip install 'vatt_jax\[tpu\]'"
+    message = r'libtpu, which is not installed; pip install "jax\[tpu\]\S+"'
     with pytest.raises(ConfigError, match=message):
         plan.devices_of(chips.parse('v5e:4x4'))
 

@@ -121,7 +121,8 @@ def test_finetuning_holds_the_published_values():
     c = configs.load('configs/selavi_finetune.py:ucf101,2')
     epoch = 2980
     assert c.steps == 12 * epoch
-    assert c.data.train.ucf101.path == 'data/ucf101_2/records'
+    assert c.data.train.ucf101.path == 'data/ucf101/records'
+    assert c.data.train.ucf101.fold == 2
     assert c.optimizer.weight_decay == 5e-3
     assert c.optimizer.rates == ((r'^objective/', 10.0),)
     assert c.evals.classification.windows == 10

@@ -244,7 +244,7 @@ def test_convolutional_towers(net):
     module = I3D() if net == 'i3d' else ResNet2D(BLOCKS)
     noise = np.random.default_rng(0)
     shape = (3, 8, 45, 45, 3) if net == 'i3d' else (3, 61, 45)
-    x = noise.normal(size=shape).astype(np.float32)
+    x = jnp.asarray(noise.normal(size=shape), jnp.float32)
     valid = np.array([True, False, True])
 
     def init():

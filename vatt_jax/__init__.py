@@ -12,7 +12,7 @@ __all__ = ['load']
 
 
 def load(path: Any) -> Any:
-    """A trained model (vatt_jax.api.Model) from a run folder or a checkpoint folder."""
+    """A trained model (vatt_jax.api.Model) from a run or checkpoint folder or hf://owner/name."""
     from vatt_jax import api  # late: importing the package must not start JAX
 
     return api.load(path)

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import ast
 import difflib
-import importlib.util
 import inspect
 import json
+import math
 import os
 import pathlib
+import re
 import sys
-import types
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from vatt_jax import named_configs
 from vatt_jax.run_folder import RunFolder
 
 Value = TypeVar('Value')  # of a field that is one of several
@@ -28,7 +30,7 @@ Value = TypeVar('Value')  # of a field that is one of several
 class ConfigError(ValueError):
     """A mistake of the user's that a sentence can explain.
 
-    run.py prints it and exits with code 2.
+    The command line prints it and exits with code 2.
     """
 
 
@@ -48,6 +50,9 @@ OPEN = (
     # Names are XLA's, and differ from version to version.
     'compiler_options',
 )
+
+# Groups whose entries have names of the user's choice, of which files and folders are made.
+NAMED_ENTRIES = ('data.train', 'evals', 'model.towers', 'model.head')
 
 # Old dotted path -> new dotted path, of a field or a whole group. Overrides and stored configs with
 # the old name are accepted, with a warning.
@@ -78,10 +83,27 @@ COUNTS = {
 }
 # Fields from 0 to 1.
 SHARES = ('data.flip', 'data.max_corrupt', 'augment.color')
+# Field -> smallest and largest value of the others; configs/default.py says what they mean. Those
+# of `mesh` are checked against the devices, those of `optimizer` by optim.check.
+RANGES: dict[str, tuple[float, float]] = {
+    # 32 bits: NumPy's generators take no negative seed, JAX's keys no longer one.
+    'seed': (0, 2**32 - 1),
+    # Factors within 1 ± these; below 0 a picture would be inverted.
+    'augment.contrast': (0, 1),
+    'augment.saturation': (0, 1),
+    'augment.volume': (0, 1),
+    # Shares of the range of pixels and of the clip's peak.
+    'augment.brightness': (0, 1),
+    'augment.audio_noise': (0, 1),
+    # Of a full circle, either way.
+    'augment.hue': (0, 0.5),
+}
+# Steps and rows are counted in int32 on the device.
+LARGEST_COUNT = 2**31 - 1
 # Field of (smallest, largest) -> upper bound of both.
 INTERVALS = {
     'data.crop': 1,
-    'data.aspect': float('inf'),
+    'data.aspect': 1000,
 }
 # Field -> its values. '' leaves the platform to JAX.
 CHOICES = {
@@ -96,13 +118,21 @@ def load(spec: str) -> ConfigDict:
     """Load a config file.
 
     Args:
-        spec: 'path/file.py' or 'path/file.py:arg'; the argument goes to its get_config.
+        spec: 'path/file.py' or 'path/file.py:arg'; the argument goes to its get_config. Where
+            there is no such file, 'configs/demo.py', 'demo' and 'demo:arg' are the named config.
 
     Raises:
         ConfigError: There is no such file, it cannot be run, or get_config refuses the argument.
     """
     path, _, arg = spec.partition(':')
-    get_config = _get_config_function(spec, path)
+    file = _config_file(spec, path)
+    # Of the call too: get_config may import other configs.
+    with named_configs.importable(file):
+        return _call_get_config(spec, path, file, arg)
+
+
+def _call_get_config(spec: str, path: str, file: pathlib.Path, arg: str) -> ConfigDict:
+    get_config = _get_config_function(spec, path, file)
     if not arg:
         arguments = []
     elif inspect.signature(get_config).parameters:
@@ -112,32 +142,75 @@ def load(spec: str) -> ConfigDict:
             f'--config={spec}: get_config() of {path} takes no argument; leave out :{arg}'
         )
     try:
-        return get_config(*arguments)
-    # What a get_config raises for an argument that it does not know. Other errors are bugs of the
-    # file, whose traceback is worth more than a sentence.
+        config = get_config(*arguments)
+    # What a get_config raises for an argument that it does not know, in its own words.
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         # str() of a KeyError would put its message in quotes.
         message = error.args[0] if error.args else error
-        raise ConfigError(f'--config={spec}: {_one_line(message)}') from error
+        raise ConfigError(f'--config={spec}: {_one_line(message)}{_raised_at(error)}') from error
+    # A bug of the file. SystemExit: files that were scripts before may call sys.exit().
+    except (Exception, SystemExit) as error:
+        raise ConfigError(
+            f'--config={spec}: get_config() raised {type(error).__name__}: '
+            f'{_one_line(error)}{_raised_at(error)}; correct that file'
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(
+            f'--config={spec}: expected get_config() of {path} to return a ConfigDict, got '
+            f'{type(config).__name__}; see configs/default.py'
+        )
+    return config
 
 
-def _get_config_function(spec: str, path: str) -> Any:
-    """Return the get_config of a config file."""
+def _raised_at(error: BaseException) -> str:
+    """Return ' (file, line N)' of the place that raised, as far as the traceback says."""
+    frames = traceback.extract_tb(error.__traceback__)
+    # The first frame is that of the caller in this file.
+    if len(frames) < 2:
+        return ''
+    return f' ({frames[-1].filename}, line {frames[-1].lineno})'
+
+
+def _config_file(spec: str, path: str) -> pathlib.Path:
+    """Return the file that --config names: one that is there, else a named config."""
     file = pathlib.Path(path)
-    if not file.is_file():
-        raise ConfigError(f'--config={spec}: no file {path}; {_files_nearby(file.parent)}')
-    if file.suffix != '.py':
+    if file.is_file() and file.suffix == '.py':
+        return file
+    # Before what is here under this name and cannot be a config: `demo` may well be a folder.
+    named = named_configs.find(path)
+    if named is not None:
+        return named
+    if file.is_file():
         raise ConfigError(
             f'--config={spec}: {path} is not a Python file; a config is one, such as '
             'configs/default.py'
         )
+    if named_configs.could_be_name(path):
+        hint = f' and no named config; {_name_suggestion(file.stem)}'
+    else:
+        hint = f'; {_files_nearby(file.parent)}'
+    raise ConfigError(f'--config={spec}: no file {path}{hint}')
+
+
+def _name_suggestion(name: str) -> str:
+    """Return the clause that names the named config most like `name`, or all of them."""
+    names = list(named_configs.summaries())
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f'did you mean configs/{close[0]}.py?'
+    files = [f'configs/{other}.py' for other in names]
+    return f'expected a file or one of {", ".join(files)}'
+
+
+def _get_config_function(spec: str, path: str, file: pathlib.Path) -> Any:
+    """Return the get_config of a config file."""
     try:
         # The file may do anything, and so raise anything.
-        module = _run_file(file)
-    except Exception as error:
+        module = named_configs.run_file(file)
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f'--config={spec}: {path} cannot be run ({type(error).__name__}: '
-            f'{_one_line(error)}); correct that file'
+            f'{_one_line(error)}){_line_of(file, error)}; correct that file'
         ) from error
     get_config = getattr(module, 'get_config', None)
     if not callable(get_config):
@@ -148,23 +221,23 @@ def _get_config_function(spec: str, path: str) -> Any:
     return get_config
 
 
-def _run_file(file: pathlib.Path) -> types.ModuleType:
-    # Loaded by path, and not put into sys.modules: two config files of one name do not clash there.
-    module_spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
-    assert module_spec is not None and module_spec.loader is not None  # it ends in .py
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module
-
-
 def _files_nearby(folder: pathlib.Path) -> str:
     """Return the clause that tells of the config files in a folder."""
-    files = []
-    if folder.is_dir():
-        files = sorted(str(path) for path in folder.glob('*.py') if path.stem != '__init__')
-    if files:
-        return f'there are {", ".join(files)}'
-    return f'folder {folder} does not exist'
+    if not folder.is_dir():
+        return f'folder {folder} does not exist'
+    files = sorted(str(path) for path in folder.glob('*.py') if path.stem != '__init__')
+    if not files:
+        return f'folder {folder} has no Python files'
+    return f'there are {", ".join(files)}'
+
+
+def _line_of(file: pathlib.Path, error: BaseException) -> str:
+    """Return ' at line N' of a config file that raised while it ran, '' where that is unknown."""
+    # A SyntaxError says its line itself.
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if pathlib.Path(frame.filename) == file:
+            return f' at line {frame.lineno}'
+    return ''
 
 
 def override(config: ConfigDict, assignments: Iterable[tuple[str, str]]) -> None:
@@ -227,8 +300,15 @@ def _parse_group(path: str, text: str, current: ConfigDict) -> ConfigDict:
             f'({", ".join(current) or "none yet"}); name one of them, or replace it by a '
             'dictionary in quotes, such as "{\'name\': value}"'
         )
-    # Sequences are tuples, as config files write them.
-    return ConfigDict(_with_tuples(value))
+    try:
+        # Sequences are tuples, as config files write them.
+        return ConfigDict(_with_tuples(value))
+    # Of names with dots, which would be paths.
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f'--config.{path}={text}: {_one_line(error)} Expected names of letters, digits, _ and '
+            '-, such as "probe_video"; rename that entry'
+        ) from error
 
 
 def _current_path(path: str) -> str:
@@ -445,6 +525,30 @@ def choose(value: Value, options: Iterable[Value], where: str) -> Value:
     return value
 
 
+def check_range(value: float, low: float, high: float, where: str) -> None:
+    """Check that a number lies in [low, high], and is finite whatever these are.
+
+    Args:
+        value: The number.
+        low: Smallest one allowed; -inf for none.
+        high: Largest one allowed; inf for none.
+        where: Name of the field in the message.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    # Not `value < low or value > high`, which is False for NaN.
+    if low <= value <= high and math.isfinite(value):
+        return
+    if math.isfinite(low) and math.isfinite(high):
+        expected = f'a number from {low:g} to {high:g}'
+    elif math.isfinite(low):
+        expected = f'a number of at least {low:g}'
+    else:
+        expected = 'a finite number'
+    raise ConfigError(f'{where}={value:g}: expected {expected}.')
+
+
 def check_values(config: ConfigDict) -> None:
     """Check each field by itself, whatever the others are.
 
@@ -452,11 +556,12 @@ def check_values(config: ConfigDict) -> None:
         ConfigError: A field's value makes no sense.
     """
     _check_numbers(config)
+    _check_names(config)
     for field, upper in INTERVALS.items():
         _check_interval(_field(config, field), upper, f'config.{field}')
     fps = config.model.inputs.video.fps
     # Not `fps <= 0`, which is False for NaN.
-    if not fps > 0:
+    if not 0 < fps < float('inf'):
         raise ConfigError(f'config.model.inputs.video.fps={fps:g}: expected a positive number.')
     _check_profile(config.profile)
     for modality in config.data.mismatch:
@@ -478,10 +583,27 @@ def _check_numbers(config: ConfigDict) -> None:
         if value < minimum:
             expected = 'a positive number' if minimum else 'a positive number, or 0 for none'
             raise ConfigError(f'config.{field}={value}: expected {expected}.')
+        if value > LARGEST_COUNT:
+            raise ConfigError(
+                f'config.{field}={value}: expected a number of at most {LARGEST_COUNT}.'
+            )
+    for field, (low, high) in RANGES.items():
+        check_range(_field(config, field), low, high, f'config.{field}')
     for field in SHARES:
         value = _field(config, field)
         if not 0 <= value <= 1:
             raise ConfigError(f'config.{field}={value:g}: expected a number from 0 to 1.')
+
+
+def _check_names(config: ConfigDict) -> None:
+    """Check the names that a config gives freely to entries: some of them become file names."""
+    for group in NAMED_ENTRIES:
+        for name in _field(config, group):
+            if not re.fullmatch(r'\w[\w-]*', name):
+                raise ConfigError(
+                    f'config.{group} has an entry named {name!r}: expected letters, digits, _ and '
+                    '-, such as "probe_video"; rename it'
+                )
 
 
 def _check_interval(interval: tuple[Any, ...], upper: float, where: str) -> None:
@@ -569,14 +691,21 @@ def stored(workdir: str | pathlib.Path) -> ConfigDict | None:
         ConfigError: The file cannot be read.
     """
     file = RunFolder(pathlib.Path(workdir)).config
-    if not file.exists():
-        return None
+    try:
+        if not file.exists():
+            return None
+    # A folder above that may not be looked into, a name that is too long or holds a null byte.
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f'--workdir={workdir}: expected a folder that can be read, got {error}; choose another '
+            '--workdir'
+        ) from error
     try:
         return from_json(file.read_text())
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
-            f'{file} cannot be read ({type(error).__name__}: {error}); remove it and name the '
-            'config with --config, or choose another --workdir'
+            f'{file} cannot be read ({type(error).__name__}: {error}); move it elsewhere and '
+            'name the config with --config, or choose another --workdir'
         ) from error
 
 

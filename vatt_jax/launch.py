@@ -6,6 +6,8 @@
     python -m vatt_jax.launch --processes=8 --each=gpu run.py --config=configs/vatt.py:bbs …
     # four simulated CPU devices each
     python -m vatt_jax.launch --processes=2 --each=4 run.py …
+    # where the package is installed and there is no run.py
+    python -m vatt_jax.launch --processes=2 vatt-jax --config=demo --workdir=runs/two
 
 Process 0 writes to the terminal; the output of the others is shown when they fail. SIGTERM and
 SIGINT go to all of them, once: they save the same step and leave. When one fails, the rest is given
@@ -201,17 +203,25 @@ def _parse_flags(argv: list[str]) -> argparse.Namespace:
         ),
     )
     # REMAINDER: flags after the script are the script's.
-    parser.add_argument('command', nargs=argparse.REMAINDER, help='run.py and its arguments')
+    parser.add_argument(
+        'command',
+        nargs=argparse.REMAINDER,
+        help='run.py, or vatt-jax where it is installed, and its arguments',
+    )
     flags = parser.parse_args(argv)
     if flags.processes < 1:
         parser.error(f'--processes={flags.processes}: expected a positive number.')
     is_device_count = flags.each.isdigit() and int(flags.each) > 0
     if flags.each not in ('', 'gpu') and not is_device_count:
         parser.error(f'--each={flags.each}: expected gpu or a positive number of CPU devices.')
-    if not flags.command or not os.path.exists(flags.command[0]):
+    if flags.command and flags.command[0] == 'vatt-jax':
+        # The installed command, which is no file here.
+        flags.command[:1] = ['-m', 'vatt_jax']
+    elif not flags.command or not os.path.exists(flags.command[0]):
         script = flags.command[0] if flags.command else 'nothing'
         parser.error(
-            f'{script} is no file; give the script to start, such as run.py, and its arguments'
+            f'{script} is no file; give the script to start, such as run.py or vatt-jax, and its '
+            'arguments'
         )
     return flags
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import os
 import pathlib
+import shutil
+from collections.abc import Iterator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,16 @@ class RunFolder:
     def tensorboard(self) -> pathlib.Path:
         """The same numbers as event files of TensorBoard."""
         return self.path / 'tensorboard'
+
+    @property
+    def wandb_id(self) -> pathlib.Path:
+        """Under which Weights & Biases knows the run."""
+        return self.path / 'wandb_id'
+
+    @property
+    def clu(self) -> pathlib.Path:
+        """What CLU's writers wrote."""
+        return self.path / 'clu'
 
     @property
     def done(self) -> pathlib.Path:
@@ -110,9 +124,69 @@ def evaluation_name(step: int) -> str:
     return f'step_{step:06d}'
 
 
+def readable_size(num_bytes: float) -> str:
+    """Returns '1.5 GB' or '300 kB'."""
+    for unit, name in ((1e12, 'TB'), (1e9, 'GB'), (1e6, 'MB')):
+        if num_bytes >= unit:
+            return f'{num_bytes / unit:.1f} {name}'
+    return f'{num_bytes / 1e3:.0f} kB'
+
+
+def free_space(path: pathlib.Path) -> int | None:
+    """Bytes that may still be written where `path` is or will be; None where it is not known."""
+    for folder in (path.absolute(), *path.absolute().parents):
+        try:
+            return shutil.disk_usage(folder).free
+        except FileNotFoundError:
+            continue  # not made yet
+        except OSError:
+            return None
+    return None
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_PERMISSION = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class NotWritten(RuntimeError):
+    """A file of a run could not be written. The message says which and why."""
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Gives the errors of writing a file its name; the system's own messages may lack it.
+
+    Raises:
+        NotWritten: the body raised an OSError that is about room or permission.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM + NO_PERMISSION:
+            raise
+        reason = error.strerror or str(error)
+        if error.errno in NO_PERMISSION:
+            remedy = 'Its folder has to be one that this user may write'
+        else:
+            free = free_space(path)
+            room = '' if free is None else f' ({readable_size(free)} are free there)'
+            reason += room
+            remedy = (
+                'Make room: checkpoints that were saved are whole, and the same command continues '
+                'from the newest'
+            )
+        raise NotWritten(f'{path} could not be written: {reason}. {remedy}') from error
+
+
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file that a kill leaves either as it was or complete."""
+    """Writes a file that a kill leaves either as it was or complete.
+
+    Raises:
+        NotWritten: it could not be written; what was there before stays.
+    """
     # In the same folder, since a rename is atomic within one file system only.
     temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with writing(path):
+        # Not the encoding of whoever's terminal it is.
+        temporary.write_text(text, encoding='utf-8')
+        os.replace(temporary, path)

@@ -8,6 +8,7 @@ from typing import Any
 
 from data_pipelines.datasets.named_dataset import AnnotationFolder, Dataset, numbered, segment
 from data_pipelines.errors import DataError
+from data_pipelines.preparation.annotation_files import is_missing
 from data_pipelines.preparation.media_catalog import Clip
 
 
@@ -57,7 +58,8 @@ class YouCook2(Dataset):
                 for step in entry['annotations']:
                     start, end = step['segment']
                     # The test file has segments without sentences.
-                    caption = step.get('sentence', '')
+                    caption = step.get('sentence')
+                    caption = '' if is_missing(caption) else caption
                     steps.append(segment(labels, float(start), float(end), caption))
                 clips.append(Clip([video_id], split, steps))
         # Not to be caught below: it already names file and reason.
@@ -82,8 +84,8 @@ class YouCook2(Dataset):
 
 class MSRVTT(Dataset):
     """`msrvtt`: split test is 1k-A, each clip with its one caption; all others are train.
-    `msrvtt_full`: the owners' train, validation and test. A training clip has its twenty sentences,
-    its segment the first of them as caption. Label `category`.
+    `msrvtt_full`: the owners' train, validation and test; all twenty sentences of a clip are its
+    captions, and retrieval counts each (docs/data.md). Label `category`.
 
         train_val_videodatainfo.json, test_videodatainfo.json
                                         or MSRVTT_data.json, which holds both
@@ -172,7 +174,8 @@ class MSRVTT(Dataset):
                     videos[video['video_id']] = video
                 for sentence in content['sentences']:
                     captions = sentences.setdefault(sentence['video_id'], [])
-                    captions.append(str(sentence['caption']))
+                    if not is_missing(sentence['caption']):
+                        captions.append(str(sentence['caption']))
             except (KeyError, TypeError):
                 raise DataError(
                     f'{self.name}: {path}: expected "videos" with a "video_id" and "sentences" '
@@ -288,7 +291,7 @@ class HowTo100M(Dataset):
                 end = folder.parse_float(end, where)
                 # Speech recognition left some without words (NaN), and some that end before they
                 # start.
-                has_words = isinstance(text, str) and text.strip()
+                has_words = isinstance(text, str) and not is_missing(text)
                 if has_words and start >= 0:
                     sentences.append({'text': text, 'start': start, 'end': max(start, end)})
         except DataError:

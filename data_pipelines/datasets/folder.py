@@ -13,9 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
-from array_record.python import array_record_module
-from tensorflow_datasets.core import writer as tfds_writer
+
+from vatt_jax import extras
+
+with extras.needed('data', 'writing records'):
+    import tensorflow_datasets as tfds
+    from array_record.python import array_record_module
+    from tensorflow_datasets.core import writer as tfds_writer
 
 SHARD_BYTES = 512 << 20  # at most, of one file
 

@@ -1,6 +1,6 @@
 """Named datasets, from the files and annotation formats that their owners distribute.
 
-    python -m data_pipelines.prepare --dataset=NAME --manual_dir=FOLDER --out=data/NAME
+    python -m data_pipelines.prepare --dataset=NAME --manual_dir=FOLDER --out=data/NAME/records
 
 Nothing is downloaded. The datasets are classes in `actions`, `sounds`, `captioned` and `images`;
 the docstring of a class is its page in docs/datasets.md, which
@@ -21,6 +21,7 @@ from data_pipelines.datasets.named_dataset import AnnotationFolder, Dataset
 from data_pipelines.datasets.sounds import AVE, ESC50, AudioSet, VGGSound
 from data_pipelines.errors import DataError
 from data_pipelines.preparation import annotation_files, media_catalog
+from vatt_jax.terminal import use_plain_characters
 
 # In the order in which docs/datasets.md shows them.
 DATASETS: dict[str, Dataset] = {
@@ -47,13 +48,16 @@ DATASETS: dict[str, Dataset] = {
 }
 
 
-def read(name: str, manual_dir: str, videos: str = '') -> media_catalog.MediaCatalog:
+def read(
+    name: str, manual_dir: str, videos: str = '', encoding: str = ''
+) -> media_catalog.MediaCatalog:
     """Catalog the media files of a named dataset with what its annotation files say of them.
 
     Args:
         name: of the dataset.
         manual_dir: folder of the annotation files, and of the media files too.
         videos: folder of the media files, if they are elsewhere.
+        encoding: of annotation files that are neither UTF-8 nor UTF-16, '' to refuse them.
 
     Raises:
         DataError: if files are missing or malformed.
@@ -70,7 +74,7 @@ def read(name: str, manual_dir: str, videos: str = '') -> media_catalog.MediaCat
     file_ids = [file.id for file in files]
     # Shared: a dataset may ask it which files are there (HowTo100M).
     resolver = annotation_files.NameResolver(file_ids)
-    folder = AnnotationFolder(name, root, file_ids, resolver)
+    folder = AnnotationFolder(name, root, file_ids, resolver, encoding)
     clips, classes = dataset.clips(folder)
     if not clips:
         raise DataError(f'{name}: its annotation files list no clip')
@@ -112,8 +116,11 @@ _INTRODUCTION = """
     Printed by `python -m data_pipelines.datasets.named`.
 
     ```
-    python -m data_pipelines.prepare --dataset=NAME --manual_dir=FOLDER --out=data/NAME
+    python -m data_pipelines.prepare --dataset=NAME --manual_dir=FOLDER --out=data/NAME/records
     ```
+
+    Configs look for their data in `data/NAME/records`; those of VATT call Kinetics `k400`,
+    `k600` and `k700` and Moments in Time `mit` (`--dataset=kinetics400 --out=data/k400/records`).
 
     Nothing is downloaded: place the files that the owners distribute below FOLDER, as listed here.
     Annotation files may lie in FOLDER or one or two folders below; media files anywhere below (or
@@ -141,5 +148,6 @@ def pages() -> str:
 
 
 if __name__ == '__main__':
+    use_plain_characters()
     # The text ends in a newline of its own.
     print(pages(), end='')

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from data_pipelines import media
 from data_pipelines.errors import DataError
+from data_pipelines.preparation import text_files
 from data_pipelines.preparation.annotation_files import NameResolver
 from data_pipelines.preparation.media_catalog import Clip
 
@@ -41,6 +42,7 @@ class AnnotationFolder:
         root: the folder.
         media_ids: ids of the media files that are there.
         resolver: which media file a name means.
+        encoding: of annotation files that are neither UTF-8 nor UTF-16, '' to refuse them.
         digests: annotation file -> hash of its contents, for each that was read.
     """
 
@@ -50,11 +52,13 @@ class AnnotationFolder:
         root: pathlib.Path,
         media_ids: Sequence[str],
         resolver: NameResolver,
+        encoding: str = '',
     ):
         self.dataset = dataset
         self.root = root
         self.media_ids = media_ids
         self.resolver = resolver
+        self.encoding = encoding
         self.digests: dict[pathlib.Path, str] = {}
 
     # ---- Finding.
@@ -65,7 +69,12 @@ class AnnotationFolder:
         for depth in _DEPTHS:
             found: set[pathlib.Path] = set()
             for pattern in patterns:
-                found.update(path for path in self.root.glob(depth + pattern) if path.is_file())
+                found.update(
+                    path
+                    for path in self.root.glob(depth + pattern)
+                    # '._x.txt' is what macOS leaves on foreign disks.
+                    if path.is_file() and not path.name.startswith('.')
+                )
             if found:
                 return sorted(found)
         return []
@@ -106,18 +115,18 @@ class AnnotationFolder:
         """Contents of an annotation file, whose hash is noted."""
         try:
             content = path.read_bytes()
-            # What `prepare` was made from: a changed annotation file makes another dataset.
-            self.digests[path] = hashlib.sha256(content).hexdigest()
-            # Without the byte order mark that some programs put in front.
-            return content.decode('utf-8-sig')
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f'{self.dataset}: {path} is not readable text in UTF-8: {error}'
-            ) from None
+        except OSError as error:
+            raise DataError(f'{self.dataset}: {path} cannot be read: {error}') from None
+        # What `prepare` was made from: a changed annotation file makes another dataset.
+        self.digests[path] = hashlib.sha256(content).hexdigest()
+        try:
+            return text_files.decode(content, path, self.encoding)
+        except DataError as error:
+            raise DataError(f'{self.dataset}: {error}') from None
 
     def lines(self, path: pathlib.Path) -> Iterator[tuple[str, str]]:
         """Yield (file and line for messages, text) of each line that is not blank."""
-        for number, line in enumerate(self.read_text(path).splitlines(), 1):
+        for number, line in enumerate(self.read_text(path).split('\n'), 1):
             if line.strip():
                 yield f'{path}, line {number}', line.strip()
 
@@ -146,11 +155,16 @@ class AnnotationFolder:
         """
         # skipinitialspace: AudioSet's lists have spaces after commas, and a quoted field would
         # begin with the space instead of the quote.
+        # strict: otherwise a quote that is never closed takes the rest of the file for its field.
         reader = csv.reader(
-            io.StringIO(self.read_text(path)), delimiter=delimiter, skipinitialspace=True
+            io.StringIO(self.read_text(path)),
+            delimiter=delimiter,
+            skipinitialspace=True,
+            strict=True,
         )
         names = None if header else list(columns)
         expected = ', '.join(columns)
+        last_line = 0
         try:
             for row in reader:
                 # After the parser: a comment may contain commas, so it is a row of several fields.
@@ -158,6 +172,7 @@ class AnnotationFolder:
                 if not row or is_comment:
                     continue
                 where = f'{path}, line {reader.line_num}'
+                last_line = reader.line_num
                 if names is None:
                     # The header, where one is expected.
                     names = [name.strip().lower() for name in row]
@@ -175,10 +190,21 @@ class AnnotationFolder:
                         f'expected {delimiter.join(columns)}'
                     )
                 fields = [field.strip() for field in row]
+                # Behind the last name of the header is a field that was cut in two.
+                if header and any(fields[len(names) :]):
+                    quote = delimiter.join(row)[:_MAX_QUOTE]
+                    raise DataError(
+                        f'{self.dataset}: {where}: expected {len(names)} fields, got {len(row)} '
+                        f'({quote!r}); put a text that holds {delimiter!r} into double quotes'
+                    )
                 # zip ends with the shorter of the two.
                 yield where, dict(zip(names, fields))
         except csv.Error as error:
-            raise DataError(f'{self.dataset}: {path} is not readable CSV: {error}') from None
+            # Of a quote that is not closed, the row that it is in has begun behind this line.
+            raise DataError(
+                f'{self.dataset}: {path} is not readable CSV: {error}, in the row behind line '
+                f'{last_line}; close every double quote, and write one inside a text twice'
+            ) from None
         if names is None:
             raise DataError(f'{self.dataset}: {path} is empty; expected the columns {expected}')
 

@@ -117,8 +117,10 @@ class BatchPlanner:
         self._source = source
         self._tokenizer = tokenizer
         self._label_classes = label_classes
-        has_captions = any(len(split.index.segment_caption.data) for split in splits)
-        self._with_captions = request.segments and 'text' in self.inputs and has_captions
+        # [B K L] of one K in all batches and on all hosts; 0 where there are no captions.
+        self._num_captions = 0
+        if request.segments and 'text' in self.inputs:
+            self._num_captions = max(split.index.max_captions for split in splits)
 
         # A layout says how frames are encoded and how the record is serialized. Rows carry its
         # number, so that the graph of tf.data has one decoder for each layout instead of each
@@ -218,7 +220,7 @@ class BatchPlanner:
         for view in self.request.views:
             # 'data' of video and audio is filled in by the reader.
             batch[view.stream] = self._stream(rows, view, starts[view.suffix], times)
-        if self._with_captions:
+        if self._num_captions:
             batch['text.caption'] = self._caption_stream(rows, segment, begin)
         if self.request.segments:
             labelling_segment = segment
@@ -287,14 +289,16 @@ class BatchPlanner:
     def _caption_stream(
         self, rows: Rows, segment: Int[np.ndarray, ' B'], begin: Float[np.ndarray, ' B']
     ) -> dict[str, Any]:
-        """The caption of each segment, as a text stream of one candidate."""
+        """The captions of each segment, as a text stream of as many candidates as one has."""
         captions: list[list[str]] = []
         for source, number, valid in zip(rows.source, segment, rows.valid):
             split = self.splits[source]
             # No caption gives a row of zeros, whose mask is False.
-            captions.append([split.index.segment_caption[number]] if valid else [])
+            captions.append(split.index.captions_of(number) if valid else [])
         num_words = self.inputs['text']['words']
-        data, mask = sentence_windows.encode(self._tokenizer, captions, 1, num_words)
+        data, mask = sentence_windows.encode(
+            self._tokenizer, captions, self._num_captions, num_words
+        )
         return {
             'data': data,
             'mask': mask,

@@ -15,7 +15,6 @@ from typing import Any
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import numpy as np
-import tensorflow as tf
 from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
@@ -23,6 +22,10 @@ from data_pipelines.errors import DataError
 from data_pipelines.loading.batch_plan import BatchPlanner, ReadRequest
 from data_pipelines.loading.data_source import Rows
 from data_pipelines.loading.record_reader import RecordReader, RowContents
+from vatt_jax import extras
+
+with extras.needed('data', 'reading prepared records'):
+    import tensorflow as tf
 
 with contextlib.suppress(RuntimeError):  # too late if TensorFlow is in use already
     tf.config.set_visible_devices([], 'GPU')  # the accelerator belongs to JAX

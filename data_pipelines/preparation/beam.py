@@ -10,18 +10,16 @@ skipped with its reason, as without Beam, and counted; what was staged before is
 
 from __future__ import annotations
 
-import concurrent.futures as futures
 import pathlib
 import shlex
 from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 
 import apache_beam
 from apache_beam.metrics import Metrics, MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import decoded_files
+from data_pipelines.preparation import decoded_files, staging, worker_processes
 
 _NAMESPACE = 'prepare'  # of the counters
 
@@ -33,7 +31,7 @@ class Stage(apache_beam.DoFn):
         self._settings = settings
         self._stage_dir = stage_dir
         # Made by the first element: a DoFn is pickled on its way to the workers.
-        self._pool: futures.ProcessPoolExecutor | None = None
+        self._worker: worker_processes.Worker | None = None
 
     def process(self, file: decoded_files.File) -> Iterator[str]:
         """Stage one file and count the result."""
@@ -49,20 +47,15 @@ class Stage(apache_beam.DoFn):
 
     def _stage(self, file: decoded_files.File, target: pathlib.Path) -> None:
         # In a process of its own: a file may kill it, and the Beam worker goes on.
-        if self._pool is None:
-            self._pool = decoded_files.pool(1)
-        try:
-            self._pool.submit(decoded_files.stage_file, file, self._settings, str(target)).result()
-        except BrokenProcessPool:
-            # A broken pool accepts no more work; the next element makes a new one.
-            self._pool = None
-            decoded_files.write_crashed(file, str(target))
+        if self._worker is None:
+            self._worker = worker_processes.Worker()
+        staging.stage_in(self._worker, file, self._settings, target)
 
     def teardown(self) -> None:
         """End the worker process."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
 
 
 def stage(

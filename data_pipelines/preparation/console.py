@@ -7,7 +7,9 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-_SPLIT_COLUMNS = ('records', 'segments', 'sentences', 'hours', 'without_audio', 'without_video')
+from vatt_jax.terminal import printable, use_plain_characters
+
+_COUNTS = ('records', 'segments', 'sentences', 'hours', 'without_audio', 'without_video')
 
 
 class Console:
@@ -20,14 +22,15 @@ class Console:
     def __init__(self, quiet: bool):
         from rich.console import Console as RichConsole
 
+        use_plain_characters()
+        # File names are text: neither [brackets] nor :words: in them mean styles and pictures.
         # Without highlighting, which colours every number and path.
-        self.console = RichConsole(quiet=quiet, highlight=False)
+        self.console = RichConsole(quiet=quiet, highlight=False, markup=False, emoji=False)
 
     def __call__(self, text: str) -> None:
         """Print one line."""
         # Not wrapped at the width of the terminal, so that commands can be copied whole.
-        # markup=False: brackets in a file name are not rich's tags.
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(printable(text), soft_wrap=True)
 
     @contextlib.contextmanager
     def progress(self, total: int, done: int) -> Iterator[Callable[[], None]]:
@@ -71,7 +74,7 @@ class Console:
     def summary(
         self, target: pathlib.Path, summary: Mapping[str, Any], unknown_names: list[str]
     ) -> None:
-        """Print the tables of splits and of skipped files, and how to train on the result.
+        """Print the tables of splits and of skipped files.
 
         Args:
             target: folder of the prepared dataset.
@@ -83,30 +86,25 @@ class Console:
             self._print_skipped(summary['skipped'])
         if unknown_names:
             self(
-                f'{len(unknown_names)} names in captions or annotations have no file here, '
-                f'for example {unknown_names[0]!r}.'
+                f'{len(unknown_names)} names in captions or annotations have no file here, or '
+                f'several, for example {unknown_names[0]!r}.'
             )
-        # The path in the quotes of Python, inside those of the shell: the command can be copied as
-        # it is.
-        self(
-            f'done in {summary["seconds"]} s. Train on it: python run.py --config=FILE '
-            f"\"--config.data.train={{'mine': {{'path': {str(target)!r}}}}}\""
-        )
+        self(f'done in {summary["seconds"]} s.')
 
     def _print_splits(self, target: pathlib.Path, splits: Mapping[str, Mapping[str, Any]]) -> None:
         from rich.table import Table
 
-        table = Table(title=f'{target}', title_justify='left')
-        table.add_column('split')
-        for column in _SPLIT_COLUMNS:
-            table.add_column(column.replace('_', ' '), justify='right')
-        for split, counts in splits.items():
-            table.add_row(split, *[str(counts[column]) for column in _SPLIT_COLUMNS])
+        table = Table(title=printable(str(target)), title_justify='left')
+        table.add_column('')
+        # One column a split: narrow, whatever is counted.
+        for split in splits:
+            table.add_column(split, justify='right', overflow='fold')
+        for count in _COUNTS:
+            values = [str(counts[count]) for counts in splits.values()]
+            table.add_row(count.replace('_', ' '), *values)
         self.console.print(table)
 
     def _print_skipped(self, skipped: Mapping[str, str]) -> None:
-        from rich.table import Table
-
         # 'corrupt: …' and 'corrupt: …' are one kind of reason: what follows the colon differs
         # from file to file.
         files_by_reason: dict[str, list[str]] = {}
@@ -114,15 +112,9 @@ class Console:
             kind = reason.split(':')[0]
             files_by_reason.setdefault(kind, []).append(file_id)
 
-        table = Table(
-            title=f'{len(skipped)} files skipped (skipped.json)',
-            title_justify='left',
-        )
-        for column in ('reason', 'files', 'for example'):
-            table.add_column(column)
+        self(f'skipped: {len(skipped)} (all of them in skipped.json)')
         # The most frequent reason first.
         for kind in sorted(files_by_reason, key=lambda kind: -len(files_by_reason[kind])):
             file_ids = files_by_reason[kind]
             example = file_ids[0]
-            table.add_row(kind, str(len(file_ids)), f'{example} ({skipped[example]})')
-        self.console.print(table)
+            self(f'  {kind}: {len(file_ids)}, for example {example} ({skipped[example]})')

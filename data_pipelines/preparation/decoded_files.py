@@ -15,15 +15,12 @@ interrupted run can therefore be trusted.
 
 from __future__ import annotations
 
-import concurrent.futures as futures
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import pathlib
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -139,7 +136,7 @@ def _decode(file: File, settings: Settings) -> tuple[dict[str, Any], list[bytes]
     if settings.crf:
         frames = media.encode_h264(pictures(), settings.fps, settings.crf)
     else:
-        frames = [media.encode_jpeg(picture, settings.quality) for picture in pictures()]
+        frames = _encode_jpegs(pictures(), settings.quality)
 
     audio = decoded.audio
     if frames:
@@ -160,6 +157,19 @@ def _decode(file: File, settings: Settings) -> tuple[dict[str, Any], list[bytes]
     # Little-endian on every machine; the header says nothing of byte order.
     pcm = b'' if audio is None else audio.astype('<i2').tobytes()
     return header, [*frames, pcm]
+
+
+def _encode_jpegs(pictures: Iterable[UInt8[np.ndarray, 'H W 3']], quality: int) -> list[bytes]:
+    encoded: list[bytes] = []
+    last = None
+    for picture in pictures:
+        # One that stays on display is the same array each time: a still picture with minutes of
+        # sound is encoded once.
+        if picture is not last:
+            jpeg = media.encode_jpeg(picture, quality)
+            last = picture
+        encoded.append(jpeg)
+    return encoded
 
 
 def write(target: str, header: dict[str, Any], parts: list[bytes]) -> None:
@@ -198,25 +208,3 @@ def _read_header(stream: BinaryIO) -> dict[str, Any]:
 def write_crashed(file: File, target: str) -> None:
     """Write a staged file that says that decoding ended the process that did it."""
     write(target, {'id': file.id, 'skipped': 'corrupt: it crashes the decoder'}, [])
-
-
-def pool(processes: int) -> futures.ProcessPoolExecutor:
-    """A pool of worker processes that end with this one."""
-    # Spawned, not forked: the parent may hold threads of JAX or TensorFlow.
-    context = multiprocessing.get_context('spawn')
-    # The third argument is the initializer, which runs once in each worker.
-    return futures.ProcessPoolExecutor(processes, context, die_with_parent)
-
-
-def die_with_parent() -> None:
-    """Make a worker process end when its parent is killed, as nobody else would end it."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, 'called in a worker process'
-
-    def wait() -> None:
-        parent.join()
-        # sys.exit would raise SystemExit in this thread and end nothing but it.
-        os._exit(1)
-
-    # A daemon, so that it does not hold up a worker that ends by itself.
-    threading.Thread(target=wait, daemon=True).start()

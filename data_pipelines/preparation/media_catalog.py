@@ -10,13 +10,17 @@ import hashlib
 import math
 import os
 import pathlib
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from data_pipelines import media
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import annotation_files, decoded_files
+from data_pipelines.preparation import annotation_files, decoded_files, subtitles
 from data_pipelines.storage.records import SPLITS
+
+# In place of a captions file: no sentences, though subtitle files lie beside the videos.
+NO_CAPTIONS = 'none'
 
 # Only for the hint in an error message.
 _ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.rar', '.7z')
@@ -67,6 +71,7 @@ class MediaCatalog:
         folds: number of folds, 0 without.
         unused: number of media files that no annotation names.
         skipped: file id -> reason why something of it is left out.
+        remarks: what the user should know before it begins, a sentence each.
     """
 
     files: list[decoded_files.File]
@@ -80,15 +85,20 @@ class MediaCatalog:
     folds: int = 0
     unused: int = 0
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    remarks: list[str] = dataclasses.field(default_factory=list)
 
 
-def from_folder(videos: str, captions: str = '', annotations: str = '') -> MediaCatalog:
+def from_folder(
+    videos: str, captions: str = '', annotations: str = '', encoding: str = ''
+) -> MediaCatalog:
     """Catalog anyone's folder of media files.
 
     Args:
         videos: the folder.
-        captions: captions file of docs/data.md, '' for none.
+        captions: captions file of docs/data.md, or a folder of subtitle files; '' for the subtitle
+            files beside the videos, if there are any; 'none' for no sentences at all.
         annotations: annotations file of docs/data.md, '' for none.
+        encoding: of text files that are neither UTF-8 nor UTF-16, '' to refuse them.
 
     Raises:
         DataError: if a file is missing or malformed, or names no file of the folder.
@@ -96,25 +106,16 @@ def from_folder(videos: str, captions: str = '', annotations: str = '') -> Media
     # The folder comes first: files are records even if no annotation names them.
     folder = pathlib.Path(videos)
     files = scan(folder)
-    resolver = annotation_files.NameResolver(file.id for file in files)
+    resolver = annotation_files.NameResolver((file.id for file in files), folder)
 
-    sentences: dict[str, list[dict[str, Any]]] = {}
-    unknown_names: list[str] = []
-    if captions:
-        captions_by_name = annotation_files.read_captions(captions)
-        # Some names without a file are normal (videos disappear from the web); none that matches
-        # means that the names are written in another way.
-        sentences, unknown_names = annotation_files.match_to_files(captions_by_name, resolver)
-        if not captions_by_name:
-            raise DataError(f'the captions file {captions} is empty')
-        if not sentences:
-            raise _no_name_matches(captions, folder, unknown_names, files)
+    spoken = _read_sentences(captions, folder, files, resolver, encoding)
+    unknown_names = list(spoken.unknown_names)
 
     classes: dict[str, list[str]] = {}
     annotations_by_name: dict[str, dict[str, Any]] = {}
     annotations_by_id: dict[str, dict[str, Any]] = {}
     if annotations:
-        classes, annotations_by_name = annotation_files.read_annotations(annotations)
+        classes, annotations_by_name = annotation_files.read_annotations(annotations, encoding)
         annotations_by_id, unknown_annotations = annotation_files.match_to_files(
             annotations_by_name, resolver
         )
@@ -124,7 +125,7 @@ def from_folder(videos: str, captions: str = '', annotations: str = '') -> Media
 
     return MediaCatalog(
         files=files,
-        sentences=sentences,
+        sentences=spoken.sentences,
         annotations=annotations_by_id,
         classes=classes,
         # Of all entries, also those without a file: the form of a label does not depend on which
@@ -132,8 +133,50 @@ def from_folder(videos: str, captions: str = '', annotations: str = '') -> Media
         multi_hot=annotation_files.multi_hot_sizes(classes, annotations_by_name),
         missing=unknown_names,
         # By contents: copying the file or touching it does not make another dataset.
-        identity={'captions': digest(captions), 'annotations': digest(annotations)},
+        identity=_identity(spoken.digest, annotations, encoding),
+        skipped=spoken.skipped,
+        remarks=spoken.remarks,
     )
+
+
+def _identity(captions_digest: str, annotations: str, encoding: str) -> dict[str, Any]:
+    identity = {'captions': captions_digest, 'annotations': digest(annotations)}
+    # Not where it is not given, so that datasets of older versions count as prepared.
+    return {**identity, 'encoding': encoding} if encoding else identity
+
+
+def _read_sentences(
+    captions: str,
+    folder: pathlib.Path,
+    files: list[decoded_files.File],
+    resolver: annotation_files.NameResolver,
+    encoding: str,
+) -> subtitles.Found:
+    """The sentences of the media files, from a captions file or from subtitle files."""
+    if captions == NO_CAPTIONS:
+        return subtitles.Found({}, [], {}, [], '')
+    if not captions or os.path.isdir(captions):
+        found = subtitles.find(
+            pathlib.Path(captions or folder), [file.id for file in files], resolver, encoding
+        )
+        if captions and not found.sentences:
+            reason = next(iter(found.skipped.values()), '')
+            raise DataError(
+                f'captions: expected a file, or a folder with subtitle files of the videos '
+                f'({", ".join(subtitles.SUFFIXES)}), got {captions}, which has none'
+                f'{": " + reason if reason else ""}'
+            )
+        return found
+
+    captions_by_name = annotation_files.read_captions(captions, encoding)
+    if not captions_by_name:
+        raise DataError(f'the captions file {captions} is empty')
+    # Some names without a file are normal (videos disappear from the web); none that matches
+    # means that the names are written in another way.
+    sentences, unknown_names = annotation_files.match_to_files(captions_by_name, resolver)
+    if not sentences:
+        raise _no_name_matches(captions, folder, unknown_names, files)
+    return subtitles.Found(sentences, unknown_names, {}, [], digest(captions))
 
 
 def _no_name_matches(
@@ -284,7 +327,9 @@ def scan(
                     status = path.stat()
                 except OSError:  # a dangling link
                     continue
-                file_id = path.relative_to(folder).as_posix()
+                if not stat.S_ISREG(status.st_mode):  # reading a pipe would never end
+                    continue
+                file_id = _readable(path.relative_to(folder).as_posix())
                 files.append(
                     decoded_files.File(file_id, str(path), status.st_size, status.st_mtime_ns)
                 )
@@ -294,6 +339,14 @@ def scan(
         hint = f'; unpack {archives[0]} first' if archives else ''
         raise DataError(f'no media file below {folder} (looked for {", ".join(suffixes)}){hint}')
     return files
+
+
+def _readable(path: str) -> str:
+    """A path as text that can be stored: bytes that are no UTF-8 become `\\xe9` and so on.
+
+    It is the same in every locale, although Python's own text of a path is not.
+    """
+    return os.fsencode(path).decode('utf-8', 'backslashreplace')
 
 
 def digest(path: str | os.PathLike) -> str:

@@ -22,6 +22,8 @@ _SPLIT_FOLDERS = {
     'valid': 'validation',
     'test': 'test',
 }
+# Records that a split of anyone's folder has at least, where there are enough files.
+_LEAST_RECORDS = 2
 
 
 def make_record(
@@ -105,7 +107,7 @@ def assign_splits(
     by_folder: bool,
     validation: float,
     test: float,
-) -> None:
+) -> list[str]:
     """Give each record its split, in place, and turn its ground truth into JSON.
 
     Args:
@@ -114,7 +116,11 @@ def assign_splits(
         by_folder: whether first-level folders say the split.
         validation: share of the files, where nothing else says it.
         test: share of the files, likewise.
+
+    Returns:
+        Sentences for the user: what the shares alone would not have done, or could not do.
     """
+    records = list(records)
     for record in records:
         official = catalog.splits.get(record['id'])
         if catalog.folds:
@@ -130,6 +136,47 @@ def assign_splits(
             record['split'] = split_of(record['id'], by_folder, validation, test)
         # Last: the folds above are added to it.
         record['ground_truth'] = json.dumps(record['ground_truth'])
+    if catalog.splits or by_folder:
+        return []
+    return _fill_small_splits(records, {'test': test, 'validation': validation})
+
+
+def _fill_small_splits(records: Sequence[dict[str, Any]], shares: Mapping[str, float]) -> list[str]:
+    """Move records of `train` into splits that have a share and, by chance, hardly a record.
+
+    Of a dozen files, a twentieth is none, and retrieval among one clip says nothing.
+
+    Args:
+        records: with the splits of their hashes; changed in place.
+        shares: split -> share of the files.
+
+    Returns:
+        A sentence for each such split.
+    """
+    # Most files are for training, however few there are.
+    least = min(_LEAST_RECORDS, len(records) // 3)
+    remarks = []
+    for split, share in shares.items():
+        if not share:
+            continue
+        num_records = sum(record['split'] == split for record in records)
+        if not num_records and not least:
+            remarks.append(
+                f'the split {split} is empty: {len(records)} files are too few to divide; '
+                'evaluation needs more, or a folder of their own (docs/data.md)'
+            )
+        training = [record for record in records if record['split'] == 'train']
+        # Those that a slightly larger share would have taken.
+        training.sort(key=lambda record: _position(record['id']))
+        moved = training[: max(0, least - num_records)]
+        for record in moved:
+            record['split'] = split
+        if moved:
+            remarks.append(
+                f'the share {share:g} of {len(records)} files leaves {num_records} in the split '
+                f'{split}; also in it: {", ".join(record["id"] for record in moved)}'
+            )
+    return remarks
 
 
 def has_split_folders(files: Iterable[decoded_files.File]) -> bool:
@@ -154,16 +201,26 @@ def split_of(file_id: str, by_folder: bool, validation: float, test: float) -> s
     if by_folder:
         folder, slash, _ = file_id.partition('/')
         return _SPLIT_FOLDERS.get(folder.lower(), 'train') if slash else 'train'
-    # A hash of the name alone: files added later leave the earlier ones in their splits.
-    # sha256, as Python's hash() of a string differs from run to run.
-    digest = hashlib.sha256(file_id.encode()).digest()
-    position = int.from_bytes(digest[:8], 'big') / 2**64  # uniform in [0, 1)
+    position = _position(file_id)
     # Test first: a larger share for validation leaves the test set as it is.
     if position < test:
         return 'test'
     if position < test + validation:
         return 'validation'
     return 'train'
+
+
+def tokenizer_modules(kind: str) -> tuple[str, ...]:
+    """Optional modules that train a kind of tokenizer, to be looked for before long work."""
+    return {'wordpiece': ('tokenizers',), 'sentencepiece': ('sentencepiece',)}.get(kind, ())
+
+
+def _position(file_id: str) -> float:
+    """A random number of a file, uniform in [0, 1)."""
+    # A hash of the name alone: files added later leave the earlier ones in their splits.
+    # sha256, as Python's hash() of a string differs from run to run.
+    digest = hashlib.sha256(file_id.encode()).digest()
+    return int.from_bytes(digest[:8], 'big') / 2**64
 
 
 def train_tokenizer(

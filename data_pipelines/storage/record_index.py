@@ -8,6 +8,7 @@ damaged record is noticed (crc32). NumPy only.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -163,6 +164,34 @@ class Index:
             labels={name: _labels(segments, name, classes) for name, classes in multi.items()},
             folds=folds,
         )
+
+    def captions_of(self, segment: int) -> list[str]:
+        """The captions of a segment, the one that it carries first; none where it carries none.
+
+        Sentences of exactly its stretch describe it as well if its caption is one of them: of
+        MSR-VTT's twenty, the segment carries the first. Other sentences are what is said meanwhile.
+        """
+        caption = self.segment_caption[segment]
+        if not caption:
+            return []
+        record = self.segment_record[segment]
+        first, last = self.sentence_offset[record : record + 2]
+        is_same_start = self.sentence_start[first:last] == self.segment_start[segment]
+        is_same_end = self.sentence_end[first:last] == self.segment_end[segment]
+        numbers = first + np.flatnonzero(is_same_start & is_same_end)
+        captions = [self.sentence_text[number] for number in numbers]
+        if caption not in captions:
+            return [caption]
+        captions.remove(caption)  # once: two people may have written the same
+        return [caption, *captions]
+
+    @functools.cached_property
+    def max_captions(self) -> int:
+        """The largest number of captions of a segment; 0 if none carries any."""
+        # Most datasets have none, and this visits every segment.
+        if not len(self.segment_caption.data):
+            return 0
+        return max(len(self.captions_of(segment)) for segment in range(len(self.segment_record)))
 
     def take(self, rows: Int[np.ndarray, ' m']) -> Index:
         """The index of these records alone."""

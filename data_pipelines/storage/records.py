@@ -169,10 +169,11 @@ class Prepared:
             self.labels[f'fold{number}'] = list(SPLITS)
 
     def _check_finished(self) -> None:
+        hint = self._place_nearby()
         if not self.path.is_dir():
             raise DataError(
                 f'the prepared dataset {self.path} does not exist; make it with '
-                f'python -m data_pipelines.prepare --out={self.path} (docs/data.md)'
+                f'python -m data_pipelines.prepare --out={self.path} (docs/data.md){hint}'
             )
         # prepare.json is written last: without it the other files may be incomplete.
         has_files = [(self.path / name).is_file() for name in ('prepare.json', 'index.json')]
@@ -180,7 +181,20 @@ class Prepared:
             return
         if (self.path / '.staging').exists():
             raise DataError(f'{self.path} is not finished; run the same prepare command again')
-        raise DataError(f'{self.path} is not a folder made by python -m data_pipelines.prepare')
+        raise DataError(
+            f'{self.path} is not a folder made by python -m data_pipelines.prepare{hint}'
+        )
+
+    def _place_nearby(self) -> str:
+        """What a message adds where the dataset is in the folder above or below."""
+        # Both are usual: data/NAME, and data/NAME/records beside the media.
+        places = [self.path / 'records']
+        if self.path.name == 'records':
+            places.append(self.path.parent)
+        for place in places:
+            if (place / 'prepare.json').is_file():
+                return f'; there is one in {place}: name that path'
+        return ''
 
     def _json(self, name: str) -> dict[str, Any]:
         try:

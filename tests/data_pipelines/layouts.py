@@ -109,12 +109,14 @@ def encode_examples(root):
 
 
 def write_layout(root, layout):
-    """Writes {path below root: text, JSON-able object, or the file to link}."""
+    """Writes {path below root: text, bytes, JSON-able object, or the file to link}."""
     for name, content in layout.items():
         path = pathlib.Path(root, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, pathlib.Path):
             os.link(content, path)
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
         elif isinstance(content, str):
             path.write_text(content, encoding='utf-8')
         else:

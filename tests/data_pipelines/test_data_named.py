@@ -340,6 +340,47 @@ def test_descriptions_are_captions(index_of):
     assert sorted(index_of('msrvtt', 'train').sentence_text) == sorted(expected)
 
 
+def test_all_sentences_of_a_clip_are_its_captions(prepared_named, index_of):
+    """Of the full split; the 1k-A split has one caption a clip, a recipe one a step."""
+    index = index_of('msrvtt_full', 'test')
+    videos = [2, 3] if 'video2' in index.id[0] else [3, 2]
+    expected = [[f'sentence {k} about {video}' for k in range(3)] for video in videos]
+    assert [index.captions_of(segment) for segment in range(2)] == expected
+    assert index_of('msrvtt', 'test').max_captions == 1
+    assert index_of('youcook2', 'train').max_captions == 1
+
+    data = data_pipelines.open(run_config(prepared_named('msrvtt_full')[0]))
+    batch = next(data.one_pass('test', 3))
+    data.close()
+    words = run_config('x').model.inputs.text.words
+    chex.assert_shape(batch['text.caption']['data'], (3, 3, words))
+    np.testing.assert_array_equal(batch['text.caption']['mask'].sum(1), [3, 3, 0])
+    for row in range(2):
+        encoded = data.tokenizer.encode(expected[row], words)
+        np.testing.assert_array_equal(batch['text.caption']['data'][row], encoded)
+
+
+def test_missing_descriptions_are_no_captions(example_files, read_layout):
+    layout = layouts.msrvtt(example_files)
+    layout['test_videodatainfo.json']['sentences'][0]['caption'] = None
+    layout['test_videodatainfo.json']['sentences'][1]['caption'] = float('nan')
+    sentences = read_layout('msrvtt_full', layout).sentences['TestVideo/video2.mp4']
+    assert [sentence['text'] for sentence in sentences] == ['sentence 2 about 2']
+
+
+def test_lists_of_other_systems(example_files, read_layout):
+    """Old Macs' lines, UTF-16, and what macOS leaves on foreign disks."""
+    usual = read_layout('msrvtt', layouts.msrvtt(example_files))
+    layout = layouts.msrvtt(example_files)
+    table = layout['MSRVTT_JSFUSION_test.csv'].replace('\n', '\r').encode('utf-16')
+    layout['MSRVTT_JSFUSION_test.csv'] = table
+    layout['category.txt'] = layout['category.txt'].replace('\n', '\r\n')
+    layout['._category.txt'] = b'\0\5\x16\7'
+    other = read_layout('msrvtt', layout)
+    assert usual.sentences == other.sentences
+    assert usual.classes == other.classes
+
+
 def test_faults_of_narrations_are_mended(index_of):
     """Of three sentences one has no words; one ends before it starts."""
     train = index_of('howto100m', 'train')
@@ -554,6 +595,18 @@ BROKEN = [
         'the annotation file MSRVTT_JSFUSION_test.csv is not in',
     ),
     ('msrvtt', 'test_videodatainfo.json', '{"videos": []}', "has no 'sentences' at its top level"),
+    (
+        'msrvtt',
+        'MSRVTT_JSFUSION_test.csv',
+        'key,vid_key,video_id,sentence\nret0,msr3,video3,a woman, cooking\n',
+        "test.csv, line 2: expected 4 fields, got 5 ('ret0,msr3,video3,a woman",
+    ),
+    (
+        'msrvtt',
+        'MSRVTT_JSFUSION_test.csv',
+        'key,vid_key,video_id,sentence\nret0,msr3,video3,"a woman\nret1,msr2,video2,a man\n',
+        'is not readable CSV: unexpected end of data, in the row behind line 1; close every',
+    ),
     (
         'howto100m',
         'caption.json',

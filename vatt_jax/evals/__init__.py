@@ -19,6 +19,8 @@ from vatt_jax.evals.clustering import Clustering
 from vatt_jax.evals.linear_probe import LinearProbe, SimpleProbe
 from vatt_jax.evals.neighbours import Neighbours
 from vatt_jax.evals.retrieval import Retrieval, Sync
+from vatt_jax.evals.zero_shot import ZeroShot
+from vatt_jax.run_folder import writing
 
 # The key is the field `type` of an entry of config.evals; names of entries are free, so a type may
 # occur several times.
@@ -30,6 +32,7 @@ EVALUATORS: dict[str, type[Evaluator]] = {
     'classification': Classification,
     'clustering': Clustering,
     'neighbours': Neighbours,
+    'zero_shot': ZeroShot,
 }
 
 __all__ = [
@@ -116,8 +119,20 @@ def save(
       results: evaluator -> what it found.
       folder: where to write; one that exists is replaced.
       also: writes more files into the folder it is given.
+
+    Raises:
+      NotWritten: for want of room or permission; what was there before stays.
     """
     folder = pathlib.Path(folder)
+    with writing(folder):
+        _save(results, folder, also)
+
+
+def _save(
+    results: dict[str, Result],
+    folder: pathlib.Path,
+    also: Callable[[pathlib.Path], None] | None,
+) -> None:
     # Beside the folder, not in /tmp: a rename is atomic only within a file system.
     temporary = folder.with_name(folder.name + '.tmp')
     # What a killed run may have left.

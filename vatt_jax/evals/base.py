@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Bool, Float
 
-from vatt_jax.config import ConfigError, with_defaults
+from vatt_jax.config import ConfigError, check_range, with_defaults
 from vatt_jax.inference.feature_extractor import FeatureExtractor, compute_features
+from vatt_jax.inputs import tokenizer
 from vatt_jax.inputs.batch import modality_of
 
 
@@ -28,10 +31,25 @@ class Result:
       scalars: name -> number (logged as `<evaluator>/<name>`).
       artifacts: name -> NumPy array or JSON-able value for the report (saved with the evaluation,
         never logged).
+      remarks: sentences about the numbers that are said with them (neither saved nor logged).
     """
 
     scalars: dict[str, float]
     artifacts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    remarks: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Sentences:
+    """Sentences in the common spaces.
+
+    Attributes:
+      embeddings: space -> [N E], of unit length.
+      is_known: bool [N]: whether any word is one of the vocabulary.
+    """
+
+    embeddings: dict[str, Float[np.ndarray, 'N E']]
+    is_known: Bool[np.ndarray, ' N']
 
 
 # ---- Named changes of a host batch before encoding (controls): host batch in, host batch out.
@@ -133,6 +151,40 @@ class FeatureView:
             self._computed[key] = compute_features(self.encoder, batches, keep, maps)
         return self._computed[key]
 
+    def sentences(self, texts: Sequence[str]) -> Sentences:
+        """Embeddings of sentences that are none of the data's.
+
+        Args:
+          texts: N of them; every process gives the same.
+
+        Raises:
+          ConfigError: the data have no tokenizer.
+        """
+        spec = self.data.info.get('tokenizer')
+        if not spec:
+            raise ConfigError('config.evals: the data have no tokenizer; leave this evaluator out')
+        encode = tokenizer.from_spec(spec)
+        words = encode.encode(list(texts), self.encoder.config.model.inputs.text.words)  # [N L]
+        unknown = getattr(encode, 'unknown', tokenizer.UNKNOWN)
+        is_known = ((words != tokenizer.PAD) & (words != unknown)).any(-1)
+
+        index, count = self.process
+        local_size = self.batch_size // count
+        parts = []
+        for begin in range(0, len(texts), self.batch_size):
+            rows = np.arange(begin + index * local_size, begin + (index + 1) * local_size)
+            is_real = rows < len(texts)
+            data = np.where(is_real[:, None], words[np.minimum(rows, len(texts) - 1)], 0)[:, None]
+            stream = {'data': data, 'mask': (data != 0).any(-1), 'valid': is_real}
+            features = self.encoder({'text': stream, 'position': rows, 'valid': is_real})
+            spaces = features['spaces']
+            parts.append({name: x['text'][:, 0] for name, x in spaces.items() if 'text' in x})
+        embeddings = {}
+        for name in parts[0]:
+            # The last batch is padded.
+            embeddings[name] = np.concatenate([part[name] for part in parts])[: len(texts)]
+        return Sentences(embeddings, is_known)
+
 
 # What every message about a missing split, label, stream or space ends with.
 REMEDY = (
@@ -142,6 +194,8 @@ REMEDY = (
 # Checked for every evaluator that has them.
 POSITIVE_FIELDS = (
     'limit',
+    'query_limit',
+    'gallery_limit',
     'train_limit',
     'test_limit',
     'windows',
@@ -184,6 +238,9 @@ class Evaluator:
                 raise ConfigError(
                     f'{self.where}.{field}: expected a positive number, got {c[field]}.'
                 )
+        # 0 clusters: as many as classes; negative seconds: before.
+        for field, low in (('clusters', 0), ('seconds', -math.inf)):
+            check_range(c.get(field, 0), low, math.inf, f'{self.where}.{field}')
         for strength in c.get('strengths', ()):
             # `not > 0` instead of `<= 0`, which NaN would pass.
             if not isinstance(strength, (int, float)) or not strength > 0:

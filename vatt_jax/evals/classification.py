@@ -18,7 +18,8 @@ class Classification(Evaluator):
     """Scores on a split, from the objective's own predictions.
 
     Top-1 and top-5 where a clip has one class; mAP, AUC and d' where it may have several (the label
-    is multi-hot). Clips without the label or without the modality that the head reads are left out.
+    is multi-hot). Clips without the label or without the modality that the head reads are left out;
+    how many have no label is said (`count_unlabelled` counts them where there may be several).
     The logits, or the probabilities, are averaged over windows and crops of each example, see
     `base.features_over_windows` (VATT: logits, 4 windows and 3 crops of video, 4 windows of sound).
     """
@@ -36,6 +37,9 @@ class Classification(Evaluator):
         'crops': 1,
         # What is averaged over them; one of POOLS.
         'pool': 'logits',
+        # Clips with none of several labels: False: left out, as their labels may be unknown |
+        # True: clips of no class, as the official metric counts them.
+        'count_unlabelled': False,
     }
 
     def __init__(self, config: Any, where: str = 'config.evals') -> None:
@@ -59,7 +63,10 @@ class Classification(Evaluator):
         scores = np.mean([self._poolable(x, is_multi_label) for x in logits], 0)  # [N P]
 
         # A multi-hot row of zeros, or a class of -1: no label.
-        is_used = (targets > 0).any(-1) if is_multi_label else targets >= 0
+        has_label = (targets > 0).any(-1) if is_multi_label else targets >= 0
+        is_used = has_label
+        if is_multi_label and c.count_unlabelled:
+            is_used = np.ones(len(targets), bool)
         for stream in view.encoder.objective.streams() or ():
             # The head would score the zeros that stand in for a missing modality.
             is_used = is_used & features['valid'][stream]
@@ -71,8 +78,25 @@ class Classification(Evaluator):
         scores, targets = scores[is_used], targets[is_used]
         if is_multi_label:
             # Only the order of clips within each class counts, so scores need not be probabilities.
-            return Result(*statistics.multi_label(scores, targets, view.seed))
-        return _single_label(scores, targets, view.seed)
+            result = Result(*statistics.multi_label(scores, targets, view.seed))
+        else:
+            result = single_label(scores, targets, view.seed)
+        result.artifacts['unlabelled'] = int((~has_label).sum())
+        if result.artifacts['unlabelled']:
+            result.remarks.append(self._about_unlabelled(result, len(has_label), is_multi_label))
+        return result
+
+    def _about_unlabelled(self, result: Result, num_clips: int, is_multi_label: bool) -> str:
+        c = self.config
+        found = f'{result.artifacts["unlabelled"]} of {num_clips} clips have no label {c.label!r}'
+        if not is_multi_label:
+            return f'{found} and are left out'
+        if c.count_unlabelled:
+            return f'{found} and count as clips of no class'
+        return (
+            f'{found} and are left out; count_unlabelled=True counts them as clips of no class, as '
+            'the official metric does'
+        )
 
     def _poolable(self, logits: np.ndarray, is_multi_label: bool) -> np.ndarray:
         """What is averaged over windows, [N P]."""
@@ -83,7 +107,7 @@ class Classification(Evaluator):
         return statistics.softmax(logits)
 
 
-def _single_label(scores: Float[np.ndarray, 'N P'], targets: np.ndarray, seed: int) -> Result:
+def single_label(scores: Float[np.ndarray, 'N P'], targets: np.ndarray, seed: int) -> Result:
     """Top-1 and top-5 accuracy of scores against the one class of each example."""
     # Stable: equal scores go to the lower class, whatever sort NumPy would choose.
     order = np.argsort(-scores, -1, kind='stable')

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from vatt_jax.config import ConfigError, choose
 from vatt_jax.evals import statistics
@@ -13,6 +14,7 @@ from vatt_jax.evals.base import Evaluator, FeatureView, Result, check_spaces, fe
 
 POOLS = ('embeddings', 'similarities')
 SHOWN_CLIPS = 5  # of each query, in the report's gallery
+QUERIES_AT_ONCE = 1024  # whose similarities are in memory, where clips have several captions
 
 
 class Retrieval(Evaluator):
@@ -23,6 +25,11 @@ class Retrieval(Evaluator):
     candidate sentences. Clips that lack either side are left out and counted. Ties share their
     ranks. With several windows both sides are pooled over those that have the modality, in either
     of VATT's ways.
+
+    Where clips have several captions (MSR-VTT's full split has 20), all count, as published results
+    have it: from text, every caption is a query whose one right answer is its clip; to text, the
+    gallery is all captions, and the first of the clip's own counts. Intervals are over clips then,
+    since captions of one clip are not independent; the scalar `captions` says how many there are.
     """
 
     DEFAULTS = {
@@ -75,6 +82,7 @@ class Retrieval(Evaluator):
         scalars: dict[str, float] = {}
         artifacts: dict[str, Any] = {}
         for query, gallery, space in c.pairs:
+            name = f'{query}_to_{gallery}'
             query_embeddings, query_valid = _pooled(parts, space, query, c.pool)  # [N E]
             gallery_embeddings, gallery_valid = _pooled(parts, space, gallery, c.pool)
             # The same clips on both sides, so the diagonal of the similarities holds the right
@@ -85,9 +93,19 @@ class Retrieval(Evaluator):
                     f'retrieval {query} → {gallery}: only {len(rows)} of {len(query_valid)} clips '
                     f'of split {c.split!r} have both'
                 )
-            similarity = query_embeddings[rows] @ gallery_embeddings[rows].T  # [n n]
-            pair_scalars, pair_artifacts = _scores(similarity, clips[rows], view.seed)
-            name = f'{query}_to_{gallery}'
+            query_captions = _captions(parts[0], space, query, rows)
+            gallery_captions = _captions(parts[0], space, gallery, rows)
+            if query_captions is None and gallery_captions is None:
+                similarity = query_embeddings[rows] @ gallery_embeddings[rows].T  # [n n]
+                pair_scalars, pair_artifacts = _scores(similarity, clips[rows], view.seed)
+            else:
+                alone = np.arange(len(rows))
+                pair_scalars, pair_artifacts = _scores_of_captions(
+                    query_captions or (query_embeddings[rows], alone),
+                    gallery_captions or (gallery_embeddings[rows], alone),
+                    clips[rows],
+                    view.seed,
+                )
             scalars.update({f'{name}/{key}': value for key, value in pair_scalars.items()})
             artifacts.update({f'{name}/{key}': value for key, value in pair_artifacts.items()})
         return Result(scalars, artifacts)
@@ -121,6 +139,105 @@ def _scores(
     artifacts['rank'] = rank + 1
     scalars['clips'] = float(num_clips)
     return scalars, artifacts
+
+
+def _captions(
+    features: Mapping[str, Any], space: str, stream: str, rows: Int[np.ndarray, ' n']
+) -> tuple[Float[np.ndarray, 'Q E'], Int[np.ndarray, ' Q']] | None:
+    """Unit embeddings of all captions of the clips, and the row of each one's clip.
+
+    They are the same in every window. None if no clip has several, or the stream is no caption.
+    """
+    name = _stored_name(features['spaces'].get(space, {}), stream)
+    if name != 'text.caption':
+        return None
+    embeddings = features['spaces'][space][name][rows]  # [n K E]
+    mask = features['mask'][name][rows]  # [n K]
+    if mask.sum(1).max() < 2:
+        return None
+    owners, _ = np.nonzero(mask)  # by clip, then by caption
+    return embeddings[mask], owners
+
+
+def _scores_of_captions(
+    query: tuple[Float[np.ndarray, 'Q E'], Int[np.ndarray, ' Q']],
+    gallery: tuple[Float[np.ndarray, 'M E'], Int[np.ndarray, ' M']],
+    clips: np.ndarray,
+    seed: int,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """As `_scores`, where a clip has several rows on one side.
+
+    What is shown is one row a clip and one column a clip: the first of its queries, and the best of
+    its answers.
+
+    Args:
+      query: embeddings, and the clip of each.
+      gallery: embeddings, and the clip of each.
+      clips: index of each clip in the pass.
+      seed: of the intervals.
+    """
+    query_embeddings, query_owners = query
+    gallery_embeddings, gallery_owners = gallery
+    # Owners ascend: where each clip's rows begin.
+    first_query = np.searchsorted(query_owners, np.arange(len(clips)))
+    first_answer = np.searchsorted(gallery_owners, np.arange(len(clips)))
+    counts = []
+    shown = []
+    # In blocks: 59,800 captions by 2,990 clips are 0.7 GB.
+    for begin in range(0, len(query_owners), QUERIES_AT_ONCE):
+        block = slice(begin, begin + QUERIES_AT_ONCE)
+        similarity = query_embeddings[block] @ gallery_embeddings.T  # [q M]
+        is_own = query_owners[block, None] == gallery_owners[None]
+        counts.append(statistics.compare_with_own(similarity, is_own))
+        is_first = np.isin(np.arange(begin, begin + len(similarity)), first_query)
+        shown.append(np.maximum.reduceat(similarity[is_first], first_answer, axis=1))
+    better, equal, tied = (np.concatenate(column) for column in zip(*counts))
+
+    scalars: dict[str, float] = {}
+    num_own = np.bincount(gallery_owners)[query_owners]  # right answers of each query
+    artifacts: dict[str, Any] = {}
+    for k in (1, 5, 10):
+        hits = statistics.hits_of_best(better, equal, tied, k)
+        scalars[f'R@{k}'] = float(hits.mean())
+        artifacts[f'R@{k}/interval'] = statistics.bootstrap_groups(hits, query_owners, seed=seed)
+        artifacts[f'R@{k}/chance'] = float(_chance(num_own, len(gallery_owners), k).mean())
+
+    rank = statistics.ranks_of_best(better, equal, tied)
+    scalars['median_rank'] = float(np.median(rank) + 1)
+    artifacts['median_rank/interval'] = statistics.bootstrap_groups(
+        rank + 1, query_owners, np.median, seed
+    )
+    artifacts['median_rank/chance'] = _median_chance(num_own, len(gallery_owners))
+
+    similarity = np.concatenate(shown)  # [n n]
+    nearest = np.argsort(-similarity, 1, kind='stable')[:, :SHOWN_CLIPS]
+    artifacts['similarity'] = similarity.astype(np.float16)
+    artifacts['clips'] = clips
+    artifacts['top'] = clips[nearest]
+    artifacts['rank'] = rank[first_query] + 1
+    scalars['clips'] = float(len(clips))
+    scalars['captions'] = float(max(len(query_owners), len(gallery_owners)))
+    return scalars, artifacts
+
+
+def _chance(num_own: Int[np.ndarray, ' Q'], size: int, k: int) -> Float[np.ndarray, ' Q']:
+    """Probability that one of `num_own` right answers is among the first k of `size` by chance."""
+    nothing = np.zeros(len(num_own), int)
+    return statistics.hits_of_best(nothing, size - num_own, num_own, k)
+
+
+def _median_chance(num_own: Int[np.ndarray, ' Q'], size: int) -> float:
+    """Median rank, from 1, of the first right answer of all queries in random orders."""
+    if num_own.max() == 1:
+        return (size + 1) / 2
+    # Queries with equally many right answers have equal odds.
+    values, weights = np.unique(num_own, return_counts=True)
+    all_wrong = np.ones(len(values))
+    for k in range(size):
+        all_wrong = all_wrong * np.maximum(size - values - k, 0) / (size - k)
+        if np.average(all_wrong, weights=weights) <= 0.5:
+            return float(k + 1)
+    return float(size)
 
 
 class Sync(Evaluator):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from vatt_jax.config import ConfigError
 
@@ -64,6 +64,99 @@ def hits(similarity: Shaped[np.ndarray, 'N N'], k: int) -> Float[np.ndarray, ' N
     # The diagonal takes ranks better … better + equal with equal odds; k - better of them are below
     # k.
     return np.clip((k - better) / (equal + 1), 0, 1)
+
+
+def compare_with_own(
+    similarity: Shaped[np.ndarray, 'Q M'], is_own: Bool[np.ndarray, 'Q M']
+) -> tuple[Int[np.ndarray, ' Q'], Int[np.ndarray, ' Q'], Int[np.ndarray, ' Q']]:
+    """Compare the best of several right answers with all wrong ones.
+
+    What is not a number counts against its query, as in `better_and_equal`.
+
+    Args:
+      similarity: of queries and gallery.
+      is_own: the right answers of each query, at least one.
+
+    Returns:
+      Wrong answers that score higher, wrong ones that score as much, and right ones that score as
+      much (at least 1), int64 [Q] each.
+    """
+    is_usable = is_own & ~np.isnan(similarity)
+    best = np.where(is_usable, similarity, -np.inf).max(1, keepdims=True)  # [Q 1]
+    # Every comparison with NaN is false, so a wrong answer that is NaN counts as better.
+    better = (~is_own & ~(similarity <= best)).sum(1)
+    is_tie = similarity == best
+    return better, (~is_own & is_tie).sum(1), np.maximum((is_own & is_tie).sum(1), 1)
+
+
+def ranks_of_best(
+    better: Int[np.ndarray, ' Q'], equal: Int[np.ndarray, ' Q'], tied: Int[np.ndarray, ' Q']
+) -> Float[np.ndarray, ' Q']:
+    """0-based rank of the best right answer, over all orders of what scores as much.
+
+    Args:
+      better: as of `compare_with_own`.
+      equal: likewise.
+      tied: likewise.
+    """
+    # The first of t among e + t in random order has e / (t + 1) others before it on average.
+    return better + equal / (tied + 1)
+
+
+def hits_of_best(
+    better: Int[np.ndarray, ' Q'],
+    equal: Int[np.ndarray, ' Q'],
+    tied: Int[np.ndarray, ' Q'],
+    k: int,
+) -> Float[np.ndarray, ' Q']:
+    """Probability that a right answer is among the first k, over all orders of what ties.
+
+    Args:
+      better: as of `compare_with_own`.
+      equal: likewise.
+      tied: likewise.
+      k: number of answers looked at.
+    """
+    # All places that the ties leave are taken by wrong answers: drawn without replacement.
+    all_wrong = np.ones(len(better))
+    for i in range(k):
+        share = np.maximum(equal - i, 0) / np.maximum(equal + tied - i, 1)
+        all_wrong = np.where(better + i < k, all_wrong * share, all_wrong)
+    return 1 - all_wrong
+
+
+def bootstrap_groups(
+    values: Shaped[np.ndarray, ' Q'],
+    groups: Int[np.ndarray, ' Q'],
+    statistic: Callable[..., Any] = np.mean,
+    seed: int = 0,
+    rounds: int = 1000,
+) -> tuple[float, float]:
+    """As `bootstrap`, resampling groups of values that belong together.
+
+    Captions of one clip are not independent: resampled one by one, they would make the interval too
+    narrow.
+
+    Args:
+      values: one for each query.
+      groups: the group of each, counted from 0 without gaps and in ascending order.
+      statistic: takes the values of a round.
+      seed: of the resampling.
+      rounds: number of resamplings.
+
+    Returns:
+      (low, high).
+    """
+    counts = np.bincount(groups)
+    place = np.arange(len(values)) - np.repeat(np.cumsum(counts) - counts, counts)
+    table = np.full((len(counts), counts.max()), np.nan)  # a row a group, filled up with NaN
+    table[groups, place] = values
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(rounds):
+        drawn = table[rng.integers(0, len(counts), len(counts))]
+        draws.append(statistic(drawn[~np.isnan(drawn)]))
+    return float(np.percentile(draws, 2.5)), float(np.percentile(draws, 97.5))
 
 
 def bootstrap(

@@ -9,8 +9,11 @@
     # MMV
     python -m vatt_jax.importers --format=mmv --checkpoint=mmv_s3d.pkl \\
         --config=configs/mmv.py:s3d_fac_vat --out=runs/mmv_s3d
+    # any model of ours for other tools, and back; vatt_jax.load takes that folder, too
+    python -m vatt_jax.importers --format=safetensors --export=runs/vatt --out=shared/vatt
+    python -m vatt_jax.importers --format=safetensors --checkpoint=shared/vatt --out=runs/again
 
---out is then a run folder: vatt_jax.load(DIR), run.py --mode=eval --workdir=DIR,
+--out is then a run folder: vatt_jax.load(DIR), vatt-jax --mode=eval --workdir=DIR,
 --config.init_from=DIR, or further training in it.
 A pickle (mmv) is read without running anything that it asks for.
 --vocabulary=FILE (a word a line, <pad> first) makes embed(text=…) work; --classes=FILE names a
@@ -25,9 +28,12 @@ import pathlib
 import sys
 from typing import Any, NoReturn
 
+from vatt_jax.command_line import expand_home
+
 # TensorFlow reads this when it is imported; 3: errors alone.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-FORMATS = ('vatt_tf', 'mmv')
+FORMATS = ('vatt_tf', 'mmv', 'safetensors')
+MOST_LINES = 40  # names of one kind that are printed; the others are counted
 
 
 def main(argv: list[str]) -> None:
@@ -40,42 +46,64 @@ def main(argv: list[str]) -> None:
         ConfigError: flags, config or checkpoint are wrong.
     """
     # The importers, and models with them, are imported only when the flags are right.
-    from configs import default
     from vatt_jax import config as configs
     from vatt_jax.config import ConfigError
 
-    flags = _parser().parse_args(argv)
+    flags = _parser().parse_args(expand_home(argv))
     if bool(flags.checkpoint) == bool(flags.export):
         # Neither says what to do; both would leave open which of them --out belongs to.
         raise ConfigError('name one of --checkpoint=PREFIX (in) and --export=RUN (out)')
     importer = _importer(flags.format)
 
     if flags.export:
-        count = importer.export_checkpoint(flags.export, flags.out)
+        count = importer.export_checkpoint(flags.export, flags.out, flags.overwrite)
         # Of a TensorFlow checkpoint --out is the prefix; the index is one of its files.
-        suffix = '.index' if flags.format == 'vatt_tf' else ''
+        suffix = {'vatt_tf': '.index', 'safetensors': '/model.safetensors'}.get(flags.format, '')
         print(f'{count} variables of {flags.export} → {flags.out}{suffix}')
         return
 
     # Only vatt_tf's importer takes `classes`.
     names = {'vocabulary': _lines(flags.vocabulary)}
     if flags.classes:
-        if flags.format == 'mmv':
-            raise ConfigError('--classes: MMV checkpoints have no classifier; leave it out')
+        if flags.format != 'vatt_tf':
+            reasons = {
+                'mmv': 'MMV checkpoints have no classifier',
+                'safetensors': 'the names of classes are stored beside the model',
+            }
+            raise ConfigError(f'--classes: {reasons[flags.format]}; leave it out')
         names['classes'] = _lines(flags.classes)
-    config = None
+    config, base = None, None
+    # The config of a safetensors folder lies in it.
+    if flags.config or flags.format != 'safetensors':
+        base = _default_config()
     if flags.config:
         config = configs.load(flags.config)
         # A misspelt field fails here, by its name.
-        configs.check_fields(config, default.get_config())
-    config, report = importer.import_checkpoint(
-        flags.checkpoint, flags.out, config, default.get_config(), **names
-    )
+        configs.check_fields(config, base)
+    config, report = importer.import_checkpoint(flags.checkpoint, flags.out, config, base, **names)
     print(f'{report.read} variables of {flags.checkpoint} → {flags.out} ({config.name})')
-    print(f'position tables resized: {", ".join(report.resized) or "none"}')
-    print(f'not used: {", ".join(report.unused) or "none"}')
+    _print_report(report)
+
+
+def _print_report(report: Any) -> None:
+    from vatt_jax.importers.messages import listed
+
+    print(f'position tables resized: {listed(report.resized, MOST_LINES) or "none"}')
+    print(f'not used: {listed(report.unused, MOST_LINES) or "none"}')
     # Always none: a variable that is missing is an error.
     print(f'missing: none; optimizer and bookkeeping left alone: {report.bookkeeping} variables')
+    if report.not_finite:
+        print(
+            f'not finite: {len(report.not_finite)} of them hold a NaN or an infinity, as they do '
+            f'in the checkpoint: {listed(report.not_finite)}'
+        )
+    if report.unreadable:
+        print(
+            f'lost in the file: {len(report.unreadable)} of the optimizer and the like, which are '
+            f'not needed: {listed(report.unreadable)}'
+        )
+    for assumption in report.assumed:
+        print(f'assumed: {assumption}')
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,11 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--checkpoint',
         default='',
-        help='an official checkpoint: the file, or (vatt_tf) its path without .index',
+        help='what to import: the file, (vatt_tf) its path without .index, or (safetensors) the '
+        'folder',
     )
-    parser.add_argument(
-        '--export', default='', help='a run folder, to be written in the official layout'
-    )
+    parser.add_argument('--export', default='', help='a run folder, to be written in this format')
     parser.add_argument(
         '--config',
         default='',
@@ -110,20 +137,37 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--out',
         required=True,
-        help='the run folder to make; with --export, the file or prefix to write',
+        help='the run folder to make; with --export, the file, prefix or folder to write',
     )
     parser.add_argument(
         '--vocabulary', default='', help='file of the words of the word table, one a line'
+    )
+    parser.add_argument(
+        '--overwrite', action='store_true', help='let --export replace what is at --out'
     )
     parser.add_argument('--classes', default='', help='file of class names, one a line')
     return parser
 
 
+def _default_config() -> Any:
+    from vatt_jax.config import ConfigError
+
+    try:
+        from configs import default
+    except ImportError as error:
+        # Configs are no part of the installed package.
+        raise ConfigError(
+            f'an import needs configs/default.py ({error}); run this command in a copy of the '
+            'repository'
+        ) from error
+    return default.get_config()
+
+
 def _importer(name: str) -> Any:
     """The module of a format: import_checkpoint and export_checkpoint."""
-    from vatt_jax.importers import mmv, vatt_tf
+    from vatt_jax.importers import mmv, safetensors_folder, vatt_tf
 
-    return {'vatt_tf': vatt_tf, 'mmv': mmv}[name]
+    return {'vatt_tf': vatt_tf, 'mmv': mmv, 'safetensors': safetensors_folder}[name]
 
 
 def _lines(path: str) -> list[str] | None:
@@ -133,17 +177,23 @@ def _lines(path: str) -> list[str] | None:
     if not path:
         return None
     try:
-        return pathlib.Path(path).read_text().splitlines()
-    except OSError as error:
+        # A byte order mark, as some editors write, is no part of the first word. Only line ends
+        # separate words: other white space may belong to one.
+        text = pathlib.Path(path).read_text(encoding='utf-8-sig')
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, 'strerror', None) or f'not UTF-8: {error}'
         raise ConfigError(
-            f'{path} cannot be read ({error.strerror}); expected a text file with one word or name '
-            'a line'
+            f'{path} cannot be read ({reason}); expected a text file in UTF-8 with one word or '
+            'name a line'
         ) from error
+    return text.removesuffix('\n').split('\n')
 
 
 if __name__ == '__main__':
     from vatt_jax.config import ConfigError, fail
+    from vatt_jax.terminal import use_plain_characters
 
+    use_plain_characters()
     try:
         main(sys.argv[1:])
     except ConfigError as error:

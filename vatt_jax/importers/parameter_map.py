@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax import models, objectives
 from vatt_jax.config import ConfigError, from_json, to_json
+from vatt_jax.importers.messages import MOST_NAMES, escaped, listed, shown
 from vatt_jax.inputs import preprocess, tokenizer
 from vatt_jax.models.embeddings import spline_matrix
 from vatt_jax.parallel import sharding
@@ -27,6 +28,12 @@ from vatt_jax.training import checkpoint, train_state
 
 # A variable of ours: 'params', 'head', 'video_va', 'kernel', for example.
 Path = tuple[str, ...]
+
+MOST_DIFFERENCES = 8  # fields named in one error; the others are counted
+ADVICE = (
+    'set these fields as the checkpoint has them, or leave out --config: its sizes are then read '
+    'from the checkpoint'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +64,18 @@ class Report:
         resized: position tables of another length, as 'name: 8 → 4 rows'.
         unused: variables of the checkpoint that nothing took.
         bookkeeping: number of variables of optimizer, counters and the like, left alone.
+        not_finite: variables read that hold a NaN or an infinity, as they are in the checkpoint.
+        assumed: what a checkpoint does not record and was taken as the published models have it.
+        unreadable: variables of optimizer, counters and the like that are lost in the file.
     """
 
     read: int
     resized: list[str]
     unused: list[str]
     bookkeeping: int
+    not_finite: list[str] = dataclasses.field(default_factory=list)
+    assumed: list[str] = dataclasses.field(default_factory=list)
+    unreadable: list[str] = dataclasses.field(default_factory=list)
 
 
 # ---- the table at work
@@ -74,6 +87,7 @@ def to_ours(
     expected: Mapping[Path, jax.ShapeDtypeStruct],
     bookkeeping: Callable[[str], bool],
     differences: Sequence[str] = (),
+    advice: str = ADVICE,
 ) -> tuple[dict[Path, np.ndarray], Report]:
     """Bring the variables of a checkpoint into our layout.
 
@@ -88,30 +102,35 @@ def to_ours(
         bookkeeping: whether an unused key needs no mention.
         differences: 'config.field=ours (checkpoint: theirs)', known from elsewhere; any of them is
             an error.
+        advice: what to try where sizes differ.
 
     Returns:
         {our path: array}, and what was read, resized and left out.
 
     Raises:
-        ConfigError: the checkpoint does not fit; lists all differences, missing variables, those
+        ConfigError: the checkpoint does not fit; lists differences, missing variables, those
             whose shape does not fit (both shapes, the config field behind the difference) and
-            unused ones. Or the table and `expected` differ.
+            unused ones: the first few of each, and how many there are. Or an array is not of real
+            numbers. Or the table and `expected` differ.
     """
     used = {entry.theirs for entry in entries}
     rest = sorted(key for key in shapes if key not in used)
     unused = [key for key in rest if not bookkeeping(key)]
     # Shapes are known without reading arrays, so a misfit costs nothing.
-    _check_shapes(shapes, entries, where, unused, differences)
+    _check_shapes(shapes, entries, where, unused, differences, advice)
 
     arrays: dict[Path, np.ndarray] = {}
     resized = []
+    not_finite = []
     for entry in entries:
         # Reported below, together with what the table lacks.
         if entry.ours not in expected:
             continue
         like = expected[entry.ours]
         shape = tuple(shapes[entry.theirs])
-        value = np.asarray(read(entry.theirs), like.dtype)
+        value = _as_numbers(read(entry.theirs), like.dtype, entry.theirs, where)
+        if not np.isfinite(value).all():
+            not_finite.append(entry.theirs)
         if shape != entry.shape:
             # `_fits` let this pass, so it is a position table: [rows D]. In float64, rounded once.
             matrix = spline_matrix(shape[0], entry.shape[0])
@@ -131,7 +150,29 @@ def to_ours(
         raise ConfigError(
             f'this config has parameters that the official layout does not: {listed(different)}'
         )
-    return arrays, Report(len(entries), resized, unused, len(rest) - len(unused))
+    num_bookkeeping = len(rest) - len(unused)
+    return arrays, Report(len(entries), resized, unused, num_bookkeeping, not_finite)
+
+
+def _as_numbers(value: Any, dtype: Any, name: str, where: str) -> np.ndarray:
+    """An array of a checkpoint in our type, which must lose nothing but digits."""
+    value = np.asarray(value)
+    # Custom types such as bfloat16 have the kind V of raw bytes.
+    is_real = value.dtype.kind in 'fiu' or jax.dtypes.issubdtype(value.dtype, np.floating)
+    if not is_real:
+        raise ConfigError(
+            f'{where}: {escaped(name)}: expected real numbers, got {value.dtype} of shape '
+            f'{list(value.shape)}'
+        )
+    # A number too large for float32 becomes an infinity, which is reported as one.
+    with np.errstate(over='ignore'):
+        converted = value.astype(dtype)
+    if np.issubdtype(dtype, np.integer) and not np.array_equal(converted, value):
+        raise ConfigError(
+            f'{where}: {escaped(name)}: expected whole numbers ({np.dtype(dtype)}), got '
+            f'{shown(value.ravel()[:1].tolist())}'
+        )
+    return converted
 
 
 def _check_shapes(
@@ -140,6 +181,7 @@ def _check_shapes(
     where: str,
     unused: list[str],
     differences: Sequence[str],
+    advice: str,
 ) -> None:
     """Raise one error for everything that does not fit: a wrong config is wrong in many places."""
     missing = [entry.theirs for entry in entries if entry.theirs not in shapes]
@@ -151,22 +193,21 @@ def _check_shapes(
         return
     first_line = f'{where} does not fit this config'
     if differences:
-        first_line += f': {", ".join(differences)}'
+        first_line += f': {listed(differences, MOST_DIFFERENCES)}'
     if differences or misfits:
-        first_line += (
-            '; set these fields as the checkpoint has them, or leave out --config and let it '
-            'tell its sizes'
-        )
+        first_line += f'; {advice}'
     lines = [first_line]
     if missing:
         lines.append(
-            f'lacks {len(missing)} of the {len(entries)} variables this config wants: '
-            f'{", ".join(missing)}'
+            f'lacks {len(missing)} of the {len(entries)} variables this config expects: '
+            f'{listed(missing)}'
         )
-    lines += [_misfit(entry, tuple(shapes[entry.theirs])) for entry in misfits]
+    lines += [_misfit(entry, tuple(shapes[entry.theirs])) for entry in misfits[:MOST_NAMES]]
+    if len(misfits) > MOST_NAMES:
+        lines.append(f'and {len(misfits) - MOST_NAMES} more shapes that do not fit')
     # No error by themselves, but a variable that is missing may be among them by another name.
     if unused:
-        lines.append(f'not used: {", ".join(unused)}')
+        lines.append(f'not used: {listed(unused)}')
     raise ConfigError('\n'.join(lines))
 
 
@@ -190,7 +231,7 @@ def _misfit(entry: Entry, shape: tuple[int, ...]) -> str:
         # A field may decide several dimensions; name it once, in the order of the dimensions.
         hint = f'; set config.{" and config.".join(dict.fromkeys(fields))}'
     return (
-        f'{entry.theirs} has shape {list(shape)}, this config wants {list(entry.shape)} '
+        f'{entry.theirs} has shape {shown(list(shape))}, this config expects {list(entry.shape)} '
         f'(for {"/".join(entry.ours)}){hint}'
     )
 
@@ -213,31 +254,61 @@ def _unshared_paths(paths: Iterable[Path], entries: list[Entry]) -> list[str]:
     return sorted('/'.join(path) for path in set(paths) ^ in_table)
 
 
-def listed(names: list[str], most: int = 20) -> str:
-    """Join names for an error, at most `most` of them."""
-    text = ', '.join(names[:most])
-    if len(names) > most:
-        text += f', and {len(names) - most} more'
-    return text
-
-
 # ---- run folders
 def check_new(out: str | os.PathLike) -> pathlib.Path:
     """Return the folder as a path. Raises ConfigError where it already is a run."""
     out = pathlib.Path(out)
     if RunFolder(out).checkpoints.exists():
         raise ConfigError(f'--out={out} already holds checkpoints; name another folder')
+    if RunFolder(out).config.exists():
+        raise ConfigError(f'--out={out} is the folder of a run; name another folder')
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f'--out={out} is a file; expected the name of a folder to make')
     return out
 
 
-def abstract_state(config: ConfigDict, labels: Mapping[str, Sequence[str]]) -> Any:
+def check_export(out: pathlib.Path, files: Sequence[pathlib.Path], overwrite: bool) -> None:
+    """Check that an export may write.
+
+    Args:
+        out: where to, as the user named it.
+        files: what it would write, or replace.
+        overwrite: whether the user said that it may replace them.
+
+    Raises:
+        ConfigError: one of them exists, or a folder is in its place.
+    """
+    for path in files:
+        if path.is_dir():
+            raise ConfigError(f'--out={out}: {path} is a folder; expected the name of a file')
+        if path.exists() and not overwrite:
+            raise ConfigError(
+                f'--out={out}: {path} exists and is left as it is; name another place, or add '
+                '--overwrite'
+            )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f'--out={out}: folder {out.parent} cannot be made ({error.strerror}); name another '
+            'place'
+        ) from error
+
+
+def abstract_state(
+    config: ConfigDict, labels: Mapping[str, Sequence[str]], with_objective: bool = True
+) -> Any:
     """Return the TrainState that a config makes, shapes only.
 
     Args:
         config: the whole config.
         labels: {name of a label: its classes}.
+        with_objective: whether the checkpoint has parameters of the objective; without, the model
+            must have towers alone.
     """
-    objective = objectives.build(config.objective)
+    objective = objectives.Objective(config.objective)
+    if with_objective:
+        objective = objectives.build(config.objective)
     model = models.build(config.model, config.compute_dtype)
     # None stands for the whole batch: a stream for each tower.
     streams = objective.streams() or tuple(config.model.towers)
@@ -292,10 +363,12 @@ def write_run(
         vocabulary: words in the order of the word table, <pad> first.
 
     Raises:
-        ConfigError: no tokenizer can be made of the vocabulary.
+        ConfigError: no tokenizer can be made of the vocabulary, or its length is not that of the
+            word table.
     """
     info = dict(info)  # the caller's stays as it is
     if vocabulary is not None:
+        _check_vocabulary(vocabulary, arrays)
         try:
             info['tokenizer'] = tokenizer.Words.from_table(vocabulary).to_spec()
         except ValueError as error:
@@ -327,6 +400,19 @@ def write_run(
     checkpoints.wait()  # saving goes on in the background
     checkpoints.close()
     RunFolder(out).config.write_text(to_json(config))
+
+
+def _check_vocabulary(vocabulary: Sequence[str], arrays: Mapping[Path, np.ndarray]) -> None:
+    tables = [array for path, array in arrays.items() if path[-1] == 'word_table']
+    if not tables:
+        raise ConfigError('--vocabulary: this model has no word table; leave it out')
+    num_rows = len(tables[0])
+    # A word beyond the last row would silently get the vector of another one.
+    if len(vocabulary) != num_rows:
+        raise ConfigError(
+            f'--vocabulary: expected {num_rows} words, one for each row of the word table, got '
+            f'{len(vocabulary)}; give the file that belongs to this checkpoint'
+        )
 
 
 def read_run(run: str | os.PathLike) -> tuple[ConfigDict, dict[str, Any], dict[Path, np.ndarray]]:

@@ -5,13 +5,15 @@ an object of this file, which only puts arrays and containers together; any othe
 opcode that could reach one in another way, ends the reading. Neither dill, Haiku, Flax nor PyTorch
 need be installed to read what they wrote.
 
-A file is read in three passes: `_check` looks at the opcodes without executing them, `_Unpickler`
-executes them on stand-ins, and `_Converter` replaces the stand-ins by arrays.
+The opcodes are executed here (`_Machine`), not by Python's unpickler, which hashes and compares
+whatever a file asks it to: tuples nested deep enough end the process, and tuples that hold each
+other twice keep it busy for ever. `_Converter` then replaces the stand-ins by arrays.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 import mmap
@@ -22,24 +24,33 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
 from vatt_jax.config import ConfigError
+from vatt_jax.importers.messages import escaped, shown
 
+# Opcodes that put their own argument on the stack.
+LITERALS = frozenset(
+    """BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT
+    BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINSTRING SHORT_BINSTRING
+    BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8""".split()
+)
+CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False}
 # What protocols 2 to 5 need for arrays and containers. Left out, among others: EXT1… (names by
 # number, from a registry of the process), INST, OBJ and NEWOBJ (make instances of classes), PERSID
 # (names of things outside the file; PyTorch's storages alone use BINPERSID).
-OPCODES = frozenset(
-    """PROTO FRAME STOP MARK POP POP_MARK
-    NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT
-    BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINSTRING SHORT_BINSTRING
-    BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8
-    EMPTY_DICT EMPTY_LIST EMPTY_TUPLE EMPTY_SET TUPLE TUPLE1 TUPLE2 TUPLE3 FROZENSET
-    APPEND APPENDS SETITEM SETITEMS ADDITEMS
-    GLOBAL STACK_GLOBAL REDUCE BUILD
-    MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET""".split()
+OPCODES = (
+    LITERALS
+    | frozenset(CONSTANTS)
+    | frozenset(
+        """PROTO FRAME STOP MARK POP POP_MARK
+        EMPTY_DICT EMPTY_LIST EMPTY_TUPLE EMPTY_SET TUPLE TUPLE1 TUPLE2 TUPLE3 FROZENSET
+        APPEND APPENDS SETITEM SETITEMS ADDITEMS
+        GLOBAL STACK_GLOBAL REDUCE BUILD
+        MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET""".split()
+    )
 )
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a PyTorch file from before 1.6
 TORCH_VERSION = 1001  # second pickle of such a file
@@ -60,6 +71,18 @@ TORCH_STORAGES = {
     'ComplexDouble': 'c16',
 }
 DEEPEST = 64  # containers within containers
+# Bounds far above what checkpoints need, so that no value costs more than its bytes in the file.
+MOST_BITS = 2048  # of an integer
+MOST_AXES = 32  # of an array, each shorter than LONGEST_AXIS
+LONGEST_AXIS = 1 << 48
+LONGEST_KEY = 4096  # characters of a name in a mapping or a set
+MOST_KEY_PARTS = 16  # of a tuple that is a key
+# Hashes of tuples can be made to collide, and n keys of one hash take n² comparisons.
+MOST_TUPLE_KEYS = 4096
+# Calls that copy their arguments may copy so many times the bytes of the file in all.
+MOST_COPIES = 4
+FREE_COPIES = 1 << 20  # bytes, whatever the size of the file
+ELEMENT_BYTES = 16  # that an element of a container counts for
 
 
 class Refused(ConfigError):
@@ -138,15 +161,8 @@ def _load_one(
     Returns:
         The value, with stand-ins in it.
     """
-    begin = data.tell()
-    _check(path, data, storages is not None)
-    end = data.tell()
-    data.seek(begin)
     with _errors_of(path):
-        value = _Unpickler(path, data, storages).load()
-    # The unpickler reads frames whole, and a frame may claim bytes beyond the end of the pickle.
-    data.seek(end)
-    return value
+        return _Machine(path, data, storages).run()
 
 
 @contextlib.contextmanager
@@ -166,97 +182,265 @@ def _errors_of(path: pathlib.Path) -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    return ' '.join(str(error).split())[:200]
+    return escaped(' '.join(str(error)[:1000].split()), 200)
 
 
-# ---- first pass: the opcodes, not executed
-def _check(path: pathlib.Path, data: Any, persistent: bool) -> None:
-    """Check the opcodes of one pickle without executing them.
+# ---- the opcodes, executed on stand-ins
+class _Machine:
+    """Executes one pickle: a stack, marks on it, and a memo of values to refer back to.
 
-    Each is admitted, whole, and claims no more memory than the file has bytes for.
+    Names of the file mean entries of ADMITTED and TORCH, nothing else.
     """
-    last = 'its beginning'
-    try:
-        # genops stops after STOP, which leaves `data` at the end of this pickle.
-        for number, (opcode, argument, offset) in enumerate(pickletools.genops(data)):
-            _check_opcode(path, opcode.name, argument, offset, number, persistent)
-            last = f'{opcode.name} at byte {offset}'
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise Damaged(
-            f'{path} is not a whole pickle: after {last}, {_one_line(error)}; fetch the file again'
-        ) from error
-
-
-def _check_opcode(
-    path: pathlib.Path,
-    name: str,
-    argument: Any,
-    offset: int | None,
-    number: int,
-    persistent: bool,
-) -> None:
-    """Check one opcode; `number` counts those before it."""
-    if name not in OPCODES and not (persistent and name == 'BINPERSID'):
-        shown = '' if argument is None else f' {argument!r:.80}'
-        raise Refused(
-            f'{path}: opcode {name}{shown} at byte {offset} is refused; NumPy arrays and plain '
-            'containers, pickled with protocol 2 to 5, are read'
-        )
-    if name == 'PROTO' and argument > pickle.HIGHEST_PROTOCOL:
-        raise Damaged(
-            f'{path} is a pickle of protocol {argument}, or no pickle; 2 to '
-            f'{pickle.HIGHEST_PROTOCOL} are read'
-        )
-    # The unpickler makes room for all memo numbers up to this one, so five bytes could claim
-    # gigabytes. An honest writer numbers consecutively.
-    if name in ('BINPUT', 'LONG_BINPUT') and argument > number:
-        raise Damaged(
-            f'{path} is damaged, or was made by hand: {name} {argument} at byte {offset} counts '
-            'more values than came before'
-        )
-
-
-# ---- second pass: executed, on stand-ins
-class _Unpickler(pickle.Unpickler):
-    """An unpickler for which names of a file mean entries of ADMITTED and TORCH, nothing else."""
 
     def __init__(
         self,
         path: pathlib.Path,
-        file: mmap.mmap | io.BytesIO,
+        data: mmap.mmap | io.BytesIO,
         storages: dict[str, _Storage] | None,
     ) -> None:
-        # latin1 maps bytes 0 to 255 one to one: the bytes of arrays that Python 2 pickled as str.
-        super().__init__(file, encoding='latin1')
         self.path = path
+        self.data = data
         self.storages = storages
+        self.size = _bytes_of(data)
+        # A mark begins a new stack, so that no opcode can take a value from before it.
+        self.stack: list[Any] = []
+        self.earlier: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self.tuple_keys = 0
+        self.copied = 0
 
-    def find_class(self, module: str, name: str) -> Any:
-        # Never super().find_class: it imports the module.
+    def run(self) -> Any:
+        """Execute up to STOP, and leave the file right behind it."""
+        # Typeshed knows no maps of files.
+        operations = pickletools.genops(cast(IO[bytes], self.data))
+        last = 'its beginning'
+        number = 0  # of opcodes so far
+        while True:
+            name, argument, offset = self._next(operations, last)
+            self._check(name, argument, offset, number)
+            if name == 'STOP':
+                return self.stack.pop()
+            self._execute(name, argument)
+            last = f'{name} at byte {offset}'
+            number += 1
+
+    def _next(self, operations: Iterator[Any], last: str) -> tuple[str, Any, int | None]:
+        """The next opcode, its argument and its place; genops reads both whole."""
+        try:
+            opcode, argument, offset = next(operations)
+        except Exception as error:
+            raise Damaged(
+                f'{self.path} is not a whole pickle: after {last}, {_one_line(error)}; fetch the '
+                'file again'
+            ) from error
+        return opcode.name, argument, offset
+
+    def _check(self, name: str, argument: Any, offset: int | None, number: int) -> None:
+        """Check one opcode before it is executed; `number` counts those before it."""
+        is_storage = name == 'BINPERSID' and self.storages is not None
+        if name not in OPCODES and not is_storage:
+            argument_shown = '' if argument is None else f' {shown(argument)}'
+            raise Refused(
+                f'{self.path}: opcode {name}{argument_shown} at byte {offset} is refused; NumPy '
+                'arrays and plain containers, pickled with protocol 2 to 5, are read'
+            )
+        if name == 'PROTO' and argument > pickle.HIGHEST_PROTOCOL:
+            raise Damaged(
+                f'{self.path} is a pickle of protocol {argument}, or no pickle; 2 to '
+                f'{pickle.HIGHEST_PROTOCOL} are read'
+            )
+        if name == 'FRAME' and argument > self.size - self.data.tell():
+            raise Damaged(
+                f'{self.path} is not a whole pickle: the frame at byte {offset} has {argument} '
+                'bytes, more than follow; fetch the file again'
+            )
+        # An honest writer numbers consecutively.
+        if name in ('BINPUT', 'LONG_BINPUT') and argument > number:
+            raise Damaged(
+                f'{self.path} is damaged, or was made by hand: {name} {argument} at byte {offset} '
+                'counts more values than came before'
+            )
+        if type(argument) is int and argument.bit_length() > MOST_BITS:
+            raise Refused(
+                f'{self.path} holds an integer of {argument.bit_length()} bits at byte {offset}; '
+                f'at most {MOST_BITS} are read'
+            )
+
+    def _execute(self, name: str, argument: Any) -> None:
+        stack = self.stack
+        if name in LITERALS:
+            stack.append(argument)
+        elif name in CONSTANTS:
+            stack.append(CONSTANTS[name])
+        elif name == 'MARK':
+            self.earlier.append(stack)
+            self.stack = []
+        elif name == 'POP':
+            if stack:
+                stack.pop()
+            else:
+                self._from_mark()
+        elif name == 'POP_MARK':
+            self._from_mark()
+        elif name in ('MEMOIZE', 'BINPUT', 'LONG_BINPUT'):
+            self.memo[len(self.memo) if argument is None else argument] = stack[-1]
+        elif name in ('BINGET', 'LONG_BINGET'):
+            stack.append(self.memo[argument])
+        elif name in ('GLOBAL', 'STACK_GLOBAL'):
+            stack.append(self._name(argument))
+        elif name == 'REDUCE':
+            stack.append(self._call())
+        elif name == 'BUILD':
+            self._build()
+        elif name == 'BINPERSID':
+            stack.append(self._storage(stack.pop()))
+        elif name not in ('PROTO', 'FRAME'):
+            self._contain(name)
+
+    def _contain(self, name: str) -> None:
+        """Make a container, or put values into one."""
+        if name == 'EMPTY_DICT':
+            self.stack.append({})
+        elif name == 'EMPTY_LIST':
+            self.stack.append([])
+        elif name == 'EMPTY_TUPLE':
+            self.stack.append(())
+        elif name == 'EMPTY_SET':
+            self.stack.append(set())
+        elif name == 'TUPLE':
+            items = self._from_mark()
+            self.stack.append(tuple(items))
+        elif name in ('TUPLE1', 'TUPLE2', 'TUPLE3'):
+            self.stack.append(tuple(self._pop_last(int(name[-1]))))
+        elif name == 'FROZENSET':
+            items = self._from_mark()
+            self._check_keys(items)
+            self.stack.append(frozenset(items))
+        elif name in ('APPEND', 'APPENDS'):
+            items = self._pop_last(1) if name == 'APPEND' else self._from_mark()
+            self._target(list).extend(items)
+        elif name in ('SETITEM', 'SETITEMS'):
+            items = self._pop_last(2) if name == 'SETITEM' else self._from_mark()
+            keys = items[::2]
+            self._check_keys(keys)
+            self._target(dict, _Mapping).update(zip(keys, items[1::2], strict=True))
+        else:  # ADDITEMS
+            items = self._from_mark()
+            self._check_keys(items)
+            self._target(set).update(items)
+
+    def _from_mark(self) -> list[Any]:
+        """Take the values since the last mark, and the mark."""
+        items = self.stack
+        self.stack = self.earlier.pop()
+        return items
+
+    def _pop_last(self, count: int) -> list[Any]:
+        items = self.stack[-count:]
+        if len(items) < count:
+            raise IndexError('the stack is empty')
+        del self.stack[-count:]
+        return items
+
+    def _target(self, *kinds: type) -> Any:
+        """The container on top of the stack, which items are put into."""
+        if type(self.stack[-1]) not in kinds:
+            raise _Unsupported(f'items put into {shown(self.stack[-1])}')
+        return self.stack[-1]
+
+    def _check_keys(self, keys: list[Any]) -> None:
+        """Check what is about to be hashed: plain values, or a flat tuple of them."""
+        for key in keys:
+            if type(key) is tuple:
+                self.tuple_keys += 1
+                if len(key) > MOST_KEY_PARTS or not all(_is_plain_key(part) for part in key):
+                    raise _Unsupported(f'{shown(key)} as a key; names and numbers are read')
+            elif not _is_plain_key(key):
+                raise _Unsupported(f'{shown(key)} as a key; names and numbers are read')
+        if self.tuple_keys > MOST_TUPLE_KEYS:
+            raise _Unsupported(f'more than {MOST_TUPLE_KEYS} tuples as keys')
+
+    def _name(self, argument: str | None) -> _Name:
+        """What a name stands for: of GLOBAL's argument, or of the two strings on the stack."""
+        # Never Python's own look-up: it imports the module.
+        if argument is None:
+            module, name = self._pop_last(2)
+        else:
+            module, _, name = argument.partition(' ')
+        if type(module) is not str or type(name) is not str:
+            raise _Unsupported(f'the name {shown(module)}.{shown(name)}')
         table = ADMITTED if self.storages is None else ADMITTED | TORCH
         if module == '__builtin__':  # protocol 2 has the names of Python 2
             module = 'builtins'
         make = table.get(f'{module}.{name}')
         if make is None:
             raise Refused(
-                f'{self.path} refers to {module}.{name}, which is neither an array nor a plain '
-                'container; it was not run, and nothing of the file was used'
+                f'{self.path} refers to {escaped(module, 80)}.{escaped(name, 80)}, which is '
+                'neither an array nor a plain container; it was not run, and nothing of the file '
+                'was used'
             )
         return _Name(f'{module}.{name}', make)
 
-    def persistent_load(self, pid: Any) -> Any:
-        if self.storages is None:
-            raise Refused(f'{self.path} refers to {pid!r:.80}, a thing outside of the file')
-        if not _is_storage_id(pid):
-            raise Refused(f'{self.path}: expected a PyTorch storage, got {pid!r:.80}')
-        key, dtype, count = pid[2], pid[1].make, pid[4]
+    def _call(self) -> Any:
+        function, arguments = self._pop_last(2)
+        if type(function) is not _Name or type(arguments) is not tuple:
+            raise _Unsupported(f'a call of {shown(function)} with {shown(arguments)}')
+        self._count_copies(arguments)
+        made = function(*arguments)
+        # The only functions that hash what they are given.
+        if type(made) is _Unhashed:
+            self._check_keys(made.keys)
+            made = made.make()
+        return made
+
+    def _build(self) -> None:
+        state = self.stack.pop()
+        value = self.stack[-1]
+        if not isinstance(value, (_Fixed, _Mapping, _DType, _Array)):
+            raise _Unsupported(f'{shown(value)} with a state')
+        self._count_copies(state)
+        value.set_state(state)
+
+    def _count_copies(self, value: Any, depth: int = 2) -> None:
+        """Count what a call may copy: a few bytes could have a large value copied many times."""
+        if type(value) in (str, bytes, bytearray):
+            self.copied += len(value)
+        elif type(value) in (list, tuple, dict, _Mapping):
+            self.copied += ELEMENT_BYTES * len(value)
+        if self.copied > FREE_COPIES + MOST_COPIES * self.size:
+            raise _Unsupported('values that are copied many times over')
+        # Arguments of a call within those of another one.
+        if type(value) is tuple and depth:
+            for item in value:
+                self._count_copies(item, depth - 1)
+
+    def _storage(self, reference: Any) -> _Storage:
+        """The PyTorch storage that a reference out of the pickle means."""
+        assert self.storages is not None  # else BINPERSID is refused
+        if not _is_storage_id(reference):
+            raise Refused(f'{self.path}: expected a PyTorch storage, got {shown(reference)}')
+        key, dtype, count = reference[2], reference[1].make, reference[4]
         # Tensors may be views of one storage; each of them refers to it.
         storage = self.storages.setdefault(key, _Storage(dtype, count))
         if (storage.dtype, storage.count) != (dtype, count):
-            raise Damaged(f'{self.path}: storage {key!r} is of two types or sizes')
+            raise Damaged(f'{self.path}: storage {shown(key)} is of two types or sizes')
         return storage
+
+
+def _bytes_of(data: mmap.mmap | io.BytesIO) -> int:
+    return len(data) if isinstance(data, mmap.mmap) else data.getbuffer().nbytes
+
+
+def _is_plain_key(key: Any) -> bool:
+    """Whether a value may be hashed: text or bytes of bounded length, or a number of 64 bits."""
+    if type(key) in (str, bytes):
+        return len(key) <= LONGEST_KEY
+    if type(key) is int:
+        # Longer ones can be chosen so that all have one hash.
+        return key.bit_length() <= 64
+    if type(key) is _Array:
+        return isinstance(key.value, np.generic) and key.value.nbytes <= LONGEST_KEY
+    return key is None or type(key) in (bool, float)
 
 
 def _is_storage_id(pid: Any) -> bool:
@@ -266,22 +450,23 @@ def _is_storage_id(pid: Any) -> bool:
     kind, key, count = pid[1], pid[2], pid[4]
     if type(kind) is not _Name or not isinstance(kind.make, np.dtype):
         return False
-    if type(key) is not str or type(count) is not int or count < 0:
+    if type(key) is not str or len(key) > LONGEST_KEY:
+        return False
+    if type(count) is not int or not 0 <= count < LONGEST_AXIS:
         return False
     # The sixth, of files before 1.6, describes a view of a storage; PyTorch has long written None.
     return len(pid) == 5 or pid[5] is None
 
 
-# Stand-ins: all that the unpickler ever sees, calls or changes. Each has `__setstate__`: without
-# it, opcode BUILD would set attributes of the file's choice. Types are compared exactly
-# (`type(x) is …`) so that no subclass passes. Arguments come from the file and may be anything:
-# hence `Any`.
+# Stand-ins: all that the machine ever calls or changes. Opcode BUILD calls `set_state`. Types are
+# compared exactly (`type(x) is …`) so that no subclass passes. Arguments come from the file and may
+# be anything: hence `Any`.
 class _Fixed:
     """A stand-in that opcode BUILD cannot change."""
 
     __slots__ = ()
 
-    def __setstate__(self, state: Any) -> None:
+    def set_state(self, state: Any) -> None:
         raise _Unsupported(f'a {type(self).__name__[1:].lower()} with a state')
 
 
@@ -299,7 +484,8 @@ class _Name(_Fixed):
             raise _Unsupported(f'{self.name} is called')
         return self.make(*args)
 
-    def __repr__(self) -> str:
+    def described(self) -> str:
+        """The name, for errors."""
         return self.name
 
 
@@ -308,7 +494,7 @@ class _Mapping(dict):
 
     __slots__ = ()
 
-    def __setstate__(self, state: Any) -> None:
+    def set_state(self, state: Any) -> None:
         pass
 
 
@@ -324,12 +510,12 @@ class _DType:
         else:
             self.value = _plain_dtype(given)
 
-    def __setstate__(self, state: Any) -> None:
+    def set_state(self, state: Any) -> None:
         # (version, byte order, subarray, field names, fields, …): the three are None for numbers.
         _, order, *rest = state
         if order not in ('<', '>', '|', '=') or any(part is not None for part in rest[:3]):
             raise _Unsupported(
-                f'a NumPy type with the state {state!r:.80}; arrays of numbers are read'
+                f'a NumPy type with the state {shown(state)}; arrays of numbers are read'
             )
         if order in '<>':
             self.value = self.value.newbyteorder(order)
@@ -343,7 +529,7 @@ class _Array:
     def __init__(self, value: Any = None) -> None:
         self.value = value
 
-    def __setstate__(self, state: Any) -> None:
+    def set_state(self, state: Any) -> None:
         # NumPy's state is ([version,] shape, dtype, is Fortran order, bytes).
         shape, dtype, fortran, raw = state if len(state) == 4 else state[1:]
         order = 'F' if fortran else 'C'
@@ -372,14 +558,15 @@ class _Tensor(_Fixed):
 
     def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any, *others: Any) -> None:
         # `others`: requires_grad, hooks, metadata.
-        numbers = (offset, *shape, *strides)
         if (
             type(storage) is not _Storage
+            or not _are_lengths((offset,))
+            or not _are_lengths(shape)
+            or not _are_lengths(strides)
             or len(shape) != len(strides)
-            or any(type(number) is not int or number < 0 for number in numbers)
         ):
             raise _Unsupported(
-                f'a tensor at {offset!r:.40} of shape {shape!r:.40} and strides {strides!r:.40}'
+                f'a tensor at {shown(offset)} of shape {shown(shape)} and strides {shown(strides)}'
             )
         self.storage = storage
         self.offset = offset
@@ -403,26 +590,31 @@ class _Tensor(_Fixed):
         return np.lib.stride_tricks.as_strided(elements, self.shape, byte_strides, writeable=False)
 
 
+def _are_lengths(numbers: Any) -> bool:
+    """Whether this can be a shape: products of such numbers are computed at no cost."""
+    if type(numbers) is not tuple or len(numbers) > MOST_AXES:
+        return False
+    return all(type(n) is int and 0 <= n < LONGEST_AXIS for n in numbers)
+
+
 def _plain_dtype(given: Any) -> np.dtype:
     """A NumPy type of plain numbers or text, by its name."""
     # Not np.dtype(given) at once: it also takes records and 'O', pointers to Python objects.
     plain = r'b1|bool|[iu][1248]|f[248]|c8|c16|[SU]\d{1,6}'
     if type(given) is not str or not re.fullmatch(plain, given):
         raise _Unsupported(
-            f'a NumPy array of type {given!r:.40}; arrays of plain numbers are read, not of Python '
-            'objects or records'
+            f'a NumPy array of type {shown(given)}; arrays of plain numbers are read, not of '
+            'Python objects or records'
         )
     return np.dtype(given)
 
 
 def _array(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     """A view of the bytes `raw`; their number must be that of the shape."""
-    if (
-        type(dtype) is not _DType
-        or type(shape) is not tuple
-        or any(type(n) is not int or n < 0 for n in shape)
-    ):
-        raise _Unsupported(f'an array of shape {shape!r:.80}')
+    if type(dtype) is not _DType or not _are_lengths(shape):
+        raise _Unsupported(f'an array of shape {shown(shape)}')
+    if order not in ('C', 'F'):
+        raise _Unsupported(f'an array in the order {shown(order)}')
     if type(raw) is str:  # of Python 2
         raw = raw.encode('latin1')
     if type(raw) not in (bytes, bytearray):
@@ -442,7 +634,7 @@ def _array(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
 def _empty_array(kind: Any, shape: Any, code: Any) -> _Array:
     """numpy's _reconstruct: BUILD fills it."""
     if type(kind) is not _Name or kind.name != 'numpy.ndarray':
-        raise _Unsupported(f'an array of class {kind!r:.80}')
+        raise _Unsupported(f'an array of class {shown(kind)}')
     return _Array()
 
 
@@ -451,7 +643,7 @@ def _from_buffer(raw: Any, dtype: Any, shape: Any, order: Any, axes: Any = None)
 
     order 'K': `shape` is that of the bytes as they lie, `axes` brings them into the array's order.
     """
-    if order == 'K' and axes is not None:
+    if order == 'K' and _are_lengths(axes):
         return _Array(_array(raw, dtype, shape, 'C').transpose(axes))
     return _Array(_array(raw, dtype, shape, order))
 
@@ -462,9 +654,9 @@ def _filled_array(empty: Any, args: Any, state: Any, *others: Any) -> _Array:
     `others` (attributes, weak type) are ignored.
     """
     if type(empty) is not _Name or empty.make is not _empty_array:
-        raise _Unsupported(f'an array made by {empty!r:.80}')
+        raise _Unsupported(f'an array made by {shown(empty)}')
     out = empty(*args)
-    out.__setstate__(state)
+    out.set_state(state)
     return out
 
 
@@ -473,17 +665,37 @@ def _scalar(dtype: Any, raw: Any = b'') -> _Array:
     return _Array(_array(raw, dtype, (), 'C')[()])
 
 
-def _mapping(*args: Any) -> _Mapping:
-    if len(args) > 1 or (args and not isinstance(args[0], (dict, list, tuple))):
-        raise _Unsupported(f'a mapping of {args!r:.80}')
-    return _Mapping(*args)
+class _Unhashed:
+    """A mapping or a set, to be made once its keys are checked."""
+
+    __slots__ = ('keys', 'make')
+
+    def __init__(self, keys: list[Any], make: Callable[[], Any]) -> None:
+        self.keys = keys
+        self.make = make
+
+
+def _mapping(*args: Any) -> Any:
+    if not args:
+        return _Mapping()
+    (given,) = args
+    # Keys of a mapping were checked when they were put into it.
+    if type(given) in (dict, _Mapping):
+        return _Mapping(given)
+    if type(given) not in (list, tuple) or not all(_is_pair(item) for item in given):
+        raise _Unsupported(f'a mapping of {shown(args)}')
+    return _Unhashed([key for key, _ in given], functools.partial(_Mapping, given))
+
+
+def _is_pair(item: Any) -> bool:
+    return type(item) in (list, tuple) and len(item) == 2
 
 
 def _latin1(text: Any, encoding: Any) -> bytes:
     """Bytes, as protocol 2 has them."""
     # Other codecs (zlib, rot13, …) are programs of their own.
     if type(text) is not str or encoding != 'latin1':
-        raise _Unsupported(f'text in the encoding {encoding!r:.40}')
+        raise _Unsupported(f'text in the encoding {shown(encoding)}')
     return text.encode('latin1')
 
 
@@ -491,7 +703,7 @@ def _dill_type(name: Any) -> _Name:
     """dill's _load_type: a type by the name it has in Python's `types` or builtins."""
     make = ADMITTED.get(f'builtins.{name}') if type(name) is str else None
     if make is None:
-        raise _Unsupported(f'the type {name!r:.40}, which is no plain container')
+        raise _Unsupported(f'the type {shown(name)}, which is no plain container')
     return _Name(f'builtins.{name}', make)
 
 
@@ -500,7 +712,9 @@ def _constructor(kind: type, *sources: type) -> Callable:
 
     def make(*args: Any) -> Any:
         if len(args) > 1 or (args and type(args[0]) not in sources):
-            raise _Unsupported(f'{kind.__name__} of {args!r:.80}')
+            raise _Unsupported(f'{kind.__name__} of {shown(args)}')
+        if kind in (set, frozenset) and args:
+            return _Unhashed(args[0], functools.partial(kind, args[0]))
         return kind(*args)
 
     return make
@@ -616,7 +830,7 @@ class _Converter:
             return value.value
         if type(value) is _Tensor:
             return value.array()
-        raise Refused(f'{self.path}: expected values, got {value!r:.80} itself')
+        raise Refused(f'{self.path}: expected values, got {shown(value)} itself')
 
 
 # ---- PyTorch
@@ -631,14 +845,21 @@ def _read_torch_zip(path: pathlib.Path) -> Any:
                 f'{path}: expected a PyTorch file (torch.save), got a zip file without a data.pkl'
             )
         root = found[0].removesuffix('data.pkl')
+        remaining = path.stat().st_size
 
         def content(name: str) -> bytes:
+            nonlocal remaining
             entry = entries.get(root + name)
             if entry is None:
-                raise Damaged(f'{path} lacks {root + name}')
-            # What is stored as it is cannot expand to more memory than the file has bytes.
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
-                raise Damaged(f'{path}: {root + name} is compressed; torch.save does not compress')
+                raise Damaged(f'{path} lacks {escaped(root + name)}')
+            # What is stored as it is cannot expand to more memory than the file has bytes, unless
+            # several entries claim the same ones.
+            remaining -= entry.file_size
+            if entry.compress_type != zipfile.ZIP_STORED or remaining < 0:
+                raise Damaged(
+                    f'{path}: {escaped(root + name)} is compressed, or shares its bytes with '
+                    'another entry; torch.save writes neither'
+                )
             return archive.read(entry)
 
         # Older versions do not write it.
@@ -650,7 +871,7 @@ def _read_torch_zip(path: pathlib.Path) -> Any:
             storage.data = content(f'data/{key}')
             if len(storage.data) != storage.bytes:
                 raise Damaged(
-                    f'{path}: {root}data/{key}: expected {storage.bytes} bytes, got '
+                    f'{path}: {escaped(f"{root}data/{key}")}: expected {storage.bytes} bytes, got '
                     f'{len(storage.data)}'
                 )
         return _converted(path, value)
@@ -671,7 +892,7 @@ def _read_torch_legacy(path: pathlib.Path, data: mmap.mmap) -> Any:
     ):
         raise Damaged(
             f'{path}: expected a PyTorch file of version {TORCH_VERSION} of a little-endian '
-            f'machine, got version {version!r:.20} and machine {machine!r:.80}'
+            f'machine, got version {shown(version)} and machine {shown(machine)}'
         )
     storages: dict[str, _Storage] = {}
     value = _load_one(path, data, storages)
@@ -689,7 +910,8 @@ def _read_torch_legacy(path: pathlib.Path, data: mmap.mmap) -> Any:
         count = int.from_bytes(data.read(8), 'little')
         if count != storage.count or storage.bytes > len(data) - data.tell():
             raise Damaged(
-                f'{path} ends within storage {key!r} of {storage.count} numbers; fetch it again'
+                f'{path} ends within storage {shown(key)} of {storage.count} numbers; fetch it '
+                'again'
             )
         storage.data = data.read(storage.bytes)
     if data.tell() != len(data):

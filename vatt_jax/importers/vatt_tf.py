@@ -5,19 +5,32 @@ Which variable is which stands in `vatt_tf_layout`, which size is which field in
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from vatt_jax import extras
 from vatt_jax.config import ConfigError, with_defaults
 from vatt_jax.importers import parameter_map
+from vatt_jax.importers.messages import escaped, listed, shown
 from vatt_jax.importers.parameter_map import Report
 from vatt_jax.importers.vatt_tf_layout import CLASSIFIER, ROOT, layout
-from vatt_jax.importers.vatt_tf_sizes import HEAD_WIDTH, Shapes, differences, filled, infer, kind
+from vatt_jax.importers.vatt_tf_sizes import (
+    HEAD_WIDTH,
+    Shapes,
+    differences,
+    encoders_without_heads,
+    filled,
+    infer,
+    kind,
+    unknown_heads,
+)
 from vatt_jax.inputs import spectrogram
 from vatt_jax.objectives import classification
 
@@ -31,6 +44,10 @@ __all__ = [
     'write_checkpoint',
 ]
 
+CONFIG_NEEDED = (
+    'set these fields as the checkpoint has them; --config is needed, since a checkpoint does not '
+    'record how many heads its encoders have'
+)
 # What TensorFlow appends to the path of every variable.
 SUFFIX = '/.ATTRIBUTES/VARIABLE_VALUE'
 
@@ -49,34 +66,117 @@ def open_checkpoint(prefix: str) -> tuple[dict[str, tuple[int, ...]], Callable[[
         ConfigError: there is no such checkpoint, or it cannot be read.
     """
     tf = _tensorflow()
+    prefix = _prefix_of(prefix)
     if not pathlib.Path(f'{prefix}.index').is_file():
         raise ConfigError(f'--checkpoint={prefix}: no file {prefix}.index; {_nearby(prefix)}')
+    _check_data_files(prefix)
     try:
         reader = tf.train.load_checkpoint(prefix)
         shapes = reader.get_variable_to_shape_map()
         shapes = {key: tuple(shape) for key, shape in shapes.items()}
     except Exception as error:  # TensorFlow's errors have many types
-        reason = str(error).splitlines()[0][:200]
         raise ConfigError(
-            f'--checkpoint={prefix} cannot be read ({type(error).__name__}: {reason})'
+            f'--checkpoint={prefix}: {prefix}.index cannot be read ({_reason(error)}); fetch the '
+            'checkpoint again'
         ) from error
     # A serialized description of the objects, stored among the variables.
     shapes.pop('_CHECKPOINTABLE_OBJECT_GRAPH', None)
     full_keys = {key.removesuffix(SUFFIX): key for key in shapes}
 
     def read(key: str) -> np.ndarray:
-        return reader.get_tensor(full_keys[key])
+        try:
+            # Of a scalar TensorFlow makes a NumPy scalar.
+            return np.asarray(reader.get_tensor(full_keys[key]))
+        except Exception as error:
+            files = ', '.join(str(file) for file in _data_files(prefix))
+            raise ConfigError(
+                f'--checkpoint={prefix}: {escaped(key)} cannot be read from {files} '
+                f'({_reason(error)}): the file is cut short or damaged; fetch it again'
+            ) from error
 
     return {key.removesuffix(SUFFIX): shape for key, shape in shapes.items()}, read
+
+
+def _reason(error: Exception) -> str:
+    """The type and the first line of an error of TensorFlow's."""
+    lines = str(error).strip().splitlines() or ['']
+    return f'{type(error).__name__}: {escaped(lines[0], 200)}'
+
+
+def _check_data_files(prefix: str) -> None:
+    """Check that the files with the numbers are all there; their names say how many."""
+    names = [file.name for file in _data_files(prefix)]
+    if not names:
+        raise ConfigError(
+            f'--checkpoint={prefix}: {prefix}.index is there and no file '
+            f'{prefix}.data-00000-of-00001; fetch it too, into the same folder'
+        )
+    count = re.search(r'-of-(\d+)$', names[0])
+    if count and len(names) < int(count[1]):
+        raise ConfigError(
+            f'--checkpoint={prefix}: expected {int(count[1])} files {prefix}.data-…, got '
+            f'{len(names)}; fetch the others too'
+        )
+
+
+def _lost_bookkeeping(prefix: str, shapes: Shapes, read: Callable[[str], np.ndarray]) -> list[str]:
+    """Variables of the optimizer and the like that the data files, cut short, no longer hold.
+
+    Those of the model are read anyway. These are read only where the files are too short: a whole
+    checkpoint has twice as many numbers of them as of the model.
+    """
+    reader = _tensorflow().train.load_checkpoint(prefix)
+    expected_bytes = 0
+    for key, dtype in reader.get_variable_to_dtype_map().items():
+        name = key.removesuffix(SUFFIX)
+        # The description of objects is text, whose length is not recorded; it comes first.
+        if name in shapes and dtype.size:
+            expected_bytes += math.prod(shapes[name]) * dtype.size
+    try:
+        # Stored with its length, of at least two bytes, and a checksum of four.
+        expected_bytes += len(reader.get_tensor('_CHECKPOINTABLE_OBJECT_GRAPH')) + 6
+    except Exception:  # there is none, or it is lost
+        pass
+    found_bytes = sum(file.stat().st_size for file in _data_files(prefix))
+    if found_bytes >= expected_bytes:
+        return []
+    lost = []
+    for name in sorted(shapes):
+        if not bookkeeping(name):
+            continue
+        try:
+            read(name)
+        except ConfigError:
+            lost.append(name)
+    return lost
 
 
 def _nearby(prefix: str) -> str:
     """What there is in the folder instead."""
     folder = pathlib.Path(prefix).parent
+    if pathlib.Path(prefix).is_dir():
+        folder = pathlib.Path(prefix)
     prefixes = sorted(str(path.with_suffix('')) for path in folder.glob('*.index'))
     if prefixes:
-        return f'there are {", ".join(prefixes[:5])}'
+        return f'there are {listed(prefixes)}'
+    if pathlib.Path(prefix).is_file():
+        return 'it is a file of its own; name its kind with --format (a pickle: --format=mmv)'
     return f'folder {folder} holds no TensorFlow checkpoint'
+
+
+def _prefix_of(path: str) -> str:
+    """The path without the end of one of a checkpoint's files, as shells complete it."""
+    return re.sub(r'\.(index|data-\d{5}-of-\d{5})$', '', path)
+
+
+def _data_files(prefix: str | os.PathLike) -> list[pathlib.Path]:
+    """The files that hold the numbers of a checkpoint."""
+    path = pathlib.Path(prefix)
+    # Not by a pattern: a name may hold characters that patterns give a meaning.
+    if not path.parent.is_dir():
+        return []
+    begin = f'{path.name}.data-'
+    return sorted(file for file in path.parent.iterdir() if file.name.startswith(begin))
 
 
 def write_checkpoint(prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
@@ -112,13 +212,8 @@ def write_checkpoint(prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
 
 def _tensorflow() -> Any:
     # Imported here: everything else of the library works without TensorFlow.
-    try:
+    with extras.needed('data', 'reading and writing TensorFlow checkpoints'):
         import tensorflow as tf
-    except ImportError as error:
-        raise ConfigError(
-            f'reading and writing TensorFlow checkpoints needs TensorFlow ({error}); install the '
-            'data extra'
-        ) from error
     tf.config.set_visible_devices([], 'GPU')  # else it would reserve the memory JAX needs
     return tf
 
@@ -152,8 +247,10 @@ def import_checkpoint(
         ConfigError: anything does not fit; nothing is written then.
     """
     out = parameter_map.check_new(out)
+    prefix = _prefix_of(prefix)
     shapes, read = open_checkpoint(prefix)
     checkpoint_kind = kind(shapes)
+    is_inferred = config is None
     if config is None:
         config = _inferred_config(prefix, shapes, checkpoint_kind, base)
 
@@ -164,7 +261,7 @@ def import_checkpoint(
         objective = with_defaults(config.objective, classification.DEFAULTS, 'config.objective')
         names = _class_names(prefix, shapes, classes)
         labels, num_classes = {objective.label: names}, len(names)
-    elif config.objective.name == 'classification':
+    elif config.objective.name == 'classification' and not is_inferred:
         raise ConfigError(
             f'--checkpoint={prefix} is pretrained ({checkpoint_kind}) and config.objective.name is '
             'classification; choose a config of configs/vatt.py here, and fine-tune with '
@@ -182,7 +279,9 @@ def import_checkpoint(
         )
 
     entries = list(layout(model, objective, num_classes))
-    state = parameter_map.abstract_state(config, labels)
+    # Nothing is learnt yet of a tower alone.
+    with_objective = objective is not None or config.objective.name != 'classification'
+    state = parameter_map.abstract_state(config, labels, with_objective)
     try:
         unlike = differences(infer(shapes), model, objective)
     except ConfigError:  # a variable that decides a size is missing: to_ours lists it
@@ -195,7 +294,14 @@ def import_checkpoint(
         parameter_map.variables(state),
         bookkeeping,
         unlike,
+        CONFIG_NEEDED if unknown_heads(shapes) else parameter_map.ADVICE,
     )
+    report.unreadable = _lost_bookkeeping(prefix, shapes, read)
+    if is_inferred:
+        report.assumed += [
+            f'heads of {HEAD_WIDTH} in {encoder}: a checkpoint does not record how many there are'
+            for encoder in encoders_without_heads(shapes)
+        ]
     # `sources` is empty: no data of ours went into these weights.
     info = {
         'labels': labels,
@@ -217,7 +323,7 @@ def _inferred_config(
     """The default config with the sizes of the checkpoint."""
     assert base is not None, 'base is needed where no config is given'
     inferred = infer(shapes)
-    _check_head_width(prefix, inferred)
+    _check_head_width(prefix, shapes)
 
     # A copy: `base` belongs to the caller.
     config = base.copy_and_resolve_references()
@@ -227,30 +333,40 @@ def _inferred_config(
     config.model.towers = ConfigDict(inferred['towers'])
     config.model.encoder = ConfigDict(inferred['encoder'])
     # A spectrogram tower needs the parameters of the spectrogram, which no shape records.
-    has_spectrogram_tower = any(t.name == 'spt' for t in config.model.towers.values())
+    has_spectrogram_tower = any(
+        tower.name in ('spt', 'resnet2d') for tower in config.model.towers.values()
+    )
     if has_spectrogram_tower and not config.model.inputs.audio.get('mel'):
         config.model.inputs.audio.mel = ConfigDict(spectrogram.DEFAULTS)
-    if checkpoint_kind == 'finetuned':
-        modality = next(iter(inferred['towers']))
+    # Pairs of modalities that the file has. A tower alone has none, and is there to be fine-tuned.
+    towers, head = inferred['towers'], inferred['head']
+    pairs = [
+        ('video', modality, space, 1.0)
+        for modality, space in (('audio', 'va'), ('text', 'vat'))
+        if 'video' in towers and modality in towers and space in head
+    ]
+    if pairs:
+        if len(pairs) < 2:
+            config.objective = ConfigDict({'name': 'contrastive', 'pairs': tuple(pairs)})
+    else:
+        modality = next(iter(towers))
         config.objective = ConfigDict(
             {'name': 'classification', 'stream': modality, 'label': 'class'}
         )
     return config
 
 
-def _check_head_width(prefix: str, inferred: Mapping[str, Any]) -> None:
+def _check_head_width(prefix: str, shapes: Shapes) -> None:
     """Refuse to guess how many heads an encoder has where they are not of the official width."""
-    encoders = [('encoder', inferred['encoder']), *inferred['towers'].items()]
-    unknown = []
-    for where, size in encoders:
-        # T5's relative bias says how many heads it has.
-        if size.get('name') != 't5' and size.get('head_width', HEAD_WIDTH) != HEAD_WIDTH:
-            unknown.append(where)
+    unknown = unknown_heads(shapes)
     if unknown:
+        fields = [
+            f'config.{field}.heads × head_width = {width}' for field, width in unknown.items()
+        ]
         raise ConfigError(
-            f'--checkpoint={prefix}: queries of {", ".join(unknown)} are not made of heads of '
-            f'{HEAD_WIDTH}, as official ones are, and a checkpoint does not record how many heads '
-            'there are; give a --config'
+            f'--checkpoint={prefix}: its encoders are not made of heads of {HEAD_WIDTH}, as '
+            'official ones are, and a checkpoint does not record how many heads there are; give a '
+            f'--config with {", ".join(fields)}'
         )
 
 
@@ -274,6 +390,11 @@ def _class_names(prefix: str, shapes: Shapes, classes: Sequence[str] | None) -> 
         raise ConfigError(
             f'--checkpoint={prefix} lacks {bias}, so the number of its classes is unknown'
         )
+    if len(shapes[bias]) != 1:
+        raise ConfigError(
+            f'--checkpoint={prefix}: {bias} has shape {shown(list(shapes[bias]))}, expected one '
+            'axis of classes'
+        )
     num_classes = shapes[bias][0]
     # The checkpoint holds no names; a classifier needs some to report and predict with.
     if classes is None:
@@ -285,25 +406,32 @@ def _class_names(prefix: str, shapes: Shapes, classes: Sequence[str] | None) -> 
     return list(classes)
 
 
-def export_checkpoint(run: str | os.PathLike, prefix: str) -> int:
+def export_checkpoint(
+    run: str | os.PathLike, prefix: str | os.PathLike, overwrite: bool = False
+) -> int:
     """Write a model of ours as an official checkpoint of weights.
 
     Args:
         run: a run folder, of which the newest model is taken, or one checkpoint folder.
         prefix: path of the checkpoint to write, without `.index`.
+        overwrite: whether to replace a checkpoint that is there.
 
     Returns:
         The number of variables written.
 
     Raises:
-        ConfigError: the model has parts that the official layout has not.
+        ConfigError: the model has parts that the official layout has not, or the checkpoint exists.
     """
+    out = pathlib.Path(prefix)
+    parameter_map.check_export(out, [pathlib.Path(f'{out}.index'), *_data_files(out)], overwrite)
     config, info, ours = parameter_map.read_run(run)
     objective, num_classes = None, 0
-    if config.objective.name == 'classification':
+    # A tower imported alone is to be fine-tuned, and has no classifier yet.
+    has_classifier = any(path[0] == 'objective' for path in ours)
+    if config.objective.name == 'classification' and has_classifier:
         objective = with_defaults(config.objective, classification.DEFAULTS, 'config.objective')
         num_classes = len(info['labels'][objective.label])
     entries = list(layout(filled(config), objective, num_classes))
     parameter_map.check_same(run, ours, entries)
-    write_checkpoint(prefix, parameter_map.to_theirs(ours, entries))
+    write_checkpoint(str(prefix), parameter_map.to_theirs(ours, entries))
     return len(entries)

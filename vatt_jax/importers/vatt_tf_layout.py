@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from vatt_jax.config import ConfigError
 from vatt_jax.importers.parameter_map import Entry, Path
 from vatt_jax.models.multimodal import AXES, patch_of
+from vatt_jax.models.towers.i3d import MIXED
 
 # Keys are paths of attributes in the official objects, as tf.train.Checkpoint names them.
 ROOT = 'model/layer_with_weights-0'
@@ -34,6 +35,28 @@ AXIS = {
     'horizontal': 'horizontal',
     'spectral': 'spectoral',  # sic, in the official names
 }
+# I3D: our unit -> theirs, before the Mixed blocks and within one.
+I3D_STEM = {
+    'conv_1a': 'conv3d_1a_7x7',
+    'conv_2b': 'conv3d_2b_1x1',
+    'conv_2c': 'conv3d_2c_3x3',
+}
+I3D_UNITS = {
+    'b0': 'unit3d_b0_0',
+    'b1_in': 'unit3d_b1_0',
+    'b1': 'unit3d_b1_1',
+    'b2_in': 'unit3d_b2_0',
+    'b2': 'unit3d_b2_1',
+    'b3': 'unit3d_b3_1',
+}
+# ResNet-2D: our convolution of a block -> places of theirs, and of its norm, in the block's lists.
+RESNET_UNITS = {
+    'conv_1': ('conv_relu_dropblock_layers/0', 'conv_relu_dropblock_layers/1'),
+    'conv_2': ('conv_relu_dropblock_layers/3', 'conv_relu_dropblock_layers/4'),
+    'conv_3': ('conv_relu_dropblock_layers/6', 'conv_relu_dropblock_layers/7'),
+    'short': ('projection_layers/0', 'projection_layers/1'),
+}
+RESNET_STEM = ('initial_conv_relu_max_pool/0', 'initial_conv_relu_max_pool/2')
 # Of a batch norm: our name -> theirs.
 STATISTICS = {'scale': 'gamma', 'bias': 'beta', 'mean': 'moving_mean', 'var': 'moving_variance'}
 
@@ -73,7 +96,7 @@ def layout(
     if objective is not None:
         # A stream is modality[.view]: 'video' or 'video.second'.
         modality = objective['stream'].split('.')[0]
-        yield from _patch_tower(model, modality, FINETUNED_BASE)
+        yield from _tower(model, modality, FINETUNED_BASE)
         dims = (_pooled_width(model, modality), Dim(classes, 'objective.label'))
         yield from _dense(('objective',), CLASSIFIER, dims)
         return
@@ -89,7 +112,7 @@ def layout(
             if modality == 'text':
                 yield from _text_tower(model, backbone)
             else:
-                yield from _patch_tower(model, modality, f'{backbone}/_base')
+                yield from _tower(model, modality, f'{backbone}/_base')
     yield from _head(model)
 
 
@@ -118,11 +141,11 @@ def _layer_norm(ours: Path, theirs: str, width: Dim, layer: int | None = None) -
     yield _variable((*ours, 'bias'), f'{theirs}/beta', width, layer=layer)
 
 
-def _batch_norm(name: str, theirs: str, width: Dim) -> Iterator[Entry]:
-    """A batch norm of the head; its running statistics live in a tree of their own."""
+def _batch_norm(ours: Path, theirs: str, width: Dim) -> Iterator[Entry]:
+    """A batch norm; its running statistics live in a tree of their own."""
     for our_leaf, their_leaf in STATISTICS.items():
         group = 'params' if our_leaf in ('scale', 'bias') else 'batch_stats'
-        yield _variable((group, 'head', name, our_leaf), f'{theirs}/{their_leaf}', width)
+        yield _variable((group, *ours, our_leaf), f'{theirs}/{their_leaf}', width)
 
 
 def _positions(
@@ -219,6 +242,88 @@ def _t5_encoder(ours: Path, theirs: str, size: Mapping[str, Any], where: str) ->
 
 
 # ---- towers
+def _tower(model: Mapping[str, Any], modality: str, theirs: str) -> Iterator[Entry]:
+    """A video or audio tower with layers of its own."""
+    tower = model['towers'][modality]
+    if tower['name'] in PATCH:
+        return _patch_tower(model, modality, theirs)
+    if tower['name'] == 'i3d':
+        return _i3d(tower['blocks'], modality, theirs)
+    if tower['name'] == 'resnet2d':
+        return _resnet2d(tower['blocks'], modality, theirs)
+    known = [*PATCH, 'i3d', 'resnet2d']
+    raise ConfigError(
+        f'config.model.towers.{modality}.name={tower["name"]!r}: the official layout of '
+        f'{", ".join(known)} is known; choose one of them'
+    )
+
+
+def _conv_norm(ours: Path, convolution: str, norm: str, kernel: Sequence[int]) -> Iterator[Entry]:
+    """A convolution without bias, of this shape, and the batch norm after it."""
+    dims = [Dim(size, '') for size in kernel]
+    yield from _dense(('params', *ours, 'conv'), convolution, dims, bias=False)
+    yield from _batch_norm((*ours, 'norm'), f'{norm}/bn', dims[-1])
+
+
+def _i3d(blocks: Sequence[int], modality: str, theirs: str) -> Iterator[Entry]:
+    net = f'nets_{modality}'
+    stem_kernels = {
+        'conv_1a': (7, 7, 7, 3, 64),
+        'conv_2b': (1, 1, 1, 64, 64),
+        'conv_2c': (3, 3, 3, 64, 192),
+    }
+    for name, kernel in stem_kernels.items():
+        unit = f'{theirs}/{I3D_STEM[name]}'
+        yield from _conv_norm((net, name), f'{unit}/conv3d', unit, kernel)
+    channels = 192
+    for block in i3d_blocks(blocks):
+        pointwise, (reduced_1, wide_1), (reduced_2, wide_2), pooled = MIXED[block]
+        kernels = {
+            'b0': (1, 1, 1, channels, pointwise),
+            'b1_in': (1, 1, 1, channels, reduced_1),
+            'b1': (3, 3, 3, reduced_1, wide_1),
+            'b2_in': (1, 1, 1, channels, reduced_2),
+            'b2': (3, 3, 3, reduced_2, wide_2),
+            'b3': (1, 1, 1, channels, pooled),
+        }
+        for name, kernel in kernels.items():
+            unit = f'{theirs}/{block}/{I3D_UNITS[name]}'
+            yield from _conv_norm((net, block, name), f'{unit}/conv3d', unit, kernel)
+        channels = pointwise + wide_1 + wide_2 + pooled
+
+
+def i3d_blocks(blocks: Sequence[int]) -> list[str]:
+    """Names of an I3D's Mixed blocks: the first few of each stage."""
+    names = []
+    for stage, count in zip((3, 4, 5), blocks, strict=True):
+        of_stage = [name for name in MIXED if name.startswith(f'mixed_{stage}')]
+        names += of_stage[:count]
+    return names
+
+
+def _resnet2d(blocks: Sequence[int], modality: str, theirs: str) -> Iterator[Entry]:
+    net = f'nets_{modality}'
+    convolution, norm = (f'{theirs}/{place}' for place in RESNET_STEM)
+    yield from _conv_norm((net, 'stem'), f'{convolution}/conv2d', norm, (7, 7, 1, 64))
+    channels = 64
+    for group, num_blocks in enumerate(blocks):
+        width = 64 << group  # times four at the end of a block
+        for block in range(num_blocks):
+            kernels = {
+                'conv_1': (1, 1, channels, width),
+                'conv_2': (3, 3, width, width),
+                'conv_3': (1, 1, width, 4 * width),
+            }
+            if block == 0:
+                kernels['short'] = (1, 1, channels, 4 * width)
+            prefix = f'{theirs}/block_groups/{group}/layers/{block}'
+            ours = (net, f'group_{group + 1}_block_{block + 1}')
+            for name, kernel in kernels.items():
+                convolution, norm = (f'{prefix}/{place}' for place in RESNET_UNITS[name])
+                yield from _conv_norm((*ours, name), f'{convolution}/conv2d', norm, kernel)
+            channels = 4 * width
+
+
 def _patch_tower(model: Mapping[str, Any], modality: str, theirs: str) -> Iterator[Entry]:
     """A video or audio tower with an encoder of its own (vit, wat, spt).
 
@@ -227,11 +332,6 @@ def _patch_tower(model: Mapping[str, Any], modality: str, theirs: str) -> Iterat
     """
     tower, shared = model['towers'][modality], model['shared']
     where = f'model.towers.{modality}'
-    if tower['name'] not in PATCH:
-        raise ConfigError(
-            f'config.{where}.name={tower["name"]!r}: the official layout of {", ".join(PATCH)} is '
-            'known; choose one of them'
-        )
     if shared and tower['name'] == 'spt':
         raise ConfigError(
             f'config.{where}.name="spt" with config.model.shared=True: the official spectrogram '
@@ -341,6 +441,11 @@ def _shared_front(model: Mapping[str, Any], modality: str) -> Iterator[Entry]:
 def _pooled_width(model: Mapping[str, Any], modality: str) -> Dim:
     """Width of the vector that a tower pools its tokens into."""
     tower, where = model['towers'][modality], f'model.towers.{modality}'
+    if tower['name'] == 'i3d':
+        pointwise, (_, wide_1), (_, wide_2), pooled = MIXED[i3d_blocks(tower['blocks'])[-1]]
+        return Dim(pointwise + wide_1 + wide_2 + pooled, f'{where}.blocks')
+    if tower['name'] == 'resnet2d':
+        return Dim(128 << len(tower['blocks']), f'{where}.blocks')
     # Not every tower has a field `post`.
     if tower.get('post'):
         return Dim(tower['post'], f'{where}.post')
@@ -351,27 +456,31 @@ def _pooled_width(model: Mapping[str, Any], modality: str) -> Dim:
 
 def _head(model: Mapping[str, Any]) -> Iterator[Entry]:
     head, towers = model['head'], model['towers']
+    if head['name'] == 'none':
+        return
     if head['name'] != 'fac':
         raise ConfigError(
             f'config.model.head.name={head["name"]!r}: official checkpoints have the head fac'
         )
     ours = ('params', 'head')
-    va = Dim(head['va'], 'model.head.va')  # video-audio space
-    vat = Dim(head['vat'], 'model.head.vat')  # video-audio-text space
+    # A space without a width is left out, with what leads to it alone.
+    va = Dim(head.get('va', 0), 'model.head.va')  # video-audio space
+    vat = Dim(head.get('vat', 0), 'model.head.vat')  # video-audio-text space
 
     # FAC, fine and coarse (VATT paper): video goes to the fine space `va`, and from
     # there to the coarse one `vat`; audio goes to `va` and text to `vat` by one layer each.
-    if 'video' in towers:
+    if 'video' in towers and va.size:
         dims = (_pooled_width(model, 'video'), va)
         yield from _dense((*ours, 'video_hidden'), f'{HEAD}/vid_to_hid', dims, bias=False)
-        yield from _batch_norm('video_va_pre_norm', f'{HEAD}/hid_to_va/pre_bn', va)
+        yield from _batch_norm(('head', 'video_va_pre_norm'), f'{HEAD}/hid_to_va/pre_bn', va)
         yield from _dense((*ours, 'video_va'), f'{HEAD}/hid_to_va/dense', (va, va), bias=False)
-        yield from _batch_norm('video_va_norm', f'{HEAD}/hid_to_va/bn', va)
+        yield from _batch_norm(('head', 'video_va_norm'), f'{HEAD}/hid_to_va/bn', va)
+    if 'video' in towers and vat.size:
         yield from _dense((*ours, 'video_vat'), f'{HEAD}/va_to_vat/dense', (va, vat), bias=False)
-        yield from _batch_norm('video_vat_norm', f'{HEAD}/va_to_vat/bn', vat)
-    if 'audio' in towers:
+        yield from _batch_norm(('head', 'video_vat_norm'), f'{HEAD}/va_to_vat/bn', vat)
+    if 'audio' in towers and va.size:
         dims = (_pooled_width(model, 'audio'), va)
         yield from _dense((*ours, 'audio_va'), f'{HEAD}/aud_to_va', dims)
-    if 'text' in towers:
+    if 'text' in towers and vat.size:
         dims = (_pooled_width(model, 'text'), vat)
         yield from _dense((*ours, 'text_vat'), f'{HEAD}/txt_to_vat', dims)

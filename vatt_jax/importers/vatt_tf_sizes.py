@@ -9,11 +9,24 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vatt_jax.config import ConfigError, choose, with_defaults
-from vatt_jax.importers.vatt_tf_layout import AXIS, BASE, FINETUNED_BASE, HEAD, PATCH, UNIFIED
+from vatt_jax.importers.messages import listed, shown
+from vatt_jax.importers.vatt_tf_layout import (
+    AXIS,
+    BASE,
+    FINETUNED_BASE,
+    HEAD,
+    I3D_STEM,
+    I3D_UNITS,
+    PATCH,
+    RESNET_STEM,
+    RESNET_UNITS,
+    SHORT,
+    UNIFIED,
+)
 from vatt_jax.models.multimodal import AXES, SIZE, TOWERS, extent, patch_of
+from vatt_jax.models.towers.i3d import MIXED
 
 HEAD_WIDTH = 64  # of every official model; the kernels' shapes do not say it
-MODALITIES = ('video', 'audio', 'text')
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -22,24 +35,26 @@ def kind(shapes: Shapes) -> str:
     """Classify a checkpoint by the names of its variables.
 
     Returns:
-        'ut_fac' (modality-agnostic), 'tx_fac' (modality-specific) or 'finetuned'.
+        'ut_fac' (modality-agnostic), 'tx_fac' (modality-specific), 'mmv_fac' (the same with I3D as
+        the tower of video) or 'finetuned'.
 
     Raises:
         ConfigError: it is no VATT checkpoint.
     """
-    # From the narrowest to the widest: the first prefix begins with the second.
+    # From the narrowest to the widest: the first prefixes begin with the third.
     prefixes = (
         ('ut_fac', f'{BASE}/unified_backbone/'),
+        ('mmv_fac', f'{BASE}/vid_backbone/_base/{I3D_STEM["conv_1a"]}/'),
         ('tx_fac', f'{BASE}/'),
         ('finetuned', f'{FINETUNED_BASE}/'),
     )
     for name, prefix in prefixes:
         if any(key.startswith(prefix) for key in shapes):
             return name
-    first_keys = ', '.join(sorted(shapes)[:3]) or 'nothing'
+    first_keys = listed(sorted(shapes), 3)
     raise ConfigError(
         f'this is no VATT checkpoint: no variable starts with {BASE}/ or {FINETUNED_BASE}/; it has '
-        f'{first_keys}'
+        f'{first_keys or "nothing"}'
     )
 
 
@@ -62,7 +77,7 @@ def infer(shapes: Shapes) -> dict[str, Any]:
     checkpoint_kind = kind(shapes)
     if checkpoint_kind == 'finetuned':
         # The modality follows from the tower: no key of such a file names it.
-        tower = reader.patch_tower(FINETUNED_BASE)
+        tower = reader.tower(FINETUNED_BASE)
         modality = TOWERS[tower['name']][0]
         return {
             'shared': False,
@@ -71,25 +86,51 @@ def infer(shapes: Shapes) -> dict[str, Any]:
             'head': {'name': 'none'},
         }
 
-    # Both kernels are [D E].
-    head = {
-        'name': 'fac',
-        'va': reader.shape(f'{HEAD}/aud_to_va/kernel')[1],
-        'vat': reader.shape(f'{HEAD}/txt_to_vat/kernel')[1],
-    }
-    if checkpoint_kind == 'tx_fac':
-        towers = {
-            'video': reader.patch_tower(f'{BASE}/vid_backbone/_base'),
-            'audio': reader.patch_tower(f'{BASE}/aud_backbone/_base'),
-            'text': reader.text_tower(f'{BASE}/txt_backbone'),
-        }
-        return {'shared': False, 'encoder': {}, 'head': head, 'towers': towers}
+    # A file may hold some of the towers alone.
+    encoder: dict[str, Any] = {}
+    if checkpoint_kind == 'ut_fac':
+        towers = reader.shared_towers()
+        encoder = reader.encoder(f'{UNIFIED}/tx')
+    else:
+        towers = reader.own_towers()
+    if not towers:
+        raise ConfigError(
+            'the checkpoint has no tower of video, audio or text; it has '
+            f'{listed(sorted(shapes), 3)}'
+        )
     return {
-        'shared': True,
-        'encoder': reader.encoder(f'{UNIFIED}/tx'),
-        'towers': reader.shared_towers(),
-        'head': head,
+        'shared': checkpoint_kind == 'ut_fac',
+        'encoder': encoder,
+        'towers': towers,
+        'head': reader.head(towers),
     }
+
+
+def encoders_without_heads(shapes: Shapes) -> dict[str, int]:
+    """Encoders whose number of heads a checkpoint does not record, that is, all but T5's.
+
+    Returns:
+        {config field of the encoder: heads × head_width}.
+    """
+    inferred = infer(shapes)
+    encoders = {f'model.towers.{name}': tower for name, tower in inferred['towers'].items()}
+    encoders['model.encoder'] = inferred['encoder']
+    return {
+        field: size['heads'] * size['head_width']
+        for field, size in encoders.items()
+        # T5's relative bias has a column for each head. Convolutions have none, nor has the front
+        # of a modality whose encoder is shared.
+        if size.get('name') != 't5' and 'head_width' in size
+    }
+
+
+def unknown_heads(shapes: Shapes) -> dict[str, int]:
+    """Those of `encoders_without_heads` that cannot be made of heads of the official width."""
+    try:
+        encoders = encoders_without_heads(shapes)
+    except ConfigError:  # a variable is missing, which is listed with all else
+        return {}
+    return {field: width for field, width in encoders.items() if width % HEAD_WIDTH}
 
 
 class _SizeReader:
@@ -98,12 +139,18 @@ class _SizeReader:
     def __init__(self, shapes: Shapes) -> None:
         self.shapes = shapes
 
-    def shape(self, key: str) -> tuple[int, ...]:
+    def shape(self, key: str, axes: int = 2) -> tuple[int, ...]:
+        """Shape of a variable that must have so many axes."""
         if key not in self.shapes:
             raise ConfigError(
                 f'the checkpoint has no variable {key}; without it its sizes are unknown'
             )
-        return self.shapes[key]
+        shape = self.shapes[key]
+        if len(shape) != axes or 0 in shape:
+            raise ConfigError(
+                f'{key} has shape {shown(list(shape))}, expected {axes} axes, none of length 0'
+            )
+        return shape
 
     def encoder(self, prefix: str, query: str = 'mha/q') -> dict[str, Any]:
         # Counted by their keys: TensorFlow has a variable for each layer, nothing is stacked.
@@ -113,7 +160,7 @@ class _SizeReader:
             if match:
                 layers.add(int(match[1]))
         width, inner_width = self.shape(f'{prefix}/layers/0/{query}/kernel')
-        # One wide head where the width is no multiple of 64; `import_checkpoint` refuses it.
+        # One wide head where the width is no multiple of 64; see `unknown_heads`.
         heads = inner_width // HEAD_WIDTH if inner_width % HEAD_WIDTH == 0 else 1
         return {
             'layers': len(layers),
@@ -123,8 +170,9 @@ class _SizeReader:
             'head_width': inner_width // heads,
         }
 
-    def patch(self, prefix: str) -> int | tuple[int, ...]:
-        *patch, _, _ = self.shape(f'{prefix}/kernel')  # [*patch C D]
+    def patch(self, prefix: str, tower_name: str) -> int | tuple[int, ...]:
+        axes = len(AXES[tower_name]) + 2
+        *patch, _, _ = self.shape(f'{prefix}/kernel', axes)  # [*patch C D]
         return tuple(patch) if len(patch) > 1 else patch[0]
 
     def position_rows(self, prefix: str, tower_name: str) -> tuple[int, ...]:
@@ -134,23 +182,54 @@ class _SizeReader:
         ]
         return tuple(self.shape(table)[0] for table in tables)
 
-    def patch_tower(self, prefix: str) -> dict[str, Any]:
-        """A video or audio tower with an encoder of its own."""
+    def tower(self, prefix: str) -> dict[str, Any]:
+        """A video or audio tower with layers of its own."""
+        if f'{prefix}/{I3D_STEM["conv_1a"]}/conv3d/kernel' in self.shapes:
+            return {'name': 'i3d', 'blocks': self._i3d_blocks(prefix)}
+        if f'{prefix}/{RESNET_STEM[0]}/conv2d/kernel' in self.shapes:
+            return {'name': 'resnet2d', 'blocks': self._resnet_blocks(prefix)}
         names = [name for name in PATCH if f'{prefix}/{PATCH[name]}/kernel' in self.shapes]
-        if not names:
-            raise ConfigError(
-                f'{prefix} has no {" nor ".join(PATCH.values())}; expected a vit, wat or spt tower'
-            )
-        name = names[0]
+        if names:
+            return self._patch_tower(prefix, names[0])
+        stems = [*PATCH.values(), I3D_STEM['conv_1a'], RESNET_STEM[0]]
+        raise ConfigError(
+            f'{prefix} has none of {", ".join(stems)}; expected a vit, wat, spt, i3d or resnet2d '
+            'tower'
+        )
+
+    def _i3d_blocks(self, prefix: str) -> tuple[int, ...]:
+        """How many Mixed blocks each of the three stages has."""
+        unit = f'{I3D_UNITS["b0"]}/conv3d/kernel'
+        there = [name for name in MIXED if f'{prefix}/{name}/{unit}' in self.shapes]
+        return tuple(
+            sum(name.startswith(f'mixed_{stage}') for name in there) for stage in (3, 4, 5)
+        )
+
+    def _resnet_blocks(self, prefix: str) -> tuple[int, ...]:
+        """How many blocks each group has."""
+        place = f'{RESNET_UNITS["conv_1"][0]}/conv2d/kernel'
+        blocks: list[int] = []
+        while f'{prefix}/block_groups/{len(blocks)}/layers/0/{place}' in self.shapes:
+            group = f'{prefix}/block_groups/{len(blocks)}/layers'
+            count = 0
+            while f'{group}/{count}/{place}' in self.shapes:
+                count += 1
+            blocks.append(count)
+        return tuple(blocks)
+
+    def _patch_tower(self, prefix: str, name: str) -> dict[str, Any]:
+        """A tower with a transformer of its own."""
         # Both projections are optional, around the encoder.
-        post_shape = self.shapes.get(f'{prefix}/post_proj/kernel')
+        post = 0
+        if f'{prefix}/post_proj/kernel' in self.shapes:
+            post = self.shape(f'{prefix}/post_proj/kernel')[1]
         return {
             'name': name,
-            'patch': self.patch(f'{prefix}/{PATCH[name]}'),
+            'patch': self.patch(f'{prefix}/{PATCH[name]}', name),
             **self.encoder(f'{prefix}/tx'),
             'positions': self.position_rows(f'{prefix}/pos_embedding_lookup', name),
             'pre': f'{prefix}/pre_proj/kernel' in self.shapes,
-            'post': post_shape[1] if post_shape else 0,
+            'post': post,
         }
 
     def text_tower(self, prefix: str) -> dict[str, Any]:
@@ -159,7 +238,7 @@ class _SizeReader:
         words = {'vocab': vocab, 'word_width': word_width}
         # Each language model is recognised by a variable that one alone has.
         if f'{language_model}/conv1d/kernel' in self.shapes:
-            width = self.shape(f'{language_model}/conv1d/kernel')[-1]
+            width = self.shape(f'{language_model}/conv1d/kernel', 3)[-1]
             return {'name': 'linear', **words, 'width': width}
         positions = f'{language_model}/pos_embedding_lookup/temporal_position_embeddings/embeddings'
         if positions in self.shapes:
@@ -191,28 +270,64 @@ class _SizeReader:
         size |= {'heads': heads, 'head_width': inner_width // heads}
         return {'name': 't5', **words, **size, 'buckets': buckets}
 
+    def has(self, prefix: str) -> bool:
+        return any(key.startswith(f'{prefix}/') for key in self.shapes)
+
+    def own_towers(self) -> dict[str, Any]:
+        """The towers of a modality-specific model."""
+        towers: dict[str, Any] = {}
+        for modality in ('video', 'audio'):
+            backbone = f'{BASE}/{SHORT[modality]}_backbone'
+            if self.has(backbone):
+                towers[modality] = self.tower(f'{backbone}/_base')
+        if self.has(f'{BASE}/txt_backbone'):
+            towers['text'] = self.text_tower(f'{BASE}/txt_backbone')
+        return towers
+
     def shared_towers(self) -> dict[str, Any]:
         """What the modalities of a modality-agnostic model have of their own."""
         raw = f'{UNIFIED}/raw_to_embeddings'
-        post = {m: self.shape(f'{UNIFIED}/post_proj/{m}/kernel')[1] for m in MODALITIES}
-        vocab, word_width = self.shape(f'{raw}/text/embeddings')
         towers: dict[str, Any] = {}
         # The official modality-agnostic model hears waveforms, never spectrograms.
         for modality, name in (('video', 'vit'), ('audio', 'wat')):
+            if not self.has(f'{raw}/{modality}'):
+                continue
             lookup = f'{UNIFIED}/pos_embedding_lookup/{modality}'
             towers[modality] = {
                 'name': name,
-                'patch': self.patch(f'{raw}/{modality}'),
+                'patch': self.patch(f'{raw}/{modality}', name),
                 'positions': self.position_rows(lookup, name),
-                'post': post[modality],
+                'post': self._post(modality),
             }
-        towers['text'] = {
-            'name': 't5',
-            'vocab': vocab,
-            'word_width': word_width,
-            'post': post['text'],
-        }
+        if self.has(f'{raw}/text'):
+            vocab, word_width = self.shape(f'{raw}/text/embeddings')
+            towers['text'] = {
+                'name': 't5',
+                'vocab': vocab,
+                'word_width': word_width,
+                'post': self._post('text'),
+            }
         return towers
+
+    def _post(self, modality: str) -> int:
+        return self.shape(f'{UNIFIED}/post_proj/{modality}/kernel')[1]
+
+    def head(self, towers: Mapping[str, Any]) -> dict[str, Any]:
+        """FAC with the spaces that layers of these towers lead to; every kernel is [D E]."""
+        # The layer that makes each space -> what it leads from.
+        layers = {
+            'va': {'video': 'hid_to_va/dense', 'audio': 'aud_to_va'},
+            'vat': {'video': 'va_to_vat/dense', 'text': 'txt_to_vat'},
+        }
+        widths: dict[str, int] = {}
+        for space, of_space in layers.items():
+            for modality, layer in of_space.items():
+                if modality in towers and f'{HEAD}/{layer}/kernel' in self.shapes:
+                    widths[space] = self.shape(f'{HEAD}/{layer}/kernel')[1]
+        if not widths:
+            return {'name': 'none'}
+        # The graph wants a width of the fine space, of which words alone make no layer.
+        return {'name': 'fac', 'va': widths.get('va', widths.get('vat')), **widths}
 
 
 # ---- from a config
@@ -296,10 +411,17 @@ def _field_differences(where: str, theirs: Mapping[str, Any], ours: Mapping[str,
         # The fields of one kind of tower mean nothing for another kind.
         return [f'config.{where}.name={ours.get("name")!r} (checkpoint: {theirs.get("name")!r})']
     ignored = {'positions'}
-    # 8 heads of 64 and 4 of 128 have the same kernels: the config decides.
-    if theirs.get('name') != 't5' and _same_inner_width(theirs, ours):
-        ignored |= {'heads', 'head_width'}
     found = []
+    # 8 heads of 64 and 4 of 128 have the same kernels: the config decides.
+    if theirs.get('name') != 't5' and 'heads' in theirs and 'heads' in ours:
+        ignored |= {'heads', 'head_width'}
+        their_width = theirs['heads'] * theirs['head_width']
+        our_width = ours['heads'] * ours['head_width']
+        if their_width != our_width:
+            found.append(
+                f'config.{where}.heads × head_width={ours["heads"]} × {ours["head_width"]} '
+                f'(checkpoint: {their_width} in all)'
+            )
     for field, value in theirs.items():
         if field in ignored or field not in ours:
             continue
@@ -308,12 +430,6 @@ def _field_differences(where: str, theirs: Mapping[str, Any], ours: Mapping[str,
                 f'config.{where}.{field}={ours[field]!r} (checkpoint: {_as_tuple(value)!r})'
             )
     return found
-
-
-def _same_inner_width(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
-    if 'heads' not in theirs or 'heads' not in ours:
-        return False
-    return theirs['heads'] * theirs['head_width'] == ours['heads'] * ours['head_width']
 
 
 def _as_tuple(value: Any) -> Any:

@@ -230,7 +230,8 @@ def resample(
     aliases. Rows sum to 1. The whole axis at its own size gives the identity.
 
     Args:
-        low, high: fractions of the axis.
+        low: where the part begins, as a fraction of the axis.
+        high: where it ends.
         length: of the axis, in pixels.
         size: pixels to make.
     """

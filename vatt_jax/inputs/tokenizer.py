@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from vatt_jax import extras
+
 PAD, UNKNOWN = 0, 1
 # Deleted, not replaced by a space: "don't" becomes one word, as in the official vocabulary.
 _DELETE = str.maketrans('', '', string.punctuation)
@@ -261,13 +263,9 @@ def from_spec(spec: Mapping[str, Any]) -> Tokenizer:
 
 def _library(name: str, kind: str) -> Any:
     """Import the library that a kind needs."""
-    try:
-        # Optional packages: `words`, the default, needs neither.
+    # Optional packages: `words`, the default, needs neither.
+    with extras.needed('text', f'a {kind} tokenizer'):
         return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f'a {kind} tokenizer needs the package {name!r}; install it, or use the words tokenizer'
-        ) from error
 
 
 def _check_special(kind: str, pad: int | None, unknown: int | None) -> None:

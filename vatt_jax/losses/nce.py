@@ -217,8 +217,8 @@ class Keys(NamedTuple):
         data: [M E].
         valid: bool [M]; None: all.
         apart: int32 [M]; a key whose number equals the query's `ids` is left out. None: none is.
-        own: int32 [M]; a key whose number equals the query's `ids` is one more positive. None:
-        none.
+        own: int32 [M]; a key whose number equals the query's `ids` is one more positive.
+            None: no key is.
     """
 
     data: jax.Array
@@ -392,9 +392,8 @@ def mean_over_clips(
         valid: clips that count.
         replicas: equal parts of the batch.
         masks: instead of by the number of valid clips, the sum of B clips is scaled by B / n for
-        each
-            mask, n clips of which hold, one factor times the other, and divided by B (official VATT
-            where both modalities are masked; no mean, if clips lack different ones).
+            each mask, n clips of which hold, one factor times the other, and divided by B (official
+            VATT where both modalities are masked; no mean, if clips lack different ones).
     """
     if len(loss) % replicas:
         raise ValueError(f'replicas={replicas} does not divide the batch of {len(loss)} clips')

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vatt_jax.config import ConfigError, choose
+from vatt_jax.config import LARGEST_COUNT, ConfigError, choose
 from vatt_jax.models.layers import BatchNorm, Dense
 
 Step = tuple[str, ...]
@@ -292,7 +292,7 @@ def _check_widths(graph: Graph, config: Mapping[str, Any]) -> None:
     for field, width in config.items():
         if field == 'name':
             continue
-        if field not in known or not isinstance(width, int) or width < 1:
+        if field not in known or not isinstance(width, int) or not 1 <= width <= LARGEST_COUNT:
             raise ConfigError(
                 f'config.model.head.{field}={width!r}: the graph {config["name"]!r} has the spaces '
                 f'{", ".join(known)}; give those that you need a positive width'

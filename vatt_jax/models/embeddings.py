@@ -6,6 +6,7 @@ One front for each kind of input.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +37,10 @@ class Tokens:
     mask: Any
     grid: tuple[int, ...]
     kept: Any = None
+
+
+# Collection of scalars, one for each position table, whose "gradients" `spread_counting` makes.
+LOOKUP_PROBES = 'lookup_probes'
 
 
 class Positions(nn.Module):
@@ -92,10 +97,15 @@ class Positions(nn.Module):
             if length != size:
                 table = jnp.asarray(spline_matrix(size, length), jnp.float32) @ table
             # Broadcast over the other axes of the grid.
-            table_shape = [1] * len(grid) + [self.width]
             table_axis = len(grid) - 1 - axis if self.transposed else axis
-            table_shape[table_axis] = length
-            positions = positions + table.reshape(table_shape)
+            collection, field = LOOKUP_PROBES, f'{name}_positions'
+            # A resized table is looked up after the resize, and its own gradient is dense.
+            if length == size and self.has_variable(collection, field):
+                probe: jax.Array = self.get_variable(collection, field)
+                rows = spread_counting(table, probe, table_axis, tuple(grid))
+            else:
+                rows = table.reshape(_spread_shape(table_axis, len(grid), length, self.width))
+            positions = positions + rows
         # Normalised row by row, so it does not matter that tokens are selected only after it.
         positions = LayerNorm(name='norm')(positions.reshape(-1, self.width))  # [N D]
         if kept is not None:
@@ -104,6 +114,57 @@ class Positions(nn.Module):
         if not train:
             return x
         return rng.at('positions').dropout(x, self.dropout)
+
+
+def _spread_shape(axis: int, num_axes: int, length: int, width: int) -> list[int]:
+    """Return the shape in which a table [length width] lies along one axis of a grid."""
+    shape = [1] * num_axes + [width]
+    shape[axis] = length
+    return shape
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def spread_counting(
+    table: Float[Array, 'L D'], probe: Float[Array, ''], axis: int, grid: tuple[int, ...]
+) -> Float[Array, '... D']:
+    """Look up the row of each token of a grid, with a second norm of the gradient.
+
+    TensorFlow keeps the gradient of a looked-up table as IndexedSlices, one row for each lookup,
+    and its global norm squares these before tokens that share a row are summed. The "gradient" of
+    `probe` is by how much that exceeds the squared norm of the true gradient:
+
+        Σ over tokens |g_token|²  -  Σ over rows |Σ over tokens of the row g_token|²
+
+    Args:
+        table: rows.
+        probe: any scalar; no value depends on it.
+        axis: of the grid, along which the rows lie.
+        grid: tokens along each axis.
+
+    Returns:
+        [*grid D].
+    """
+    del probe
+    shape = _spread_shape(axis, len(grid), *table.shape)
+    return jnp.broadcast_to(table.reshape(shape), (*grid, table.shape[1]))
+
+
+def _spread_forward(
+    table: jax.Array, probe: jax.Array, axis: int, grid: tuple[int, ...]
+) -> tuple[jax.Array, None]:
+    return spread_counting(table, probe, axis, grid), None
+
+
+def _spread_backward(
+    axis: int, grid: tuple[int, ...], _: None, grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    others = tuple(other for other in range(len(grid)) if other != axis)
+    table_grad = grad.sum(others)  # [L D]
+    excess = jnp.sum(jnp.square(grad)) - jnp.sum(jnp.square(table_grad))
+    return table_grad, excess
+
+
+spread_counting.defvjp(_spread_forward, _spread_backward)
 
 
 def spline_matrix(n: int, m: int) -> Float[np.ndarray, 'M N']:
@@ -352,7 +413,8 @@ class LinearWords(nn.Module):
 
     Attributes:
         init: entry of layers.INITS; MMV: fan_in.
-        The others are those of Words.
+
+    The other attributes are those of `Words`.
     """
 
     vocab: int = 1 << 16

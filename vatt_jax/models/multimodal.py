@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vatt_jax.config import ConfigError, choose, with_defaults
+from vatt_jax.config import LARGEST_COUNT, ConfigError, choose, with_defaults
 from vatt_jax.inputs import spectrogram
 from vatt_jax.inputs.batch import modality_of
 from vatt_jax.models.attention import IMPLEMENTATIONS
@@ -547,6 +547,12 @@ def check_sizes(fields: ConfigDict, where: str) -> None:
     for name, value in fields.items():
         if name in COUNTS and value < 1:
             raise ConfigError(f'{where}.{name}: expected a positive number, got {value}.')
+        # Sizes are int32 in XLA; of layers each is built by itself.
+        largest = 10_000 if name == 'layers' else LARGEST_COUNT
+        if name in COUNTS and value > largest:
+            raise ConfigError(
+                f'{where}.{name}: expected a number of at most {largest}, got {value}.'
+            )
         if name in RATES and not 0 <= value < 1:
             raise ConfigError(
                 f'{where}.{name}: expected a number of at least 0 and below 1, got {value:g}.'

@@ -302,7 +302,8 @@ class Encoder(nn.Module):
         scan: whether layers are a `lax.scan` (one compiled layer) or unrolled.
         remat: entry of REMAT, what the backward pass computes again: nothing, all but the results
             of matrix products, or everything.
-        The others are those of Block.
+
+    The other attributes are those of `Block`.
     """
 
     layers: int

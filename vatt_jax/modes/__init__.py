@@ -1,1 +1,1 @@
-"""What run.py does, one file for each --mode. Whatever reads data is given how to open them."""
+"""The modes of the command line, one file each. What reads data is given how to open them."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pathlib
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +16,11 @@ from ml_collections import ConfigDict
 
 from vatt_jax.inference import feature_extractor
 from vatt_jax.parallel import distributed, sharding
-from vatt_jax.run_folder import RunFolder
+from vatt_jax.run_folder import RunFolder, writing
 from vatt_jax.training import checkpoint
+
+# Fields of config.data that choose the records of a split.
+DATA_FIELDS = ('source', 'train', 'eval', 'make', 'npz', 'synthetic_size')
 
 
 def run(
@@ -24,6 +30,9 @@ def run(
     split: str = 'test',
 ) -> None:
     """Writes <workdir>/embeddings/<split>.npz, see `as_arrays`, with the newest checkpoint.
+
+    `source` in it says which data they are of (JSON of config.data). Where that file is of other
+    data, they go to <split>_<digest of the data>.npz beside it.
 
     Args:
         config: names the data, the mesh and the batch size; the model is the stored run's.
@@ -51,13 +60,43 @@ def run(
     arrays = as_arrays(features, data.texts(split, by='segments'))
     if distributed.is_main():
         path = RunFolder(workdir).embeddings(split)
+        source = _source_of(config)
+        if _is_of_another(path, source):
+            # Whoever embeds a second dataset has not asked to lose the first one's.
+            path = path.with_name(f'{split}_{_digest(source)}.npz')
         path.parent.mkdir(parents=True, exist_ok=True)
         # numpy appends .npz to any other ending.
         temporary = path.with_name(f'{path.stem}.tmp.npz')
+        arrays['source'] = np.array(source)
         # NumPy declares a flag among the keywords that are names of arrays.
-        np.savez(temporary, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, path)
+        with writing(path):
+            np.savez(temporary, **arrays)  # type: ignore[arg-type]
+            os.replace(temporary, path)
         print(f'{len(features["index"])} examples → {path}')
+
+
+def _source_of(config: ConfigDict) -> str:
+    """What says which data were embedded (JSON)."""
+    data = config.data
+    fields = {name: data[name] for name in DATA_FIELDS}
+    # `default` is for ConfigDicts.
+    return json.dumps(fields, sort_keys=True, default=dict)
+
+
+def _is_of_another(path: pathlib.Path, source: str) -> bool:
+    """Whether a file holds embeddings of other data."""
+    if not path.exists():
+        return False
+    try:
+        with np.load(path) as stored:
+            # Files from before this field are taken for the run's own.
+            return 'source' in stored.files and str(stored['source']) != source
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+
+
+def _digest(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()[:8]
 
 
 def as_arrays(

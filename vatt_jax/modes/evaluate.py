@@ -72,7 +72,7 @@ def compare(
         if is_due(evaluation_name(step)):
             # Restored onto the mesh of this config, which need not be that of the training.
             checkpoints = checkpoint.Checkpoints(folder.checkpoints, config.checkpoint)
-            state, _, _ = checkpoints.restore(step, built.shape, built.shardings)
+            state, _, _ = checkpoints.restore(step, built.shape, built.shardings, config)
             checkpoints.close()
             loop.evaluate(config, built, state, data, workdir, step, gallery=True, again=again)
         if is_due(RANDOM_INIT):

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 
 from vatt_jax.reporting import report
+from vatt_jax.run_folder import RunFolder, writing
 
 
 def run(workdir: pathlib.Path, others: Sequence[str] = ()) -> None:
@@ -19,6 +20,7 @@ def run(workdir: pathlib.Path, others: Sequence[str] = ()) -> None:
         ConfigError: one of the folders holds no run.
     """
     # No JAX device is touched, so that a report can be made beside a running training.
-    path = report.build(workdir, others)
+    with writing(RunFolder(workdir).report):
+        path = report.build(workdir, others)
     print(report.table(workdir, others))
     print(f'report: {path}')

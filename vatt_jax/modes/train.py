@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from vatt_jax.modes import evaluate, report
 from vatt_jax.modes.stage_clock import StageClock
 from vatt_jax.parallel import distributed
+from vatt_jax.planning import preflight
 from vatt_jax.run_folder import RunFolder
 from vatt_jax.training import loop
 
@@ -41,7 +42,18 @@ def run(
         # the first collective that times out, with a message about anything but data.
         distributed.barrier('data')
     with clock.stage('training'):
-        built, _ = loop.train(config, data, workdir, quiet=quiet)
+
+        def say(line: str) -> None:
+            if distributed.is_main():
+                print(line, flush=True)
+
+        def before(built: loop.Built) -> None:
+            # Nothing to say of a run whose steps are all taken.
+            if loop.newest(workdir) != config.steps:
+                preflight.before_training(config, built, data, workdir, say)
+
+        say('building the model …')
+        built, _ = loop.train(config, data, workdir, quiet=quiet, before=before)
     clock.save()
 
     # done.json is written by the main process, and others may not see it yet.

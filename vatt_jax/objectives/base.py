@@ -71,7 +71,7 @@ class RefreshResult:
       params: the objective's parameters from now on.
       state: the objective's state from now on.
       columns: name -> array [M …] by training record, from now on joined to every batch as
-        batch['columns'][name].
+        `batch['columns'][name]`.
       fresh_slots: parameters whose path (relative to the objective's tree) matches one of these
         regular expressions get new optimizer slots.
       weights: names of columns that are also used as sampling weights.

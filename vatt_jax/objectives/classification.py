@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
-from vatt_jax.config import ConfigError, choose, with_defaults
+from vatt_jax.config import ConfigError, check_range, choose, with_defaults
 from vatt_jax.losses.classification import balanced_binary_cross_entropy, softmax_cross_entropy
 from vatt_jax.objectives.base import Loss, Objective, Spec
 from vatt_jax.parallel.sharding import logical
@@ -34,6 +34,13 @@ DEFAULTS = {
     # on so many devices.
     'replicas': 1,
 }
+# Field -> smallest and largest value.
+RANGES = {
+    'dropout': (0, 1),
+    'smoothing': (0, 1),
+    'mixup': (0, math.inf),
+    'replicas': (1, math.inf),
+}
 FORMS = ('softmax', 'sigmoid')
 
 
@@ -48,6 +55,8 @@ class Classification(Objective):
 
     def __init__(self, config: Any) -> None:
         super().__init__(with_defaults(config, DEFAULTS, 'config.objective'))
+        for field, (low, high) in RANGES.items():
+            check_range(self.config[field], low, high, f'config.objective.{field}')
         c = self.config
         choose(c.form, FORMS, 'config.objective.form')
         is_audio = c.stream.split('.')[0] == 'audio'

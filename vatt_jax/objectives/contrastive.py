@@ -5,13 +5,14 @@ VATT, MMV, CLIP, SigLIP, SimCLR-like.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from vatt_jax.config import ConfigError, choose, with_defaults
+from vatt_jax.config import ConfigError, check_range, choose, with_defaults
 from vatt_jax.losses import dense, nce, similarity
 from vatt_jax.models import Encoded
 from vatt_jax.objectives.base import Loss, Objective, Spec
@@ -58,6 +59,12 @@ DEFAULTS = {
     # What the scores are multiplied in: float32 | bfloat16 (sums stay float32).
     'dtype': 'float32',
 }
+# Field -> smallest and largest value.
+RANGES = {
+    # 0 is the form's own.
+    'temperature': (0, math.inf),
+    'bias': (-math.inf, math.inf),
+}
 EXAMPLE = '("video", "audio", "va", 1.0)'
 
 
@@ -70,6 +77,8 @@ class Contrastive(Objective):
 
     def __init__(self, config: Any) -> None:
         super().__init__(with_defaults(config, DEFAULTS, 'config.objective'))
+        for field, (low, high) in RANGES.items():
+            check_range(self.config[field], low, high, f'config.objective.{field}')
         c = self.config
         _check(c)
         # 0 cannot be a temperature, so it stands for the form's own.

@@ -7,6 +7,7 @@ clusters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vatt_jax.clustering.kmeans import cluster_rows
-from vatt_jax.config import ConfigError, choose, with_defaults
+from vatt_jax.config import ConfigError, check_range, choose, with_defaults
 from vatt_jax.losses.classification import softmax_cross_entropy
 from vatt_jax.objectives import heads
 from vatt_jax.objectives.base import (
@@ -45,6 +46,11 @@ DEFAULTS = {
     # Of that running frequency.
     'momentum': 0.99,
 }
+# Field -> smallest and largest value.
+RANGES = {
+    'iterations': (1, math.inf),
+    'momentum': (0, 1),
+}
 TARGETS = ('joint', 'own', 'other', 'both')
 
 
@@ -61,6 +67,8 @@ class KMeansLabels(Objective):
 
     def __init__(self, config: Any) -> None:
         super().__init__(with_defaults(config, DEFAULTS, 'config.objective'))
+        for field, (low, high) in RANGES.items():
+            check_range(self.config[field], low, high, f'config.objective.{field}')
         c = self.config
         for field, smallest in (('clusters', 2), ('every', 1)):
             if c[field] < smallest:

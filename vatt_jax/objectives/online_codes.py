@@ -5,6 +5,7 @@ SwAV (Caron et al. 2020).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vatt_jax.clustering.sinkhorn import soft_codes
-from vatt_jax.config import ConfigError, with_defaults
+from vatt_jax.config import ConfigError, check_range, with_defaults
 from vatt_jax.objectives import heads
 from vatt_jax.objectives.base import Loss, Objective, Spec
 from vatt_jax.parallel.sharding import logical
@@ -43,6 +44,11 @@ DEFAULTS = {
     # Steps in which prototypes do not move.
     'freeze': 0,
 }
+# Field -> smallest and largest value.
+RANGES = {
+    'epsilon': (0, math.inf),
+    'temperature': (0, math.inf),
+}
 SMALLEST_VALUES = {
     'clusters': 2,
     'width': 1,
@@ -68,6 +74,8 @@ class OnlineCodes(Objective):
 
     def __init__(self, config: Any) -> None:
         super().__init__(with_defaults(config, DEFAULTS, 'config.objective'))
+        for field, (low, high) in RANGES.items():
+            check_range(self.config[field], low, high, f'config.objective.{field}')
         c = self.config
         self.assigned_views = tuple(c.assign) or tuple(c.views)
         _check(c)

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 
 from vatt_jax.clustering import metrics as agreement
 from vatt_jax.clustering import sinkhorn
-from vatt_jax.config import ConfigError, choose, with_defaults
+from vatt_jax.config import ConfigError, check_range, choose, with_defaults
 from vatt_jax.losses.classification import softmax_cross_entropy
 from vatt_jax.objectives import heads
 from vatt_jax.objectives.base import (
@@ -74,6 +74,14 @@ DEFAULTS = {
     # Of the solver: sum of |cluster share - prior|; 0: the published stopping rule.
     'tolerance': 0.0,
 }
+# Field -> smallest and largest value.
+RANGES = {
+    'dropout': (0, 1),
+    'strength': (0, math.inf),
+    'spread': (0, math.inf),
+    'power': (0, math.inf),
+    'tolerance': (0, math.inf),
+}
 PRIORS = ('uniform', 'gaussian', 'zipf', 'exponential')
 SMALLEST_VALUES = {
     'clusters': 2,
@@ -97,6 +105,8 @@ class SelfLabelling(Objective):
 
     def __init__(self, config: Any) -> None:
         super().__init__(with_defaults(config, DEFAULTS, 'config.objective'))
+        for field, (low, high) in RANGES.items():
+            check_range(self.config[field], low, high, f'config.objective.{field}')
         _check(self.config)
         self.modalities = heads.by_modality(self.config.views)
         self.head = heads.Head(self.config.clusters, self.config.hidden, self.config.dropout)

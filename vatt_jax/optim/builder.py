@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vatt_jax.config import ConfigError, choose
@@ -64,7 +67,7 @@ def _is_rate(pair: Any) -> bool:
     if not isinstance(pair, tuple) or len(pair) != 2:
         return False
     factor = pair[1]
-    return isinstance(factor, (int, float)) and factor >= 0
+    return isinstance(factor, (int, float)) and 0 <= factor < math.inf
 
 
 def build(config: ConfigDict, steps: int, params: Any) -> optax.GradientTransformationExtraArgs:
@@ -114,6 +117,10 @@ def build(config: ConfigDict, steps: int, params: Any) -> optax.GradientTransfor
     clip = optax.identity()
     if config.clip:
         clip = optax.clip_by_global_norm(config.clip)
+        if config.get('clip_lookups', False):
+            is_counted = jax.tree.map(lambda name: matches(name, clip_paths or ('',)), names)
+            counted = jax.tree.map(operator.and_, is_counted, _inverted(is_frozen))
+            clip = clip_by_lookup_norm(config.clip, names, counted)
         if clip_paths:
             is_clipped = jax.tree.map(lambda name: matches(name, clip_paths), names)
             clip = optax.masked(clip, mask_frozen(is_clipped))
@@ -146,6 +153,50 @@ def build(config: ConfigDict, steps: int, params: Any) -> optax.GradientTransfor
     # set_to_zero has no slots, so frozen towers take no optimizer memory.
     labels = jax.tree.map(lambda frozen: 'frozen' if frozen else 'train', is_frozen)
     return optax.partition({'train': method, 'frozen': optax.set_to_zero()}, labels)
+
+
+def _inverted(tree: Any) -> Any:
+    return jax.tree.map(operator.not_, tree)
+
+
+def clip_by_lookup_norm(
+    max_norm: float, names: Any, is_counted: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Clip by the global norm as TensorFlow takes it of tables that were looked up.
+
+    The extra argument `lookup_excess` of `update` says by how much the squared norm of such a table
+    is larger there, see `models.embeddings.spread_counting`.
+
+    Args:
+        max_norm: Largest norm.
+        names: Paths of the parameters, a tree.
+        is_counted: Whether a parameter takes part in the norm, a tree of the same structure.
+    """
+    counted = set()
+    for name, counts in zip(jax.tree.leaves(names), jax.tree.leaves(is_counted), strict=True):
+        if counts:
+            counted.add(name)
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        lookup_excess: Mapping[str, Float[Array, '']] | None = None,
+        **_: Any,
+    ) -> tuple[Any, Any]:
+        squared = jnp.square(optax.global_norm(updates))
+        for name, excess in (lookup_excess or {}).items():
+            if name in counted:
+                squared = squared + excess
+        norm = jnp.sqrt(jnp.maximum(squared, 0.0))
+        # As optax clips: gradients within the norm stay as they are, bit for bit.
+        clipped = jax.tree.map(
+            lambda x: jnp.where(norm < max_norm, x, (x / norm) * max_norm), updates
+        )
+        return clipped, state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
 def _direction(

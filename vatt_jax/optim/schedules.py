@@ -31,6 +31,8 @@ def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
       falls fastest at the end (VATT paper).
     - `constant`: linear warm-up, then the peak.
 
+    Every warm-up begins at `start` (`warmup_learning_rate` of the official schedules).
+
     Args:
         config: `config.optimizer.schedule`.
         steps: Optimizer steps of the whole run.
@@ -39,30 +41,40 @@ def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
         ConfigError: A field has a value that makes no sense, or the warm-up fills the run.
     """
     _check_fields(config)
+    # Configs of runs from before this field do not have it.
+    start = config.get('start', 0.0)
     if config.name == 'constant':
-        return _constant(config.peak, config.warmup)
+        return _constant(start, config.peak, config.warmup)
     levels = _levels(config, steps)
     if config.name == 'warmup_quarter_cosine':
-        return _through_levels(levels, _quarter_cosine)
-    return _through_levels(levels, _half_cosine)
+        return _through_levels(start, levels, _quarter_cosine)
+    return _through_levels(start, levels, _half_cosine)
 
 
 def _check_fields(config: ConfigDict) -> None:
     choose(config.name, SCHEDULES, 'config.optimizer.schedule.name')
-    for field in ('peak', 'warmup', 'end'):
-        if config[field] < 0:
+    for field in ('start', 'peak', 'warmup', 'end'):
+        value = config.get(field, 0.0)
+        # Not `value < 0`, which is False for NaN.
+        if not 0 <= value < math.inf:
             raise ConfigError(
-                f'config.optimizer.schedule.{field}={config[field]:g}: expected a number of at '
-                'least 0.'
+                f'config.optimizer.schedule.{field}={value:g}: expected a number of at least 0.'
             )
     if config.name != 'vatt':
         return
-    are_pairs = all(isinstance(level, tuple) and len(level) == 2 for level in config.levels)
+    are_pairs = all(_is_level(level) for level in config.levels)
     if not config.levels or not are_pairs:
         raise ConfigError(
             f'config.optimizer.schedule.levels={config.levels}: expected (step, rate) pairs, such '
             'as ((5000, 1e-4), (500000, 5e-5)).'
         )
+
+
+def _is_level(level: Any) -> bool:
+    """Return whether this is a (step, rate) pair of finite numbers of at least 0."""
+    if not isinstance(level, tuple) or len(level) != 2:
+        return False
+    return all(isinstance(x, (int, float)) and 0 <= x < math.inf for x in level)
 
 
 def _levels(config: ConfigDict, steps: int) -> Levels:
@@ -78,7 +90,8 @@ def _levels(config: ConfigDict, steps: int) -> Levels:
         if config.warmup >= steps:
             raise ConfigError(
                 f'config.optimizer.schedule.warmup={config.warmup} leaves nothing of '
-                f'config.steps={steps}; try {max(1, steps // 10)}'
+                f'config.steps={steps}; try --config.optimizer.schedule.warmup={steps // 10}, or '
+                f'more steps (--config.steps={10 * config.warmup})'
             )
     for (step, _), (next_step, _) in zip(levels, levels[1:]):
         if step >= next_step:
@@ -86,10 +99,11 @@ def _levels(config: ConfigDict, steps: int) -> Levels:
     return levels
 
 
-def _constant(peak: float, warmup: int) -> optax.Schedule:
+def _constant(start: float, peak: float, warmup: int) -> optax.Schedule:
     def rate(step: Any) -> jax.Array:
         # At least 1 below the line: both branches of `where` are computed.
-        return jnp.where(step < warmup, peak * step / max(1, warmup), peak)
+        warming_up = (peak - start) * step / max(1, warmup) + start
+        return jnp.where(step < warmup, warming_up, peak)
 
     return rate
 
@@ -104,17 +118,19 @@ def _quarter_cosine(progress: jax.Array) -> jax.Array:
     return jnp.cos(math.pi / 2 * progress)
 
 
-def _through_levels(levels: Levels, curve: Callable[[jax.Array], jax.Array]) -> optax.Schedule:
-    """Warm up linearly to the first level and follow `curve` (1 at 0, 0 at 1) between levels."""
+def _through_levels(
+    initial: float, levels: Levels, curve: Callable[[jax.Array], jax.Array]
+) -> optax.Schedule:
+    """Warm up from `initial` to the first level, then follow `curve` (1 to 0) between levels."""
 
     def rate(step: Any) -> jax.Array:
         # Exact for steps up to 2^24, about 17 million.
         step = jnp.asarray(step, jnp.float32)
         first_step, first_rate = levels[0]
         # max: without warm-up first_step is 0.
-        value = first_rate * step / max(1, first_step)
+        value = (first_rate - initial) * step / max(1, first_step) + initial
         if len(levels) == 1:
-            return jnp.minimum(value, first_rate)
+            return jnp.where(step < first_step, value, first_rate)
         # Branch-free, as the step is traced: later segments overwrite earlier ones. Beyond the last
         # level progress stays 1.
         for (start, start_rate), (end, end_rate) in zip(levels, levels[1:]):

@@ -93,7 +93,7 @@ def _explicit(env: Mapping[str, str]) -> Position | None:
         raise ConfigError(f'VATT_COORDINATOR={address}: expected host:port, such as node1:8476.')
     process = env.get('VATT_PROCESS') or env.get('JOB_COMPLETION_INDEX', '')
     processes = env.get('VATT_PROCESSES', '')
-    are_numbers = processes.isdigit() and process.isdigit()
+    are_numbers = processes.isdecimal() and process.isdecimal()
     if not are_numbers or int(process) >= int(processes):
         raise ConfigError(
             f'VATT_COORDINATOR={address} with VATT_PROCESSES={processes!r} and '
@@ -107,25 +107,48 @@ def _slurm(env: Mapping[str, str]) -> Position | None:
     """Read the variables of a step that srun started.
 
     Inside salloc or a batch script, without srun, there is one process whatever SLURM_NTASKS says.
+    The shell of `srun --pty` is a step of one task, of whose variables some may be missing.
     """
     if 'SLURM_STEP_NODELIST' not in env or 'SLURM_PROCID' not in env:
         return None
+    # SLURM_NTASKS is the job's number, of which a step may take fewer.
+    count_name = 'SLURM_STEP_NUM_TASKS' if env.get('SLURM_STEP_NUM_TASKS') else 'SLURM_NTASKS'
+    process = _number(env, 'SLURM_PROCID', 'srun')
+    if process == 0 and not env.get(count_name):
+        # A step that does not say how many tasks it has is that of a shell.
+        return Position('', 1, 0)
+    processes = _number(env, count_name, 'srun')
+    if processes == 1 and process == 0:
+        return Position('', 1, 0)
     # Tasks of each node, '4', '4(x2)' or '2,1'. The count in brackets is one of nodes.
     tasks_per_node = env.get('SLURM_STEP_TASKS_PER_NODE', '1')
     task_counts = re.findall(r'(?:^|,)(\d+)', tasks_per_node)
     devices = None
     if any(int(count) > 1 for count in task_counts):
-        devices = (int(env['SLURM_LOCALID']),)
+        devices = (_number(env, 'SLURM_LOCALID', 'srun'),)
     # SLURM puts rank 0 on the first node of the step, unless configured otherwise.
     host = first_host(env['SLURM_STEP_NODELIST'])
     # From the job's number: two jobs on one host seldom get the same port.
-    port = FIRST_PORT + int(env['SLURM_JOB_ID']) % NUM_PORTS
-    return Position(
-        address=f'{host}:{port}',
-        # SLURM_NTASKS is the job's number, of which a step may take fewer.
-        processes=int(env.get('SLURM_STEP_NUM_TASKS') or env['SLURM_NTASKS']),
-        process=int(env['SLURM_PROCID']),
-        devices=devices,
+    port = FIRST_PORT + _number(env, 'SLURM_JOB_ID', 'srun') % NUM_PORTS
+    return Position(f'{host}:{port}', processes, process, devices)
+
+
+def _number(env: Mapping[str, str], name: str, launcher: str) -> int:
+    """Return a variable that the launcher sets to a number of at least 0.
+
+    Raises:
+        ConfigError: It is not set, or is no such number.
+    """
+    text = env.get(name, '').strip()
+    # isascii: int() knows digits of other scripts too, which no launcher writes.
+    if text.isascii() and text.isdigit():
+        return int(text)
+    found = f'{name}={text!r}' if name in env else f'{name} is not set'
+    raise ConfigError(
+        f'the environment is that of a process of {launcher}, but {found}: expected a number. '
+        f'Start with {launcher} in full, or name the position by VATT_COORDINATOR=host:port, '
+        'VATT_PROCESSES and VATT_PROCESS; VATT_COORDINATOR=localhost:1 VATT_PROCESSES=1 '
+        'VATT_PROCESS=0 is one process alone'
     )
 
 
@@ -146,14 +169,15 @@ def _open_mpi(env: Mapping[str, str]) -> Position | None:
     """Read the variables of mpirun."""
     if 'OMPI_COMM_WORLD_SIZE' not in env:
         return None
-    processes = int(env['OMPI_COMM_WORLD_SIZE'])
-    process = int(env['OMPI_COMM_WORLD_RANK'])
-    local_processes = int(env['OMPI_COMM_WORLD_LOCAL_SIZE'])
+    processes = _number(env, 'OMPI_COMM_WORLD_SIZE', 'mpirun')
+    if processes == 1:
+        # Whatever else is set or not: there is nobody to find.
+        return Position('', 1, 0)
+    process = _number(env, 'OMPI_COMM_WORLD_RANK', 'mpirun')
+    local_processes = _number(env, 'OMPI_COMM_WORLD_LOCAL_SIZE', 'mpirun')
     devices = None
     if local_processes > 1:
-        devices = (int(env['OMPI_COMM_WORLD_LOCAL_RANK']),)
-    if processes == 1:
-        return Position('', 1, process)
+        devices = (_number(env, 'OMPI_COMM_WORLD_LOCAL_RANK', 'mpirun'),)
     # Version 4 tells where mpirun runs, which is where rank 0 is unless it was placed elsewhere;
     # version 5 does not. '1531576320.0;tcp://10.96.0.1,10.148.0.1:34911': job number, then the
     # addresses of that host, IPv6 ones in brackets.
@@ -181,15 +205,20 @@ def _cloud_tpu(env: Mapping[str, str]) -> Position | None:
     """Read GKE's variables of a TPU pod slice, and of several slices (MEGASCALE_…)."""
     # Hosts of this slice only; every slice has as many.
     hosts = [host for host in env.get('TPU_WORKER_HOSTNAMES', '').split(',') if host]
-    slices = int(env.get('MEGASCALE_NUM_SLICES') or 1)
+    slices = 1
+    if env.get('MEGASCALE_NUM_SLICES'):
+        slices = _number(env, 'MEGASCALE_NUM_SLICES', 'GKE')
     processes = len(hosts) * slices
-    if not hosts or 'TPU_WORKER_ID' not in env or processes == 1:
+    # Without a number the hosts are what TPU VMs without GKE say of themselves.
+    if not hosts or 'TPU_WORKER_ID' not in env or processes <= 1:
         return None
     coordinator = env.get('MEGASCALE_COORDINATOR_ADDRESS') or hosts[0]
     host = coordinator.split(':')[0]  # its port there is that of another service
     # Numbered slice by slice, so that the processes of a slice are neighbours.
-    slice_number = int(env.get('MEGASCALE_SLICE_ID') or 0)
-    process = slice_number * len(hosts) + int(env['TPU_WORKER_ID'])
+    slice_number = 0
+    if slices > 1:
+        slice_number = _number(env, 'MEGASCALE_SLICE_ID', 'GKE')
+    process = slice_number * len(hosts) + _number(env, 'TPU_WORKER_ID', 'GKE')
     return Position(f'{host}:{TPU_PORT}', processes, process)
 
 
@@ -218,7 +247,15 @@ def initialize(environment: Mapping[str, str] = os.environ, timeout: int = PATIE
         ConfigError: The environment contradicts itself, or the others were not found in time.
     """
     if environment.get('VATT_COORDINATOR') == 'auto':
-        jax.distributed.initialize(initialization_timeout=timeout)
+        try:
+            jax.distributed.initialize(initialization_timeout=timeout)
+        # Of several types, by what is missing.
+        except Exception as error:
+            raise ConfigError(
+                'VATT_COORDINATOR=auto: JAX did not find the other processes by itself '
+                f'({str(error).strip().splitlines()[0]}); it does on Cloud TPU VMs. Elsewhere set '
+                'VATT_COORDINATOR=host:port, VATT_PROCESSES and VATT_PROCESS'
+            ) from error
     else:
         position = find_position(environment)
         if position is None:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from vatt_jax import extras
 from vatt_jax.config import ConfigError
 from vatt_jax.models import attention
 from vatt_jax.models.multimodal import NETS, SIZE
@@ -153,7 +154,7 @@ def devices_of(topology: chips.Topology) -> tuple[list[Any] | None, str]:
     if platform == 'tpu' and importlib.util.find_spec('libtpu') is None:
         raise ConfigError(
             f'--topology={topology}: compiling for TPUs takes the package libtpu, which is not '
-            "installed; pip install 'vatt_jax[tpu]' (or pip install -e '.[tpu]' in a clone)"
+            f'installed; {extras.install_command("tpu")}'
         )
     return _tpu_devices(topology), ''
 

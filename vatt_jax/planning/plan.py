@@ -76,6 +76,7 @@ IRRELEVANT_FIELDS = (
     'evals',
     'eval_every',
     'log_every',
+    'trackers',
     'jax_platform',
     'profile',
     'compilation_cache',

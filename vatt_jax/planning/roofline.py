@@ -104,9 +104,15 @@ def _roofline(
             'network': network,
         },
     }
-    # Unknown resources cannot bound anything: the bound is then a weaker one.
     known = {resource: time for resource, time in seconds.items() if time is not None}
     if not known or not did_fit:
+        return roofline
+    if traffic is None:
+        # Memory bounds most steps, several times over what the other resources would allow.
+        result['notes'].append(
+            'the memory traffic of a step is unknown without its compiler: no bound, MFU or hours '
+            'are given, as they would be several times too good'
+        )
         return roofline
 
     bound, serial = max(known.values()), sum(known.values())

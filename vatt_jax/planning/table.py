@@ -44,12 +44,14 @@ class _Page:
     def __init__(self, width: int) -> None:
         self._file = io.StringIO()
         # A fixed width and no colours: the same text in a terminal, a pipe and a file.
-        self._console = Console(width=width, file=self._file, color_system=None)
+        # Names are text: neither [brackets] nor :words: in them mean styles and pictures.
+        self._console = Console(
+            width=width, file=self._file, color_system=None, markup=False, emoji=False
+        )
 
     def say(self, text: str) -> None:
-        # markup: rich would take [brackets] for styles. soft_wrap: long sentences stay whole, to be
-        # searched for and copied.
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        # soft_wrap: long sentences stay whole, to be searched for and copied.
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def show(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         layout = Table(

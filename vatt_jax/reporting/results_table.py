@@ -70,7 +70,9 @@ def table(
         drawn.add_row(*row)
     # Into a string with a width of its own: the terminal's would wrap rows, and a file has none.
     text = io.StringIO()
-    Console(file=text, width=width or 110 + 16 * len(others)).print(drawn)
+    # Names of runs and evaluators are text, not rich's [styles] and :pictures:.
+    console = Console(file=text, width=width or 110 + 16 * len(others), markup=False, emoji=False)
+    console.print(drawn)
     return text.getvalue().rstrip()
 
 

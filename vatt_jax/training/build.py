@@ -20,7 +20,7 @@ from vatt_jax.models import attention
 from vatt_jax.objectives.base import Objective, select_streams
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
-from vatt_jax.training import train_state, train_step
+from vatt_jax.training import trackers, train_state, train_step
 
 
 @dataclasses.dataclass
@@ -95,6 +95,7 @@ def mesh_of(config: ConfigDict) -> Any:
     # Mistakes in evaluators are found now, not after hours of training.
     for name in config.evals:
         evals.build(name, config.evals[name])
+    trackers.check(config.get('trackers', ()))
     check_compiler_options(config)
     attention.check(config.model, jax.default_backend())
     shape = configs.check_batch(config, jax.device_count(), jax.process_count())

@@ -24,6 +24,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,13 +36,14 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as managers
 
 from vatt_jax import optim
-from vatt_jax.config import ConfigError, from_json
+from vatt_jax.config import ConfigError, differing_fields, flatten, from_json
 from vatt_jax.models.embeddings import spline_matrix
 from vatt_jax.parallel import sharding
-from vatt_jax.run_folder import RunFolder, evaluation_name
+from vatt_jax.run_folder import RunFolder, evaluation_name, free_space, readable_size
 
-# Orbax logs every file it writes and warns of metadata that it does not need.
-logging.getLogger('absl').setLevel(logging.ERROR)
+# Orbax logs every file it writes, warns of metadata that it does not need, and logs pages of every
+# error that it raises anyway.
+logging.getLogger('absl').setLevel(logging.CRITICAL)
 
 ITEMS = ('state', 'meta', 'columns')
 MANIFEST = 'manifest.json'
@@ -52,6 +54,26 @@ _PLACEHOLDER = '_'
 
 class CheckpointNotSaved(RuntimeError):
     """A checkpoint could not be written. The message says why and what is left."""
+
+
+def _ignore_closed_event_loops() -> None:
+    """Keep one kind of error from being printed: that of a write that nobody waits for any more.
+
+    When one file of a checkpoint cannot be written, orbax closes its event loop, and TensorStore
+    then prints a traceback for every other file. What failed is raised all the same.
+    """
+    print_error = sys.unraisablehook
+    if getattr(print_error, 'ignores_closed_event_loops', False):
+        return
+
+    def filtered(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not isinstance(error, RuntimeError) or str(error) != 'Event loop is closed':
+            print_error(unraisable)
+
+    # So that the next run in this process does not wrap it once more.
+    filtered.ignores_closed_event_loops = True  # type: ignore[attr-defined]
+    sys.unraisablehook = filtered
 
 
 @dataclasses.dataclass
@@ -103,12 +125,14 @@ class Checkpoints:
         # Orbax refuses relative paths.
         folder = pathlib.Path(folder).absolute()
         # A checkpoint stays if any policy preserves it (AnyPreservationPolicy below).
+        _ignore_closed_event_loops()
         policies: list[Any] = [managers.LatestN(max(1, config.keep))]
         if config.keep_every:
             policies.append(managers.EveryNSteps(config.keep_every))
         if config.get('best'):
             policies.append(Best(RunFolder(folder.parent), config.best))
         self.saving: int | None = None  # the step being written
+        self.num_bytes = 0  # of its arrays
 
         def seal() -> None:
             # Runs before orbax renames the temporary folder, so that the checkpoint and its
@@ -152,6 +176,8 @@ class Checkpoints:
         # thread.
         self.wait()
         self.saving = step
+        self.num_bytes = size_of((state, columns))
+        self._check_space()
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             meta=ocp.args.JsonSave(meta),
@@ -167,23 +193,36 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            # Read off the disk: only complete folders can be gone back to.
-            complete = steps(pathlib.Path(self.manager.directory))
-            earlier = [step for step in complete if step != self.saving]
-            if earlier:
-                remaining = (
-                    f'the checkpoint of step {earlier[-1]} is whole, and the same command '
-                    'continues from there'
-                )
-            else:
-                remaining = 'there is none before it'
-            raise CheckpointNotSaved(
-                f'the checkpoint of step {self.saving} could not be written '
-                f'({_first_line(error)}); {remaining}. Is the disk full?'
-            ) from error
+            raise self._not_saved(_cause(error)) from error
+
+    def _check_space(self) -> None:
+        """Raise CheckpointNotSaved where the disk has clearly too little room.
+
+        Before anything is written: a save that fails half-way would fill the disk for others.
+        """
+        free = free_space(pathlib.Path(self.manager.directory))
+        # Parameters are compressed by less than a tenth, zeros to nothing.
+        if free is not None and free < 0.5 * self.num_bytes:
+            raise self._not_saved(f'{readable_size(free)} are free')
+
+    def _not_saved(self, why: str) -> CheckpointNotSaved:
+        folder = pathlib.Path(self.manager.directory)
+        # Read off the disk: only complete folders can be gone back to.
+        earlier = [step for step in steps(folder) if step != self.saving]
+        if earlier:
+            remaining = (
+                f'the checkpoint of step {earlier[-1]} is whole, and the same command '
+                'continues from there'
+            )
+        else:
+            remaining = 'there is none before it'
+        return CheckpointNotSaved(
+            f'the checkpoint of step {self.saving} could not be written to {folder} ({why}); '
+            f'it takes up to {readable_size(self.num_bytes)}. Make room; {remaining}'
+        )
 
     def restore(
-        self, step: int, shape: Any, shardings: Any
+        self, step: int, shape: Any, shardings: Any, config: ConfigDict | None = None
     ) -> tuple[Any, dict[str, Any], dict[str, np.ndarray]]:
         """Read one step, laid out as `shardings` whatever mesh saved it.
 
@@ -191,6 +230,8 @@ class Checkpoints:
             step: The step to read.
             shape: Abstract state, a tree of arrays or ShapeDtypeStructs.
             shardings: Sharding of every leaf of `shape`.
+            config: Of this run; where the checkpoint does not fit, the message then names the
+                fields that changed since it was saved.
 
         Returns:
             state, meta and columns, as they were given to `save`.
@@ -207,26 +248,36 @@ class Checkpoints:
         target = jax.tree.map(abstract_leaf, shape, shardings)
         path = pathlib.Path(self.manager.directory) / str(step)
         # Before the restore, whose own message would be about the first mismatch of its internals.
-        _check_shapes(path, target)
+        saved = _saved_tree(path)
+        _check_fits(path, saved, target, config)
+        # The saved tree with our shapes and shardings: what only groups leaves, such as the empty
+        # states of optimizers, may differ between the two.
+        by_name = {_path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(target)}
+        saved_target = jax.tree_util.tree_map_with_path(
+            lambda key_path, _: by_name[_path_name(key_path)], saved
+        )
         items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(target),
+            state=ocp.args.StandardRestore(saved_target),
             meta=ocp.args.JsonRestore(),
             columns=ocp.args.StandardRestore(),
         )
         try:
             restored = self.manager.restore(step, args=items)
         except Exception as error:
-            raise ConfigError(
-                f'checkpoint {path} cannot be read ({_first_line(error)}); remove that folder to '
-                'go back to the one before, or choose another --workdir'
-            ) from error
+            raise _unreadable(path, error) from error
+        restored_by_name = {
+            _path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(restored.state)
+        }
+        restored_state = jax.tree_util.tree_map_with_path(
+            lambda key_path, _: restored_by_name[_path_name(key_path)], target
+        )
 
         def copy_tree(tree: Any) -> Any:
             return jax.tree.map(jax.numpy.copy, tree)
 
         # Orbax hands back buffers that it may still own; the train step donates its state, which
         # needs arrays of our own.
-        state = jax.jit(copy_tree, out_shardings=shardings)(restored.state)
+        state = jax.jit(copy_tree, out_shardings=shardings)(restored_state)
         columns = {
             # A copy of our own, as of the state.
             name: np.array(column)
@@ -365,36 +416,102 @@ def _first_line(error: BaseException) -> str:
     return f'{type(error).__name__}: {lines[0][:200]}'
 
 
-def _check_shapes(path: pathlib.Path, target: Any) -> None:
-    """Raise ConfigError for the first parameter of `target` that the checkpoint cannot fill."""
+def _cause(error: BaseException) -> str:
+    """Return why something could not be written: the system's reason where the message has it."""
+    # TensorStore: 'Error writing … [OS error 28: No space left on device]' in a long message.
+    found = re.search(r'OS error (\d+)', str(error))
+    number = int(found[1]) if found else getattr(error, 'errno', None)
+    if number:
+        return os.strerror(number)
+    return _first_line(error)
+
+
+def size_of(tree: Any) -> int:
+    """Return the bytes of all arrays of a tree; abstract ones do."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _saved_tree(path: pathlib.Path) -> Any:
+    """Return the tree of a saved state, with descriptions of arrays as leaves."""
     try:
         with ocp.StandardCheckpointer() as reader:
-            saved = dict(reader.metadata(path / 'state').item_metadata)
-        saved_shapes = {
-            _path_name(key_path): tuple(metadata.shape)
-            for key_path, metadata in jax.tree_util.tree_leaves_with_path(saved)
-        }
+            return dict(reader.metadata(path / 'state').item_metadata)
     except Exception as error:
         raise _unreadable(path, error) from error
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(target):
-        name = _path_name(key_path)
-        # Optimizer and objective state follow from the parameters, whose names say more.
-        if not name.startswith('params'):
-            continue
+
+
+def _check_fits(
+    path: pathlib.Path, saved: Any, target: Any, config: ConfigDict | None = None
+) -> None:
+    """Raise ConfigError for the first array in which the checkpoint and `target` differ.
+
+    Args:
+        path: The checkpoint.
+        saved: Its tree, see `_saved_tree`.
+        target: Abstract state of this run.
+        config: Of this run, for the message; None: not known.
+    """
+    saved_shapes = {
+        _path_name(key_path): tuple(metadata.shape)
+        for key_path, metadata in jax.tree_util.tree_leaves_with_path(saved)
+    }
+    shapes = {
+        _path_name(key_path): leaf.shape
+        for key_path, leaf in jax.tree_util.tree_leaves_with_path(target)
+    }
+    # Optimizer and objective state follow from the parameters, whose names say more.
+    for name in sorted(shapes, key=lambda name: (not name.startswith('params'), name)):
         if name not in saved_shapes:
-            raise ConfigError(
-                f'checkpoint {path} has no {name}; use the config the run was started with, or '
-                'another --workdir'
+            raise _misfit(path, f'has no {name}', config)
+        if saved_shapes[name] != shapes[name]:
+            raise _misfit(
+                path,
+                f'has {name} of shape {saved_shapes[name]}, and this config makes {shapes[name]}',
+                config,
             )
-        if saved_shapes[name] != leaf.shape:
-            raise ConfigError(
-                f'checkpoint {path}: {name} has shape {saved_shapes[name]} and this config makes '
-                f'{leaf.shape}; use the config the run was started with, or another --workdir'
-            )
+    # What the checkpoint has beyond it would be lost with the next save.
+    for name in sorted(saved_shapes):
+        if name not in shapes:
+            raise _misfit(path, f'has {name}, which this config does not keep', config)
+
+
+# What a field decides of the state -> what it means to change it.
+MEANINGS = {
+    'optimizer.ema': 'the average of the parameters begins with the run',
+    'optimizer.': 'the optimizer of this config keeps other moments',
+}
+
+
+def _misfit(path: pathlib.Path, difference: str, config: ConfigDict | None) -> ConfigError:
+    """Return the error of a checkpoint that is sound and does not fit the config."""
+    changes = []
+    meaning = ''
+    if config is not None:
+        saved_config = from_json(json.dumps(read_meta(path)['config']))
+        old, new = dict(flatten(saved_config)), dict(flatten(config))
+        for field in differing_fields(saved_config, config):
+            # No other field shapes the state.
+            if not field.startswith(('model.', 'objective.', 'optimizer.')):
+                continue
+            if field.startswith('optimizer.schedule.'):
+                continue
+            changes.append(f'config.{field} was {old.get(field)!r} and is {new.get(field)!r} now')
+            for prefix, text in MEANINGS.items():
+                if field.startswith(prefix) and not meaning:
+                    meaning = f' ({text})'
+    since = f'Since it was saved, {"; ".join(changes[:5])}{meaning}. ' if changes else ''
+    return ConfigError(
+        f'checkpoint {path} is sound and belongs to another config: it {difference}. {since}'
+        'Continue with the config that the run was started with, or choose another --workdir and '
+        f'start from these weights with --config.init_from={path}'
+    )
 
 
 def _unreadable(path: pathlib.Path, error: Exception) -> ConfigError:
-    return ConfigError(f'checkpoint {path} cannot be read ({_first_line(error)})')
+    return ConfigError(
+        f'checkpoint {path} cannot be read ({_first_line(error)}); nothing was changed. Name '
+        'another one, or move it out of its run folder to go back to the one before'
+    )
 
 
 def _path_name(key_path: Sequence[Any]) -> str:
@@ -427,12 +544,46 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
     if RunFolder(path).checkpoints.is_dir():
         folder = RunFolder(path).checkpoints
     available = _numbered_folders(folder, 'state')
-    if not available:
-        raise ConfigError(
-            f'{path} holds no checkpoint: expected a run folder (with checkpoints/<step>) or one '
-            'checkpoint folder'
+    if available:
+        return (folder / str(available[-1])).absolute()
+    # A checkpoint that was taken out of its run, under whatever name.
+    alone = _checkpoints_by_name(folder)
+    if len(alone) == 1:
+        return alone[0].absolute()
+    raise ConfigError(f'{path} holds no checkpoint: {_what_is_there(path, alone)}')
+
+
+def _checkpoints_by_name(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the checkpoint folders inside a folder, complete ones, whatever they are called."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if (path / 'meta').is_dir()
+        and (path / 'state').is_dir()
+        and '.orbax-checkpoint-tmp' not in path.name
+        and not path.name.endswith('.damaged')
+    )
+
+
+def _what_is_there(path: pathlib.Path, checkpoints: Sequence[pathlib.Path]) -> str:
+    """Return what a path is that `find` cannot use, and what to do."""
+    expected = 'expected a run folder (with checkpoints/<step>) or one checkpoint folder'
+    if checkpoints:
+        names = ', '.join(folder.name for folder in checkpoints[:3])
+        return f'{expected}, got a folder with {len(checkpoints)} of them ({names}, …); name one'
+    if path.is_file() or path.with_name(f'{path.name}.index').is_file():
+        return (
+            f'{expected}, got a file; official checkpoints are imported first, with python -m '
+            'vatt_jax.importers'
         )
-    return (folder / str(available[-1])).absolute()
+    if path.is_dir():
+        runs = sorted(run.name for run in path.iterdir() if RunFolder(run).checkpoints.is_dir())
+        if runs:
+            return f'{expected}, got a folder of runs; name one of {", ".join(runs[:5])}'
+        return f'{expected}, got a folder without one'
+    return f'{expected}, and there is no such folder'
 
 
 def find_verified(path: str | pathlib.Path) -> pathlib.Path:
@@ -518,13 +669,14 @@ def read_model(path: pathlib.Path, objective: bool = False) -> dict[str, Any]:
 
 
 def load_model(
-    path: str | pathlib.Path, mesh: Mesh
+    path: str | pathlib.Path, mesh: Mesh, objective: bool = False
 ) -> tuple[ConfigDict, dict[str, Any], dict[str, Any]]:
     """Load the model of a run folder or a checkpoint folder.
 
     Args:
         path: See `find`.
         mesh: The variables are replicated over it.
+        objective: Also read the parameters of the objective's heads, as `read_model` does.
 
     Returns:
         The run's config, the variables of the model, and `info`, what the data object said about
@@ -535,7 +687,7 @@ def load_model(
     """
     path = find_verified(path)
     meta = read_meta(path)
-    variables = jax.device_put(read_model(path), sharding.replicated(mesh))
+    variables = jax.device_put(read_model(path, objective), sharding.replicated(mesh))
     # By way of JSON, as a stored config is read: tuples are restored and renamed fields moved.
     return from_json(json.dumps(meta['config'])), variables, meta['info']
 

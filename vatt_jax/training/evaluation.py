@@ -14,7 +14,7 @@ from vatt_jax.evals import base as evals_base
 from vatt_jax.inference import feature_extractor
 from vatt_jax.parallel import distributed
 from vatt_jax.run_folder import RunFolder, evaluation_name
-from vatt_jax.training import train_state
+from vatt_jax.training import tracked_evaluation, train_state
 from vatt_jax.training.build import Built, process_position
 from vatt_jax.training.metrics import Progress, Writer
 from vatt_jax.training.train_state import TrainState
@@ -63,7 +63,8 @@ def evaluate(
     folder = run_folder.evaluation(name)
     # All processes go by what the main one sees: evaluating takes all of them.
     if not again and distributed.broadcast_from_main(run_folder.has_evaluation(name)):
-        return _report_scalars(evals.load(folder), step, writer, progress)
+        results = evals.load(folder)
+        return _report(results, folder, step, writer, progress)
 
     # Averaged parameters where the run keeps an average, the trained ones otherwise.
     variables = train_state.evaluation_variables(state)
@@ -89,11 +90,12 @@ def evaluate(
         # has a part only.
         with_gallery = gallery and jax.process_count() == 1
         evals.save(results, folder, save_gallery if with_gallery else None)
-    return _report_scalars(results, step, writer, progress)
+    return _report(results, folder, step, writer, progress)
 
 
-def _report_scalars(
+def _report(
     results: Mapping[str, evals_base.Result],
+    folder: pathlib.Path,
     step: int,
     writer: Writer | None,
     progress: Progress | None,
@@ -104,10 +106,15 @@ def _report_scalars(
             scalars[f'{evaluator}/{name}'] = value
     if writer is not None:
         writer.write(step, {f'eval/{name}': value for name, value in scalars.items()})
+        if writer.trackers is not None:
+            tracked_evaluation.report(writer.trackers, step, results, folder)
     if progress is not None:
         headlines = []
         for name, value in scalars.items():
             if name.rsplit('/', 1)[-1] in HEADLINES:
                 headlines.append(f'{name} {value:.3g}')
         progress.say(f'step {step}: ' + '  '.join(headlines))
+        for evaluator, result in results.items():
+            for remark in result.remarks:
+                progress.say(f'{evaluator}: {remark}')
     return scalars

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pathlib
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ from vatt_jax.training.build import (
     resolve,
 )
 from vatt_jax.training.evaluation import evaluate
+from vatt_jax.training.metrics import duration
 from vatt_jax.training.refresh import refresh
 from vatt_jax.training.session import Session, open_session
 from vatt_jax.training.start import (
@@ -52,7 +55,12 @@ __all__ = [
 
 
 def train(
-    config: ConfigDict, data: Any, workdir: str | pathlib.Path, *, quiet: bool = False
+    config: ConfigDict,
+    data: Any,
+    workdir: str | pathlib.Path,
+    *,
+    quiet: bool = False,
+    before: Callable[[Built], object] | None = None,
 ) -> tuple[Built, dict[str, float]]:
     """Trains to config.steps or to SIGTERM, continuing whatever the run folder holds.
 
@@ -61,6 +69,7 @@ def train(
         data: the data object of docs/architecture.md.
         workdir: the run folder.
         quiet: plain log lines instead of the live one.
+        before: called once all is built and nothing is written yet; what it raises ends the run.
 
     Returns:
         What it built, compiled by now, and the last evaluation's scalars.
@@ -75,6 +84,8 @@ def train(
         built = build(config, data)
         # After the build, which fills in what only the data know, and before anything is written.
         check_run_folder(config, workdir)
+        if before is not None:
+            before(built)
         # `sharding.constrain` looks this mesh up when the step is traced.
         with jax.set_mesh(built.mesh):
             run, checkpoints = start(config, built, data, workdir)
@@ -90,6 +101,9 @@ def _run_steps(
     """The loop itself. Returns the last evaluation's scalars."""
     config, built, meter = session.config, session.built, session.meter
     first_step = run.step + 1
+    if run.step < config.steps:
+        session.progress.say('compiling the training step …')
+        compiling_since = time.monotonic()
     scalars: dict[str, float] = {}
     while run.step < config.steps:
         # At the top of the loop, so that a run resumed here makes up for an evaluation that was cut
@@ -116,7 +130,9 @@ def _run_steps(
         run.consumed += config.batch_size
         session.profiler.after_step(run.step, metrics)
         if run.step == first_step:
-            meter.reset()  # it compiled
+            seconds = time.monotonic() - compiling_since
+            session.progress.say(f'compiled in {duration(seconds)}')
+            meter.reset()
         session.metrics.settle()  # the step before this one
         session.metrics.hold(run.step, metrics)
         meter.clips += config.batch_size
@@ -148,6 +164,8 @@ def _run_steps(
 
 def _evaluate(session: Session, run: TrainingRun, gallery: bool = False) -> dict[str, float]:
     session.metrics.settle()
+    names = ', '.join(session.config.evals)
+    session.progress.say(f'step {run.step}: evaluating {names} …')
     return evaluate(
         session.config,
         session.built,

@@ -1,7 +1,9 @@
-"""What a run reports: one live line, `metrics.jsonl` and TensorBoard events."""
+"""What a run reports: one live line, `metrics.jsonl` and the trackers of its config."""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
 import math
 import os
@@ -14,64 +16,82 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from vatt_jax.run_folder import RunFolder
+from vatt_jax.run_folder import RunFolder, writing
+from vatt_jax.training.trackers import Trackers
 
 # Results that are reported for a step after its checkpoint is saved.
 AFTER = ('eval/', 'refresh/')
 
 
 class Writer:
-    """Writes scalars to `<workdir>/metrics.jsonl` and TensorBoard.
+    """Writes scalars to `<workdir>/metrics.jsonl` and to trackers.
 
     On resume, lines that came after the checkpoint of the resumed step are dropped, so that the
     file reads as if the run had never stopped: lines of later steps, and what is reported for a
     step once it is saved (AFTER), which the continued run reports again.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int, active: bool = True):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        step: int,
+        active: bool = True,
+        trackers: Trackers | None = None,
+    ):
         """Open the files.
 
         Args:
             workdir: The run folder.
             step: The step the run starts or resumes from.
             active: False on all processes but the main one: nothing is written.
+            trackers: Get all numbers too; closed with this.
+
+        Raises:
+            NotWritten: The file cannot be written.
         """
         self.file: IO[str] | None = None
+        self.trackers = trackers
         if not active:
             return
-        folder = RunFolder(workdir)
-        if folder.metrics.exists():
-            _drop_later_lines(folder.metrics, step)
-        self.file = folder.metrics.open('a')
-        from tensorboardX import SummaryWriter  # imported late: it takes a second
-
-        # purge_step does for the events what `_drop_later_lines` does for the JSON lines.
-        self.board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1, flush_secs=30)
+        self.path = RunFolder(workdir).metrics
+        with writing(self.path):
+            if self.path.exists():
+                _drop_later_lines(self.path, step)
+            self.file = self.path.open('a')
 
     def write(self, step: int, scalars: dict[str, Any]) -> None:
-        """Write one line {'step': …, **scalars}; numbers also go to TensorBoard.
+        """Write one line {'step': …, 'time': …, **scalars}; numbers also go to the trackers.
 
-        JSON has neither NaN nor infinity: they are written as null.
+        JSON has neither NaN nor infinity: they are written as null. The time is UTC (ISO 8601).
+
+        Raises:
+            NotWritten: The file cannot be written.
         """
         if self.file is None:
             return
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec='milliseconds')
         # json.dumps would write NaN, which few readers take; allow_nan=False guards this
         # conversion.
         finite: dict[str, Any] = {}
         for name, value in scalars.items():
             is_finite = not isinstance(value, float) or math.isfinite(value)
             finite[name] = value if is_finite else None
-        self.file.write(json.dumps({'step': step, **finite}, allow_nan=False) + '\n')
-        self.file.flush()  # so that a killed run loses no line
-        for name, value in scalars.items():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(name, value, step)
+        line = json.dumps({'step': step, 'time': now, **finite}, allow_nan=False)
+        with writing(self.path):
+            self.file.write(line + '\n')
+            self.file.flush()  # so that a killed run loses no line
+        numbers = {k: float(v) for k, v in scalars.items() if isinstance(v, (int, float))}
+        if self.trackers is not None and numbers:
+            self.trackers.scalars(step, numbers)
 
     def close(self) -> None:
-        """Close both files."""
+        """Close the file and the trackers."""
         if self.file is not None:
-            self.file.close()
-            self.board.close()
+            # A line that could not be written is still held, and was reported.
+            with contextlib.suppress(OSError):
+                self.file.close()
+        if self.trackers is not None:
+            self.trackers.close()
 
 
 def _drop_later_lines(path: pathlib.Path, step: int) -> None:
@@ -118,8 +138,10 @@ class Progress:
         self.last_shown = self.began
         self.interval = 30.0 if quiet else 10.0  # seconds between plain lines
         self.live: Live | None = None
+        self.values: dict[str, float] = {}  # of the last line of the log
         # In a log file a live line would be one control sequence after another.
-        console = Console(stderr=False)
+        # Names of files and runs are text, not rich's [styles] and :pictures:.
+        console = Console(stderr=False, markup=False, emoji=False, highlight=False)
         if active and not quiet and console.is_terminal:
             self.live = Live(console=console, refresh_per_second=4, transient=False)
             self.live.start()
@@ -131,16 +153,22 @@ class Progress:
             step: Steps taken.
             values: loss, lr, clips_per_s, data_wait, goodput, and mfu where it is known.
         """
+        self.values = values
+        is_first_or_last = step in (self.start + 1, self.steps)
+        self._show(step, values, at_once=is_first_or_last)
+
+    def advance(self, step: int, loss: float) -> None:
+        """Show a step whose speed was not measured, with the speed that was measured last."""
+        self._show(step, {**self.values, 'loss': loss})
+
+    def _show(self, step: int, values: dict[str, float], at_once: bool = False) -> None:
         if not self.active:
             return
         now = time.monotonic()
-        line = self._line(step, values, now)
         if self.live:
-            self.live.update(Text(line))
-            return
-        is_first_or_last = step in (self.start + 1, self.steps)
-        if is_first_or_last or now - self.last_shown > self.interval:
-            print(line, flush=True)
+            self.live.update(Text(self._line(step, values, now)))
+        elif at_once or now - self.last_shown > self.interval:
+            self._print(self._line(step, values, now))
             self.last_shown = now
 
     def _line(self, step: int, values: dict[str, float], now: float) -> str:
@@ -148,19 +176,18 @@ class Progress:
         # too.
         seconds_per_step = (now - self.began) / max(1, step - self.start)
         remaining = seconds_per_step * (self.steps - step)
-        parts = [
-            f'step {step}/{self.steps}',
-            f'loss {values["loss"]:.4f}',
-            f'lr {values["lr"]:.2e}',
-            f'{values["clips_per_s"]:.0f} clips/s',
-        ]
+        parts = [f'step {step}/{self.steps}', f'loss {values["loss"]:.4f}']
+        # Measured for the first time at the first line of the log.
+        if 'clips_per_s' in values:
+            parts += [f'lr {values["lr"]:.2e}', f'{values["clips_per_s"]:.0f} clips/s']
         if 'mfu' in values:
             parts.append(f'MFU {100 * values["mfu"]:.1f}%')
-        parts += [
-            f'waiting for data {100 * values["data_wait"]:.0f}%',
-            f'goodput {100 * values["goodput"]:.0f}%',
-            f'ETA {duration(remaining)}',
-        ]
+        if 'clips_per_s' in values:
+            parts += [
+                f'waiting for data {100 * values["data_wait"]:.0f}%',
+                f'goodput {100 * values["goodput"]:.0f}%',
+            ]
+        parts.append(f'ETA {duration(remaining)}')
         return '  '.join(parts)
 
     def say(self, text: str) -> None:
@@ -168,10 +195,18 @@ class Progress:
         if not self.active:
             return
         if self.live:
-            # Above the live line; rich must not read [brackets] in it as markup.
-            self.live.console.print(text, markup=False, highlight=False)
+            # Above the live line.
+            self.live.console.print(text)
         else:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        try:
             print(text, flush=True)
+        # Whoever read it, such as `head`, has gone; the run need not go too.
+        except BrokenPipeError:
+            self.active = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def close(self) -> None:
         """End the live line."""

@@ -24,6 +24,7 @@ from vatt_jax.training.checkpoint import Checkpoints
 from vatt_jax.training.metrics import Meter, Progress, Writer
 from vatt_jax.training.start import TrainingRun
 from vatt_jax.training.step_log import BadStepGuard, LateMetrics, Profiler
+from vatt_jax.training.trackers import Trackers
 
 
 @dataclasses.dataclass
@@ -140,8 +141,9 @@ def open_session(
     folder, is_main = RunFolder(workdir), distributed.is_main()
     # Opened on every process and inactive on all but one, so that no caller asks which process it
     # is.
-    writer = Writer(workdir, run.step, is_main)
     progress = Progress(config.steps, run.step, quiet, is_main)
+    trackers = Trackers(config, workdir, run.step, progress.say) if is_main else None
+    writer = Writer(workdir, run.step, is_main, trackers)
     progress.say(_greeting(config, data, run))
     meter = _meter(config, built)
     bad_steps = BadStepGuard(config.max_bad_steps, checkpoints.latest, workdir, writer, progress)

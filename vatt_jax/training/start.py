@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -85,7 +86,7 @@ def start(
     saved_step = newest_sound(workdir)
     if saved_step is not None:
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
-        run = _continue(checkpoints, saved_step, built)
+        run = _continue(config, checkpoints, saved_step, built)
     else:
         run = _begin(config, built, data)
         # Only now, so that a mistake in the config leaves no folder behind.
@@ -103,9 +104,11 @@ def start(
     return run, checkpoints
 
 
-def _continue(checkpoints: Checkpoints, saved_step: int, built: Built) -> TrainingRun:
+def _continue(
+    config: ConfigDict, checkpoints: Checkpoints, saved_step: int, built: Built
+) -> TrainingRun:
     # Straight onto this run's mesh, which need not be the one that saved it.
-    state, meta, columns = checkpoints.restore(saved_step, built.shape, built.shardings)
+    state, meta, columns = checkpoints.restore(saved_step, built.shape, built.shardings, config)
     return TrainingRun(
         state,
         step=int(state.step),
@@ -190,6 +193,34 @@ def newest_sound(workdir: pathlib.Path) -> int | None:
     return None if step == NO_STEP else step
 
 
+def _check_writable(workdir: pathlib.Path) -> None:
+    """Checks that a run may write its folder, without writing anything.
+
+    Raises:
+        ConfigError: the folder, or what is to hold it, is a file or not the user's to write.
+    """
+    try:
+        existing = workdir
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+    # PermissionError where a folder above cannot even be looked into; a name that is too long.
+    except (OSError, ValueError) as error:
+        raise _unusable(workdir, str(error)) from error
+    if not existing.is_dir():
+        if existing == workdir:
+            raise ConfigError(f'--workdir={workdir}: expected a folder, this is a file')
+        raise _unusable(workdir, f'{existing} is a file')
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise _unusable(workdir, f'{existing} may not be written by this user')
+
+
+def _unusable(workdir: pathlib.Path, why: str) -> ConfigError:
+    return ConfigError(
+        f'--workdir={workdir}: expected a folder that can be written, but {why}; choose another '
+        '--workdir'
+    )
+
+
 def check_run_folder(config: ConfigDict, workdir: pathlib.Path, evaluating: bool = False) -> None:
     """A run folder belongs to one model and objective: never continue it with another.
 
@@ -202,8 +233,8 @@ def check_run_folder(config: ConfigDict, workdir: pathlib.Path, evaluating: bool
     Raises:
         ConfigError: the folder holds a run of another model or objective.
     """
-    if workdir.exists() and not workdir.is_dir():
-        raise ConfigError(f'--workdir={workdir}: expected a folder, this is a file')
+    if not evaluating:
+        _check_writable(workdir)
     if newest(workdir) is None:
         return
     stored = configs.stored(workdir)

@@ -87,6 +87,8 @@ class LateMetrics:
             self.writer.write(step, {**scalars, 'order': self.run.order[:16], **speed})
             self.progress.show(step, {**scalars, **speed})
             self.unreadable.report(step)
+        else:
+            self.progress.advance(step, scalars['loss'])
 
 
 def extend_order(order: str, records: Integer[np.ndarray, 'B 2']) -> str:

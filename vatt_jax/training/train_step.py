@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from vatt_jax import optim
 from vatt_jax.config import ConfigError
 from vatt_jax.inputs import preprocess
+from vatt_jax.models.embeddings import LOOKUP_PROBES
 from vatt_jax.objectives.base import Loss, Objective
 from vatt_jax.rng import Rng
 from vatt_jax.training.train_state import TrainState
@@ -50,7 +51,11 @@ def make(
         # The state's own counter, not the host's: a resumed step draws the same bits, and
         # `position`, not the place in the batch, identifies an example (see vatt_jax.rng).
         rng = Rng.create(config.seed, state.step, batch['position'])
-        grads, out = compute_gradients(state.params, state.batch_stats, state.objective, batch, rng)
+        params_and_probes = {**state.params, **probes(config, state.params)}
+        grads, out = compute_gradients(
+            params_and_probes, state.batch_stats, state.objective, batch, rng
+        )
+        lookup_excess = grads.pop(LOOKUP_PROBES, {})
         # Before clipping, which is part of `tx`. One non-finite gradient anywhere makes the norm
         # non-finite, so this one number stands for all.
         grad_norm = optax.global_norm(grads)  # []
@@ -60,7 +65,13 @@ def make(
 
         # Computed in any case. Where it is not applied, `skippable` keeps the slots, and
         # `tree_select` below the parameters.
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, apply=is_applied)
+        updates, opt_state = tx.update(
+            grads,
+            state.opt_state,
+            state.params,
+            apply=is_applied,
+            lookup_excess=flatten_probes(lookup_excess),
+        )
         params = optax.apply_updates(state.params, updates)
         # On the new parameters, before the guard: a step that is not applied drops these changes as
         # well.
@@ -99,6 +110,37 @@ def make(
         return new_state, metrics
 
     return step
+
+
+def probes_are_on(config: ConfigDict) -> bool:
+    """Whether a clip counts lookups token by token."""
+    return bool(config.optimizer.clip and config.optimizer.get('clip_lookups', False))
+
+
+def probes(config: ConfigDict, params: Any) -> dict[str, Any]:
+    """What is differentiated beside the parameters for config.optimizer.clip_lookups.
+
+    Returns:
+        {LOOKUP_PROBES: a zero for each position table, nested as the tables are}; {} without it.
+    """
+    if not probes_are_on(config):
+        return {}
+    nested: dict[str, Any] = {}
+    for path in jax.tree.leaves(optim.paths(params['model'])):
+        *modules, name = path.split('/')
+        if not modules or modules[-1] != 'positions' or not name.endswith('_positions'):
+            continue
+        group = nested
+        for module in modules:
+            group = group.setdefault(module, {})
+        group[name] = jnp.zeros(())
+    return {LOOKUP_PROBES: nested}
+
+
+def flatten_probes(nested: Any) -> dict[str, Array]:
+    """Path of each position table -> its probe."""
+    names = jax.tree.leaves(optim.paths({'model': nested}))
+    return dict(zip(names, jax.tree.leaves(nested), strict=True))
 
 
 def moving_average(average: Any, params: Any, decay: float) -> Any:
@@ -146,6 +188,8 @@ class WholeBatch:
 
         def loss(params: Any) -> tuple[Array, Loss]:
             variables = {'params': params['model'], 'batch_stats': batch_stats}
+            if LOOKUP_PROBES in params:
+                variables[LOOKUP_PROBES] = params[LOOKUP_PROBES]
             out = self.objective.loss(
                 self.model, variables, params['objective'], objective_state, batch, rng
             )
@@ -307,6 +351,12 @@ def check(config: ConfigDict, model: nn.Module, objective: Objective, batch_stat
     Raises:
         ConfigError: statistics or mixing of the whole batch come before the pooled vectors.
     """
+    if config.accumulate > 1 and probes_are_on(config):
+        raise ConfigError(
+            'config.optimizer.clip_lookups: expected config.accumulate=1, as the norm of single '
+            f'tokens is not a sum over microbatches, got {config.accumulate}. Set '
+            '--config.optimizer.clip_lookups=False'
+        )
     if config.accumulate == 1 or config.accumulation != 'exact':
         return
     normalised = model.batch_normed(batch_stats)

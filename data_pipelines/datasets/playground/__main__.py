@@ -11,9 +11,12 @@ import sys
 
 from data_pipelines.datasets.playground import Config, make
 from data_pipelines.errors import DataError
+from vatt_jax import extras
+from vatt_jax.terminal import use_plain_characters
 
 
 def main() -> int:
+    use_plain_characters()
     parser = argparse.ArgumentParser(
         prog='python -m data_pipelines.datasets.playground', description=__doc__
     )
@@ -25,7 +28,7 @@ def main() -> int:
     flags = vars(parser.parse_args())
     try:
         print(make(flags.pop('out'), **flags))
-    except DataError as error:
+    except (DataError, extras.MissingExtra) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     return 0

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import functools
 import json
-import multiprocessing
 import os
 import pathlib
 from typing import Any
@@ -14,6 +11,7 @@ import numpy as np
 
 from data_pipelines.datasets.playground import drawing, narration, sound, world
 from data_pipelines.datasets.playground.world import Config
+from data_pipelines.preparation import worker_processes
 
 
 def render(
@@ -85,14 +83,17 @@ def write(config: Config, out: pathlib.Path, job: tuple[str, int]) -> None:
 def _write_all(
     config: Config, out: pathlib.Path, jobs: list[tuple[str, int]], processes: int, quiet: bool
 ) -> None:
-    from rich.progress import track
+    from rich.console import Console
+    from rich.progress import Progress
 
-    # Forking a process that runs threads of TensorFlow or JAX can hang.
-    context = multiprocessing.get_context('spawn')
-    with concurrent.futures.ProcessPoolExecutor(max(1, processes), mp_context=context) as pool:
-        done = pool.map(functools.partial(write, config, out), jobs, chunksize=8)
-        for _ in track(done, description='playground: rendering', total=len(jobs), disable=quiet):
-            pass
+    with Progress(console=Console(quiet=quiet)) as progress_bar:
+        task = progress_bar.add_task('playground: rendering', total=len(jobs))
+
+        def render(worker: worker_processes.Worker, job: tuple[str, int]) -> None:
+            worker.call(write, config, out, job)
+            progress_bar.advance(task)
+
+        worker_processes.for_each(jobs, max(1, processes), render)
 
 
 def truth(config: Config, episodes: list[world.Episode]) -> dict[str, Any]:

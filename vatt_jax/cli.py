@@ -1,0 +1,117 @@
+"""The command line: `vatt-jax`, `python -m vatt_jax`, and run.py of a clone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import data_pipelines
+from vatt_jax import config as configs
+from vatt_jax import named_configs
+from vatt_jax.config import ConfigError
+from vatt_jax.modes import process
+from vatt_jax.modes.flags import parse
+
+# TensorFlow, which is imported late, decodes on the host and need not introduce itself.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+
+
+def main(argv: list[str]) -> None:
+    """Runs one mode. Each is imported when it is asked for: JAX takes seconds to import."""
+    flags, overrides = parse(argv, command())
+    workdir = pathlib.Path(flags.workdir)
+    if flags.mode == 'report':
+        from vatt_jax.modes import report
+
+        others = flags.compare.split(',') if flags.compare else ()
+        report.run(workdir, [os.path.expanduser(folder) for folder in others])
+        return
+    if flags.mode == 'search':
+        from vatt_jax.modes import search
+
+        workdir = search.model_folder(flags.index, workdir)
+    config = read_config(flags, overrides, workdir)
+    if flags.mode == 'plan':
+        from vatt_jax.modes import plan
+
+        topology = flags.topology or topology_of(flags.machine)
+        open_any = data_pipelines.open_or_synthetic
+        plan.run(config, workdir, open_any, topology, flags.quick, flags.search)
+        return
+
+    process.prepare(config, workdir)
+    from vatt_jax.modes import deflate, embed, evaluate, export, index, search, train
+    from vatt_jax.parallel import distributed
+
+    if flags.mode == 'train':
+        train.run(config, workdir, open_data, flags.quiet)
+    elif flags.mode == 'eval':
+        evaluate.run(config, workdir, open_data)
+    elif flags.mode == 'embed':
+        embed.run(config, workdir, open_data, flags.split)
+    elif flags.mode == 'index':
+        index.run(workdir, flags.videos, flags.out, flags.window, flags.stride)
+    elif flags.mode == 'search':
+        search.run(workdir, flags)
+    elif flags.mode == 'export':
+        export.run(workdir, flags.out, flags.licence)
+    else:
+        deflate.run(config, workdir, open_data, flags.out, flags.naive, flags.fit, flags.rate)
+    distributed.leave()
+
+
+def command() -> str:
+    """What the user typed to get here: 'vatt-jax', 'python -m vatt_jax' or 'python run.py'."""
+    program = os.path.basename(sys.argv[0])
+    if program == '__main__.py':
+        return 'python -m vatt_jax'
+    return f'python {program}' if program.endswith('.py') else 'vatt-jax'
+
+
+def read_config(
+    flags: argparse.Namespace, overrides: list[tuple[str, str]], workdir: pathlib.Path
+) -> ConfigDict:
+    """The config with overrides, checked against configs/default.py."""
+    default = named_configs.module('default')
+    stored = configs.stored(workdir)
+    if stored is None and flags.mode not in ('train', 'plan'):
+        raise ConfigError(
+            f'--workdir={workdir} holds no run (no config.json); '
+            'train first, or name another folder'
+        )
+    if flags.config or stored is None:
+        config = configs.load(flags.config or 'configs/demo.py')
+    else:
+        # A run older than some fields: the defaults keep its behaviour.
+        config = configs.fill_missing(stored, default.get_config())
+    if flags.machine:
+        named_configs.module('machines').apply(config, flags.machine)
+    configs.override(config, overrides)
+    configs.check_fields(config, default.get_config())
+    return config
+
+
+def topology_of(machine: str) -> str:
+    """Topology of an entry of configs/machines.py; '' for none."""
+    return named_configs.module('machines').MACHINES[machine].topology if machine else ''
+
+
+def open_data(config: ConfigDict) -> Any:
+    """The data object; makes the playground first where the config asks for it.
+
+    That takes minutes, so what is wrong with the config whatever the data say is found before.
+    """
+    from vatt_jax.training import loop
+
+    return data_pipelines.open_or_make(config, loop.check)
+
+
+def entry() -> None:
+    """main(), with a user's mistakes (exit code 2) and failed runs (1) told in one sentence."""
+    process.exit_with_sentence(main, sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Search over one's own videos: an index of their windows, its nearest neighbours, a web page."""
