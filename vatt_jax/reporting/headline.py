@@ -14,6 +14,7 @@ from vatt_jax.reporting.results_table import form_of, label_of
 MAIN_SCALARS: Mapping[str, Sequence[str]] = {
     'retrieval': ('text_to_video/R@10', 'audio_to_video/R@10'),
     'classification': ('accuracy', 'mAP'),
+    'zero_shot': ('accuracy', 'mAP'),
     'linear_probe': ('accuracy', 'mAP'),
     'clustering': ('NMI',),
     'neighbours': ('accuracy',),
