@@ -17,7 +17,7 @@ MAIN_SCALARS: Mapping[str, Sequence[str]] = {
     'zero_shot': ('accuracy', 'mAP'),
     'linear_probe': ('accuracy', 'mAP'),
     'clustering': ('NMI',),
-    'neighbours': ('accuracy',),
+    'neighbours': ('R@1',),
     'sync': ('accuracy',),
 }
 MOST_NUMBERS = 4
