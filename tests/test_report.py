@@ -683,10 +683,10 @@ def test_lines_of_other_programs_in_metrics_are_passed_over(copied_run):
     assert section(text, 'curves')
 
 
-def test_a_report_that_cannot_be_written_is_a_sentence(copied_run):
+def test_a_file_where_the_report_belongs_is_a_sentence(copied_run):
     shutil.rmtree(copied_run / 'report')
     (copied_run / 'report').write_text('a file where the folder belongs')
-    with pytest.raises(ConfigError, match='index.html: expected to write .* MB, got File exists'):
+    with pytest.raises(ConfigError, match='report: expected a folder for the report, got a file'):
         report.build(copied_run)
 
 

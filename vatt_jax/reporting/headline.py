@@ -14,9 +14,10 @@ from vatt_jax.reporting.results_table import form_of, label_of
 MAIN_SCALARS: Mapping[str, Sequence[str]] = {
     'retrieval': ('text_to_video/R@10', 'audio_to_video/R@10'),
     'classification': ('accuracy', 'mAP'),
+    'zero_shot': ('accuracy', 'mAP'),
     'linear_probe': ('accuracy', 'mAP'),
     'clustering': ('NMI',),
-    'neighbours': ('accuracy',),
+    'neighbours': ('R@1',),
     'sync': ('accuracy',),
 }
 MOST_NUMBERS = 4

@@ -52,8 +52,8 @@ def build(workdir: str | os.PathLike, others: Sequence[str | os.PathLike] = ()) 
         The path of the page.
 
     Raises:
-        ConfigError: one of the folders holds no run, a file in it cannot be read, or the page
-            cannot be written.
+        ConfigError: one of the folders holds no run, a file in it cannot be read, or a file stands
+            where the page's folder belongs.
     """
     run, beside = FinishedRun(workdir), [FinishedRun(other) for other in others]
     sources, unreadable = _clip_sources(run.evaluation_folder)
@@ -74,13 +74,12 @@ def _write(path: pathlib.Path, page: bytes) -> None:
     temporary = path.with_suffix('.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(page)
-        os.replace(temporary, path)
-    except OSError as error:
+    except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(
-            f'{path}: expected to write {len(page) / 1e6:.1f} MB, got {error.strerror}; make room '
-            'or take a --workdir that may be written to'
+            f'{path.parent}: expected a folder for the report, got a file; move it away'
         ) from error
+    temporary.write_bytes(page)
+    os.replace(temporary, path)
 
 
 def _num_tiles(context: Mapping[str, Any]) -> int:
