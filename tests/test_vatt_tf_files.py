@@ -576,3 +576,8 @@ def test_an_import_goes_into_a_new_folder(whole, tmp_path):
     for out, message in (('file', 'is a file'), ('run', 'is the folder of a run')):
         with pytest.raises(ConfigError, match=message):
             main([f'--checkpoint={whole[0]}', f'--out={tmp_path / out}'])
+    # What an import without room for the checkpoint leaves behind does not stop the next one.
+    (tmp_path / 'again' / 'checkpoints' / '0.orbax-checkpoint-tmp').mkdir(parents=True)
+    main([f'--checkpoint={whole[0]}', f'--out={tmp_path / "again"}'])
+    with pytest.raises(ConfigError, match='already holds checkpoints'):
+        main([f'--checkpoint={whole[0]}', f'--out={tmp_path / "again"}'])

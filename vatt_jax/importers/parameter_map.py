@@ -258,7 +258,9 @@ def _unshared_paths(paths: Iterable[Path], entries: list[Entry]) -> list[str]:
 def check_new(out: str | os.PathLike) -> pathlib.Path:
     """Return the folder as a path. Raises ConfigError where it already is a run."""
     out = pathlib.Path(out)
-    if RunFolder(out).checkpoints.exists():
+    folder = RunFolder(out).checkpoints
+    # What an import left unfinished, on a full disk for example, is no checkpoint.
+    if folder.exists() and any('.orbax-checkpoint-tmp' not in p.name for p in folder.iterdir()):
         raise ConfigError(f'--out={out} already holds checkpoints; name another folder')
     if RunFolder(out).config.exists():
         raise ConfigError(f'--out={out} is the folder of a run; name another folder')
