@@ -180,7 +180,7 @@ def read(
         return Media(_frames(path, fps, size, zero, longest, part, sound_seconds), audio)
     if audio is None and rate:
         raise MediaError('corrupt: no sound could be decoded')
-    if audio is not None and part == WHOLE:
+    if part == WHOLE and audio is not None:
         _check_length(len(audio) / rate, stated)
     return Media(None, audio)
 
@@ -264,7 +264,11 @@ def _image(image: Image.Image, size: int) -> UInt8[np.ndarray, 'H W 3']:
     # A JPEG is decoded at an eighth, quarter or half of its size if that is enough.
     image.draft('RGB', (size, size))
     # Cameras store the sensor's orientation and note the rotation in EXIF.
-    image = ImageOps.exif_transpose(image).convert('RGB')
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith('I'):
+        # 16 bits of grey, which `convert` would cut off at 255.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert('RGB')
     width, height = image.size
     _check_elongation(width, height)
     scale = size / min(width, height)
@@ -811,11 +815,11 @@ def stream_audio(
         MediaError: for sound that does not decode.
     """
     try:
-        with av.open(os.fspath(path)) as container:
+        with _open(path) as container:
             has_video = _track(container, 'video') is not None
             zero = _first_time(container) if has_video else None
         # Opened again: finding the first picture may have decoded a part.
-        with av.open(os.fspath(path)) as container:
+        with _open(path) as container:
             stream: Any = _track(container, 'audio')
             if stream is None:
                 return

@@ -6,6 +6,7 @@ Only the standard library: pages of this project are one file, so a browser is a
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import pathlib
@@ -138,10 +139,33 @@ class Browser:
 
     def open(self, path: pathlib.Path, width: int = 1280, height: int = 900) -> None:
         """Shows a file on a screen of this size."""
+        self.go_to(path.resolve().as_uri(), width, height)
+
+    def go_to(self, address: str, width: int = 1280, height: int = 900) -> None:
+        """Shows the page of an address on a screen of this size."""
         self.resize(width, height)
-        self.call('Page.navigate', url=path.resolve().as_uri())
-        self.wait_for(f'location.href == {path.resolve().as_uri()!r}')
+        self.call('Page.navigate', url=address)
+        self.wait_for(f'location.href == {address!r}')
         self.wait_for('document.readyState == "complete"')
+
+    def choose_file(self, selector: str, path: pathlib.Path) -> None:
+        """Puts a file into a file input."""
+        root = self.call('DOM.getDocument')['root']['nodeId']
+        node = self.call('DOM.querySelector', nodeId=root, selector=selector)['nodeId']
+        self.call('DOM.setFileInputFiles', nodeId=node, files=[str(path)])
+
+    def submit(self, selector: str) -> None:
+        """Clicks on what leads to another page, and waits until that is there."""
+        self.run('window.isOld = true')
+        self.run(f'document.querySelector({selector!r}).click()')
+        end = time.monotonic() + TIMEOUT
+        while time.monotonic() < end:
+            # A page that is being replaced cannot be asked.
+            with contextlib.suppress(AssertionError):
+                if self.run('!window.isOld && document.readyState == "complete"'):
+                    return
+            time.sleep(0.05)
+        raise AssertionError(f'no page came after {selector}')
 
     def resize(self, width: int, height: int = 900) -> None:
         """Sets the size of the screen."""

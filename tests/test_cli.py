@@ -115,6 +115,16 @@ def test_train_prints_its_progress(trained):
         r'waiting for data \d+%  goodput \d+%  ETA 0:00',
         done.stdout,
     )
+    before, _, after = done.stdout.partition('named run: starting from scratch')
+    for line in (
+        'parameters: ',
+        'one step: ',
+        'one epoch: 5.0 batches of 40',
+        'memory: ',
+        'checkp',
+    ):
+        assert f'\n{line}' in before
+    assert 'compiling the training step' in after and 'step 4: evaluating probe, retrieval' in after
     assert '\x1b' not in done.stdout  # no colours where no terminal is
     assert 'Traceback' not in done.stderr
 

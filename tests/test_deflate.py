@@ -309,8 +309,8 @@ def test_a_run_is_deflated_by_the_command_and_embeds_pictures(tmp_path, shallow,
     expected = encode(plain.config, deflated, picture[None, None] / 255)
     np.testing.assert_allclose(got[0], expected.pooled[0], rtol=1e-4, atol=1e-5)
 
-    with pytest.raises(ConfigError, match=r'embed\(image=…\): .* got uint8 \[8, 8\]'):
-        plain.embed(image=[np.zeros((8, 8), np.uint8)])
+    with pytest.raises(ConfigError, match=r'embed\(image\[0\]=…\): .* got uint8 \[8, 8, 2\]'):
+        plain.embed(image=[np.zeros((8, 8, 2), np.uint8)])
     with pytest.raises(ConfigError, match='already holds checkpoints'):
         deflate(video_run, plain_run, '--naive')
     with pytest.raises(ConfigError, match='one for images already'):

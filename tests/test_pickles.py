@@ -17,6 +17,8 @@ import zipfile
 import zlib
 
 import chex
+import hypothesis
+import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
 import pytest
@@ -563,3 +565,52 @@ def test_hostile_pytorch_files(torch_file, kind, tmp_path, monkeypatch):
     with pytest.raises(Damaged):
         pickles.read(torch_file(kind, tensor, [short]))
     assert not (tmp_path / 'ran').exists()
+
+
+# ---- against Python's own reader
+KEYS = st.one_of(
+    st.text(max_size=5), st.integers(-(2**63), 2**63 - 1), st.binary(max_size=4), st.booleans()
+)
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**200), 2**200),
+    st.floats(allow_nan=False),
+    st.text(max_size=8),
+    st.binary(max_size=300),
+    st.frozensets(KEYS, max_size=3),
+)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.tuples(inner, inner),
+        st.tuples(inner),
+        st.dictionaries(st.one_of(KEYS, st.tuples(KEYS, KEYS)), inner, max_size=4),
+    ),
+    max_leaves=20,
+)
+
+
+@hypothesis.given(VALUES, st.integers(2, 5))
+@hypothesis.settings(max_examples=150, deadline=None)
+def test_plain_values_are_read_as_python_reads_them(tmp_path_factory, value, protocol):
+    shared = [value, value]
+    content = pickle.dumps(shared, protocol)
+    path = write(tmp_path_factory.getbasetemp() / 'plain.pkl', content)
+    assert_same(pickles.read(path), pickle.loads(content))
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=300, deadline=None)
+def test_a_file_with_changed_bytes_is_read_or_refused(tmp_path_factory, data):
+    """Never another exception, and never a message that a terminal would obey."""
+    content = bytearray(pickle.dumps(make_tree(), data.draw(st.integers(2, 5))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(2, len(content) - 1))
+        content[place] = data.draw(st.integers(0, 255))
+    path = write(tmp_path_factory.getbasetemp() / 'changed.pkl', bytes(content))
+    try:
+        pickles.read(path)
+    except ConfigError as error:
+        assert str(error).isprintable()

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import wave
@@ -632,3 +633,78 @@ def test_verdicts(copied_run, interval, chance, untrained, verdict, is_good):
     *_, last = headline.numbers(FinishedRun(copied_run))
     assert (last.label, last.value) == ('sync accuracy', '40.0 %')
     assert (last.verdict, last.is_good) == (verdict, is_good)
+
+
+def test_names_that_are_not_utf8_are_shown_as_far_as_they_can_be(copied_run):
+    """A file called b'caf\\xe9.mp4' has the id 'caf\\udce9.mp4'."""
+    gallery_file = copied_run / 'evals' / 'step_000002' / 'gallery.npz'
+    with np.load(gallery_file) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    document = json.loads(str(arrays.pop('entries')))
+    for clip in document['clips'].values():
+        clip.update({'caption': '', 'sentences': None, 'id': 'caf\udce9.mp4'})
+    np.savez(gallery_file, entries=np.array(json.dumps(document)), **arrays)
+    _, page = read_page(report.build(copied_run))
+    assert 'caf?.mp4' in page.text()
+
+
+@pytest.mark.parametrize('damage', ['cut short', 'empty', 'other'])
+def test_a_damaged_gallery_costs_its_clips_alone(copied_run, damage):
+    gallery_file = copied_run / 'evals' / 'step_000002' / 'gallery.npz'
+    content = gallery_file.read_bytes()
+    if damage == 'other':
+        np.savez(gallery_file, something=np.zeros(3))
+    else:
+        gallery_file.write_bytes(content[: len(content) // 2] if damage == 'cut short' else b'')
+    text, page = read_page(report.build(copied_run))
+    assert not section(text, 'retrievals')
+    assert results_table(text)
+    assert 'gallery.npz cannot be read' in page.text()
+
+
+@pytest.mark.parametrize('name', ['done.json', 'timings.json', 'provenance.json'])
+@pytest.mark.parametrize('content', ['{"step":', '[1, 2]'])
+def test_damaged_files_are_sentences(copied_run, name, content):
+    (copied_run / name).write_text(content)
+    with pytest.raises(ConfigError, match=f'{name}: expected (a )?JSON'):
+        report.build(copied_run)
+
+
+def test_a_damaged_evaluation_is_a_sentence(copied_run):
+    (copied_run / 'evals' / 'step_000002' / 'arrays.npz').write_bytes(b'PK')
+    with pytest.raises(ConfigError, match='step_000002 cannot be read .*--mode=eval'):
+        report.build(copied_run)
+
+
+def test_lines_of_other_programs_in_metrics_are_passed_over(copied_run):
+    with (copied_run / 'metrics.jsonl').open('a') as file:
+        file.write('[1, 2]\n{"loss": 1}\n7\n{"step": 3, "loss": "high", "lr": true}\n')
+    text, _ = read_page(report.build(copied_run))
+    assert section(text, 'curves')
+
+
+def test_a_file_where_the_report_belongs_is_a_sentence(copied_run):
+    shutil.rmtree(copied_run / 'report')
+    (copied_run / 'report').write_text('a file where the folder belongs')
+    with pytest.raises(ConfigError, match='report: expected a folder for the report, got a file'):
+        report.build(copied_run)
+
+
+def test_similarities_that_are_not_numbers(copied_run):
+    step = copied_run / 'evals' / 'step_000002'
+    results = evals.load(step)
+    for key in ('text_to_video/similarity', 'audio_to_video/similarity'):
+        matrix = results['retrieval'].artifacts[key]
+        results['retrieval'].artifacts[key] = np.full_like(matrix, np.nan)
+    gallery_bytes = (step / 'gallery.npz').read_bytes()
+    evals.save(results, step, lambda folder: (folder / 'gallery.npz').write_bytes(gallery_bytes))
+    text, _ = read_page(report.build(copied_run))
+    assert 'mean cosine 0.00' in section(text, 'similarity')
+
+
+def test_commands_can_be_typed_whatever_the_folder_is_called(copied_run):
+    folder = copied_run.rename(copied_run.with_name("it's my run"))
+    commands = [step.command for step in headline.next_steps(FinishedRun(folder))]
+    *_, last = commands
+    assert shlex.split(last)[2] == f'--workdir={folder}'
+    assert any(f'load({str(folder)!r})' in command for command in commands)

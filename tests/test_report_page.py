@@ -7,7 +7,7 @@ import pytest
 
 from tests.browser import CHROMIUM, Browser
 from tests.report_runs import write_run
-from vatt_jax.reporting import report
+from vatt_jax.reporting import charts, report
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason='needs Chromium, which is not installed')
 
@@ -197,8 +197,8 @@ def test_the_keyboard_alone_sorts_reads_and_plays(browser, page):
 
 def test_the_pointer_reads_a_curve(browser, page):
     open_quietly(browser, page)
-    # The plot begins at 58 of the 430 units of the picture's width and ends 14 before its end.
-    browser.move_to('[data-chart]', (58 + 0.5 * (430 - 58 - 14)) / 430, 0.5)
+    middle = (charts.LEFT + charts.WIDTH - charts.RIGHT) / 2
+    browser.move_to('[data-chart]', middle / charts.WIDTH, 0.5)
     text = browser.run('document.querySelector("[data-chart]").nextElementSibling.textContent')
     step = int(re.match(r'step (\d+): loss [\d.]+, va [\d.]+$', text)[1])
     assert abs(step - 500) <= 5

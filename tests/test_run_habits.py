@@ -21,7 +21,7 @@ from vatt_jax.config import ConfigError
 from vatt_jax.modes import embed, process
 from vatt_jax.planning import preflight
 from vatt_jax.run_folder import NotWritten, RunFolder, free_space, readable_size, write_atomically
-from vatt_jax.training import checkpoint, loop, start
+from vatt_jax.training import checkpoint, loop, start, trackers
 from vatt_jax.training.metrics import Progress, Writer
 
 
@@ -156,6 +156,17 @@ def test_metrics_that_cannot_be_written_end_the_run_with_a_sentence(tmp_path, sm
     writer.close()
 
 
+def test_event_files_that_cannot_be_written_do_not_block_the_run(tmp_path, small_files):
+    said = []
+    opened = trackers.Trackers(short(), tmp_path, 0, said.append)
+    opened.open['tensorboard'].FLUSH_SECONDS = 0.0
+    small_files()
+    for step in range(100):
+        opened.text(step, 'long', 'x' * 1000)
+    opened.close()
+    assert len(said) == 1 and 'tracker tensorboard failed (OSError: [Errno 27] File too' in said[0]
+
+
 def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, small_files):
     write_atomically(tmp_path / 'done.json', 'old')
     small_files()
@@ -238,6 +249,27 @@ def test_other_errors_keep_their_traceback():
 
     with pytest.raises(FileNotFoundError):
         process.exit_with_sentence(main, [])
+
+
+@pytest.mark.parametrize(
+    'chosen, platform, visible, plugin, is_said',
+    [
+        ('', 'cpu', '', 'json', True),
+        ('', 'cpu', '-1', 'json', True),
+        ('cpu', 'cpu', '', 'json', False),
+        ('', 'gpu', '', 'json', False),
+        ('', 'cpu', '0', 'json', False),
+        ('', 'cpu', None, 'json', False),
+        ('', 'cpu', '', 'no_such_plugin', False),
+    ],
+)
+def test_hidden_gpus_are_said(chosen, platform, visible, plugin, is_said, monkeypatch):
+    monkeypatch.setattr(process, 'CUDA_PLUGINS', (plugin,))
+    environment = {} if visible is None else {'CUDA_VISIBLE_DEVICES': visible}
+    said = process.hidden_gpus(chosen, platform, environment)
+    assert bool(said) == is_said
+    if is_said:
+        assert f'CUDA_VISIBLE_DEVICES={visible!r} hides all GPUs' in said
 
 
 SHOWING = """

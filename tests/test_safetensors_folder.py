@@ -39,7 +39,7 @@ def test_the_library_reads_what_the_run_holds(exported):
     chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
     chex.assert_trees_all_equal(found, expected)
     with safetensors.safe_open(folder / 'model.safetensors', framework='numpy') as file:
-        assert file.metadata() == {'format': 'vatt_jax', 'version': '1'}
+        assert file.metadata() == {'format': 'vatt_jax 1'}
 
 
 def test_the_file_is_the_published_format(exported):

@@ -1,6 +1,7 @@
 """VATT checkpoints whose files are not whole, or not what a config expects; the preset mmv_fac."""
 
 import pathlib
+import resource
 import shutil
 
 import jax.numpy as jnp
@@ -330,6 +331,95 @@ def test_a_file_of_the_official_writer_counts_as_whole(tmp_path):
     assert vatt_tf._lost_bookkeeping(str(tmp_path / 'c'), shapes, read) == []
 
 
+# ---- parts of a model
+OWN = {'video': 'vid_backbone', 'audio': 'aud_backbone', 'text': 'txt_backbone'}
+LAYERS = {
+    'video': ('vid_to_hid', 'hid_to_va', 'va_to_vat'),
+    'audio': ('aud_to_va',),
+    'text': ('txt_to_vat',),
+}
+
+
+def part_of(modalities, heads):
+    """Shapes of these towers of the modality-specific model, with the head's layers or without."""
+    prefixes = [f'{TOWERS}/{OWN[modality]}/' for modality in modalities]
+    if heads:
+        prefixes += [f'{HEAD}/{layer}/' for modality in modalities for layer in LAYERS[modality]]
+    shapes = tx_fac_shapes()
+    return {name: shape for name, shape in shapes.items() if name.startswith(tuple(prefixes))}
+
+
+@pytest.mark.parametrize('heads', [True, False])
+@pytest.mark.parametrize(
+    'modalities', [('video',), ('audio',), ('text',), ('video', 'text'), ('audio', 'text')]
+)
+def test_a_part_of_a_checkpoint_is_imported(tmp_path, modalities, heads):
+    weights = write_checkpoint(tmp_path / 'a', part_of(modalities, heads), False)
+    config, report = vatt_tf.import_checkpoint(
+        str(tmp_path / 'a'), tmp_path / 'run', None, tiny.config()
+    )
+    assert set(config.model.towers) == set(modalities)
+    assert report.read == len(weights)
+    assert (config.model.head.name == 'none') == (not heads)
+
+    batch = {modality: make_batch()[modality] for modality in modalities}
+    found = forward(tmp_path / 'run', batch)
+    if 'audio' in modalities:
+        key = f'{TOWERS}/aud_backbone/_base'
+        data = batch['audio']['data']
+        expected = np.stack([layout.own_tower(weights, key, 'wat', x)[0] for x in data])
+        assert_close(found.encoded['audio'].pooled, expected)
+        if heads:
+            expected = layout.dense(weights, f'{HEAD}/aud_to_va', expected)
+            assert_close(found.spaces['va']['audio'], expected)
+
+    assert vatt_tf.export_checkpoint(tmp_path / 'run', str(tmp_path / 'b')) == len(weights)
+    assert_checkpoint_holds(tmp_path / 'b', weights)
+
+
+def test_a_shared_encoder_with_one_modality(tmp_path):
+    unified = layout.UNIFIED
+    left_out = ('/audio', '/text', f'{unified}/aud_', f'{unified}/txt_', f'{HEAD}/')
+    shapes = {
+        name: shape
+        for name, shape in layout.ut_fac_shapes().items()
+        if not any(part in name for part in left_out)
+    }
+    weights = write_checkpoint(tmp_path / 'a', shapes, False)
+    config, report = vatt_tf.import_checkpoint(
+        str(tmp_path / 'a'), tmp_path / 'run', None, tiny.config()
+    )
+    assert list(config.model.towers) == ['video']
+    assert config.model.head.name == 'none'
+    assert report.read == len(weights)
+    video = make_batch()['video']
+    found = forward(tmp_path / 'run', {'video': video}).encoded['video'].pooled
+    assert_close(found, [layout.unified(weights, 'video', x)[0] for x in video['data']])
+
+
+def test_a_checkpoint_without_a_tower(tmp_path):
+    write_checkpoint(tmp_path / 'a', {f'{TOWERS}/odd\x1b[2J': (3,)})
+    with pytest.raises(ConfigError, match='has no tower of video, audio or text') as error:
+        vatt_tf.import_checkpoint(str(tmp_path / 'a'), tmp_path / 'run', None, tiny.config())
+    assert str(error.value).isprintable()
+
+
+# ---- how a checkpoint is named
+@pytest.mark.parametrize('ending', ['.index', '.data-00000-of-00001'])
+def test_any_of_its_files_names_a_checkpoint(whole, ending):
+    shapes, read = vatt_tf.open_checkpoint(f'{whole[0]}{ending}')
+    assert set(whole[1]) <= set(shapes)
+    assert read('save_counter') == 1
+
+
+def test_what_is_no_prefix_is_told_from_one(whole, tmp_path):
+    with pytest.raises(ConfigError, match=r'there are .*whole\d*/ckpt'):
+        vatt_tf.open_checkpoint(str(whole[0].parent))
+    (tmp_path / 'mmv.pkl').write_bytes(b'')
+    with pytest.raises(ConfigError, match='name its kind with --format'):
+        vatt_tf.open_checkpoint(str(tmp_path / 'mmv.pkl'))
+
+
 # ---- what a checkpoint does not record, or does not fit
 def test_heads_of_another_width_are_not_guessed(tmp_path, monkeypatch):
     """Advice for a config that does not fit is not to leave it out: that cannot work."""
@@ -460,6 +550,23 @@ def test_an_export_replaces_nothing_unless_asked(whole, tmp_path):
         main(flags)
     with pytest.raises(ConfigError, match='is a folder'):
         main(['--format=mmv', f'--export={tmp_path / "run"}', f'--out={tmp_path}'])
+
+
+@pytest.mark.parametrize('name', ['vatt_tf', 'safetensors'])
+def test_a_place_that_cannot_be_written_is_one_sentence(whole, tmp_path, name):
+    vatt_tf.import_checkpoint(str(whole[0]), tmp_path / 'run', None, tiny.config())
+    # As on a disk with room for 1 KiB.
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limit[1]))
+    try:
+        with pytest.raises(ConfigError, match='cannot be written .*make room') as error:
+            main([f'--format={name}', f'--export={tmp_path / "run"}', f'--out={tmp_path / "out"}'])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert '\n' not in str(error.value)
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(ConfigError, match='cannot be (made|written)'):
+        main([f'--checkpoint={whole[0]}', f'--out={tmp_path / "file" / "run"}'])
 
 
 def test_an_import_goes_into_a_new_folder(whole, tmp_path):

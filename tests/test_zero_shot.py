@@ -13,7 +13,7 @@ import data_pipelines
 import vatt_jax
 from tests import tiny
 from tests.test_evals import KnownFeatures, run_evaluator
-from vatt_jax import evals
+from vatt_jax import api, evals
 from vatt_jax.config import ConfigError
 from vatt_jax.evals import FeatureView
 from vatt_jax.evals.base import Sentences
@@ -181,6 +181,9 @@ def test_a_fine_tuned_model_gives_its_class_scores(tuned_run):
     assert model.classify(video=batch['video']['data'])['predicted'] == out['predicted']
     one = model.predict(video=batch['video']['data'][0])
     assert one['predicted'] == out['predicted'][0]
+    without_heads = api.Model(model.config, model.variables, model.info, model._encoder.mesh)
+    with pytest.raises(ConfigError, match='holds the fine-tuned model without its classifier'):
+        without_heads.predict(video=clips(1)[0])
     with pytest.raises(ConfigError, match='this model has no text tower; leave names out'):
         model.classify(video=batch['video']['data'], names=NAMES)
     with pytest.raises(ConfigError, match=r'was fine-tuned on video; pass video='):

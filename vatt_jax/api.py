@@ -491,6 +491,11 @@ class Model:
         self, call: str, given: Mapping[str, Any], options: Mapping[str, Any]
     ) -> dict[str, Any]:
         name = self._one_input(given, call)
+        if self._classifier is None and self.config.objective.name == 'classification':
+            raise ConfigError(
+                f'{call}({name}=…): this folder holds the fine-tuned model without its classifier; '
+                'load the run folder or one of its checkpoints'
+            )
         if self._classifier is None:
             raise ConfigError(
                 f'{call}({name}=…): this model has no classifier, it was trained with the '

@@ -20,8 +20,11 @@ _TENSORFLOW = 'tensorflow-cpu>=2.21' if _IS_LINUX_X86 else 'tensorflow>=2.21'
 # Extra -> its requirements, as pyproject.toml has them (on this machine).
 REQUIREMENTS = {
     'data': (_TENSORFLOW, 'tensorflow-datasets>=4.9.10', 'array-record>=0.8'),
-    'video': ('av>=17', 'soxr>=1.0', 'pillow>=11'),
+    'video': ('av>=17', 'soxr>=1.0'),
     'text': ('tokenizers>=0.21', 'sentencepiece>=0.2'),
+    'exchange': ('safetensors>=0.5',),
+    'search': ('flask>=3.1', 'usearch>=2.26'),
+    'hub': ('huggingface_hub>=1.0',),
     'beam': ('apache-beam>=2.70', 'mlcroissant>=1.0'),
     'cuda': ('jax[cuda13]>=0.10,<0.13',),
     'tpu': ('jax[tpu]>=0.10,<0.13',),
@@ -33,9 +36,12 @@ EXTRA_OF = {
     'array_record': 'data',
     'av': 'video',
     'soxr': 'video',
-    'PIL': 'video',
     'tokenizers': 'text',
     'sentencepiece': 'text',
+    'safetensors': 'exchange',
+    'flask': 'search',
+    'usearch': 'search',
+    'huggingface_hub': 'hub',
     'apache_beam': 'beam',
     'mlcroissant': 'beam',
 }

@@ -144,15 +144,8 @@ def free_space(path: pathlib.Path) -> int | None:
     return None
 
 
-# No room, or no permission.
-CANNOT_WRITE = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_PERMISSION = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class NotWritten(RuntimeError):
@@ -169,15 +162,20 @@ def writing(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in CANNOT_WRITE:
+        if error.errno not in NO_ROOM + NO_PERMISSION:
             raise
         reason = error.strerror or str(error)
-        free = free_space(path)
-        room = '' if free is None else f' ({readable_size(free)} are free there)'
-        raise NotWritten(
-            f'{path} could not be written: {reason}{room}. Checkpoints that were saved are whole, '
-            'and the same command continues from the newest'
-        ) from error
+        if error.errno in NO_PERMISSION:
+            remedy = 'Its folder has to be one that this user may write'
+        else:
+            free = free_space(path)
+            room = '' if free is None else f' ({readable_size(free)} are free there)'
+            reason += room
+            remedy = (
+                'Make room: checkpoints that were saved are whole, and the same command continues '
+                'from the newest'
+            )
+        raise NotWritten(f'{path} could not be written: {reason}. {remedy}') from error
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

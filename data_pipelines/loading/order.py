@@ -175,8 +175,11 @@ class Order:
 
     def _check(self, weights: Sequence[float]) -> None:
         total_share = sum(source.share for source in self.sources)
-        if any(weight < 0 for weight in weights):
-            raise DataError('config.data.train: weights must not be negative')
+        # Not `weight < 0`, which is False for NaN.
+        if not all(0 <= weight < math.inf for weight in weights):
+            raise DataError(
+                f'config.data.train: expected weights that are not negative, got {weights}'
+            )
         if self._weighted_rows < 0:
             raise DataError(
                 f'config.data.train: the shares sum to {total_share:g}, more than a whole batch'
@@ -303,7 +306,8 @@ class Order:
 def _share_rows(source: Source, batch_size: int) -> int:
     """Rows of every batch that a source's share fills."""
     rows = source.share * batch_size
-    if abs(rows - round(rows)) > 1e-6 or not 0 <= source.share <= 1:
+    # The range first: NaN and infinity have no nearest whole number.
+    if not 0 <= source.share <= 1 or abs(rows - round(rows)) > 1e-6:
         raise DataError(
             f'config.data.train: share {source.share:g} of source {source.name!r} is {rows:g} rows '
             f'of a batch of {batch_size}; it must be a whole number of rows (a fraction of the '

@@ -6,6 +6,7 @@ config.model.inputs and views -> stream names -> starts in seconds.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -126,7 +127,8 @@ def _check(where: str, spec: Mapping[str, Any]) -> None:
         raise DataError(f'{where} is {dict(spec)}; views are {_describe_kinds()}')
     if kind == 'shift':
         seconds = spec['seconds']
-        if seconds != 'random' and not isinstance(seconds, (int, float)):
+        is_number = isinstance(seconds, (int, float)) and math.isfinite(seconds)
+        if seconds != 'random' and not is_number:
             raise DataError(f'{where}.seconds is {seconds!r}; give a number or "random"')
     if kind == 'window' and not 0 <= spec['number'] < spec['of']:
         raise DataError(

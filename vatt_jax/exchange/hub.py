@@ -13,8 +13,10 @@ import pathlib
 import re
 from typing import Any
 
+from vatt_jax import extras
 from vatt_jax.config import ConfigError, to_json
 from vatt_jax.exchange import model_card
+from vatt_jax.importers import safetensors_folder
 from vatt_jax.training import checkpoint
 
 PREFIX = 'hf://'
@@ -74,38 +76,41 @@ def push(
     if model.path is None:
         raise ConfigError('push_to_hub: expected a model that was loaded from a folder')
     hub = _library(address)
-    folder = checkpoint.find_verified(model.path)
-    run = model_card.run_folder_of(folder)
+    files, run = _files_of(model.path)
     card = model_card.text(model.config, model.variables, model.info, run, licence)
-    operations = [
-        hub.CommitOperationAdd(model_card.NAME, card.encode()),
-        hub.CommitOperationAdd('config.json', to_json(model.config).encode()),
-    ]
-    for path in sorted(folder.rglob('*')):
-        if path.is_file():
-            inside = path.relative_to(folder).as_posix()
-            operations.append(
-                hub.CommitOperationAdd(f'checkpoints/{folder.name}/{inside}', str(path))
-            )
+    operations = [hub.CommitOperationAdd(model_card.NAME, card.encode())]
+    if 'config.json' not in files:
+        operations.append(hub.CommitOperationAdd('config.json', to_json(model.config).encode()))
+    for name, path in files.items():
+        operations.append(hub.CommitOperationAdd(name, str(path)))
     try:
         api = hub.HfApi(token=token)
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.create_commit(
-            repository, operations, commit_message=f'{model.config.name}, step {folder.name}'
+            repository, operations, commit_message=f'{model.config.name}, by vatt_jax'
         )
     except Exception as error:
         raise _failure(address, 'a repository that can be written', error) from error
     return str(commit.commit_url)
 
 
+def _files_of(path: pathlib.Path) -> tuple[dict[str, pathlib.Path], pathlib.Path | None]:
+    """({name in the repository: file}, the run folder if there is one) of a loaded folder."""
+    if safetensors_folder.is_model_folder(path):
+        names = (safetensors_folder.MODEL, safetensors_folder.CONFIG, safetensors_folder.INFO)
+        return {name: path / name for name in names if (path / name).exists()}, None
+    folder = checkpoint.find_verified(path)
+    files = {}
+    for file in sorted(folder.rglob('*')):
+        if file.is_file():
+            inside = file.relative_to(folder).as_posix()
+            files[f'checkpoints/{folder.name}/{inside}'] = file
+    return files, model_card.run_folder_of(folder)
+
+
 def _library(address: str) -> Any:
-    try:
+    with extras.needed('hub', address):
         import huggingface_hub
-    except ImportError as error:
-        raise ConfigError(
-            f'{address} needs the package huggingface_hub ({error}); install it, or name a local '
-            'folder'
-        ) from error
     return huggingface_hub
 
 

@@ -47,7 +47,6 @@ def main(argv: list[str]) -> None:
     """
     # The importers, and models with them, are imported only when the flags are right.
     from vatt_jax import config as configs
-    from vatt_jax import named_configs
     from vatt_jax.config import ConfigError
 
     flags = _parser().parse_args(expand_home(argv))
@@ -55,7 +54,6 @@ def main(argv: list[str]) -> None:
         # Neither says what to do; both would leave open which of them --out belongs to.
         raise ConfigError('name one of --checkpoint=PREFIX (in) and --export=RUN (out)')
     importer = _importer(flags.format)
-    default = named_configs.module('default')
 
     if flags.export:
         count = importer.export_checkpoint(flags.export, flags.out, flags.overwrite)
@@ -74,14 +72,15 @@ def main(argv: list[str]) -> None:
             }
             raise ConfigError(f'--classes: {reasons[flags.format]}; leave it out')
         names['classes'] = _lines(flags.classes)
-    config = None
+    config, base = None, None
+    # The config of a safetensors folder lies in it.
+    if flags.config or flags.format != 'safetensors':
+        base = _default_config()
     if flags.config:
         config = configs.load(flags.config)
         # A misspelt field fails here, by its name.
-        configs.check_fields(config, default.get_config())
-    config, report = importer.import_checkpoint(
-        flags.checkpoint, flags.out, config, default.get_config(), **names
-    )
+        configs.check_fields(config, base)
+    config, report = importer.import_checkpoint(flags.checkpoint, flags.out, config, base, **names)
     print(f'{report.read} variables of {flags.checkpoint} → {flags.out} ({config.name})')
     _print_report(report)
 
@@ -150,6 +149,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _default_config() -> Any:
+    from vatt_jax.config import ConfigError
+
+    try:
+        from configs import default
+    except ImportError as error:
+        # Configs are no part of the installed package.
+        raise ConfigError(
+            f'an import needs configs/default.py ({error}); run this command in a copy of the '
+            'repository'
+        ) from error
+    return default.get_config()
+
+
 def _importer(name: str) -> Any:
     """The module of a format: import_checkpoint and export_checkpoint."""
     from vatt_jax.importers import mmv, safetensors_folder, vatt_tf
@@ -179,9 +192,15 @@ def _lines(path: str) -> list[str] | None:
 if __name__ == '__main__':
     from vatt_jax.config import ConfigError, fail
     from vatt_jax.terminal import use_plain_characters
+    from vatt_jax.training.checkpoint import CheckpointNotSaved
 
     use_plain_characters()
     try:
         main(sys.argv[1:])
     except ConfigError as error:
         fail(str(error))
+    # A full disk is no mistake of the user's in the flags: code 1, as of a run.
+    except CheckpointNotSaved as error:
+        print(f'error: {error}', file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # as `fail` does, without waiting for threads

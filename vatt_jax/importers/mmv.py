@@ -660,7 +660,11 @@ def export_checkpoint(
 
     # Renamed when it is whole: a full disk leaves no half of a file.
     temporary = path.with_name(f'{path.name}.tmp')
-    with open(temporary, 'wb') as file:
-        pickle.dump(tree, file, 4)  # protocol 4: what Python 3.4 and later read
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'wb') as file:
+            pickle.dump(tree, file, 4)  # protocol 4: what Python 3.4 and later read
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise parameter_map.not_written(path, error) from error
     return len(entries)

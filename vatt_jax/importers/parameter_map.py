@@ -295,6 +295,14 @@ def check_export(out: pathlib.Path, files: Sequence[pathlib.Path], overwrite: bo
         ) from error
 
 
+def not_written(out: pathlib.Path, error: Exception) -> ConfigError:
+    """The error for a place that cannot be written, or not to the end."""
+    return ConfigError(
+        f'--out={out} cannot be written ({type(error).__name__}: {escaped(str(error), 200)}); name '
+        'another place, or make room'
+    )
+
+
 def abstract_state(
     config: ConfigDict, labels: Mapping[str, Sequence[str]], with_objective: bool = True
 ) -> Any:
@@ -363,8 +371,9 @@ def write_run(
         vocabulary: words in the order of the word table, <pad> first.
 
     Raises:
-        ConfigError: no tokenizer can be made of the vocabulary, or its length is not that of the
-            word table.
+        ConfigError: no tokenizer can be made of the vocabulary, its length is not that of the word
+            table, or the folder cannot be made.
+        CheckpointNotSaved: there is no room for the checkpoint.
     """
     info = dict(info)  # the caller's stays as it is
     if vocabulary is not None:
@@ -395,11 +404,15 @@ def write_run(
         'config': config.to_dict(),
         'info': info,
     }
-    checkpoints = checkpoint.Checkpoints(RunFolder(out).checkpoints, config.checkpoint)
-    checkpoints.save(0, state, meta, {})
-    checkpoints.wait()  # saving goes on in the background
-    checkpoints.close()
-    RunFolder(out).config.write_text(to_json(config))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoints = checkpoint.Checkpoints(RunFolder(out).checkpoints, config.checkpoint)
+        checkpoints.save(0, state, meta, {})
+        checkpoints.wait()  # saving goes on in the background
+        checkpoints.close()
+        RunFolder(out).config.write_text(to_json(config))
+    except OSError as error:
+        raise not_written(out, error) from error
 
 
 def _check_vocabulary(vocabulary: Sequence[str], arrays: Mapping[Path, np.ndarray]) -> None:

@@ -22,6 +22,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vatt_jax import extras
 from vatt_jax.config import ConfigError, from_json, to_json
 from vatt_jax.importers import parameter_map
 from vatt_jax.importers.messages import escaped, shown
@@ -30,8 +31,9 @@ from vatt_jax.parallel import sharding
 from vatt_jax.run_folder import RunFolder, write_atomically
 
 MODEL, CONFIG, INFO = 'model.safetensors', 'config.json', 'info.json'
-# Kept in the file beside the arrays; readers of other formats can tell it from theirs.
-METADATA = {'format': 'vatt_jax', 'version': '1'}
+# In the file beside the arrays, so that readers can tell this layout from others. One entry: the
+# library writes several in an order that varies, and equal models would give different files.
+METADATA = {'format': 'vatt_jax 1'}
 GROUPS = ('params', 'batch_stats', 'objective')
 # Without these groups a config makes no model, and no run.
 NEEDED = ('name', 'model', 'objective', 'optimizer', 'checkpoint', 'compute_dtype')
@@ -78,10 +80,7 @@ def export_checkpoint(
         numpy_io.save_file(arrays, temporary, metadata=METADATA)
         os.replace(temporary, folder / MODEL)
     except (OSError, _safetensors().SafetensorError) as error:
-        raise ConfigError(
-            f'--out={folder} cannot be written ({type(error).__name__}: '
-            f'{escaped(str(error), 200)}); name another folder, or make room'
-        ) from error
+        raise parameter_map.not_written(folder, error) from error
     return len(arrays)
 
 
@@ -230,12 +229,7 @@ def _read_descriptions(folder: pathlib.Path) -> tuple[ConfigDict, dict[str, Any]
 
 def _safetensors() -> Any:
     # Imported here: everything else of the library works without it.
-    try:
+    with extras.needed('exchange', f'reading and writing {MODEL}'):
         import safetensors
         import safetensors.numpy
-    except ImportError as error:
-        raise ConfigError(
-            f'reading and writing {MODEL} needs the package safetensors ({error}); install the '
-            'exchange extra'
-        ) from error
     return safetensors

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from vatt_jax import extras
 from vatt_jax.config import ConfigError, with_defaults
 from vatt_jax.importers import parameter_map
-from vatt_jax.importers.messages import escaped, shown
+from vatt_jax.importers.messages import escaped, listed, shown
 from vatt_jax.importers.parameter_map import Report
 from vatt_jax.importers.vatt_tf_layout import CLASSIFIER, ROOT, layout
 from vatt_jax.importers.vatt_tf_sizes import (
@@ -66,6 +66,7 @@ def open_checkpoint(prefix: str) -> tuple[dict[str, tuple[int, ...]], Callable[[
         ConfigError: there is no such checkpoint, or it cannot be read.
     """
     tf = _tensorflow()
+    prefix = _prefix_of(prefix)
     if not pathlib.Path(f'{prefix}.index').is_file():
         raise ConfigError(f'--checkpoint={prefix}: no file {prefix}.index; {_nearby(prefix)}')
     _check_data_files(prefix)
@@ -153,10 +154,19 @@ def _lost_bookkeeping(prefix: str, shapes: Shapes, read: Callable[[str], np.ndar
 def _nearby(prefix: str) -> str:
     """What there is in the folder instead."""
     folder = pathlib.Path(prefix).parent
+    if pathlib.Path(prefix).is_dir():
+        folder = pathlib.Path(prefix)
     prefixes = sorted(str(path.with_suffix('')) for path in folder.glob('*.index'))
     if prefixes:
-        return f'there are {", ".join(prefixes[:5])}'
+        return f'there are {listed(prefixes)}'
+    if pathlib.Path(prefix).is_file():
+        return 'it is a file of its own; name its kind with --format (a pickle: --format=mmv)'
     return f'folder {folder} holds no TensorFlow checkpoint'
+
+
+def _prefix_of(path: str) -> str:
+    """The path without the end of one of a checkpoint's files, as shells complete it."""
+    return re.sub(r'\.(index|data-\d{5}-of-\d{5})$', '', path)
 
 
 def _data_files(prefix: str | os.PathLike) -> list[pathlib.Path]:
@@ -177,6 +187,9 @@ def write_checkpoint(prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
     Args:
         prefix: path of the checkpoint without `.index`.
         arrays: {key without SUFFIX: array}.
+
+    Raises:
+        ConfigError: it cannot be written.
     """
     tf = _tensorflow()
     # Official code restores by object graph rather than by key. Modules nested as the keys are give
@@ -197,7 +210,10 @@ def write_checkpoint(prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
         setattr(node(tuple(parents)), name, tf.Variable(value))
     pathlib.Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     # Not `save`, which would add a counter to the variables and a number to the name.
-    root.write(prefix)
+    try:
+        root.write(prefix)
+    except Exception as error:  # TensorFlow's errors have many types
+        raise parameter_map.not_written(pathlib.Path(prefix), error) from error
 
 
 def _tensorflow() -> Any:
@@ -237,6 +253,7 @@ def import_checkpoint(
         ConfigError: anything does not fit; nothing is written then.
     """
     out = parameter_map.check_new(out)
+    prefix = _prefix_of(prefix)
     shapes, read = open_checkpoint(prefix)
     checkpoint_kind = kind(shapes)
     is_inferred = config is None
@@ -250,7 +267,7 @@ def import_checkpoint(
         objective = with_defaults(config.objective, classification.DEFAULTS, 'config.objective')
         names = _class_names(prefix, shapes, classes)
         labels, num_classes = {objective.label: names}, len(names)
-    elif config.objective.name == 'classification':
+    elif config.objective.name == 'classification' and not is_inferred:
         raise ConfigError(
             f'--checkpoint={prefix} is pretrained ({checkpoint_kind}) and config.objective.name is '
             'classification; choose a config of configs/vatt.py here, and fine-tune with '
@@ -268,7 +285,9 @@ def import_checkpoint(
         )
 
     entries = list(layout(model, objective, num_classes))
-    state = parameter_map.abstract_state(config, labels)
+    # Nothing is learnt yet of a tower alone.
+    with_objective = objective is not None or config.objective.name != 'classification'
+    state = parameter_map.abstract_state(config, labels, with_objective)
     try:
         unlike = differences(infer(shapes), model, objective)
     except ConfigError:  # a variable that decides a size is missing: to_ours lists it
@@ -325,8 +344,18 @@ def _inferred_config(
     )
     if has_spectrogram_tower and not config.model.inputs.audio.get('mel'):
         config.model.inputs.audio.mel = ConfigDict(spectrogram.DEFAULTS)
-    if checkpoint_kind == 'finetuned':
-        modality = next(iter(inferred['towers']))
+    # Pairs of modalities that the file has. A tower alone has none, and is there to be fine-tuned.
+    towers, head = inferred['towers'], inferred['head']
+    pairs = [
+        ('video', modality, space, 1.0)
+        for modality, space in (('audio', 'va'), ('text', 'vat'))
+        if 'video' in towers and modality in towers and space in head
+    ]
+    if pairs:
+        if len(pairs) < 2:
+            config.objective = ConfigDict({'name': 'contrastive', 'pairs': tuple(pairs)})
+    else:
+        modality = next(iter(towers))
         config.objective = ConfigDict(
             {'name': 'classification', 'stream': modality, 'label': 'class'}
         )
@@ -403,7 +432,9 @@ def export_checkpoint(
     parameter_map.check_export(out, [pathlib.Path(f'{out}.index'), *_data_files(out)], overwrite)
     config, info, ours = parameter_map.read_run(run)
     objective, num_classes = None, 0
-    if config.objective.name == 'classification':
+    # A tower imported alone is to be fine-tuned, and has no classifier yet.
+    has_classifier = any(path[0] == 'objective' for path in ours)
+    if config.objective.name == 'classification' and has_classifier:
         objective = with_defaults(config.objective, classification.DEFAULTS, 'config.objective')
         num_classes = len(info['labels'][objective.label])
     entries = list(layout(filled(config), objective, num_classes))

@@ -456,27 +456,31 @@ def _pooled_width(model: Mapping[str, Any], modality: str) -> Dim:
 
 def _head(model: Mapping[str, Any]) -> Iterator[Entry]:
     head, towers = model['head'], model['towers']
+    if head['name'] == 'none':
+        return
     if head['name'] != 'fac':
         raise ConfigError(
             f'config.model.head.name={head["name"]!r}: official checkpoints have the head fac'
         )
     ours = ('params', 'head')
-    va = Dim(head['va'], 'model.head.va')  # video-audio space
-    vat = Dim(head['vat'], 'model.head.vat')  # video-audio-text space
+    # A space without a width is left out, with what leads to it alone.
+    va = Dim(head.get('va', 0), 'model.head.va')  # video-audio space
+    vat = Dim(head.get('vat', 0), 'model.head.vat')  # video-audio-text space
 
     # FAC, fine and coarse (VATT paper): video goes to the fine space `va`, and from
     # there to the coarse one `vat`; audio goes to `va` and text to `vat` by one layer each.
-    if 'video' in towers:
+    if 'video' in towers and va.size:
         dims = (_pooled_width(model, 'video'), va)
         yield from _dense((*ours, 'video_hidden'), f'{HEAD}/vid_to_hid', dims, bias=False)
         yield from _batch_norm(('head', 'video_va_pre_norm'), f'{HEAD}/hid_to_va/pre_bn', va)
         yield from _dense((*ours, 'video_va'), f'{HEAD}/hid_to_va/dense', (va, va), bias=False)
         yield from _batch_norm(('head', 'video_va_norm'), f'{HEAD}/hid_to_va/bn', va)
+    if 'video' in towers and vat.size:
         yield from _dense((*ours, 'video_vat'), f'{HEAD}/va_to_vat/dense', (va, vat), bias=False)
         yield from _batch_norm(('head', 'video_vat_norm'), f'{HEAD}/va_to_vat/bn', vat)
-    if 'audio' in towers:
+    if 'audio' in towers and va.size:
         dims = (_pooled_width(model, 'audio'), va)
         yield from _dense((*ours, 'audio_va'), f'{HEAD}/aud_to_va', dims)
-    if 'text' in towers:
+    if 'text' in towers and vat.size:
         dims = (_pooled_width(model, 'text'), vat)
         yield from _dense((*ours, 'text_vat'), f'{HEAD}/txt_to_vat', dims)

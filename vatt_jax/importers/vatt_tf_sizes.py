@@ -20,13 +20,13 @@ from vatt_jax.importers.vatt_tf_layout import (
     PATCH,
     RESNET_STEM,
     RESNET_UNITS,
+    SHORT,
     UNIFIED,
 )
 from vatt_jax.models.multimodal import AXES, SIZE, TOWERS, extent, patch_of
 from vatt_jax.models.towers.i3d import MIXED
 
 HEAD_WIDTH = 64  # of every official model; the kernels' shapes do not say it
-MODALITIES = ('video', 'audio', 'text')
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -86,24 +86,23 @@ def infer(shapes: Shapes) -> dict[str, Any]:
             'head': {'name': 'none'},
         }
 
-    # Both kernels are [D E].
-    head = {
-        'name': 'fac',
-        'va': reader.shape(f'{HEAD}/aud_to_va/kernel')[1],
-        'vat': reader.shape(f'{HEAD}/txt_to_vat/kernel')[1],
-    }
-    if checkpoint_kind in ('tx_fac', 'mmv_fac'):
-        towers = {
-            'video': reader.tower(f'{BASE}/vid_backbone/_base'),
-            'audio': reader.tower(f'{BASE}/aud_backbone/_base'),
-            'text': reader.text_tower(f'{BASE}/txt_backbone'),
-        }
-        return {'shared': False, 'encoder': {}, 'head': head, 'towers': towers}
+    # A file may hold some of the towers alone.
+    encoder: dict[str, Any] = {}
+    if checkpoint_kind == 'ut_fac':
+        towers = reader.shared_towers()
+        encoder = reader.encoder(f'{UNIFIED}/tx')
+    else:
+        towers = reader.own_towers()
+    if not towers:
+        raise ConfigError(
+            'the checkpoint has no tower of video, audio or text; it has '
+            f'{listed(sorted(shapes), 3)}'
+        )
     return {
-        'shared': True,
-        'encoder': reader.encoder(f'{UNIFIED}/tx'),
-        'towers': reader.shared_towers(),
-        'head': head,
+        'shared': checkpoint_kind == 'ut_fac',
+        'encoder': encoder,
+        'towers': towers,
+        'head': reader.head(towers),
     }
 
 
@@ -271,28 +270,64 @@ class _SizeReader:
         size |= {'heads': heads, 'head_width': inner_width // heads}
         return {'name': 't5', **words, **size, 'buckets': buckets}
 
+    def has(self, prefix: str) -> bool:
+        return any(key.startswith(f'{prefix}/') for key in self.shapes)
+
+    def own_towers(self) -> dict[str, Any]:
+        """The towers of a modality-specific model."""
+        towers: dict[str, Any] = {}
+        for modality in ('video', 'audio'):
+            backbone = f'{BASE}/{SHORT[modality]}_backbone'
+            if self.has(backbone):
+                towers[modality] = self.tower(f'{backbone}/_base')
+        if self.has(f'{BASE}/txt_backbone'):
+            towers['text'] = self.text_tower(f'{BASE}/txt_backbone')
+        return towers
+
     def shared_towers(self) -> dict[str, Any]:
         """What the modalities of a modality-agnostic model have of their own."""
         raw = f'{UNIFIED}/raw_to_embeddings'
-        post = {m: self.shape(f'{UNIFIED}/post_proj/{m}/kernel')[1] for m in MODALITIES}
-        vocab, word_width = self.shape(f'{raw}/text/embeddings')
         towers: dict[str, Any] = {}
         # The official modality-agnostic model hears waveforms, never spectrograms.
         for modality, name in (('video', 'vit'), ('audio', 'wat')):
+            if not self.has(f'{raw}/{modality}'):
+                continue
             lookup = f'{UNIFIED}/pos_embedding_lookup/{modality}'
             towers[modality] = {
                 'name': name,
                 'patch': self.patch(f'{raw}/{modality}', name),
                 'positions': self.position_rows(lookup, name),
-                'post': post[modality],
+                'post': self._post(modality),
             }
-        towers['text'] = {
-            'name': 't5',
-            'vocab': vocab,
-            'word_width': word_width,
-            'post': post['text'],
-        }
+        if self.has(f'{raw}/text'):
+            vocab, word_width = self.shape(f'{raw}/text/embeddings')
+            towers['text'] = {
+                'name': 't5',
+                'vocab': vocab,
+                'word_width': word_width,
+                'post': self._post('text'),
+            }
         return towers
+
+    def _post(self, modality: str) -> int:
+        return self.shape(f'{UNIFIED}/post_proj/{modality}/kernel')[1]
+
+    def head(self, towers: Mapping[str, Any]) -> dict[str, Any]:
+        """FAC with the spaces that layers of these towers lead to; every kernel is [D E]."""
+        # The layer that makes each space -> what it leads from.
+        layers = {
+            'va': {'video': 'hid_to_va/dense', 'audio': 'aud_to_va'},
+            'vat': {'video': 'va_to_vat/dense', 'text': 'txt_to_vat'},
+        }
+        widths: dict[str, int] = {}
+        for space, of_space in layers.items():
+            for modality, layer in of_space.items():
+                if modality in towers and f'{HEAD}/{layer}/kernel' in self.shapes:
+                    widths[space] = self.shape(f'{HEAD}/{layer}/kernel')[1]
+        if not widths:
+            return {'name': 'none'}
+        # The graph wants a width of the fine space, of which words alone make no layer.
+        return {'name': 'fac', 'va': widths.get('va', widths.get('vat')), **widths}
 
 
 # ---- from a config

@@ -1,6 +1,6 @@
 """Windows of media files, read in constant memory however long a file is.
 
-The only file of vatt_jax that reads media, and so the only one that imports data_pipelines; the
+Beside search/, the only file of vatt_jax that reads media, and so imports data_pipelines; the
 reader is an extra and imported when it is first used.
 """
 
@@ -128,7 +128,7 @@ class _Reading:
         self.media, self.path, self.where = media, path, where
         self.fps, self.size, self.frames = float(video['fps']), video['size'], video['frames']
         self.takes_sound = audio is not None
-        # Sound is decoded with the pictures anyway; where it is not asked for, at a low rate.
+        # Where sound is not taken, it still says how long a still picture lasts.
         self.rate = audio['rate'] if audio else 8000
         self.samples = audio['samples'] if audio else 0
         # Of one window: whichever stream is longer.
@@ -206,16 +206,21 @@ class _Reading:
                 )
 
     def _without_length(self, windows: int | None, stride: float | None) -> Iterator[Window]:
-        """Windows of a long file that does not state its length: the frames are counted first.
-
-        Its sound is held, since a file without an index is read from front to back.
-        """
-        count = sum(1 for _ in self._open().frames)
-        file = self._open()
-        sound = self._fitted_sound(file.audio, count)
+        """Windows of a long file that does not state its length: its frames are counted first."""
+        count = sum(1 for _ in self._frames_alone())
         begins = window_begins(count, self.frames, self.fps, windows, stride)
-        for begin, frames in cut(file.frames, begins, self.frames):
-            yield self._window(begin, frames, sound, begin)
+        sounds: Iterator[np.ndarray] | None = None
+        if self.takes_sound:
+            firsts = [round(begin / self.fps * self.rate) for begin in begins]
+            sounds = cut_samples(
+                self.media.stream_audio(self.path, self.rate), firsts, self.samples
+            )
+        for begin, frames in cut(self._frames_alone(), begins, self.frames):
+            samples = None if sounds is None else next(sounds, None)
+            yield Window(begin / self.fps, frames, samples)
+
+    def _frames_alone(self) -> Iterator[np.ndarray]:
+        return self.media.read(self.path, self.fps, self.size, 0).frames
 
 
 def blocks(begins: Sequence[int], longest: float) -> Iterator[list[int]]:
@@ -258,6 +263,32 @@ def cut(
             yield begin, list(held)
 
 
+def cut_samples(
+    stream: Iterator[np.ndarray], begins: Sequence[int], length: int
+) -> Iterator[Int16[np.ndarray, ' S']]:
+    """Yield `length` samples from each begin on, holding no others; fewer at the end.
+
+    Args:
+        stream: blocks of samples, in order.
+        begins: ascending.
+        length: of a window.
+    """
+    held = np.zeros(0, np.int16)
+    first = 0  # number of the first one that is held
+    for begin in begins:
+        while True:
+            num_past = min(begin - first, len(held))
+            held = held[num_past:]
+            first += num_past
+            block = None
+            if first < begin or len(held) < length:
+                block = next(stream, None)
+            if block is None:
+                break
+            held = np.concatenate([held, block])
+        yield held[begin - first :][:length].copy()
+
+
 def sound_windows(
     path: Any,
     where: str,
@@ -272,7 +303,10 @@ def sound_windows(
     span = num_samples / rate
     try:
         length = media.duration(path, 'audio')
-        if length is None or length <= max(HELD_SECONDS, span + 3):
+        if length is None:
+            yield from _sound_without_length(media, path, where, audio, windows, stride)
+            return
+        if length <= max(HELD_SECONDS, span + 3):
             sound = _sound(media, path, where, rate)
             for begin in window_begins(len(sound), num_samples, rate, windows, stride):
                 yield Window(begin / rate, None, sound[begin : begin + num_samples])
@@ -287,6 +321,25 @@ def sound_windows(
                     yield Window(begin / rate, None, samples)
     except (media.MediaError, OSError) as error:
         raise MediaFileError(f'{where}: {error}') from error
+
+
+def _sound_without_length(
+    media: Any,
+    path: str,
+    where: str,
+    audio: dict[str, Any],
+    windows: int | None,
+    stride: float | None,
+) -> Iterator[Window]:
+    """Windows of a file that does not state its length: its samples are counted first."""
+    rate, num_samples = audio['rate'], audio['samples']
+    count = sum(len(block) for block in media.stream_audio(path, rate))
+    if not count:
+        raise MediaFileError(f'{where}: the file has no sound')
+    begins = window_begins(count, num_samples, rate, windows, stride)
+    sounds = cut_samples(media.stream_audio(path, rate), begins, num_samples)
+    for begin, samples in zip(begins, sounds):
+        yield Window(begin / rate, None, samples)
 
 
 def _sound(media: Any, path: str, where: str, rate: int, **part: Any) -> np.ndarray:

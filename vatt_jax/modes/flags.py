@@ -10,7 +10,7 @@ from vatt_jax import named_configs
 from vatt_jax.command_line import expand_home
 from vatt_jax.config import ConfigError
 
-MODES = ('train', 'eval', 'embed', 'report', 'index', 'search', 'export', 'deflate', 'plan')
+MODES = ('train', 'eval', 'embed', 'report', 'deflate', 'plan', 'index', 'search', 'export')
 
 # COMMAND stands for what the user typed.
 DESCRIPTION = """\
@@ -28,16 +28,16 @@ COMMAND --mode=embed --workdir=runs/demo --split=test
     embeddings of a split, as npz
 COMMAND --mode=report --workdir=runs/demo
     report/index.html
-COMMAND --mode=index --workdir=runs/demo --videos=FOLDER --out=INDEX
-    embeddings of a folder of videos, window by window: docs/search.md
-COMMAND --mode=search --index=INDEX --query="a dog barks"
-    the moments that match; with --serve on a web page
-COMMAND --mode=export --workdir=runs/demo --out=FOLDER
-    the towers as programs for JAX alone: docs/export.md
 COMMAND --mode=deflate --workdir=runs/mmv --out=runs/mmv_image
     a network for images out of one for video: docs/mmv.md
 COMMAND --mode=plan --workdir=runs/plan --config=vatt:mbs --topology=v5p:4x4x4
     a run on machines that are not rented yet: docs/scaling.md
+COMMAND --mode=index --workdir=runs/demo --videos=FOLDER --out=INDEX
+    embeddings of a folder of videos, window by window: docs/search.md
+COMMAND --mode=search --index=INDEX --query="a dog barks"
+    the stretches that match; --serve shows a web page
+COMMAND --mode=export --workdir=runs/demo --out=FOLDER
+    programs that JAX alone runs: docs/export.md
 
 The same command again continues a run from its newest checkpoint."""
 
@@ -112,9 +112,11 @@ def _parser(command: str) -> Parser:
         help='other run folders shown beside it, with commas',
     )
 
-    _add_search_flags(parser)
     _add_deflate_flags(parser)
     _add_plan_flags(parser)
+    _add_search_flags(parser)
+    add = parser.add_argument_group('--mode=export (and --out)').add_argument
+    add('--licence', default='', metavar='NAME', help='of the weights, for the model card')
     return parser
 
 
@@ -145,65 +147,9 @@ def _add_common_flags(parser: Parser) -> None:
     )
 
 
-def _add_search_flags(parser: Parser) -> None:
-    add = parser.add_argument_group('--mode=index').add_argument
-    add('--videos', default='', metavar='DIR', help='folder of videos and sounds')
-    add(
-        '--window',
-        default=0.0,
-        type=float,
-        metavar='SECONDS',
-        help="of a window; default: the length of the model's clips",
-    )
-    add(
-        '--stride',
-        default=0.0,
-        type=float,
-        metavar='SECONDS',
-        help='from window to window; default: --window',
-    )
-
-    add = parser.add_argument_group('--mode=search').add_argument
-    add('--index', default='', metavar='DIR', help='what --mode=index made')
-    add('--query', default='', metavar='SENTENCE', help='what to look for')
-    add('--query_audio', default='', metavar='FILE', help='a file whose sound is looked for')
-    add('--query_video', default='', metavar='FILE', help='a file whose pictures are looked for')
-    add(
-        '--against',
-        default='',
-        choices=('', 'video', 'audio'),
-        help='compare with pictures or sound; default: of the same kind as the query, pictures '
-        'for a sentence',
-    )
-    add(
-        '--space',
-        default='',
-        metavar='NAME',
-        help='the common space; default: the first that both have',
-    )
-    add('--top', default=10, type=int, metavar='COUNT', help='how many hits; default: 10')
-    add('--approximate', action='store_true', help='by a graph of neighbours (USearch)')
-    add('--serve', action='store_true', help='a web page on this machine')
-    add(
-        '--port',
-        default=8000,
-        type=int,
-        metavar='PORT',
-        help='of the page; 0: any that is free; default: 8000',
-    )
-
-    add = parser.add_argument_group('--mode=export').add_argument
-    add(
-        '--licence',
-        default='',
-        metavar='TEXT',
-        help="what the weights' model card says of their licence",
-    )
-
-
 def _add_deflate_flags(parser: Parser) -> None:
     add = parser.add_argument_group('--mode=deflate').add_argument
-    add('--out', default='', metavar='DIR', help='the folder to make; index and export too')
+    add('--out', default='', metavar='DIR', help='the folder to make; also of index and export')
     add('--naive', action='store_true', help='sum the kernels, and fit nothing')
     add(
         '--fit',
@@ -237,6 +183,54 @@ def _add_plan_flags(parser: Parser) -> None:
         'the buffer assignment',
     )
     add('--search', action='store_true', help='vary batch per device, remat and FSDP width')
+
+
+def _add_search_flags(parser: Parser) -> None:
+    add = parser.add_argument_group('--mode=index (and --out)').add_argument
+    add('--videos', default='', metavar='DIR', help='folder of videos and sounds')
+    add(
+        '--window',
+        default=0.0,
+        type=float,
+        metavar='SECONDS',
+        help="length of a window; default: that of the model's clips",
+    )
+    add(
+        '--stride',
+        default=0.0,
+        type=float,
+        metavar='SECONDS',
+        help='from window to window; default: --window',
+    )
+
+    add = parser.add_argument_group('--mode=search').add_argument
+    add('--index', default='', metavar='DIR', help='folder that --mode=index made')
+    add('--query', default='', metavar='TEXT', help='a sentence')
+    add('--query_audio', default='', metavar='FILE', help='a file, whose sound is looked for')
+    add('--query_video', default='', metavar='FILE', help='a file, whose pictures are looked for')
+    add(
+        '--against',
+        default='',
+        choices=('video', 'audio'),
+        help='compare with pictures or with sound; default: of the same kind as the query, '
+        'pictures for a sentence',
+    )
+    add(
+        '--space',
+        default='',
+        metavar='NAME',
+        help='the common space; default: the first that both have',
+    )
+    add('--top', default=10, type=int, metavar='N', help='how many hits; default: 10')
+    add('--approximate', action='store_true', help='by a graph of neighbours (USearch)')
+    add('--serve', action='store_true', help='a web page, for this machine alone')
+    add(
+        '--port',
+        default=8000,
+        type=int,
+        metavar='PORT',
+        help='of the page; 0: any that is free; default: 8000',
+    )
 
 
 def _list_named_configs() -> str:

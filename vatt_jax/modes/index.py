@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
-import sys
+import sqlite3
 import time
+from collections.abc import Iterator
 
 import jax
 
@@ -13,6 +15,7 @@ from vatt_jax import api
 from vatt_jax.config import ConfigError
 from vatt_jax.search import index as search_index
 from vatt_jax.search.window_features import WindowFeatures
+from vatt_jax.terminal import printable
 from vatt_jax.training import checkpoint
 
 # Seconds between two lines of progress.
@@ -38,8 +41,6 @@ def run(workdir: pathlib.Path, videos: str, out: str, window: float, stride: flo
     _check_flags(videos, out)
     from data_pipelines import media
 
-    # Names on disk need not be text, nor need the terminal know every letter.
-    sys.stdout.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
     folder = pathlib.Path(videos)
     paths, unreadable = search_index.find_media(folder, media.SUFFIXES)
     if not paths:
@@ -48,7 +49,7 @@ def run(workdir: pathlib.Path, videos: str, out: str, window: float, stride: flo
         )
     model = api.load(workdir)
     features = WindowFeatures(model, window, stride)
-    with search_index.Index(out, create=True) as index:
+    with _told(out), search_index.Index(out, create=True) as index:
         about = {
             'workdir': str(workdir.absolute()),
             'model': checkpoint.digest(model.variables),
@@ -58,7 +59,7 @@ def run(workdir: pathlib.Path, videos: str, out: str, window: float, stride: flo
         }
         index.claim(about, {'model': '--workdir (digest of its weights)', **SETTINGS})
         for place, reason in unreadable:
-            print(f'skipped {shown(place)}: {reason}')
+            print(f'skipped {printable(os.fsdecode(place))}: {reason}')
         if not unreadable:
             _forget_gone(index, paths)
         _index_files(index, features, folder, paths)
@@ -77,6 +78,18 @@ def run(workdir: pathlib.Path, videos: str, out: str, window: float, stride: flo
 
 # What an index cannot change: name in `about` -> flag.
 SETTINGS = {'folder': '--videos (as bytes)', 'window': '--window', 'stride': '--stride'}
+
+
+@contextlib.contextmanager
+def _told(out: str) -> Iterator[None]:
+    """What SQLite raises (a full disk, another process that writes) as one sentence."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise ConfigError(
+            f'--out={out}: expected an index that can be written, got: {error}. What was finished '
+            'stays, and the same command continues'
+        ) from error
 
 
 def _check_flags(videos: str, out: str) -> None:
@@ -118,11 +131,11 @@ def _index_files(
             stamp = search_index.stamp_of(os.fsencode(full_path))
         except OSError as error:
             # Not noted in the index: permissions may be others tomorrow.
-            print(f'skipped {shown(path)}: {error.strerror or error}')
+            print(f'skipped {printable(os.fsdecode(path))}: {error.strerror or error}')
             continue
         if done.get(path) == stamp:
             if path in known_reasons:
-                print(f'skipped {shown(path)}: {known_reasons[path]} (as before)')
+                print(f'skipped {printable(os.fsdecode(path))}: {known_reasons[path]} (as before)')
             continue
         try:
             with index.write_file(path, stamp) as writer:
@@ -131,24 +144,12 @@ def _index_files(
         # UnicodeError: a reader that takes no name that is not text.
         except (media.MediaError, OSError, UnicodeError) as error:
             index.skip_file(path, stamp, str(error))
-            print(f'skipped {shown(path)}: {error}', flush=True)
+            print(f'skipped {printable(os.fsdecode(path))}: {error}', flush=True)
         if time.monotonic() - printed > PRINT_EVERY:
             printed = time.monotonic()
             print(f'{number} of {len(paths)} files', flush=True)
 
 
-def shown(path: bytes) -> str:
-    """A path as it is safe to print: control characters and bytes that are no text as escapes."""
-    text = path.decode('utf-8', 'backslashreplace')
-    letters = []
-    for letter in text:
-        if letter.isprintable():
-            letters.append(letter)
-        else:
-            letters.append(letter.encode('unicode_escape').decode())
-    return ''.join(letters)
-
-
 def _few(paths: list[bytes], count: int = 5) -> str:
-    names = ', '.join(shown(path) for path in paths[:count])
+    names = ', '.join(printable(os.fsdecode(path)) for path in paths[:count])
     return names if len(paths) <= count else f'{names}, …'

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import importlib.util
 import os
 import pathlib
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
@@ -23,6 +24,8 @@ from vatt_jax.terminal import use_plain_characters
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
 M_ARENA_MAX = -8
+
+CUDA_PLUGINS = ('jax_cuda12_plugin', 'jax_cuda13_plugin')
 
 # Failures that one sentence explains -> exit code. By name: their modules are imported late.
 EXIT_CODES = {
@@ -65,9 +68,35 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> None:
     # Before the first use of a device, after which JAX refuses it.
     distributed.initialize()
     num_devices, num_processes = _count_devices(config.jax_platform)
+    remark = hidden_gpus(config.jax_platform, jax.default_backend(), os.environ)
+    if remark and distributed.is_main():
+        print(remark, file=sys.stderr, flush=True)
     # Cheap, and before the data are made or opened.
     configs.check_batch(config, num_devices, num_processes)
     keep_compiled(config, workdir)
+
+
+def hidden_gpus(chosen: str, platform: str, environment: Mapping[str, str]) -> str:
+    """The sentence about GPUs that the environment hides; JAX itself goes on on the CPU in silence.
+
+    Args:
+        chosen: config.jax_platform; whoever chose a platform need not be reminded.
+        platform: what JAX runs on.
+        environment: environment variables.
+
+    Returns:
+        '' where there is nothing to say.
+    """
+    visible = environment.get('CUDA_VISIBLE_DEVICES')
+    if chosen or platform != 'cpu' or visible is None or visible.strip() not in ('', '-1'):
+        return ''
+    # Without JAX's plugin for GPUs there would be none either way.
+    if not any(importlib.util.find_spec(plugin) for plugin in CUDA_PLUGINS):
+        return ''
+    return (
+        f'CUDA_VISIBLE_DEVICES={visible!r} hides all GPUs, so this runs on the CPU; unset it, or '
+        'set --config.jax_platform=cpu if that is meant'
+    )
 
 
 def keep_freed_memory() -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import pathlib
-import sys
 
 from vatt_jax import api
 from vatt_jax.config import ConfigError
-from vatt_jax.modes.index import shown
 from vatt_jax.search.index import Index
 from vatt_jax.search.searcher import Searcher
+from vatt_jax.terminal import printable
 
 
 def model_folder(index: str, workdir: pathlib.Path) -> pathlib.Path:
@@ -48,9 +46,7 @@ def run(workdir: pathlib.Path, flags: argparse.Namespace) -> None:
     hits = searcher.search(
         flags.query, flags.query_audio, flags.query_video, flags.against, flags.space, flags.top
     )
-    # Names on disk need not be text, nor need the terminal know every letter.
-    sys.stdout.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
     for hit in hits:
         window = hit.window
-        name = shown(os.fsencode(window.path))
+        name = printable(str(window.path))
         print(f'{hit.score:6.3f}  {window.start:7.1f} – {window.end:.1f} s  {name}')

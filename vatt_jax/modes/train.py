@@ -48,7 +48,9 @@ def run(
                 print(line, flush=True)
 
         def before(built: loop.Built) -> None:
-            preflight.before_training(config, built, data, workdir, say)
+            # Nothing to say of a run whose steps are all taken.
+            if loop.newest(workdir) != config.steps:
+                preflight.before_training(config, built, data, workdir, say)
 
         say('building the model …')
         built, _ = loop.train(config, data, workdir, quiet=quiet, before=before)

@@ -193,9 +193,9 @@ def room(config: ConfigDict, built: loop.Built, workdir: pathlib.Path) -> str:
     """
     size = checkpoint.size_of(built.shape)
     # The oldest goes once the newest is complete.
-    kept = config.checkpoint.keep + 1
+    at_a_time = config.checkpoint.keep + 1
     free = free_space(RunFolder(workdir).checkpoints)
-    line = f'{readable_size(size)} each, up to {kept} at a time'
+    line = f'{readable_size(size)} each, up to {at_a_time} at a time'
     if free is None:
         return line
     if free < 0.5 * size:
@@ -204,7 +204,7 @@ def room(config: ConfigDict, built: loop.Built, workdir: pathlib.Path) -> str:
             f'{readable_size(free)} are free there; make room or choose another --workdir'
         )
     line += f'; {readable_size(free)} are free'
-    if free < kept * size:
+    if free < at_a_time * size:
         line += ', which may not do: make room, or lower config.checkpoint.keep'
     return line
 

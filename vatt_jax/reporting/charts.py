@@ -14,7 +14,7 @@ from typing import Any
 
 # Size of a chart and the room around its plot, in the units of the SVG.
 WIDTH, HEIGHT = 430, 250
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 58, 22, 12, 44
 # Of a line. A long run has more, which would only fill the page.
 MOST_POINTS = 400
 # Lines that differ in colour; beyond them they differ in their dashes too.

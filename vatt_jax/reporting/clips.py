@@ -108,10 +108,17 @@ class Source:
 
 
 def open_source(path: pathlib.Path) -> Source | None:
-    """The clips of a file that evals/gallery.py wrote; None where it wrote none."""
+    """The clips of a file that evals/gallery.py wrote; None where it wrote none.
+
+    Raises:
+        DAMAGE: of finished_run.py, where it is damaged.
+    """
     if not path.exists():
         return None
     with np.load(path) as arrays:
+        # Each array is read once here, so that damage shows before anything is drawn.
+        for name in arrays.files:
+            arrays[name]
         # JSON inside the npz, as a string array of no dimensions: no pickle is needed to read it.
         document = json.loads(str(arrays['entries']))
         prefix = 'frames/'

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import zipfile
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +14,9 @@ from vatt_jax import config as configs
 from vatt_jax import evals
 from vatt_jax.config import ConfigError
 from vatt_jax.run_folder import RANDOM_INIT, RunFolder, evaluation_name
+
+# What reading a damaged npz or JSON file raises.
+DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class FinishedRun:
@@ -30,7 +35,7 @@ class FinishedRun:
         baseline: the same of the random initialisation; {} where it was not evaluated.
 
     Raises:
-        ConfigError: the folder holds no run.
+        ConfigError: the folder holds no run, or a file in it cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -53,10 +58,10 @@ class FinishedRun:
         steps = folder.evaluated_steps()
         if steps:
             self.evaluation_folder = folder.evaluation(evaluation_name(steps[-1]))
-            self.results = evals.load(self.evaluation_folder)
+            self.results = _read_evaluation(self.evaluation_folder)
         self.baseline = {}
         if folder.has_evaluation(RANDOM_INIT):
-            self.baseline = evals.load(folder.evaluation(RANDOM_INIT))
+            self.baseline = _read_evaluation(folder.evaluation(RANDOM_INIT))
 
     @property
     def name(self) -> str:
@@ -84,12 +89,32 @@ def _newest_checkpoint(folder: pathlib.Path) -> pathlib.Path | None:
     return max(steps, key=lambda path: int(path.name), default=None)
 
 
+def _read_evaluation(folder: pathlib.Path) -> dict[str, evals.Result]:
+    try:
+        return evals.load(folder)
+    except DAMAGE as error:
+        raise ConfigError(
+            f'{folder} cannot be read ({type(error).__name__}: {error}); evaluate anew with '
+            '--mode=eval'
+        ) from error
+
+
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f'{path}: expected JSON, got {error}; move the file away') from error
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f'{path}: expected a JSON object, got {type(content).__name__}; move the file away'
+        )
+    return content
 
 
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON lines file; one that a kill cut short is passed over."""
+    """The lines that say something of a step; one that a kill cut short is passed over."""
     if not path.exists():
         return []
     lines = []
@@ -98,6 +123,6 @@ def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             continue
-        if line:
+        if isinstance(line, dict) and isinstance(line.get('step'), int):
             lines.append(line)
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 
 from vatt_jax.evals import Result
@@ -13,9 +14,10 @@ from vatt_jax.reporting.results_table import form_of, label_of
 MAIN_SCALARS: Mapping[str, Sequence[str]] = {
     'retrieval': ('text_to_video/R@10', 'audio_to_video/R@10'),
     'classification': ('accuracy', 'mAP'),
+    'zero_shot': ('accuracy', 'mAP'),
     'linear_probe': ('accuracy', 'mAP'),
     'clustering': ('NMI',),
-    'neighbours': ('accuracy',),
+    'neighbours': ('R@1',),
     'sync': ('accuracy',),
 }
 MOST_NUMBERS = 4
@@ -169,7 +171,8 @@ def _certain_recalls(clips: int) -> str:
 
 def next_steps(run: FinishedRun) -> list[Step]:
     """What to do next, most useful first."""
-    command = f'python run.py --workdir={run.path}'
+    workdir = shlex.quote(str(run.path))
+    command = f'python run.py --workdir={workdir}'
     if not run.done:
         trained = f'Training is at step {run.step} of {run.config["steps"]}'
         return [Step(f'{trained}; the same command continues it.', command)]
@@ -190,15 +193,15 @@ def next_steps(run: FinishedRun) -> list[Step]:
     steps += [
         Step(
             'Embed your own clips, sounds and sentences with this model.',
-            f"vatt_jax.load('{run.path}').embed(video='clip.mp4')",
+            f"vatt_jax.load({str(run.path)!r}).embed(video='clip.mp4')",
         ),
         Step(
             'See how much is luck: the same training with another seed, by adding to its command',
-            f'--config.seed={seed} --workdir={run.path}-seed{seed}',
+            f'--config.seed={seed} --workdir={workdir}-seed{seed}',
         ),
         Step(
             'Then look at both runs side by side.',
-            f'{command} --mode=report --compare={run.path}-seed{seed}',
+            f'{command} --mode=report --compare={workdir}-seed{seed}',
         ),
     ]
     return steps

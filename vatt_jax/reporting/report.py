@@ -15,10 +15,11 @@ import jinja2
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
+from vatt_jax.config import ConfigError
 from vatt_jax.reporting import charts, clips, confusions, data_uris, headline
 from vatt_jax.reporting.charts import Chart
 from vatt_jax.reporting.confusions import Confusion
-from vatt_jax.reporting.finished_run import FinishedRun
+from vatt_jax.reporting.finished_run import DAMAGE, FinishedRun
 from vatt_jax.reporting.results_table import rows, table
 from vatt_jax.run_folder import RunFolder
 
@@ -51,25 +52,34 @@ def build(workdir: str | os.PathLike, others: Sequence[str | os.PathLike] = ()) 
         The path of the page.
 
     Raises:
-        ConfigError: one of the folders holds no run.
+        ConfigError: one of the folders holds no run, a file in it cannot be read, or a file stands
+            where the page's folder belongs.
     """
     run, beside = FinishedRun(workdir), [FinishedRun(other) for other in others]
-    sources = _clip_sources(run.evaluation_folder)
+    sources, unreadable = _clip_sources(run.evaluation_folder)
     context = _context(run, beside, sources)
+    context['warnings'] += unreadable
     # Without clips first: what the rest leaves of MOST_BYTES is theirs.
     bare = _render(context, {})
     num_clips = sum(len(source.indices) for source in sources.values())
-    budget = MOST_BYTES - len(bare.encode()) - BYTES_OF_A_TILE * _num_tiles(context)
+    budget = MOST_BYTES - len(bare) - BYTES_OF_A_TILE * _num_tiles(context)
     encoded = clips.encode_all(sources, budget) if num_clips else {}
-    page = _render(context, encoded)
-
     path = RunFolder(run.path).report
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, _render(context, encoded))
+    return path
+
+
+def _write(path: pathlib.Path, page: bytes) -> None:
     # Renamed into place: a browser that reloads never shows half a page.
     temporary = path.with_suffix('.tmp')
-    temporary.write_text(page, encoding='utf-8')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(
+            f'{path.parent}: expected a folder for the report, got a file; move it away'
+        ) from error
+    temporary.write_bytes(page)
     os.replace(temporary, path)
-    return path
 
 
 def _num_tiles(context: Mapping[str, Any]) -> int:
@@ -83,8 +93,8 @@ def _num_tiles(context: Mapping[str, Any]) -> int:
     return count
 
 
-def _render(context: Mapping[str, Any], encoded: Mapping[str, clips.Clip]) -> str:
-    """The page. encoded: the clips that it shows."""
+def _render(context: Mapping[str, Any], encoded: Mapping[str, clips.Clip]) -> bytes:
+    """The page in UTF-8. encoded: the clips that it shows."""
     # Autoescape: captions, names and classes are a user's words, which no browser may read as
     # markup. StrictUndefined: a name misspelt in the template is an error, not an empty text.
     environment = jinja2.Environment(
@@ -98,7 +108,7 @@ def _render(context: Mapping[str, Any], encoded: Mapping[str, clips.Clip]) -> st
     environment.filters['shortened'] = _shortened
     films = {name: clip.film for name, clip in encoded.items() if clip.film}
     script = (PAGE / 'script.js').read_text(encoding='utf-8')
-    return environment.get_template('page.html').render(
+    page = environment.get_template('page.html').render(
         **context,
         clips=encoded,
         films=films,
@@ -107,6 +117,8 @@ def _render(context: Mapping[str, Any], encoded: Mapping[str, clips.Clip]) -> st
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         style=(PAGE / 'style.css').read_text(encoding='utf-8'),
     )
+    # File names that are not UTF-8 come as lone surrogates, which have no encoding.
+    return page.encode('utf-8', 'replace')
 
 
 def _percent(share: float) -> str:
@@ -237,16 +249,25 @@ def _curve(run: FinishedRun, key: str) -> list[tuple[float, Any]]:
 # ---- what the newest evaluation left to look at
 
 
-def _clip_sources(folder: pathlib.Path | None) -> dict[str, clips.Source]:
-    """Kind of gallery -> its clips."""
+def _clip_sources(folder: pathlib.Path | None) -> tuple[dict[str, clips.Source], list[str]]:
+    """({kind of gallery: its clips}, what is said of files that cannot be read)."""
+    sources: dict[str, clips.Source] = {}
+    unreadable: list[str] = []
     if folder is None:
-        return {}
-    sources = {}
+        return sources, unreadable
     for name, file in (('retrieval', 'gallery.npz'), ('cluster', 'clusters.npz')):
-        source = clips.open_source(folder / file)
+        try:
+            source = clips.open_source(folder / file)
+        except DAMAGE as error:
+            # Pictures are not worth losing the numbers for.
+            unreadable.append(
+                f'{folder / file} cannot be read ({error}), so its clips are not shown; '
+                '--mode=eval makes it anew.'
+            )
+            continue
         if source is not None:
             sources[name] = source
-    return sources
+    return sources, unreadable
 
 
 def _retrievals(source: clips.Source | None) -> list[dict[str, Any]]:
@@ -277,7 +298,7 @@ def _query(entry: Mapping[str, Any], clip_texts: Mapping[str, Any]) -> dict[str,
         tiles.append(_tile(own, rank, clip_texts, is_own=True))
     text = clip_texts[str(own)]
     return {
-        'text': text['caption'] or ' / '.join(text['sentences']) or text['id'],
+        'text': text['caption'] or ' / '.join(text['sentences'] or ()) or text['id'],
         'rank': rank,
         'clip': f'retrieval-{own}',
         'tiles': tiles,
@@ -360,7 +381,8 @@ def _similarities(run: FinishedRun) -> list[dict[str, str]]:
             title = key.split('/')[0].replace('_to_', ' → ')
             if len(retrievals) > 1:
                 title = f'{name.replace("_", " ")}: {title}'
-            shown = np.asarray(matrix, np.float32)[:MATRIX_CLIPS, :MATRIX_CLIPS]
+            # A network that diverged has similarities that are not numbers.
+            shown = np.nan_to_num(np.asarray(matrix, np.float32)[:MATRIX_CLIPS, :MATRIX_CLIPS])
             found.append(
                 {
                     'title': title,

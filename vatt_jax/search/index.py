@@ -23,6 +23,8 @@ from vatt_jax.config import ConfigError
 from vatt_jax.search.window_features import Features
 
 DATABASE = 'index.sqlite'
+# Seconds to wait for another process that writes.
+TIMEOUT = 10.0
 # Raised when the tables below change.
 VERSION = 1
 TABLES = """
@@ -96,7 +98,7 @@ class Index:
         try:
             if create:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._connection = sqlite3.connect(path)
+                self._connection = sqlite3.connect(path, timeout=TIMEOUT)
                 self._connection.execute('PRAGMA foreign_keys = ON')
                 self._connection.executescript(TABLES)
             else:

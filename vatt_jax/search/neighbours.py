@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 from jaxtyping import Float, Int
 
-from vatt_jax.config import ConfigError
+from vatt_jax import extras
 
 
 class Exact:
@@ -41,17 +41,13 @@ class Approximate:
         path: where the graph is kept; read if it is there. None keeps none.
 
     Raises:
-        ConfigError: USearch is not installed.
+        MissingExtra: USearch is not installed.
     """
 
     def __init__(self, vectors: Float[np.ndarray, 'N E'], path: pathlib.Path | None = None):
-        try:
+        with extras.needed('search', '--approximate'):
             from usearch.index import Index
-        except ImportError as error:
-            raise ConfigError(
-                f'--approximate needs the package usearch ({error}); install the search extra, or '
-                'leave the flag out for an exact search'
-            ) from error
+
         self._graph = Index(ndim=vectors.shape[1], metric='cos', dtype='f32')
         if path is not None and path.exists():
             self._graph.load(os.fspath(path))

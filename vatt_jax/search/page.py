@@ -6,22 +6,29 @@ but files of the index that lie in the indexed folder.
 
 from __future__ import annotations
 
+import collections
 import io
+import itertools
 import os
 import pathlib
 import tempfile
 import threading
 from typing import Any
 
+from vatt_jax import extras
 from vatt_jax.config import ConfigError
 from vatt_jax.search.index import Window
 from vatt_jax.search.searcher import Hit, Searcher
+from vatt_jax.terminal import printable
 
 HOST = '127.0.0.1'
 # Bytes of an uploaded query.
 LARGEST_UPLOAD = 1 << 30
 # Short side of a thumbnail, in pixels.
 THUMBNAIL = 180
+# Files shorter than so many seconds are read from their beginning, at this rate.
+SHORT = 3.0
+THUMBNAIL_FPS = 4.0
 # Kinds that browsers play. Others are offered as a download.
 KINDS = {
     '.mp4': 'video/mp4',
@@ -50,7 +57,7 @@ def make_app(searcher: Searcher) -> Any:
         searcher: what answers.
 
     Raises:
-        ConfigError: Flask is not installed.
+        MissingExtra: Flask is not installed.
     """
     flask = _flask()
     app = flask.Flask(__name__)
@@ -82,6 +89,8 @@ def make_app(searcher: Searcher) -> Any:
             elif query:
                 with lock:
                     hits = searcher.search(text=query, against=against, count=12)
+                if not searcher.knows(query):
+                    message = 'The model knows none of these words, so the hits mean nothing.'
             elif flask.request.method == 'POST':
                 message = 'Enter a sentence or choose a file.'
         except ConfigError as error:
@@ -132,7 +141,7 @@ def serve(searcher: Searcher, port: int) -> None:
         port: of 127.0.0.1; 0: any that is free.
 
     Raises:
-        ConfigError: Flask is not installed, or the port is in use.
+        ConfigError: the port is in use, or Flask is not installed.
     """
     app = make_app(searcher)
     from werkzeug.serving import make_server
@@ -154,13 +163,8 @@ def serve(searcher: Searcher, port: int) -> None:
 
 
 def _flask() -> Any:
-    try:
+    with extras.needed('search', 'run.py --mode=search --serve'):
         import flask
-    except ImportError as error:
-        raise ConfigError(
-            f'--serve needs the package flask ({error}); install the search extra, or ask with '
-            '--query on the command line'
-        ) from error
     return flask
 
 
@@ -199,10 +203,9 @@ def _describe(searcher: Searcher, hit: Hit) -> dict[str, Any]:
     """What the template shows of an answer."""
     window = hit.window
     suffix = window.path.suffix.lower()
-    name = os.fsencode(window.path).decode('utf-8', 'backslashreplace')
     return {
         'id': window.id,
-        'name': name,
+        'name': printable(str(window.path)),
         'start': _clock(window.start),
         'end': _clock(window.end),
         'fragment': f't={window.start:.1f},{window.end:.1f}',
@@ -237,8 +240,16 @@ def _thumbnail(path: pathlib.Path, window: Window) -> bytes | None:
 
     middle = (window.start + window.end) / 2
     try:
-        frames = media.read(path, 1.0, THUMBNAIL, rate=0, part=(middle, middle + 1)).frames
-        frame = next(iter(frames or ()), None)
+        length = media.duration(path, 'video')
+        if length is None or length < SHORT:
+            # The reader takes no part of a file that is hardly longer than the part.
+            frames = media.read(path, THUMBNAIL_FPS, THUMBNAIL, rate=0).frames
+            number = int(middle * THUMBNAIL_FPS)
+        else:
+            frames = media.read(path, 1.0, THUMBNAIL, rate=0, part=(middle, middle + 1)).frames
+            number = 0
+        # The last one that there is, where the window is longer than the pictures.
+        shown = collections.deque(itertools.islice(frames or (), number + 1), maxlen=1)
     except (media.MediaError, OSError):
         return None
-    return None if frame is None else media.encode_jpeg(frame, 80)
+    return media.encode_jpeg(shown[0], 80) if shown else None

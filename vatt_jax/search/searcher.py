@@ -11,6 +11,7 @@ import numpy as np
 
 from vatt_jax import api
 from vatt_jax.config import ConfigError
+from vatt_jax.inputs import tokenizer
 from vatt_jax.search.index import Index, Window
 from vatt_jax.search.neighbours import Approximate, Exact
 from vatt_jax.search.window_features import WindowFeatures
@@ -75,6 +76,15 @@ class Searcher:
     def takes_text(self) -> bool:
         """Whether the model embeds sentences."""
         return 'text' in self.features.model.modalities
+
+    def knows(self, sentence: str) -> bool:
+        """Whether the model knows any word of a sentence; all others have one embedding."""
+        model = self.features.model
+        if model.tokenizer is None:
+            return True
+        numbers = model.tokenizer.encode([sentence], model.inputs['text']['words'])
+        unknown = getattr(model.tokenizer, 'unknown', tokenizer.UNKNOWN)
+        return bool(np.any((numbers != tokenizer.PAD) & (numbers != unknown)))
 
     def search(
         self,

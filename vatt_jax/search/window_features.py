@@ -162,7 +162,10 @@ class WindowFeatures:
 
 def _searchable(embedded: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The unit embeddings of common spaces; of a model without any, the pooled features."""
-    spaces = {name: vectors for name, vectors in embedded.items() if name != 'pooled'}
+    # `valid` tells which rows are of nothing; there are none here.
+    spaces = {
+        name: vectors for name, vectors in embedded.items() if name not in ('pooled', 'valid')
+    }
     return spaces or {'pooled': _unit(embedded['pooled'])}
 
 
