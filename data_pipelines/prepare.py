@@ -316,6 +316,13 @@ def _check_sources(videos: str, captions: str, annotations: str, out: str, datas
             f'--dataset={dataset} brings its own captions and annotations; '
             'leave --captions and --annotations out'
         )
+    try:
+        str(pathlib.Path(out).resolve()).encode()
+    except UnicodeEncodeError:
+        # Before anything is decoded: the library that writes the records would fail at the end.
+        raise DataError(
+            f'--out={out}: expected a path that is UTF-8 in this locale; name another folder'
+        ) from None
 
 
 # ---- Earlier runs into the same folder.

@@ -114,6 +114,14 @@ def test_ids_do_not_depend_on_the_locale(folder):
         file_id.encode()  # raises for what no record can store
 
 
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(tmp_path, folder, capsys):
+    out = tmp_path / 'caf\udce9'
+    assert main([f'--videos={folder}', f'--out={out}']) == 2
+    error = capsys.readouterr().err
+    assert 'caf\\xe9: expected a path that is UTF-8' in error and error.count('\n') == 1
+    assert not out.exists()
+
+
 def test_pipes_are_no_media(tmp_path):
     os.mkfifo(tmp_path / 'a.mp4')
     with pytest.raises(DataError, match='no media file below'):
