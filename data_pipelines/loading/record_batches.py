@@ -215,8 +215,8 @@ class RecordBatches(Iterator):
                 decoded = tf.switch_case(row['format'], decoders)
             else:
                 decoded = decoders[0]()
-            # With as many entries as frames they are in order already, and copying would cost as
-            # much as some decoding.
+            # With as many entries as frames, entry i is frame i. Gathering would only copy them, at
+            # the cost of some decoding.
             each_shown_once = tf.size(entry_packets) == clip_shape[0] * clip_shape[1]
             frames = tf.cond(
                 each_shown_once,
