@@ -87,8 +87,8 @@ class Side(NamedTuple):
     Attributes:
       data: [rows E].
       valid: bool [rows]; None: all are valid.
-      excluded_ids: int32 [rows]. Pairs equal in it are left out; None: none is.
-      positive_ids: int32 [rows]. Pairs equal in it are positives; None: there are none.
+      excluded_ids: int32 [rows]. A row and a key of equal ids are left out; None: no pair is.
+      positive_ids: int32 [rows]. A row and a key of equal ids are positives; None: no pair is.
     """
 
     data: jax.Array
@@ -194,8 +194,9 @@ def log_sum_exp(
       scale: [], what products are multiplied by.
       x_valid: bool [m]. The sums of rows that are not valid themselves mean nothing.
       y_valid: bool [n]. Likewise of columns.
-      apart: Pair of int32 arrays ([m], [n]). Pairs (i, j) equal in it are left out.
-      own: Pair of int32 arrays ([m], [n]). Pairs (i, j) equal in it are positives.
+      apart: int32 ids of the rows [m] and of the keys [n]. Where those of i and j are equal, the
+        pair is left out.
+      own: Likewise; where the ids of i and j are equal, the pair is positive.
       columns: Whether columns are summed too.
       stop_gradient: y gets no gradient, and none is computed.
       how: Method, block size and dtype.
