@@ -67,7 +67,14 @@ class ReadRequest:
 
 @dataclasses.dataclass(frozen=True)
 class RecordTimes:
-    """What the index says of the records of a batch: seconds, counts, and fps of stored frames."""
+    """What the index says of the records of a batch.
+
+    Attributes:
+      duration: in seconds.
+      frames: how many are stored.
+      samples: how many are stored.
+      fps: stored frames per second.
+    """
 
     duration: Float[np.ndarray, ' B']
     frames: Int[np.ndarray, ' B']

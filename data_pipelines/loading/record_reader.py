@@ -179,7 +179,7 @@ class RecordReader:
         total = request.total_samples
         # Where the windows of the audio views begin; none for a record without sound.
         first_samples: list[int] = []
-        seconds: list[int] = []
+        sound_pieces: list[int] = []  # numbers of the stored seconds to read
         if request.first_samples is not None and total:
             num_samples = self._planner.inputs['audio']['samples']
             first_samples = [int(first) for first in request.first_samples]
@@ -188,14 +188,14 @@ class RecordReader:
             needed: set[int] = set()
             for first in first_samples:
                 needed.update(sample_windows.seconds(first, num_samples, total, rate))
-            seconds = sorted(needed)
+            sound_pieces = sorted(needed)
 
-        contents.packets, sound = split.clip(record, packet_numbers, seconds)
+        contents.packets, sound = split.clip(record, packet_numbers, sound_pieces)
         if first_samples:
             is_dmvr = split.prepared.format['kind'] == 'dmvr'
             # DMVR records hold float32 samples in [-1, 1], ours int16.
             dtype = '<f4' if is_dmvr else '<i2'
-            pieces = {s: np.frombuffer(raw, dtype) for s, raw in zip(seconds, sound)}
+            pieces = {s: np.frombuffer(raw, dtype) for s, raw in zip(sound_pieces, sound)}
             windows = []
             for first in first_samples:
                 window = sample_windows.window(pieces, first, num_samples, total, rate)

@@ -354,10 +354,11 @@ def _forward(
     keys = gather_keys(layout, y)
     # Keys before they are padded to whole blocks.
     num_keys = len(keys.data)
-    x, keys = split_blocks(x, layout.tile[0]), split_blocks(keys, layout.tile[1])
-    num_blocks, block_rows = x.data.shape[:2]
+    rows = split_blocks(x, layout.tile[0])  # [row_blocks t …]
+    keys = split_blocks(keys, layout.tile[1])  # [key_blocks u …]
+    num_blocks, block_rows = rows.data.shape[:2]
 
-    has_positive_sums = task.kind == 'softmax' and x.positive_ids is not None
+    has_positive_sums = task.kind == 'softmax' and rows.positive_ids is not None
     row_sums = RowSums(
         all_pairs=_empty_sums((num_blocks, block_rows), accumulate),
         positives=_empty_sums((num_blocks, block_rows), accumulate) if has_positive_sums else None,
@@ -366,16 +367,18 @@ def _forward(
     scores = jnp.zeros((num_blocks, *layout.tile), accumulate) if layout.store_scores else None
     columns = _empty_sums(keys.data.shape[1:2], accumulate) if task.columns else None
 
-    def visit_keys(row_sums: RowSums, key: Side, key_sums: KeySums) -> tuple[RowSums, KeySums]:
+    def visit_keys(
+        row_sums: RowSums, key_block: Side, key_sums: KeySums
+    ) -> tuple[RowSums, KeySums]:
         def visit_block(i: Any, carry: tuple[RowSums, KeySums]) -> tuple[RowSums, KeySums]:
             row_sums, key_sums = carry
-            row = get_block(x, i)
-            s = _scores(row, key, scale, bias)
+            row_block = get_block(rows, i)
+            s = _scores(row_block, key_block, scale, bias)  # [t u]
             if layout.store_scores:
                 key_sums = key_sums._replace(scores=set_block(key_sums.scores, s, i))
             if task.kind == 'sigmoid':
-                return _add_logistic_losses(row_sums, i, s, _masks(row, key)), key_sums
-            return _add_exp_sums(row_sums, key_sums, i, s, _masks(row, key))
+                return _add_logistic_losses(row_sums, i, s, _masks(row_block, key_block)), key_sums
+            return _add_exp_sums(row_sums, key_sums, i, s, _masks(row_block, key_block))
 
         return loop_over_rows(num_blocks, visit_block, (row_sums, key_sums))
 
