@@ -67,7 +67,14 @@ class ReadRequest:
 
 @dataclasses.dataclass(frozen=True)
 class RecordTimes:
-    """What the index says of the records of a batch: seconds, counts, and fps of stored frames."""
+    """What the index says of the records of a batch.
+
+    Attributes:
+      duration: in seconds.
+      frames: how many are stored.
+      samples: how many are stored.
+      fps: stored frames per second.
+    """
 
     duration: Float[np.ndarray, ' B']
     frames: Int[np.ndarray, ' B']
@@ -114,7 +121,7 @@ class BatchPlanner:
         self.splits = splits
         self.video_views = [view for view in request.views if view.modality == 'video']
         self.audio_views = [view for view in request.views if view.modality == 'audio']
-        self._source = source
+        self._data = source
         self._tokenizer = tokenizer
         self._label_classes = label_classes
         # [B K L] of one K in all batches and on all hosts; 0 where there are no captions.
@@ -142,8 +149,8 @@ class BatchPlanner:
         else:
             self.height = self.width = splits[0].prepared.meta['size']
 
-        # Video goes to the training step as the decoder leaves it, which converts and doubles the
-        # colour planes; other passes need RGB.
+        # In training, video leaves the host as the decoder makes it: the training step converts it
+        # to RGB and doubles the colour planes. Other passes need RGB from the host.
         # Planes are 1.5 bytes per pixel, RGB is 3: half the memory traffic and half the transfer
         # to the device. A square is cut by slicing [H W 3], which does not work on stacked planes.
         is_training = request.split == 'train' and not request.segments
@@ -180,14 +187,14 @@ class BatchPlanner:
         Returns:
           The batch without the data of video and audio, and what to read for those.
         """
-        # From here on `rows` counts records; `segment` keeps what the caller counted, for
-        # batch['index']. In a pass over records the two are the same.
-        segment = rows.index
+        # The caller counts segments or records, as the request says, and batch['index'] reports
+        # that count. From here on `rows` counts records.
+        example = rows.index
         if self.request.segments:
             begin = self._gather(rows, lambda split: split.index.segment_start, np.float64)
             end = self._gather(rows, lambda split: split.index.segment_end, np.float64)
             rows = dataclasses.replace(rows, index=self.record_numbers(rows))
-        # [M] One rate for each dataset: `prepare` resamples all its videos to it.
+        # [sources] One rate for each dataset: `prepare` resamples all its videos to it.
         stored_fps = np.array([split.prepared.meta['fps'] for split in self.splits])
         times = RecordTimes(
             duration=self._gather(rows, lambda split: split.index.duration, np.float64),
@@ -202,32 +209,33 @@ class BatchPlanner:
         # which is what makes them a positive pair.
         starts = view_rules.starts(
             self.request.views,
-            self._source.window,
+            self._data.window,
             times.duration,
             # Random numbers of each row, keyed by its position in the stream, not by a generator's
             # state: any batch can be planned alone, so resuming needs no replay.
-            self._source.draws(self.request, rows),
+            self._data.draws(self.request, rows),
             (begin, end) if self.request.centred else None,
             1.0 / times.fps,
         )
 
         batch: dict[str, Any] = {
-            'index': segment.astype(np.int32),
+            'index': example.astype(np.int32),
             'source': rows.source.astype(np.int32),
             'position': rows.position,
             'valid': rows.valid.copy(),
         }
         for view in self.request.views:
-            # 'data' of video and audio is filled in by the reader.
+            # 'data' of video and audio is filled in by RecordBatches, once it is read and decoded.
             batch[view.stream] = self._stream(rows, view, starts[view.suffix], times)
         if self._num_captions:
-            batch['text.caption'] = self._caption_stream(rows, segment, begin)
+            # Only where the examples are segments.
+            batch['text.caption'] = self._caption_stream(rows, example, begin)
         if self.request.segments:
-            labelling_segment = segment
+            labelling_segment = example
         else:
             # A training window has the label of what happens in its middle. The suffix '' is the
             # main window.
-            middle = starts[''] + self._source.window / 2
+            middle = starts[''] + self._data.window / 2
             labelling_segment = self._segment_at(rows, middle)
         batch['labels'] = self._labels(rows, labelling_segment)
         return batch, self._read_request(rows, starts, times)
@@ -258,7 +266,7 @@ class BatchPlanner:
             # All rows have one frame shape by now, either stored that way or cut to squares.
             height = np.full(len(rows.index), self.height)
             width = np.full(len(rows.index), self.width)
-            stream['box'], stream['flip'] = self._source.crops(
+            stream['box'], stream['flip'] = self._data.crops(
                 self.request, rows, view, height, width
             )
         return stream
@@ -279,7 +287,7 @@ class BatchPlanner:
                 index.sentence_start[first:last],
                 index.sentence_end[first:last],
                 start,
-                self._source.window,
+                self._data.window,
                 num_candidates,
             )
             sentences.append([index.sentence_text[first + i] for i in nearest])
@@ -392,7 +400,7 @@ class BatchPlanner:
         row_fraction = np.full(len(rows.index), 0.5)
         if self.request.augment:
             site = f'{self.request.site}/square'
-            seed = self._source.config.seed
+            seed = self._data.config.seed
             # Its own site in the key makes this draw independent of those for windows and crops.
             row_fraction = order.uniform(seed, rows.position, site, 1)[:, 0]
         fractions = []

@@ -78,9 +78,15 @@ class Data:
         raise NotImplementedError
 
     def _batches(
-        self, request: Request, rows: Callable[[int], Rows], number: int | None
+        self, request: Request, rows_of_batch: Callable[[int], Rows], num_batches: int | None
     ) -> Iterator[dict[str, Any]]:
-        """Batches 0, 1, … (`number` of them, None: endless), batch i of rows(i)."""
+        """Host batches 0, 1, … (`num_batches` of them; None: endless).
+
+        Args:
+          request: how rows become a batch.
+          rows_of_batch: number of a batch -> its examples.
+          num_batches: batches until the end.
+        """
         raise NotImplementedError
 
     # ---- the contract
@@ -130,13 +136,16 @@ class Data:
         sources = self._sources('train', 'records')
         if columns:
             sources = _with_sampling(sources, columns)
-        # `consumed` is also where batches begin: with another batch size they start anew there.
+        # A batch holds exact counts of the sources that have a `share`, so the order must know
+        # where batches begin: at `consumed`, which need not be a multiple of the batch size.
         stream = order.Order(sources, self.config.seed, batch_size, consumed)
         order.host_rows(batch_size, process)  # raises here, not in the first batch
 
-        def rows(step: int) -> Rows:
+        # Counted from `consumed` on: number 0 is the first batch of this iterator, whatever the
+        # training step.
+        def rows_of_batch(number: int) -> Rows:
             # [B], this host's rows alone.
-            positions = order.train_positions(step, consumed, batch_size, process)
+            positions = order.train_positions(number, consumed, batch_size, process)
             source, index, _ = stream.rows(positions)
             # Endless, so no row is padding.
             return Rows(positions, source, index, np.ones(len(positions), bool))
@@ -149,7 +158,7 @@ class Data:
             augment=True,
             site='train',
         )
-        batches = self._batches(request, rows, None)
+        batches = self._batches(request, rows_of_batch, None)
         if self.config.data.mismatch:
             return _mismatched(batches, tuple(self.config.data.mismatch))
         return batches
@@ -186,13 +195,13 @@ class Data:
             total = min(total, limit)
         order.host_rows(batch_size, process)  # raises here, not in the first batch
 
-        def rows(step: int) -> Rows:
-            positions, valid = order.one_pass(step, total, batch_size, process)
-            # Padding points at the first example, so that every number is in range.
-            number = np.where(valid, positions, 0)
+        def rows_of_batch(number: int) -> Rows:
+            positions, valid = order.one_pass(number, total, batch_size, process)
+            # Padding points at the first example, so that every lookup is in range.
+            examples = np.where(valid, positions, 0)
             # The last source that begins at or before the example; 'right' passes over empty ones.
-            source = (np.searchsorted(begins, number, side='right') - 1).astype(np.int32)
-            index = np.where(valid, number - begins[source], 0)
+            source = (np.searchsorted(begins, examples, side='right') - 1).astype(np.int32)
+            index = np.where(valid, examples - begins[source], 0)
             return Rows(positions, source, index, valid)
 
         if views is None:
@@ -206,7 +215,7 @@ class Data:
             # By another name each pass draws anew; the same name gives the same crops again.
             site=f'pass/{split}/{draw}' if draw else f'pass/{split}',
         )
-        return self._batches(request, rows, order.one_pass_batches(total, batch_size))
+        return self._batches(request, rows_of_batch, order.one_pass_batches(total, batch_size))
 
     # ---- draws and boxes, the same for every source
     def draws(self, request: Request, rows: Rows) -> Callable[[str], np.ndarray]:

@@ -87,9 +87,9 @@ def frame_numbers(
     positions = times * np.reshape(stored_fps, (-1, 1))  # in stored frames
     # Not np.rint, which rounds halves to even: up and down in turn.
     nearest = np.floor(positions + 0.5).astype(np.int64)
-    num_frames = np.maximum(frames, 1)[:, None]  # frames may be 0
-    # A moment less than half a frame before the record's end is nearest to the frame behind it,
-    # which is there only where the record is repeated.
+    num_frames = np.maximum(frames, 1)[:, None]  # [B 1]; a record without video has 0
+    # The last half frame of a record rounds up to a frame that is not stored. Where the window ends
+    # inside its record that is the last frame; where the record is repeated, its first.
     is_inside = positions[:, -1:] < num_frames - _STEP_TOLERANCE
     nearest = np.where(is_inside, np.minimum(nearest, num_frames - 1), nearest)
     return (nearest % num_frames).astype(np.int32)  # [B T]

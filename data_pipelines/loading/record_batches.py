@@ -54,7 +54,7 @@ class RecordBatches(Iterator):
         self.closed = False
         self._planner = planner
         self._reader = reader
-        self._rows = rows
+        self._rows_of_batch = rows
         # Batches that are planned and read, until their frames are decoded. Only the frames travel
         # through the graph.
         self._planned: dict[int, dict[str, Any]] = {}
@@ -82,7 +82,7 @@ class RecordBatches(Iterator):
                 'prepare the data again with --overwrite'
             ) from e
         # All rows of a batch carry its number through unbatch and batch.
-        batch = self._planned.pop(int(arrays['step'][0]))
+        batch = self._planned.pop(int(arrays['batch_number'][0]))
         if self._planner.video_views:
             # Not .numpy(), which copies.
             frames = np.asarray(memoryview(arrays['video']))  # [B views T ...]
@@ -98,7 +98,7 @@ class RecordBatches(Iterator):
         self._planned.clear()
 
     # ---- the dataset
-    def _dataset(self, number: int | None, data_config: ConfigDict) -> tf.data.Dataset:
+    def _dataset(self, num_batches: int | None, data_config: ConfigDict) -> tf.data.Dataset:
         options = tf.data.Options()
         # Order must not depend on thread timing, or a resumed run would see other batches.
         options.deterministic = True
@@ -107,7 +107,8 @@ class RecordBatches(Iterator):
         # One more than decode, for the thread that plans and reads.
         options.threading.private_threadpool_size = max(2, data_config.threads + 1)
 
-        num_batches = np.iinfo(np.int64).max if number is None else number
+        if num_batches is None:
+            num_batches = np.iinfo(np.int64).max  # endless
         # No num_parallel_calls: one batch at a time is planned and read. Decoding, the slow part,
         # is parallel below.
         batches = tf.data.Dataset.range(num_batches).map(self._fetch_tensors)
@@ -121,16 +122,16 @@ class RecordBatches(Iterator):
                 deterministic=True,
             )
             # Every batch has this many rows, the last of a pass too (padding), so none is dropped.
-            batch_size = len(self._rows(0).index)
+            batch_size = len(self._rows_of_batch(0).index)
             batches = rows.batch(batch_size, drop_remainder=True)
         return batches.prefetch(max(1, data_config.prefetch)).with_options(options)
 
     # Nothing here has Python branches on tensors for AutoGraph to rewrite.
     @tf.autograph.experimental.do_not_convert
-    def _fetch_tensors(self, step: tf.Tensor) -> dict[str, tf.Tensor]:
+    def _fetch_tensors(self, number: tf.Tensor) -> dict[str, tf.Tensor]:
         # (name, type, shape) of the arrays of `_fetch`, one row a line; a None is a size that only
         # the batch knows.
-        columns: list[tuple[str, tf.DType, list[int | None]]] = [('step', tf.int64, [None])]
+        columns: list[tuple[str, tf.DType, list[int | None]]] = [('batch_number', tf.int64, [None])]
         if self._planner.video_views:
             columns += [
                 ('format', tf.int32, [None]),
@@ -139,27 +140,27 @@ class RecordBatches(Iterator):
                 ('entry_corners', tf.int32, [None, None, 2]),
                 ('frame_entries', tf.int32, [None, self._planner.frames_per_row]),
             ]
-        arrays = tf.numpy_function(self._fetch, [step], [dtype for _, dtype, _ in columns])
+        arrays = tf.numpy_function(self._fetch, [number], [dtype for _, dtype, _ in columns])
         tensors = {}
         for (name, _, shape), array in zip(columns, arrays):
             # numpy_function loses all static shapes, which unbatch and map_fn need.
             tensors[name] = tf.ensure_shape(array, shape)
         return tensors
 
-    def _fetch(self, step: np.ndarray | np.integer) -> list[np.ndarray]:
+    def _fetch(self, number: np.ndarray | np.integer) -> list[np.ndarray]:
         """Plan a batch and read its rows; return what TensorFlow needs to decode the frames."""
         if self.closed:
             raise RuntimeError('closed')
         try:
-            rows = self._rows(int(step))
+            rows = self._rows_of_batch(int(number))
             batch, request = self._planner.plan(rows)
             contents = self._reader.read(rows, batch, request)
             for i, view in enumerate(self._planner.audio_views):
                 # [B S]; contents.audio is [views S], one row a view.
                 sound = np.stack([row.audio[i] for row in contents if row.audio is not None])
                 batch[view.stream]['data'] = sound[:, ::-1] if view.kind == 'reverse' else sound
-            self._planned[int(step)] = batch
-            arrays = [np.full(len(contents), step)]
+            self._planned[int(number)] = batch
+            arrays = [np.full(len(contents), number)]  # of the batch, on every row
             if self._planner.video_views:
                 arrays += _frame_arrays(contents, request)
             return arrays
@@ -214,8 +215,8 @@ class RecordBatches(Iterator):
                 decoded = tf.switch_case(row['format'], decoders)
             else:
                 decoded = decoders[0]()
-            # With as many entries as frames they are in order already, and copying would cost as
-            # much as some decoding.
+            # With as many entries as frames, entry i is frame i. Gathering would only copy them, at
+            # the cost of some decoding.
             each_shown_once = tf.size(entry_packets) == clip_shape[0] * clip_shape[1]
             frames = tf.cond(
                 each_shown_once,
@@ -226,11 +227,11 @@ class RecordBatches(Iterator):
 
         has_frames = tf.size(entry_packets) > 0
         clip = tf.cond(has_frames, decode_clip, lambda: tf.zeros(clip_shape, tf.uint8))
-        return {'step': row['step'], 'video': clip}
+        return {'batch_number': row['batch_number'], 'video': clip}
 
 
 def _frame_arrays(contents: list[RowContents], request: ReadRequest) -> list[np.ndarray]:
-    """The columns of `_fetch_tensors` behind the step, rows filled up to the longest one.
+    """The columns of `_fetch_tensors` after the first, rows filled up to the longest one.
 
     Packets are filled up with b'' and entries with packet -1.
     """

@@ -86,8 +86,16 @@ class ReadProblems:
 class RowContents:
     """What was read of one row.
 
-    Overlapping views ask for the same frames, so a row has entries: the different frames (and cuts
-    of frames) it needs.
+    Overlapping views ask for the same frames, and each frame is to be decoded once. Three lists say
+    how: stored packets are decoded into entries (the different frames, or squares of frames), and
+    each frame that is shown is one of the entries. Two views of two frames each, of JPEGs 4 and 5
+    and of 5 and 6:
+
+        packets        [JPEG 4, JPEG 5, JPEG 6]
+        entry_packets  [0, 1, 2]
+        frame_entries  [0, 1, 1, 2]
+
+    With H.264 there are more packets than entries: those that a frame is predicted from.
 
     Attributes:
       packets: the stored frames that must be decoded, in record order.
@@ -157,7 +165,8 @@ class RecordReader:
         if self._planner.audio_views:
             num_samples = self._planner.inputs['audio']['samples']
             audio = np.zeros((len(self._planner.audio_views), num_samples), np.int16)
-        # Entry 0 for every frame is never looked up: a row without entries decodes to zeros.
+        # frame_entries must have its length for the batch to be an array. Its zeros are never
+        # looked up: a row without entries decodes to zeros.
         return RowContents([], [], [], [0] * self._planner.frames_per_row, audio)
 
     def _read_row(self, split: Split, record: int, request: RowRequest) -> RowContents:
@@ -170,7 +179,7 @@ class RecordReader:
         total = request.total_samples
         # Where the windows of the audio views begin; none for a record without sound.
         first_samples: list[int] = []
-        seconds: list[int] = []
+        sound_pieces: list[int] = []  # numbers of the stored seconds to read
         if request.first_samples is not None and total:
             num_samples = self._planner.inputs['audio']['samples']
             first_samples = [int(first) for first in request.first_samples]
@@ -179,19 +188,19 @@ class RecordReader:
             needed: set[int] = set()
             for first in first_samples:
                 needed.update(sample_windows.seconds(first, num_samples, total, rate))
-            seconds = sorted(needed)
+            sound_pieces = sorted(needed)
 
-        contents.packets, sound = split.clip(record, packet_numbers, seconds)
+        contents.packets, sound = split.clip(record, packet_numbers, sound_pieces)
         if first_samples:
             is_dmvr = split.prepared.format['kind'] == 'dmvr'
             # DMVR records hold float32 samples in [-1, 1], ours int16.
             dtype = '<f4' if is_dmvr else '<i2'
-            pieces = {s: np.frombuffer(raw, dtype) for s, raw in zip(seconds, sound)}
-            clips = []
+            pieces = {s: np.frombuffer(raw, dtype) for s, raw in zip(sound_pieces, sound)}
+            windows = []
             for first in first_samples:
-                clip = sample_windows.window(pieces, first, num_samples, total, rate)
-                clips.append(sample_windows.to_int16(clip))
-            contents.audio = np.stack(clips)  # [views S]
+                window = sample_windows.window(pieces, first, num_samples, total, rate)
+                windows.append(sample_windows.to_int16(window))
+            contents.audio = np.stack(windows)  # [views S]
         return contents
 
 

@@ -98,7 +98,7 @@ class Records(Data):
                 # Nothing on disk changes.
                 weights = few_labels(source.split, label, per_class, config.seed)
                 self._few_labels[source.name] = weights
-        # By split name, for evaluation passes; `_parts` adds the ones that are opened later.
+        # By split name, for evaluation passes; `_splits_of_pass` adds those that are opened later.
         self._splits = self._splits_of_mixture()
 
         # One tokenizer encodes all sources, since the embedding table has one vocabulary.
@@ -159,8 +159,8 @@ class Records(Data):
     def _is_mixture(self, split: str, by: str) -> bool:
         return split == 'train' and by == 'records' and bool(self._mixture)
 
-    def _parts(self, split: str, by: str) -> list[Split]:
-        """The datasets that a pass over a split reads; none if the split does not exist."""
+    def _splits_of_pass(self, split: str, by: str) -> list[Split]:
+        """The split of each source that a pass or training reads; none if it does not exist."""
         # By segments, `train` means the train split of the evaluation dataset, in order and each
         # segment once, whatever the weights of the mixture.
         if self._is_mixture(split, by):
@@ -186,10 +186,10 @@ class Records(Data):
                     )
                 )
             return sources
-        # A pass over the evaluation dataset: one part, no weights, each example once.
-        for part in self._parts(split, by):
-            size = len(part) if by == 'records' else len(part.index.segment_record)
-            sources.append(order.Source(size, name=part.name))
+        # A pass over the evaluation dataset: one split, no weights, each example once.
+        for opened in self._splits_of_pass(split, by):
+            size = len(opened) if by == 'records' else len(opened.index.segment_record)
+            sources.append(order.Source(size, name=opened.name))
         return sources
 
     def texts(self, split: str, by: str = 'segments') -> list[dict[str, Any]]:
@@ -199,8 +199,8 @@ class Records(Data):
           {'id', 'start', 'end', 'caption', 'sentences', 'ground_truth'} of each.
         """
         texts: list[dict[str, Any]] = []
-        for part in self._parts(split, by):
-            index = part.index
+        for opened in self._splits_of_pass(split, by):
+            index = opened.index
             if by == 'records':
                 # In the order of the pass: entry `index` belongs to the row with that number in
                 # batch['index'].
@@ -211,9 +211,9 @@ class Records(Data):
         return texts
 
     def _batches(
-        self, request: Request, rows: Callable[[int], Rows], number: int | None
+        self, request: Request, rows_of_batch: Callable[[int], Rows], num_batches: int | None
     ) -> Iterator[dict[str, Any]]:
-        splits = self._parts(request.split, 'segments' if request.segments else 'records')
+        splits = self._splits_of_pass(request.split, 'segments' if request.segments else 'records')
         if not splits:
             raise DataError(
                 f'{self._evaluated.path} has no split {request.split!r}; it has '
@@ -223,7 +223,9 @@ class Records(Data):
         # A planner for each request: it depends on the views, which differ between passes.
         planner = BatchPlanner(self, self.tokenizer, self._label_classes, request, splits)
         reader = RecordReader(planner, self._problems)
-        iterator = RecordBatches(planner, reader, rows, number, self.config.data)
+        # It calls the three in turn for each batch: rows_of_batch, then planner.plan, then
+        # reader.read; the frames that were read it decodes itself.
+        iterator = RecordBatches(planner, reader, rows_of_batch, num_batches, self.config.data)
         self._iterators.add(iterator)
         return iterator
 

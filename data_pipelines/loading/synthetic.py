@@ -105,10 +105,10 @@ class Synthetic(Data):
         return texts
 
     def _batches(
-        self, request: Request, rows: Callable[[int], Rows], number: int | None
+        self, request: Request, rows_of_batch: Callable[[int], Rows], num_batches: int | None
     ) -> Iterator[dict[str, Any]]:
-        steps = itertools.count() if number is None else range(number)
-        return (self._make(request, rows(step)) for step in steps)
+        numbers = itertools.count() if num_batches is None else range(num_batches)
+        return (self._make(request, rows_of_batch(number)) for number in numbers)
 
     def _make(self, request: Request, rows: Rows) -> dict[str, Any]:
         """One batch."""
@@ -446,15 +446,15 @@ class Npz(Data):
         ]
 
     def _batches(
-        self, request: Request, rows: Callable[[int], Rows], number: int | None
+        self, request: Request, rows_of_batch: Callable[[int], Rows], num_batches: int | None
     ) -> Iterator[dict[str, Any]]:
         # Here, not in `_make`: the error comes when the pass is made. One of no batches needs
         # nothing of the file.
-        if number != 0:
+        if num_batches != 0:
             for view in request.views:
                 self._check_stored(request.split, view)
-        steps = itertools.count() if number is None else range(number)
-        return (self._make(request, rows(step)) for step in steps)
+        numbers = itertools.count() if num_batches is None else range(num_batches)
+        return (self._make(request, rows_of_batch(number)) for number in numbers)
 
     def _check_stored(self, split: str, view: view_rules.View) -> None:
         """Raise DataError for a view that the file neither holds nor gives by reversing."""

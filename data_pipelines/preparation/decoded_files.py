@@ -53,7 +53,7 @@ class Settings:
     crf: int = 0
 
     def words(self) -> list[float]:
-        """All that decides what comes out, as a list for keys of files and runs."""
+        """The values of all fields that decide what comes out, for keys of files and runs."""
         values = list(dataclasses.astuple(self))
         # Without crf where frames are JPEG: keys from before H.264 could be stored remain valid.
         return values if self.crf else values[:-1]
@@ -81,12 +81,12 @@ class File:
         """A hash of everything that the staged file depends on; it is the name of that file."""
         # Size and time of change stand for the contents: hashing a large collection would take as
         # long as reading it. `path` is left out, so that the folder may move.
-        words = [_VERSION, self.id, self.bytes, self.modified, *settings.words()]
-        # Only then, so that the keys of whole files do not change.
+        hashed = [_VERSION, self.id, self.bytes, self.modified, *settings.words()]
+        # Nothing for a whole file: keys from before files could have parts remain valid.
         if self.part != media.WHOLE:
-            words += self.part
+            hashed += self.part
         # 32 hexadecimal digits are 128 bits: enough against collisions among billions of files.
-        return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(hashed).encode()).hexdigest()[:32]
 
 
 def staged_path(staging: pathlib.Path, file: File, settings: Settings) -> pathlib.Path:
@@ -107,19 +107,20 @@ def stage_file(file: File, settings: Settings, target: str) -> None:
         target: path of the staged file.
     """
     try:
-        header, parts = _decode(file, settings)
+        header, payload = _decode(file, settings)
     except Exception as error:  # whatever one file does to a decoder, the others go on
         if isinstance(error, media.MediaError):
             reason = error.reason
         else:
             reason = f'{type(error).__name__}: {error}'
-        header, parts = {'id': file.id, 'skipped': reason}, [b'']
-    write(target, header, parts)
+        header, payload = {'id': file.id, 'skipped': reason}, [b'']
+    write(target, header, payload)
 
 
 def _decode(file: File, settings: Settings) -> tuple[dict[str, Any], list[bytes]]:
     """Header, and the encoded frames followed by the PCM bytes. Raises MediaError."""
-    # Filled in as decoding goes on: size and lengths are known only then.
+    # Filled in as decoding goes on (`pictures` runs while the frames are encoded): size and lengths
+    # are known only then.
     header: dict[str, Any] = {'id': file.id, 'height': 0, 'width': 0, 'samples': 0, 'lengths': []}
     decoded = media.read(file.path, settings.fps, settings.size, settings.rate, part=file.part)
 

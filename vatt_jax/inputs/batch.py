@@ -34,7 +34,7 @@ def modality_of(stream: str) -> str:
 
 
 def device_part(batch: Batch) -> dict[str, Any]:
-    """The arrays of a host batch that go to the device, `position` reduced modulo 2^32.
+    """A host batch as it goes to the device: all of it, `position` reduced modulo 2^32.
 
     Positions key random bits, for which 32 bits are enough; JAX has no 64-bit integers by default.
     """

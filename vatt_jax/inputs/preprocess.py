@@ -29,8 +29,8 @@ def device_stage(
         batch: a device batch.
         inputs: `config.model.inputs`.
         config: `config.augment`.
-        rng: already at its site.
-        augment: False for no jitter and no noise.
+        rng: of the stage; each stream derives its own from it by its name.
+        augment: False for no jitter and no noise. The crop is taken in any case.
         dtype: of the float streams that come out.
 
     Returns:
@@ -42,11 +42,11 @@ def device_stage(
         if not (isinstance(stream, Mapping) and 'data' in stream):
             continue
         modality = name.split('.')[0]
-        if modality not in STAGES:
+        if modality not in STAGES:  # text: ids stay as they are
             continue
         data = STAGES[modality](stream, inputs[modality], config, rng.at(name), augment)
         valid = stream['valid'].reshape((-1,) + (1,) * (data.ndim - 1))  # [B 1 …]
-        # The crop is taken: what said where it is has done its work.
+        # These described the bytes; the floats are cropped and flipped already.
         rest = {key: value for key, value in stream.items() if key not in ('box', 'flip')}
         out[name] = {**rest, 'data': jnp.where(valid, data, 0).astype(dtype)}
     return out
@@ -149,6 +149,8 @@ def _from_pixels(
     # say how much it counts.
     mean = jnp.einsum('bhwc,bh,bw->bc', x.mean(1), rows.mean(1), columns.mean(1))
     matrix, shift = jitter(mean)  # [B 3 3], [B 3]
+    # In the einsums: h, w a row and a column of the frame and i, j of the output; c a colour of the
+    # frame and d of the output; k = j·3 + d.
     # Columns and colours in one matrix [B W·3 size·3].
     mixed = jnp.einsum('bjw,bdc->bwcjd', columns, matrix).reshape(b, width * 3, size * 3)
     x = jnp.matmul(x.reshape(b, t * height, width * 3), mixed).reshape(b, t, height, size * 3)

@@ -8,9 +8,8 @@ blackboard.
 Arguments that they share:
 
     x_valid, y_valid  bool [B]: which clips have the modality. A clip counts for a pair when both
-    its
-                      sides are there; what is not there gets exactly zero gradient, even where it
-                      holds NaN. No valid clip: loss 0.
+                      its sides are there; what is not there gets exactly zero gradient, even where
+                      it holds NaN. No valid clip: loss 0.
     y_mask            bool [B K]: which candidates are there.
     temperature       a number, or a float32 [] where it is learnt.
     normalise         embeddings are put on the unit sphere first.
@@ -303,7 +302,15 @@ def _id_pair(
 
 
 class Prepared(NamedTuple):
-    """x [B E], y [B K E]: ready to be multiplied; x_valid, valid bool [B], y_mask bool [B K]."""
+    """Both sides of a loss, ready to be multiplied.
+
+    Attributes:
+        x: [B E], zeros where x_valid is False.
+        y: [B K E], zeros where y_mask is False.
+        x_valid: bool [B].
+        y_mask: bool [B K]: candidates that are there, of clips that have the modality.
+        valid: bool [B]: clips that count, with x and at least one candidate.
+    """
 
     x: jax.Array
     y: jax.Array
@@ -356,19 +363,25 @@ def prepare(
             'use asymmetric or symmetric'
         )
     x_mask = jnp.ones(num_clips, bool) if x_valid is None else jnp.asarray(x_valid)
-    y_there = jnp.ones(num_clips, bool) if y_valid is None else jnp.asarray(y_valid)
+    has_y = jnp.ones(num_clips, bool) if y_valid is None else jnp.asarray(y_valid)
     if y_mask is None:
-        of_candidates = jnp.ones((num_clips, num_candidates), bool)
+        candidate_mask = jnp.ones((num_clips, num_candidates), bool)
     else:
-        of_candidates = jnp.asarray(y_mask).reshape(num_clips, num_candidates)
-    mask = y_there[:, None] & of_candidates
+        candidate_mask = jnp.asarray(y_mask).reshape(num_clips, num_candidates)
+    candidate_mask = has_y[:, None] & candidate_mask
     # Masked rows are cut out before anything is computed from them, so that not even 0 * NaN
     # reaches their gradient.
     rows = jnp.where(x_mask[:, None], _wide(x), 0)
-    keys = jnp.where(mask[..., None], _wide(candidates), 0)
+    keys = jnp.where(candidate_mask[..., None], _wide(candidates), 0)
     if normalise:
         rows, keys = unit(rows), unit(keys)
-    return Prepared(_cast(rows, how), _cast(keys, how), x_mask, mask, x_mask & mask.any(-1))
+    return Prepared(
+        x=_cast(rows, how),
+        y=_cast(keys, how),
+        x_valid=x_mask,
+        y_mask=candidate_mask,
+        valid=x_mask & candidate_mask.any(-1),
+    )
 
 
 def unit(x: Float[Array, '*rows E']) -> Float[Array, '*rows E']:
@@ -418,7 +431,12 @@ def mean_over_clips(
 def _both_ways(
     p: Prepared, temperature: Scalar, how: How
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-sum-exp [B] of x_b with every candidate; of b's candidates with every x; of own pairs."""
+    """The three sums of scores that losses of both directions are made of.
+
+    Returns:
+        Log-sum-exps, each [B]. forward: of x_b with the candidates of all clips; backward: of b's
+        candidates with the x of all clips; positive: of x_b with b's own candidates.
+    """
     sums = similarity.log_sum_exp(
         p.x, p.keys, 1 / temperature, x_valid=p.x_valid, y_valid=p.key_valid, own=p.own, how=how
     )
@@ -434,5 +452,5 @@ def _wide(x: AnyArray) -> jax.Array:
 
 
 def _cast(x: jax.Array, how: How) -> jax.Array:
-    """As products take it; float64, which only tests use, stays."""
+    """In the dtype that scores are computed from (`how.dtype`); float64, of tests alone, stays."""
     return x if x.dtype == jnp.float64 else x.astype(how.dtype)

@@ -87,8 +87,8 @@ class Side(NamedTuple):
     Attributes:
       data: [rows E].
       valid: bool [rows]; None: all are valid.
-      excluded_ids: int32 [rows]. Pairs equal in it are left out; None: none is.
-      positive_ids: int32 [rows]. Pairs equal in it are positives; None: there are none.
+      excluded_ids: int32 [rows]. A row and a key of equal ids are left out; None: no pair is.
+      positive_ids: int32 [rows]. A row and a key of equal ids are positives; None: no pair is.
     """
 
     data: jax.Array
@@ -194,8 +194,9 @@ def log_sum_exp(
       scale: [], what products are multiplied by.
       x_valid: bool [m]. The sums of rows that are not valid themselves mean nothing.
       y_valid: bool [n]. Likewise of columns.
-      apart: Pair of int32 arrays ([m], [n]). Pairs (i, j) equal in it are left out.
-      own: Pair of int32 arrays ([m], [n]). Pairs (i, j) equal in it are positives.
+      apart: int32 ids of the rows [m] and of the keys [n]. Where those of i and j are equal, the
+        pair is left out.
+      own: Likewise; where the ids of i and j are equal, the pair is positive.
       columns: Whether columns are summed too.
       stop_gradient: y gets no gradient, and none is computed.
       how: Method, block size and dtype.
@@ -353,10 +354,11 @@ def _forward(
     keys = gather_keys(layout, y)
     # Keys before they are padded to whole blocks.
     num_keys = len(keys.data)
-    x, keys = split_blocks(x, layout.tile[0]), split_blocks(keys, layout.tile[1])
-    num_blocks, block_rows = x.data.shape[:2]
+    rows = split_blocks(x, layout.tile[0])  # [row_blocks t …]
+    keys = split_blocks(keys, layout.tile[1])  # [key_blocks u …]
+    num_blocks, block_rows = rows.data.shape[:2]
 
-    has_positive_sums = task.kind == 'softmax' and x.positive_ids is not None
+    has_positive_sums = task.kind == 'softmax' and rows.positive_ids is not None
     row_sums = RowSums(
         all_pairs=_empty_sums((num_blocks, block_rows), accumulate),
         positives=_empty_sums((num_blocks, block_rows), accumulate) if has_positive_sums else None,
@@ -365,16 +367,18 @@ def _forward(
     scores = jnp.zeros((num_blocks, *layout.tile), accumulate) if layout.store_scores else None
     columns = _empty_sums(keys.data.shape[1:2], accumulate) if task.columns else None
 
-    def visit_keys(row_sums: RowSums, key: Side, key_sums: KeySums) -> tuple[RowSums, KeySums]:
+    def visit_keys(
+        row_sums: RowSums, key_block: Side, key_sums: KeySums
+    ) -> tuple[RowSums, KeySums]:
         def visit_block(i: Any, carry: tuple[RowSums, KeySums]) -> tuple[RowSums, KeySums]:
             row_sums, key_sums = carry
-            row = get_block(x, i)
-            s = _scores(row, key, scale, bias)
+            row_block = get_block(rows, i)
+            s = _scores(row_block, key_block, scale, bias)  # [t u]
             if layout.store_scores:
                 key_sums = key_sums._replace(scores=set_block(key_sums.scores, s, i))
             if task.kind == 'sigmoid':
-                return _add_logistic_losses(row_sums, i, s, _masks(row, key)), key_sums
-            return _add_exp_sums(row_sums, key_sums, i, s, _masks(row, key))
+                return _add_logistic_losses(row_sums, i, s, _masks(row_block, key_block)), key_sums
+            return _add_exp_sums(row_sums, key_sums, i, s, _masks(row_block, key_block))
 
         return loop_over_rows(num_blocks, visit_block, (row_sums, key_sums))
 

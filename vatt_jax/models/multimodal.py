@@ -40,7 +40,8 @@ class Encoded:
     """One stream after its tower.
 
     Attributes:
-        pooled: [B D], for text [B K D].
+        pooled: [B D], for text [B K D]: a transformer's output at the aggregate token, or what a
+            network pools.
         tokens: [B N D] without the aggregate token, for text [B K L D]. None unless features were
             asked for.
         mask: bool [B N], which tokens are words, for text only.
@@ -358,7 +359,7 @@ class MultimodalEncoder(nn.Module):
                 mask = restore_leading(rows != 0, leading)  # [B K L]; id 0 is padding
             return Encoded(restore_leading(pooled, leading), tokens, mask, grid)
 
-        front_tokens = self.fronts[modality](rows, row_rng, train)  # x [R N D]
+        front_tokens = self.fronts[modality](rows, row_rng, train)  # x [R N D], R = B or B·K
         encoder = self.shared_encoder if self.config['shared'] else self.encoders[modality]
         encoded = encoder(front_tokens.x, front_tokens.mask, row_rng.at('encoder'), train, features)
         return self._finish(modality, front_tokens, encoded, leading, features)

@@ -379,11 +379,11 @@ class Encoder(nn.Module):
             )
             return y
 
-        step = self._rematerialised(apply_layer)
+        run_layer = self._rematerialised(apply_layer)
         if self.scan:
-            x = self._scan_layers(step, stacked, x, features)
+            x = self._scan_layers(run_layer, stacked, x, features)
         else:
-            x = self._unroll_layers(step, stacked, x, features)
+            x = self._unroll_layers(run_layer, stacked, x, features)
         if not self.pre_norm:
             return x
 
@@ -433,7 +433,7 @@ class Encoder(nn.Module):
         )
 
     def _scan_layers(
-        self, step: Callable[..., jax.Array], stacked: Any, x: jax.Array, features: bool
+        self, run_layer: Callable[..., jax.Array], stacked: Any, x: jax.Array, features: bool
     ) -> jax.Array:
         """Scan all layers but the last one, which may compute the first token alone."""
 
@@ -446,16 +446,16 @@ class Encoder(nn.Module):
 
         def scan_step(x: jax.Array, scanned: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
             params, layer = scanned
-            return step(x, params, layer, False), None
+            return run_layer(x, params, layer, False), None
 
         last_params = jax.tree.map(lambda param: param[-1], stacked)
         scanned_params = jax.tree_util.tree_map_with_path(without_last, stacked)
         # The carry of a scan keeps its shape, so the layer that may return one token is outside.
         x, _ = jax.lax.scan(scan_step, x, (scanned_params, jnp.arange(self.layers - 1)))
-        return step(x, last_params, self.layers - 1, not features)
+        return run_layer(x, last_params, self.layers - 1, not features)
 
     def _unroll_layers(
-        self, step: Callable[..., jax.Array], stacked: Any, x: jax.Array, features: bool
+        self, run_layer: Callable[..., jax.Array], stacked: Any, x: jax.Array, features: bool
     ) -> jax.Array:
         """Apply the layers one after another; the last may compute the first token alone."""
         # split, not indexing: its transpose is one concatenation where indexing's is a padded sum
@@ -465,7 +465,7 @@ class Encoder(nn.Module):
         for layer in range(self.layers):
             params = jax.tree.unflatten(tree, [parts[layer][0] for parts in split_leaves])
             is_last = layer == self.layers - 1
-            x = step(x, params, layer, is_last and not features)
+            x = run_layer(x, params, layer, is_last and not features)
         return x
 
     def _relative_bias(self, num_tokens: int) -> Float[Array, '1 heads N N']:

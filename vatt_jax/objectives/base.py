@@ -1,8 +1,12 @@
 """What an objective is: everything the loop needs to know about what is being learnt.
 
 The training code (vatt_jax/training) names no method; a method is a subclass of `Objective`
-registered in `vatt_jax/objectives/__init__.py`. All methods but `refresh` and those marked as host
-side are pure and traced.
+registered in `vatt_jax/objectives/__init__.py`. A training step calls `loss`, which is
+`mix_examples`, `encode` and `compute_loss` in turn, and then `after_update`. All methods but
+`refresh` and those marked as host side are pure and traced.
+
+`params` is the objective's own tree everywhere (heads, temperatures); the model's parameters are in
+`variables`, or named `model_params`.
 """
 
 from __future__ import annotations

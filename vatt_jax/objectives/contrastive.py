@@ -34,9 +34,12 @@ DEFAULTS = {
         ('video', 'audio', 'va', 1.0),
         ('video', 'text', 'vat', 1.0),
     ),
-    # asymmetric: one denominator for both directions (VATT, MMV) | symmetric: one each | clip: its
-    # half | siglip: every pair a yes/no question | nt_xent: negatives within views too |
-    # mil_nce: raw dot products
+    # asymmetric: one denominator for both directions (VATT, MMV)
+    # symmetric: a denominator for each direction, their losses added
+    # clip: half of symmetric
+    # siglip: every pair a yes/no question
+    # nt_xent: negatives within views too
+    # mil_nce: asymmetric on raw dot products
     'form': 'asymmetric',
     # 0: the form's usual one (FORMS); initial value when learnt.
     'temperature': 0.0,
@@ -134,8 +137,8 @@ class Contrastive(Objective):
         batch: Mapping[str, Any],
         rng: Any,
     ) -> Loss:
-        # The common spaces are part of the loss, not of `encode`: with accumulation they see the
-        # whole batch, of which only pooled vectors are in memory.
+        # The common spaces are part of the loss, not of `encode` (objectives/base.py): with
+        # accumulation they see the whole batch, of which only pooled vectors are in memory.
         spaces, updates = model.apply(
             variables,
             {stream: Encoded(features) for stream, features in pooled.items()},
@@ -178,7 +181,7 @@ class Contrastive(Objective):
 
     def _fixed_options(self) -> dict[str, Any]:
         """Arguments of the loss function that the config fixes."""
-        # Later entries win: learnt values replace these in `compute_loss`.
+        # Where the temperature is learnt, `compute_loss` replaces these two by `_learnt_options`.
         options = {'temperature': self.temperature}
         if self.config.form == 'siglip':
             options['bias'] = self.config.bias

@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 from vatt_jax import config as configs
 from vatt_jax import evals, models, objectives, optim
 from vatt_jax.config import ConfigError
-from vatt_jax.inference.feature_extractor import FeatureExtractor, device_part
+from vatt_jax.inference.feature_extractor import FeatureExtractor
 from vatt_jax.inputs import preprocess
+from vatt_jax.inputs.batch import device_part
 from vatt_jax.models import attention
 from vatt_jax.objectives.base import Objective, select_streams
 from vatt_jax.parallel import sharding
@@ -36,7 +37,7 @@ class Built:
         tx: the optimizer.
         init: () -> TrainState, jitted; to be called inside `jax.set_mesh(mesh)`.
         step: (state, device batch) -> (state, metrics), jitted; to be called inside
-            `jax.set_mesh(mesh)`. It takes its state's memory.
+            `jax.set_mesh(mesh)`. The state passed in is donated: its memory becomes the new one's.
         shape: abstract TrainState.
         shardings: the TrainState's tree of shardings.
         batch: abstract device batch of one step, as it comes from the host.

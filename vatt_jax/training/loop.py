@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vatt_jax.inference import feature_extractor
+from vatt_jax.inputs.batch import place_on_mesh
 from vatt_jax.parallel import distributed
 from vatt_jax.run_folder import write_atomically
 from vatt_jax.training.build import (
@@ -35,7 +35,7 @@ from vatt_jax.training.start import (
 )
 from vatt_jax.training.step_log import TrainingStopped
 
-# The parts that others use beside `train` can be had from here too.
+# Re-exported: callers of `train` find here what they call before and after it.
 __all__ = [
     'Built',
     'TrainingStopped',
@@ -79,7 +79,8 @@ def train(
         TrainingStopped: the run cannot go on.
     """
     workdir = pathlib.Path(workdir)
-    # From before the build on: compiling takes minutes, in which SIGTERM may come too.
+    # SIGTERM is caught from here on, not only from the first step: building and compiling take
+    # minutes.
     with distributed.StopSignal() as stop:
         built = build(config, data)
         # After the build, which fills in what only the data know, and before anything is written.
@@ -118,12 +119,11 @@ def _run_steps(
             _refresh(session, run)
             meter.reset()
 
-        batch = session.batches.next(run)
+        batch = session.batches.next(run)  # this host's rows, NumPy
         session.profiler.before_step(run.step + 1)
-        # Dispatched only: while the device works, the host reads on and prepares the next batch.
-        run.state, metrics = built.step(
-            run.state, feature_extractor.place_on_mesh(batch, built.mesh)
-        )
+        # The call (train_step.make, jitted) returns before the device is done: the host goes on to
+        # the next batch, and state and metrics are arrays still to be computed.
+        run.state, metrics = built.step(run.state, place_on_mesh(batch, built.mesh))
         run.step += 1
         # Examples of all processes: the position in the training order where a resumed run reads
         # on.
@@ -133,7 +133,8 @@ def _run_steps(
             seconds = time.monotonic() - compiling_since
             session.progress.say(f'compiled in {duration(seconds)}')
             meter.reset()
-        session.metrics.settle()  # the step before this one
+        # Metrics are read one step late, so that the wait for a step overlaps with the next one.
+        session.metrics.settle()  # waits for the step before this one, and logs it
         session.metrics.hold(run.step, metrics)
         meter.clips += config.batch_size
 

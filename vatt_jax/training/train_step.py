@@ -21,6 +21,7 @@ from vatt_jax.rng import Rng
 from vatt_jax.training.train_state import TrainState
 
 # (params, batch_stats, objective state, device batch, rng) -> (gradients of params, Loss).
+# params: {'model': …, 'objective': …}, and the probes of `probes` where they are on.
 GradientFunction = Callable[[Any, Any, Any, dict[str, Any], Rng], tuple[Any, Loss]]
 
 
@@ -40,8 +41,9 @@ def make(
 
     Returns:
         step(state, batch) -> (state, metrics), to be jitted. batch: a device batch of global
-        arrays, uint8 / int16 / int32. metrics: float32 scalars, and `index` and `source` [B], so
-        that a bad step can name its records one step late.
+        arrays, uint8 / int16 / int32. metrics: float32 scalars, and `index` and `source` [B]: the
+        host reads metrics one step late, when it no longer has the batch whose records a bad step
+        names.
     """
     learning_rate = optim.schedule(config.optimizer.schedule, config.steps)
     compute_gradients = gradients(config, model, objective)
@@ -52,19 +54,21 @@ def make(
         # `position`, not the place in the batch, identifies an example (see vatt_jax.rng).
         rng = Rng.create(config.seed, state.step, batch['position'])
         params_and_probes = {**state.params, **probes(config, state.params)}
-        grads, out = compute_gradients(
+        grads, loss = compute_gradients(
             params_and_probes, state.batch_stats, state.objective, batch, rng
         )
         lookup_excess = grads.pop(LOOKUP_PROBES, {})
         # Before clipping, which is part of `tx`. One non-finite gradient anywhere makes the norm
         # non-finite, so this one number stands for all.
         grad_norm = optax.global_norm(grads)  # []
-        is_finite = jnp.isfinite(out.value) & jnp.isfinite(grad_norm)  # []
-        # Statistics and the objective's memory also move while it holds parameters still.
-        is_applied = is_finite & jnp.asarray(out.apply_update)  # []
+        is_finite = jnp.isfinite(loss.value) & jnp.isfinite(grad_norm)  # []
+        # An objective that still fills its memory asks for parameters to stay. Batch statistics and
+        # that memory move all the same: below they depend on `is_finite` alone.
+        is_applied = is_finite & jnp.asarray(loss.apply_update)  # []
 
-        # Computed in any case. Where it is not applied, `skippable` keeps the slots, and
-        # `tree_select` below the parameters.
+        # A jitted step cannot leave the update out, so it is computed in any case. Where it is not
+        # applied, `optim.keras.skippable` inside `tx` keeps the old slots, and `tree_select` below
+        # the old parameters.
         updates, opt_state = tx.update(
             grads,
             state.opt_state,
@@ -76,7 +80,7 @@ def make(
         # On the new parameters, before the guard: a step that is not applied drops these changes as
         # well.
         model_params, objective_params, objective_state = objective.after_update(
-            params['model'], params['objective'], out.state, state.step
+            params['model'], params['objective'], loss.state, state.step
         )
         params = {'model': model_params, 'objective': objective_params}
         params = optim.tree_select(is_applied, params, state.params)
@@ -85,7 +89,7 @@ def make(
             # A skipped step counts too: the data go on, or the same records would come again.
             step=state.step + 1,
             params=params,
-            batch_stats=optim.tree_select(is_finite, out.batch_stats, state.batch_stats),
+            batch_stats=optim.tree_select(is_finite, loss.batch_stats, state.batch_stats),
             opt_state=opt_state,
             objective=optim.tree_select(is_finite, objective_state, state.objective),
             # From the guarded parameters, so that a bad step cannot reach the average.
@@ -94,8 +98,8 @@ def make(
             skipped=state.skipped + jnp.where(is_finite, 0, 1),
         )
         metrics = {
-            **out.metrics,
-            'loss': out.value,
+            **loss.metrics,
+            'loss': loss.value,
             'grad_norm': grad_norm,
             # By the run's own counter; the optimizer's, which is guarded, counts applied steps
             # only.
@@ -113,7 +117,7 @@ def make(
 
 
 def probes_are_on(config: ConfigDict) -> bool:
-    """Whether a clip counts lookups token by token."""
+    """Whether gradients are clipped by a norm that counts lookups of a table token by token."""
     return bool(config.optimizer.clip and config.optimizer.get('clip_lookups', False))
 
 
@@ -184,21 +188,22 @@ class WholeBatch:
         batch: dict[str, Any],
         rng: Rng,
     ) -> tuple[Any, Loss]:
+        """One `GradientFunction`: bytes to floats, forwards, backwards."""
         batch = self.device_stage(batch, rng)
 
-        def loss(params: Any) -> tuple[Array, Loss]:
+        def loss_of(params: Any) -> tuple[Array, Loss]:
             variables = {'params': params['model'], 'batch_stats': batch_stats}
             if LOOKUP_PROBES in params:
                 variables[LOOKUP_PROBES] = params[LOOKUP_PROBES]
-            out = self.objective.loss(
+            loss = self.objective.loss(
                 self.model, variables, params['objective'], objective_state, batch, rng
             )
-            return out.value, out
+            return loss.value, loss
 
-        # Statistics and the objective's state leave as auxiliary output; no gradient flows through
-        # them.
-        (_, out), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return grads, out
+        # `value` is differentiated. The whole Loss comes back beside it, for the new statistics and
+        # the objective's new state, through which no gradient flows.
+        (_, loss), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        return grads, loss
 
 
 class MeanOfMicrobatches:
@@ -220,13 +225,13 @@ class MeanOfMicrobatches:
             batch_stats, objective_state, total = carry
             examples, part_batch = part
             part_rng = _for_examples(rng, examples)
-            grads, out = self.whole.gradients(
+            grads, loss = self.whole.gradients(
                 params, batch_stats, objective_state, part_batch, part_rng
             )
             # The mean, not the sum: the learning rate need not follow the number of microbatches.
             total = jax.tree.map(lambda t, g: t + g / self.num_parts, total, grads)
-            outputs = (out.value, out.metrics, jnp.asarray(out.apply_update))
-            return (out.batch_stats, out.state, total), outputs
+            outputs = (loss.value, loss.metrics, jnp.asarray(loss.apply_update))
+            return (loss.batch_stats, loss.state, total), outputs
 
         zeros = jax.tree.map(jnp.zeros_like, params)
         # Statistics and the objective's state run through the microbatches as through successive
@@ -288,12 +293,12 @@ class GradCache:
             return carry, towers(params, part)
 
         # Pass 2: heads and loss on the whole batch, with gradients of its own parameters and of h.
-        def loss(params: Any, pooled: dict[str, Array]) -> tuple[Array, Loss]:
+        def loss_of(params: Any, pooled: dict[str, Array]) -> tuple[Array, Loss]:
             variables = {'params': params['model'], 'batch_stats': batch_stats}
-            out = objective.compute_loss(
+            loss = objective.compute_loss(
                 model, variables, params['objective'], objective_state, pooled, batch, rng
             )
-            return out.value, out
+            return loss.value, loss
 
         # Pass 3: the towers again with activations. They draw the same bits as in pass 1, since
         # these are keyed by example, so the forward values agree with those that dL/dh was taken
@@ -306,19 +311,23 @@ class GradCache:
 
         _, pooled_parts = jax.lax.scan(forward, None, parts)  # leaves [parts, B / parts, D]
         pooled = jax.tree.map(_join, pooled_parts)  # leaves [B D]
-        value_and_grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-        (_, out), (grads, pooled_grads) = value_and_grads(params, pooled)
+        value_and_grads = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+        (_, loss), (grads, pooled_grads) = value_and_grads(params, pooled)
 
         pooled_grads = jax.tree.map(lambda x: _split(x, self.num_parts), pooled_grads)
         # The carry begins at dL/dw at fixed h, the first term of the formula.
         grads, _ = jax.lax.scan(backward, grads, (parts, pooled_grads))
-        return grads, out
+        return grads, loss
 
 
 def split_batch(
     batch: dict[str, Any], rng: Rng, num_parts: int
 ) -> tuple[Shaped[Array, 'A B ...'], dict[str, Any]]:
-    """(examples of the random numbers, batch), cut into A microbatches along a new first axis."""
+    """Cuts a step into A microbatches, along a new first axis.
+
+    Returns:
+        The ids by which `rng` keys the draws of each example (see `_for_examples`), and the batch.
+    """
     return _split(rng.examples, num_parts), jax.tree.map(lambda x: _split(x, num_parts), batch)
 
 
@@ -329,7 +338,7 @@ def _split(x: Shaped[Array, 'N ...'], num_parts: int) -> Shaped[Array, 'A B ...'
 
 
 def _for_examples(rng: Rng, examples: Shaped[Array, 'B ...']) -> Rng:
-    """The random numbers of some of the examples."""
+    """The same random numbers, for some of the examples: those of one microbatch."""
     # Flax adds `replace` where type checkers do not see it.
     return rng.replace(examples=examples)  # type: ignore[attr-defined]
 

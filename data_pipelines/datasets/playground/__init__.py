@@ -45,7 +45,7 @@ def make(
     Raises:
         DataError: a field is wrong, or <path> holds another playground.
     """
-    # prepare imports TensorFlow, which who only draws need not have.
+    # Imported here: it imports TensorFlow, which is not needed to render a playground alone.
     from data_pipelines.prepare import prepare
 
     config = checked_config(fields)
