@@ -465,7 +465,7 @@ def test_a_mistake_from_a_real_shell(tmp_path):
 CORE_DEPENDENCIES_ALONE = """
 import sys
 for name in (
-    'tensorflow', 'tensorflow_datasets', 'array_record', 'av', 'soxr', 'PIL', 'tokenizers',
+    'tensorflow', 'tensorflow_datasets', 'array_record', 'av', 'soxr', 'tokenizers',
     'sentencepiece',
 ):
     sys.modules[name] = None  # importing it raises ImportError

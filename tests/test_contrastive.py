@@ -81,7 +81,7 @@ def test_the_learnt_scale_stops_at_a_hundred():
             "config.objective.method='rign': choose one of auto, gather, ring, dense",
         ),
         ({'dtype': 'float16'}, "config.objective.dtype='float16': choose one of float32, bfloat16"),
-        ({'temperature': -1.0}, 'config.objective.temperature: expected a positive number'),
+        ({'temperature': -1.0}, 'config.objective.temperature=-1: expected a number of at least 0'),
         ({'replicas': 0}, 'config.objective.replicas: expected a positive number, got 0'),
         ({'blok': 3}, "config.objective.blok=3: no such field; did you mean 'block'"),
         ({'pairs': ()}, 'config.objective.pairs: expected at least one pair'),

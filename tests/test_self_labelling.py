@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from sklearn.metrics import normalized_mutual_info_score
 
 import data_pipelines
-from tests import tiny
+from tests import runs, tiny
 from tests.test_sinkhorn import column_means, converged, log_softmax, swav
 from tests.test_train import losses, run, state_of, stop_at
 from vatt_jax import evals, objectives
@@ -82,8 +82,8 @@ def build(name, **fields):
 
 
 def refreshes(folder):
-    """The lines that a run's refreshes logged."""
-    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    """The lines that a run's refreshes logged, without what time alone decides."""
+    lines = runs.log_lines(folder)
     return [line for line in lines if any(name.startswith('refresh/') for name in line)]
 
 

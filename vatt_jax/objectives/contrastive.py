@@ -66,6 +66,7 @@ DEFAULTS = {
 RANGES = {
     # 0 is the form's own.
     'temperature': (0, math.inf),
+    'block': (0, math.inf),
     'bias': (-math.inf, math.inf),
 }
 EXAMPLE = '("video", "audio", "va", 1.0)'
@@ -226,12 +227,6 @@ def _check(config: Any) -> None:
     choose(config.form, FORMS, 'config.objective.form')
     choose(config.method, (*similarity.METHODS, 'dense'), 'config.objective.method')
     choose(config.dtype, ('float32', 'bfloat16'), 'config.objective.dtype')
-    for field in ('temperature', 'block'):
-        if config[field] < 0:
-            raise ConfigError(
-                f'config.objective.{field}: expected a positive number, or 0 for the usual one, '
-                f'got {config[field]}.'
-            )
     if config.each_mask and config.form != 'symmetric':
         raise ConfigError(
             'config.objective.each_mask: expected False unless form="symmetric", got True with '
