@@ -18,7 +18,6 @@ import pytest
 import yaml
 
 import data_pipelines
-import run
 from configs import default, machines, vatt
 from tests import tiny
 from tests.configs import tiny as tiny_cli
@@ -26,6 +25,7 @@ from tests.test_cli import cli  # noqa: F401
 from vatt_jax import config as configs
 from vatt_jax.config import ConfigError
 from vatt_jax.models import presets
+from vatt_jax.modes.flags import parse
 from vatt_jax.parallel import sharding
 from vatt_jax.performance import chips, flops, hlo
 from vatt_jax.planning import compilation, plan
@@ -552,7 +552,7 @@ def test_launch_files_agree_with_machines(file):
     job = manifest['spec']['replicatedJobs'][0]
     spec = job['template']['spec']
     (container,) = spec['template']['spec']['containers']
-    flags, overrides = run.parse(container['args'])
+    flags, overrides = parse(container['args'])
     configs.load(flags.config)
     assert not overrides
     assert spec['completions'] == spec['parallelism']
