@@ -150,17 +150,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _default_config() -> Any:
-    from vatt_jax.config import ConfigError
+    from vatt_jax import named_configs
 
-    try:
-        from configs import default
-    except ImportError as error:
-        # Configs are no part of the installed package.
-        raise ConfigError(
-            f'an import needs configs/default.py ({error}); run this command in a copy of the '
-            'repository'
-        ) from error
-    return default.get_config()
+    return named_configs.module('default').get_config()
 
 
 def _importer(name: str) -> Any:
@@ -191,6 +183,7 @@ def _lines(path: str) -> list[str] | None:
 
 if __name__ == '__main__':
     from vatt_jax.config import ConfigError, fail
+    from vatt_jax.run_folder import NotWritten
     from vatt_jax.terminal import use_plain_characters
     from vatt_jax.training.checkpoint import CheckpointNotSaved
 
@@ -200,7 +193,7 @@ if __name__ == '__main__':
     except ConfigError as error:
         fail(str(error))
     # A full disk is no mistake of the user's in the flags: code 1, as of a run.
-    except CheckpointNotSaved as error:
+    except (CheckpointNotSaved, NotWritten) as error:
         print(f'error: {error}', file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # as `fail` does, without waiting for threads

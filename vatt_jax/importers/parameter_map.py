@@ -299,6 +299,9 @@ def check_export(out: pathlib.Path, files: Sequence[pathlib.Path], overwrite: bo
 
 def not_written(out: pathlib.Path, error: Exception) -> ConfigError:
     """The error for a place that cannot be written, or not to the end."""
+    # What says so of a run folder wraps the system's own error.
+    if isinstance(error.__cause__, OSError):
+        error = error.__cause__
     return ConfigError(
         f'--out={out} cannot be written ({type(error).__name__}: {escaped(str(error), 200)}); name '
         'another place, or make room'

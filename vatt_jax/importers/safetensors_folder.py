@@ -28,7 +28,7 @@ from vatt_jax.importers import parameter_map
 from vatt_jax.importers.messages import escaped, shown
 from vatt_jax.importers.parameter_map import Entry, Path, Report
 from vatt_jax.parallel import sharding
-from vatt_jax.run_folder import RunFolder, write_atomically
+from vatt_jax.run_folder import NotWritten, RunFolder, write_atomically
 
 MODEL, CONFIG, INFO = 'model.safetensors', 'config.json', 'info.json'
 # In the file beside the arrays, so that readers can tell this layout from others. One entry: the
@@ -79,7 +79,7 @@ def export_checkpoint(
         temporary = folder / f'{MODEL}.tmp'
         numpy_io.save_file(arrays, temporary, metadata=METADATA)
         os.replace(temporary, folder / MODEL)
-    except (OSError, _safetensors().SafetensorError) as error:
+    except (OSError, NotWritten, _safetensors().SafetensorError) as error:
         raise parameter_map.not_written(folder, error) from error
     return len(arrays)
 
