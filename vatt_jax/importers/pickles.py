@@ -73,6 +73,9 @@ TORCH_STORAGES = {
 DEEPEST = 64  # containers within containers
 # Bounds far above what checkpoints need, so that no value costs more than its bytes in the file.
 MOST_BITS = 2048  # of an integer
+# Bytes of an argument that ends with its line.
+MOST_LINE = 1 << 16
+OPCODE_OF = {opcode.code: opcode for opcode in pickletools.opcodes}
 MOST_AXES = 32  # of an array, each shorter than LONGEST_AXIS
 LONGEST_AXIS = 1 << 48
 LONGEST_KEY = 4096  # characters of a name in a mapping or a set
@@ -226,6 +229,7 @@ class _Machine:
 
     def _next(self, operations: Iterator[Any], last: str) -> tuple[str, Any, int | None]:
         """The next opcode, its argument and its place; genops reads both whole."""
+        self._check_line()
         try:
             opcode, argument, offset = next(operations)
         except Exception as error:
@@ -234,6 +238,20 @@ class _Machine:
                 'file again'
             ) from error
         return opcode.name, argument, offset
+
+    def _check_line(self) -> None:
+        """Refuse an argument that is one endless line, before several copies of it are made."""
+        offset = self.data.tell()
+        code = self.data.read(1).decode('latin-1')
+        opcode = OPCODE_OF.get(code)
+        if opcode and opcode.arg and opcode.arg.n == pickletools.UP_TO_NEWLINE:
+            head = self.data.read(MOST_LINE)
+            if len(head) == MOST_LINE and b'\n' not in head:
+                raise Refused(
+                    f'{self.path}: opcode {opcode.name} at byte {offset} is followed by a line of '
+                    f'{MOST_LINE} bytes or more, which no writer of weights makes'
+                )
+        self.data.seek(offset)
 
     def _check(self, name: str, argument: Any, offset: int | None, number: int) -> None:
         """Check one opcode before it is executed; `number` counts those before it."""
