@@ -10,7 +10,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-import data_pipelines
 from vatt_jax import config as configs
 from vatt_jax import named_configs
 from vatt_jax.config import ConfigError
@@ -38,6 +37,7 @@ def main(argv: list[str]) -> None:
         workdir = search.model_folder(flags.index, workdir)
     config = read_config(flags, overrides, workdir)
     if flags.mode == 'plan':
+        import data_pipelines
         from vatt_jax.modes import plan
 
         topology = flags.topology or topology_of(flags.machine)
@@ -107,6 +107,7 @@ def open_data(config: ConfigDict) -> Any:
 
     That takes minutes, so what is wrong with the config whatever the data say is found before.
     """
+    import data_pipelines
     from vatt_jax.training import loop
 
     return data_pipelines.open_or_make(config, loop.check)

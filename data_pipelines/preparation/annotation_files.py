@@ -509,7 +509,7 @@ class NameResolver:
         return self._ids.get(name) or self._below_folder(name)
 
     def _below_folder(self, name: str) -> str | None:
-        """The file that a path like videos/a.mp4 or /home/me/videos/a.mp4 means."""
+        """The file that a path like videos/a.mp4 or /data/videos/a.mp4 means."""
         parts = name.split('/')
         if name.startswith('/'):
             parts[0] = '/'  # as pathlib has it
