@@ -32,8 +32,9 @@ import numpy as np
 
 from data_pipelines.errors import DataError
 from data_pipelines.preparation.console import Console
-from data_pipelines.storage import byte_offsets
+from data_pipelines.storage import piece_tables, record_messages
 from data_pipelines.storage import record_index as indices
+from data_pipelines.storage.index_writer import IndexWriter
 from data_pipelines.storage.records import SPLITS
 from vatt_jax import extras
 from vatt_jax.command_line import expand_home
@@ -67,14 +68,14 @@ class IndexedSplit:
       records: what each record holds, as `Index.from_records` takes it.
       crc: checksum of each record.
       rows: (number of the file, offset, bytes) of each record.
-      pieces: byte offsets of the frames and seconds of each record.
+      pieces: where the frames and seconds of each record lie in it.
     """
 
     paths: list[str]
     records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     crc: list[int] = dataclasses.field(default_factory=list)
     rows: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
-    pieces: list[np.ndarray] = dataclasses.field(default_factory=list)
+    pieces: list[record_messages.Pieces] = dataclasses.field(default_factory=list)
 
 
 def index(
@@ -153,7 +154,9 @@ def index(
     split_summaries = {}
     for split_name, split in splits.items():
         if split.records:
-            split_summaries[split_name] = _save_split(target, split_name, split, label_classes)
+            split_summaries[split_name] = _save_split(
+                target, split_name, split, label_classes, int(rate)
+            )
     summary: dict[str, Any] = {'splits': split_summaries, 'skipped': skipped}
 
     # Records without video have no size to compare.
@@ -240,7 +243,7 @@ def _index_file(
         split.rows.append((number, offset + HEADER, len(raw)))
         try:
             split.pieces.append(
-                byte_offsets.pieces_of_sequence_example(
+                record_messages.pieces_of_sequence_example(
                     raw,
                     parser.feature_names.get('frames', ''),
                     parser.feature_names.get('audio', ''),
@@ -252,20 +255,24 @@ def _index_file(
 
 
 def _save_split(
-    target: pathlib.Path, name: str, split: IndexedSplit, label_classes: dict[str, int | None]
+    target: pathlib.Path,
+    name: str,
+    split: IndexedSplit,
+    label_classes: dict[str, int | None],
+    rate: int,
 ) -> dict[str, Any]:
     """Write the tables of one split; return its summary."""
-    table = indices.Index.from_records(split.records, split.crc, label_classes)
-    table.save(target / f'index-{name}.npz')
-    byte_offsets.save(target, name, split.paths, split.rows, split.pieces)
-    return {
-        'records': len(table),
-        'segments': len(table.segment_record),
-        'sentences': len(table.sentence_start),
-        'hours': round(float(table.duration.sum()) / 3600, 3),  # seconds to hours
-        'without_audio': int((table.samples == 0).sum()),
-        'without_video': int((table.frames == 0).sum()),
-    }
+    index_folder = indices.folder_of(target, name)
+    with IndexWriter(index_folder, label_classes) as index_writer:
+        for record, crc in zip(split.records, split.crc):
+            index_writer.add(record, crc)
+    second_bytes = 4 * rate  # float32
+    with piece_tables.PiecesWriter(
+        target, name, split.paths, second_bytes, piece_tables.SEQUENCE_EXAMPLE
+    ) as pieces_writer:
+        for row, pieces in zip(split.rows, split.pieces):
+            pieces_writer.add(*row, pieces.frames, pieces.seconds)
+    return indices.Index.open(index_folder).summary()
 
 
 def _read_records(path: str, skipped: dict[str, str]) -> Iterator[tuple[int, bytes]]:
@@ -337,7 +344,7 @@ class RecordParser:
         # Encoded pictures, JPEG as a rule, one for each frame.
         frames = [f.bytes_list.value[0] for f in frame_features if f.bytes_list.value]
         audio_features = self._feature_list(lists, 'audio', AUDIO, where)
-        # Meant to be samples in [-1, 1], in one piece (byte_offsets refuses several).
+        # Meant to be samples in [-1, 1], in one piece (record_messages refuses several).
         sound = [np.asarray(f.float_list.value, np.float32) for f in audio_features]
         num_samples = sum(len(piece) for piece in sound)
         if not frames and not num_samples:

@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 
 from data_pipelines.errors import DataError
 from data_pipelines.preparation.console import Console
-from data_pipelines.storage import record_index
+from data_pipelines.storage import columns, record_index
 from vatt_jax import extras
 from vatt_jax.command_line import expand_home
 from vatt_jax.config import fail
@@ -268,7 +268,7 @@ def prepare(
         {
             'identity': identity,
             # What --overwrite may delete, so that it never touches files of somebody else.
-            'files': sorted(path.name for path in target.iterdir() if path.is_file()),
+            'files': _written_files(target),
             'summary': summary,
         },
     )
@@ -339,6 +339,15 @@ def is_finished(target: pathlib.Path) -> bool:
     return (target / _FINISHED_FILE).is_file()
 
 
+def _written_files(target: pathlib.Path) -> list[str]:
+    """Names of the files and tables in `target`."""
+    names = []
+    for path in target.iterdir():
+        if path.is_file() or columns.is_table(path):
+            names.append(path.name)
+    return sorted(names)
+
+
 def _finished_run(
     target: pathlib.Path, identity: Mapping[str, Any], overwrite: bool
 ) -> dict[str, Any] | None:
@@ -378,7 +387,11 @@ def _finished_run(
     (target / _FINISHED_FILE).unlink()
     (target / '.staging').mkdir(exist_ok=True)
     for entry in finished['files']:
-        (target / entry).unlink(missing_ok=True)
+        path = target / entry
+        if columns.is_table(path):
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     return None
 
 

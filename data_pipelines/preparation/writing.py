@@ -13,7 +13,8 @@ from data_pipelines import media
 from data_pipelines.errors import DataError
 from data_pipelines.preparation import decoded_files, media_catalog
 from data_pipelines.preparation.media_catalog import MediaCatalog
-from data_pipelines.storage import record_index
+from data_pipelines.storage import columns, record_index
+from data_pipelines.storage.index_writer import IndexWriter
 from data_pipelines.storage.records import CLIPS, SPLITS, shards, write_byte_offsets
 
 
@@ -130,9 +131,11 @@ def publish(
     """
     # Every file here is from this run or from a killed one: `prepare` refuses a folder that holds
     # anything else before it decodes.
-    for leftover in target.iterdir():
+    for leftover in list(target.iterdir()):
         if leftover.is_file():
             leftover.unlink()
+        elif columns.is_table(leftover):
+            shutil.rmtree(leftover)
 
     summary: dict[str, Any] = {
         'splits': {},
@@ -144,12 +147,9 @@ def publish(
         if not shards(produced, split):
             continue
         # Reads every record back, which also notes at which bytes of which file it lies.
-        index = _index_of(produced, split, settings, catalog, records)
-        # Written beside and moved, so that a killed run leaves no half of an index.
-        index_file = f'index-{split}.npz'
-        index.save(stage_dir / index_file)
-        os.replace(stage_dir / index_file, target / index_file)
-        summary['splits'][split] = _split_summary(index)
+        _write_index(produced, split, settings, catalog, records)
+        index = record_index.Index.open(record_index.folder_of(produced, split))
+        summary['splits'][split] = index.summary()
     # The stored split is `clips`; these are the sizes of the splits that each fold makes of it.
     if catalog.folds:
         summary['folds'] = [_fold_counts(records, fold) for fold in range(catalog.folds)]
@@ -166,42 +166,26 @@ def publish(
     return summary
 
 
-def _index_of(
+def _write_index(
     produced: pathlib.Path,
     split: str,
     settings: decoded_files.Settings,
     catalog: MediaCatalog,
     records: Sequence[dict[str, Any]],
-) -> record_index.Index:
-    """The index of a split, in the order in which its records lie in the files."""
+) -> None:
+    """Write the index of a split, in the order in which its records lie in the files."""
     # tfds shuffles by a hash of the key, so the order in the files is not that of `records`.
     record_by_id = {record['id']: record for record in records}
-    rows = []
-    checksums = []
-    for record_id, checksum in write_byte_offsets(produced, split, settings.rate):
-        rows.append(record_by_id[record_id])
-        # crc32 of the serialized record.
-        checksums.append(checksum)
-    # The one check of the way through tfds: as many come back as were given.
-    num_written = sum(record['split'] == split for record in records)
-    if len(rows) != num_written:
-        raise DataError(
-            f'{produced}: expected {num_written} records in split {split}, got {len(rows)} when '
-            'they were read back; is the disk sound?'
-        )
-    return record_index.Index.from_records(rows, checksums, dict(catalog.multi_hot))
-
-
-def _split_summary(index: record_index.Index) -> dict[str, Any]:
-    return {
-        'records': len(index),
-        'segments': len(index.segment_record),
-        'sentences': len(index.sentence_start),
-        # Durations are in seconds.
-        'hours': round(float(index.duration.sum()) / 3600, 3),
-        'without_audio': int((index.samples == 0).sum()),
-        'without_video': int((index.frames == 0).sum()),
-    }
+    with IndexWriter(record_index.folder_of(produced, split), catalog.multi_hot) as writer:
+        for record_id, checksum in write_byte_offsets(produced, split, settings.rate):
+            writer.add(record_by_id[record_id], checksum)
+        # The one check of the way through tfds: as many come back as were given.
+        num_written = sum(record['split'] == split for record in records)
+        if writer.num_records != num_written:
+            raise DataError(
+                f'{produced}: expected {num_written} records in split {split}, got '
+                f'{writer.num_records} when they were read back; is the disk sound?'
+            )
 
 
 def _fold_counts(records: Sequence[dict[str, Any]], fold: int) -> Mapping[str, int]:

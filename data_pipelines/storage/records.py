@@ -17,8 +17,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines.errors import DataError
-from data_pipelines.storage import byte_offsets
+from data_pipelines.storage import byte_offsets, piece_tables, record_messages, version_1
 from data_pipelines.storage import record_index as indices
+from data_pipelines.storage.array_record_files import array_records
 from data_pipelines.storage.record_index import Index
 
 SPLITS = ('train', 'validation', 'test')
@@ -92,9 +93,9 @@ def shards(folder: str | os.PathLike, split: str) -> list[str]:
 
 
 def write_byte_offsets(folder: pathlib.Path, split: str, rate: int) -> Iterator[tuple[str, int]]:
-    """Read all records of a split once and write the tables of `byte_offsets`.
+    """Read all records of a split once and write the table of `piece_tables`.
 
-    The tables are written behind the last record: only for a caller that exhausts the iterator.
+    The table is there behind the last record: only for a caller that exhausts the iterator.
 
     Args:
       folder: of the records.
@@ -105,15 +106,15 @@ def write_byte_offsets(folder: pathlib.Path, split: str, rate: int) -> Iterator[
       (id, crc32) of each record, in record order.
     """
     paths = shards(folder, split)
-    rows = []  # (shard, offset, bytes) of each record
-    pieces = []  # uint32 [pieces 3] of each record
-    for shard, path in enumerate(paths):
-        for offset, raw in byte_offsets.array_records(path):
-            record_id, record_pieces = byte_offsets.pieces_of_example(raw, rate)
-            rows.append((shard, offset, len(raw)))
-            pieces.append(record_pieces)
-            yield record_id, zlib.crc32(raw)
-    byte_offsets.save(folder, split, paths, rows, pieces)
+    second_bytes = 2 * rate  # int16
+    with piece_tables.PiecesWriter(
+        folder, split, paths, second_bytes, piece_tables.EXAMPLE
+    ) as writer:
+        for shard, path in enumerate(paths):
+            for offset, raw in array_records(path):
+                record_id, pieces = record_messages.pieces_of_example(raw, rate)
+                writer.add(shard, offset, len(raw), pieces.frames, pieces.seconds)
+                yield record_id, zlib.crc32(raw)
 
 
 class Prepared:
@@ -125,6 +126,7 @@ class Prepared:
     Attributes:
       path: the folder.
       meta: its index.json.
+      version: of its layout and tables.
       format: how a record is laid out.
       fold: which division holds, from 1; 0: the dataset has only one.
       splits: that can be opened.
@@ -145,12 +147,7 @@ class Prepared:
         self.path = pathlib.Path(path)
         self._check_finished()
         self.meta = self._json('index.json')
-        if self.meta.get('version') != indices.VERSION:
-            raise DataError(
-                f'{self.path} was prepared by another version of this code: expected index '
-                f'version {indices.VERSION}, got {self.meta.get("version")}; prepare it again with '
-                '--overwrite'
-            )
+        self.version = self._version()
         # Older folders do not name their layout.
         self.format = self.meta.get('format', {'kind': 'example'})
         folds = self.meta.get('folds', [])  # names of the splits, of each division
@@ -167,6 +164,17 @@ class Prepared:
         self.labels = dict(self.meta['labels'])
         for number in range(1, len(folds) + 1):
             self.labels[f'fold{number}'] = list(SPLITS)
+
+    def _version(self) -> int:
+        """The version of the folder's layout; DataError if it is not among the known ones."""
+        version = self.meta.get('version')
+        if version in range(1, indices.VERSION + 1):
+            return version
+        raise DataError(
+            f'{self.path} was prepared by another version of this code: expected index version 1 '
+            f'to {indices.VERSION}, got {version}; read it with the code that made it, or prepare '
+            'it again with --overwrite'
+        )
 
     def _check_finished(self) -> None:
         hint = self._place_nearby()
@@ -208,28 +216,50 @@ class Prepared:
         """The spec of the tokenizer trained on its training captions."""
         return self._json('tokenizer.json')
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether `prepare` wrote its records; else they are DMVR's, which stay where they are."""
+        return self.format['kind'] == 'example'
+
+    @property
+    def again(self) -> str:
+        """How to make it again, for the ends of errors."""
+        if self.is_ours:
+            return 'prepare it again with --overwrite'
+        return 'run python -m data_pipelines.dmvr again with --overwrite'
+
     def index(self, split: str) -> Index:
-        return Index.load(self.path / f'index-{split}.npz')
+        """The index of a stored split."""
+        if self.version == 1:
+            return version_1.load_index(version_1.index_path(self.path, split))
+        return Index.open(indices.folder_of(self.path, split), self.again)
+
+    def files(self, split: str) -> list[str]:
+        """Paths of the files that hold a stored split's records."""
+        if self.is_ours:
+            return shards(self.path, split)
+        return [path for path, _ in self.meta['files'][split]]
 
     def pieces(self, split: str, index: Index) -> byte_offsets.Pieces:
         """Random access to a stored split's records."""
-        # Of the other kind are DMVR's TFRecord files, which stay where they are.
-        is_ours = self.format['kind'] == 'example'
-        paths: list[str]
-        if is_ours:
-            paths = shards(self.path, split)
-            again = 'prepare it again with --overwrite'
-            if paths:
-                self._ensure_byte_offsets(split)
-        else:
-            paths = [path for path, _ in self.meta['files'][split]]
-            again = 'run python -m data_pipelines.dmvr again with --overwrite'
-        firsts = byte_offsets.firsts(index.frames, index.samples, self.meta['rate'])
-        return byte_offsets.Pieces(self.path, split, paths, firsts, is_ours, again)
+        paths = self.files(split)
+        what = f'split {split!r} of {self.path}'
+        tables = self.piece_tables(split, index)
+        return byte_offsets.Pieces(tables, paths, self.is_ours, what, self.again)
+
+    def piece_tables(self, split: str, index: Index) -> byte_offsets.Tables:
+        """Where the pieces of a stored split's records are."""
+        if self.version == 1:
+            if version_1.places_path(self.path, split).is_file():
+                return version_1.PieceTables(
+                    self.path, split, index.frames, index.samples, self.meta['rate'], self.again
+                )
+            self._ensure_byte_offsets(split)
+        return piece_tables.PieceTables(self.path, split, index.frames, self.again)
 
     def _ensure_byte_offsets(self, split: str) -> None:
-        """Add the tables of a folder that was prepared before these tables were there."""
-        if (self.path / f'places-{split}.npz').is_file():
+        """Add the table to a folder that was prepared before there were tables of byte offsets."""
+        if piece_tables.folder_of(self.path, split).is_dir() or not self.files(split):
             return
         try:
             # The ids are of no use here; exhausting the iterator writes the tables.
@@ -237,7 +267,7 @@ class Prepared:
                 pass
         except OSError as e:
             raise DataError(
-                f'{self.path} was prepared before places-{split}.npz was written with it, and it '
+                f'{self.path} was prepared before pieces-{split} was written with it, and it '
                 f'cannot be added now ({e}); make the folder writable once, or prepare it again '
                 'with --overwrite'
             ) from None
@@ -302,8 +332,8 @@ class Split:
         stored_split = CLIPS if prepared.fold else split
         self.index = prepared.index(stored_split)
         self._pieces = prepared.pieces(stored_split, self.index)
-        # Row of each of this split's records among the stored ones.
-        self._rows = np.arange(len(self.index))
+        # Row of each of this split's records among the stored ones; None: they are the stored ones.
+        self._rows: np.ndarray | None = None
         if prepared.fold:
             folds = self.index.folds  # [M F]
             assert folds is not None  # the index of a dataset with folds has them
@@ -313,6 +343,10 @@ class Split:
                 is_member = folds[:, prepared.fold - 1] == SPLITS.index(split)  # [M]
                 self._rows = np.flatnonzero(is_member)
                 self.index = self.index.take(self._rows)
+
+    def _row(self, number: int) -> int:
+        """Row of a record among the stored ones."""
+        return number if self._rows is None else int(self._rows[number])
 
     def __len__(self) -> int:
         return len(self.index)
@@ -335,7 +369,7 @@ class Split:
     def _read_one(self, number: int) -> tuple[bytes, str]:
         # Damage is reported, not raised: one bad record does not end a run.
         try:
-            raw = self._pieces[int(self._rows[number])]
+            raw = self._pieces[self._row(number)]
         except OSError as e:
             return b'', str(e)
         if zlib.crc32(raw) != int(self.index.crc[number]):
@@ -359,10 +393,7 @@ class Split:
           ValueError: one is damaged.
           OSError: the file cannot be read.
         """
-        # The pieces of sound are numbered behind all frames of the record.
-        num_frames = int(self.index.frames[number])
-        sound = [num_frames + second for second in seconds]
-        contents = self._pieces.read(int(self._rows[number]), [*frames, *sound])
+        contents = self._pieces.read(self._row(number), frames, seconds)
         return contents[: len(frames)], contents[len(frames) :]
 
 

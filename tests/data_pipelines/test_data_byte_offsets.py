@@ -1,6 +1,5 @@
 """The tables of byte offsets against the libraries that wrote the files."""
 
-import shutil
 import zlib
 
 import numpy as np
@@ -9,13 +8,13 @@ import tensorflow as tf
 from test_data_dmvr import sequence_example
 
 from data_pipelines.errors import DataError
-from data_pipelines.storage import byte_offsets
-from data_pipelines.storage.records import Prepared, Split
+from data_pipelines.storage import array_record_files, byte_offsets, record_messages
+from data_pipelines.storage.piece_tables import EXAMPLE, PiecesWriter, PieceTables
 
 
 def record_sizes(count):
     """Sizes around the edges of a block, and `count` others from 1 to 300 kB."""
-    edges = [0, 1, 3, byte_offsets.BLOCK - 24 - 24 - 40 - 3]
+    edges = [0, 1, 3, array_record_files.BLOCK - 24 - 24 - 40 - 3]
     exponents = np.random.default_rng(0).uniform(0, 5.5, count)
     return [*edges, *(10**exponents).astype(int).tolist()]
 
@@ -31,7 +30,7 @@ def write_array_record(path, records, options='group_size:1,uncompressed'):
 
 
 def pieces_of(record, rng):
-    """uint32 [3 3] of (offset, size, crc32): three pieces of a record, the first behind the second.
+    """uint32 [3 3] of (offset, size, crc32): three frames of a record, the first behind the second.
 
     A few bytes before them and behind them belong to none.
     """
@@ -49,11 +48,11 @@ def cut_out(record, table):
 @pytest.mark.parametrize('size', [0, 1, 2])
 def test_a_chunk_without_its_record_is_an_error_in_a_sentence(tmp_path, size):
     """The header of a chunk of one record, and less data than the sizes in front of it take."""
-    block_header = bytes(byte_offsets.HEADER)
+    block_header = bytes(array_record_files.HEADER)
     head = bytes(8) + size.to_bytes(8, 'little') + bytes(8) + b'r' + (1).to_bytes(7, 'little')
     (tmp_path / 'x').write_bytes(block_header + head + bytes(8) + b'\0\x80'[:size])
     with pytest.raises(DataError, match='x is damaged'):
-        list(byte_offsets.array_records(tmp_path / 'x'))
+        list(array_record_files.array_records(tmp_path / 'x'))
 
 
 def test_records_of_a_file_and_any_part_of_them(tmp_path):
@@ -61,36 +60,39 @@ def test_records_of_a_file_and_any_part_of_them(tmp_path):
     rng = np.random.default_rng(1)
     records = [rng.bytes(size) for size in record_sizes(40)]
     write_array_record(path, records)
-    found = list(byte_offsets.array_records(path))
+    found = list(array_record_files.array_records(path))
     assert [record for _, record in found] == records
 
     tables = [pieces_of(record, rng) for record in records]
-    firsts = 3 * np.arange(len(records) + 1)
-    spans = [(0, offset, len(record)) for offset, record in found]
-    byte_offsets.save(tmp_path, 'train', [path], spans, tables)
-    pieces = byte_offsets.Pieces(tmp_path, 'train', [path], firsts, True, 'again')
+    no_seconds = np.zeros((0, 3), np.uint32)
+    with PiecesWriter(tmp_path, 'train', [path], 100, EXAMPLE) as writer:
+        for (offset, record), table in zip(found, tables):
+            writer.add(0, offset, len(record), table, no_seconds)
+    num_frames = np.full(len(records), 3)
+    opened = PieceTables(tmp_path, 'train', num_frames, 'again')
+    pieces = byte_offsets.Pieces(opened, [path], True, 'split', 'again')
     # Far pieces are read by calls of their own.
     assert max(len(record) for record in records) > byte_offsets._APART + 1000
     for i, record in enumerate(records):
         assert pieces[i] == record
         for numbers in ([0, 1, 2], [2, 0], [1], []):
-            assert pieces.read(i, numbers) == cut_out(record, tables[i][numbers])
+            assert pieces.read(i, numbers, []) == cut_out(record, tables[i][numbers])
 
-    pieces._pieces = pieces._pieces ^ np.array([0, 0, 1], np.uint32)
+    opened._frame_crc = opened._frame_crc ^ np.uint16(1)
     with pytest.raises(ValueError, match='crc32'):
-        pieces.read(10, [1])
-    with pytest.raises(DataError, match='2 records and its index.*again|has 44 records'):
-        byte_offsets.Pieces(tmp_path, 'train', [path], firsts[:-1], True, 'again')
+        pieces.read(10, [1], [])
+    with pytest.raises(DataError, match='has 44 records and its index 43; again'):
+        PieceTables(tmp_path, 'train', num_frames[:-1], 'again')
     with open(path, 'ab') as file:
         file.write(b'x')
     with pytest.raises(DataError, match='is not the file of .* bytes that .*again'):
-        byte_offsets.Pieces(tmp_path, 'train', [path], firsts, True, 'again')
+        byte_offsets.Pieces(opened, [path], True, 'split', 'again')
 
 
 def test_compressed_files_are_refused(tmp_path):
     write_array_record(tmp_path / 'x', [b'a' * 1000] * 3, 'group_size:1,zstd')
     with pytest.raises(DataError, match='compressed'):
-        list(byte_offsets.array_records(tmp_path / 'x'))
+        list(array_record_files.array_records(tmp_path / 'x'))
 
 
 def bytes_feature(*values):
@@ -109,38 +111,25 @@ def test_pieces_of_an_example():
         'fps': tf.train.Feature(float_list=tf.train.FloatList(value=[1.5])),
     }
     example = tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
-    name, table = byte_offsets.pieces_of_example(example, 10)
-    expected = [*frames, pcm[:10].tobytes(), pcm[10:20].tobytes(), pcm[20:].tobytes()]
+    name, pieces = record_messages.pieces_of_example(example, 10)
+    seconds = [pcm[:10].tobytes(), pcm[10:20].tobytes(), pcm[20:].tobytes()]
     assert name == 'me'
-    assert cut_out(example, table) == expected
-    assert table[:, 2].tolist() == [zlib.crc32(piece) for piece in expected]
+    assert cut_out(example, pieces.frames) == frames
+    assert cut_out(example, pieces.seconds) == seconds
+    assert pieces.frames[:, 2].tolist() == [zlib.crc32(piece) for piece in frames]
+    assert pieces.seconds[:, 2].tolist() == [zlib.crc32(piece) for piece in seconds]
 
 
 def test_pieces_of_a_sequence_example():
     frames = [b'first', b'', b'third' * 50]
     audio = np.linspace(-1, 1, 25).astype('<f4')
     example = sequence_example(frames, audio)
-    table = byte_offsets.pieces_of_sequence_example(
+    pieces = record_messages.pieces_of_sequence_example(
         example, 'image/encoded', 'WAVEFORM/feature/floats', 10
     )
-    expected = [*frames, audio[:10].tobytes(), audio[10:20].tobytes(), audio[20:].tobytes()]
-    assert cut_out(example, table) == expected
-    frames_alone = byte_offsets.pieces_of_sequence_example(example, 'image/encoded', '', 10)
-    assert len(frames_alone) == 3
-
-
-def test_a_dataset_without_tables_gets_them_when_opened(prepared, tmp_path, monkeypatch):
-    shutil.copytree(prepared[0], tmp_path / 'old')
-    for name in ('places-test.npz', 'pieces-test.npy'):
-        (tmp_path / 'old' / name).unlink()
-
-    def refuse(*arguments, **fields):
-        raise OSError('read only')
-
-    with monkeypatch.context() as patch:
-        patch.setattr(byte_offsets.np, 'savez', refuse)
-        with pytest.raises(DataError, match='make the folder writable once'):
-            Split(Prepared(tmp_path / 'old'), 'test')
-    old = Split(Prepared(tmp_path / 'old'), 'test')
-    new = Split(Prepared(prepared[0]), 'test')
-    assert old.clip(3, [2, 5], [1]) == new.clip(3, [2, 5], [1])
+    assert cut_out(example, pieces.frames) == frames
+    seconds = [audio[:10].tobytes(), audio[10:20].tobytes(), audio[20:].tobytes()]
+    assert cut_out(example, pieces.seconds) == seconds
+    frames_alone = record_messages.pieces_of_sequence_example(example, 'image/encoded', '', 10)
+    assert len(frames_alone.frames) == 3
+    assert not len(frames_alone.seconds)

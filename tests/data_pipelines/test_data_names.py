@@ -74,7 +74,7 @@ def test_files_of_any_name(tmp_path, folder, environment):
     description = json.loads((tmp_path / 'set' / 'index.json').read_text())
     ids = []
     for split in description['splits']:
-        ids += list(Index.load(tmp_path / 'set' / f'index-{split}.npz').id)
+        ids += list(Index.open(tmp_path / 'set' / f'index-{split}').id)
     assert sorted(ids) == sorted(NAMES.values())
 
     skipped = json.loads((tmp_path / 'set' / 'skipped.json').read_text())

@@ -427,29 +427,49 @@ def test_short_records_repeat(config):
         np.testing.assert_array_equal(repeated, pcm[:num_repeated][:period])
 
 
+def change_checksums(folder, changed):
+    """Write the table of a prepared folder anew, with other checksums of one record's pieces."""
+    from data_pipelines.storage import piece_tables
+    from data_pipelines.storage.records import Prepared
+
+    prepared = Prepared(folder)
+    index = prepared.index('train')
+    tables = prepared.piece_tables('train', index)
+    shutil.rmtree(piece_tables.folder_of(folder, 'train'))
+    paths = prepared.files('train')
+    with piece_tables.PiecesWriter(folder, 'train', paths, 2 * RATE, 1) as writer:
+        for i in range(len(index)):
+            num_seconds = -(-int(index.samples[i]) // RATE)
+            table = np.array(tables.pieces(i, range(index.frames[i]), range(num_seconds)))
+            table = table.astype(np.uint32)
+            table[:, 2] ^= i == changed
+            frames, seconds = np.split(table, [index.frames[i]])
+            writer.add(*tables.place(i), frames, seconds)
+
+
 @pytest.fixture(params=['flipped bits', 'other record'])
 def damaged(prepared, tmp_path, request):
     """A copy of the clocks in which record 4 of the training split is unreadable.
 
     Each frame and each second of sound has one flipped bit, or is not the one that was noted.
     """
-    from data_pipelines.storage import byte_offsets
-    from data_pipelines.storage.records import Prepared, Split
+    from data_pipelines.storage import array_record_files
+    from data_pipelines.storage.records import Prepared
 
     out = tmp_path / 'damaged'
     shutil.copytree(prepared[0], out)
-    index = Split(Prepared(out), 'train').index
-    first, last = byte_offsets.firsts(index.frames, index.samples, RATE)[4:6]
-    pieces = np.load(out / 'pieces-train.npy')
     if request.param == 'other record':
-        pieces[first:last, 2] ^= 1
-        np.save(out / 'pieces-train.npy', pieces)
+        change_checksums(out, 4)
         return out
+    index = Prepared(out).index('train')
+    tables = Prepared(out).piece_tables('train', index)
+    num_seconds = -(-int(index.samples[4]) // RATE)
+    pieces = tables.pieces(4, range(index.frames[4]), range(num_seconds))
     shard = next(out.glob('*-train.array_record*'))
     content = bytearray(shard.read_bytes())
-    begin = int(np.load(out / 'places-train.npz')['offset'][4])
-    for offset, size, _ in pieces[first:last].tolist():
-        content[byte_offsets._physical(begin + offset + size // 2)] ^= 0x10
+    _, begin, _ = tables.place(4)
+    for offset, size, _ in pieces:
+        content[array_record_files.physical(begin + offset + size // 2)] ^= 0x10
     shard.write_bytes(content)
     return out
 

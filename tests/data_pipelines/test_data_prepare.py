@@ -22,7 +22,6 @@ from data_pipelines.preparation import (
     record_contents,
     staging,
 )
-from data_pipelines.storage.record_index import Index, Strings
 from data_pipelines.storage.records import Prepared, Split
 
 SMALL = {
@@ -459,20 +458,6 @@ def test_wrong_annotations_say_what_is_wrong(tmp_path, text, message):
     (tmp_path / 'a.json').write_text(text)
     with pytest.raises(DataError, match=message):
         annotation_files.read_annotations(tmp_path / 'a.json')
-
-
-def test_strings_are_a_sequence():
-    strings = Strings.from_texts(['a', '', 'Å☃', 'z'])
-    assert list(strings) == ['a', '', 'Å☃', 'z']
-    assert strings[1:3] == ['', 'Å☃']
-    assert strings[-1] == 'z'
-    assert len(strings) == 4
-
-
-def test_damaged_index_is_one_sentence(tmp_path):
-    (tmp_path / 'i.npz').write_bytes(b'PK nothing')
-    with pytest.raises(DataError, match='prepare the data again'):
-        Index.load(tmp_path / 'i.npz')
 
 
 def test_stored_frames_show_the_right_moment(prepared):
