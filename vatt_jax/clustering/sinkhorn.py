@@ -38,6 +38,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, Bool, Float
 
+from vatt_jax.clustering import newton
+
 # The published loop stops when the sum over samples of |beta / beta' - 1| falls below this.
 PUBLISHED = 0.1
 
@@ -179,6 +181,9 @@ def solve(
             second = search(marginal, g, prior, limit, max_passes, None, rebuild)
             second.history[:0] = found.history
             found = min(second, found, key=lambda result: result.residual)
+        if use_newton and found.residual > limit:
+            coupling = functools.partial(rows.coupling, strength=strength)
+            found = refine(marginal, coupling, found, prior, limit, max_passes)
         labels, cost, error = rows.label(found.potentials, found.marginal, prior, strength)
     return Solution(
         potentials=found.potentials,
@@ -698,6 +703,28 @@ def search(
     return Found(best, best_marginal, best_residual, inverse, history)
 
 
+def refine(
+    marginal: Callable[[np.ndarray], np.ndarray],
+    coupling: Callable[[np.ndarray], np.ndarray],
+    found: Found,
+    prior: np.ndarray,
+    limit: float,
+    max_passes: int,
+) -> Found:
+    """Goes on from where the fast search ended, by Newton's method on all rows."""
+    point, history = newton.maximise(
+        marginal, coupling, found.potentials, prior, limit, max_passes
+    )
+    # The preconditioner stays: the next problem's search is the fast one, for which it was made.
+    return Found(
+        point.potentials,
+        point.marginal,
+        point.residual,
+        found.inverse,
+        found.history + history,
+    )
+
+
 def mixed(past: Sequence[tuple[np.ndarray, np.ndarray]], weight: np.ndarray) -> np.ndarray:
     """Returns Anderson's step (type II).
 
@@ -724,18 +751,8 @@ def preconditioner(rows: Rows, g: np.ndarray, strength: float) -> np.ndarray:
     The damping is of the order of the noise of a mean over M / P rows for each cluster: slow
     directions are trusted no further.
     """
-    coupling = rows.coupling(g, strength)
-    mass = coupling.sum(1)
-    # With C the coupling, D its row sums (c) and S = D^-1/2 C D^-1/2, which is symmetric:
-    # (I - A)⁻¹ = (I - D⁻¹ C)⁻¹ = D^-1/2 (I - S)⁻¹ D^1/2.
-    root = np.sqrt(np.maximum(mass, 1e-12 * mass.max()))
-    # The eigenvalue 1 of the symmetric form belongs to `root`; moved to 0, the matrix below is
-    # positive definite.
-    unit = root / np.linalg.norm(root)
-    damping = DAMPING * len(mass) / rows.count
-    damped_identity = (1 + damping) * np.eye(len(mass))
-    symmetric = damped_identity - coupling / root[:, None] / root + np.outer(unit, unit)
-    return np.linalg.inv(symmetric) / root[:, None] * root
+    damping = DAMPING * rows.clusters / rows.count
+    return newton.inverse(rows.coupling(g, strength), damping)
 
 
 def anneal(
