@@ -39,6 +39,15 @@ from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, Bool, Float
 
 from vatt_jax.clustering import newton
+from vatt_jax.clustering.problem import (
+    check_heads,
+    check_prior,
+    check_start,
+    check_tolerance,
+    explain_not_finite,
+    is_blocked,
+    split_views,
+)
 
 # The published loop stops when the sum over samples of |beta / beta' - 1| falls below this.
 PUBLISHED = 0.1
@@ -74,6 +83,10 @@ LOST = 1e-3
 
 # Passes without a tenth of progress after which float precision is taken to be reached.
 PATIENCE = 60
+
+# Logits are centred by rows where the largest of a row lies further than this from 0. Nearer ones
+# lose no digit that matters, and need no copy.
+OFFSET = 32.0
 
 # Method -> how many past steps a step may look back on.
 STEPS = {'newton': MEMORY, 'anderson': MEMORY, 'plain': 0}
@@ -149,26 +162,29 @@ def solve(
       mesh: Rows are spread over all its devices (default: one device).
 
     Raises:
-      ValueError: For a prior with empty clusters, or logits that are not finite.
+      ValueError: For a prior with empty clusters, logits that are not finite, or arguments that do
+        not fit each other.
     """
     prior = check_prior(prior)
     if method not in STEPS:
         raise ValueError(f'method: expected one of {", ".join(STEPS)}, got {method!r}.')
     if not strength > 0 or not np.isfinite(strength):
         raise ValueError(f'strength: expected a positive, finite λ, got {strength}.')
+    if max_passes < 1:
+        raise ValueError(f'max_passes: expected a positive number, got {max_passes}.')
     # Without it JAX would cast float64 arrays to float32, silently.
     with jax.enable_x64(dtype == 'float64'):
         rows = Rows(views, heads, len(prior), dtype, mesh)
         use_newton = method == 'newton'
-        limit = PUBLISHED / rows.count if tolerance == 'published' else float(tolerance)
+        limit = check_tolerance(tolerance, rows.count, PUBLISHED)
 
         g = np.zeros(len(prior))
         inverse = None
         rebuild = None
         if start is not None:
-            g = np.asarray(start.potentials, np.float64)
-            if use_newton:
-                inverse = start.preconditioner
+            g, inverse = check_start(start.potentials, start.preconditioner, len(prior))
+            if not use_newton:
+                inverse = None
         elif method != 'plain':
             g, inverse, rebuild = first_guess(rows, prior, strength, use_newton)
 
@@ -217,41 +233,20 @@ def shares(
     Returns:
       float64 [P].
     """
-    if heads is not None:
-        kernel, _ = heads[0]
-        num_clusters = kernel.shape[1]
-    else:
-        is_blocked = isinstance(views[0], (list, tuple))
-        first_block = views[0][0] if is_blocked else views[0]
-        num_clusters = first_block.shape[1]
+    num_clusters = _count_clusters(views, heads)
     rows = Rows(views, heads, num_clusters, 'float32', mesh)
     return rows.marginal(np.zeros(num_clusters), strength)
 
 
-def check_prior(prior: Any) -> np.ndarray:
-    """Returns the prior as float64 [P], positive and summing to 1.
-
-    Raises:
-      ValueError: If it is not a vector of at least two positive shares that sum to 1.
-    """
-    prior = np.asarray(prior, np.float64)
-    if prior.ndim != 1 or len(prior) < 2:
-        raise ValueError(
-            f'prior: expected a vector with the share of each of at least 2 clusters, got shape '
-            f'{prior.shape}.'
-        )
-    bad = np.flatnonzero(~(prior > 0) | ~np.isfinite(prior))
-    if len(bad):
-        raise ValueError(
-            f'prior[{bad[0]}]={prior[bad[0]]} ({len(bad)} such of {len(prior)}): every cluster '
-            'needs a positive share; leave empty clusters out, or give them a small one'
-        )
-    if abs(prior.sum() - 1) > 1e-5:
-        raise ValueError(
-            f'prior sums to {prior.sum():.6g}; expected shares that sum to 1 (divide by the sum).'
-        )
-    # Shares computed in float32 miss a sum of 1 by their rounding, and tolerances can be smaller.
-    return prior / prior.sum()
+def _count_clusters(views: Sequence[Any], heads: Sequence[tuple[Any, Any]] | None) -> int:
+    if heads:
+        kernel, _ = heads[0]
+        return kernel.shape[1]
+    if not len(views):
+        # Refused by name where the rows are made.
+        return 0
+    first_block = views[0][0] if is_blocked(views) else views[0]
+    return first_block.shape[1]
 
 
 # ---- The rows: everything that touches devices.
@@ -286,26 +281,21 @@ class Rows:
         self.sharding = NamedSharding(self.mesh, Spec(self.mesh.axis_names))
         self.replicated = NamedSharding(self.mesh, Spec())
 
-        views = tuple(views)
-        self.streamed = isinstance(views[0], (list, tuple))
-        blocks = list(zip(*views, strict=True)) if self.streamed else [views]
-        for block in blocks:
-            self._check_shapes(block, 'D' if heads else clusters, has_heads=heads is not None)
+        check_heads(heads, len(views), clusters)
+        blocks = split_views(views, heads, clusters)
+        self.heads = None if heads is None else tuple(self._place_head(*head) for head in heads)
+        self.streamed = is_blocked(views)
         self.blocks = blocks if self.streamed else [self.place(block) for block in blocks]
         self.lengths = [len(block[0]) for block in blocks]
         self.count = sum(self.lengths)
-        self.heads = None if heads is None else tuple(self._place_head(*head) for head in heads)
-
-    def _check_shapes(self, block: Sequence[Any], width: int | str, has_heads: bool) -> None:
-        num_rows = len(block[0])
-        for x in block:
-            is_wide = has_heads or (x.ndim == 2 and x.shape[1] == self.clusters)
-            if x.ndim != 2 or len(x) != num_rows or not is_wide:
-                raise ValueError(
-                    f'views: expected shape [{num_rows} {width}], got {tuple(x.shape)}.'
-                )
 
     def _place_head(self, kernel: Any, bias: Any) -> tuple[jax.Array, jax.Array]:
+        # What all clusters have in common changes no label and would cost digits in the products.
+        # The bias may hold -inf, which forbids a cluster, so its mean would not do.
+        kernel = np.asarray(kernel, np.float64)
+        bias = np.asarray(bias, np.float64)
+        kernel = kernel - kernel.mean(1, keepdims=True)
+        bias = bias - bias.max()
         kernel = jax.device_put(jnp.asarray(kernel, self.dtype), self.replicated)
         bias = jax.device_put(jnp.asarray(bias, self.dtype), self.replicated)
         return kernel, bias
@@ -316,7 +306,10 @@ class Rows:
 
     def place(self, block: Sequence[Any]) -> tuple[jax.Array, ...]:
         """Spreads rows over all devices, padded to a multiple of their number."""
-        return tuple(self._place_view(x) for x in block)
+        views = tuple(self._place_view(x) for x in block)
+        if self.heads is not None:
+            return views
+        return tuple(_centred(x) if float(_largest_top(x)) > OFFSET else x for x in views)
 
     def _place_view(self, x: Any) -> jax.Array:
         # shard_map takes equal shares only; padding rows get weight 0 in `_block_pass`.
@@ -324,7 +317,12 @@ class Rows:
         if isinstance(x, jax.Array) and x.dtype == self.dtype and not padding:
             if x.sharding.is_equivalent_to(self.sharding, x.ndim):
                 return x
-        host = np.asarray(x, self.dtype)
+        host = np.asarray(x)
+        if self.heads is None and host.dtype.itemsize > self.dtype.itemsize:
+            # Before digits are lost. A row of -inf alone becomes NaN, and is reported.
+            with np.errstate(invalid='ignore'):
+                host = host - host.max(-1, keepdims=True)
+        host = host.astype(self.dtype, copy=False)
         if padding:
             host = np.concatenate([host, np.zeros((padding, host.shape[1]), host.dtype)])
         # Every process holds all rows; the callback hands out only those of its own devices.
@@ -394,7 +392,8 @@ class Rows:
         for high, low in self.passes('marginal', g, strength):
             total = total + (np.asarray(high, np.float64) + np.asarray(low, np.float64))
         # Divided by its own sum, not by M, so that rounding does not move the total from 1.
-        return must_be_finite(total) / total.sum()
+        self._must_be_finite(total)
+        return total / total.sum()
 
     def coupling(self, g: np.ndarray, strength: float) -> np.ndarray:
         """Returns the mean of s sᵀ over the rows s of softmax(Z + g): float64 [P P]."""
@@ -407,7 +406,8 @@ class Rows:
         """Returns the mean over rows of max Z - mean Z, in nats."""
         blocks = self.passes('spread', np.zeros(self.clusters), strength)
         total = sum(np.float64(block) for block in blocks)
-        return float(must_be_finite(total)) / self.count
+        self._must_be_finite(total)
+        return float(total) / self.count
 
     def label(
         self, g: np.ndarray, marginal: np.ndarray, prior: np.ndarray, strength: float
@@ -429,14 +429,17 @@ class Rows:
             error += np.float64(block_error)
         return np.concatenate(labels), float(cost) / self.count, float(error)
 
-
-def must_be_finite(x: Any) -> Any:
-    """Returns x, or raises ValueError where it holds NaN or an infinity."""
-    if not np.isfinite(x).all():
-        raise ValueError(
-            'logits or features hold NaN or +inf (or a row of -inf only); labels need finite values'
-        )
-    return x
+    def _must_be_finite(self, sums: Any) -> None:
+        """Raises ValueError, with the reason, where sums over the rows are not finite."""
+        if np.isfinite(sums).all():
+            return
+        blocks = []
+        for block, length in zip(self.blocks, self.lengths):
+            blocks.append(tuple(self._take(x, np.arange(length)) for x in block))
+        heads = None
+        if self.heads is not None:
+            heads = [(np.asarray(kernel), np.asarray(bias)) for kernel, bias in self.heads]
+        raise ValueError(explain_not_finite(blocks, heads))
 
 
 def chunk_rows(clusters: int) -> int:
@@ -448,6 +451,22 @@ def chunk_rows(clusters: int) -> int:
     return max(8, scores // clusters)
 
 
+@jax.jit
+def _largest_top(logits: jax.Array) -> jax.Array:
+    """Returns the largest absolute value of a row's largest logit: []."""
+    return jnp.abs(logits.max(-1)).max()
+
+
+@jax.jit
+def _centred(logits: jax.Array) -> jax.Array:
+    """Returns the logits [rows P] with the largest of each row at 0, as exact as they are given.
+
+    What all clusters of a row have in common changes no softmax, but costs digits once it is
+    multiplied by λ. The difference of two floats is exact where they are near each other.
+    """
+    return logits - logits.max(-1, keepdims=True)
+
+
 def combined(pieces: Sequence[Any], heads: Sequence[tuple[Any, Any]] | None) -> jax.Array:
     """Returns the sum over views of their logits: [rows P]."""
     if heads is None:
@@ -455,7 +474,7 @@ def combined(pieces: Sequence[Any], heads: Sequence[tuple[Any, Any]] | None) -> 
     # One view after the other: two [rows P] arrays at a time, however many views there are.
     return sum(
         jnp.matmul(x, kernel, precision='highest') + bias
-        for x, (kernel, bias) in zip(pieces, heads)
+        for x, (kernel, bias) in zip(pieces, heads, strict=True)
     )
 
 
@@ -515,7 +534,7 @@ def _block_pass(
             pieces = [jax.lax.dynamic_slice_in_dim(x, first, size) for x in block]
             row = first + jnp.arange(size)
             weight = ((row >= i * size) & (offset + row < count)).astype(g.dtype)
-            # NaN, +inf or a row of -inf only turn the sums into NaN, which must_be_finite reports.
+            # NaN, +inf or a row of -inf only turn the sums into NaN, which _must_be_finite reports.
             z = scale * combined(pieces, heads) + g  # [R P]
             exponentials = jnp.exp(z - z.max(-1, keepdims=True)) * fine
             return _Chunk(first, pieces, weight, exponentials, 1 / exponentials.sum(-1))
