@@ -69,8 +69,8 @@ def check_start(
       ValueError: If they belong to another number of clusters, or the potentials are not finite.
     """
     potentials = np.asarray(potentials, np.float64)
-    shapes = [potentials.shape]
-    expected = [(clusters,)]
+    shapes: list[tuple[int, ...]] = [potentials.shape]
+    expected: list[tuple[int, ...]] = [(clusters,)]
     if preconditioner is not None:
         preconditioner = np.asarray(preconditioner, np.float64)
         shapes.append(preconditioner.shape)

@@ -731,9 +731,7 @@ def refine(
     max_passes: int,
 ) -> Found:
     """Goes on from where the fast search ended, by Newton's method on all rows."""
-    point, history = newton.maximise(
-        marginal, coupling, found.potentials, prior, limit, max_passes
-    )
+    point, history = newton.maximise(marginal, coupling, found.potentials, prior, limit, max_passes)
     # The preconditioner stays: the next problem's search is the fast one, for which it was made.
     return Found(
         point.potentials,
