@@ -90,10 +90,12 @@ def choose_layout(num_rows: int, num_keys: int, key_bytes: int, how: How) -> Lay
       how: Method and block size.
 
     Raises:
-      ValueError: For an unknown method.
+      ValueError: For an unknown method or a negative block.
     """
     if how.method not in METHODS:
         raise ValueError(f'method={how.method!r}: choose one of {", ".join(METHODS)}')
+    if how.block < 0:
+        raise ValueError(f'block: expected rows of a block, or 0 (chosen), got {how.block}')
     # Axis names and sizes are all that is needed. Empty without jax.set_mesh.
     mesh = jax.sharding.get_abstract_mesh()
     axes: tuple[str, ...] = ()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from vatt_jax.losses.arguments import check_replicas, check_shape
+
 
 def softmax_cross_entropy(
     logits: jax.Array, labels: jax.Array, *, weight: jax.Array | None = None, smoothing: float = 0.0
@@ -19,7 +21,13 @@ def softmax_cross_entropy(
 
     Returns:
       float32 [].
+
+    Raises:
+      ValueError: The shapes do not fit.
     """
+    check_shape(labels, logits.shape[:1], 'labels')
+    if weight is not None:
+        check_shape(weight, logits.shape[:1], 'weight')
     log_probs = jax.nn.log_softmax(_at_least_float32(logits), -1)  # [B P]
     # A sum against a one-hot row, not a gather: its gradient needs no scatter.
     one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=log_probs.dtype)
@@ -27,7 +35,7 @@ def softmax_cross_entropy(
     loss = -((1 - smoothing) * label_log_prob + smoothing * log_probs.mean(-1))
     if weight is None:
         weight = jnp.ones(loss.shape, loss.dtype)
-    weight = weight.astype(loss.dtype)
+    weight = jnp.asarray(weight).astype(loss.dtype)
     # Mean over rows that count; the weights' own scale stays (class balancing). The select keeps a
     # NaN of a row that does not count out of the sum.
     total = jnp.sum(jnp.where(weight > 0, loss, 0) * weight)
@@ -52,12 +60,19 @@ def balanced_binary_cross_entropy(
 
     Returns:
       float32 [].
+
+    Raises:
+      ValueError: The shapes do not fit.
     """
+    check_shape(targets, logits.shape, 'targets')
+    if weight is not None:
+        check_shape(weight, logits.shape[:1], 'weight')
+    check_replicas(replicas, len(logits))
     logits = _at_least_float32(logits)
     targets = jnp.asarray(targets, logits.dtype)
     if weight is None:
         weight = jnp.ones(len(logits), logits.dtype)
-    weight = weight.astype(logits.dtype)
+    weight = jnp.asarray(weight).astype(logits.dtype)
     targets = jnp.where(weight[:, None] > 0, targets, 0)
     targets = targets.reshape(replicas, -1, targets.shape[-1])  # [replicas B/replicas P]
     weight = weight.reshape(replicas, -1)

@@ -10,18 +10,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vatt_jax.losses.nce import (
+from vatt_jax.losses.arguments import (
     AnyArray,
     CandidateMask,
     Candidates,
     Embeddings,
-    Keys,
     Prepared,
     Scalar,
     Valid,
+    check_shape,
+    check_temperature,
     mean_over_clips,
     prepare,
 )
+from vatt_jax.losses.info_nce import Keys, usable_pairs
 from vatt_jax.losses.similarity import AUTO, NEVER, How
 
 
@@ -29,6 +31,7 @@ def scores(
     x: Float[Array, 'B E'], y: Float[Array, 'A K E'], temperature: Scalar
 ) -> Float[Array, 'B A K']:
     """x_b against every candidate y_ak, at least in float32."""
+    check_temperature(temperature)
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
     products = jnp.einsum(
         'be,ake->bak', x, y, precision='highest', preferred_element_type=accumulate
@@ -73,7 +76,7 @@ def asymmetric(
     """See nce.asymmetric."""
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
     forward, backward, positive = terms(p, temperature)
-    return mean_over_clips(jnp.logaddexp(forward, backward) - positive, p.valid, replicas)
+    return mean_over_clips(jnp.logaddexp(forward, backward) - positive, p, replicas)
 
 
 def mil_nce(
@@ -118,7 +121,7 @@ def symmetric(
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
     forward, backward, positive = terms(p, temperature)
     masks = (p.x_valid, p.y_mask.any(-1)) if each_mask else ()
-    return mean_over_clips(forward + backward - 2 * positive, p.valid, replicas, masks)
+    return mean_over_clips(forward + backward - 2 * positive, p, replicas, masks)
 
 
 def clip(
@@ -166,7 +169,7 @@ def siglip(
     s = scores(p.x, p.y, temperature) + bias
     sign = jnp.where(jnp.eye(len(p.x), dtype=bool)[..., None], -1, 1)
     loss = jnp.where(p.y_mask[None], jax.nn.softplus(sign * s), 0)
-    return mean_over_clips(loss.sum((1, 2)), p.valid, replicas)
+    return mean_over_clips(loss.sum((1, 2)), p, replicas)
 
 
 def nt_xent(
@@ -190,7 +193,7 @@ def nt_xent(
     others = usable[None] & ~jnp.eye(2 * b, dtype=bool)
     positive = jnp.sum(p.x.astype(s.dtype) * p.y[:, 0], -1) / temperature
     loss = log_sum_exp(s, others, 1) - jnp.concatenate([positive, positive])
-    return mean_over_clips((loss[:b] + loss[b:]) / 2, p.valid, replicas)
+    return mean_over_clips((loss[:b] + loss[b:]) / 2, p, replicas)
 
 
 def info_nce(
@@ -202,6 +205,8 @@ def info_nce(
     y_mask: CandidateMask = None,
     ids: Int[AnyArray, ' B'] | None = None,
     keys: tuple[Keys, ...] = (),
+    in_batch: bool = True,
+    own_positive: bool = True,
     temperature: Scalar = 0.07,
     replicas: int = 1,
     normalise: bool = True,
@@ -211,30 +216,39 @@ def info_nce(
     """See nce.info_nce."""
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
     b, k, _ = p.y.shape
+    if ids is not None:
+        check_shape(ids, (b,), 'ids')
 
     def stopped(data: jax.Array) -> jax.Array:
         return jax.lax.stop_gradient(data) if stop_gradient else data
 
     # One block of columns for the batch's own candidates, then one for each further set of keys.
-    blocks = [scores(p.x, stopped(p.y), temperature).reshape(b, -1)]  # [B B·K]
-    allowed = [jnp.broadcast_to(p.y_mask.reshape(1, -1), blocks[0].shape)]
-    positive = [jnp.repeat(jnp.eye(b, dtype=bool), k, axis=1)]
-    query = None if ids is None else jnp.asarray(ids)[:, None]
+    is_own = jnp.repeat(jnp.eye(b, dtype=bool), k, axis=1)  # [B B·K]
+    usable = jnp.broadcast_to(p.y_mask.reshape(1, -1), is_own.shape)
+    blocks = [scores(p.x, stopped(p.y), temperature).reshape(b, -1)]
+    allowed = [usable if in_batch else usable & is_own]
+    positive = [is_own if own_positive else jnp.zeros_like(is_own)]
     for further in keys:
-        data = further.prepared(normalise, how)
-        blocks.append(scores(p.x, stopped(data)[:, None], temperature)[..., 0])  # [B M]
-        shape = (b, len(data))
-        usable = jnp.ones(shape, bool)
-        if further.valid is not None:
-            usable = jnp.broadcast_to(further.valid, shape)
-        if further.apart is not None:
-            usable &= query != further.apart
-        allowed.append(usable)
-        is_own = jnp.zeros(shape, bool)
-        if further.own is not None:
-            is_own = jnp.equal(jnp.asarray(query), further.own)
-        positive.append(is_own)
+        further = further.prepared(x, ids, normalise, how)
+        blocks.append(scores(p.x, stopped(further.data)[:, None], temperature)[..., 0])  # [B M]
+        shape = blocks[-1].shape
+        allowed.append(jnp.broadcast_to(usable_pairs(further, ids), shape))
+        positive.append(_positives(further, ids, shape))
     s = jnp.concatenate(blocks, 1)
-    is_allowed, is_positive = jnp.concatenate(allowed, 1), jnp.concatenate(positive, 1)
-    loss = log_sum_exp(s, is_allowed, 1) - log_sum_exp(s, is_allowed & is_positive, 1)
-    return mean_over_clips(loss, p.valid, replicas)
+    is_allowed = jnp.concatenate(allowed, 1)
+    is_positive = jnp.concatenate(positive, 1) & is_allowed
+    loss = log_sum_exp(s, is_allowed, 1) - log_sum_exp(s, is_positive, 1)
+    if not own_positive:
+        p = p._replace(valid=p.valid & is_positive.any(1))
+    return mean_over_clips(loss, p, replicas)
+
+
+def _positives(
+    further: Keys, ids: Int[AnyArray, ' B'] | None, shape: tuple[int, ...]
+) -> Bool[Array, 'B M']:
+    """Which further keys are positives of which queries, if they may be compared at all."""
+    if further.positive is not None:
+        return further.positive
+    if further.own is None:
+        return jnp.zeros(shape, bool)
+    return jnp.equal(jnp.asarray(ids)[:, None], further.own)

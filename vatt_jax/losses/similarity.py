@@ -31,6 +31,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from vatt_jax.losses.arguments import as_mask, check_shape
 from vatt_jax.losses.blockwise import (
     AUTO,
     METHODS,
@@ -50,9 +51,9 @@ from vatt_jax.losses.blockwise import (
 
 __all__ = ['AUTO', 'METHODS', 'NEVER', 'How', 'Sums', 'log_sum_exp', 'sigmoid_sum']
 
-# The log-sum-exp of nothing.
-# Finite, because -inf - -inf would be NaN where two empty sums are joined.
-NEVER = -1e9
+# The log-sum-exp of nothing: lower than any score, yet finite, because -inf - -inf would be NaN
+# where two empty sums are joined. A sixteenth leaves room for the few that a loss adds up.
+NEVER = float(np.finfo(np.float32).min) / 16
 
 # Scores closer than this can share an exponential in float32: exp(-60) is far from its smallest
 # number.
@@ -263,10 +264,9 @@ def _sum_pairs(
 
     # Cast, masked and padded outside of the custom derivative: JAX takes gradients back through
     # these by itself.
-    pairs = (valid, excluded_ids or (None, None), positive_ids or (None, None))
-    row_arrays, key_arrays = zip(*pairs)
-    rows = _pad_side(layout, 0, x.astype(dtype), *row_arrays)
-    keys = _pad_side(layout, 1, y.astype(dtype), *key_arrays)
+    row_ids, key_ids = zip(excluded_ids or (None, None), positive_ids or (None, None))
+    rows = _pad_side(layout, 0, x.astype(dtype), valid[0], *row_ids)
+    keys = _pad_side(layout, 1, y.astype(dtype), valid[1], *key_ids)
     sums = _pairwise(
         task, layout, rows, keys, jnp.asarray(scale, accumulate), jnp.asarray(bias, accumulate)
     )
@@ -286,9 +286,13 @@ def _pad_side(
     positive_ids: Int[AnyArray, ' rows'] | None,
 ) -> Side:
     """Makes rows (which = 0) or keys (1), padded to an equal share for each device."""
-    arrays = (valid, excluded_ids, positive_ids)
+    side_name = 'xy'[which]
+    shape = (len(data),)
     side = Side(
-        jnp.asarray(data), *(None if array is None else jnp.asarray(array) for array in arrays)
+        data=jnp.asarray(data),
+        valid=None if valid is None else as_mask(valid, shape, f'{side_name}_valid'),
+        excluded_ids=_as_ids(excluded_ids, shape, f'apart of {side_name}'),
+        positive_ids=_as_ids(positive_ids, shape, f'own of {side_name}'),
     )
     num_rows = layout.devices * rows_per_device(len(data), layout.devices)
     # Padding comes twice: here to equal shares, in split_blocks to whole blocks. `valid` must be
@@ -303,6 +307,15 @@ def _pad_side(
         side = side._replace(valid=jnp.ones(len(data), bool))
     # None is an empty tree to JAX, not a leaf: what is absent stays absent.
     return jax.tree.map(lambda array: pad_rows(array, num_rows), side)
+
+
+def _as_ids(
+    ids: Int[AnyArray, ' rows'] | None, shape: tuple[int, ...], name: str
+) -> Int[Array, ' rows'] | None:
+    if ids is None:
+        return None
+    check_shape(ids, shape, name)
+    return jnp.asarray(ids)
 
 
 # ---- The custom derivative. Everything below it runs on one device's share, inside shard_map
@@ -552,8 +565,7 @@ def _softmax_term(
     """
     if log_sum_exp is None or cotangent is None:
         return None
-    # No real score comes near NEVER / 2.
-    is_empty = log_sum_exp <= NEVER / 2
+    is_empty = log_sum_exp == NEVER
     return SoftmaxTerm(
         log_sum_exp=jnp.where(is_empty, jnp.max(log_sum_exp), log_sum_exp),
         cotangent=jnp.where(is_empty, 0, cotangent),
@@ -765,4 +777,6 @@ def _join(a: ExpSum, b: ExpSum) -> ExpSum:
 def _log(sums: ExpSum) -> Float[Array, '...']:
     """Returns the log-sum-exp; NEVER where nothing was summed."""
     top, total = sums
-    return jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1)), NEVER)
+    # Not `total > 0`, which is false of NaN as well: a sum with NaN in it is no empty one.
+    is_empty = total == 0
+    return jnp.where(is_empty, NEVER, top + jnp.log(jnp.where(is_empty, 1, total)))
