@@ -12,6 +12,7 @@ registered in `vatt_jax/objectives/__init__.py`. A training step calls `loss`, w
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,7 +41,8 @@ class Loss:
     metrics: dict[str, jax.Array]
     batch_stats: Any
     state: Any
-    # Batch statistics and `state` change even where this is False.
+    # Batch statistics and `state` change even where this is False; `after_update` then sees the old
+    # parameters.
     apply_update: jax.Array | bool = True
 
 
@@ -56,6 +58,9 @@ class Spec:
       labels: label name -> number of classes.
       batch_stats: the model's batch statistics, abstract.
       init: (key, batch) -> (Outputs, the model's initial variables, boxed).
+      model_params: the model's initial parameters, boxed with logical axes, in the call of
+        `Objective.init` that makes the run's values: what a copy of the model starts from.
+        config.init_from replaces the model's own later.
     """
 
     model: Any
@@ -65,6 +70,7 @@ class Spec:
     labels: Mapping[str, int]
     batch_stats: Any = dataclasses.field(default_factory=dict)
     init: Callable[..., Any] | None = None
+    model_params: Any = None
 
 
 @dataclasses.dataclass
@@ -118,15 +124,17 @@ class Objective:
 
     Attributes:
       config: the resolved `config.objective`.
-      mixes_examples: whether `mix_examples` does anything.
     """
-
-    # Mixing couples the clips of a batch before the towers, so microbatches of towers cannot be
-    # exact: `training.train_step.check` refuses the combination.
-    mixes_examples: bool = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    @functools.cached_property
+    def mixes_examples(self) -> bool:
+        """Whether `mix_examples` does anything; methods that can leave it off set this."""
+        # Mixing couples the clips of a batch before the towers, so microbatches of towers cannot be
+        # exact: `training.train_step.check` refuses the combination.
+        return type(self).mix_examples is not Objective.mix_examples
 
     def streams(self) -> tuple[str, ...] | None:
         """The streams to load and encode; None: all of the batch."""
@@ -200,7 +208,8 @@ class Objective:
         """The whole way from a batch to its loss.
 
         Between `encode` and `compute_loss` is where a step may be cut: towers in microbatches, loss
-        of the whole (config.accumulation).
+        of the whole (config.accumulation). A method that overrides this one cannot be cut, and is
+        refused where it would be.
 
         Args:
           model: the Linen module.
@@ -239,6 +248,18 @@ class Objective:
         self, model_params: Any, params: Any, state: Any, step: Any
     ) -> tuple[Any, Any, Any]:
         """Apply constraints to what was just updated (unit prototypes, momentum encoder). Pure.
+
+        It sees what the step keeps, so that nothing can be derived from parameters that are thrown
+        away. Where a step is not applied (`Loss.apply_update`, or gradients that are not finite)
+        these are the old parameters, and they stay bit by bit, whatever is returned for them; the
+        state that is returned is kept, but for steps that are not finite.
+
+        Args:
+          model_params: the model's parameters after the step.
+          params: the objective's parameters after the step.
+          state: the objective's state as `compute_loss` returned it; the old one where the step was
+            not finite.
+          step: int32 [], the number of the step.
 
         Returns:
           (model_params, params, state) with the constraints applied.

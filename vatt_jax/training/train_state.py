@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -99,7 +100,8 @@ def create(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec.batch)
         assert spec.init is not None
         _, boxed = spec.init(model_key, zeros)
-        objective_params, objective_state = objective.init(objective_key, spec)
+        full_spec = dataclasses.replace(spec, model_params=boxed['params'])
+        objective_params, objective_state = objective.init(objective_key, full_spec)
         params = {'model': boxed['params'], 'objective': objective_params}
         return params, boxed.get('batch_stats', {}), objective_state
 

@@ -67,8 +67,8 @@ def make(
         is_applied = is_finite & jnp.asarray(loss.apply_update)  # []
 
         # A jitted step cannot leave the update out, so it is computed in any case. Where it is not
-        # applied, `optim.keras.skippable` inside `tx` keeps the old slots, and `tree_select` below
-        # the old parameters.
+        # applied, `optim.keras.skippable` inside `tx` keeps the old slots, and `tree_select` the
+        # old parameters.
         updates, opt_state = tx.update(
             grads,
             state.opt_state,
@@ -76,14 +76,17 @@ def make(
             apply=is_applied,
             lookup_excess=flatten_probes(lookup_excess),
         )
-        params = optax.apply_updates(state.params, updates)
-        # On the new parameters, before the guard: a step that is not applied drops these changes as
-        # well.
-        model_params, objective_params, objective_state = objective.after_update(
-            params['model'], params['objective'], loss.state, state.step
+        updated = optax.apply_updates(state.params, updates)
+        params = optim.tree_select(is_applied, updated, state.params)
+        objective_state = optim.tree_select(is_finite, loss.state, state.objective)
+        # After the guard: what an objective derives from parameters (a momentum encoder) must come
+        # from those that stay.
+        model_params, objective_params, new_objective_state = objective.after_update(
+            params['model'], params['objective'], objective_state, state.step
         )
-        params = {'model': model_params, 'objective': objective_params}
-        params = optim.tree_select(is_applied, params, state.params)
+        constrained = {'model': model_params, 'objective': objective_params}
+        # Its constraints round. Parameters that were not updated stay what they were, bit by bit.
+        params = _select_changes(is_applied, constrained, params)
 
         new_state = TrainState(
             # A skipped step counts too: the data go on, or the same records would come again.
@@ -91,7 +94,7 @@ def make(
             params=params,
             batch_stats=optim.tree_select(is_finite, loss.batch_stats, state.batch_stats),
             opt_state=opt_state,
-            objective=optim.tree_select(is_finite, objective_state, state.objective),
+            objective=_select_changes(is_finite, new_objective_state, objective_state),
             # From the guarded parameters, so that a bad step cannot reach the average.
             ema=moving_average(state.ema, params['model'], decay) if decay else {},
             bad=jnp.where(is_finite, 0, state.bad + 1),
@@ -114,6 +117,15 @@ def make(
         return new_state, metrics
 
     return step
+
+
+def _select_changes(condition: Array, new: Any, old: Any) -> Any:
+    """`new` where the condition holds, else `old`; a leaf that is one in both needs no select."""
+
+    def select(new_leaf: Any, old_leaf: Any) -> Any:
+        return old_leaf if new_leaf is old_leaf else jnp.where(condition, new_leaf, old_leaf)
+
+    return jax.tree.map(select, new, old)
 
 
 def probes_are_on(config: ConfigDict) -> bool:
@@ -358,7 +370,8 @@ def check(config: ConfigDict, model: nn.Module, objective: Objective, batch_stat
         batch_stats: of the model, abstract.
 
     Raises:
-        ConfigError: statistics or mixing of the whole batch come before the pooled vectors.
+        ConfigError: statistics or mixing of the whole batch come before the pooled vectors, or the
+            objective computes its loss in a way of its own.
     """
     if config.accumulate > 1 and probes_are_on(config):
         raise ConfigError(
@@ -377,9 +390,17 @@ def check(config: ConfigDict, model: nn.Module, objective: Objective, batch_stat
             "config.accumulation='plain', or config.accumulate=1, or choose a tower without batch "
             'norm'
         )
+    if type(objective).loss is not Objective.loss:
+        raise ConfigError(
+            f"config.accumulation='exact': the objective {type(objective).__name__} overrides "
+            'loss(), which would not be called, only its encode() and compute_loss(); set '
+            "config.accumulation='plain', or override those two instead"
+        )
     # Mixup pairs each clip with any other of the batch, which may be in another microbatch.
     if objective.mixes_examples:
+        name = type(objective).__name__
+        mixing = 'config.objective.mixup' if 'mixup' in objective.config else name
         raise ConfigError(
-            "config.accumulation='exact': config.objective.mixup mixes clips of the whole batch "
-            "before the towers; set mixup=0, or config.accumulation='plain'"
+            f"config.accumulation='exact': {mixing} mixes clips of the whole batch before the "
+            "towers; turn that off, or set config.accumulation='plain'"
         )
