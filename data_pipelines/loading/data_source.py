@@ -6,7 +6,7 @@ A source adds how the rows it is asked for become a batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,8 +105,11 @@ class Data:
         """All reads so far: {'corrupt': n, 'read': n, 'indices': [(source, index, reason)]}."""
         return {'corrupt': 0, 'read': 0, 'indices': []}
 
-    def texts(self, split: str, by: str = 'segments') -> list[dict[str, Any]]:
-        """{'id', 'start', 'end', 'caption', 'sentences'} of every example of a pass, by index."""
+    def texts(self, split: str, by: str = 'segments') -> Sequence[dict[str, Any]]:
+        """{'id', 'start', 'end', 'caption', 'sentences'} of every example of a pass, by its place.
+
+        Take only the entries that are needed: each is made when it is looked at.
+        """
         raise NotImplementedError
 
     def close(self) -> None:

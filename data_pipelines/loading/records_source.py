@@ -7,6 +7,7 @@ chosen are read and checked (`record_reader`), and TensorFlow's threads decode t
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,7 @@ from data_pipelines.loading.batch_plan import BatchPlanner
 from data_pipelines.loading.data_source import SPLITS, Data, Request, Rows, tokenizer_of
 from data_pipelines.loading.record_batches import RecordBatches
 from data_pipelines.loading.record_reader import ReadProblems, RecordReader
+from data_pipelines.loading.texts import Texts
 from data_pipelines.storage.record_index import Index
 from data_pipelines.storage.records import Prepared, Split, read_entries
 from vatt_jax.inputs.tokenizer import Tokenizer
@@ -192,23 +194,23 @@ class Records(Data):
             sources.append(order.Source(size, name=opened.name))
         return sources
 
-    def texts(self, split: str, by: str = 'segments') -> list[dict[str, Any]]:
-        """Texts of every example of a pass, by index.
+    def texts(self, split: str, by: str = 'segments') -> Texts:
+        """Texts of every example of a pass, by its place in the pass; each is made when asked for.
 
         Returns:
           {'id', 'start', 'end', 'caption', 'sentences', 'ground_truth'} of each.
         """
-        texts: list[dict[str, Any]] = []
-        for opened in self._splits_of_pass(split, by):
-            index = opened.index
-            if by == 'records':
-                # In the order of the pass: entry `index` belongs to the row with that number in
-                # batch['index'].
-                texts.extend(_record_text(index, record) for record in range(len(index)))
-            else:
-                num_segments = len(index.segment_record)
-                texts.extend(_segment_text(index, segment) for segment in range(num_segments))
-        return texts
+        splits = self._splits_of_pass(split, by)
+        # The first example of each source, and the number of all.
+        begins = [*self.offsets(split, by).tolist(), self.size(split, by)]
+        text_of = _record_text if by == 'records' else _segment_text
+
+        def entry(place: int) -> dict[str, Any]:
+            # The last source that begins at or before the example.
+            source = bisect.bisect_right(begins, place) - 1
+            return text_of(splits[source].index, place - begins[source])
+
+        return Texts(range(begins[-1]), entry)
 
     def _batches(
         self, request: Request, rows_of_batch: Callable[[int], Rows], num_batches: int | None
