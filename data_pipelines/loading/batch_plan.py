@@ -8,7 +8,7 @@ position, so a plan depends on nothing that was read.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -134,9 +134,15 @@ class BatchPlanner:
         # source.
         layouts = [split.prepared.format for split in splits]
         self.formats: list[dict[str, Any]] = []
+        format_numbers = []
         for layout in layouts:
             if layout not in self.formats:
                 self.formats.append(layout)
+            format_numbers.append(self.formats.index(layout))
+        # By source. Both are looked up by the rows of a batch, which may be of few of them.
+        self._format_numbers = np.array(format_numbers, np.int32)
+        # One rate for each dataset: `prepare` resamples all its videos to it.
+        self._stored_fps = np.array([split.prepared.meta['fps'] for split in splits])
 
         # Frames of one shape travel whole and the device crops. Mixed shapes are cut to squares of
         # their common short side on the host: anywhere along the long side in training, the middle
@@ -194,13 +200,11 @@ class BatchPlanner:
             begin = self._gather(rows, lambda split: split.index.segment_start, np.float64)
             end = self._gather(rows, lambda split: split.index.segment_end, np.float64)
             rows = dataclasses.replace(rows, index=self.record_numbers(rows))
-        # [sources] One rate for each dataset: `prepare` resamples all its videos to it.
-        stored_fps = np.array([split.prepared.meta['fps'] for split in self.splits])
         times = RecordTimes(
             duration=self._gather(rows, lambda split: split.index.duration, np.float64),
             frames=self._gather(rows, lambda split: split.index.frames, np.int64),
             samples=self._gather(rows, lambda split: split.index.samples, np.int64),
-            fps=stored_fps[rows.source],
+            fps=self._stored_fps[rows.source],
         )
         if not self.request.segments:
             # A record as a whole is one segment from 0 to its end.
@@ -244,12 +248,16 @@ class BatchPlanner:
         self, rows: Rows, column: Callable[[Split], Any], dtype: Any
     ) -> Shaped[np.ndarray, ' B']:
         """A column of the index for each row, over the sources; 0 where a row is padding."""
-        # A loop over sources, not rows: there are few of them, and each is one vectorized lookup.
+        # A loop over the sources of these rows: each is one vectorized lookup.
         values = np.zeros(len(rows.index), dtype)
-        for number, split in enumerate(self.splits):
-            from_split = (rows.source == number) & rows.valid
-            values[from_split] = column(split)[rows.index[from_split]]
+        for split, members in self.by_split(rows):
+            values[members] = column(split)[rows.index[members]]
         return values
+
+    def by_split(self, rows: Rows) -> Iterator[tuple[Split, Int[np.ndarray, ' n']]]:
+        """Yield each split that has rows in a batch, and which rows: those that are no padding."""
+        for number in np.unique(rows.source[rows.valid]).tolist():
+            yield self.splits[number], np.flatnonzero((rows.source == number) & rows.valid)
 
     def _stream(
         self, rows: Rows, view: view_rules.View, starts: Float[np.ndarray, ' B'], times: RecordTimes
@@ -343,10 +351,10 @@ class BatchPlanner:
                 values = np.full(len(segment), -1, np.int32)
             else:
                 values = np.zeros((len(segment), num_classes), np.float32)
-            for number, split in enumerate(self.splits):
+            for split, members in self.by_split(rows):
                 stored = split.index.labels.get(name)
-                labelled = (rows.source == number) & rows.valid & (segment >= 0)
-                if stored is None or not labelled.any():
+                labelled = members[segment[members] >= 0]
+                if stored is None or not len(labelled):
                     continue
                 stored = stored[segment[labelled]]  # [n] class numbers, or [n P] multi-hot
                 if num_classes is not None and stored.ndim == 1:
@@ -354,7 +362,7 @@ class BatchPlanner:
                     known = stored >= 0
                     # An unknown class (-1) stays all zeros; as an index it would have set the last
                     # class.
-                    values[np.flatnonzero(labelled)[known], stored[known]] = 1.0
+                    values[labelled[known], stored[known]] = 1.0
                 else:
                     values[labelled] = stored
             labels[name] = values
@@ -363,8 +371,7 @@ class BatchPlanner:
     def _read_request(
         self, rows: Rows, starts: Mapping[str, np.ndarray], times: RecordTimes
     ) -> ReadRequest:
-        split_formats = [self.formats.index(split.prepared.format) for split in self.splits]
-        formats = np.array(split_formats, np.int32)[rows.source]  # [B]
+        formats = self._format_numbers[rows.source]  # [B]
         frames = corners = first_samples = total_samples = None
         if self.video_views:
             frames = self._frame_numbers(starts, times)

@@ -343,22 +343,25 @@ def _with_sampling(
 ) -> list[order.Source]:
     """Multiply the sampling weights by the columns [M], sources one after another."""
     total = sum(source.size for source in sources)
-    weights = np.ones(total)  # [M] over all sources
+    factors = []
     for name, values in columns.items():
-        column = np.asarray(values, np.float64)
+        column = np.asarray(values)
         if column.shape != (total,):
             raise DataError(
                 f'column {name!r} has shape {column.shape}; the training set has {total} records'
             )
-        weights = weights * column
+        factors.append(column)
     weighted = []
     begin = 0
     for source in sources:
         end = begin + source.size
+        # Views, multiplied where a record is drawn: no copy of M weights is made.
+        sampling = [column[begin:end] for column in factors]
         # Even without weights of its own a source is now drawn with replacement, no longer in
         # epochs.
-        sampling = 1.0 if source.sampling is None else source.sampling
-        weighted.append(dataclasses.replace(source, sampling=sampling * weights[begin:end]))
+        if source.sampling is not None:
+            sampling += source.sampling if isinstance(source.sampling, tuple) else [source.sampling]
+        weighted.append(dataclasses.replace(source, sampling=tuple(sampling)))
         begin = end
     return weighted
 

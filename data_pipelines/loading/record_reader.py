@@ -141,10 +141,9 @@ class RecordReader:
         # Padding is emptied like an unreadable row: zeros with valid False.
         is_bad = ~rows.valid
         # By source, because problems are counted for each split.
-        for number, split in enumerate(self._planner.splits):
-            from_split = (rows.source == number) & rows.valid
+        for split, members in self._planner.by_split(rows):
             reasons = []
-            for row in np.flatnonzero(from_split).tolist():
+            for row in members.tolist():
                 reason = ''
                 try:
                     contents[row] = self._read_row(split, int(records[row]), request.row(row))
@@ -154,8 +153,7 @@ class RecordReader:
                     reason = str(e)
                 reasons.append(reason)
                 is_bad[row] = bool(reason)
-            if reasons:
-                self._problems.add(split, records[from_split], reasons, self._pass_size)
+            self._problems.add(split, records[members], reasons, self._pass_size)
         # Streams have no 'data' for video and audio yet; the empty contents below supply zeros.
         blank(batch, is_bad)
         return [contents.get(row) or self._empty_row() for row in range(len(records))]
