@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from data_pipelines.loading import frame_windows, order, sample_windows, sentence_windows
 from data_pipelines.loading import views as view_rules
 from data_pipelines.loading.data_source import Data, Request, Rows
-from data_pipelines.storage.records import Split
+from data_pipelines.loading.lazy_split import LazySplit
+from data_pipelines.storage.frame_shapes import Shapes
 from vatt_jax.inputs.tokenizer import Tokenizer
 
 _DURATION_TOLERANCE = 1e-3  # seconds; segment times are float32, durations float64
@@ -105,7 +106,7 @@ class BatchPlanner:
         tokenizer: Tokenizer,
         label_classes: Mapping[str, int | None],
         request: Request,
-        splits: list[Split],
+        splits: list[LazySplit],
     ):
         """See the class.
 
@@ -148,7 +149,10 @@ class BatchPlanner:
         # their common short side on the host: anywhere along the long side in training, the middle
         # in evaluation; views may say where.
         # Only over these splits: an evaluation dataset of another shape does not change training.
-        shapes = _frame_shapes(splits)
+        shapes: Shapes = set()
+        if self.video_views:
+            for split in splits:
+                shapes |= split.frame_shapes()
         self.cuts_squares = len(shapes) > 1
         if len(shapes) == 1:
             self.height, self.width = next(iter(shapes))
@@ -245,7 +249,7 @@ class BatchPlanner:
         return batch, self._read_request(rows, starts, times)
 
     def _gather(
-        self, rows: Rows, column: Callable[[Split], Any], dtype: Any
+        self, rows: Rows, column: Callable[[LazySplit], Any], dtype: Any
     ) -> Shaped[np.ndarray, ' B']:
         """A column of the index for each row, over the sources; 0 where a row is padding."""
         # A loop over the sources of these rows: each is one vectorized lookup.
@@ -254,7 +258,7 @@ class BatchPlanner:
             values[members] = column(split)[rows.index[members]]
         return values
 
-    def by_split(self, rows: Rows) -> Iterator[tuple[Split, Int[np.ndarray, ' n']]]:
+    def by_split(self, rows: Rows) -> Iterator[tuple[LazySplit, Int[np.ndarray, ' n']]]:
         """Yield each split that has rows in a batch, and which rows: those that are no padding."""
         for number in np.unique(rows.source[rows.valid]).tolist():
             yield self.splits[number], np.flatnonzero((rows.source == number) & rows.valid)
@@ -433,18 +437,6 @@ class BatchPlanner:
             first_by_view.append(first)
         has_samples = (times.samples > 0)[:, None]
         return np.where(has_samples, np.stack(first_by_view, axis=1), -1).astype(np.int64)
-
-
-def _frame_shapes(splits: list[Split]) -> set[tuple[int, int]]:
-    """All (height, width) of the stored frames."""
-    shapes: set[tuple[int, int]] = set()
-    for split in splits:
-        heights_widths = np.stack([split.index.height, split.index.width], axis=1)
-        # Records of sound alone have size (0, 0), which is no shape to unify.
-        with_frames = heights_widths[split.index.frames > 0]
-        for height, width in np.unique(with_frames, axis=0):
-            shapes.add((int(height), int(width)))
-    return shapes
 
 
 def _covers_record(index: Any, segment: int, record: int) -> bool:

@@ -17,7 +17,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.loading import sample_windows
 from data_pipelines.loading.batch_plan import BatchPlanner, ReadRequest, RowRequest
 from data_pipelines.loading.data_source import Rows, blank
-from data_pipelines.storage.records import Split
+from data_pipelines.loading.lazy_split import LazySplit
 
 _MIN_READS = 100  # records read before the share of unreadable ones is compared with the limit
 _MAX_LISTED = 1000  # unreadable records listed by problems()
@@ -35,7 +35,7 @@ class ReadProblems:
         self._listed: list[tuple[str, int, str]] = []
         self._seen: set[tuple[str, str, int]] = set()
 
-    def add(self, split: Split, records: np.ndarray, reasons: Sequence[str], size: int) -> None:
+    def add(self, split: LazySplit, records: np.ndarray, reasons: Sequence[str], size: int) -> None:
         """Count reads of one split.
 
         Args:
@@ -66,7 +66,7 @@ class ReadProblems:
                     f'{name}: {reason}); prepare the data again with --overwrite'
                 )
 
-    def _list(self, split: Split, record: int, reason: str) -> None:
+    def _list(self, split: LazySplit, record: int, reason: str) -> None:
         key = (split.name, split.split, record)
         if key not in self._seen and len(self._seen) < _MAX_LISTED:
             self._seen.add(key)
@@ -167,7 +167,7 @@ class RecordReader:
         # looked up: a row without entries decodes to zeros.
         return RowContents([], [], [], [0] * self._planner.frames_per_row, audio)
 
-    def _read_row(self, split: Split, record: int, request: RowRequest) -> RowContents:
+    def _read_row(self, split: LazySplit, record: int, request: RowRequest) -> RowContents:
         contents = self._empty_row()
         packet_numbers: list[int] = []
         # -1 in the first frame means -1 in all: the record has no pictures.
