@@ -38,6 +38,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, Bool, Float
 
+from vatt_jax.clustering.rows import rows_on_devices
+
 # The published loop stops when the sum over samples of |beta / beta' - 1| falls below this.
 PUBLISHED = 0.1
 
@@ -320,10 +322,7 @@ class Rows:
             if x.sharding.is_equivalent_to(self.sharding, x.ndim):
                 return x
         host = np.asarray(x, self.dtype)
-        if padding:
-            host = np.concatenate([host, np.zeros((padding, host.shape[1]), host.dtype)])
-        # Every process holds all rows; the callback hands out only those of its own devices.
-        return jax.make_array_from_callback(host.shape, self.sharding, lambda index: host[index])
+        return rows_on_devices(host, self.sharding, len(x) + padding)
 
     def sample(self, size: int) -> Rows:
         """Draws `size` rows, or all rows if there are no more.
