@@ -8,6 +8,7 @@ in pieces of consecutive rows, one written by each host, which any number of hos
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import tempfile
@@ -34,14 +35,14 @@ def keep(columns: Mapping[str, np.ndarray]) -> Columns:
     Args:
       columns: name -> [M …], which no one changes any more.
     """
-    kept = {}
-    for name, column in columns.items():
-        if isinstance(column, np.memmap):
-            kept[name] = column
-        else:
-            array = np.asarray(column)
-            kept[name] = _join(lambda array=array: [array], array.shape, array.dtype)
-    return kept
+    return {name: _kept(column) for name, column in columns.items()}
+
+
+def _kept(column: np.ndarray) -> np.ndarray:
+    if isinstance(column, np.memmap):
+        return column
+    array = np.asarray(column)
+    return _join(lambda: [array], array.shape, array.dtype)
 
 
 def _join(
@@ -127,36 +128,44 @@ def read_pieces(folder: Any) -> Columns:
       ValueError: a piece is not of this checkpoint.
     """
     description = json.loads((folder / DESCRIPTION).read_text())
-    num_pieces = description['pieces']
     columns = {}
     for name, about in description['columns'].items():
-        shape, dtype = tuple(about['shape']), np.dtype(about['dtype'])
-
-        def blocks(
-            name: str = name, shape: tuple[int, ...] = shape, dtype: np.dtype = dtype
-        ) -> Iterator[np.ndarray]:
-            for piece in range(num_pieces):
-                path = folder / _piece_name(name, piece, num_pieces)
-                yield _read_piece(path, shape, dtype, piece, num_pieces)
-
-        columns[name] = _join(blocks, shape, dtype)
+        stored = _StoredColumn(
+            folder, name, tuple(about['shape']), np.dtype(about['dtype']), description['pieces']
+        )
+        columns[name] = _join(stored.blocks, stored.shape, stored.dtype)
     return columns
 
 
-def _read_piece(
-    path: Any, shape: tuple[int, ...], dtype: np.dtype, piece: int, num_pieces: int
-) -> np.ndarray:
-    with path.open('rb') as file:
-        # No pickles: a folder from elsewhere must not run code.
-        rows = np.load(file, allow_pickle=False)
-    first, last = _rows_of_piece(shape[0], piece, num_pieces)
-    expected = (last - first, *shape[1:])
-    if rows.shape != expected or rows.dtype.itemsize != dtype.itemsize:
-        raise ValueError(
-            f'{path}: expected {dtype.name} of shape {expected}, got {rows.dtype} of {rows.shape}'
-        )
-    # Types that NumPy does not know come back as bytes of their width.
-    return rows.view(dtype)
+@dataclasses.dataclass(frozen=True)
+class _StoredColumn:
+    """A column in pieces."""
+
+    folder: Any
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    num_pieces: int
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Read one piece after another."""
+        for piece in range(self.num_pieces):
+            yield self._read(piece)
+
+    def _read(self, piece: int) -> np.ndarray:
+        path = self.folder / _piece_name(self.name, piece, self.num_pieces)
+        with path.open('rb') as file:
+            # No pickles: a folder from elsewhere must not run code.
+            rows = np.load(file, allow_pickle=False)
+        first, last = _rows_of_piece(self.shape[0], piece, self.num_pieces)
+        expected = (last - first, *self.shape[1:])
+        if rows.shape != expected or rows.dtype.itemsize != self.dtype.itemsize:
+            raise ValueError(
+                f'{path}: expected {self.dtype.name} of shape {expected}, got {rows.dtype} of '
+                f'{rows.shape}'
+            )
+        # Types that NumPy does not know come back as bytes of their width.
+        return rows.view(self.dtype)
 
 
 def _rows_of_piece(num_rows: int, piece: int, num_pieces: int) -> tuple[int, int]:
