@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
@@ -21,7 +23,7 @@ def rows_on_devices(
 
     # Each process is asked for the rows of its own devices only, and only the part that reaches
     # beyond the last row is copied.
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:  # a slice for each axis
         rows = host[index]
         first, last, _ = index[0].indices(num_rows)
         missing = last - first - len(rows)
