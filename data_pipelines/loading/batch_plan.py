@@ -260,8 +260,11 @@ class BatchPlanner:
 
     def by_split(self, rows: Rows) -> Iterator[tuple[LazySplit, Int[np.ndarray, ' n']]]:
         """Yield each split that has rows in a batch, and which rows: those that are no padding."""
-        for number in np.unique(rows.source[rows.valid]).tolist():
-            yield self.splits[number], np.flatnonzero((rows.source == number) & rows.valid)
+        members = np.flatnonzero(rows.valid)
+        by_source = members[np.argsort(rows.source[members], kind='stable')]
+        numbers, firsts = np.unique(rows.source[by_source], return_index=True)
+        for number, of_source in zip(numbers.tolist(), np.split(by_source, firsts[1:])):
+            yield self.splits[number], of_source
 
     def _stream(
         self, rows: Rows, view: view_rules.View, starts: Float[np.ndarray, ' B'], times: RecordTimes
