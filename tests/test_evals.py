@@ -152,6 +152,17 @@ def test_bootstrap_interval_of_a_share():
     assert statistics.bootstrap(tosses) == (low, high)
 
 
+@pytest.mark.parametrize('at_once', [1, 100, 1000])
+def test_bootstrap_of_some_rounds_at_a_time_is_that_of_all_at_once(monkeypatch, at_once):
+    """To the digit: a block holds one round, a few, or a part that does not divide them."""
+    monkeypatch.setattr(statistics, 'RESAMPLED_AT_ONCE', at_once)
+    values = np.random.default_rng(0).random(33)
+    rows = np.random.default_rng(5).integers(0, 33, (100, 33))
+    draws = np.median(values[rows], axis=1)
+    expected = (np.percentile(draws, 2.5), np.percentile(draws, 97.5))
+    assert statistics.bootstrap(values, np.median, 5, rounds=100) == expected
+
+
 def test_bootstrap_interval_of_a_median():
     draws = np.random.default_rng(3).normal(7, 1, 101)
     low, high = statistics.bootstrap(draws, np.median, seed=1)

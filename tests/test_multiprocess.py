@@ -6,6 +6,7 @@ Same order, same numbers, one voice.
 import json
 import pathlib
 import re
+import shutil
 import time
 
 import chex
@@ -220,6 +221,32 @@ def test_labels_of_the_whole_set(tmp_path):
     )
     expected_nmi = pytest.approx(expected_lines[-1]['eval/clusters/NMI'], abs=0.02)
     assert lines[-1]['eval/clusters/NMI'] == expected_nmi
+
+
+@pytest.mark.slow
+def test_columns_are_saved_in_pieces_and_restored_by_any_number_of_processes(tmp_path):
+    """Labels of two processes: one process reads the same, and two go on to the same bits."""
+    run_together(tmp_path, f'--workdir={tmp_path / "two"}', variant='labels')
+    folder = tmp_path / 'two' / 'checkpoints' / '2' / 'columns'
+    pieces = [np.load(folder / f'label-0000{host}-of-00002.npy') for host in range(2)]
+    config = tiny.get_config('labels')
+    num_records = data_pipelines.open(config).size('train')
+    assert [len(piece) for piece in pieces] == [num_records // 2, num_records - num_records // 2]
+    _, _, columns = state_of(tmp_path / 'two', config, step=2)
+    np.testing.assert_array_equal(columns['label'], np.concatenate(pieces))
+
+    # The run as it was after two steps, continued by two processes and by one.
+    for name in ('again', 'alone'):
+        shutil.copytree(tmp_path / 'two', tmp_path / name)
+        shutil.rmtree(tmp_path / name / 'checkpoints' / '4')
+    run_together(tmp_path, f'--workdir={tmp_path / "again"}', variant='labels')
+    whole, _, labels = state_of(tmp_path / 'two', config)
+    again, _, labels_again = state_of(tmp_path / 'again', config)
+    chex.assert_trees_all_equal((again, labels_again), (whole, labels), strict=True)
+    loop.train(config, data_pipelines.open(config), tmp_path / 'alone', quiet=True)
+    assert runs.done(tmp_path / 'alone')['order'] == runs.done(tmp_path / 'two')['order']
+    _, _, labels_alone = state_of(tmp_path / 'alone', config)
+    assert np.mean(labels_alone['label'] != labels['label']) < 0.02
 
 
 @pytest.mark.slow

@@ -332,7 +332,8 @@ def test_a_step_that_reads_columns_is_traced_with_them():
     config = tiny_cli.get_config('kmeans')
     mesh = sharding.make_mesh({'replica': 1})
     built = plan.loop.assemble(config, data_pipelines.open(config), mesh)
-    expected = {'cluster.joint': jax.ShapeDtypeStruct((8,), np.int32)}
+    # Four clusters and -1 fit into eight bits.
+    expected = {'cluster.joint': jax.ShapeDtypeStruct((8,), np.int8)}
     chex.assert_trees_all_equal_shapes_and_dtypes(built.batch['columns'], expected)
     with jax.set_mesh(built.mesh):
         traced = built.step.trace(built.shape, built.batch)

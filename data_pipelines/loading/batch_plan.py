@@ -8,7 +8,7 @@ position, so a plan depends on nothing that was read.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from data_pipelines.loading import frame_windows, order, sample_windows, sentence_windows
 from data_pipelines.loading import views as view_rules
 from data_pipelines.loading.data_source import Data, Request, Rows
-from data_pipelines.storage.records import Split
+from data_pipelines.loading.lazy_split import LazySplit
+from data_pipelines.storage.frame_shapes import Shapes
 from vatt_jax.inputs.tokenizer import Tokenizer
 
 _DURATION_TOLERANCE = 1e-3  # seconds; segment times are float32, durations float64
@@ -105,7 +106,7 @@ class BatchPlanner:
         tokenizer: Tokenizer,
         label_classes: Mapping[str, int | None],
         request: Request,
-        splits: list[Split],
+        splits: list[LazySplit],
     ):
         """See the class.
 
@@ -134,15 +135,24 @@ class BatchPlanner:
         # source.
         layouts = [split.prepared.format for split in splits]
         self.formats: list[dict[str, Any]] = []
+        format_numbers = []
         for layout in layouts:
             if layout not in self.formats:
                 self.formats.append(layout)
+            format_numbers.append(self.formats.index(layout))
+        # By source. Both are looked up by the rows of a batch, which may be of few of them.
+        self._format_numbers = np.array(format_numbers, np.int32)
+        # One rate for each dataset: `prepare` resamples all its videos to it.
+        self._stored_fps = np.array([split.prepared.meta['fps'] for split in splits])
 
         # Frames of one shape travel whole and the device crops. Mixed shapes are cut to squares of
         # their common short side on the host: anywhere along the long side in training, the middle
         # in evaluation; views may say where.
         # Only over these splits: an evaluation dataset of another shape does not change training.
-        shapes = _frame_shapes(splits)
+        shapes: Shapes = set()
+        if self.video_views:
+            for split in splits:
+                shapes |= split.frame_shapes()
         self.cuts_squares = len(shapes) > 1
         if len(shapes) == 1:
             self.height, self.width = next(iter(shapes))
@@ -194,13 +204,11 @@ class BatchPlanner:
             begin = self._gather(rows, lambda split: split.index.segment_start, np.float64)
             end = self._gather(rows, lambda split: split.index.segment_end, np.float64)
             rows = dataclasses.replace(rows, index=self.record_numbers(rows))
-        # [sources] One rate for each dataset: `prepare` resamples all its videos to it.
-        stored_fps = np.array([split.prepared.meta['fps'] for split in self.splits])
         times = RecordTimes(
             duration=self._gather(rows, lambda split: split.index.duration, np.float64),
             frames=self._gather(rows, lambda split: split.index.frames, np.int64),
             samples=self._gather(rows, lambda split: split.index.samples, np.int64),
-            fps=stored_fps[rows.source],
+            fps=self._stored_fps[rows.source],
         )
         if not self.request.segments:
             # A record as a whole is one segment from 0 to its end.
@@ -241,15 +249,22 @@ class BatchPlanner:
         return batch, self._read_request(rows, starts, times)
 
     def _gather(
-        self, rows: Rows, column: Callable[[Split], Any], dtype: Any
+        self, rows: Rows, column: Callable[[LazySplit], Any], dtype: Any
     ) -> Shaped[np.ndarray, ' B']:
         """A column of the index for each row, over the sources; 0 where a row is padding."""
-        # A loop over sources, not rows: there are few of them, and each is one vectorized lookup.
+        # A loop over the sources of these rows: each is one vectorized lookup.
         values = np.zeros(len(rows.index), dtype)
-        for number, split in enumerate(self.splits):
-            from_split = (rows.source == number) & rows.valid
-            values[from_split] = column(split)[rows.index[from_split]]
+        for split, members in self.by_split(rows):
+            values[members] = column(split)[rows.index[members]]
         return values
+
+    def by_split(self, rows: Rows) -> Iterator[tuple[LazySplit, Int[np.ndarray, ' n']]]:
+        """Yield each split that has rows in a batch, and which rows: those that are no padding."""
+        members = np.flatnonzero(rows.valid)
+        by_source = members[np.argsort(rows.source[members], kind='stable')]
+        numbers, firsts = np.unique(rows.source[by_source], return_index=True)
+        for number, of_source in zip(numbers.tolist(), np.split(by_source, firsts[1:])):
+            yield self.splits[number], of_source
 
     def _stream(
         self, rows: Rows, view: view_rules.View, starts: Float[np.ndarray, ' B'], times: RecordTimes
@@ -343,10 +358,10 @@ class BatchPlanner:
                 values = np.full(len(segment), -1, np.int32)
             else:
                 values = np.zeros((len(segment), num_classes), np.float32)
-            for number, split in enumerate(self.splits):
+            for split, members in self.by_split(rows):
                 stored = split.index.labels.get(name)
-                labelled = (rows.source == number) & rows.valid & (segment >= 0)
-                if stored is None or not labelled.any():
+                labelled = members[segment[members] >= 0]
+                if stored is None or not len(labelled):
                     continue
                 stored = stored[segment[labelled]]  # [n] class numbers, or [n P] multi-hot
                 if num_classes is not None and stored.ndim == 1:
@@ -354,7 +369,7 @@ class BatchPlanner:
                     known = stored >= 0
                     # An unknown class (-1) stays all zeros; as an index it would have set the last
                     # class.
-                    values[np.flatnonzero(labelled)[known], stored[known]] = 1.0
+                    values[labelled[known], stored[known]] = 1.0
                 else:
                     values[labelled] = stored
             labels[name] = values
@@ -363,8 +378,7 @@ class BatchPlanner:
     def _read_request(
         self, rows: Rows, starts: Mapping[str, np.ndarray], times: RecordTimes
     ) -> ReadRequest:
-        split_formats = [self.formats.index(split.prepared.format) for split in self.splits]
-        formats = np.array(split_formats, np.int32)[rows.source]  # [B]
+        formats = self._format_numbers[rows.source]  # [B]
         frames = corners = first_samples = total_samples = None
         if self.video_views:
             frames = self._frame_numbers(starts, times)
@@ -426,18 +440,6 @@ class BatchPlanner:
             first_by_view.append(first)
         has_samples = (times.samples > 0)[:, None]
         return np.where(has_samples, np.stack(first_by_view, axis=1), -1).astype(np.int64)
-
-
-def _frame_shapes(splits: list[Split]) -> set[tuple[int, int]]:
-    """All (height, width) of the stored frames."""
-    shapes: set[tuple[int, int]] = set()
-    for split in splits:
-        heights_widths = np.stack([split.index.height, split.index.width], axis=1)
-        # Records of sound alone have size (0, 0), which is no shape to unify.
-        with_frames = heights_widths[split.index.frames > 0]
-        for height, width in np.unique(with_frames, axis=0):
-            shapes.add((int(height), int(width)))
-    return shapes
 
 
 def _covers_record(index: Any, segment: int, record: int) -> bool:

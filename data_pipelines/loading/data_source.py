@@ -6,7 +6,7 @@ A source adds how the rows it is asked for become a batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,8 +105,11 @@ class Data:
         """All reads so far: {'corrupt': n, 'read': n, 'indices': [(source, index, reason)]}."""
         return {'corrupt': 0, 'read': 0, 'indices': []}
 
-    def texts(self, split: str, by: str = 'segments') -> list[dict[str, Any]]:
-        """{'id', 'start', 'end', 'caption', 'sentences'} of every example of a pass, by index."""
+    def texts(self, split: str, by: str = 'segments') -> Sequence[dict[str, Any]]:
+        """{'id', 'start', 'end', 'caption', 'sentences'} of every example of a pass, by its place.
+
+        Take only the entries that are needed: each is made when it is looked at.
+        """
         raise NotImplementedError
 
     def close(self) -> None:
@@ -340,22 +343,25 @@ def _with_sampling(
 ) -> list[order.Source]:
     """Multiply the sampling weights by the columns [M], sources one after another."""
     total = sum(source.size for source in sources)
-    weights = np.ones(total)  # [M] over all sources
+    factors = []
     for name, values in columns.items():
-        column = np.asarray(values, np.float64)
+        column = np.asarray(values)
         if column.shape != (total,):
             raise DataError(
                 f'column {name!r} has shape {column.shape}; the training set has {total} records'
             )
-        weights = weights * column
+        factors.append(column)
     weighted = []
     begin = 0
     for source in sources:
         end = begin + source.size
+        # Views, multiplied where a record is drawn: no copy of M weights is made.
+        sampling = [column[begin:end] for column in factors]
         # Even without weights of its own a source is now drawn with replacement, no longer in
         # epochs.
-        sampling = 1.0 if source.sampling is None else source.sampling
-        weighted.append(dataclasses.replace(source, sampling=sampling * weights[begin:end]))
+        if source.sampling is not None:
+            sampling += source.sampling if isinstance(source.sampling, tuple) else [source.sampling]
+        weighted.append(dataclasses.replace(source, sampling=tuple(sampling)))
         begin = end
     return weighted
 

@@ -22,9 +22,10 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int, Int64
+from jaxtyping import Bool, Float64, Int, Int64, UInt64
 
 from data_pipelines.errors import DataError
+from data_pipelines.loading.weighted_records import WeightedRecords
 
 # 2^64 divided by the golden ratio: its multiples spread evenly over 64 bits.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -46,16 +47,26 @@ def mix(x: np.ndarray | np.uint64) -> Any:
 
 def key(*words: int | str) -> np.uint64:
     """One 64-bit key of a path of words; every word, and its place, changes all bits."""
-    state = np.uint64(0)
-    with np.errstate(over='ignore'):
-        for word in words:
-            if isinstance(word, str):
-                # The bit above the checksum keeps strings apart from numbers.
-                number = zlib.crc32(word.encode()) | 1 << 32
-            else:
-                number = int(word)
-            state = mix(state + _GOLDEN) ^ mix(np.uint64(number & _MASK_64) + _GOLDEN)
-        return np.uint64(mix(state + _GOLDEN))
+    # In Python's integers: NumPy's scalars take ten times as long, and a batch of many sources
+    # needs a key for each.
+    state = 0
+    golden = int(_GOLDEN)
+    for word in words:
+        if isinstance(word, str):
+            # The bit above the checksum keeps strings apart from numbers.
+            number = zlib.crc32(word.encode()) | 1 << 32
+        else:
+            number = int(word)
+        state = _mix_one(state + golden) ^ _mix_one((number & _MASK_64) + golden)
+    return np.uint64(_mix_one(state + golden))
+
+
+def _mix_one(x: int) -> int:
+    """`mix` of one number; bits above the 64th are dropped."""
+    x &= _MASK_64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK_64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK_64
+    return x ^ (x >> 31)
 
 
 def uniform(
@@ -80,35 +91,56 @@ def uniform(
 
 
 def permute(i: np.ndarray | int, n: int, *words: int | str) -> Int64[np.ndarray, ' m']:
-    """The images of `i` under the permutation of range(n) that `words` name, in O(1) memory.
+    """The images of `i` under the permutation of range(n) that `words` name, in O(1) memory."""
+    image = np.array(i, np.int64, ndmin=1)
+    if n <= 1:
+        return np.zeros(image.shape, np.int64)
+    permutation = key('permute', *words)
+    every = np.zeros(image.shape, np.uint64)
+    return _permute_each(image, every + np.uint64(n), every + permutation)
+
+
+def _permute_each(
+    i: Int64[np.ndarray, ' m'], n: UInt64[np.ndarray, ' m'], keys: UInt64[np.ndarray, ' m']
+) -> Int64[np.ndarray, ' m']:
+    """As `permute`, each element under a permutation of its own.
 
     A Feistel network permutes the smallest even number of bits that holds n; whatever falls outside
     range(n) is sent through again until it falls inside (cycle walking), which keeps it a
     bijection.
-    """
-    image = np.array(i, np.int64, ndmin=1).astype(np.uint64)
-    if n <= 1:
-        return np.zeros(image.shape, np.int64)
-    # Two halves of equal size: at most 4 n numbers are permuted, so few passes suffice.
-    half_bits = np.uint64(((n - 1).bit_length() + 1) // 2)
-    low_mask = (np.uint64(1) << half_bits) - np.uint64(1)
-    start = key('permute', *words)
-    with np.errstate(over='ignore'):
-        round_keys = mix(start + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * _GOLDEN)
 
-        def network(x: np.ndarray) -> np.ndarray:
-            left, right = x >> half_bits, x & low_mask
-            for round_key in round_keys:
+    Args:
+      i: elements, each of range(n).
+      n: of each element's permutation.
+      keys: of each element's permutation.
+    """
+    # Two halves of equal size: at most 4 n numbers are permuted, so few passes suffice.
+    half_bits = (_bit_lengths(n - np.uint64(1)) + np.uint64(1)) // np.uint64(2)
+    low_masks = (np.uint64(1) << half_bits) - np.uint64(1)
+
+    def network(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        bits, low_mask, start = half_bits[rows], low_masks[rows], keys[rows]
+        left, right = x >> bits, x & low_mask
+        for number in range(1, _ROUNDS + 1):
+            with np.errstate(over='ignore'):  # sums wrap around, as intended
+                round_key = mix(start + np.uint64(number) * _GOLDEN)
                 # Invertible whatever `mix` gives: right is carried over unchanged and can undo the
                 # xor.
                 left, right = right, left ^ (mix(right + round_key) & low_mask)
-            return left << half_bits | right
+        return left << bits | right
 
-        image = network(image)
-        while len(outside := np.flatnonzero(image >= n)):
-            # Ends, because the orbit of a number below n under a bijection returns to it.
-            image[outside] = network(image[outside])
+    image = network(i.astype(np.uint64), np.arange(len(i)))
+    while len(outside := np.flatnonzero(image >= n)):
+        # Ends, because the orbit of a number below n under a bijection returns to it.
+        image[outside] = network(image[outside], outside)
     return image.astype(np.int64)
+
+
+def _bit_lengths(x: UInt64[np.ndarray, ' m']) -> UInt64[np.ndarray, ' m']:
+    """Bits that each number needs, as int.bit_length."""
+    different, places = np.unique(x, return_inverse=True)
+    lengths = [number.bit_length() for number in different.tolist()]
+    return np.array(lengths, np.uint64)[places]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,15 +151,16 @@ class Source:
       size: records.
       weight: relative frequency among the sources without a share.
       share: exact fraction of every batch (0: none).
-      sampling: float [size] or None; given, records are drawn with these relative weights, with
-        replacement, instead of in epochs.
+      sampling: [size] or None; given, records are drawn with these relative weights, with
+        replacement, instead of in epochs. Of several arrays it is the product. They are read where
+        they lie, and may be memory-mapped.
       name: for errors.
     """
 
     size: int
     weight: float = 1.0
     share: float = 0.0
-    sampling: np.ndarray | None = None
+    sampling: np.ndarray | tuple[np.ndarray, ...] | None = None
     name: str = ''
 
 
@@ -157,6 +190,7 @@ class Order:
             if source.size <= 0:
                 raise DataError(f'source {source.name!r} of the training mixture has no records')
         self.sources = tuple(sources)
+        self._sizes = np.array([source.size for source in sources], np.int64)
         self.seed = seed
         self._batch_size = batch_size
         self._offset = offset % batch_size
@@ -169,9 +203,22 @@ class Order:
             self._quotas = _quotas(weights)
         else:
             self._quotas = np.zeros(len(sources), np.int64)
-        self._cumulative: list[np.ndarray | None] = []
-        for source in sources:
-            self._cumulative.append(None if source.sampling is None else _cumulative(source))
+        # What is the same in every batch and block is laid out once: there may be hundreds of
+        # sources, and a batch sees few of them.
+        self._strata = self._slots_of_batch()  # [B]
+        self._owner = np.repeat(np.arange(len(sources)), self._quotas)  # [slots of a block]
+        self._weighted: dict[int, WeightedRecords] = {}
+        for i, source in enumerate(sources):
+            if source.sampling is not None:
+                factors = source.sampling
+                if not isinstance(factors, tuple):
+                    factors = (factors,)
+                self._weighted[i] = WeightedRecords(factors, source.size, source.name)
+
+    def _slots_of_batch(self) -> Int[np.ndarray, ' B']:
+        """Source of each row of a batch before rows are permuted, -1 of those without a share."""
+        with_share = np.repeat(np.arange(len(self.sources)), self._share_rows)
+        return np.concatenate([with_share, np.full(self._weighted_rows, -1)])
 
     def _check(self, weights: Sequence[float]) -> None:
         total_share = sum(source.share for source in self.sources)
@@ -205,28 +252,34 @@ class Order:
         """
         positions = np.asarray(positions, np.int64)
         source, draw = self._draws(positions)
+        # A source's epochs are its own: a small one begins its tenth while a large one is in its
+        # first.
+        size = self._sizes[source]
+        epoch, within_epoch = np.divmod(draw, size)
         index = np.zeros(len(positions), np.int64)
-        epoch = np.zeros(len(positions), np.int64)
-        for i, spec in enumerate(self.sources):
-            members = np.flatnonzero(source == i)
-            # A source's epochs are its own: a small one begins its tenth while a large one is in
-            # its first.
-            epoch[members], within_epoch = np.divmod(draw[members], spec.size)
-            cumulative = self._cumulative[i]
-            if cumulative is not None:
-                u = uniform(self.seed, draw[members], f'sampling/{i}', 1)[:, 0]
-                # Inverse CDF; 'right', so that records of weight 0 are never drawn.
-                record = np.searchsorted(cumulative, u, side='right')
-                # A mere guard: the last entry is exactly 1 and u is below it.
-                index[members] = np.minimum(record, spec.size - 1)
+        is_weighted = np.zeros(len(positions), bool)
+        # Only sources that occur here: of hundreds a batch may hold a few.
+        for i in np.unique(source).tolist():
+            if i not in self._weighted:
                 continue
-            # A new permutation for each epoch and source.
-            for e in np.unique(epoch[members]):
-                in_epoch = epoch[members] == e
-                index[members[in_epoch]] = permute(
-                    within_epoch[in_epoch], spec.size, self.seed, 'record', i, int(e)
-                )
+            members = np.flatnonzero(source == i)
+            u = uniform(self.seed, draw[members], f'sampling/{i}', 1)[:, 0]
+            index[members] = self._weighted[i].draw(u)
+            is_weighted[members] = True
+        # The others in one go, however many sources they are of.
+        others = np.flatnonzero(~is_weighted)
+        keys = self._epoch_keys(source[others], epoch[others])
+        index[others] = _permute_each(within_epoch[others], size[others].astype(np.uint64), keys)
         return source, index, epoch
+
+    def _epoch_keys(
+        self, source: Int[np.ndarray, ' n'], epoch: Int64[np.ndarray, ' n']
+    ) -> UInt64[np.ndarray, ' n']:
+        """The permutation of each row's source in its epoch: a new one for each of both."""
+        pairs = np.stack([source.astype(np.int64), epoch], axis=1)
+        different, places = np.unique(pairs, axis=0, return_inverse=True)
+        keys = [key('permute', self.seed, 'record', i, e) for i, e in different.tolist()]
+        return np.array(keys, np.uint64)[places.reshape(-1)]
 
     def _draws(
         self, positions: Int[np.ndarray, ' n']
@@ -252,29 +305,21 @@ class Order:
 
     def _batch_draws(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
         """As `_draws`, of all rows [B] of one batch; source -1 marks the weighted sources."""
-        # Stratum of each slot before the rows are permuted: the sources with a share, then the
-        # rest.
-        blocks = [np.full(count, i) for i, count in enumerate(self._share_rows)]
-        strata = np.concatenate([*blocks, np.full(self._weighted_rows, -1)])
         # Permuted, or each host would have the rows of the same sources in every batch.
         slots = permute(np.arange(self._batch_size), self._batch_size, self.seed, 'strata', batch)
-        source_of_row = strata[slots]
+        source_of_row = self._strata[slots]
 
         begin = batch * self._batch_size + self._offset
-        draws_before = []
-        for count in self._share_rows:
+        # By source; the last entry, which -1 finds too, is that of the weighted ones.
+        before = np.zeros(len(self.sources) + 1, np.int64)
+        for i in np.flatnonzero(self._share_rows).tolist():
             # Integer rounding of share * begin: the same number whatever batch size led here.
-            rounded = (2 * begin * count + self._batch_size) // (2 * self._batch_size)
+            doubled = 2 * begin * self._share_rows[i]
+            rounded = (doubled + self._batch_size) // (2 * self._batch_size)
             # The partial batch at the start begins before 0, when nothing has been drawn.
-            draws_before.append(max(0, rounded))
-        weighted_before = max(0, begin - sum(draws_before))
-
-        draw_of_row = np.zeros(self._batch_size, np.int64)
-        for i in np.unique(source_of_row).tolist():
-            members = np.flatnonzero(source_of_row == i)
-            before = weighted_before if i < 0 else draws_before[i]
-            draw_of_row[members] = np.arange(len(members)) + before
-        return source_of_row, draw_of_row
+            before[i] = max(0, rounded)
+        before[-1] = max(0, begin - int(before.sum()))
+        return source_of_row, before[source_of_row] + _earlier_equals(source_of_row)
 
     def _weighted_draws(
         self, positions: Int[np.ndarray, ' n']
@@ -286,18 +331,15 @@ class Order:
         draw = np.zeros(len(positions), np.int64)
         length = int(self._quotas.sum())
         block, slot = np.divmod(positions, length)
-        owner = np.repeat(np.arange(len(self.sources)), self._quotas)  # [slots of a block]
         # One network for all blocks asked for would need a key per element; a batch touches few.
         for b in np.unique(block):
             members = np.flatnonzero(block == b)
             slots = permute(np.arange(length), length, self.seed, 'mixture', int(b))
-            source_of_slot = owner[slots]
-            draw_of_slot = np.zeros(length, np.int64)
-            for i, quota in enumerate(self._quotas):
-                # Every block holds the same number of each source, so earlier draws are counted by
-                # a product.
-                first_draw = int(b) * int(quota)
-                draw_of_slot[source_of_slot == i] = first_draw + np.arange(quota)
+            source_of_slot = self._owner[slots]
+            # Every block holds the same number of each source, so the draws of earlier blocks are
+            # counted by a product.
+            first_draw = int(b) * self._quotas  # [sources]
+            draw_of_slot = first_draw[source_of_slot] + _earlier_equals(source_of_slot)
             source[members] = source_of_slot[slot[members]]
             draw[members] = draw_of_slot[slot[members]]
         return source, draw
@@ -350,19 +392,14 @@ def _as_written(weight: float) -> Fraction:
     return limited
 
 
-def _cumulative(source: Source) -> Float64[np.ndarray, ' size']:
-    """Cumulative distribution of the records of a source with sampling weights."""
-    weights = np.asarray(source.sampling, np.float64)
-    has_shape = weights.shape == (source.size,)
-    is_usable = np.isfinite(weights).all() and not (weights < 0).any() and weights.sum() > 0
-    if not has_shape or not is_usable:
-        raise DataError(
-            f'sampling weights of source {source.name!r} must be {source.size} finite numbers, '
-            f'none negative and not all zero; got an array of shape {weights.shape}'
-        )
-    # Divided by its own last entry, so that the distribution ends in exactly 1.
-    total = np.cumsum(weights)
-    return total / total[-1]
+def _earlier_equals(groups: Int[np.ndarray, ' n']) -> Int64[np.ndarray, ' n']:
+    """How many earlier elements have the same value as each."""
+    by_group = np.argsort(groups, kind='stable')
+    in_order = groups[by_group]
+    first_of_group = np.searchsorted(in_order, in_order, side='left')
+    counts = np.empty(len(groups), np.int64)
+    counts[by_group] = np.arange(len(groups)) - first_of_group
+    return counts
 
 
 def host_rows(batch_size: int, process: tuple[int, int]) -> tuple[int, int]:

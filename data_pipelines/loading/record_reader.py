@@ -17,7 +17,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.loading import sample_windows
 from data_pipelines.loading.batch_plan import BatchPlanner, ReadRequest, RowRequest
 from data_pipelines.loading.data_source import Rows, blank
-from data_pipelines.storage.records import Split
+from data_pipelines.loading.lazy_split import LazySplit
 
 _MIN_READS = 100  # records read before the share of unreadable ones is compared with the limit
 _MAX_LISTED = 1000  # unreadable records listed by problems()
@@ -35,7 +35,7 @@ class ReadProblems:
         self._listed: list[tuple[str, int, str]] = []
         self._seen: set[tuple[str, str, int]] = set()
 
-    def add(self, split: Split, records: np.ndarray, reasons: Sequence[str], size: int) -> None:
+    def add(self, split: LazySplit, records: np.ndarray, reasons: Sequence[str], size: int) -> None:
         """Count reads of one split.
 
         Args:
@@ -66,7 +66,7 @@ class ReadProblems:
                     f'{name}: {reason}); prepare the data again with --overwrite'
                 )
 
-    def _list(self, split: Split, record: int, reason: str) -> None:
+    def _list(self, split: LazySplit, record: int, reason: str) -> None:
         key = (split.name, split.split, record)
         if key not in self._seen and len(self._seen) < _MAX_LISTED:
             self._seen.add(key)
@@ -141,10 +141,9 @@ class RecordReader:
         # Padding is emptied like an unreadable row: zeros with valid False.
         is_bad = ~rows.valid
         # By source, because problems are counted for each split.
-        for number, split in enumerate(self._planner.splits):
-            from_split = (rows.source == number) & rows.valid
+        for split, members in self._planner.by_split(rows):
             reasons = []
-            for row in np.flatnonzero(from_split).tolist():
+            for row in members.tolist():
                 reason = ''
                 try:
                     contents[row] = self._read_row(split, int(records[row]), request.row(row))
@@ -154,8 +153,7 @@ class RecordReader:
                     reason = str(e)
                 reasons.append(reason)
                 is_bad[row] = bool(reason)
-            if reasons:
-                self._problems.add(split, records[from_split], reasons, self._pass_size)
+            self._problems.add(split, records[members], reasons, self._pass_size)
         # Streams have no 'data' for video and audio yet; the empty contents below supply zeros.
         blank(batch, is_bad)
         return [contents.get(row) or self._empty_row() for row in range(len(records))]
@@ -169,7 +167,7 @@ class RecordReader:
         # looked up: a row without entries decodes to zeros.
         return RowContents([], [], [], [0] * self._planner.frames_per_row, audio)
 
-    def _read_row(self, split: Split, record: int, request: RowRequest) -> RowContents:
+    def _read_row(self, split: LazySplit, record: int, request: RowRequest) -> RowContents:
         contents = self._empty_row()
         packet_numbers: list[int] = []
         # -1 in the first frame means -1 in all: the record has no pictures.

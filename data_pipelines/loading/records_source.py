@@ -7,24 +7,30 @@ chosen are read and checked (`record_reader`), and TensorFlow's threads decode t
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float64
 from ml_collections import ConfigDict
 
 from data_pipelines.errors import DataError
 from data_pipelines.loading import order
 from data_pipelines.loading.batch_plan import BatchPlanner
 from data_pipelines.loading.data_source import SPLITS, Data, Request, Rows, tokenizer_of
+from data_pipelines.loading.few_labels import few_labels
+from data_pipelines.loading.lazy_split import LazySplit
 from data_pipelines.loading.record_batches import RecordBatches
 from data_pipelines.loading.record_reader import ReadProblems, RecordReader
+from data_pipelines.loading.texts import Texts
 from data_pipelines.storage.record_index import Index
-from data_pipelines.storage.records import Prepared, Split, read_entries
+from data_pipelines.storage.records import Prepared, read_entries
 from vatt_jax.inputs.tokenizer import Tokenizer
+
+# A mixture of more sources opens each at its first record.
+OPENED_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +45,7 @@ class MixtureSource:
 
     name: str
     entry: dict[str, Any]
-    split: Split
+    split: LazySplit
 
 
 class Records(Data):
@@ -81,8 +87,12 @@ class Records(Data):
 
         self._mixture: list[MixtureSource] = []
         for name, entry in entries.items():
-            split = Split(datasets[_dataset_key(entry)], entry['split'], name)
+            split = LazySplit(datasets[_dataset_key(entry)], entry['split'], name)
             self._mixture.append(MixtureSource(name, entry, split))
+        if len(self._mixture) <= OPENED_AT_ONCE:
+            # What is damaged or missing shows before the run begins.
+            for source in self._mixture:
+                source.split.open()
         # Without config.data.eval, evaluators read the first source, so that a config with one
         # dataset names it once.
         if evaluation_entry['path']:
@@ -141,12 +151,12 @@ class Records(Data):
                 'prepare them with the same --size'
             )
 
-    def _splits_of_mixture(self) -> dict[str, Split]:
+    def _splits_of_mixture(self) -> dict[str, LazySplit]:
         """Splits that the mixture opened and an evaluation pass may read too.
 
         Not those of which only a few labels are known: evaluation needs all of them.
         """
-        splits: dict[str, Split] = {}
+        splits: dict[str, LazySplit] = {}
         for source in self._mixture:
             split = source.split
             # An index may hold millions of rows, so it is not loaded twice.
@@ -159,7 +169,7 @@ class Records(Data):
     def _is_mixture(self, split: str, by: str) -> bool:
         return split == 'train' and by == 'records' and bool(self._mixture)
 
-    def _splits_of_pass(self, split: str, by: str) -> list[Split]:
+    def _splits_of_pass(self, split: str, by: str) -> list[LazySplit]:
         """The split of each source that a pass or training reads; none if it does not exist."""
         # By segments, `train` means the train split of the evaluation dataset, in order and each
         # segment once, whatever the weights of the mixture.
@@ -168,7 +178,10 @@ class Records(Data):
         if split not in self._evaluated.splits:
             return []
         if split not in self._splits:
-            self._splits[split] = Split(self._evaluated, split)
+            self._splits[split] = LazySplit(self._evaluated, split)
+        # There is one such dataset, and evaluators ask for its sizes before training begins: what
+        # is damaged shows then, not after hours.
+        self._splits[split].open()
         return [self._splits[split]]
 
     def _sources(self, split: str, by: str) -> list[order.Source]:
@@ -188,27 +201,27 @@ class Records(Data):
             return sources
         # A pass over the evaluation dataset: one split, no weights, each example once.
         for opened in self._splits_of_pass(split, by):
-            size = len(opened) if by == 'records' else len(opened.index.segment_record)
+            size = len(opened) if by == 'records' else opened.num_segments
             sources.append(order.Source(size, name=opened.name))
         return sources
 
-    def texts(self, split: str, by: str = 'segments') -> list[dict[str, Any]]:
-        """Texts of every example of a pass, by index.
+    def texts(self, split: str, by: str = 'segments') -> Texts:
+        """Texts of every example of a pass, by its place in the pass; each is made when asked for.
 
         Returns:
           {'id', 'start', 'end', 'caption', 'sentences', 'ground_truth'} of each.
         """
-        texts: list[dict[str, Any]] = []
-        for opened in self._splits_of_pass(split, by):
-            index = opened.index
-            if by == 'records':
-                # In the order of the pass: entry `index` belongs to the row with that number in
-                # batch['index'].
-                texts.extend(_record_text(index, record) for record in range(len(index)))
-            else:
-                num_segments = len(index.segment_record)
-                texts.extend(_segment_text(index, segment) for segment in range(num_segments))
-        return texts
+        splits = self._splits_of_pass(split, by)
+        # The first example of each source, and the number of all.
+        begins = [*self.offsets(split, by).tolist(), self.size(split, by)]
+        text_of = _record_text if by == 'records' else _segment_text
+
+        def entry(place: int) -> dict[str, Any]:
+            # The last source that begins at or before the example.
+            source = bisect.bisect_right(begins, place) - 1
+            return text_of(splits[source].index, place - begins[source])
+
+        return Texts(range(begins[-1]), entry)
 
     def _batches(
         self, request: Request, rows_of_batch: Callable[[int], Rows], num_batches: int | None
@@ -236,65 +249,6 @@ class Records(Data):
         # A copy, because the garbage collector may shrink the set during the loop.
         for iterator in list(self._iterators):
             iterator.close()
-
-
-def few_labels(part: Split, label: str, per_class: int, seed: int) -> Float64[np.ndarray, ' M']:
-    """Leave the labels of `per_class` segments of each class known.
-
-    All other labels of `part.index` become unknown, in place.
-
-    Segments are taken in a random order of the records that the seed decides, so fewer are a part
-    of more.
-
-    Args:
-      part: the source, named as in config.data.train.
-      label: a label with one class for each segment.
-      per_class: segments of each class whose label stays known.
-      seed: config.seed.
-
-    Returns:
-      Sampling weights of the records: how many of the labelled segments each has.
-
-    Raises:
-      DataError: no such label, or a class that has too few segments.
-    """
-    field = f'config.data.train.{part.name}.per_class={per_class}'
-    labels = part.index.labels
-    stored = labels.get(label)
-    # `stored` is [G] for class numbers and [G P] for a multi-hot label, which has no "segments of
-    # one class" to count.
-    if stored is None or stored.ndim != 1:
-        possible = [name for name, values in labels.items() if values.ndim == 1]
-        raise DataError(
-            f'{field}: {part.prepared.path} has no label {label!r} with one class for each '
-            f'segment; it has {", ".join(possible) or "none"} (field label)'
-        )
-    # [G] Rank of each segment's record in a random order. Ranks do not depend on `per_class`,
-    # which is what makes a smaller labelled set a subset of a larger one.
-    record_rank = order.permute(part.index.segment_record, len(part), seed, 'few labels')
-    is_known = np.zeros(len(stored), bool)
-    for number, name in enumerate(part.prepared.labels[label]):
-        segments = np.flatnonzero(stored == number)  # [n]
-        if len(segments) < per_class:
-            raise DataError(
-                f'{field}: class {name!r} of label {label!r} has {len(segments)} segments '
-                f'in split {part.split!r}'
-            )
-        # Stable: segments of one record share a rank and are taken in their order.
-        by_rank = np.argsort(record_rank[segments], kind='stable')
-        is_known[segments[by_rank[:per_class]]] = True
-    # All labels of the other segments, not only `label`.
-    part.index.labels = {name: _keep_known(values, is_known) for name, values in labels.items()}
-    # Records without a labelled segment get weight 0, that is, they are never drawn.
-    known_records = part.index.segment_record[is_known]
-    return np.bincount(known_records, minlength=len(part)).astype(np.float64)
-
-
-def _keep_known(labels: np.ndarray, is_known: Bool[np.ndarray, ' G']) -> np.ndarray:
-    """Labels [G], or multi-hot ones [G P], the other segments' made unknown (-1, or no class)."""
-    if labels.ndim == 1:
-        return np.where(is_known, labels, -1).astype(labels.dtype)
-    return np.where(is_known[:, None], labels, 0).astype(labels.dtype)
 
 
 def _dataset_key(entry: dict[str, Any]) -> tuple[str, int]:

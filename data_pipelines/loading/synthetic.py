@@ -22,6 +22,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.loading import order, sentence_windows
 from data_pipelines.loading import views as view_rules
 from data_pipelines.loading.data_source import SPLITS, Data, Request, Rows, blank, tokenizer_of
+from data_pipelines.loading.texts import Texts
 from vatt_jax.inputs import tokenizer as tokenizers
 
 # Red, green and blue of each colour, at most 235: `_frames` adds 12.
@@ -89,20 +90,18 @@ class Synthetic(Data):
         instance = order.uniform(0, index + self._first[split], 'synthetic', 4)
         return index % len(CLASSES), instance
 
-    def texts(self, split: str, by: str = 'segments') -> list[dict[str, Any]]:
-        texts = []
-        for i in range(self._count[split]):
+    def texts(self, split: str, by: str = 'segments') -> Texts:
+        def entry(i: int) -> dict[str, Any]:
             kind = i % len(CLASSES)
-            texts.append(
-                {
-                    'id': f'{split}/{i}',
-                    'start': 0.0,
-                    'end': self._length,
-                    'caption': _caption(kind),
-                    'sentences': _sentences(kind),
-                }
-            )
-        return texts
+            return {
+                'id': f'{split}/{i}',
+                'start': 0.0,
+                'end': self._length,
+                'caption': _caption(kind),
+                'sentences': _sentences(kind),
+            }
+
+        return Texts(range(self.size(split, by)), entry)
 
     def _batches(
         self, request: Request, rows_of_batch: Callable[[int], Rows], num_batches: int | None
@@ -439,11 +438,17 @@ class Npz(Data):
         num_rows = len(next(iter(rows.values()))) if rows else 0  # the same in every array
         return [order.Source(num_rows, name='npz')]
 
-    def texts(self, split: str, by: str = 'segments') -> list[dict[str, Any]]:
-        return [
-            {'id': f'{split}/{i}', 'start': 0.0, 'end': self.window, 'caption': '', 'sentences': []}
-            for i in range(self.size(split, by))
-        ]
+    def texts(self, split: str, by: str = 'segments') -> Texts:
+        def entry(i: int) -> dict[str, Any]:
+            return {
+                'id': f'{split}/{i}',
+                'start': 0.0,
+                'end': self.window,
+                'caption': '',
+                'sentences': [],
+            }
+
+        return Texts(range(self.size(split, by)), entry)
 
     def _batches(
         self, request: Request, rows_of_batch: Callable[[int], Rows], num_batches: int | None

@@ -20,6 +20,7 @@ from jaxtyping import Float32, Float64, Int, Int8, Int32, Int64, UInt32
 
 from data_pipelines.storage import segment_captions
 from data_pipelines.storage.columns import Strings, Table, ranges, write_json
+from data_pipelines.storage.frame_shapes import frame_shapes
 
 __all__ = ['VERSION', 'Index', 'Strings', 'write_json']
 
@@ -158,6 +159,7 @@ class Index:
 
     def summary(self) -> dict[str, Any]:
         """What index.json and the command's last table say of the split."""
+        shapes = frame_shapes(self.frames, self.height, self.width)
         return {
             'records': len(self),
             'segments': len(self.segment_record),
@@ -166,6 +168,8 @@ class Index:
             'hours': round(float(self.duration.sum()) / 3600, 3),
             'without_audio': int((self.samples == 0).sum()),
             'without_video': int((self.frames == 0).sum()),
+            # Lists, as they come back from JSON.
+            'frame_shapes': [list(shape) for shape in sorted(shapes)],
         }
 
     def captions_of(self, segment: int) -> list[str]:

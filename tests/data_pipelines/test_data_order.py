@@ -1,6 +1,7 @@
 """The order of examples: a pure function of position and seed, whatever the hosts and batches."""
 
 import math
+import tracemalloc
 
 import chex
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from data_pipelines.errors import DataError
 from data_pipelines.loading import order
 from data_pipelines.loading.order import Order, Source
+from data_pipelines.loading.weighted_records import WeightedRecords
 
 sizes = st.integers(1, 700)
 seeds = st.integers(0, 2**40)
@@ -89,7 +91,7 @@ def test_epochs_of_small_seeds_are_not_correlated(n):
 
 @st.composite
 def mixtures(draw):
-    """(sources, batch size).
+    """(arguments of each `Source`, batch size).
 
     Weights, exact shares and records weighted by a column, in any combination that is allowed.
     """
@@ -107,7 +109,7 @@ def mixtures(draw):
             sampling = np.array(draw(weights))
             sampling[draw(st.integers(0, size - 1))] = 1.0
         weight = draw(st.sampled_from([0.37, 1.0, 3.0]))
-        sources.append(Source(size, weight, rows / batch_size, sampling))
+        sources.append((size, weight, rows / batch_size, sampling))
     return sources, batch_size
 
 
@@ -119,7 +121,8 @@ def mixtures(draw):
     hosts=st.sampled_from([1, 2, 3, 4, 6, 12]),
 )
 def test_any_mixture_resumed_at_any_step_on_any_number_of_hosts(mixture, seed, begin, hosts):
-    sources, batch_size = mixture
+    specs, batch_size = mixture
+    sources = [Source(*spec) for spec in specs]
     num_steps = 4
     consumed = begin * batch_size
     whole = Order(sources, seed, batch_size).rows(np.arange(consumed + num_steps * batch_size))
@@ -346,3 +349,85 @@ def test_wrong_mixtures_say_what_is_wrong(sources, message):
 def test_batch_must_divide_over_hosts():
     with pytest.raises(DataError, match='multiple of 3'):
         order.train_positions(0, 0, 8, (0, 3))
+
+
+@st.composite
+def factors_of_weights(draw):
+    """One to three arrays of one length, of several types; their product is not all zero."""
+    size = draw(st.integers(1, 700))  # several blocks of sums, the last one in part
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    factors = []
+    for dtype in draw(st.lists(st.sampled_from(['f4', 'f8', 'u1', 'i4']), min_size=1, max_size=3)):
+        values = rng.integers(0, 9, size) / (7 if dtype.startswith('f') else 1)
+        values[draw(st.integers(0, size - 1))] = 0
+        factors.append(values.astype(dtype))
+    total = np.ones(size)
+    for factor in factors:
+        total = total * factor.astype(np.float64)
+    if not total.any():
+        factors = [np.ones(size, np.float32)]
+    return tuple(factors)
+
+
+@settings(max_examples=60, deadline=None)
+@given(factors=factors_of_weights(), seed=seeds)
+def test_draws_by_weights_are_those_of_one_cumulative_table(factors, seed):
+    """To the digit, and never a record of weight 0, also where a draw falls on an entry."""
+    weights = np.ones(len(factors[0]))
+    for factor in factors:
+        weights = weights * factor.astype(np.float64)
+    table = np.cumsum(weights)
+    table = table / table[-1]
+    draws = np.random.default_rng(seed).random(300)
+    u = np.concatenate([draws, table[table < 1], [0.0, np.nextafter(1, 0)]])
+    expected = np.minimum(np.searchsorted(table, u, side='right'), len(weights) - 1)
+    got = WeightedRecords(factors, len(weights), 'a').draw(u)
+    np.testing.assert_array_equal(got, expected)
+    assert (weights[got] > 0).all()
+
+
+def test_weights_of_records_take_little_memory():
+    """Summed block by block, whatever their number: they are read where they lie."""
+    size = 2_000_000
+    weights = np.random.default_rng(0).random(size, np.float32)
+    tracemalloc.start()
+    try:
+        order_ = Order([Source(size, sampling=(weights, weights))], 0)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 0.2 * size
+    assert peak < 8e6
+    _, index, _ = order_.rows(np.arange(4096))
+    # Drawn in proportion to the square of a uniform number, whose mean is then 3/4.
+    assert abs(weights[index].mean() - 0.75) < 0.02
+
+
+@pytest.mark.parametrize('with_shares', [False, True])
+def test_hundreds_of_sources_have_the_order_of_each_by_itself(with_shares):
+    """Rows of each source are its own permutation, epoch after epoch, whatever comes beside it."""
+    sources = []
+    for i in range(300):
+        has_share = with_shares and i % 5 == 0
+        sources.append(Source(1 + i % 37, 1.0 + i % 3, 2 / 512 if has_share else 0.0))
+    num_rows = 512 * 40
+    source, index, epoch = Order(sources, 3, 512).rows(np.arange(num_rows))
+    assert set(source.tolist()) == set(range(300))
+    for i, spec in enumerate(sources):
+        draws = np.arange((source == i).sum())
+        expected = []
+        for e in range(math.ceil(len(draws) / spec.size)):
+            expected += order.permute(np.arange(spec.size), spec.size, 3, 'record', i, e).tolist()
+        assert index[source == i].tolist() == expected[: len(draws)]
+        assert epoch[source == i].tolist() == (draws // spec.size).tolist()
+
+
+def test_digits_of_the_order():
+    """Written down once: a run that is resumed by a later version goes on in the same order."""
+    sources = [Source(1000, 2.0), Source(77, 1.0), Source(5, share=0.25)]
+    positions = np.array([0, 1, 2, 3, 500, 10**12])
+    source, index, epoch = Order(sources, -7, 8, 3).rows(positions)
+    assert source.tolist() == [2, 1, 2, 0, 1, 1]
+    assert index.tolist() == [4, 61, 1, 696, 53, 66]
+    assert epoch.tolist() == [0, 0, 0, 0, 1, 3246753246]
+    assert order.key('a', 1, -2) == 12527402457856292239

@@ -12,6 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, Bool, Float, Int
 
+from vatt_jax.clustering.rows import rows_on_devices
+
 # What k-means++ carries: squared distances to the nearest centroid so far [M], the centroids [P D],
 # and how many of them are drawn.
 _Seeding = tuple[Array, Array, Array | int]
@@ -108,20 +110,13 @@ def cluster_rows(
     """
     num_rows = len(x)
     # Rows split evenly only with padding. Its weight is 0, so it moves no centroid.
-    padding = -num_rows % mesh.size
-    padded = np.pad(x.astype(np.float32), ((0, padding), (0, 0)))
-    weight = np.pad(np.ones(num_rows, np.float32), (0, padding))
+    padded = num_rows + -num_rows % mesh.size
+    by_rows = NamedSharding(mesh, Spec(mesh.axis_names))
+    rows = rows_on_devices(x.astype(np.float32, copy=False), by_rows, padded)
+    weight = rows_on_devices(np.ones(num_rows, np.float32), by_rows, padded)
 
-    cluster = _compiled(clusters, iterations, mesh)
-    labels = cluster(key, _split_rows(padded, mesh), _split_rows(weight, mesh))
+    labels = _compiled(clusters, iterations, mesh)(key, rows, weight)
     return np.asarray(labels)[:num_rows]
-
-
-def _split_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Spread an array that every host has over all devices, by rows."""
-    sharding = NamedSharding(mesh, Spec(mesh.axis_names))
-    # Each host is asked for the rows of its own devices only.
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 # Cached because `jax.jit` of a new function compiles anew at each call.

@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
+COUNTED_AT_ONCE = 1 << 20  # samples
+
 
 def contingency(
     clusters: Integer[np.ndarray, '...'],
@@ -37,20 +39,31 @@ def contingency(
     if min(clusters.min(), classes.min()) < 0:
         raise ValueError('negative labels (unknown) must be left out before clusters are compared.')
     if shape is None:
-        shape = (clusters.max() + 1, classes.max() + 1)
+        # int: small types of labels have no room for one more.
+        shape = (int(clusters.max()) + 1, int(classes.max()) + 1)
     table = np.zeros(shape, np.int64)
-    # `table[clusters, classes] += 1` would count pairs that repeat only once.
-    np.add.at(table, (clusters, classes), 1)
+    # In blocks, of which NumPy makes indices of 16 bytes a sample.
+    for begin in range(0, len(clusters), COUNTED_AT_ONCE):
+        block = slice(begin, begin + COUNTED_AT_ONCE)
+        # `table[clusters, classes] += 1` would count pairs that repeat only once.
+        np.add.at(table, (clusters[block], classes[block]), 1)
     return table
 
 
 def nmi(clusters: Integer[np.ndarray, ' M'], classes: Integer[np.ndarray, ' M']) -> float:
     """Normalised mutual information, 2 MI / (H(clusters) + H(classes)); symmetric."""
-    # Imported where it is used: scikit-learn is slow to load.
+    # Imported where they are used: both are slow to load.
+    from scipy import stats
     from sklearn import metrics
 
-    score = metrics.normalized_mutual_info_score(classes, clusters, average_method='arithmetic')
-    return float(score)
+    # Of the counts, which are few: of the samples scikit-learn would make several copies in int64.
+    table = contingency(clusters, classes)
+    sizes = (table.sum(0), table.sum(1))
+    if all((size > 0).sum() == 1 for size in sizes):
+        return 1.0  # one cluster and one class: 0 / 0 otherwise
+    information = metrics.mutual_info_score(None, None, contingency=table)
+    entropy = sum(stats.entropy(size) for size in sizes)
+    return float(2 * max(information, 0) / entropy)
 
 
 def agreement(

@@ -48,6 +48,7 @@ from vatt_jax.clustering.problem import (
     is_blocked,
     split_views,
 )
+from vatt_jax.clustering.rows import rows_on_devices
 
 # The published loop stops when the sum over samples of |beta / beta' - 1| falls below this.
 PUBLISHED = 0.1
@@ -323,10 +324,7 @@ class Rows:
             with np.errstate(invalid='ignore'):
                 host = host - host.max(-1, keepdims=True)
         host = host.astype(self.dtype, copy=False)
-        if padding:
-            host = np.concatenate([host, np.zeros((padding, host.shape[1]), host.dtype)])
-        # Every process holds all rows; the callback hands out only those of its own devices.
-        return jax.make_array_from_callback(host.shape, self.sharding, lambda index: host[index])
+        return rows_on_devices(host, self.sharding, len(x) + padding)
 
     def sample(self, size: int) -> Rows:
         """Draws `size` rows, or all rows if there are no more.

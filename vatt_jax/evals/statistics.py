@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from vatt_jax.config import ConfigError
 
+RESAMPLED_AT_ONCE = 1 << 22  # examples that a bootstrap holds, over all rounds
+
 
 def softmax(x: Float[np.ndarray, '... P']) -> Float[np.ndarray, '... P']:
     """Softmax over the last axis."""
@@ -174,10 +176,18 @@ def bootstrap(
       (low, high).
     """
     rng = np.random.default_rng(seed)
-    # With replacement; [rounds N].
-    rows = rng.integers(0, len(values), (rounds, len(values)))
-    draws = statistic(np.asarray(values)[rows], axis=1)  # [rounds]
-    return float(np.percentile(draws, 2.5)), float(np.percentile(draws, 97.5))
+    values = np.asarray(values)
+    # Some rounds at a time, which draws the same numbers: a thousand rounds of a million examples
+    # are 8 GB.
+    at_once = max(1, RESAMPLED_AT_ONCE // len(values))
+    draws = []
+    for begin in range(0, rounds, at_once):
+        num_rounds = min(at_once, rounds - begin)
+        # With replacement; [rounds N].
+        rows = rng.integers(0, len(values), (num_rounds, len(values)))
+        draws.append(statistic(values[rows], axis=1))
+    all_draws = np.concatenate(draws)  # [rounds]
+    return float(np.percentile(all_draws, 2.5)), float(np.percentile(all_draws, 97.5))
 
 
 def average_precision(

@@ -217,9 +217,12 @@ def compute_features(
     if not parts:
         raise RuntimeError('the pass yielded no batch; is the split empty?')
     features = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    parts.clear()  # features of a large split fill the memory
     # Row i is the i-th example of the pass, in whatever order the batches came.
-    order = np.argsort(features['arrays']['index'], kind='stable')
-    features = jax.tree.map(lambda x: x[order], features)
+    index = features['arrays']['index']
+    if (index[1:] < index[:-1]).any():
+        order = np.argsort(index, kind='stable')
+        features = jax.tree.map(lambda x: x[order], features)
     arrays = features.pop('arrays')
     index = arrays.pop('index')
     # A row twice would count twice in every metric, and silently.

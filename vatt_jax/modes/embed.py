@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int, Shaped
 from ml_collections import ConfigDict
 
 from vatt_jax.inference import feature_extractor
@@ -21,6 +22,7 @@ from vatt_jax.training import checkpoint
 
 # Fields of config.data that choose the records of a split.
 DATA_FIELDS = ('source', 'train', 'eval', 'make', 'npz', 'synthetic_size')
+TEXTS_AT_ONCE = 4096  # entries of `data.texts` in memory
 
 
 def run(
@@ -124,8 +126,24 @@ def as_arrays(
     arrays['index'] = index
     for stream, is_valid in features['valid'].items():
         arrays[f'valid/{stream}'] = is_valid
-    # An index is the example's place in the pass, and so in `texts`; examples that could not be
-    # read are missing from it.
-    arrays['id'] = np.array([texts[i]['id'] for i in index])
-    arrays['start'] = np.array([texts[i]['start'] for i in index])
+    arrays['id'], arrays['start'] = _ids_and_starts(texts, index)
     return arrays
+
+
+def _ids_and_starts(
+    texts: Sequence[Mapping[str, Any]], index: Int[np.ndarray, ' N']
+) -> tuple[Shaped[np.ndarray, ' N'], Float[np.ndarray, ' N']]:
+    """Id and start in seconds of the examples at these places of a pass.
+
+    Examples that could not be read are missing from `index`.
+    """
+    ids = []
+    starts = []
+    # Block by block: an entry has all sentences of its example, and is needed for a moment only. A
+    # split without examples is one empty block.
+    for begin in range(0, max(len(index), 1), TEXTS_AT_ONCE):
+        block = [texts[i] for i in index[begin : begin + TEXTS_AT_ONCE]]
+        ids.append(np.array([text['id'] for text in block]))
+        starts.append(np.array([text['start'] for text in block]))
+    # Strings become as wide as the widest of all blocks.
+    return np.concatenate(ids), np.concatenate(starts)

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vatt_jax.config import ConfigError
 from vatt_jax.inputs.batch import modality_of
@@ -176,3 +177,12 @@ def width_of(spec: Any, view: str) -> int:
             f'{shape[1]} candidates for each clip. Leave it out of views.'
         )
     return shape[-1]
+
+
+def label_dtype(classes: int) -> np.dtype:
+    """The smallest type that holds a class number, or -1 for none.
+
+    A label of a hundred million records takes as much memory as its type makes it take.
+    """
+    # The smallest one that holds -classes goes at least up to classes - 1.
+    return np.min_scalar_type(-classes)

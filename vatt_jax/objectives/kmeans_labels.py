@@ -104,8 +104,8 @@ class KMeansLabels(Objective):
         return tuple(self.config.views)
 
     def columns(self) -> dict[str, jax.ShapeDtypeStruct]:
-        label = jax.ShapeDtypeStruct((), jnp.int32)
-        # int32 [] for each record, -1 without a label.
+        # [] for each record, -1 without a label.
+        label = jax.ShapeDtypeStruct((), heads.label_dtype(self.config.clusters))
         return {f'cluster.{labeling}': label for labeling in self.labelings}
 
     def init(self, key: jax.Array, spec: Spec) -> tuple[Any, Any]:
@@ -142,7 +142,9 @@ class KMeansLabels(Objective):
         batch: Mapping[str, Any],
         rng: Any,
     ) -> Loss:
-        labels = {name: batch['columns'][f'cluster.{name}'] for name in self.labelings}  # [B]
+        labels = {}
+        for name in self.labelings:
+            labels[name] = batch['columns'][f'cluster.{name}'].astype(jnp.int32)  # [B]
         frequency = {}
         weights = {}
         # Once for each labeling, not for each view: views that share one see the same weights, and
@@ -258,7 +260,7 @@ class KMeansLabels(Objective):
     def _cluster(
         self, key: jax.Array, labeling: str, encoded: Mapping[str, np.ndarray], size: int
     ) -> np.ndarray:
-        """The column int32 [M] of a labeling: k-means of the features of its views."""
+        """The column [M] of a labeling: k-means of the features of its views."""
         c = self.config
         views = c.views if labeling == 'joint' else (labeling,)
         is_present = np.all([encoded[f'{view}/valid'] for view in views], 0)  # [n]
@@ -268,8 +270,12 @@ class KMeansLabels(Objective):
                 f'{c.clusters} for {is_present.sum()} training records that have '
                 f'{" and ".join(views)}. Set fewer clusters.'
             )
-        features = np.concatenate([encoded[view][is_present] for view in views], -1)  # [n D]
-        column = np.full(size, -1, np.int32)
+        parts = [encoded[view] for view in views]
+        # Features of millions of records are copied only where it must be.
+        if not is_present.all():
+            parts = [part[is_present] for part in parts]
+        features = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)  # [n D]
+        column = np.full(size, -1, heads.label_dtype(c.clusters))
         rows = encoded['index'][is_present]
         # All other rows, those that could not be read among them, keep -1.
         column[rows] = cluster_rows(

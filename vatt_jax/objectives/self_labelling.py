@@ -99,8 +99,8 @@ class SelfLabelling(Objective):
     """Mean over views and heads of the cross entropy with the record's label (SeLaVi).
 
     params and state['norm'] are {modality: {head: …}}; views of a modality share its heads. The
-    column `label` is int32 [M heads], -1 for records that no refresh could read. A record that
-    lacks modalities is labelled by those it has.
+    column `label` is [M heads], -1 for records that no refresh could read. A record that lacks
+    modalities is labelled by those it has.
     """
 
     def __init__(self, config: Any) -> None:
@@ -116,7 +116,8 @@ class SelfLabelling(Objective):
         return tuple(self.config.views)
 
     def columns(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return {'label': jax.ShapeDtypeStruct((self.config.heads,), jnp.int32)}
+        c = self.config
+        return {'label': jax.ShapeDtypeStruct((c.heads,), heads.label_dtype(c.clusters))}
 
     def init(self, key: jax.Array, spec: Spec) -> tuple[Any, Any]:
         c = self.config
@@ -202,7 +203,7 @@ class SelfLabelling(Objective):
             # Before the first refresh there are no labels: only batch statistics move.
             return Loss(jnp.zeros(()), {}, batch_stats, state, jnp.zeros((), bool))
 
-        labels = batch['columns']['label']  # [B heads]
+        labels = batch['columns']['label'].astype(jnp.int32)  # [B heads]
         losses_by_view = []
         metrics = {}
         for view in views:
@@ -323,7 +324,7 @@ class SelfLabelling(Objective):
         replicated = jax.device_put((params, state), jax.NamedSharding(mesh, jax.P()))
         params, state = jax.tree.map(np.array, replicated)
 
-        new_labels = np.full((records.size, c.heads), -1, np.int32)
+        new_labels = np.full((records.size, c.heads), -1, heads.label_dtype(c.clusters))
         metrics: dict[str, list[float]] = {}
         for group in range(c.groups):
             # One pass over the records for each group of heads, with other random windows and
@@ -332,12 +333,14 @@ class SelfLabelling(Objective):
             valid = np.stack([encoded[f'{view}/valid'] for view in c.views], 1)  # [n views]
             # A record without any of the views has no evidence for a label.
             is_used = valid.any(1)
-            features = {view: encoded[view][is_used] for view in c.views}
-            rows = encoded['index'][is_used]
+            rows = encoded['index']
+            features = {view: encoded[view] for view in c.views}
+            # A copy of the features of millions of records only where it leaves some out.
+            if not is_used.all():
+                rows, valid = rows[is_used], valid[is_used]
+                features = {view: x[is_used] for view, x in features.items()}
             for i in range(group, c.heads, c.groups):
-                labels, head_metrics = self.relabel(
-                    i, params, state, features, valid[is_used], mesh
-                )
+                labels, head_metrics = self.relabel(i, params, state, features, valid, mesh)
                 new_labels[rows, i] = labels
                 if 'label' in records.columns:
                     old_labels = records.columns['label'][rows, i]
@@ -441,12 +444,15 @@ class SelfLabelling(Objective):
         # The solver divides by the number V of views. With V / (views of the record) as weight, and
         # 0 for missing views, that becomes the mean over those it has.
         weights = valid * (len(c.views) / valid.sum(1, keepdims=True)).astype(np.float32)  # [n V]
-        ones = np.ones((len(valid), 1), np.float32)
         views = []
         kernels = []
         for i, view in enumerate(c.views):
-            with_ones = np.concatenate([hidden[view], ones], 1)  # [n D+1]
-            views.append(with_ones * weights[:, i : i + 1])
+            num_rows, width = hidden[view].shape
+            # Written in place: products and concatenations would be two more arrays of this size.
+            weighted = np.empty((num_rows, width + 1), np.float32)
+            np.multiply(hidden[view], weights[:, i : i + 1], out=weighted[:, :width])
+            weighted[:, width] = weights[:, i]
+            views.append(weighted)
             last_layer = params[heads.modality_of(view)][head]
             kernel = np.concatenate([last_layer['kernel'], last_layer['bias'][None]])  # [D+1 P]
             # The bias is a row of the kernel now; as a bias it would escape the weights.
@@ -487,13 +493,20 @@ class SelfLabelling(Objective):
         if not self.config.hidden:
             return features
         modality = heads.modality_of(view)
-        blocks = []
+        width = params[modality][head]['kernel'].shape[0]
+        hidden = np.empty((len(features), width), np.float32)
+        pending: list[tuple[int, jax.Array]] = []  # (first row, block)
         for first in range(0, len(features), HIDDEN_BLOCK):
             block = features[first : first + HIDDEN_BLOCK]
-            hidden = _hidden(self.head, params[modality][head], norm[modality][head], block)
-            blocks.append(hidden)
-        # Fetched only now, so that a block is computed while the next one is sent.
-        return np.concatenate([np.asarray(block) for block in blocks])
+            computed = _hidden(self.head, params[modality][head], norm[modality][head], block)
+            pending.append((first, computed))
+            # Fetched one block late, so that a block is computed while the next one is sent; not
+            # later, or the device would hold them all.
+            if len(pending) > 1:
+                _store_block(hidden, *pending.pop(0))
+        for first, computed in pending:
+            _store_block(hidden, first, computed)
+        return hidden
 
     def align(
         self,
@@ -622,6 +635,10 @@ def product_mass(
             probs.append(sinkhorn.soft_assignments(logits, np.zeros(num_clusters)))
         total += np.prod(probs, 0).sum(0)
     return total
+
+
+def _store_block(rows: np.ndarray, first: int, block: jax.Array) -> None:
+    rows[first : first + len(block)] = np.asarray(block)
 
 
 # Linen modules are hashable dataclasses, so `head` can be static. Of each width at most two shapes

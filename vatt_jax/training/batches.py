@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vatt_jax.objectives.base import Objective, select_streams
+from vatt_jax.training import columns
 from vatt_jax.training.build import process_position
 from vatt_jax.training.metrics import Meter
 from vatt_jax.training.start import TrainingRun
@@ -52,7 +53,7 @@ class TrainBatches:
         if run.columns:
             # An index counts within its source; columns run over all sources, one after the other.
             record = self.first_record[batch['source']] + batch['index']  # [B], rows of columns
-            batch['columns'] = {name: column[record] for name, column in run.columns.items()}
+            batch['columns'] = columns.lookup(run.columns, record)
         # The host's wait only. The device may be busy with the step before all the while.
         self.meter.waited += time.monotonic() - began
         return batch

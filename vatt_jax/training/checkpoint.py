@@ -1,11 +1,11 @@
 """Checkpoints through orbax: asynchronous, exact, onto any mesh, partial and renamed.
 
-Only this file knows orbax. Layout of a run folder:
+Only this file and columns_handler.py know orbax. Layout of a run folder:
 
     checkpoints/<step>/state          parameters, statistics, optimizer and objective state
     checkpoints/<step>/meta           JSON: examples consumed, digest of the order so far, the
                                       resolved config, the data's info (tokenizer, class names)
-    checkpoints/<step>/columns        per-record arrays of the objective
+    checkpoints/<step>/columns        per-record arrays of the objective, a piece a host
     checkpoints/<step>/manifest.json  digests of these files, without which flipped bits would be
                                       read as parameters
 
@@ -40,6 +40,7 @@ from vatt_jax.config import ConfigError, differing_fields, flatten, from_json
 from vatt_jax.models.embeddings import spline_matrix
 from vatt_jax.parallel import sharding
 from vatt_jax.run_folder import RunFolder, evaluation_name, free_space, readable_size
+from vatt_jax.training.columns_handler import ColumnsRestore, ColumnsSave
 
 # Orbax logs every file it writes, warns of metadata that it does not need, and logs pages of every
 # error that it raises anyway.
@@ -47,9 +48,6 @@ logging.getLogger('absl').setLevel(logging.CRITICAL)
 
 ITEMS = ('state', 'meta', 'columns')
 MANIFEST = 'manifest.json'
-# Orbax refuses to save an empty tree, and most runs have no columns: a placeholder is always
-# saved.
-_PLACEHOLDER = '_'
 
 
 class CheckpointNotSaved(RuntimeError):
@@ -164,7 +162,7 @@ class Checkpoints:
             step: Optimizer steps taken.
             state: The TrainState.
             meta: JSON-able description, see the top of this file.
-            columns: Per-record host arrays of the objective.
+            columns: Per-record host arrays of the objective, which are not changed any more.
 
         Raises:
             CheckpointNotSaved: The previous or this checkpoint could not be written.
@@ -181,7 +179,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             meta=ocp.args.JsonSave(meta),
-            columns=ocp.args.StandardSave({_PLACEHOLDER: np.zeros((), np.int8), **columns}),
+            columns=ColumnsSave(columns),
         )
         with self._report_write_errors():
             # force: without it orbax applies its own rule of which steps are worth saving.
@@ -259,7 +257,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(saved_target),
             meta=ocp.args.JsonRestore(),
-            columns=ocp.args.StandardRestore(),
+            columns=ColumnsRestore(),
         )
         try:
             restored = self.manager.restore(step, args=items)
@@ -278,13 +276,7 @@ class Checkpoints:
         # Orbax hands back buffers that it may still own; the train step donates its state, which
         # needs arrays of our own.
         state = jax.jit(copy_tree, out_shardings=shardings)(restored_state)
-        columns = {
-            # A copy of our own, as of the state.
-            name: np.array(column)
-            for name, column in restored.columns.items()
-            if name != _PLACEHOLDER
-        }
-        return state, restored.meta, columns
+        return state, restored.meta, restored.columns
 
     def wait(self) -> None:
         """Wait for the save under way. Raises CheckpointNotSaved where it failed."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from vatt_jax.inference import feature_extractor
@@ -15,7 +16,7 @@ from vatt_jax.inputs import preprocess
 from vatt_jax.objectives.base import RefreshResult, TrainingRecords, select_streams
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
-from vatt_jax.training import train_state
+from vatt_jax.training import columns, train_state
 from vatt_jax.training.build import Built, process_position
 from vatt_jax.training.start import TrainingRun
 from vatt_jax.training.train_state import TrainState
@@ -44,7 +45,7 @@ def refresh(config: ConfigDict, built: Built, data: Any, run: TrainingRun) -> Re
     )
     run.state = _with_refreshed(built, state, refreshed)
     # Columns that this refresh does not name stay as the last one left them.
-    run.columns = {**run.columns, **refreshed.columns}
+    run.columns = {**run.columns, **columns.keep(refreshed.columns)}
     run.weights = refreshed.weights
     return refreshed
 
@@ -70,6 +71,41 @@ def _with_refreshed(built: Built, state: TrainState, refreshed: RefreshResult) -
 def _put(tree: Any, shardings: Any) -> Any:
     """Host arrays -> arrays on the mesh."""
     return jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x), s), tree, shardings)
+
+
+class RecordRows:
+    """Collects what is found of the records in any order, each array once in memory.
+
+    Lists of batches that are joined and sorted at the end take three times as much, and features of
+    a large training set take what there is.
+    """
+
+    def __init__(self, size: int):
+        """`size`: records of the training set M."""
+        self._is_found = np.zeros(size, bool)
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def add(self, records: Int[np.ndarray, ' b'], rows: Mapping[str, np.ndarray]) -> None:
+        """Store some rows.
+
+        Args:
+            records: their records, which were not there before.
+            rows: name -> [b …].
+        """
+        for name, values in rows.items():
+            if name not in self._arrays:
+                shape = (len(self._is_found), *values.shape[1:])
+                self._arrays[name] = np.empty(shape, values.dtype)
+            self._arrays[name][records] = values
+        self._is_found[records] = True
+
+    def joined(self) -> dict[str, np.ndarray]:
+        """{name: [n …]} and `index` int64 [n], the records that were found, ascending."""
+        joined = {'index': np.flatnonzero(self._is_found)}
+        for name, array in self._arrays.items():
+            # No copy where nothing is missing.
+            joined[name] = array if self._is_found.all() else array[self._is_found]
+        return joined
 
 
 class RecordEncoder:
@@ -113,7 +149,7 @@ class RecordEncoder:
             augment=augment,
             draw=f'{self.step}/{draw}',
         )
-        parts: list[dict[str, np.ndarray]] = []
+        found = RecordRows(self.data.size('train'))
         for batch in batches:
             batch = select_streams(batch, self.built.objective.streams())
             # Outputs are replicated, so they have the rows of all hosts; which ones these are must
@@ -131,16 +167,9 @@ class RecordEncoder:
             outputs = jax.tree.map(np.asarray, jax.device_get(outputs))
             # Padding rows of the last batch and records that cannot be read are no records.
             is_valid = rows['valid']  # [B], of all hosts, as the outputs are
-            part = {'index': rows['position'][is_valid]}
-            for name, array in outputs.items():
-                part[name] = array[is_valid]
-            parts.append(part)
-        # Hosts read ranges of the records side by side, so a batch's rows are not consecutive.
-        order = np.argsort(np.concatenate([part['index'] for part in parts]), kind='stable')
-        joined = {}
-        for name in parts[0]:
-            joined[name] = np.concatenate([part[name] for part in parts])[order]
-        return joined
+            kept = {name: array[is_valid] for name, array in outputs.items()}
+            found.add(rows['position'][is_valid], kept)
+        return found.joined()
 
     def _compiled(self, function: Callable[..., dict[str, jax.Array]], augment: bool) -> Any:
         """The jitted pass, compiled once for all refreshes: step and draw are its arguments."""

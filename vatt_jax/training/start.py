@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from vatt_jax import config as configs
@@ -21,6 +20,7 @@ from vatt_jax.run_folder import RunFolder, write_atomically
 from vatt_jax.training import checkpoint, provenance
 from vatt_jax.training.build import Built
 from vatt_jax.training.checkpoint import Checkpoints
+from vatt_jax.training.columns import Columns, as_declared
 from vatt_jax.training.train_state import TrainState
 
 # A run folder belongs to one choice of these fields ...
@@ -58,7 +58,7 @@ class TrainingRun:
     step: int
     consumed: int = 0
     order: str = ''
-    columns: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    columns: Columns = dataclasses.field(default_factory=dict)
     weights: tuple[str, ...] = ()
     origin: str = ''
 
@@ -114,7 +114,7 @@ def _continue(
         step=int(state.step),
         consumed=int(meta['consumed']),
         order=meta['order'],
-        columns=columns,
+        columns=as_declared(columns, built.objective.columns()),
         weights=tuple(meta['weights']),
         origin=f'continuing from step {saved_step}',
     )
