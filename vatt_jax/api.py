@@ -53,10 +53,9 @@ def load(path: str | os.PathLike) -> Model:
     path = pathlib.Path(path)
     if safetensors_folder.is_model_folder(path):
         config, variables, info = safetensors_folder.load_model(path, mesh)
-        heads = None
     else:
         config, variables, info = checkpoint.load_model(path, mesh, objective=True)
-        heads = variables.pop('objective')
+    heads = variables.pop('objective')
     return Model(config, variables, info, mesh, heads, path)
 
 
@@ -129,7 +128,15 @@ class Model:
 
         run = model_card.run_folder_of(self.path.absolute()) if self.path else None
         return artifact.write(
-            folder, self.config, self.variables, self.info, self.modalities, run, licence
+            folder,
+            self.config,
+            self.variables,
+            self.info,
+            self.modalities,
+            run,
+            licence,
+            self._classifier,
+            self._encoder.heads[0],
         )
 
     def push_to_hub(
@@ -354,5 +361,4 @@ class Model:
                 'classes: classify(…, names=[…])'
             )
         objective = self._classifier.config
-        names = list(self.info.get('labels', {}).get(objective.label, ()))
-        return classes.by_classifier(self._embedder, given, request, objective, names)
+        return classes.by_classifier(self._embedder, given, request, objective, self.info)

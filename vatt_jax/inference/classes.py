@@ -56,7 +56,7 @@ def by_classifier(
     given: Mapping[str, Any],
     request: Request,
     objective: ConfigDict,
-    names: list[str],
+    info: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The most probable class of a fine-tuned model; see `vatt_jax.api.Model.predict`.
 
@@ -65,7 +65,7 @@ def by_classifier(
         given: the one input, of the modality that the model was fine-tuned on.
         request: how it is read.
         objective: the config of the classification.
-        names: of the P classes; others than P of them are not used.
+        info: {'labels': {label: class names}, …} of the data.
 
     Raises:
         ConfigError: an input is of another modality or cannot be read.
@@ -83,10 +83,14 @@ def by_classifier(
     else:
         scores = np.asarray(jax.nn.sigmoid(logits))
     rows.features = {'scores': scores, 'logits': logits}
-    if len(names) != logits.shape[-1]:
-        # An import without --classes.
-        names = [str(number) for number in range(logits.shape[-1])]
-    return _as_output(rows, names, name, request)
+    return _as_output(rows, class_names(info, objective, logits.shape[-1]), name, request)
+
+
+def class_names(info: Mapping[str, Any], objective: ConfigDict, count: int) -> list[str]:
+    """The names of a classifier's `count` classes; numbers where the data have other names."""
+    names = list(info.get('labels', {}).get(objective.label, ()))
+    # An import without --classes.
+    return names if len(names) == count else [str(number) for number in range(count)]
 
 
 def _as_output(rows: Rows, names: list[str], name: str, request: Request) -> dict[str, Any]:
