@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax import config as configs
 from vatt_jax import named_configs
+from vatt_jax.command_line import run_command
 from vatt_jax.config import ConfigError
 from vatt_jax.modes import process
 from vatt_jax.modes.flags import parse
@@ -23,7 +24,7 @@ os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
 def main(argv: list[str]) -> None:
     """Runs one mode. Each is imported when it is asked for: JAX takes seconds to import."""
-    flags, overrides = parse(argv, command())
+    flags, overrides = parse(argv, run_command())
     workdir = pathlib.Path(flags.workdir)
     if flags.mode == 'report':
         from vatt_jax.modes import report
@@ -64,14 +65,6 @@ def main(argv: list[str]) -> None:
     else:
         deflate.run(config, workdir, open_data, flags.out, flags.naive, flags.fit, flags.rate)
     distributed.leave()
-
-
-def command() -> str:
-    """What the user typed to get here: 'vatt-jax', 'python -m vatt_jax' or 'python run.py'."""
-    program = os.path.basename(sys.argv[0])
-    if program == '__main__.py':
-        return 'python -m vatt_jax'
-    return f'python {program}' if program.endswith('.py') else 'vatt-jax'
 
 
 def read_config(

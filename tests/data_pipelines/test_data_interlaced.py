@@ -1,4 +1,4 @@
-"""Interlaced video comes out as whole pictures at its own rate, beside the scene that was filmed."""
+"""Interlaced video comes out as whole pictures at its own rate, as the scene was filmed."""
 
 import fractions
 

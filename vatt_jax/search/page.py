@@ -16,6 +16,7 @@ import threading
 from typing import Any
 
 from vatt_jax import extras
+from vatt_jax.command_line import run_command
 from vatt_jax.config import ConfigError
 from vatt_jax.search.index import Window
 from vatt_jax.search.searcher import Hit, Searcher
@@ -163,7 +164,7 @@ def serve(searcher: Searcher, port: int) -> None:
 
 
 def _flask() -> Any:
-    with extras.needed('search', 'run.py --mode=search --serve'):
+    with extras.needed('search', f'{run_command()} --mode=search --serve'):
         import flask
     return flask
 
