@@ -89,6 +89,21 @@ def read_windows(
         yield _window(pictures, sound, max(0.0, length - seconds), length)
 
 
+def read_batches(
+    path: str | os.PathLike,
+    fps: float,
+    size: int,
+    rate: int,
+    seconds: float,
+    stride: float,
+    count: int,
+) -> Iterator[list[Window]]:
+    """Yield the windows of a file, `count` at a time; arguments and errors as of `read_windows`."""
+    windows = read_windows(path, fps, size, rate, seconds, stride)
+    while batch := list(itertools.islice(windows, count)):
+        yield batch
+
+
 def _nothing_found(fps: float, rate: int) -> str:
     if not rate:
         return 'no pictures'

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import socket
 import sqlite3
+import sys
 import threading
 
 import av
@@ -13,8 +14,8 @@ import pytest
 
 import run
 import vatt_jax
-from data_pipelines import media
-from tests import browser
+from data_pipelines import media, media_windows
+from tests import browser, crashing_reader
 from vatt_jax.config import ConfigError
 from vatt_jax.modes import index as index_mode
 from vatt_jax.search import index as search_index
@@ -177,6 +178,31 @@ def test_a_killed_index_continues_to_the_same(made, plain_run, folder, tmp_path)
     assert 0 < len(rows_of(out)['files']) < 8
     index_mode.run(plain_run, str(folder), str(out), window=1.0, stride=0.5)
     assert rows_of(out) == rows_of(made)
+
+
+def test_a_file_that_crashes_the_decoder_is_skipped(plain_run, folder, tmp_path, capsys):
+    """It ends a real process; the others go on, and the next run does not try it again."""
+    videos = tmp_path / 'videos'
+    videos.mkdir()
+    for name in ('a.mp4', 'bomb.mp4', 'c.mp4'):
+        shutil.copy(folder / 'a.mp4', videos / name)
+    arguments = (plain_run, str(videos), str(tmp_path / 'index'), 1.0, 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(media_windows, 'read_batches', crashing_reader.read_batches)
+        index_mode.run(*arguments)
+    assert 'skipped bomb.mp4: corrupt: it crashes the decoder' in capsys.readouterr().out
+    rows = rows_of(tmp_path / 'index')
+    assert {path for path, _, _ in rows['windows']} == {b'a.mp4', b'c.mp4'}
+    assert dict(rows['files'])[b'bomb.mp4'] == 'corrupt: it crashes the decoder'
+    index_mode.run(*arguments)
+    assert rows_of(tmp_path / 'index') == rows
+
+
+def test_without_worker_processes_files_are_read_all_the_same(model, folder, monkeypatch):
+    expected = [len(windows) for windows in WindowFeatures(model, 1.0).read(folder / 'a.mp4')]
+    monkeypatch.setattr(sys, 'executable', '/nowhere/python')
+    found = [len(windows) for windows in WindowFeatures(model, 1.0).read(folder / 'a.mp4')]
+    assert found == expected == [2]
 
 
 def test_changed_and_vanished_files(plain_run, folder, tmp_path, capsys):
