@@ -21,13 +21,13 @@ _OPTIONS = 'mode=send_frame:parity=auto:deint=interlaced'
 _LEAST_SIZE = 4
 
 
-def deinterlaced(pictures: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+def deinterlaced(pictures: Iterable[Any]) -> Iterator[Any]:
     """Yield the pictures of a video, those that are marked as interlaced without combed edges.
 
     Pictures before the first interlaced one are passed on untouched, at no cost.
 
     Args:
-        pictures: decoded, in order.
+        pictures: decoded (av.VideoFrame), in order.
     """
     graph = None
     form: tuple[Any, ...] = ()  # that the graph was made for

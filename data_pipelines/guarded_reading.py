@@ -26,6 +26,23 @@ class GuardedReader:
     def __init__(self) -> None:
         self._worker = Worker()
 
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function returns, which runs in the worker process.
+
+        Args:
+            function: of a module, so that the worker can import it.
+            arguments: of the function; they and what it returns can be pickled.
+
+        Raises:
+            MediaError: the process crashed; the next call starts another one.
+        """
+        try:
+            return self._worker.call(function, *arguments)
+        except WorkerCrashed as error:
+            raise MediaError(CRASHED) from error
+        except DataError:
+            return function(*arguments)
+
     def iterate(self, function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
         """Yield what a generator function yields, which runs in the worker process.
 
@@ -43,13 +60,7 @@ class GuardedReader:
         except DataError:
             yield from function(*arguments)
             return
-        while True:
-            try:
-                items = self._worker.call(_next)
-            except WorkerCrashed as error:
-                raise MediaError(CRASHED) from error
-            if not items:
-                return
+        while items := self.call(_next):
             yield from items
 
     def close(self) -> None:

@@ -307,7 +307,9 @@ def single_class_labels(features: Mapping[str, Any], name: str, evaluator: str) 
 
 def has_label(labels: Shaped[np.ndarray, 'N ...']) -> Bool[np.ndarray, ' N']:
     """Whether examples have a class; -1, or a multi-hot row of zeros, is none."""
-    return labels >= 0 if labels.ndim == 1 else (labels > 0).any(-1)
+    if labels.ndim == 1:
+        return labels >= 0
+    return np.asarray((labels > 0).any(-1))
 
 
 def count_unlabelled(

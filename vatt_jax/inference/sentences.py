@@ -68,7 +68,7 @@ class SentenceReader:
                 'cut',
                 f'{where}: {is_cut.sum()} of {len(sentences)} sentences have more than the '
                 f'{self._length} words that this model reads; the rest is left out, first of '
-                f'{sentences[is_cut.argmax()][:200]!r}',
+                f'{sentences[int(is_cut.argmax())][:200]!r}',
             )
 
     def _tell_unknown(
@@ -78,9 +78,10 @@ class SentenceReader:
         is_word = numbers != tokenizers.PAD
         is_unknown = is_word.any(-1) & ((numbers == unknown) | ~is_word).all(-1)
         if is_unknown.any():
+            first = sentences[int(is_unknown.argmax())][:200]
             self._tell(
                 'unknown words',
                 f'{where}: {is_unknown.sum()} of {len(sentences)} sentences have no word of the '
-                f'vocabulary, first {sentences[is_unknown.argmax()][:200]!r}; sentences of as many '
-                'unknown words have one embedding, whatever they say',
+                f'vocabulary, first {first!r}; sentences of as many unknown words have one '
+                'embedding, whatever they say',
             )

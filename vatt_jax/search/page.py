@@ -19,6 +19,7 @@ from vatt_jax import extras
 from vatt_jax.command_line import run_command
 from vatt_jax.config import ConfigError
 from vatt_jax.search.index import Window
+from vatt_jax.search.playable import Playable
 from vatt_jax.search.searcher import Hit, Searcher
 from vatt_jax.terminal import printable
 
@@ -30,7 +31,7 @@ THUMBNAIL = 180
 # Files shorter than so many seconds are read from their beginning, at this rate.
 SHORT = 3.0
 THUMBNAIL_FPS = 4.0
-# Kinds that browsers play. Others are offered as a download.
+# Kinds that browsers play, as far as a name tells.
 KINDS = {
     '.mp4': 'video/mp4',
     '.m4v': 'video/mp4',
@@ -67,6 +68,7 @@ def make_app(searcher: Searcher) -> Any:
     app.config['TRUSTED_HOSTS'] = [HOST, 'localhost']
     # One question at a time: the model fills the machine.
     lock = threading.Lock()
+    playable = Playable()
 
     @app.after_request
     def restrict(response: Any) -> Any:
@@ -102,7 +104,7 @@ def make_app(searcher: Searcher) -> Any:
             query=query,
             upload=upload.filename if has_upload else '',
             against=against,
-            hits=[_describe(searcher, hit) for hit in hits],
+            hits=[_describe(searcher, playable, hit) for hit in hits],
             is_answer=has_upload or bool(query),
             message=message,
         )
@@ -115,6 +117,19 @@ def make_app(searcher: Searcher) -> Any:
         kind = KINDS.get(path.suffix.lower(), 'application/octet-stream')
         # conditional: players ask for the part that they show.
         return flask.send_file(path, mimetype=kind, conditional=True)
+
+    @app.route('/clip/<int:number>')
+    def clip(number: int) -> Any:
+        path = _servable(searcher, number)
+        made = playable.clip(path, searcher.windows[number]) if path is not None else None
+        if made is None:
+            return flask.abort(404)
+        kind, content = made
+        return flask.send_file(io.BytesIO(content), mimetype=kind, conditional=True, max_age=3600)
+
+    @app.route('/favicon.ico')
+    def favicon() -> Any:
+        return app.send_static_file('favicon.svg')
 
     @app.route('/thumbnail/<int:number>')
     def thumbnail(number: int) -> Any:
@@ -200,10 +215,13 @@ def _kind_of(path: str) -> str:
         raise ConfigError(f'{path}: {error}') from error
 
 
-def _describe(searcher: Searcher, hit: Hit) -> dict[str, Any]:
+def _describe(searcher: Searcher, playable: Playable, hit: Hit) -> dict[str, Any]:
     """What the template shows of an answer."""
     window = hit.window
-    suffix = window.path.suffix.lower()
+    kind = KINDS.get(window.path.suffix.lower(), '').split('/')[0]
+    path = _servable(searcher, window.id)
+    # Of a container that browsers know, they may still not know the codec.
+    plays = path is not None and bool(kind) and playable.plays(path)
     return {
         'id': window.id,
         'name': printable(str(window.path)),
@@ -212,8 +230,8 @@ def _describe(searcher: Searcher, hit: Hit) -> dict[str, Any]:
         'fragment': f't={window.start:.1f},{window.end:.1f}',
         # A minus sign is as wide as a digit.
         'score': f'{hit.score:.3f}'.replace('-', '−'),
-        'kind': KINDS.get(suffix, '').split('/')[0],
-        'is_servable': _servable(searcher, window.id) is not None,
+        'kind': kind if plays else 'clip',
+        'is_servable': path is not None,
     }
 
 
