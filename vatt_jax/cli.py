@@ -47,24 +47,42 @@ def main(argv: list[str]) -> None:
         return
 
     process.prepare(config, workdir)
-    from vatt_jax.modes import deflate, embed, evaluate, export, index, search, train
+    run_mode(flags, config, workdir)
     from vatt_jax.parallel import distributed
 
+    distributed.leave()
+
+
+def run_mode(flags: argparse.Namespace, config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Runs a mode that computes. Evaluators, trackers and the search load for theirs alone."""
     if flags.mode == 'train':
+        from vatt_jax.modes import train
+
         train.run(config, workdir, open_data, flags.quiet)
     elif flags.mode == 'eval':
+        from vatt_jax.modes import evaluate
+
         evaluate.run(config, workdir, open_data)
     elif flags.mode == 'embed':
+        from vatt_jax.modes import embed
+
         embed.run(config, workdir, open_data, flags.split)
     elif flags.mode == 'index':
+        from vatt_jax.modes import index
+
         index.run(workdir, flags.videos, flags.out, flags.window, flags.stride)
     elif flags.mode == 'search':
+        from vatt_jax.modes import search
+
         search.run(workdir, flags)
     elif flags.mode == 'export':
+        from vatt_jax.modes import export
+
         export.run(workdir, flags.out, flags.licence)
     else:
+        from vatt_jax.modes import deflate
+
         deflate.run(config, workdir, open_data, flags.out, flags.naive, flags.fit, flags.rate)
-    distributed.leave()
 
 
 def read_config(
@@ -101,9 +119,14 @@ def open_data(config: ConfigDict) -> Any:
     That takes minutes, so what is wrong with the config whatever the data say is found before.
     """
     import data_pipelines
-    from vatt_jax.training import loop
 
-    return data_pipelines.open_or_make(config, loop.check)
+    def check(config: ConfigDict) -> None:
+        # Of no use to modes that find their data made.
+        from vatt_jax.training import loop
+
+        loop.check(config)
+
+    return data_pipelines.open_or_make(config, check)
 
 
 def entry() -> None:
