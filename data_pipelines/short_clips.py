@@ -62,6 +62,15 @@ def plays_in_browsers(path: str | os.PathLike) -> bool:
         raise media.MediaError(f'corrupt: {error}') from None
 
 
+def has_pictures(path: str | os.PathLike) -> bool:
+    """Whether a file has pictures, beside or instead of sound.
+
+    Raises:
+        MediaError: the file has neither, or cannot be read.
+    """
+    return media.read(path, 1.0, 8, rate=0).frames is not None
+
+
 def _codec_name(stream: av.stream.Stream) -> str:
     # Without a decoder there is no codec context.
     return stream.codec_context.name if stream.codec_context is not None else ''

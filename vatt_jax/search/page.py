@@ -88,7 +88,7 @@ def make_app(searcher: Searcher) -> Any:
         try:
             if has_upload:
                 with lock:
-                    hits = _search_upload(searcher, upload, against)
+                    hits = _search_upload(searcher, playable, upload, against)
             elif query:
                 with lock:
                     hits = searcher.search(text=query, against=against, count=12)
@@ -184,7 +184,7 @@ def _flask() -> Any:
     return flask
 
 
-def _search_upload(searcher: Searcher, upload: Any, against: str) -> list[Hit]:
+def _search_upload(searcher: Searcher, playable: Playable, upload: Any, against: str) -> list[Hit]:
     """Searches with an uploaded file: its pictures where it has some, else its sound."""
     # The name is the sender's: only a plain suffix of it is used, which media readers look at.
     suffix = pathlib.PurePath(upload.filename).suffix
@@ -195,7 +195,7 @@ def _search_upload(searcher: Searcher, upload: Any, against: str) -> list[Hit]:
         upload.save(path)
         modalities = searcher.features.modalities
         try:
-            kind = _kind_of(path)
+            kind = playable.kind_of(path)
             if kind not in modalities:
                 raise ConfigError(f'the model has no {kind} tower for this file')
             given = {kind: path}
@@ -203,16 +203,6 @@ def _search_upload(searcher: Searcher, upload: Any, against: str) -> list[Hit]:
         except ConfigError as error:
             # The path is that of a copy that the reader never saw.
             raise ConfigError(str(error).replace(path, upload.filename)) from error
-
-
-def _kind_of(path: str) -> str:
-    """'video' for a file with pictures, 'audio' for one of sound alone."""
-    from data_pipelines import media
-
-    try:
-        return 'video' if media.read(path, 1.0, 8, rate=0).frames is not None else 'audio'
-    except (media.MediaError, OSError) as error:
-        raise ConfigError(f'{path}: {error}') from error
 
 
 def _describe(searcher: Searcher, playable: Playable, hit: Hit) -> dict[str, Any]:

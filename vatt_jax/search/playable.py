@@ -7,6 +7,7 @@ import os
 import threading
 from typing import Any
 
+from vatt_jax.config import ConfigError
 from vatt_jax.search.index import Window
 
 # Clips that are kept, of a few hundred kilobytes each.
@@ -14,7 +15,10 @@ MOST_CLIPS = 64
 
 
 class Playable:
-    """Makes clips, one at a time, in a process of their own; the latest are kept in memory."""
+    """Looks at files and makes clips, one at a time, in a process of their own.
+
+    The latest clips are kept in memory.
+    """
 
     def __init__(self) -> None:
         # Imported late: reading media is an extra.
@@ -40,6 +44,20 @@ class Playable:
             return bool(self._guard.call(short_clips.plays_in_browsers, name))
         except media.MediaError:
             return False
+
+    def kind_of(self, path: str) -> str:
+        """'video' for a file with pictures, 'audio' for one of sound alone.
+
+        Raises:
+            ConfigError: the file cannot be read.
+        """
+        from data_pipelines import media, short_clips
+
+        try:
+            with self._lock:
+                return 'video' if self._guard.call(short_clips.has_pictures, path) else 'audio'
+        except (media.MediaError, OSError) as error:
+            raise ConfigError(f'{path}: {error}') from error
 
     def clip(self, path: os.PathLike, window: Window) -> tuple[str, bytes] | None:
         """(MIME type, content) of a window; None where the file can no longer be read."""
