@@ -42,6 +42,8 @@ _CODECS = (
 FPS = 25.0
 SHORT_SIDE = 360
 RATE = 44100
+# Of a longer stretch the beginning: its frames are held in memory.
+MOST_SECONDS = 30.0
 # A file is read whole that is hardly longer than the stretch.
 _MARGIN = 3.0
 
@@ -77,7 +79,7 @@ def _codec_name(stream: av.stream.Stream) -> str:
 
 
 def short_clip(path: str | os.PathLike, start: float, end: float) -> tuple[str, bytes]:
-    """A stretch of a file as a file of its own.
+    """A stretch of a file, at most MOST_SECONDS of it, as a file of its own.
 
     Args:
         path: the file.
@@ -90,6 +92,7 @@ def short_clip(path: str | os.PathLike, start: float, end: float) -> tuple[str, 
     Raises:
         MediaError: the file cannot be read.
     """
+    end = min(end, start + MOST_SECONDS)
     length = media.duration(path, 'video')
     is_long = length is not None and length > end - start + _MARGIN
     part = (start, end) if is_long else media.WHOLE
