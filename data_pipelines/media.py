@@ -27,6 +27,8 @@ with extras.needed('video', 'reading and writing media files'):
     from av.video.reformatter import VideoReformatter
     from PIL import Image, ImageOps, ImageSequence
 
+    from data_pipelines import deinterlacing
+
 # Containers of video, then of sound alone. What is really inside decides: see `_track`.
 SUFFIXES = (
     '.mp4',
@@ -610,7 +612,8 @@ def _frames(
         shown: _Picture | None = None  # on display
         shown_time = -1.0  # since when, on the clock of the file
         end = 0.0  # until when
-        for frame in _decode_from(path, container, stream, zero + start if start else 0.0):
+        decoded = _decode_from(path, container, stream, zero + start if start else 0.0)
+        for frame in deinterlacing.deinterlaced(decoded):
             # A picture without a time stamp follows the last one.
             time = shown_time + usual_duration if shown is not None else 0.0
             if frame.pts is not None:

@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int16, UInt8
@@ -67,8 +68,8 @@ def read_windows(
         raise ValueError(f'expected positive lengths, got seconds={seconds}, stride={stride}')
     if not fps and not rate:
         raise ValueError('expected fps or rate above 0, got neither')
-    pictures = _Buffer(_frames(path, fps, size), fps)
-    sound = _Buffer(_samples(path, rate), rate)
+    pictures = _Track(_frames(path, fps, size), fps)
+    sound = _Track(_samples(path, rate), rate)
     start = 0.0
     previous_start = 0.0
     for number in itertools.count():
@@ -89,6 +90,21 @@ def read_windows(
         yield _window(pictures, sound, max(0.0, length - seconds), length)
 
 
+def read_batches(
+    path: str | os.PathLike,
+    fps: float,
+    size: int,
+    rate: int,
+    seconds: float,
+    stride: float,
+    count: int,
+) -> Iterator[list[Window]]:
+    """Yield the windows of a file, `count` at a time; arguments and errors as of `read_windows`."""
+    windows = read_windows(path, fps, size, rate, seconds, stride)
+    while batch := list(itertools.islice(windows, count)):
+        yield batch
+
+
 def _nothing_found(fps: float, rate: int) -> str:
     if not rate:
         return 'no pictures'
@@ -97,7 +113,7 @@ def _nothing_found(fps: float, rate: int) -> str:
     return 'corrupt: neither a picture nor sound could be decoded'
 
 
-def _read_to(pictures: _Buffer, sound: _Buffer, end: float) -> float:
+def _read_to(pictures: _Track, sound: _Track, end: float) -> float:
     """Reads both as far as `end`, and returns the length of the file as far as it is read."""
     pictures.read_to(end)
     sound.read_to(max(end, pictures.seconds_read + OVERHANG))
@@ -143,8 +159,53 @@ def _samples(path: str | os.PathLike, rate: int) -> Iterator[np.ndarray]:
         yield from media.stream_audio(path, rate)
 
 
-class _Buffer:
-    """The part of a stream that windows still need.
+class StreamBuffer:
+    """The part of a stream that windows still need, read front to back.
+
+    Args:
+        blocks: rows in order: arrays along time, or lists of frames.
+    """
+
+    def __init__(self, blocks: Iterable[Any]):
+        self._blocks = iter(blocks)
+        self._held: list[Any] = []
+        # Rows before the first one that is held.
+        self._begin = 0
+        # Rows before it are not held, also where they are yet to be read.
+        self._first_wanted = 0
+        self.num_read = 0
+
+    def read_to(self, end: int) -> None:
+        """Reads as many rows, or to the end of the stream."""
+        while self.num_read < end:
+            block = next(self._blocks, None)
+            if block is None:
+                return
+            self._held.append(block)
+            self.num_read += len(block)
+            self.forget(self._first_wanted)
+
+    def forget(self, first: int) -> None:
+        """Drops what lies before this row, by blocks."""
+        self._first_wanted = first
+        while self._held and self._begin + len(self._held[0]) <= first:
+            self._begin += len(self._held[0])
+            del self._held[0]
+
+    def pieces(self, first: int, count: int) -> list[Any]:
+        """Parts of blocks that are `count` rows from `first` on, fewer at the end of the stream."""
+        pieces = []
+        begin = self._begin
+        for block in self._held:
+            piece = block[max(0, first - begin) : max(0, first + count - begin)]
+            if len(piece):
+                pieces.append(piece)
+            begin += len(block)
+        return pieces
+
+
+class _Track:
+    """One of the two streams of a file, by seconds.
 
     Args:
         blocks: arrays along time.
@@ -152,50 +213,35 @@ class _Buffer:
     """
 
     def __init__(self, blocks: Iterable[np.ndarray], rate: float):
-        self._blocks = iter(blocks)
+        self._buffer = StreamBuffer(blocks)
         self.rate = rate
-        self._held: list[np.ndarray] = []
-        # Rows before the first one that is held, and all rows read.
-        self._begin = 0
-        self._end = 0
 
     @property
     def seconds_read(self) -> float:
         """Seconds from the beginning of the file to the last row read."""
-        return self._end / self.rate if self.rate else 0.0
+        return self._buffer.num_read / self.rate if self.rate else 0.0
 
     @property
     def is_empty(self) -> bool:
         """Whether the stream has no row at all, as far as it was read."""
-        return self._end == 0
+        return self._buffer.num_read == 0
 
     def read_to(self, seconds: float) -> None:
         """Reads as far as that time, or to the end."""
-        num_rows = math.ceil(seconds * self.rate)
-        while self._end < num_rows:
-            block = next(self._blocks, None)
-            if block is None:
-                return
-            self._held.append(block)
-            self._end += len(block)
+        self._buffer.read_to(math.ceil(seconds * self.rate))
 
     def forget(self, seconds: float) -> None:
         """Drops what lies before that time, all but the last row of the stream."""
-        first = min(int(seconds * self.rate), self._end - 1)
-        while self._held and self._begin + len(self._held[0]) <= first:
-            self._begin += len(self._held[0])
-            del self._held[0]
+        self._buffer.forget(min(int(seconds * self.rate), self._buffer.num_read - 1))
 
     def rows(self, start: float, end: float) -> np.ndarray:
         """Rows of a stretch of time, fewer where the stream ends; the last one after its end."""
-        held = np.concatenate(self._held)
-        first = round(start * self.rate)
         count = max(1, round((end - start) * self.rate))
-        first = min(first, self._end - 1) - self._begin
-        return held[max(0, first) : max(0, first) + count]
+        first = min(round(start * self.rate), self._buffer.num_read - 1)
+        return np.concatenate(self._buffer.pieces(max(0, first), count))
 
 
-def _window(pictures: _Buffer, sound: _Buffer, start: float, end: float) -> Window:
+def _window(pictures: _Track, sound: _Track, start: float, end: float) -> Window:
     frames = None
     if not pictures.is_empty:
         frames = pictures.rows(start, end)

@@ -99,6 +99,33 @@ def test_embed_agrees_with_mode_embed(tiny_run, model, clips, tmp_path):
     assert_same(out, expected)
 
 
+class SeveralCaptions:
+    """Data of which clip i has 1 + i % 3 captions, all of them its one."""
+
+    def __init__(self, data):
+        self.data = data
+        self.texts = data.texts
+
+    def one_pass(self, *args, **options):
+        for batch in self.data.one_pass(*args, **options):
+            stream = batch['text.caption']
+            count = 1 + batch['position'] % 3
+            stream['data'] = np.repeat(stream['data'], 3, axis=1)
+            stream['mask'] = stream['mask'] & (np.arange(3) < count[:, None])
+            yield batch
+
+
+def test_embeddings_of_several_captions_say_which_there_are(tiny_run, tmp_path):
+    folder, config, data = tiny_run
+    shutil.copytree(folder / 'checkpoints', tmp_path / 'checkpoints')
+    embed_mode.run(config, tmp_path, lambda config: SeveralCaptions(data), split='test')
+    with np.load(tmp_path / 'embeddings' / 'test.npz') as file:
+        captions, mask = file['space/vat/text.caption'], file['mask/text.caption']
+    chex.assert_shape(captions, (None, 3, 8))
+    for number, row in enumerate(mask):
+        assert row.tolist() == [k < 1 + number % 3 for k in range(3)]
+
+
 def test_shapes_of_single_items(model):
     out = model.embed(
         video=random_frames(), audio=np.zeros(SAMPLES, np.int16), text='red stripes move left'

@@ -502,6 +502,46 @@ def test_linear_probe_leaves_unknown_labels_out():
     result, _ = probe(blobs(120, 3, 30.0, 0), (x_test, y_test))
     assert result.artifacts['test'] == 40
     assert result.scalars['accuracy'] == 1
+    assert result.artifacts['unlabelled'] == 20
+    assert result.remarks == [
+        "20 of 60 clips of split 'test' have no label 'class' and are left out"
+    ]
+
+
+def test_clips_without_the_stream_are_not_told_as_unlabelled():
+    x, y = blobs(60, 3, 30.0, 1)
+    part = labelled(x, np.where(np.arange(60) < 20, -1, y))
+    part['valid'] = {'video': np.arange(60) >= 5}
+    train = labelled(*blobs(120, 3, 30.0, 0))
+    view = KnownFeatures({'train': train, 'test': part}, labels=['a', 'b', 'c'])
+    result = run_evaluator(view, 'p', type='linear_probe')
+    assert result.artifacts['unlabelled'] == 15
+    assert "15 of 55 clips of split 'test'" in result.remarks[0]
+
+
+def test_all_labelled_clips_need_no_remark():
+    result, _ = probe(blobs(120, 3, 30.0, 0), blobs(60, 3, 30.0, 1))
+    assert (result.artifacts['unlabelled'], result.remarks) == (0, [])
+
+
+@pytest.mark.parametrize(
+    'entry, count',
+    [
+        ({'type': 'neighbours', 'of': 'pooled', 'windows': 1, 'first': (1,)}, 20),
+        ({'type': 'clustering', 'of': 'features', 'streams': ('video',), 'clusters': 3}, 10),
+    ],
+)
+def test_evaluators_by_class_tell_of_clips_without_one(entry, count):
+    x, y = blobs(60, 3, 30.0, 1)
+    parts = {}
+    for split in ('train', 'test'):
+        parts[split] = labelled(x, np.where(np.arange(60) < 10, -1, y))
+        parts[split]['index'] = np.arange(60)
+    view = KnownFeatures(parts, labels=['a', 'b', 'c'])
+    view.encoder.mesh = sharding.make_mesh({'replica': -1})
+    result = run_evaluator(view, 'x', **entry)
+    assert result.artifacts['unlabelled'] == count
+    assert '10 of 60 clips of split ' in result.remarks[0]
 
 
 def test_regularisation_is_chosen_by_what_generalises():

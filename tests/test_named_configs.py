@@ -291,3 +291,23 @@ def test_the_command_to_type_is_that_of_this_folder(elsewhere, monkeypatch):
     assert run_command() == 'vatt-jax'
     monkeypatch.chdir(ROOT)
     assert run_command() == 'python run.py'
+
+
+@pytest.mark.parametrize(
+    'program, command',
+    [
+        ('/opt/env/bin/vatt-jax', 'vatt-jax'),
+        ('C:/env/Scripts/vatt-jax.exe', 'vatt-jax'),
+        ('/opt/env/lib/vatt_jax/__main__.py', 'python -m vatt_jax'),
+        ('run.py', 'python run.py'),
+        ('../my clone/run.py', "python '../my clone/run.py'"),
+        # Programs that start no runs.
+        ('/opt/env/lib/data_pipelines/prepare.py', 'python run.py'),
+        ('/opt/env/lib/vatt_jax/importers/__main__.py', 'python run.py'),
+        ('', 'python run.py'),
+    ],
+)
+def test_the_command_to_type_is_the_one_that_was_typed(monkeypatch, program, command):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, 'argv', [program])
+    assert run_command() == command

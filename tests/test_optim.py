@@ -1,6 +1,7 @@
 """Optimizers and schedules against their definitions in NumPy float64."""
 
 import math
+import re
 
 import chex
 import jax
@@ -116,6 +117,19 @@ def test_warmup_must_leave_steps():
         'try --config.optimizer.schedule.warmup=6, or more steps',
     ):
         optim.schedule(config().schedule, 60)
+
+
+@pytest.mark.parametrize('steps, warmup', [(1, 1), (1, 5), (2, 2), (9, 9), (10, 11), (60, 5000)])
+def test_the_advice_on_a_warmup_that_is_too_long_works(steps, warmup):
+    c = config().schedule
+    c.name, c.warmup = 'warmup_cosine', warmup
+    with pytest.raises(ConfigError) as caught:
+        optim.schedule(c, steps)
+    advice = re.search(r'schedule\.warmup=(\d+), or more steps .*steps=(\d+)', str(caught.value))
+    shorter, longer = (int(number) for number in advice.groups())
+    assert np.isfinite(optim.schedule(c, longer)(0))
+    c.warmup = shorter
+    assert np.isfinite(optim.schedule(c, steps)(0))
 
 
 def test_frozen_rates_and_decay_by_path():

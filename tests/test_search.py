@@ -1,11 +1,14 @@
 """An index of files, its neighbours, run.py --mode=index and --mode=search, and the page."""
 
+import io
 import os
 import pathlib
 import shutil
 import socket
 import sqlite3
+import sys
 import threading
+import wave
 
 import av
 import numpy as np
@@ -13,8 +16,8 @@ import pytest
 
 import run
 import vatt_jax
-from data_pipelines import media
-from tests import browser
+from data_pipelines import media, media_windows, short_clips
+from tests import browser, crashing_reader
 from vatt_jax.config import ConfigError
 from vatt_jax.modes import index as index_mode
 from vatt_jax.search import index as search_index
@@ -177,6 +180,31 @@ def test_a_killed_index_continues_to_the_same(made, plain_run, folder, tmp_path)
     assert 0 < len(rows_of(out)['files']) < 8
     index_mode.run(plain_run, str(folder), str(out), window=1.0, stride=0.5)
     assert rows_of(out) == rows_of(made)
+
+
+def test_a_file_that_crashes_the_decoder_is_skipped(plain_run, folder, tmp_path, capsys):
+    """It ends a real process; the others go on, and the next run does not try it again."""
+    videos = tmp_path / 'videos'
+    videos.mkdir()
+    for name in ('a.mp4', 'bomb.mp4', 'c.mp4'):
+        shutil.copy(folder / 'a.mp4', videos / name)
+    arguments = (plain_run, str(videos), str(tmp_path / 'index'), 1.0, 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(media_windows, 'read_batches', crashing_reader.read_batches)
+        index_mode.run(*arguments)
+    assert 'skipped bomb.mp4: corrupt: it crashes the decoder' in capsys.readouterr().out
+    rows = rows_of(tmp_path / 'index')
+    assert {path for path, _, _ in rows['windows']} == {b'a.mp4', b'c.mp4'}
+    assert dict(rows['files'])[b'bomb.mp4'] == 'corrupt: it crashes the decoder'
+    index_mode.run(*arguments)
+    assert rows_of(tmp_path / 'index') == rows
+
+
+def test_without_worker_processes_files_are_read_all_the_same(model, folder, monkeypatch):
+    expected = [len(windows) for windows in WindowFeatures(model, 1.0).read(folder / 'a.mp4')]
+    monkeypatch.setattr(sys, 'executable', '/nowhere/python')
+    found = [len(windows) for windows in WindowFeatures(model, 1.0).read(folder / 'a.mp4')]
+    assert found == expected == [2]
 
 
 def test_changed_and_vanished_files(plain_run, folder, tmp_path, capsys):
@@ -439,10 +467,92 @@ def test_files_are_served_in_parts(client, searcher, folder):
     assert len(pictures) == len(numbers) == 3
 
 
+def as_a_browser_reads(content):
+    """(names of the codecs, seconds) of a file in memory."""
+    with av.open(io.BytesIO(content)) as file:
+        codecs = [stream.codec_context.name for stream in file.streams]
+        return codecs, file.duration / av.time_base
+
+
+def test_what_browsers_do_not_play_is_played_as_a_clip(client, searcher, folder):
+    number = window_named(searcher, b'old.flv')
+    window = searcher.windows[number]
+    answer = client.get(f'/clip/{number}')
+    assert answer.mimetype == 'video/mp4'
+    codecs, seconds = as_a_browser_reads(answer.data)
+    assert codecs == ['h264', 'aac']
+    assert seconds == pytest.approx(window.end - window.start, abs=0.1)
+    # Players ask for parts.
+    part = client.get(f'/clip/{number}', headers={'Range': 'bytes=4-7'})
+    assert (part.status_code, part.data) == (206, b'ftyp')
+    # Pictures are those of the window.
+    shown = list(media.read(io_file(folder, answer.data), FPS, 32, 0).frames)
+    expected = list(media.read(folder / 'old.flv', FPS, 32, 0).frames)
+    first = round(window.start * FPS)
+    differences = [np.abs(a.astype(float) - b).mean() for a, b in zip(shown, expected[first:])]
+    assert len(differences) == FPS
+    # Where the picture changes, the clip's 25 a second may be one late.
+    assert np.mean(np.array(differences) < 12) >= 0.8
+
+    html = client.post('/', data={'query': 'red stripes'}).text
+    assert f'src="/clip/{number}"' in html or 'old.flv' not in html
+    assert client.get('/clip/999999').status_code == 404
+
+
+def io_file(folder, content):
+    """A file of this content, outside of the indexed folder."""
+    path = folder.parent / 'clip of the page.mp4'
+    path.write_bytes(content)
+    return path
+
+
+def test_sound_that_browsers_do_not_play_becomes_wav(tmp_path, folder):
+    with av.open(str(tmp_path / 'tone.aiff'), 'w') as file:
+        stream = file.add_stream('pcm_s16be', rate=8000, layout='mono')
+        time = np.arange(4 * 8000) / 8000
+        samples = (9000 * np.sin(2 * np.pi * 440 * time)).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(samples[None], format='s16', layout='mono')
+        frame.sample_rate = 8000
+        file.mux(stream.encode(frame))
+    assert not short_clips.plays_in_browsers(tmp_path / 'tone.aiff')
+    kind, content = short_clips.short_clip(tmp_path / 'tone.aiff', 1.0, 2.0)
+    assert kind == 'audio/wav'
+    with wave.open(io.BytesIO(content)) as file:
+        assert file.getnframes() == file.getframerate()
+        heard = np.frombuffer(file.readframes(file.getnframes()), '<i2')
+    spectrum = np.abs(np.fft.rfft(heard.astype(float)))
+    assert spectrum.argmax() == 440
+
+
+@pytest.mark.parametrize('name, plays', [('a.mp4', True), ('tone.m4a', True), ('old.flv', False)])
+def test_which_files_browsers_play(folder, name, plays):
+    assert short_clips.plays_in_browsers(folder / name) == plays
+
+
+def test_a_codec_that_browsers_lack_makes_a_clip(tmp_path):
+    with av.open(str(tmp_path / 'old.mp4'), 'w') as file:
+        stream = file.add_stream('mpeg4', rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, 'yuv420p'
+        for _ in range(8):
+            picture = np.zeros((32, 32, 3), np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format='rgb24')))
+        file.mux(stream.encode())
+    assert not short_clips.plays_in_browsers(tmp_path / 'old.mp4')
+    _, content = short_clips.short_clip(tmp_path / 'old.mp4', 0.0, 0.5)
+    assert as_a_browser_reads(content)[0] == ['h264']
+
+
+def test_the_page_has_an_icon(client):
+    answer = client.get('/favicon.ico')
+    assert answer.status_code == 200
+    assert answer.mimetype == 'image/svg+xml'
+
+
 def test_nothing_else_is_served(client, searcher, folder, tmp_path):
     for url in (
         '/media/999999',
         '/thumbnail/999999',
+        '/clip/-1',
         '/media/-1',
         '/media/../index.sqlite',
         '/media/%2e%2e%2fetc%2fpasswd',
@@ -514,7 +624,7 @@ def test_the_page_in_a_browser(app, searcher, folder, tmp_path):
         # Everything came from this machine.
         for requested in page.requests:
             assert requested.startswith((address, 'about:')), requested
-        complaints = [text for text in page.messages if 'favicon' not in text and '404' not in text]
+        complaints = [text for text in page.messages if '404' not in text]
         assert complaints == []
     finally:
         page.close()

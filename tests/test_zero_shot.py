@@ -11,12 +11,14 @@ from ml_collections import ConfigDict
 
 import data_pipelines
 import vatt_jax
-from tests import tiny
+from tests import tiny, typecheck
 from tests.test_evals import KnownFeatures, run_evaluator
 from vatt_jax import api, evals
 from vatt_jax.config import ConfigError
 from vatt_jax.evals import FeatureView
 from vatt_jax.evals.base import Sentences
+from vatt_jax.exchange import hub, standalone
+from vatt_jax.importers import safetensors_folder
 from vatt_jax.inference import feature_extractor, zero_shot
 from vatt_jax.training import loop
 
@@ -188,6 +190,68 @@ def test_a_fine_tuned_model_gives_its_class_scores(tuned_run):
         model.classify(video=batch['video']['data'], names=NAMES)
     with pytest.raises(ConfigError, match=r'was fine-tuned on video; pass video='):
         model.predict(audio=np.zeros(100))
+
+
+def through_safetensors(run, tmp_path):
+    """The run written as safetensors, and loaded from there."""
+    safetensors_folder.export_checkpoint(run, tmp_path / 'model')
+    return vatt_jax.load(tmp_path / 'model')
+
+
+def through_a_run_made_of_safetensors(run, tmp_path):
+    safetensors_folder.export_checkpoint(run, tmp_path / 'model')
+    safetensors_folder.import_checkpoint(tmp_path / 'model', tmp_path / 'again')
+    return vatt_jax.load(tmp_path / 'again')
+
+
+def through_the_layout_of_the_hub(run, tmp_path):
+    files, _ = hub._files_of(run)
+    for name, path in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, tmp_path / name)
+    return vatt_jax.load(tmp_path)
+
+
+def through_safetensors_on_the_hub(run, tmp_path):
+    exported = tmp_path / 'model'
+    safetensors_folder.export_checkpoint(run, exported)
+    return through_the_layout_of_the_hub(exported, tmp_path / 'hub')
+
+
+def through_programs(run, tmp_path):
+    # While a program for any batch size is traced, its length is a symbol where `int` is annotated.
+    with typecheck.off():
+        vatt_jax.load(run).export(tmp_path / 'programs')
+    return standalone.Artifact(tmp_path / 'programs')
+
+
+@pytest.mark.parametrize(
+    'way',
+    [
+        through_safetensors,
+        through_a_run_made_of_safetensors,
+        through_the_layout_of_the_hub,
+        through_safetensors_on_the_hub,
+        through_programs,
+    ],
+)
+def test_the_classifier_comes_along(tuned_run, tmp_path, way):
+    folder, _, data = tuned_run
+    batch = next(iter(data.one_pass('test', 8, limit=8)))
+    expected = vatt_jax.load(folder).predict(video=batch['video']['data'])
+    got = way(folder, tmp_path).predict(video=batch['video']['data'])
+    assert got['names'] == expected['names']
+    assert got['predicted'] == expected['predicted']
+    np.testing.assert_allclose(got['logits'], expected['logits'], atol=1e-5)
+    np.testing.assert_allclose(got['scores'], expected['scores'], atol=1e-5)
+
+
+def test_programs_without_a_classifier_say_so(plain_run, tmp_path):
+    with typecheck.off():
+        vatt_jax.load(plain_run).export(tmp_path / 'programs')
+    artifact = standalone.Artifact(tmp_path / 'programs')
+    with pytest.raises(ValueError, match='predict: expected a model with a classifier, got video'):
+        artifact.predict(video=clips(1))
 
 
 def test_a_checkpoint_alone_is_enough(tuned_run, tmp_path):

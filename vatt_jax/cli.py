@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax import config as configs
 from vatt_jax import named_configs
+from vatt_jax.command_line import run_command
 from vatt_jax.config import ConfigError
 from vatt_jax.modes import process
 from vatt_jax.modes.flags import parse
@@ -23,7 +24,7 @@ os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
 def main(argv: list[str]) -> None:
     """Runs one mode. Each is imported when it is asked for: JAX takes seconds to import."""
-    flags, overrides = parse(argv, command())
+    flags, overrides = parse(argv, run_command())
     workdir = pathlib.Path(flags.workdir)
     if flags.mode == 'report':
         from vatt_jax.modes import report
@@ -46,32 +47,42 @@ def main(argv: list[str]) -> None:
         return
 
     process.prepare(config, workdir)
-    from vatt_jax.modes import deflate, embed, evaluate, export, index, search, train
+    run_mode(flags, config, workdir)
     from vatt_jax.parallel import distributed
 
-    if flags.mode == 'train':
-        train.run(config, workdir, open_data, flags.quiet)
-    elif flags.mode == 'eval':
-        evaluate.run(config, workdir, open_data)
-    elif flags.mode == 'embed':
-        embed.run(config, workdir, open_data, flags.split)
-    elif flags.mode == 'index':
-        index.run(workdir, flags.videos, flags.out, flags.window, flags.stride)
-    elif flags.mode == 'search':
-        search.run(workdir, flags)
-    elif flags.mode == 'export':
-        export.run(workdir, flags.out, flags.licence)
-    else:
-        deflate.run(config, workdir, open_data, flags.out, flags.naive, flags.fit, flags.rate)
     distributed.leave()
 
 
-def command() -> str:
-    """What the user typed to get here: 'vatt-jax', 'python -m vatt_jax' or 'python run.py'."""
-    program = os.path.basename(sys.argv[0])
-    if program == '__main__.py':
-        return 'python -m vatt_jax'
-    return f'python {program}' if program.endswith('.py') else 'vatt-jax'
+def run_mode(flags: argparse.Namespace, config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Runs a mode that computes. Evaluators, trackers and the search load for theirs alone."""
+    if flags.mode == 'train':
+        from vatt_jax.modes import train
+
+        train.run(config, workdir, open_data, flags.quiet)
+    elif flags.mode == 'eval':
+        from vatt_jax.modes import evaluate
+
+        evaluate.run(config, workdir, open_data)
+    elif flags.mode == 'embed':
+        from vatt_jax.modes import embed
+
+        embed.run(config, workdir, open_data, flags.split)
+    elif flags.mode == 'index':
+        from vatt_jax.modes import index
+
+        index.run(workdir, flags.videos, flags.out, flags.window, flags.stride)
+    elif flags.mode == 'search':
+        from vatt_jax.modes import search
+
+        search.run(workdir, flags)
+    elif flags.mode == 'export':
+        from vatt_jax.modes import export
+
+        export.run(workdir, flags.out, flags.licence)
+    else:
+        from vatt_jax.modes import deflate
+
+        deflate.run(config, workdir, open_data, flags.out, flags.naive, flags.fit, flags.rate)
 
 
 def read_config(
@@ -108,9 +119,14 @@ def open_data(config: ConfigDict) -> Any:
     That takes minutes, so what is wrong with the config whatever the data say is found before.
     """
     import data_pipelines
-    from vatt_jax.training import loop
 
-    return data_pipelines.open_or_make(config, loop.check)
+    def check(config: ConfigDict) -> None:
+        # Of no use to modes that find their data made.
+        from vatt_jax.training import loop
+
+        loop.check(config)
+
+    return data_pipelines.open_or_make(config, check)
 
 
 def entry() -> None:

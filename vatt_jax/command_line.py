@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import pathlib
+import shlex
+import sys
 from collections.abc import Iterable
 
 
@@ -27,5 +30,16 @@ def expand_home(arguments: Iterable[str]) -> list[str]:
 
 
 def run_command() -> str:
-    """The command that starts runs, as it is to be typed in the current folder."""
+    """The command that starts runs, for messages: as the user typed it to get here.
+
+    Other programs (`prepare`, a notebook) name the one that is to be typed in the current folder.
+    """
+    program = pathlib.Path(sys.argv[0])
+    if program.stem == 'vatt-jax':
+        return 'vatt-jax'
+    # Other packages have a __main__.py, too.
+    if program.parts[-2:] == ('vatt_jax', '__main__.py'):
+        return 'python -m vatt_jax'
+    if program.name == 'run.py':
+        return f'python {shlex.quote(str(program))}'
     return 'python run.py' if os.path.exists('run.py') else 'vatt-jax'

@@ -35,7 +35,7 @@ def training_command(
         tokenizer: kind of its tokenizer.
         summary: of `prepare`.
     """
-    words = [*run_command().split(), '--config=configs/demo.py', f'--workdir=runs/{name}']
+    words = [*shlex.split(run_command()), '--config=configs/demo.py', f'--workdir=runs/{name}']
     entry: dict[str, Any] = {'path': str(target)}
     if summary.get('folds'):
         entry['fold'] = 1

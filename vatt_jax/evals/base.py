@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 
 from vatt_jax.config import ConfigError, check_range, with_defaults
 from vatt_jax.inference.feature_extractor import FeatureExtractor, compute_features
@@ -303,6 +303,34 @@ def single_class_labels(features: Mapping[str, Any], name: str, evaluator: str) 
             f'({", ".join(available) or "none"})'
         )
     return labels[name]
+
+
+def has_label(labels: Shaped[np.ndarray, 'N ...']) -> Bool[np.ndarray, ' N']:
+    """Whether examples have a class; -1, or a multi-hot row of zeros, is none."""
+    if labels.ndim == 1:
+        return labels >= 0
+    return np.asarray((labels > 0).any(-1))
+
+
+def count_unlabelled(
+    result: Result, label: str, labelled: Mapping[str, Bool[np.ndarray, ' _']]
+) -> None:
+    """Adds to a result how many clips were left out because they have no label.
+
+    Args:
+      result: gets the number `unlabelled`, and a remark for each split that has any.
+      label: its name.
+      labelled: split -> which of its clips have the label.
+    """
+    result.artifacts['unlabelled'] = 0
+    for split, is_labelled in labelled.items():
+        count = int((~is_labelled).sum())
+        result.artifacts['unlabelled'] += count
+        if count:
+            result.remarks.append(
+                f'{count} of {len(is_labelled)} clips of split {split!r} have no label {label!r} '
+                'and are left out'
+            )
 
 
 def features_over_windows(

@@ -10,13 +10,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import scipy.special
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from vatt_jax.clustering import metrics
 from vatt_jax.clustering.kmeans import cluster_rows
 from vatt_jax.config import ConfigError, choose
 from vatt_jax.evals import statistics
-from vatt_jax.evals.base import Evaluator, FeatureView, Result, single_class_labels
+from vatt_jax.evals.base import (
+    Evaluator,
+    FeatureView,
+    Result,
+    count_unlabelled,
+    has_label,
+    single_class_labels,
+)
 
 SHOWN_CLUSTERS = 24  # in the report's gallery
 SHOWN_CLIPS = 5  # of each of them
@@ -74,7 +81,8 @@ class Clustering(Evaluator):
         c = self.config
         features = view.features(c.split, limit=c.limit)
         streams = self._streams(view, features)
-        is_used = self._used_examples(features, streams)  # bool [N]
+        is_present = np.all([features['valid'][stream] for stream in streams], 0)
+        is_used = self._used_examples(features, streams, is_present)  # bool [N]
         classes = features['labels'][c.label][is_used]
         # Positions in the pass over the split, by which `against` finds the clips of another
         # evaluation.
@@ -125,7 +133,9 @@ class Clustering(Evaluator):
                 artifacts['chosen'] = chosen
                 for name, value in scores[chosen].items():
                     scalars[f'chosen/{name}'] = value
-        return Result(scalars, artifacts)
+        result = Result(scalars, artifacts)
+        count_unlabelled(result, c.label, {c.split: is_used[is_present]})
+        return result
 
     def _streams(self, view: FeatureView, features: Mapping[str, Any]) -> tuple[str, ...]:
         """The streams that an example must have."""
@@ -146,12 +156,16 @@ class Clustering(Evaluator):
                 )
         return streams
 
-    def _used_examples(self, features: Mapping[str, Any], streams: Sequence[str]) -> np.ndarray:
-        """bool [N]: the examples that have the label and all of these streams."""
+    def _used_examples(
+        self,
+        features: Mapping[str, Any],
+        streams: Sequence[str],
+        is_present: Bool[np.ndarray, ' N'],
+    ) -> Bool[np.ndarray, ' N']:
+        """The examples that have the label and are present in all of these streams."""
         c = self.config
         labels = single_class_labels(features, c.label, 'clustering')
-        is_present = np.all([features['valid'][stream] for stream in streams], 0)
-        is_used = (labels >= 0) & is_present
+        is_used = has_label(labels) & is_present
         if not is_used.any():
             raise ConfigError(
                 f'{self.where}: no example of split {c.split!r} has label {c.label!r} and the '

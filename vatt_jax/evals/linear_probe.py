@@ -17,7 +17,9 @@ from vatt_jax.evals.base import (
     Evaluator,
     FeatureView,
     Result,
+    count_unlabelled,
     features_over_windows,
+    has_label,
     modality_of,
 )
 from vatt_jax.evals.solvers import SEVERAL, SOLVERS, strengths_of
@@ -58,7 +60,8 @@ class Fold(NamedTuple):
 class LinearProbe(Evaluator):
     """Accuracy of a classifier on frozen features, with a 95 % bootstrap interval over test clips.
 
-    mAP, AUC and d' where the label is multi-hot.
+    mAP, AUC and d' where the label is multi-hot. Clips without the label or without the stream are
+    left out; how many have no label is said.
     """
 
     DEFAULTS = {
@@ -143,26 +146,30 @@ class LinearProbe(Evaluator):
         x = np.stack([part['pooled'][c.stream] for part in parts], 1)  # [N W D]
         return Examples(x, first_part['labels'], first_part['valid'][c.stream])
 
-    def folds(self, view: FeatureView) -> Iterator[Fold]:
-        """What to learn from and to test on: one fold, or one for each entry of `folds`."""
+    def parts(self, view: FeatureView) -> tuple[Examples, Examples]:
+        """The clips to learn from and those to test on, before any are left out."""
         c = self.config
-        several = c.solver in SEVERAL
         # Learnt from one window (or random ones), tested on several, as published.
         train = self.examples(view, c.train, c.train_limit, 1, c.passes)
         if not c.folds:
-            test = self.examples(view, c.test, c.test_limit, c.windows)
+            return train, self.examples(view, c.test, c.test_limit, c.windows)
+        # Both parts of a fold are clips of the split `train`.
+        if c.windows == 1 and not c.passes:
+            # The middle windows, for both: one pass over the data.
+            return train, train
+        return train, self.examples(view, c.train, c.train_limit, c.windows)
+
+    def folds(self, view: FeatureView, train: Examples, test: Examples) -> Iterator[Fold]:
+        """What to learn from and to test on: one fold, or one for each entry of `folds`."""
+        c = self.config
+        several = c.solver in SEVERAL
+        if not c.folds:
             yield _fold(
                 *_labelled(train, c.label, several=several),
                 *_labelled(test, c.label, several=several),
             )
             return
 
-        # Both parts of a fold are clips of the split `train`.
-        if c.windows == 1 and not c.passes:
-            # The middle windows, for both: one pass over the data.
-            test = train
-        else:
-            test = self.examples(view, c.train, c.train_limit, c.windows)
         for name, kind in c.folds:
             classes = view.data.info['labels'].get(name, [])
             if kind not in classes or name not in train.labels or train.labels[name].ndim != 1:
@@ -185,7 +192,8 @@ class LinearProbe(Evaluator):
         targets = []
         scores = []
         strengths: list[Any] = []
-        for fold in self.folds(view):
+        train, test = self.parts(view)
+        for fold in self.folds(view, train, test):
             x, y, x_test, y_test = fold
             if y.ndim == 2:
                 num_classes = y.shape[1]
@@ -207,7 +215,8 @@ class LinearProbe(Evaluator):
             scalars, artifacts = statistics.multi_label(
                 np.concatenate(scores), all_targets, view.seed
             )
-            return Result(scalars, {**artifacts, 'train': num_train, 'test': len(all_targets)})
+            artifacts = {**artifacts, 'train': num_train, 'test': len(all_targets)}
+            return self._with_unlabelled(Result(scalars, artifacts), train, test)
         scalars, artifacts = _accuracy(targets, scores, view.seed)
         if strengths[0] is not None:
             # The mean over folds, each of which chose for itself.
@@ -215,7 +224,18 @@ class LinearProbe(Evaluator):
         artifacts['classes'] = view.data.info['labels'].get(c.label, [])
         artifacts['train'] = num_train
         artifacts['test'] = sum(len(y_test) for y_test in targets)
-        return Result(scalars, artifacts)
+        return self._with_unlabelled(Result(scalars, artifacts), train, test)
+
+    def _with_unlabelled(self, result: Result, train: Examples, test: Examples) -> Result:
+        """The result with how many clips had no label."""
+        c = self.config
+        # With folds, both are clips of one split.
+        parts = {c.train: train} if c.folds else {c.train: train, c.test: test}
+        labelled = {}
+        for split, examples in parts.items():
+            labelled[split] = has_label(examples.labels[c.label])[examples.valid]
+        count_unlabelled(result, c.label, labelled)
+        return result
 
 
 class SimpleProbe(LinearProbe):
@@ -370,15 +390,14 @@ def _labelled(
                 f'linear probe: label {name!r} is multi-hot; expected a single class per example, '
                 f'or solver={SEVERAL[0]!r}'
             )
-        # A row of zeros has no label.
-        is_used &= (y > 0).any(-1)
+        is_used &= has_label(y)
         if is_used.sum() < 2:
             raise ConfigError(
                 f'linear probe: label {name!r} has {int(is_used.sum())} labelled examples; two are '
                 'needed'
             )
         return x[is_used], (y[is_used] > 0).astype(np.float32)
-    is_used &= y >= 0
+    is_used &= has_label(y)
     num_classes = len(np.unique(y[is_used]))
     if is_used.sum() < 2 or num_classes < 2:
         raise ConfigError(

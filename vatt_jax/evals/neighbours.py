@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from vatt_jax.config import ConfigError, choose
 from vatt_jax.evals import statistics
@@ -13,7 +13,9 @@ from vatt_jax.evals.base import (
     Evaluator,
     FeatureView,
     Result,
+    count_unlabelled,
     features_over_windows,
+    has_label,
     single_class_labels,
 )
 
@@ -62,11 +64,11 @@ class Neighbours(Evaluator):
 
     def examples(
         self, view: FeatureView, split: str, limit: int
-    ) -> tuple[Float[np.ndarray, 'N F'], Int[np.ndarray, ' N'], Int[np.ndarray, ' N']]:
+    ) -> tuple[Float[np.ndarray, 'N F'], Int[np.ndarray, ' N'], Bool[np.ndarray, ' M']]:
         """The clips of a split that have the stream and the label.
 
         Returns:
-          (features [N F], class [N], index in the pass [N]).
+          (features [N F], class [N], which of the clips with the stream have the label [M]).
         """
         c = self.config
         maps = (c.stream,) if c.of == 'maps' else ()
@@ -77,7 +79,8 @@ class Neighbours(Evaluator):
                 f'neighbours: stream {c.stream!r} is not among {", ".join(first_part["pooled"])}'
             )
         labels = single_class_labels(first_part, c.label, 'neighbours')
-        is_used = (labels >= 0) & first_part['valid'][c.stream]
+        is_valid = first_part['valid'][c.stream]
+        is_used = has_label(labels) & is_valid
         if not is_used.any():
             raise ConfigError(
                 f'neighbours: no clip of split {split!r} has label {c.label!r} and the stream '
@@ -88,12 +91,12 @@ class Neighbours(Evaluator):
             x = part[c.of][c.stream][is_used].astype(np.float32)
             total = total + x / np.linalg.norm(x, axis=-1, keepdims=True).clip(1e-6)
         features = total / len(parts)
-        return features, labels[is_used], first_part['index'][is_used]
+        return features, labels[is_used], is_used[is_valid]
 
     def run(self, view: FeatureView) -> Result:
         c = self.config
-        queries, query_classes, _ = self.examples(view, c.queries, c.query_limit)
-        gallery, gallery_classes, _ = self.examples(view, c.gallery, c.gallery_limit)
+        queries, query_classes, query_labelled = self.examples(view, c.queries, c.query_limit)
+        gallery, gallery_classes, gallery_labelled = self.examples(view, c.gallery, c.gallery_limit)
         num_nearest = max(c.first)
         if num_nearest > len(gallery):
             raise ConfigError(
@@ -115,7 +118,10 @@ class Neighbours(Evaluator):
             scalars[f'R@{k}'] = float(is_hit.mean())
             artifacts[f'R@{k}/interval'] = statistics.bootstrap(is_hit, seed=view.seed)
             artifacts[f'R@{k}/chance'] = _chance(num_same, len(gallery), k)
-        return Result(scalars, artifacts)
+        result = Result(scalars, artifacts)
+        labelled = {c.queries: query_labelled, c.gallery: gallery_labelled}
+        count_unlabelled(result, c.label, labelled)
+        return result
 
 
 def _nearest(

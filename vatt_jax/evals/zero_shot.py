@@ -8,7 +8,14 @@ import numpy as np
 
 from vatt_jax.config import ConfigError
 from vatt_jax.evals import statistics
-from vatt_jax.evals.base import Evaluator, FeatureView, Result, features_over_windows
+from vatt_jax.evals.base import (
+    Evaluator,
+    FeatureView,
+    Result,
+    count_unlabelled,
+    features_over_windows,
+    has_label,
+)
 from vatt_jax.evals.classification import single_label
 from vatt_jax.inference import zero_shot
 from vatt_jax.inputs.batch import modality_of
@@ -69,8 +76,8 @@ class ZeroShot(Evaluator):
 
         targets = parts[0]['labels'][c.label]  # [N], or multi-hot [N P]
         is_multi_label = targets.ndim > 1
-        is_used = (targets > 0).any(-1) if is_multi_label else targets >= 0
-        is_used = is_used & parts[0]['valid'][c.stream]
+        is_valid = parts[0]['valid'][c.stream]
+        is_used = has_label(targets) & is_valid
         if not is_used.any():
             raise ConfigError(
                 f'{self.where}: none of {len(targets)} clips of split {c.split!r} has the label '
@@ -86,6 +93,7 @@ class ZeroShot(Evaluator):
         unknown = [name for name, known in zip(names, is_known) if not known]
         result.artifacts['names_without_known_words'] = unknown
         result.scalars['clips'] = float(is_used.sum())
+        count_unlabelled(result, c.label, {c.split: is_used[is_valid]})
         return result
 
     def _space(self, members: dict[str, set[str]]) -> str:

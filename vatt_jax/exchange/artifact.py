@@ -7,6 +7,7 @@ GPU and TPU), the weights that it takes as `<modality>.npz`, and for all of them
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -25,6 +26,7 @@ from ml_collections import ConfigDict
 from vatt_jax import models
 from vatt_jax.config import ConfigError
 from vatt_jax.exchange import model_card, standalone
+from vatt_jax.inference import classes
 from vatt_jax.inputs import preprocess
 from vatt_jax.models import attention
 from vatt_jax.rng import Rng
@@ -42,6 +44,8 @@ def write(
     modalities: tuple[str, ...],
     run: pathlib.Path | None = None,
     licence: str = '',
+    classifier: Any = None,
+    heads: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Writes the artifact of a model; it appears whole or not at all.
 
@@ -53,6 +57,8 @@ def write(
         modalities: the towers to export.
         run: the run folder, whose evaluation the model card shows.
         licence: of the weights, for the model card.
+        classifier: the objective of a fine-tuned model; its tower gives logits, too.
+        heads: the parameters of the classifier.
 
     Returns:
         The names of the files.
@@ -68,7 +74,14 @@ def write(
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as made:
             whole = pathlib.Path(made) / 'export'
             whole.mkdir()
-            _write_files(whole, config, variables, info, modalities)
+            towers = {}
+            for modality in modalities:
+                tower = _Tower(modality, config, variables)
+                if classifier is not None and classifier.config.stream == modality:
+                    tower = _Tower(modality, config, variables, classifier, heads)
+                towers[modality] = _write_tower(whole, tower, info)
+            _write_manifest(whole, config, info, towers)
+            shutil.copyfile(standalone.__file__, whole / 'load.py')
             card = model_card.text(config, variables, info, run, licence)
             (whole / model_card.NAME).write_text(card, 'utf-8')
             os.replace(whole, folder)
@@ -77,28 +90,68 @@ def write(
     return sorted(path.name for path in folder.iterdir())
 
 
-def _write_files(
-    folder: pathlib.Path,
-    config: ConfigDict,
-    variables: Mapping[str, Any],
-    info: Mapping[str, Any],
-    modalities: tuple[str, ...],
-) -> None:
-    towers = {}
-    for modality in modalities:
-        weights = _weights_of(modality, variables)
-        exported = _export_tower(modality, config, weights)
-        program = f'{modality}.jax'
-        (folder / program).write_bytes(exported.serialize())
-        # NumPy declares a flag among the keywords that are names of arrays.
-        np.savez(folder / f'{modality}.npz', **weights)  # type: ignore[arg-type]
-        outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
-        towers[modality] = {
-            'program': program,
-            'weights': f'{modality}.npz',
-            'input': describe_input(modality, config),
-            'outputs': {name: aval.shape[-1] for name, aval in outputs.items()},
+@dataclasses.dataclass(frozen=True)
+class _Tower:
+    """What is exported as one program.
+
+    Attributes:
+        modality: of the tower.
+        config: the run's resolved config.
+        variables: {'params', 'batch_stats'} of the whole model.
+        classifier: the objective whose logits the tower gives, if any.
+        heads: the parameters of the classifier.
+    """
+
+    modality: str
+    config: ConfigDict
+    variables: Mapping[str, Any]
+    classifier: Any = None
+    heads: Mapping[str, Any] | None = None
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Flat variables that the tower may read: its own, those of all, and the classifier's."""
+        # Modules of one modality alone are called `fronts_video`, `encoders_audio`, ….
+        own = ('fronts', 'encoders', 'posts', 'nets')
+        groups = dict(self.variables)
+        if self.heads is not None:
+            groups['objective'] = self.heads
+        weights = {}
+        for path, array in flatten_dict(groups).items():
+            kind, _, of = path[1].partition('_')
+            if kind in own and of != self.modality:
+                continue
+            weights['/'.join(path)] = np.asarray(jax.device_get(array))
+        return weights
+
+
+def _write_tower(folder: pathlib.Path, tower: _Tower, info: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes the program and its weights; returns what the manifest says of them."""
+    modality = tower.modality
+    weights = tower.weights()
+    exported = _export_tower(tower, weights)
+    (folder / f'{modality}.jax').write_bytes(exported.serialize())
+    # NumPy declares a flag among the keywords that are names of arrays.
+    np.savez(folder / f'{modality}.npz', **weights)  # type: ignore[arg-type]
+    outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    widths = {name: aval.shape[-1] for name, aval in outputs.items()}
+    described = {
+        'program': f'{modality}.jax',
+        'weights': f'{modality}.npz',
+        'input': describe_input(modality, tower.config),
+        'outputs': widths,
+    }
+    if tower.classifier is not None:
+        objective = tower.classifier.config
+        described['classifier'] = {
+            'names': classes.class_names(info, objective, widths['logits']),
+            'form': objective.form,
         }
+    return described
+
+
+def _write_manifest(
+    folder: pathlib.Path, config: ConfigDict, info: Mapping[str, Any], towers: dict[str, Any]
+) -> None:
     manifest = {
         'format': 'vatt_jax artifact',
         'version': VERSION,
@@ -110,7 +163,6 @@ def _write_files(
         'labels': info.get('labels', {}),
     }
     (folder / 'manifest.json').write_text(json.dumps(manifest, indent=1), 'utf-8')
-    shutil.copyfile(standalone.__file__, folder / 'load.py')
 
 
 def describe_input(modality: str, config: ConfigDict) -> dict[str, Any]:
@@ -140,25 +192,14 @@ def describe_input(modality: str, config: ConfigDict) -> dict[str, Any]:
     return {'shape': ['B', spec.words], 'dtype': 'int32', 'meaning': 'word numbers, 0 is padding'}
 
 
-def _weights_of(modality: str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Flat variables that the tower of a modality may read: its own and those of all."""
-    # Modules of one modality alone are called `fronts_video`, `encoders_audio`, ….
-    own = ('fronts', 'encoders', 'posts', 'nets')
-    weights = {}
-    for path, array in flatten_dict(dict(variables)).items():
-        kind, _, of = path[1].partition('_')
-        if kind in own and of != modality:
-            continue
-        weights['/'.join(path)] = np.asarray(jax.device_get(array))
-    return weights
-
-
-def _export_tower(modality: str, config: ConfigDict, weights: Mapping[str, np.ndarray]) -> Any:
-    """The program of one tower: (weights, batch) -> {'pooled', common spaces}."""
+def _export_tower(tower: _Tower, weights: Mapping[str, np.ndarray]) -> Any:
+    """The program of one tower: (weights, batch) -> {'pooled', common spaces, maybe 'logits'}."""
+    modality, config = tower.modality, tower.config
     model = models.build(attention.portable(config.model), config.compute_dtype)
 
     def embed(flat: Mapping[str, jax.Array], data: jax.Array) -> dict[str, jax.Array]:
         variables = unflatten_dict({tuple(name.split('/')): x for name, x in flat.items()})
+        heads = variables.pop('objective', None)
         batch_size = data.shape[0]
         stream = {'data': data, 'valid': jnp.ones(batch_size, bool)}
         if modality == 'video':
@@ -187,6 +228,8 @@ def _export_tower(modality: str, config: ConfigDict, weights: Mapping[str, np.nd
                 features[space] = _unit(members[modality])
         if modality == 'text':
             features = {name: x[:, 0] for name, x in features.items()}
+        if tower.classifier is not None:
+            (features['logits'],) = tower.classifier.predict(heads, {}, out.encoded).values()
         return features
 
     shape = ', '.join(str(axis) for axis in describe_input(modality, config)['shape'])

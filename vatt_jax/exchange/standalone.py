@@ -6,6 +6,7 @@ model = Artifact('.')
 model.embed(text=['a dog barks'])['text']['vat']  # [B E], unit length
 model.embed(video=frames)  # uint8 [B T H W 3], see model.inputs['video']
 model.embed(audio=samples)  # int16 [B S], see model.inputs['audio']
+model.predict(video=frames)['predicted']  # of a fine-tuned model
 """
 
 from __future__ import annotations
@@ -56,15 +57,50 @@ class Artifact:
         """
         embedded = {}
         for name, value in inputs.items():
-            if name not in self.inputs:
-                raise ValueError(f'expected one of {", ".join(self.inputs)}, got {name}=')
-            if name == 'text' and not isinstance(value, np.ndarray):
-                value = self.tokenize(value)
-            value = np.asarray(value)
-            self._check(name, value)
-            call, variables = self._tower(name)
-            embedded[name] = {key: np.asarray(x) for key, x in call(variables, value).items()}
+            embedded[name] = self._run(name, value)
+            embedded[name].pop('logits', None)
         return embedded
+
+    def predict(self, **inputs: Any) -> dict[str, Any]:
+        """Class scores of a fine-tuned model.
+
+        Args:
+            inputs: the one input that the model was fine-tuned on, as of `embed`.
+
+        Returns:
+            {'names': the P class names, 'logits': float32 [B P], 'scores': float32 [B P],
+            probabilities, 'predicted': the most probable name of each row}.
+
+        Raises:
+            ValueError: the tower has no classifier, or as of `embed`.
+        """
+        classifiers = {}
+        for name, tower in self.manifest['towers'].items():
+            if 'classifier' in tower:
+                classifiers[name] = tower['classifier']
+        if len(inputs) != 1 or not set(inputs) <= set(classifiers):
+            expected = ', '.join(f'{name}=' for name in classifiers) or 'a model with a classifier'
+            raise ValueError(f'predict: expected {expected}, got {", ".join(inputs) or "nothing"}')
+        ((name, value),) = inputs.items()
+        logits = self._run(name, value)['logits']
+        if classifiers[name]['form'] == 'softmax':
+            scores = np.asarray(jax.nn.softmax(logits, -1))
+        else:
+            scores = np.asarray(jax.nn.sigmoid(logits))
+        names = classifiers[name]['names']
+        predicted = [names[best] for best in scores.argmax(-1)]
+        return {'names': names, 'logits': logits, 'scores': scores, 'predicted': predicted}
+
+    def _run(self, name: str, value: Any) -> dict[str, np.ndarray]:
+        """All outputs of a tower."""
+        if name not in self.inputs:
+            raise ValueError(f'expected one of {", ".join(self.inputs)}, got {name}=')
+        if name == 'text' and not isinstance(value, np.ndarray):
+            value = self.tokenize(value)
+        value = np.asarray(value)
+        self._check(name, value)
+        call, variables = self._tower(name)
+        return {key: np.asarray(x) for key, x in call(variables, value).items()}
 
     def _tower(self, name: str) -> Any:
         """(program, its weights), read once."""

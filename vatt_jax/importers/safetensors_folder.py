@@ -22,7 +22,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vatt_jax import extras
+from vatt_jax import extras, objectives
 from vatt_jax.config import ConfigError, from_json, to_json
 from vatt_jax.importers import parameter_map
 from vatt_jax.importers.messages import escaped, shown
@@ -128,7 +128,8 @@ def load_model(
         mesh: the variables are replicated over it.
 
     Returns:
-        The run's config, the variables of the model, and `info`.
+        The run's config, the variables of the model, and `info`. Among the variables are, as
+        'objective', the parameters of a fine-tuned model's classifier; {} of other objectives.
 
     Raises:
         ConfigError: a file is missing or damaged, or the arrays do not fit the config.
@@ -136,12 +137,27 @@ def load_model(
     folder = pathlib.Path(folder)
     config, info = _read_descriptions(folder)
     shapes, read = _open(folder)
-    _, arrays, _ = _read_arrays(folder, config, info, shapes, read, with_objective=False)
+    with_classifier = _has_classifier(config, info, shapes)
+    _, arrays, _ = _read_arrays(folder, config, info, shapes, read, with_classifier)
     variables: dict[str, Any] = {}
-    for group in ('params', 'batch_stats'):
+    for group in GROUPS:
         flat = {path[1:]: value for path, value in arrays.items() if path[0] == group}
         variables[group] = unflatten_dict(flat)
     return config, jax.device_put(variables, sharding.replicated(mesh)), info
+
+
+def _has_classifier(
+    config: ConfigDict, info: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> bool:
+    """Whether the file holds a classifier of classes that are known.
+
+    The heads of other objectives serve training alone, and their code may not be at hand.
+    """
+    if config.objective.name != 'classification':
+        return False
+    # Built: a stored config need not name the label.
+    label = objectives.build(config.objective).config.label
+    return label in info['labels'] and any(_is_objective(name) for name in shapes)
 
 
 def _read_arrays(

@@ -6,7 +6,6 @@ reader is an extra and imported when it is first used.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 import os
@@ -244,23 +243,13 @@ def cut(
         begins: ascending.
         length: of a window.
     """
-    stream = iter(frames)
-    held: collections.deque[np.ndarray] = collections.deque()
-    first = 0  # number of the first one that is held
+    buffer = _buffer([frame] for frame in frames)
     for begin in begins:
-        while first < begin:
-            if held:
-                held.popleft()
-            else:
-                next(stream, None)
-            first += 1
-        while len(held) < length:
-            frame = next(stream, None)
-            if frame is None:
-                break
-            held.append(frame)
-        if held:
-            yield begin, list(held)
+        buffer.forget(begin)
+        buffer.read_to(begin + length)
+        window = list(itertools.chain.from_iterable(buffer.pieces(begin, length)))
+        if window:
+            yield begin, window
 
 
 def cut_samples(
@@ -273,20 +262,18 @@ def cut_samples(
         begins: ascending.
         length: of a window.
     """
-    held = np.zeros(0, np.int16)
-    first = 0  # number of the first one that is held
+    buffer = _buffer(stream)
     for begin in begins:
-        while True:
-            num_past = min(begin - first, len(held))
-            held = held[num_past:]
-            first += num_past
-            block = None
-            if first < begin or len(held) < length:
-                block = next(stream, None)
-            if block is None:
-                break
-            held = np.concatenate([held, block])
-        yield held[begin - first :][:length].copy()
+        buffer.forget(begin)
+        buffer.read_to(begin + length)
+        yield np.concatenate([np.zeros(0, np.int16), *buffer.pieces(begin, length)])
+
+
+def _buffer(blocks: Iterable[Any]) -> Any:
+    """What holds of a stream no more than windows need."""
+    from data_pipelines import media_windows
+
+    return media_windows.StreamBuffer(blocks)
 
 
 def sound_windows(

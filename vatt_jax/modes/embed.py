@@ -112,7 +112,8 @@ def as_arrays(
 
     Returns:
         pooled/<stream> [N D], space/<space>/<stream> [N E], labels/<name> [N ...],
-        valid/<stream> [N], and index, id, start [N].
+        valid/<stream> [N], mask/<text stream> [N K], which of the K candidate sentences a clip
+        has, and index, id, start [N].
     """
     index = features['index']
     arrays = {}
@@ -126,6 +127,8 @@ def as_arrays(
     arrays['index'] = index
     for stream, is_valid in features['valid'].items():
         arrays[f'valid/{stream}'] = is_valid
+    for stream, has_candidate in features['mask'].items():
+        arrays[f'mask/{stream}'] = has_candidate
     arrays['id'], arrays['start'] = _ids_and_starts(texts, index)
     return arrays
 

@@ -49,7 +49,11 @@ def run(workdir: pathlib.Path, videos: str, out: str, window: float, stride: flo
         )
     model = api.load(workdir)
     features = WindowFeatures(model, window, stride)
-    with _told(out), search_index.Index(out, create=True) as index:
+    with (
+        _told(out),
+        search_index.Index(out, create=True) as index,
+        contextlib.closing(features.guard),
+    ):
         about = {
             'workdir': str(workdir.absolute()),
             'model': checkpoint.digest(model.variables),

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vatt_jax.command_line import run_command
 from vatt_jax.config import ConfigError
 
 PATIENCE = 600  # seconds that processes wait for one another
@@ -196,7 +197,7 @@ def _open_mpi(env: Mapping[str, str]) -> Position | None:
         raise ConfigError(
             'Open MPI does not say where process 0 is; name it: mpirun '
             f'-x VATT_COORDINATOR=host:8476 -x VATT_PROCESSES={processes} … '
-            "sh -c 'VATT_PROCESS=$OMPI_COMM_WORLD_RANK python run.py …'"
+            f"sh -c 'VATT_PROCESS=$OMPI_COMM_WORLD_RANK {run_command()} …'"
         )
     return Position(f'{host}:{FIRST_PORT + number % NUM_PORTS}', processes, process, devices)
 

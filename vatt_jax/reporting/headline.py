@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 
+from vatt_jax.command_line import run_command
 from vatt_jax.evals import Result
 from vatt_jax.reporting.finished_run import FinishedRun
 from vatt_jax.reporting.results_table import form_of, label_of
@@ -172,7 +173,7 @@ def _certain_recalls(clips: int) -> str:
 def next_steps(run: FinishedRun) -> list[Step]:
     """What to do next, most useful first."""
     workdir = shlex.quote(str(run.path))
-    command = f'python run.py --workdir={workdir}'
+    command = f'{run_command()} --workdir={workdir}'
     if not run.done:
         trained = f'Training is at step {run.step} of {run.config["steps"]}'
         return [Step(f'{trained}; the same command continues it.', command)]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from vatt_jax.command_line import run_command
 from vatt_jax.config import ConfigError
 from vatt_jax.search.window_features import Features
 
@@ -93,7 +94,7 @@ class Index:
         if not create and not path.exists():
             raise ConfigError(
                 f'--index={self.folder}: expected a folder with {DATABASE}, found none; make it '
-                'with run.py --mode=index --workdir=RUN --videos=FOLDER --out=INDEX'
+                f'with {run_command()} --mode=index --workdir=RUN --videos=FOLDER --out=INDEX'
             )
         try:
             if create:

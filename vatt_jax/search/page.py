@@ -16,8 +16,10 @@ import threading
 from typing import Any
 
 from vatt_jax import extras
+from vatt_jax.command_line import run_command
 from vatt_jax.config import ConfigError
 from vatt_jax.search.index import Window
+from vatt_jax.search.playable import Playable
 from vatt_jax.search.searcher import Hit, Searcher
 from vatt_jax.terminal import printable
 
@@ -29,7 +31,7 @@ THUMBNAIL = 180
 # Files shorter than so many seconds are read from their beginning, at this rate.
 SHORT = 3.0
 THUMBNAIL_FPS = 4.0
-# Kinds that browsers play. Others are offered as a download.
+# Kinds that browsers play, as far as a name tells.
 KINDS = {
     '.mp4': 'video/mp4',
     '.m4v': 'video/mp4',
@@ -66,6 +68,7 @@ def make_app(searcher: Searcher) -> Any:
     app.config['TRUSTED_HOSTS'] = [HOST, 'localhost']
     # One question at a time: the model fills the machine.
     lock = threading.Lock()
+    playable = Playable()
 
     @app.after_request
     def restrict(response: Any) -> Any:
@@ -85,7 +88,7 @@ def make_app(searcher: Searcher) -> Any:
         try:
             if has_upload:
                 with lock:
-                    hits = _search_upload(searcher, upload, against)
+                    hits = _search_upload(searcher, playable, upload, against)
             elif query:
                 with lock:
                     hits = searcher.search(text=query, against=against, count=12)
@@ -101,7 +104,7 @@ def make_app(searcher: Searcher) -> Any:
             query=query,
             upload=upload.filename if has_upload else '',
             against=against,
-            hits=[_describe(searcher, hit) for hit in hits],
+            hits=[_describe(searcher, playable, hit) for hit in hits],
             is_answer=has_upload or bool(query),
             message=message,
         )
@@ -114,6 +117,19 @@ def make_app(searcher: Searcher) -> Any:
         kind = KINDS.get(path.suffix.lower(), 'application/octet-stream')
         # conditional: players ask for the part that they show.
         return flask.send_file(path, mimetype=kind, conditional=True)
+
+    @app.route('/clip/<int:number>')
+    def clip(number: int) -> Any:
+        path = _servable(searcher, number)
+        made = playable.clip(path, searcher.windows[number]) if path is not None else None
+        if made is None:
+            return flask.abort(404)
+        kind, content = made
+        return flask.send_file(io.BytesIO(content), mimetype=kind, conditional=True, max_age=3600)
+
+    @app.route('/favicon.ico')
+    def favicon() -> Any:
+        return app.send_static_file('favicon.svg')
 
     @app.route('/thumbnail/<int:number>')
     def thumbnail(number: int) -> Any:
@@ -163,12 +179,12 @@ def serve(searcher: Searcher, port: int) -> None:
 
 
 def _flask() -> Any:
-    with extras.needed('search', 'run.py --mode=search --serve'):
+    with extras.needed('search', f'{run_command()} --mode=search --serve'):
         import flask
     return flask
 
 
-def _search_upload(searcher: Searcher, upload: Any, against: str) -> list[Hit]:
+def _search_upload(searcher: Searcher, playable: Playable, upload: Any, against: str) -> list[Hit]:
     """Searches with an uploaded file: its pictures where it has some, else its sound."""
     # The name is the sender's: only a plain suffix of it is used, which media readers look at.
     suffix = pathlib.PurePath(upload.filename).suffix
@@ -179,7 +195,7 @@ def _search_upload(searcher: Searcher, upload: Any, against: str) -> list[Hit]:
         upload.save(path)
         modalities = searcher.features.modalities
         try:
-            kind = _kind_of(path)
+            kind = playable.kind_of(path)
             if kind not in modalities:
                 raise ConfigError(f'the model has no {kind} tower for this file')
             given = {kind: path}
@@ -189,20 +205,13 @@ def _search_upload(searcher: Searcher, upload: Any, against: str) -> list[Hit]:
             raise ConfigError(str(error).replace(path, upload.filename)) from error
 
 
-def _kind_of(path: str) -> str:
-    """'video' for a file with pictures, 'audio' for one of sound alone."""
-    from data_pipelines import media
-
-    try:
-        return 'video' if media.read(path, 1.0, 8, rate=0).frames is not None else 'audio'
-    except (media.MediaError, OSError) as error:
-        raise ConfigError(f'{path}: {error}') from error
-
-
-def _describe(searcher: Searcher, hit: Hit) -> dict[str, Any]:
+def _describe(searcher: Searcher, playable: Playable, hit: Hit) -> dict[str, Any]:
     """What the template shows of an answer."""
     window = hit.window
-    suffix = window.path.suffix.lower()
+    kind = KINDS.get(window.path.suffix.lower(), '').split('/')[0]
+    path = _servable(searcher, window.id)
+    # Of a container that browsers know, they may still not know the codec.
+    plays = path is not None and bool(kind) and playable.plays(path)
     return {
         'id': window.id,
         'name': printable(str(window.path)),
@@ -211,8 +220,8 @@ def _describe(searcher: Searcher, hit: Hit) -> dict[str, Any]:
         'fragment': f't={window.start:.1f},{window.end:.1f}',
         # A minus sign is as wide as a digit.
         'score': f'{hit.score:.3f}'.replace('-', '−'),
-        'kind': KINDS.get(suffix, '').split('/')[0],
-        'is_servable': _servable(searcher, window.id) is not None,
+        'kind': kind if plays else 'clip',
+        'is_servable': path is not None,
     }
 
 

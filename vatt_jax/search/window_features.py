@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -48,6 +49,7 @@ class WindowFeatures:
         clip_seconds = [self._clip_seconds(name) for name in self.modalities]
         self.seconds = seconds or max(clip_seconds)
         self.stride = stride or self.seconds
+        self._guard: Any = None
 
     def _clip_seconds(self, modality: str) -> float:
         spec = self.model.inputs[modality]
@@ -71,17 +73,25 @@ class WindowFeatures:
         modalities = modalities or self.modalities
         video = self.model.inputs['video'] if 'video' in modalities else {'fps': 0, 'size': 1}
         rate = self.model.inputs['audio']['rate'] if 'audio' in modalities else 0
-        windows = media_windows.read_windows(
-            path, video['fps'], video['size'], rate, self.seconds, self.stride
+        yield from self.guard.iterate(
+            media_windows.read_batches,
+            path,
+            video['fps'],
+            video['size'],
+            rate,
+            self.seconds,
+            self.stride,
+            math.ceil(BATCH / self._clips_per_window()),
         )
-        batch = []
-        for window in windows:
-            batch.append(window)
-            if len(batch) * self._clips_per_window() >= BATCH:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
+
+    @property
+    def guard(self) -> Any:
+        """What reads files (data_pipelines.guarded_reading): one that crashes it is skipped."""
+        if self._guard is None:
+            from data_pipelines import guarded_reading
+
+            self._guard = guarded_reading.GuardedReader()
+        return self._guard
 
     def _clips_per_window(self) -> int:
         return max(self._num_clips(name) for name in self.modalities)
