@@ -22,6 +22,7 @@ import argparse
 import errno
 import functools
 import hashlib
+import inspect
 import json
 import os
 import pathlib
@@ -49,6 +50,7 @@ try:
         media_catalog,
         record_contents,
         staging,
+        target_folder,
         training_command,
         writing,
     )
@@ -98,7 +100,21 @@ def _full_disk_cause(error: OSError | RuntimeError) -> str | None:
     return None
 
 
+def _as_only_writer(function: Function) -> Function:
+    """Decorator: two calls never write to one folder at the same time."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        out = signature.bind(*args, **kwargs).arguments.get('out', '')
+        with target_folder.only_writer(out):
+            return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]  # functools.wraps keeps the signature
+
+
 @_explain_full_disk
+@_as_only_writer
 def prepare(
     videos: str = '',
     captions: str = '',
@@ -226,7 +242,7 @@ def prepare(
 
     # Likewise: these are imported only when all files are decoded.
     extras.check('writing records', *_WRITERS, *record_contents.tokenizer_modules(tokenizer))
-    stage_dir.mkdir(parents=True, exist_ok=True)
+    target_folder.make(stage_dir)
     # Skips what an earlier run has staged already: this is the step that resumes.
     staging.stage_all(files, settings, stage_dir, processes, console, beam)
 
@@ -368,7 +384,7 @@ def _finished_run(
             raise DataError(f'--out={target} holds other files; choose a new or empty folder')
         return None
 
-    finished = json.loads((target / _FINISHED_FILE).read_text(encoding='utf-8'))
+    finished = _read_finished(target)
     # Compared as JSON has it, where tuples are lists.
     identity = json.loads(json.dumps(identity))
     if finished['identity'] == identity:
@@ -393,6 +409,21 @@ def _finished_run(
         else:
             path.unlink(missing_ok=True)
     return None
+
+
+def _read_finished(target: pathlib.Path) -> dict[str, Any]:
+    """What the run that finished `target` noted about itself."""
+    path = target / _FINISHED_FILE
+    try:
+        finished = json.loads(path.read_text(encoding='utf-8'))
+        if {'identity', 'files', 'summary'} <= set(finished):
+            return finished
+    except (OSError, ValueError, TypeError):  # unreadable, no JSON, JSON of something else
+        pass
+    raise DataError(
+        f'--out={target}: expected {_FINISHED_FILE} of an earlier run, got a file that is damaged '
+        'or of another program; choose another --out'
+    )
 
 
 # ---- The command.
@@ -533,6 +564,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print('stopped; the same command goes on from here', file=sys.stderr)
         return 130  # 128 + SIGINT, as shells report it
+    except OSError as error:
+        # Of the machine, not of the arguments: a disk that is gone, a folder that was removed.
+        print(f'error: {printable(str(error))}', file=sys.stderr)
+        return 1
     return 0
 
 

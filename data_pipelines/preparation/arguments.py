@@ -8,6 +8,9 @@ import re
 from data_pipelines.errors import DataError
 from data_pipelines.preparation import decoded_files
 
+# Characters of a dataset's name: files are called so, with split and number behind it.
+_MAX_NAME = 128
+
 
 def check_arguments(
     settings: decoded_files.Settings,
@@ -38,10 +41,10 @@ def check_arguments(
         if not makes_sense:
             raise DataError(f'--{flag}={value} makes no sense; see --help for what it means')
     # tfds derives a class and a folder from the name and accepts only snake case.
-    if not re.fullmatch(r'[a-z][a-z0-9_]*', name):
+    if not re.fullmatch(r'[a-z][a-z0-9_]*', name) or len(name) > _MAX_NAME:
         raise DataError(
             f'--name={name}: expected lower-case letters, digits and underscores, '
-            'beginning with a letter'
+            f'beginning with a letter, {_MAX_NAME} at most'
         )
 
 
@@ -60,6 +63,6 @@ def dataset_name(out: pathlib.Path) -> str:
     name = re.sub(r'[^a-z0-9]+', '_', out.resolve().name.lower()).strip('_')
     if not name:
         return 'videos'
-    if re.match('[a-z]', name):
-        return name
-    return f'set_{name}'
+    if not re.match('[a-z]', name):
+        name = f'set_{name}'
+    return name[:_MAX_NAME]

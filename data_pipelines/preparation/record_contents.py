@@ -156,6 +156,10 @@ def _fill_small_splits(records: Sequence[dict[str, Any]], shares: Mapping[str, f
     # Most files are for training, however few there are.
     least = min(_LEAST_RECORDS, len(records) // 3)
     remarks = []
+    if not any(record['split'] == 'train' for record in records):
+        # A single file, as a first try has it.
+        for record in records:
+            record['split'] = 'train'
     for split, share in shares.items():
         if not share:
             continue

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import text_files
+from data_pipelines.preparation import folder_listing, text_files
 
 SUFFIXES = ('.srt', '.vtt', '.sbv')
 # Kinds that are not read; told, because a user who has them expects sentences.
@@ -339,17 +339,11 @@ def find(
 def _walk(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """{path below the folder: path} of all files that may be subtitles, without hidden ones."""
     paths = {}
-    for root, subfolders, entries in os.walk(folder, followlinks=True):
-        # Assigned in place: this is how os.walk is told where to go.
-        subfolders[:] = [name for name in subfolders if not name.startswith('.')]
+    for root, entries in folder_listing.walk(folder):
         for entry in entries:
-            # '._x.srt' is what macOS leaves on foreign disks.
-            is_subtitle = entry.lower().endswith((*SUFFIXES, *_OTHER_SUFFIXES))
-            if is_subtitle and not entry.startswith('.'):
+            if entry.lower().endswith((*SUFFIXES, *_OTHER_SUFFIXES)):
                 path = pathlib.Path(root, entry)
-                name = path.relative_to(folder).as_posix()
-                # Names that are not UTF-8 as text that can be stored and printed.
-                paths[os.fsencode(name).decode('utf-8', 'backslashreplace')] = path
+                paths[folder_listing.readable(path.relative_to(folder).as_posix())] = path
     return paths
 
 
