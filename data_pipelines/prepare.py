@@ -64,6 +64,8 @@ except extras.MissingExtra as error:
 _WRITERS = ('tensorflow', 'tensorflow_datasets', 'array_record')
 # Written last: a folder without it is unfinished.
 _FINISHED_FILE = 'prepare.json'
+# Arguments of `prepare` that are paths.
+_PATHS = ('videos', 'captions', 'out', 'annotations', 'manual_dir')
 # Error numbers of a disk that takes no more: full, over the user's quota, file too large.
 _FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -100,21 +102,27 @@ def _full_disk_cause(error: OSError | RuntimeError) -> str | None:
     return None
 
 
-def _as_only_writer(function: Function) -> Function:
-    """Decorator: two calls never write to one folder at the same time."""
+def _with_paths(function: Function) -> Function:
+    """Decorator: paths are what the command would make of them, and no other call writes to `out`.
+
+    Notebooks have no shell that knows `~`, and scripts pass pathlib's paths.
+    """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        out = signature.bind(*args, **kwargs).arguments.get('out', '')
-        with target_folder.only_writer(out):
-            return function(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        for name in _PATHS:
+            if name in bound.arguments:
+                bound.arguments[name] = arguments.path_argument(name, bound.arguments[name])
+        with target_folder.only_writer(bound.arguments.get('out', '')):
+            return function(*bound.args, **bound.kwargs)
 
     return call  # type: ignore[return-value]  # functools.wraps keeps the signature
 
 
 @_explain_full_disk
-@_as_only_writer
+@_with_paths
 def prepare(
     videos: str = '',
     captions: str = '',

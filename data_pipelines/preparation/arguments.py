@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
+from typing import Any
 
 from data_pipelines.errors import DataError
 from data_pipelines.preparation import decoded_files
@@ -32,7 +34,7 @@ def check_arguments(
         ('quality', settings.quality, 1 <= settings.quality <= 100),
         ('min_seconds', settings.min_seconds, settings.min_seconds >= 0),
         # Two entries are padding and unknown words.
-        ('vocabulary', vocabulary, vocabulary >= 3),
+        ('vocabulary', vocabulary, vocabulary >= 3 and vocabulary % 1 == 0),
         ('processes', processes, processes >= 1),
         ('validation', validation, validation >= 0 and validation + test < 1),
         ('test', test, test >= 0),
@@ -46,6 +48,23 @@ def check_arguments(
             f'--name={name}: expected lower-case letters, digits and underscores, '
             f'beginning with a letter, {_MAX_NAME} at most'
         )
+
+
+def path_argument(name: str, value: Any) -> str:
+    """An argument that is a path, as text; '' for None, and `~` is the home folder.
+
+    Args:
+        name: of the argument.
+        value: as it was given.
+
+    Raises:
+        DataError: it is no path.
+    """
+    if value is None:
+        return ''
+    if not isinstance(value, str | bytes | os.PathLike):
+        raise DataError(f'{name}: expected a path, got {type(value).__name__}')
+    return os.path.expanduser(os.fsdecode(value))
 
 
 def stored_crf(store: str, crf: int) -> int:

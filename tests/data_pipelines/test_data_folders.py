@@ -115,6 +115,19 @@ def test_what_is_no_folder_of_media(tmp_path, monkeypatch, videos, message):
     assert not os.path.exists('out')
 
 
+def test_a_file_that_is_still_being_written(tmp_path):
+    write_sounds(tmp_path, 'a.wav')
+    [file] = folder_listing.list_media(tmp_path).files
+    settings = decoded_files.Settings(fps=10.0, size=64, rate=RATE, quality=90, min_seconds=1.0)
+    target = tmp_path / 'staged'
+    decoded_files.stage_file(file, settings, str(target))
+    assert 'skipped' not in decoded_files.header(target)
+    # As long as before, and written to.
+    os.utime(tmp_path / 'a.wav', ns=(0, file.modified + 1))
+    decoded_files.stage_file(file, settings, str(target))
+    assert decoded_files.header(target)['skipped'].startswith('changed: ')
+
+
 # ---- Where it goes.
 
 
