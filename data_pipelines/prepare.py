@@ -266,6 +266,8 @@ def prepare(
             f'all {len(skipped)} files below {videos or manual_dir} were skipped, for example '
             f'{example} ({reason}); see {target / "skipped.json"}'
         )
+    for remark in record_contents.remark_on_late_sentences(records, catalog):
+        console(remark)
     # Decided by all files, not by the usable records: a file that is skipped does not change the
     # split of another.
     by_folder = not dataset and record_contents.has_split_folders(files)

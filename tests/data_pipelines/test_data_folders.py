@@ -229,6 +229,19 @@ def test_a_single_file_is_trained_on():
         assert record['split'] == 'train'
 
 
+def test_times_in_milliseconds_are_noticed(tmp_path, capsys):
+    write_sounds(tmp_path / 'videos', 'a.wav', 'b.wav')
+    (tmp_path / 'captions.csv').write_text(
+        'video,start,end,text\na.wav,0,900,first\na.wav,1000,1400,second\nb.wav,500,800,third\n'
+    )
+    flags = [f'--captions={tmp_path / "captions.csv"}', f'--rate={RATE}', '--processes=1']
+    assert main([f'--videos={tmp_path / "videos"}', f'--out={tmp_path / "out"}', *flags]) == 0
+    assert (
+        '2 of 3 sentences begin behind the end of their file and are left out, for example in '
+        'a.wav (1000 s of 1.5 s); times are expected in seconds' in capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize('columns', ['0', '1', '20', '-1', 'x'])
 def test_terminals_of_any_width(tmp_path, monkeypatch, capsys, columns):
     monkeypatch.setenv('COLUMNS', columns)
