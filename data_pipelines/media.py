@@ -206,15 +206,9 @@ def read(
         with _open(path) as container:
             # Opened briefly to look at the tracks, so that a file with neither is reported as
             # such.
+            _check_tracks(container, path)
             has_video = _track(container, 'video') is not None
             has_audio = _track(container, 'audio') is not None
-            if container.format.name.startswith('mov,') and file_signs.has_cut_index(path):
-                raise MediaError('truncated: its index (moov) is cut off')
-            if any(stream.disposition & _TILE for stream in container.streams.video):
-                # One of them would be taken for the whole.
-                raise MediaError('made of tiles, as phones save HEIC: convert it to JPEG or PNG')
-            if not has_video and not has_audio:
-                raise MediaError(f'no video and no audio track{_undecodable(container)}')
             if part != WHOLE and not _contains_part(container, part):
                 part = WHOLE
             # The clock of frames and audio: a container may begin at any time stamp.
@@ -235,6 +229,17 @@ def read(
     if part == WHOLE and audio is not None:
         _check_length(len(audio) / rate, stated)
     return Media(None, audio)
+
+
+def _check_tracks(container: Any, path: str | os.PathLike) -> None:
+    """Raise MediaError for a file whose tracks are not what is in it, or that has none."""
+    if container.format.name.startswith('mov,') and file_signs.has_cut_index(path):
+        raise MediaError('truncated: its index (moov) is cut off')
+    if any(stream.disposition & _TILE for stream in container.streams.video):
+        # One of them would be taken for the whole.
+        raise MediaError('made of tiles, as phones save HEIC: convert it to JPEG or PNG')
+    if _track(container, 'video') is None and _track(container, 'audio') is None:
+        raise MediaError(f'no video and no audio track{_undecodable(container)}')
 
 
 def fit_audio(

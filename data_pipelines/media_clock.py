@@ -48,11 +48,17 @@ class _Clock:
 
     def advance(self, packet: Any) -> None:
         """Correct the time stamps of the next packet of the file, in place."""
-        stamp = packet.pts if packet.dts is None else packet.dts
-        if stamp is None:  # the empty packet at the end of each track
-            return
+        # By the order of decoding: pictures that look ahead are shown in another one.
+        if packet.dts is not None:
+            self._follow(packet)
+        if self._offset:
+            ticks = round(self._offset / packet.time_base)
+            packet.pts = None if packet.pts is None else packet.pts + ticks
+            packet.dts = None if packet.dts is None else packet.dts + ticks
+
+    def _follow(self, packet: Any) -> None:
         track = packet.stream.index
-        time = float(stamp * packet.time_base) + self._offset
+        time = float(packet.dts * packet.time_base) + self._offset
         last = self._last.get(track, time)
         if time < last - _RESTART and not self._is_return(track, time):
             self._offset += self._end - time
@@ -62,10 +68,6 @@ class _Clock:
         self._last[track] = time
         seconds = float((packet.duration or 0) * packet.time_base)
         self._end = max(self._end, time + seconds)
-        if self._offset:
-            ticks = round(self._offset / packet.time_base)
-            packet.pts = None if packet.pts is None else packet.pts + ticks
-            packet.dts = None if packet.dts is None else packet.dts + ticks
 
     def _is_return(self, track: int, time: float) -> bool:
         """Whether a track comes back from a damaged time stamp to where it was."""

@@ -129,6 +129,16 @@ def test_a_damaged_time_stamp_is_no_restart():
     assert corrected(stamps) == [stamp for _, stamp in stamps]
 
 
+def test_pictures_without_a_time_of_decoding_say_nothing_of_the_clock():
+    # A slide show whose pictures look ahead: shown at 0, 210, 70 and 140 s.
+    clock_of_file = media_clock._Clock()
+    for stamp in (0, 210_000, 70_000, 140_000):
+        packet = Packet(0, None)
+        packet.pts = stamp
+        clock_of_file.advance(packet)
+        assert packet.pts == stamp
+
+
 # ---- Channels.
 
 
