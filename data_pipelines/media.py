@@ -287,6 +287,7 @@ def duration(path: str | os.PathLike, kind: str) -> float | None:
 
 def _read_image(path: str | os.PathLike, fps: float, size: int, longest: float) -> Media:
     """An image file as a video of one frame; an animated one, as a video."""
+    _check_is_no_pipe(path)
     try:
         # The type of the frames is left open: libraries have one class for each format.
         with Image.open(os.fspath(path)) as file:
@@ -347,9 +348,16 @@ def _check_elongation(width: float, height: float) -> None:
         )
 
 
+def _check_is_no_pipe(path: str | os.PathLike) -> None:
+    """Raise MediaError for a pipe: whoever opens it waits until somebody writes to it."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise MediaError('a pipe or a device: expected a media file')
+
+
 def _open(path: str | os.PathLike) -> Any:
     """Open a container for reading."""
     name = os.fsdecode(path)
+    _check_is_no_pipe(name)
     # FFmpeg takes what stands before a colon for a protocol, as in the name 'a:b.mp4'.
     return av.open(name if '://' in name else f'file:{name}')
 

@@ -2,6 +2,7 @@
 
 import fractions
 import io
+import os
 import struct
 
 import av
@@ -340,6 +341,16 @@ def test_an_index_that_is_cut_off(tmp_path):
     cut = content[:begin] + content[end:] + index[: tracks - 4]
     (tmp_path / 'cut.mp4').write_bytes(cut)
     assert reason(tmp_path / 'cut.mp4') == 'truncated: its index (moov) is cut off'
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / 'a.mp4')
+    assert reason(tmp_path / 'a.mp4') == 'a pipe or a device: expected a media file'
+    with pytest.raises(media.MediaError, match='a pipe'):
+        media.duration(tmp_path / 'a.mp4', 'video')
+    os.mkfifo(tmp_path / 'a.jpg')
+    assert reason(tmp_path / 'a.jpg').startswith('a pipe')
+    assert reason('/dev/null').startswith('a pipe or a device')
 
 
 def test_media_under_another_name(tmp_path):
