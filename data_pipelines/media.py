@@ -276,10 +276,14 @@ def duration(path: str | os.PathLike, kind: str) -> float | None:
         with _open(path) as container:
             # The last picture stays until the sound ends, so that pictures last as long.
             kinds = ('video', 'audio') if kind == 'video' else (kind,)
+            tracks = [_track(container, kind) for kind in kinds]
+            tracks = [track for track in tracks if track is not None]
             lengths = []
-            for track in [_track(container, kind) for kind in kinds]:
-                if track is not None and track.duration:
+            for track in tracks:
+                if track.duration:
                     lengths.append(float(track.duration * track.time_base))
+            if tracks and media_clock.restarts(container, tracks):
+                return None
             return max(lengths, default=0.0) or _length(container) or None
     except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
         raise MediaError(_reason(error, path)) from None

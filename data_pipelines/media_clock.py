@@ -12,6 +12,8 @@ from typing import Any
 
 # Containers without an index of times: their parts can be joined by writing them behind each other.
 _JOINABLE = ('mpegts', 'mpeg', 'ogg', 'matroska,webm', 'flv', 'nut')
+# Of these, FFmpeg estimates the length by the first and the last time stamp.
+_ESTIMATED = ('mpegts', 'mpeg', 'ogg')
 # Seconds by which a track goes back where a new part begins; less is a clock that is inexact.
 _RESTART = 1.0
 # Seconds by which a track goes ahead that may be the damage of a single time stamp.
@@ -37,6 +39,25 @@ def packets(container: Any, stream: Any, others: list[Any]) -> Iterator[Any]:
             yield packet
 
 
+def restarts(container: Any, tracks: list[Any]) -> bool:
+    """Whether the clock of a file restarts, so that its length is not what FFmpeg estimates.
+
+    All packets are read for it, where the container has no header that would say more.
+
+    Args:
+        container: an opened file.
+        tracks: whose time stamps count.
+    """
+    if container.format.name not in _ESTIMATED:
+        return False
+    clock = _Clock()
+    for packet in container.demux(*tracks):
+        clock.advance(packet)
+        if clock.has_restarted:
+            return True
+    return False
+
+
 class _Clock:
     """Adds to the time stamps of each part the length of those before it."""
 
@@ -45,6 +66,10 @@ class _Clock:
         self._end = 0.0  # of all tracks so far, in seconds
         self._last: dict[int, float] = {}  # track -> time of its last packet
         self._before_leap: dict[int, float] = {}  # track -> where it was when it last leapt ahead
+
+    @property
+    def has_restarted(self) -> bool:
+        return self._offset != 0.0
 
     def advance(self, packet: Any) -> None:
         """Correct the time stamps of the next packet of the file, in place."""

@@ -93,6 +93,17 @@ def test_blocks_of_joined_sound(tmp_path):
     assert abs(num_samples / RATE - 2 * SECONDS) < 0.1
 
 
+@pytest.mark.parametrize('container', ['mpegts', 'mpeg'])
+def test_a_joined_file_does_not_say_how_long_it_is(tmp_path, container):
+    part = write_part(container)
+    (tmp_path / 'one').write_bytes(part)
+    (tmp_path / 'two').write_bytes(part + part)
+    for kind in ('video', 'audio'):
+        assert abs(media.duration(tmp_path / 'one', kind) - SECONDS) < 0.2
+        # FFmpeg says the same, which would leave out the second half.
+        assert media.duration(tmp_path / 'two', kind) is None
+
+
 class Packet:
     """A packet of a track, with times in milliseconds."""
 
