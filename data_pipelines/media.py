@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import fractions
 import io
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int16, Integer, Shaped, UInt8
 
+from data_pipelines import file_signs, media_clock
 from vatt_jax import extras
 
 with extras.needed('video', 'reading and writing media files'):
@@ -49,6 +51,19 @@ SUFFIXES = (
     '.m2ts',
     '.vob',
     '.gif',
+    '.3g2',
+    '.divx',
+    '.dv',
+    '.f4v',
+    '.m2t',
+    '.m2v',
+    '.mpe',
+    '.mxf',
+    '.ogm',
+    '.qt',
+    '.rm',
+    '.rmvb',
+    '.y4m',
     '.wav',
     '.flac',
     '.ogg',
@@ -61,10 +76,34 @@ SUFFIXES = (
     '.wma',
     '.aif',
     '.aiff',
+    '.ac3',
+    '.aifc',
+    '.amr',
+    '.ape',
+    '.au',
+    '.caf',
+    '.m4b',
+    '.mp2',
+    '.spx',
+    '.tta',
+    '.w64',
+    '.weba',
+    '.wv',
 )
-IMAGES = ('.jpeg', '.jpg', '.png', '.webp')
-# Formats of Pillow whose further frames are an animation; of others they are thumbnails.
-_ANIMATED = ('WEBP', 'PNG', 'GIF')
+IMAGES = (
+    '.jpeg',
+    '.jpg',
+    '.png',
+    '.webp',
+    '.apng',
+    '.avif',
+    '.bmp',
+    '.jfif',
+    '.tif',
+    '.tiff',
+)
+# Formats of Pillow whose further frames are an animation; of others they are thumbnails or pages.
+_ANIMATED = ('WEBP', 'PNG', 'GIF', 'AVIF')
 # (start, end) in seconds of a part that is all of the file.
 WHOLE = (0.0, float('inf'))
 # Frames from one keyframe to the next in records that store video.
@@ -74,6 +113,12 @@ GOP = 10
 _MAX_BAD_SHARE = 0.05
 # Seconds between the end of one piece of audio and the next from which on they are placed apart.
 _MIN_HOLE = 0.05
+# Root mean square (of 32768) below which a mix is so faint that its channels may have cancelled
+# out, and how many times as loud one of them has to be.
+_FAINT = 330.0
+_CANCELLED = 10.0
+# Seconds of a stream that are listened to for it.
+_LISTENING = 60.0
 # Seconds of sound after the last picture that are padding of its encoder, not more to see.
 _MAX_PADDING = 0.3
 # Seconds for which a picture may stay, at least, before its successor's time stamp counts as
@@ -95,6 +140,8 @@ _SIDE_TRACK = (
     | av.stream.Disposition.visual_impaired
     | av.stream.Disposition.descriptions
 )
+# A part of a picture, which FFmpeg presents as a track.
+_TILE = av.stream.Disposition.dependent
 # A frame is shown up to this many seconds early: containers round time stamps to milliseconds or
 # worse.
 _TIME_TOLERANCE = 5e-4
@@ -161,10 +208,9 @@ def read(
         with _open(path) as container:
             # Opened briefly to look at the tracks, so that a file with neither is reported as
             # such.
+            _check_tracks(container, path)
             has_video = _track(container, 'video') is not None
             has_audio = _track(container, 'audio') is not None
-            if not has_video and not has_audio:
-                raise MediaError(f'no video and no audio track{_undecodable(container)}')
             if part != WHOLE and not _contains_part(container, part):
                 part = WHOLE
             # The clock of frames and audio: a container may begin at any time stamp.
@@ -173,7 +219,7 @@ def read(
         # The file is opened again by each of the two: they read it from front to back.
         audio = _audio(path, rate, zero, longest, part) if has_audio and rate else None
     except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
-        raise MediaError(_reason(error)) from None
+        raise MediaError(_reason(error, path)) from None
     if zero is not None:
         sound_seconds = None
         if has_audio and rate:
@@ -185,6 +231,17 @@ def read(
     if part == WHOLE and audio is not None:
         _check_length(len(audio) / rate, stated)
     return Media(None, audio)
+
+
+def _check_tracks(container: Any, path: str | os.PathLike) -> None:
+    """Raise MediaError for a file whose tracks are not what is in it, or that has none."""
+    if container.format.name.startswith('mov,') and file_signs.has_cut_index(path):
+        raise MediaError('truncated: its index (moov) is cut off')
+    if any(stream.disposition & _TILE for stream in container.streams.video):
+        # One of them would be taken for the whole.
+        raise MediaError('made of tiles, as phones save HEIC: convert it to JPEG or PNG')
+    if _track(container, 'video') is None and _track(container, 'audio') is None:
+        raise MediaError(f'no video and no audio track{_undecodable(container)}')
 
 
 def fit_audio(
@@ -221,17 +278,22 @@ def duration(path: str | os.PathLike, kind: str) -> float | None:
         with _open(path) as container:
             # The last picture stays until the sound ends, so that pictures last as long.
             kinds = ('video', 'audio') if kind == 'video' else (kind,)
+            tracks = [_track(container, kind) for kind in kinds]
+            tracks = [track for track in tracks if track is not None]
             lengths = []
-            for track in [_track(container, kind) for kind in kinds]:
-                if track is not None and track.duration:
+            for track in tracks:
+                if track.duration:
                     lengths.append(float(track.duration * track.time_base))
+            if tracks and media_clock.restarts(container, tracks):
+                return None
             return max(lengths, default=0.0) or _length(container) or None
     except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
-        raise MediaError(_reason(error)) from None
+        raise MediaError(_reason(error, path)) from None
 
 
 def _read_image(path: str | os.PathLike, fps: float, size: int, longest: float) -> Media:
     """An image file as a video of one frame; an animated one, as a video."""
+    _check_is_no_pipe(path)
     try:
         # The type of the frames is left open: libraries have one class for each format.
         with Image.open(os.fspath(path)) as file:
@@ -240,7 +302,7 @@ def _read_image(path: str | os.PathLike, fps: float, size: int, longest: float) 
                 return Media(iter([_image(file, size)]), None)
             frames = _animation(file, fps, size, longest)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise MediaError(_reason(error)) from None
+        raise MediaError(_reason(error, path)) from None
     return Media(iter(frames), None)
 
 
@@ -267,9 +329,11 @@ def _image(image: Image.Image, size: int) -> UInt8[np.ndarray, 'H W 3']:
     image.draft('RGB', (size, size))
     # Cameras store the sensor's orientation and note the rotation in EXIF.
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith('F'):
+        raise MediaError('unknown range: pixels are floats; save it with 8 or 16 bits a colour')
     if image.mode.startswith('I'):
         # 16 bits of grey, which `convert` would cut off at 255.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = Image.fromarray(np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8))
     image = image.convert('RGB')
     width, height = image.size
     _check_elongation(width, height)
@@ -290,9 +354,16 @@ def _check_elongation(width: float, height: float) -> None:
         )
 
 
+def _check_is_no_pipe(path: str | os.PathLike) -> None:
+    """Raise MediaError for a pipe: whoever opens it waits until somebody writes to it."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise MediaError('a pipe or a device: expected a media file')
+
+
 def _open(path: str | os.PathLike) -> Any:
     """Open a container for reading."""
     name = os.fsdecode(path)
+    _check_is_no_pipe(name)
     # FFmpeg takes what stands before a colon for a protocol, as in the name 'a:b.mp4'.
     return av.open(name if '://' in name else f'file:{name}')
 
@@ -393,9 +464,12 @@ def _decode(container: Any, stream: Any) -> Iterator[Any]:
     """
     num_good = 0
     num_bad = 0
+    # The main tracks play together.
+    tracks = [_track(container, kind) for kind in ('video', 'audio')]
+    others = [track for track in tracks if track is not None and track.index != stream.index]
     try:
         # The last packet is empty; decoding it flushes the frames that the decoder still holds.
-        for packet in container.demux(stream):
+        for packet in media_clock.packets(container, stream, others):
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError:
@@ -445,8 +519,13 @@ def _decode_from(
             yield from _decode(again, stream)
 
 
-def _reason(error: BaseException) -> str:
-    """Why a file cannot be used, of what was raised while it was opened."""
+def _reason(error: BaseException, path: str | os.PathLike = '') -> str:
+    """Why a file cannot be used, of what was raised while it was opened.
+
+    Args:
+        error: what was raised.
+        path: of a file that may be no media file at all; '' of one that opened.
+    """
     if isinstance(error, MediaError):
         return error.reason
     # A file that cannot be reached says nothing of its contents.
@@ -456,6 +535,9 @@ def _reason(error: BaseException) -> str:
         return 'a folder: expected a media file'
     if isinstance(error, PermissionError):
         return 'not readable: permission denied'
+    explanation = file_signs.explain(path) if path else ''
+    if explanation:
+        return explanation
     message = str(getattr(error, 'strerror', None) or error).split('\n')[0]
     return f'corrupt: {message}'
 
@@ -525,8 +607,12 @@ class _Orientation:
     @classmethod
     def of(cls, frame: av.VideoFrame) -> _Orientation:
         # PyAV's types say that names are looked up; it takes the type as well.
-        side_data: Any = frame.side_data
-        buffer = side_data.get(SideDataType.DISPLAYMATRIX)
+        try:
+            side_data: Any = frame.side_data
+            buffer = side_data.get(SideDataType.DISPLAYMATRIX)
+        except ValueError:
+            # PyAV knows no name for some other side data, as for the EXIF of a camera.
+            return cls._of_angle(frame.rotation)
         if buffer is None:
             return cls()
         # ISO/IEC 14496-12: (x, y) is displayed at (a x + c y, b x + d y), up to an offset. Of its
@@ -536,6 +622,14 @@ class _Orientation:
         if abs(b) + abs(c) > abs(a) + abs(d):
             return cls(True, flips_rows=b < 0, flips_columns=c < 0)
         return cls(False, flips_rows=d < 0, flips_columns=a < 0)
+
+    @classmethod
+    def _of_angle(cls, degrees: float) -> _Orientation:
+        """Of a picture that is turned counterclockwise, to the nearest right angle."""
+        quarters = round(degrees / 90) % 4
+        return cls(
+            quarters % 2 == 1, flips_rows=quarters in (1, 2), flips_columns=quarters in (2, 3)
+        )
 
     def apply(self, picture: UInt8[np.ndarray, 'H W 3']) -> UInt8[np.ndarray, 'H2 W2 3']:
         """The picture as it is displayed."""
@@ -736,6 +830,9 @@ def _audio(
         # Decoding may stop there; a bit too much is cut off below.
         last_time = float('inf') if zero is None else zero + end - start
         pieces = _audio_pieces(_decode_from(path, container, stream, begin), rate, last_time)
+        may_cancel = stream.codec_context.channels == 2 and _loudness(pieces) < _FAINT
+    if may_cancel:
+        pieces = _uncancelled(path, rate, begin, last_time, pieces)
     if not pieces:
         return None
 
@@ -763,10 +860,58 @@ def _audio(
     return audio[: round((end - start) * rate)]
 
 
-def _audio_pieces(
-    frames: Iterator[Any], rate: int, last_time: float
+def _uncancelled(
+    path: str | os.PathLike,
+    rate: int,
+    begin: float,
+    last_time: float,
+    mixed: list[tuple[float, Int16[np.ndarray, ' S']]],
 ) -> list[tuple[float, Int16[np.ndarray, ' S']]]:
-    """Resample audio up to `last_time`, in pieces without a hole: (time stamp, mono samples)."""
+    """The left channel, where left and right are each other's negative; else what was mixed.
+
+    Wired the wrong way round, a microphone gives such files; their mean is silence.
+
+    Args:
+        path: the file.
+        rate: samples per second that come out.
+        begin: where decoding begins, on the clock of the file.
+        last_time: where it may stop.
+        mixed: pieces of the mean of both channels.
+    """
+    with _open(path) as container:
+        stream: Any = _track(container, 'audio')
+        stream.codec_context.thread_count = 1
+        frames = _decode_from(path, container, stream, begin)
+        left = _audio_pieces(frames, rate, last_time, is_mixed=False)
+    return left if _loudness(left) > _CANCELLED * _loudness(mixed) else mixed
+
+
+def _loudness(pieces: list[tuple[float, Int16[np.ndarray, ' S']]]) -> float:
+    """Root mean square of the samples of all pieces; 0 without any."""
+    num_samples = sum(len(samples) for _, samples in pieces)
+    if not num_samples:
+        return 0.0
+    energy = 0.0
+    for _, samples in pieces:
+        # As float32: the squares of an hour in float64 would take gigabytes.
+        energy += float(np.sum(np.square(samples, dtype=np.float32), dtype=np.float64))
+    return math.sqrt(energy / num_samples)
+
+
+def _audio_pieces(
+    frames: Iterator[Any], rate: int, last_time: float, is_mixed: bool = True
+) -> list[tuple[float, Int16[np.ndarray, ' S']]]:
+    """Resample audio up to `last_time`, in pieces without a hole.
+
+    Args:
+        frames: decoded.
+        rate: samples per second that come out.
+        last_time: on the clock of the file.
+        is_mixed: whether all channels are mixed, or the first is taken.
+
+    Returns:
+        (time stamp, mono samples) of each piece.
+    """
     times: list[float] = []
     chunks: list[list[np.ndarray]] = []  # of each piece
     resampler = None
@@ -782,7 +927,7 @@ def _audio_pieces(
         if resampler is None or frame_format != stream_format or is_hole:
             if resampler is not None:
                 chunks[-1].extend(_resample(resampler, None))  # what it still holds
-            resampler = av.AudioResampler(format='s16', layout='mono', rate=rate)
+            resampler = _resampler(frame, rate, is_mixed)
             stream_format = frame_format
             times.append(time)
             chunks.append([])
@@ -794,6 +939,14 @@ def _audio_pieces(
     if resampler is not None:
         chunks[-1].extend(_resample(resampler, None))
     return [(time, np.concatenate(parts)) for time, parts in zip(times, chunks) if parts]
+
+
+def _resampler(frame: Any, rate: int, is_mixed: bool) -> av.AudioResampler:
+    """A resampler for frames like this one, whose first row of samples is wanted."""
+    if is_mixed:
+        return av.AudioResampler(format='s16', layout='mono', rate=rate)
+    # Planar: one row for each channel.
+    return av.AudioResampler(format='s16p', layout=frame.layout.name, rate=rate)
 
 
 def _resample(resampler: av.AudioResampler, frame: Any) -> list[np.ndarray]:
@@ -821,19 +974,36 @@ def stream_audio(
         with _open(path) as container:
             has_video = _track(container, 'video') is not None
             zero = _first_time(container) if has_video else None
+        is_mixed = not _cancels_out(path, rate)
         # Opened again: finding the first picture may have decoded a part.
         with _open(path) as container:
             stream: Any = _track(container, 'audio')
             if stream is None:
                 return
             stream.codec_context.thread_count = 1
-            yield from _place_blocks(_audio_blocks(container, stream, rate), rate, zero, longest)
+            blocks = _audio_blocks(container, stream, rate, is_mixed)
+            yield from _place_blocks(blocks, rate, zero, longest)
     except (av.error.FFmpegError, OSError, EOFError, UnicodeDecodeError) as error:
-        raise MediaError(_reason(error)) from None
+        raise MediaError(_reason(error, path)) from None
+
+
+def _cancels_out(path: str | os.PathLike, rate: int) -> bool:
+    """Whether the first minute is silence only because its two channels are mixed."""
+    with _open(path) as container:
+        stream: Any = _track(container, 'audio')
+        if stream is None or stream.codec_context.channels != 2:
+            return False
+        start = float((stream.start_time or 0) * stream.time_base)
+        last_time = start + _LISTENING
+        stream.codec_context.thread_count = 1
+        mixed = _audio_pieces(_decode(container, stream), rate, last_time)
+    if _loudness(mixed) >= _FAINT:
+        return False
+    return _uncancelled(path, rate, 0.0, last_time, mixed) is not mixed
 
 
 def _audio_blocks(
-    container: Any, stream: Any, rate: int
+    container: Any, stream: Any, rate: int, is_mixed: bool
 ) -> Iterator[tuple[float | None, Int16[np.ndarray, ' S']]]:
     """Yield (time stamp, mono samples); no time stamp where the last block simply goes on."""
     resampler = None
@@ -849,7 +1019,7 @@ def _audio_blocks(
                 for samples in _resample(resampler, None):
                     yield piece_time, samples
                     piece_time = None
-            resampler = av.AudioResampler(format='s16', layout='mono', rate=rate)
+            resampler = _resampler(frame, rate, is_mixed)
             stream_format = frame_format
             piece_time = time
             expected_time = time

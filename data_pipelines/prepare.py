@@ -22,6 +22,7 @@ import argparse
 import errno
 import functools
 import hashlib
+import inspect
 import json
 import os
 import pathlib
@@ -49,6 +50,7 @@ try:
         media_catalog,
         record_contents,
         staging,
+        target_folder,
         training_command,
         writing,
     )
@@ -62,6 +64,8 @@ except extras.MissingExtra as error:
 _WRITERS = ('tensorflow', 'tensorflow_datasets', 'array_record')
 # Written last: a folder without it is unfinished.
 _FINISHED_FILE = 'prepare.json'
+# Arguments of `prepare` that are paths.
+_PATHS = ('videos', 'captions', 'out', 'annotations', 'manual_dir')
 # Error numbers of a disk that takes no more: full, over the user's quota, file too large.
 _FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -98,7 +102,27 @@ def _full_disk_cause(error: OSError | RuntimeError) -> str | None:
     return None
 
 
+def _with_paths(function: Function) -> Function:
+    """Decorator: paths are what the command would make of them, and no other call writes to `out`.
+
+    Notebooks have no shell that knows `~`, and scripts pass pathlib's paths.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        for name in _PATHS:
+            if name in bound.arguments:
+                bound.arguments[name] = arguments.path_argument(name, bound.arguments[name])
+        with target_folder.only_writer(bound.arguments.get('out', '')):
+            return function(*bound.args, **bound.kwargs)
+
+    return call  # type: ignore[return-value]  # functools.wraps keeps the signature
+
+
 @_explain_full_disk
+@_with_paths
 def prepare(
     videos: str = '',
     captions: str = '',
@@ -226,7 +250,7 @@ def prepare(
 
     # Likewise: these are imported only when all files are decoded.
     extras.check('writing records', *_WRITERS, *record_contents.tokenizer_modules(tokenizer))
-    stage_dir.mkdir(parents=True, exist_ok=True)
+    target_folder.make(stage_dir)
     # Skips what an earlier run has staged already: this is the step that resumes.
     staging.stage_all(files, settings, stage_dir, processes, console, beam)
 
@@ -242,6 +266,8 @@ def prepare(
             f'all {len(skipped)} files below {videos or manual_dir} were skipped, for example '
             f'{example} ({reason}); see {target / "skipped.json"}'
         )
+    for remark in record_contents.remark_on_late_sentences(records, catalog):
+        console(remark)
     # Decided by all files, not by the usable records: a file that is skipped does not change the
     # split of another.
     by_folder = not dataset and record_contents.has_split_folders(files)
@@ -368,7 +394,7 @@ def _finished_run(
             raise DataError(f'--out={target} holds other files; choose a new or empty folder')
         return None
 
-    finished = json.loads((target / _FINISHED_FILE).read_text(encoding='utf-8'))
+    finished = _read_finished(target)
     # Compared as JSON has it, where tuples are lists.
     identity = json.loads(json.dumps(identity))
     if finished['identity'] == identity:
@@ -393,6 +419,21 @@ def _finished_run(
         else:
             path.unlink(missing_ok=True)
     return None
+
+
+def _read_finished(target: pathlib.Path) -> dict[str, Any]:
+    """What the run that finished `target` noted about itself."""
+    path = target / _FINISHED_FILE
+    try:
+        finished = json.loads(path.read_text(encoding='utf-8'))
+        if {'identity', 'files', 'summary'} <= set(finished):
+            return finished
+    except (OSError, ValueError, TypeError):  # unreadable, no JSON, JSON of something else
+        pass
+    raise DataError(
+        f'--out={target}: expected {_FINISHED_FILE} of an earlier run, got a file that is damaged '
+        'or of another program; choose another --out'
+    )
 
 
 # ---- The command.
@@ -533,6 +574,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print('stopped; the same command goes on from here', file=sys.stderr)
         return 130  # 128 + SIGINT, as shells report it
+    except OSError as error:
+        # Of the machine, not of the arguments: a disk that is gone, a folder that was removed.
+        print(f'error: {printable(str(error))}', file=sys.stderr)
+        return 1
     return 0
 
 

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -126,6 +124,15 @@ class Folder(
     def _example_writer(self) -> tfds_writer.ExampleWriter:
         return UncompressedWriter(self.info.file_format)
 
+    # tfds prints that it downloads, which it does not. Its output is not redirected instead: that
+    # would swallow what other threads of the caller print meanwhile, and two calls at once would
+    # leave standard output redirected for good.
+    def _log_download_bytes(self) -> None:
+        pass
+
+    def _log_download_done(self) -> None:
+        pass
+
 
 def write(directory: str, name: str, labels: Labels, splits: Mapping[str, Examples]) -> str:
     """Write a tfds dataset.
@@ -147,12 +154,11 @@ def write(directory: str, name: str, labels: Labels, splits: Mapping[str, Exampl
     # A builder's name is a class attribute, which tfds reads while the class is created.
     builder_class = types.new_class(name, (Folder,), {'skip_registration': True}, fill_namespace)
     builder = builder_class(labels=labels, splits=splits, data_dir=directory)
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces a download
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(
-                try_download_gcs=False,
-                max_shard_size=SHARD_BYTES,
-                compute_stats=tfds.download.ComputeStatsMode.SKIP,
-            )
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(
+            try_download_gcs=False,
+            max_shard_size=SHARD_BYTES,
+            compute_stats=tfds.download.ComputeStatsMode.SKIP,
         )
+    )
     return builder.data_dir

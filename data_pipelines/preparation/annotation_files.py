@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from data_pipelines import media
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import subtitles, text_files
+from data_pipelines.preparation import plain_text, subtitles, text_files
 
 # (start, end) in seconds of an entry without times: the whole file.
 WHOLE = (0.0, float('inf'))
@@ -21,6 +21,17 @@ WHOLE = (0.0, float('inf'))
 _DELIMITERS = (',', ';', '\t', '|')
 _TABLE_SUFFIXES = ('.csv', '.tsv', '.txt')
 _JSON_SUFFIXES = ('.json', '.jsonl', '.ndjson')
+# What to do about files of other kinds.
+_REMEDIES = {
+    'save the spreadsheet as CSV': ('.xlsx', '.xls', '.ods', '.numbers'),
+    'save the table as CSV (pandas: to_csv)': ('.parquet', '.feather', '.arrow', '.pkl', '.h5'),
+    'unpack it first': ('.gz', '.zip', '.bz2', '.xz', '.zst', '.tar', '.tgz', '.7z', '.rar'),
+    'convert it to SRT (ffmpeg -i FILE FILE.srt, or yt-dlp --convert-subs=srt)': (
+        *('.ass', '.ssa', '.ttml', '.dfxp', '.smi', '.lrc', '.xml'),
+        *('.json3', '.srv1', '.srv2', '.srv3'),
+    ),
+    'save it as plain text': ('.docx', '.doc', '.odt', '.rtf', '.pdf', '.html'),
+}
 
 # What a column of a table, or a field of JSON, may be called: the likeliest name first.
 _NAMES_OF = {
@@ -99,7 +110,11 @@ _ADDRESS = re.compile(
     re.ASCII,
 )
 # What programs write where there is nothing.
-_MISSING_WORDS = ('', 'nan', 'NaN', 'null', 'NULL', 'None', '<NA>', 'N/A', '#N/A')
+_MISSING_WORDS = ('', 'nan', 'NaN', 'null', 'NULL', 'None', '<NA>', 'N/A', '#N/A', '\\N')
+# What spreadsheets write where they took a text, such as -abc or =abc, for a formula.
+_SPREADSHEET_ERRORS = ('#NAME?', '#REF!', '#VALUE!', '#NULL!', '#NUM!', '#DIV/0!')
+# Of speech recognition (Whisper): sentences with times, beside the whole text without.
+_SEGMENTS = 'segments'
 
 # Characters of a malformed entry, and of the names of columns, that an error message quotes.
 _MAX_QUOTE = 60
@@ -150,7 +165,8 @@ def _json_entries(text: str, path: pathlib.Path) -> Iterator[tuple[str, Any, str
     """(video, entry, file and place) of each entry of a file of JSON or JSON Lines."""
     documents: list[tuple[str, Any]] = []
     # Programs write JSON Lines under the suffix of JSON too.
-    if path.suffix.lower() != '.json' or text_files.is_json_lines(text):
+    is_lines = path.suffix.lower() != '.json' and not text.lstrip().startswith('[\n')
+    if is_lines or text_files.is_json_lines(text):
         for line_number, content in text_files.parse_json_lines(text, path):
             documents.append((f'{path}, line {line_number}', content))
     else:
@@ -170,6 +186,10 @@ def _json_entries(text: str, path: pathlib.Path) -> Iterator[tuple[str, Any, str
 
 def _json_rows(content: Any, where: str) -> Iterator[tuple[Any, Any]]:
     """(video or None, entry) of each entry of one JSON document."""
+    if _has_segments(content) and not _is_entry(content):
+        # Of one video, which gave the file its name.
+        yield pathlib.Path(where).stem, content
+        return
     if isinstance(content, Mapping) and not _is_entry(content):
         for name in _LISTS_OF_ENTRIES:
             entries = content.get(name)
@@ -220,6 +240,11 @@ def _sentences_of(value: Any, where: str) -> list[dict[str, Any]]:
     as HowTo100M has it.
     """
     fields: Mapping[str, Any] = {}
+    if _has_segments(value):
+        sentences = []
+        for segment in value[_SEGMENTS]:
+            sentences += _sentences_of(segment, where)
+        return sentences
     if isinstance(value, Mapping):
         _check_names(value, where)
         fields = _fields(value)
@@ -235,6 +260,14 @@ def _sentences_of(value: Any, where: str) -> list[dict[str, Any]]:
     if is_missing(text):
         return []
     return [{'text': _checked_text(text, where), **_times(fields, where)}]
+
+
+def _has_segments(value: Any) -> bool:
+    """Whether an entry holds sentences with times in a list of its own."""
+    segments = value.get(_SEGMENTS) if isinstance(value, Mapping) else None
+    if not isinstance(segments, list) or not segments:
+        return False
+    return all(isinstance(item, Mapping) and 'text' in _fields(item) for item in segments)
 
 
 def _sentences_of_lists(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
@@ -287,7 +320,7 @@ def _checked_text(text: Any, where: str) -> str:
     is_number = isinstance(text, int | float) and not isinstance(text, bool)
     if not isinstance(text, str) and not is_number:
         raise DataError(f'{where}: expected a sentence, got {_quote(text)}')
-    return _storable(str(text))
+    return _storable(plain_text.plain(str(text)))
 
 
 def _storable(text: str) -> str:
@@ -646,6 +679,12 @@ def _read_table(
         if has_decimal_comma:
             for meaning in ('start', 'end', 'duration'):
                 fields[meaning] = fields.get(meaning, '').replace(',', '.')
+        for cell in cells:
+            if cell in _SPREADSHEET_ERRORS:
+                raise DataError(
+                    f'{where}: expected a text, got {cell!r}, which a spreadsheet writes for a '
+                    'formula that it cannot compute; format the column as text and enter it anew'
+                )
         if not fields['video']:
             raise DataError(
                 f'{where}: expected the name of a video in column {names[column_of["video"]]!r}, '
@@ -660,10 +699,11 @@ def _delimiter(text: str, required: tuple[str, ...]) -> tuple[str, str]:
     It is the one with which the header has the columns.
     """
     first_line, _, rest = text.lstrip('\n').partition('\n')
-    # Excel's own way of saying it.
-    if first_line.lower().startswith('sep=') and len(first_line.strip()) == len('sep=;'):
+    # Excel's own way of saying it; some programs put it into quotes.
+    separator = re.fullmatch(r'"?sep=(.)"?\s*', first_line, re.I)
+    if separator:
         # An empty line in its place, so that lines keep their numbers.
-        return '\n' + rest, first_line.strip()[-1]
+        return '\n' + rest, separator[1]
     for delimiter in _DELIMITERS:
         names = [name.strip().strip('"') for name in first_line.split(delimiter)]
         if set(required) <= set(_names_by_meaning(names)):
@@ -813,14 +853,16 @@ def _simplified(name: Any) -> str:
 
 def _checked_path(path: str | pathlib.Path, kind: str, suffixes: tuple[str, ...]) -> pathlib.Path:
     path = pathlib.Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f'the {kind} file {path} does not exist')
-    if path.suffix.lower() not in suffixes:
+    if not path.is_file():
+        raise DataError(f'the {kind} file {path}: expected a file, got a folder or a pipe')
+    suffix = path.suffix.lower()
+    if suffix not in suffixes:
         hint = ''
-        if path.suffix.lower() in ('.xlsx', '.xls', '.ods', '.numbers'):
-            hint = '; save the spreadsheet as CSV'
-        elif path.suffix.lower() in ('.gz', '.zip', '.bz2', '.xz', '.zst'):
-            hint = '; unpack it first'
+        for remedy, kinds in _REMEDIES.items():
+            if suffix in kinds:
+                hint = f'; {remedy}'
         raise DataError(
             f'the {kind} file {path}: expected one of {", ".join(suffixes)}, '
             f'got {path.suffix or "no suffix"}{hint}'
@@ -887,6 +929,10 @@ def _parse_time(text: str) -> float | None:
     number = re.fullmatch(r'(-?\d+\.?\d*(?:e[-+]?\d+)?|-?\.\d+|inf(?:inity)?)\s*s?', text, re.I)
     if number:
         return float(number[1])
+    # 1h02m03s, as in the addresses of videos.
+    words = re.fullmatch(r'(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d*)?)s)?', text, re.I)
+    if words and text:
+        return int(words[1] or 0) * 3600 + int(words[2] or 0) * 60 + float(words[3] or 0)
     clock = re.fullmatch(r'(?:(\d+):)?(\d+):(\d\d?(?:\.\d*)?)', text)
     if clock is None:
         return None

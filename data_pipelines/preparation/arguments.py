@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
+from typing import Any
 
 from data_pipelines.errors import DataError
 from data_pipelines.preparation import decoded_files
+
+# Characters of a dataset's name: files are called so, with split and number behind it.
+_MAX_NAME = 128
 
 
 def check_arguments(
@@ -29,7 +34,7 @@ def check_arguments(
         ('quality', settings.quality, 1 <= settings.quality <= 100),
         ('min_seconds', settings.min_seconds, settings.min_seconds >= 0),
         # Two entries are padding and unknown words.
-        ('vocabulary', vocabulary, vocabulary >= 3),
+        ('vocabulary', vocabulary, vocabulary >= 3 and vocabulary % 1 == 0),
         ('processes', processes, processes >= 1),
         ('validation', validation, validation >= 0 and validation + test < 1),
         ('test', test, test >= 0),
@@ -38,11 +43,28 @@ def check_arguments(
         if not makes_sense:
             raise DataError(f'--{flag}={value} makes no sense; see --help for what it means')
     # tfds derives a class and a folder from the name and accepts only snake case.
-    if not re.fullmatch(r'[a-z][a-z0-9_]*', name):
+    if not re.fullmatch(r'[a-z][a-z0-9_]*', name) or len(name) > _MAX_NAME:
         raise DataError(
             f'--name={name}: expected lower-case letters, digits and underscores, '
-            'beginning with a letter'
+            f'beginning with a letter, {_MAX_NAME} at most'
         )
+
+
+def path_argument(name: str, value: Any) -> str:
+    """An argument that is a path, as text; '' for None, and `~` is the home folder.
+
+    Args:
+        name: of the argument.
+        value: as it was given.
+
+    Raises:
+        DataError: it is no path.
+    """
+    if value is None:
+        return ''
+    if not isinstance(value, str | bytes | os.PathLike):
+        raise DataError(f'{name}: expected a path, got {type(value).__name__}')
+    return os.path.expanduser(os.fsdecode(value))
 
 
 def stored_crf(store: str, crf: int) -> int:
@@ -60,6 +82,6 @@ def dataset_name(out: pathlib.Path) -> str:
     name = re.sub(r'[^a-z0-9]+', '_', out.resolve().name.lower()).strip('_')
     if not name:
         return 'videos'
-    if re.match('[a-z]', name):
-        return name
-    return f'set_{name}'
+    if not re.match('[a-z]', name):
+        name = f'set_{name}'
+    return name[:_MAX_NAME]

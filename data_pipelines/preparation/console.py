@@ -11,6 +11,10 @@ from vatt_jax.terminal import printable, use_plain_characters
 
 _COUNTS = ('records', 'segments', 'sentences', 'hours', 'without_audio', 'without_video')
 
+# Columns of a terminal that does not say how many it has, and that the table of splits needs.
+_USUAL_WIDTH = 80
+_TABLE_WIDTH = 60
+
 
 class Console:
     """Prints to the terminal through rich, or prints nothing if `quiet`.
@@ -26,6 +30,9 @@ class Console:
         # File names are text: neither [brackets] nor :words: in them mean styles and pictures.
         # Without highlighting, which colours every number and path.
         self.console = RichConsole(quiet=quiet, highlight=False, markup=False, emoji=False)
+        if self.console.width < 1:
+            # COLUMNS=0, as editors and containers have it: nothing at all would be printed.
+            self.console.width = _USUAL_WIDTH
 
     def __call__(self, text: str) -> None:
         """Print one line."""
@@ -102,7 +109,11 @@ class Console:
         for count in _COUNTS:
             values = [str(counts[count]) for counts in splits.values()]
             table.add_row(count.replace('_', ' '), *values)
+        # On a narrow terminal the lines of the table wrap, but no number is cut off.
+        width = self.console.width
+        self.console.width = max(width, _TABLE_WIDTH)
         self.console.print(table)
+        self.console.width = width
 
     def _print_skipped(self, skipped: Mapping[str, str]) -> None:
         # 'corrupt: …' and 'corrupt: …' are one kind of reason: what follows the colon differs

@@ -154,10 +154,24 @@ def _decode(file: File, settings: Settings) -> tuple[dict[str, Any], list[bytes]
     if header['duration'] < settings.min_seconds:
         raise media.MediaError(f'too short: {header["duration"]:.2f} s')
 
+    _check_unchanged(file)
     header['lengths'] = [len(frame) for frame in frames]
     # Little-endian on every machine; the header says nothing of byte order.
     pcm = b'' if audio is None else audio.astype('<i2').tobytes()
     return header, [*frames, pcm]
+
+
+def _check_unchanged(file: File) -> None:
+    """Raise MediaError for a file that is another one now than when the folder was listed.
+
+    A copy or a download that still goes on would count as whole.
+    """
+    status = os.stat(file.path)
+    # 0 where nobody noted the time.
+    if file.modified and (status.st_size, status.st_mtime_ns) != (file.bytes, file.modified):
+        raise media.MediaError(
+            'changed: it was written to meanwhile; prepare again when it is whole'
+        )
 
 
 def _encode_jpegs(pictures: Iterable[UInt8[np.ndarray, 'H W 3']], quality: int) -> list[bytes]:

@@ -10,20 +10,21 @@ import hashlib
 import math
 import os
 import pathlib
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from data_pipelines import media
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import annotation_files, decoded_files, subtitles
+from data_pipelines.preparation import (
+    annotation_files,
+    decoded_files,
+    folder_listing,
+    subtitles,
+)
 from data_pipelines.storage.records import SPLITS
 
 # In place of a captions file: no sentences, though subtitle files lie beside the videos.
 NO_CAPTIONS = 'none'
-
-# Only for the hint in an error message.
-_ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.rar', '.7z')
 
 # A split, or one for each fold; '' where none is given.
 SplitOrFolds = str | Sequence[str]
@@ -105,7 +106,8 @@ def from_folder(
     """
     # The folder comes first: files are records even if no annotation names them.
     folder = pathlib.Path(videos)
-    files = scan(folder)
+    listing = folder_listing.list_media(folder)
+    files = listing.files
     resolver = annotation_files.NameResolver((file.id for file in files), folder)
 
     spoken = _read_sentences(captions, folder, files, resolver, encoding)
@@ -134,8 +136,8 @@ def from_folder(
         missing=unknown_names,
         # By contents: copying the file or touching it does not make another dataset.
         identity=_identity(spoken.digest, annotations, encoding),
-        skipped=spoken.skipped,
-        remarks=spoken.remarks,
+        skipped=listing.skipped | spoken.skipped,
+        remarks=listing.remarks() + spoken.remarks,
     )
 
 
@@ -309,44 +311,7 @@ def scan(
     Raises:
         DataError: if there is none; archives that were not unpacked are pointed out.
     """
-    if not folder.is_dir():
-        raise DataError(f'the folder {folder} does not exist')
-    files = []
-    archives = []
-    # Links are followed, since large collections are often linked together from several disks.
-    for root, subfolders, entries in os.walk(folder, followlinks=True):
-        # Assigned in place: this is how os.walk is told where to go.
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith('.'))
-        # Sorted, because file systems list in any order, and the order of records should not
-        # depend on it.
-        for entry in sorted(entries):
-            # Hidden ones are not media: '._x.mp4' is what macOS leaves on foreign disks.
-            if entry.lower().endswith(tuple(suffixes)) and not entry.startswith('.'):
-                path = pathlib.Path(root, entry)
-                try:
-                    status = path.stat()
-                except OSError:  # a dangling link
-                    continue
-                if not stat.S_ISREG(status.st_mode):  # reading a pipe would never end
-                    continue
-                file_id = _readable(path.relative_to(folder).as_posix())
-                files.append(
-                    decoded_files.File(file_id, str(path), status.st_size, status.st_mtime_ns)
-                )
-            elif entry.lower().endswith(_ARCHIVES):
-                archives.append(entry)
-    if not files:
-        hint = f'; unpack {archives[0]} first' if archives else ''
-        raise DataError(f'no media file below {folder} (looked for {", ".join(suffixes)}){hint}')
-    return files
-
-
-def _readable(path: str) -> str:
-    """A path as text that can be stored: bytes that are no UTF-8 become `\\xe9` and so on.
-
-    It is the same in every locale, although Python's own text of a path is not.
-    """
-    return os.fsencode(path).decode('utf-8', 'backslashreplace')
+    return folder_listing.list_media(folder, suffixes).files
 
 
 def digest(path: str | os.PathLike) -> str:

@@ -83,6 +83,36 @@ def _cut_to(duration: float, entries: Iterable[Mapping[str, Any]]) -> list[dict[
     ]
 
 
+def remark_on_late_sentences(
+    records: Iterable[Mapping[str, Any]], catalog: MediaCatalog
+) -> list[str]:
+    """Say how many sentences begin behind the end of their file: their times may be milliseconds.
+
+    Args:
+        records: as of `make_record`.
+        catalog: what was given.
+
+    Returns:
+        A sentence for the user, or none.
+    """
+    num_late = 0
+    num_given = 0
+    example = ''
+    for record in records:
+        starts = [sentence['start'] for sentence in catalog.sentences.get(record['id']) or []]
+        late = [start for start in starts if start >= record['duration']]
+        num_given += len(starts)
+        num_late += len(late)
+        if late and not example:
+            example = f'{record["id"]} ({late[0]:g} s of {record["duration"]:g} s)'
+    if not num_late:
+        return []
+    return [
+        f'{num_late} of {num_given} sentences begin behind the end of their file and are left out, '
+        f'for example in {example}; times are expected in seconds'
+    ]
+
+
 def _with_all_labels(
     segment: Mapping[str, Any], multi_hot: Mapping[str, int | None]
 ) -> dict[str, Any]:
@@ -156,6 +186,10 @@ def _fill_small_splits(records: Sequence[dict[str, Any]], shares: Mapping[str, f
     # Most files are for training, however few there are.
     least = min(_LEAST_RECORDS, len(records) // 3)
     remarks = []
+    if not any(record['split'] == 'train' for record in records):
+        # A single file, as a first try has it.
+        for record in records:
+            record['split'] = 'train'
     for split, share in shares.items():
         if not share:
             continue

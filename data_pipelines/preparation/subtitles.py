@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-import html
 import itertools
 import os
 import pathlib
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import text_files
+from data_pipelines.preparation import folder_listing, plain_text, text_files
 
 SUFFIXES = ('.srt', '.vtt', '.sbv')
 # Kinds that are not read; told, because a user who has them expects sentences.
@@ -36,16 +35,20 @@ _OTHER_SUFFIXES = (
 )
 
 _TIME = r'(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)'
+# As it should be, as people type it, and as word processors mend it.
+_ARROW = '(?:-->|->|[–—]>|→)'
 # 00:00:01,000 --> 00:00:02,000 of SRT and WebVTT, which has the place on the screen behind it.
-_CUE = re.compile(rf'\s*{_TIME}\s*-->\s*{_TIME}(?:\s.*)?')
+_CUE = re.compile(rf'\s*{_TIME}\s*{_ARROW}\s*{_TIME}(?:\s.*)?')
 # 0:00:01.000,0:00:02.000
 _SBV_CUE = re.compile(rf'\s*{_TIME},{_TIME}\s*')
 # Times of a cue, however malformed: taken for words, they would join two cues.
-_LIKE_CUE = re.compile(r'.*\d:\d.*-->.*\d:\d.*')
-# Tags of WebVTT and SRT by name, so that "3 < 5" stays; <00:00:01.500> is the time of a word.
-_TAG = re.compile(r'</?(?:c|i|b|u|s|v|lang|ruby|rt|font)(?:[\s.][^<>]*)?>|<[\d:.]+>', re.I)
-# {\an8}: place on the screen, in SRT made from ASS.
-_OVERRIDE = re.compile(r'\{\\[^{}]*\}')
+_LIKE_CUE = re.compile(rf'.*\d:\d.*-->.*\d:\d.*|[-\d:;.,\s]*\d\s*{_ARROW}\s*-?\d[-\d:;.,\s]*')
+# What is left of the times of a cue where a file was cut short.
+_CUT_CUE = re.compile(r'\s*\d+:\d\d:\d\d[.,]\d*(?:\s*-{0,2}>?[\s\d:.,]*)')
+# New lines and spaces of ASS, new lines of SBV.
+_BREAK = re.compile(r'\\[Nh]|\[br\]')
+# A cue of pictures to choose a moment from.
+_THUMBNAIL = re.compile(r'\S+#xywh=\S+')
 # Blocks of WebVTT that hold no speech.
 _COMMENTS = ('NOTE', 'STYLE', 'REGION')
 
@@ -112,7 +115,7 @@ def _cues(text: str, path: str | os.PathLike) -> list[_Cue]:
     lines = text.split('\n')
     # The names of cues in WebVTT are anything, in SRT they are numbers.
     has_names = text.lstrip().startswith('WEBVTT')
-    pattern = _CUE if '-->' in text else _SBV_CUE
+    pattern = _CUE if any(map(_CUE.fullmatch, lines)) else _SBV_CUE
     # Times are what cannot be missed; blank lines are missing or too many in files made by hand.
     times = []
     for line_number, line in enumerate(lines):
@@ -131,6 +134,8 @@ def _cues(text: str, path: str | os.PathLike) -> list[_Cue]:
         body = lines[line_number + 1 : next_line]
         if next_line is not None:
             body = _without_name(body, has_names)
+        elif body and _CUT_CUE.fullmatch(body[-1]):
+            body = _without_name(body[:-1], has_names)
         spoken = _spoken_lines(body)
         start, end = _seconds(match, 1), _seconds(match, 4)
         if spoken:
@@ -161,12 +166,10 @@ def _spoken_lines(lines: Sequence[str]) -> list[str]:
         # A comment begins behind a blank line and takes all that follows, up to the next cue.
         if i > 0 and not lines[i - 1].strip() and line.split(' ')[0].strip() in _COMMENTS:
             break
-        words = _OVERRIDE.sub('', _TAG.sub('', line))
-        # Twice: some programs escape what is escaped already. \xa0 and \u200b fill empty lines.
-        words = html.unescape(html.unescape(words)).replace('\xa0', ' ').replace('\u200b', '')
-        # Of SBV.
-        words = words.replace('[br]', ' ')
-        if words.strip():
+        # \xa0 and \u200b fill empty lines.
+        words = plain_text.plain(_BREAK.sub(' ', line))
+        words = words.replace('\xa0', ' ').replace('\u200b', '')
+        if words.strip() and not _THUMBNAIL.fullmatch(words.strip()):
             spoken.append(' '.join(words.split()))
     return spoken
 
@@ -177,9 +180,9 @@ def _is_touching(before: _Cue, cue: _Cue) -> bool:
 
 def _is_highlighted(before: _Cue, cue: _Cue) -> bool:
     """Whether a cue is the one before with another word in a tag."""
-    has_tags = _TAG.search(before.source) and _TAG.search(cue.source)
+    has_tags = plain_text.has_tags(before.source) and plain_text.has_tags(cue.source)
     is_same = before.lines == cue.lines and before.source.strip() != cue.source.strip()
-    return bool(has_tags) and is_same and _is_touching(before, cue)
+    return has_tags and is_same and _is_touching(before, cue)
 
 
 def _is_grown(before: _Cue, cue: _Cue) -> bool:
@@ -339,17 +342,11 @@ def find(
 def _walk(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """{path below the folder: path} of all files that may be subtitles, without hidden ones."""
     paths = {}
-    for root, subfolders, entries in os.walk(folder, followlinks=True):
-        # Assigned in place: this is how os.walk is told where to go.
-        subfolders[:] = [name for name in subfolders if not name.startswith('.')]
+    for root, entries in folder_listing.walk(folder):
         for entry in entries:
-            # '._x.srt' is what macOS leaves on foreign disks.
-            is_subtitle = entry.lower().endswith((*SUFFIXES, *_OTHER_SUFFIXES))
-            if is_subtitle and not entry.startswith('.'):
+            if entry.lower().endswith((*SUFFIXES, *_OTHER_SUFFIXES)):
                 path = pathlib.Path(root, entry)
-                name = path.relative_to(folder).as_posix()
-                # Names that are not UTF-8 as text that can be stored and printed.
-                paths[os.fsencode(name).decode('utf-8', 'backslashreplace')] = path
+                paths[folder_listing.readable(path.relative_to(folder).as_posix())] = path
     return paths
 
 

@@ -94,7 +94,10 @@ def _announced_encoding(content: bytes) -> str:
 
 def _not_utf8(content: bytes, path: str | os.PathLike, error: UnicodeDecodeError) -> DataError:
     if b'\0' in content[:_PROBE_BYTES]:
-        return DataError(f'{path}: expected text, got binary data')
+        return DataError(
+            f'{path}: expected text, got binary data (if it is text in an encoding such as '
+            'utf-16-le, name that: --encoding)'
+        )
     line_number = content.count(b'\n', 0, error.start) + 1
     begin = content.rfind(b'\n', 0, error.start) + 1
     line = content[begin:].split(b'\n')[0]
@@ -221,6 +224,8 @@ def parse_json(text: str, path: str | os.PathLike) -> Any:
         return json.loads(text, object_pairs_hook=_unique_names)
     except ValueError as error:
         raise DataError(f'{path} is not readable JSON: {error}') from None
+    except RecursionError:
+        raise DataError(f'{path} is not readable JSON: its lists are nested too deeply') from None
 
 
 def parse_json_lines(text: str, path: str | os.PathLike) -> list[tuple[int, Any]]:

@@ -15,7 +15,6 @@ import json
 import os
 import pickle
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -26,6 +25,8 @@ from data_pipelines.errors import DataError
 
 # What a worker runs. Its argument is the caller's sys.path.
 _PROGRAM = (
+    # First of all: Ctrl-C reaches every process of a terminal, and the caller ends this one.
+    'import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); '
     'import json, sys; sys.path[:] = json.loads(sys.argv[1]); '
     'from data_pipelines.preparation import worker_processes; worker_processes.serve()'
 )
@@ -172,8 +173,6 @@ def for_each(items: Iterable[Item], processes: int, work: Callable[[Worker, Item
 
 def serve() -> None:
     """Call what arrives at standard input until its end; the results go to standard output."""
-    # Ctrl-C reaches every process of a terminal: the caller ends this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A copy, while what libraries print goes to standard error.
     results = os.fdopen(os.dup(1), 'wb')
     os.dup2(2, 1)

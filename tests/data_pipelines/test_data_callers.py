@@ -17,6 +17,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.preparation import worker_processes
 from data_pipelines.preparation.worker_processes import Worker, WorkerCrashed
 from data_pipelines.prepare import prepare
+from tests import typecheck
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -39,6 +40,18 @@ CALLERS = {
         thread = threading.Thread(target=lambda: print(call({out!r})))
         thread.start()
         thread.join()
+    """,
+    # Each writes, while the others print.
+    'in three threads at once': """
+        import threading
+        def run(number):
+            call({out!r} + str(number))
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print(call({out!r} + '0'))
     """,
     # Workers of multiprocessing.Pool are daemons, which may not have children of their own.
     'in a worker of a pool': """
@@ -82,6 +95,26 @@ def test_prepare_is_called_from_anywhere(tmp_path, videos, caller, from_stdin):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == '(3, {})'
+
+
+def test_paths_are_taken_as_scripts_have_them(tmp_path, videos, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    options = {'quiet': True, 'rate': RATE, 'processes': 1}
+    assert prepare(videos, None, '~/set', **options)['fresh']
+    assert (tmp_path / 'set' / 'prepare.json').is_file()
+    # The same folder, named in other ways.
+    for same in (tmp_path / 'set', os.fsencode(tmp_path / 'set')):
+        with typecheck.off():
+            assert not prepare(os.fsencode(videos), captions=None, out=same, **options)['fresh']
+
+
+@pytest.mark.parametrize('argument', ['videos', 'out', 'captions', 'annotations', 'manual_dir'])
+@pytest.mark.parametrize('value', [['a'], 3, {'a': 1}])
+def test_what_is_no_path(tmp_path, videos, argument, value):
+    arguments = {'videos': videos, 'out': tmp_path / 'out', argument: value}
+    message = f'{argument}: expected a path, got {type(value).__name__}'
+    with typecheck.off(), pytest.raises(DataError, match=message):
+        prepare(**arguments)
 
 
 def test_a_worker_that_cannot_be_started_is_not_the_files_fault(tmp_path, videos, monkeypatch):

@@ -37,7 +37,7 @@ def test_zero_bytes_and_wrong_extensions(tmp_path):
     write_wav(folder / 'sound.mp4', clock(1.0)[1])
     result = prepare.prepare(str(folder), '', str(tmp_path / 'out'), **ALL_TRAIN)
     reasons = {name: reason.split(':')[0] for name, reason in result['skipped'].items()}
-    assert reasons == {'empty.mp4': 'corrupt', 'text.mp4': 'corrupt', 'page.webm': 'corrupt'}
+    assert reasons == {'empty.mp4': 'empty', 'text.mp4': 'corrupt', 'page.webm': 'a web page'}
     index = Split(Prepared(tmp_path / 'out'), 'train').index
     num_frames = dict(zip(list(index.id), index.frames.tolist()))
     assert num_frames == {'v0.mp4': 10, 'called.avi': 10, 'sound.mp4': 0}
