@@ -98,19 +98,13 @@ class IndexWriter:
 
     def close(self) -> None:
         """Write the rest and give the folder its name."""
-        self._table.about = {
-            'version': record_index.VERSION,
+        counts = {
             'records': self.num_records,
             'sentences': self.num_sentences,
             'segments': self.num_segments,
-            'labels': self._multi_hot,
             'folds': self._num_folds,
         }
-        self._table.finish()
-        # Counted over the finished columns, so that no reader has to.
-        index = record_index.Index.open(self._table.path)
-        self._table.about['max_captions'] = index.max_captions
-        self._table.publish()
+        publish(self._table, counts, self._multi_hot)
 
     def discard(self) -> None:
         """Delete what was written."""
@@ -141,3 +135,21 @@ class IndexWriter:
             self.close()
         else:
             self.discard()
+
+
+def publish(
+    table: TableWriter, counts: Mapping[str, int], multi_hot: Mapping[str, int | None]
+) -> None:
+    """Give a table that holds the columns of an index its name.
+
+    Args:
+      table: with all columns written.
+      counts: of records, sentences, segments and folds.
+      multi_hot: number of classes of each label that is multi-hot, None of the others.
+    """
+    table.about = {'version': record_index.VERSION, **counts, 'labels': multi_hot}
+    table.finish()
+    # Counted over the finished columns, so that no reader has to.
+    index = record_index.Index.open(table.path)
+    table.about['max_captions'] = index.max_captions
+    table.publish()

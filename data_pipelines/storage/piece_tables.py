@@ -20,8 +20,9 @@ from __future__ import annotations
 import bisect
 import os
 import pathlib
+import types
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Int64, Shaped, UInt32
@@ -167,14 +168,23 @@ class PiecesWriter:
         self._table.finish()
         self._table.publish()
 
+    def discard(self) -> None:
+        """Delete what was written."""
+        self._table.discard()
+
     def __enter__(self) -> PiecesWriter:
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
         if kind is None:
             self.close()
         else:
-            self._table.discard()
+            self.discard()
 
 
 class PieceTables:

@@ -10,12 +10,13 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import pathlib
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Int, Int64, UInt32
 
 from data_pipelines.errors import DataError
 from data_pipelines.storage import record_index, record_messages
@@ -42,13 +43,26 @@ def load_index(path: pathlib.Path) -> Index:
     Raises:
       DataError: a file that is missing, damaged or not an index.
     """
+    with _stored(path) as stored:
+        return _index(stored)
+
+
+def checksums(path: pathlib.Path) -> UInt32[np.ndarray, ' M']:
+    """The crc32 of the records, alone of an index; raises as `load_index`."""
+    with _stored(path) as stored:
+        return stored['crc']
+
+
+@contextlib.contextmanager
+def _stored(path: pathlib.Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """The arrays of an index file, each read when it is asked for."""
     try:
         # No pickles: a folder from elsewhere must not run code.
         with np.load(path, allow_pickle=False) as stored:
-            return _index(stored)
+            yield stored
     except Exception as e:  # zip, zlib, key and value errors: all say the same to the user
         raise DataError(
-            f'{os.fspath(path)} cannot be read ({e}); prepare the data again with --overwrite'
+            f'{path} cannot be read ({e}); prepare the data again with --overwrite'
         ) from None
 
 
@@ -104,7 +118,7 @@ class PieceTables:
             # Memory-mapped: the table of a large dataset has a row for every frame, and a clip
             # needs few of them.
             self._pieces = np.load(pieces_path(folder, split), mmap_mode='r')  # [pieces 3]
-        except (OSError, ValueError, KeyError, EOFError) as e:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
             raise DataError(
                 f'the tables places-{split}.npz and pieces-{split}.npy of {folder} cannot be read '
                 f'({e}); {again}'
