@@ -19,13 +19,15 @@ import shutil
 import types
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import Any, SupportsIndex, overload
+from typing import Any, SupportsIndex, TypeVar, overload
 
 import numpy as np
 from jaxtyping import Int, Int64, UInt8
 from numpy.typing import ArrayLike, DTypeLike
 
 from data_pipelines.errors import DataError
+
+T = TypeVar('T')
 
 TABLE_FILE = 'table.json'
 # What the names of folders hold that are still being written.
@@ -285,13 +287,22 @@ class Table:
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise DataError(f'{path} cannot be read ({e}); {again}') from None
 
+    def entry(self, name: str, kind: type[T]) -> T:
+        """An entry of table.json, which must be of a type."""
+        value = self.about.get(name)
+        if not isinstance(value, kind):
+            raise DataError(
+                f'{self._folder / TABLE_FILE}: {name}: expected {kind.__name__}, got {value!r}; '
+                f'{self._again}'
+            )
+        return value
+
     def number(self, name: str) -> int:
         """An entry of table.json that is a count."""
-        value = self.about.get(name)
-        if not isinstance(value, int) or value < 0:
+        value = self.entry(name, int)
+        if value < 0:
             raise DataError(
-                f'{self._folder / TABLE_FILE}: {name}: expected a count, got {value!r}; '
-                f'{self._again}'
+                f'{self._folder / TABLE_FILE}: {name}: expected a count, got {value}; {self._again}'
             )
         return value
 

@@ -230,8 +230,8 @@ class PieceTables:
         self._offsets = _Exceptions(table, 'offsets', np.uint32)
         self._second_bytes = table.number('second_bytes')
         self._nesting = table.number('nesting')
-        self.file_sizes: list[int] = table.about['file_bytes']
-        self._file_first: list[int] = table.about['file_first']
+        self.file_sizes: list[int] = table.entry('file_bytes', list)
+        self._file_first: list[int] = table.entry('file_first', list)
 
     def __len__(self) -> int:
         return len(self._of_record['offset'])

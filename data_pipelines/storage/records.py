@@ -172,7 +172,7 @@ class Prepared:
     def _version(self) -> int:
         """The version of the folder's layout; DataError if it is not among the known ones."""
         version = self.meta.get('version')
-        if version in range(1, indices.VERSION + 1):
+        if isinstance(version, int) and 1 <= version <= indices.VERSION:
             return version
         raise DataError(
             f'{self.path} was prepared by another version of this code: expected index version 1 '

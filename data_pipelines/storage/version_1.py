@@ -14,6 +14,7 @@ import contextlib
 import pathlib
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int64, UInt32
@@ -68,17 +69,18 @@ def _stored(path: pathlib.Path) -> Iterator[Mapping[str, np.ndarray]]:
 
 def _index(stored: Mapping[str, np.ndarray]) -> Index:
     """The index of the arrays of its file."""
-    numbers = {name: stored[name] for name in (*record_index.NUMBERS, *record_index.OFFSETS)}
-    texts = {}
+    fields: dict[str, Any] = {}
+    for name in (*record_index.NUMBERS, *record_index.OFFSETS):
+        fields[name] = stored[name]
     for name in record_index.TEXTS:
-        texts[name] = Strings(stored[f'{name}/data'], stored[f'{name}/offsets'])
+        fields[name] = Strings(stored[f'{name}/data'], stored[f'{name}/offsets'])
     labels = {}
     for key in stored:
         if key.startswith('labels/'):
             labels[key.partition('/')[2]] = stored[key]
     # A dataset with only one division into splits has none.
     folds = stored['folds'] if 'folds' in stored else None
-    return Index(**numbers, **texts, labels=labels, folds=folds)
+    return Index(**fields, labels=labels, folds=folds)
 
 
 class PieceTables:

@@ -221,9 +221,20 @@ def test_a_column_of_pickles_runs_no_code(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'text', ['', '[]', '{}', '{"columns": {}, "records": -1}', '{"columns": {}, "records": "6"}']
+    'text',
+    [
+        '',
+        '[]',
+        '{}',
+        '{"columns": {}, "records": -1}',
+        '{"columns": {}, "records": "6"}',
+        'no labels',
+    ],
 )
 def test_a_damaged_description_is_one_sentence(tmp_path, index, text):
+    if text == 'no labels':
+        about = json.loads((tmp_path / 'index-train' / 'table.json').read_text())
+        text = json.dumps({**about, 'labels': None})
     folder = tmp_path / 'other'
     shutil.copytree(tmp_path / 'index-train', folder)
     (folder / 'table.json').write_text(text)
