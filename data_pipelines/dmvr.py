@@ -112,22 +112,8 @@ def index(
     split_summaries = {split: found.summary() for split, found in indices.items()}
     summary: dict[str, Any] = {'splits': split_summaries, 'skipped': skipped}
     write_json(target / 'skipped.json', skipped)
-    write_json(
-        target / 'index.json',
-        {
-            'version': VERSION,
-            'name': name,
-            'fps': float(fps),
-            'size': parser.short_side,
-            'rate': int(rate),
-            'labels': parser.labels(),
-            'multi_hot': ['class'] if parser.is_multi_hot else [],
-            'splits': split_summaries,
-            'folds': [],  # DMVR records have none
-            'format': {'kind': 'dmvr', **parser.feature_names},
-            'files': _stored_files(paths),
-        },
-    )
+    description = {'version': VERSION, 'name': name, 'splits': split_summaries}
+    write_json(target / 'index.json', {**description, **_contents(parser, paths)})
     # Last: a folder with this file is complete.
     write_json(target / 'prepare.json', {'summary': summary})
     shutil.rmtree(staging)
@@ -211,12 +197,22 @@ def _find_files(patterns: Mapping[str, str]) -> dict[str, list[str]]:
     return paths
 
 
-def _stored_files(paths: Mapping[str, Sequence[str]]) -> dict[str, list[list[Any]]]:
-    """[path, bytes] of the files of each split: the records stay where they are."""
-    stored = {}
+def _contents(parser: RecordParser, paths: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """What index.json says of the records that were parsed, in the files of each split."""
+    stored_files = {}
     for split, files in paths.items():
-        stored[split] = [[os.path.abspath(path), os.path.getsize(path)] for path in files]
-    return stored
+        # The records stay where they are.
+        stored_files[split] = [[os.path.abspath(path), os.path.getsize(path)] for path in files]
+    return {
+        'fps': float(parser.fps),
+        'size': parser.short_side,
+        'rate': int(parser.rate),
+        'labels': parser.labels(),
+        'multi_hot': ['class'] if parser.is_multi_hot else [],
+        'folds': [],  # DMVR records have none
+        'format': {'kind': 'dmvr', **parser.feature_names},
+        'files': stored_files,
+    }
 
 
 def _make_target(target: pathlib.Path, overwrite: bool) -> None:

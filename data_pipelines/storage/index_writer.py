@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import pathlib
-import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.storage import record_index
-from data_pipelines.storage.columns import ColumnWriter, TableWriter
+from data_pipelines.storage.columns import ColumnWriter, FolderWriter, TableWriter
 
 
-class IndexWriter:
+class IndexWriter(FolderWriter):
     """Writes the folder that `Index.open` reads; it takes its name when all is written.
 
         with IndexWriter(folder / 'index-train', {'class': None}) as writer:
             for record in records:
                 writer.add(record, crc)
-
-    As a context manager it closes at the end, and leaves nothing behind after an exception.
 
     Attributes:
       num_records: added so far.
@@ -97,7 +94,6 @@ class IndexWriter:
             column.extend(block)
 
     def close(self) -> None:
-        """Write the rest and give the folder its name."""
         counts = {
             'records': self.num_records,
             'sentences': self.num_sentences,
@@ -107,7 +103,6 @@ class IndexWriter:
         publish(self._table, counts, self._multi_hot)
 
     def discard(self) -> None:
-        """Delete what was written."""
         self._table.discard()
 
     def _label_column(self, name: str, classes: int | None) -> ColumnWriter:
@@ -121,20 +116,6 @@ class IndexWriter:
             self._num_folds = len(folds)
             self._folds = self._table.column('folds', np.int8, self._num_folds)
         self._folds.extend([folds])
-
-    def __enter__(self) -> IndexWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.discard()
 
 
 def publish(

@@ -20,7 +20,6 @@ from __future__ import annotations
 import bisect
 import os
 import pathlib
-import types
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,7 +28,7 @@ from jaxtyping import Int, Int64, Shaped, UInt32
 from numpy.typing import DTypeLike
 
 from data_pipelines.errors import DataError
-from data_pipelines.storage.columns import Table, TableWriter
+from data_pipelines.storage.columns import FolderWriter, Table, TableWriter
 
 # Messages around each frame: the BytesList of a tf.train.Example; the FeatureList, Feature and
 # BytesList of a tf.train.SequenceExample.
@@ -61,13 +60,11 @@ def folder_of(folder: pathlib.Path, split: str) -> pathlib.Path:
     return folder / f'pieces-{split}'
 
 
-class PiecesWriter:
+class PiecesWriter(FolderWriter):
     """Writes the table of a split record by record; it takes its name when all is written.
 
-        with PiecesWriter(folder, 'train', paths, 2 * rate, EXAMPLE) as writer:
-            writer.add(0, offset, len(raw), frames, seconds)
-
-    As a context manager it closes at the end, and leaves nothing behind after an exception.
+    with PiecesWriter(folder, 'train', paths, 2 * rate, EXAMPLE) as writer:
+        writer.add(0, offset, len(raw), frames, seconds)
     """
 
     def __init__(
@@ -151,7 +148,6 @@ class PiecesWriter:
         self._num_records += 1
 
     def close(self) -> None:
-        """Write the rest and give the folder its name."""
         num_files = len(self._file_sizes)
         missing = num_files + 1 - len(self._file_first)
         self._table.about = {
@@ -169,22 +165,7 @@ class PiecesWriter:
         self._table.publish()
 
     def discard(self) -> None:
-        """Delete what was written."""
         self._table.discard()
-
-    def __enter__(self) -> PiecesWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.discard()
 
 
 class PieceTables:

@@ -1,5 +1,6 @@
 """The index of a split: written record by record, mapped when read."""
 
+import errno
 import json
 import shutil
 
@@ -148,6 +149,28 @@ def test_an_index_that_is_not_finished_leaves_nothing(tmp_path):
             writer.add(RECORDS[1], 1)
             raise OSError('the disk is full')
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_nothing(tmp_path, monkeypatch):
+    def fail(self):
+        raise OSError('the disk is full')
+
+    writer = IndexWriter(tmp_path / 'index-train', MULTI_HOT)
+    monkeypatch.setattr(ColumnWriter, 'close', fail)
+    with pytest.raises(OSError, match='the disk is full'):
+        with writer:
+            writer.add(RECORDS[1], 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_many_open_files_are_no_damage(index, tmp_path, monkeypatch):
+    def fail(*arguments, **fields):
+        raise OSError(errno.EMFILE, 'Too many open files')
+
+    monkeypatch.setattr(columns.np, 'load', fail)
+    with pytest.raises(DataError, match='too many open files; raise the limit') as error:
+        Index.open(tmp_path / 'index-train')
+    assert 'prepare' not in str(error.value)
 
 
 def test_a_killed_writer_leaves_no_index(tmp_path):
