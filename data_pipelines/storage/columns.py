@@ -11,6 +11,8 @@ so that the system loads only the pages that are touched, once for all processes
 
 from __future__ import annotations
 
+import abc
+import contextlib
 import errno
 import json
 import os
@@ -19,13 +21,17 @@ import shutil
 import types
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import Any, SupportsIndex, overload
+from typing import Any, SupportsIndex, TypeVar, overload
 
 import numpy as np
 from jaxtyping import Int, Int64, UInt8
 from numpy.typing import ArrayLike, DTypeLike
 
 from data_pipelines.errors import DataError
+
+T = TypeVar('T')
+# Not typing.Self, which the run-time check of the tests refuses outside of whole classes.
+W = TypeVar('W', bound='FolderWriter')
 
 TABLE_FILE = 'table.json'
 # What the names of folders hold that are still being written.
@@ -143,7 +149,9 @@ class ColumnWriter:
         self._file.close()
 
     def abandon(self) -> None:
-        self._file.close()
+        # What is in the buffer may not fit the disk either.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def _write(self, data: bytes) -> None:
         self.crc = zlib.crc32(data, self.crc)
@@ -259,6 +267,36 @@ class TableWriter:
             self.discard()
 
 
+class FolderWriter(abc.ABC):
+    """A context manager that closes at the end, and leaves nothing behind after an exception."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Write the rest and give the folder its name."""
+
+    @abc.abstractmethod
+    def discard(self) -> None:
+        """Delete what was written."""
+
+    def __enter__(self: W) -> W:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self.discard()
+            return
+        try:
+            self.close()
+        except BaseException:  # such as a full disk
+            self.discard()
+            raise
+
+
 class Table:
     """Reads a table.
 
@@ -285,13 +323,22 @@ class Table:
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise DataError(f'{path} cannot be read ({e}); {again}') from None
 
+    def entry(self, name: str, kind: type[T]) -> T:
+        """An entry of table.json, which must be of a type."""
+        value = self.about.get(name)
+        if not isinstance(value, kind):
+            raise DataError(
+                f'{self._folder / TABLE_FILE}: {name}: expected {kind.__name__}, got {value!r}; '
+                f'{self._again}'
+            )
+        return value
+
     def number(self, name: str) -> int:
         """An entry of table.json that is a count."""
-        value = self.about.get(name)
-        if not isinstance(value, int) or value < 0:
+        value = self.entry(name, int)
+        if value < 0:
             raise DataError(
-                f'{self._folder / TABLE_FILE}: {name}: expected a count, got {value!r}; '
-                f'{self._again}'
+                f'{self._folder / TABLE_FILE}: {name}: expected a count, got {value}; {self._again}'
             )
         return value
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import pathlib
-import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.storage import record_index
-from data_pipelines.storage.columns import ColumnWriter, TableWriter
+from data_pipelines.storage.columns import ColumnWriter, FolderWriter, TableWriter
 
 
-class IndexWriter:
+class IndexWriter(FolderWriter):
     """Writes the folder that `Index.open` reads; it takes its name when all is written.
 
         with IndexWriter(folder / 'index-train', {'class': None}) as writer:
             for record in records:
                 writer.add(record, crc)
-
-    As a context manager it closes at the end, and leaves nothing behind after an exception.
 
     Attributes:
       num_records: added so far.
@@ -97,23 +94,15 @@ class IndexWriter:
             column.extend(block)
 
     def close(self) -> None:
-        """Write the rest and give the folder its name."""
-        self._table.about = {
-            'version': record_index.VERSION,
+        counts = {
             'records': self.num_records,
             'sentences': self.num_sentences,
             'segments': self.num_segments,
-            'labels': self._multi_hot,
             'folds': self._num_folds,
         }
-        self._table.finish()
-        # Counted over the finished columns, so that no reader has to.
-        index = record_index.Index.open(self._table.path)
-        self._table.about['max_captions'] = index.max_captions
-        self._table.publish()
+        publish(self._table, counts, self._multi_hot)
 
     def discard(self) -> None:
-        """Delete what was written."""
         self._table.discard()
 
     def _label_column(self, name: str, classes: int | None) -> ColumnWriter:
@@ -128,16 +117,20 @@ class IndexWriter:
             self._folds = self._table.column('folds', np.int8, self._num_folds)
         self._folds.extend([folds])
 
-    def __enter__(self) -> IndexWriter:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.discard()
+def publish(
+    table: TableWriter, counts: Mapping[str, int], multi_hot: Mapping[str, int | None]
+) -> None:
+    """Give a table that holds the columns of an index its name.
+
+    Args:
+      table: with all columns written.
+      counts: of records, sentences, segments and folds.
+      multi_hot: number of classes of each label that is multi-hot, None of the others.
+    """
+    table.about = {'version': record_index.VERSION, **counts, 'labels': multi_hot}
+    table.finish()
+    # Counted over the finished columns, so that no reader has to.
+    index = record_index.Index.open(table.path)
+    table.about['max_captions'] = index.max_captions
+    table.publish()

@@ -21,14 +21,14 @@ import bisect
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Int64, Shaped, UInt32
 from numpy.typing import DTypeLike
 
 from data_pipelines.errors import DataError
-from data_pipelines.storage.columns import Table, TableWriter
+from data_pipelines.storage.columns import FolderWriter, Table, TableWriter
 
 # Messages around each frame: the BytesList of a tf.train.Example; the FeatureList, Feature and
 # BytesList of a tf.train.SequenceExample.
@@ -60,13 +60,11 @@ def folder_of(folder: pathlib.Path, split: str) -> pathlib.Path:
     return folder / f'pieces-{split}'
 
 
-class PiecesWriter:
+class PiecesWriter(FolderWriter):
     """Writes the table of a split record by record; it takes its name when all is written.
 
-        with PiecesWriter(folder, 'train', paths, 2 * rate, EXAMPLE) as writer:
-            writer.add(0, offset, len(raw), frames, seconds)
-
-    As a context manager it closes at the end, and leaves nothing behind after an exception.
+    with PiecesWriter(folder, 'train', paths, 2 * rate, EXAMPLE) as writer:
+        writer.add(0, offset, len(raw), frames, seconds)
     """
 
     def __init__(
@@ -150,7 +148,6 @@ class PiecesWriter:
         self._num_records += 1
 
     def close(self) -> None:
-        """Write the rest and give the folder its name."""
         num_files = len(self._file_sizes)
         missing = num_files + 1 - len(self._file_first)
         self._table.about = {
@@ -167,14 +164,8 @@ class PiecesWriter:
         self._table.finish()
         self._table.publish()
 
-    def __enter__(self) -> PiecesWriter:
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._table.discard()
+    def discard(self) -> None:
+        self._table.discard()
 
 
 class PieceTables:
@@ -220,8 +211,8 @@ class PieceTables:
         self._offsets = _Exceptions(table, 'offsets', np.uint32)
         self._second_bytes = table.number('second_bytes')
         self._nesting = table.number('nesting')
-        self.file_sizes: list[int] = table.about['file_bytes']
-        self._file_first: list[int] = table.about['file_first']
+        self.file_sizes: list[int] = table.entry('file_bytes', list)
+        self._file_first: list[int] = table.entry('file_first', list)
 
     def __len__(self) -> int:
         return len(self._of_record['offset'])

@@ -147,7 +147,7 @@ class Index:
         for name, of in OFFSETS.items():
             fields[name] = table.offsets(name, counts['records'], counts[of])
         labels = {}
-        for number, (name, classes) in enumerate(table.about['labels'].items()):
+        for number, (name, classes) in enumerate(table.entry('labels', dict).items()):
             width = () if classes is None else (classes,)
             shape = (counts['segments'], *width)
             labels[name] = table.column(label_column(number), label_dtype(classes), shape)

@@ -20,6 +20,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.storage import byte_offsets, piece_tables, record_messages, version_1
 from data_pipelines.storage import record_index as indices
 from data_pipelines.storage.array_record_files import array_records
+from data_pipelines.storage.piece_tables import PiecesWriter
 from data_pipelines.storage.record_index import Index
 
 SPLITS = ('train', 'validation', 'test')
@@ -92,6 +93,12 @@ def shards(folder: str | os.PathLike, split: str) -> list[str]:
     return sorted(str(path) for path in pathlib.Path(folder).glob(f'*-{split}.array_record-*-of-*'))
 
 
+def pieces_writer(folder: pathlib.Path, split: str, rate: int) -> PiecesWriter:
+    """Of the records of `prepare`, whose files are in the folder."""
+    # Sound is int16.
+    return PiecesWriter(folder, split, shards(folder, split), 2 * rate, piece_tables.EXAMPLE)
+
+
 def write_byte_offsets(folder: pathlib.Path, split: str, rate: int) -> Iterator[tuple[str, int]]:
     """Read all records of a split once and write the table of `piece_tables`.
 
@@ -106,10 +113,7 @@ def write_byte_offsets(folder: pathlib.Path, split: str, rate: int) -> Iterator[
       (id, crc32) of each record, in record order.
     """
     paths = shards(folder, split)
-    second_bytes = 2 * rate  # int16
-    with piece_tables.PiecesWriter(
-        folder, split, paths, second_bytes, piece_tables.EXAMPLE
-    ) as writer:
+    with pieces_writer(folder, split, rate) as writer:
         for shard, path in enumerate(paths):
             for offset, raw in array_records(path):
                 record_id, pieces = record_messages.pieces_of_example(raw, rate)
@@ -168,7 +172,7 @@ class Prepared:
     def _version(self) -> int:
         """The version of the folder's layout; DataError if it is not among the known ones."""
         version = self.meta.get('version')
-        if version in range(1, indices.VERSION + 1):
+        if isinstance(version, int) and 1 <= version <= indices.VERSION:
             return version
         raise DataError(
             f'{self.path} was prepared by another version of this code: expected index version 1 '
@@ -244,20 +248,30 @@ class Prepared:
         """Random access to a stored split's records."""
         paths = self.files(split)
         what = f'split {split!r} of {self.path}'
-        tables = self.piece_tables(split, index)
+        tables = self.tables(split, index)
         return byte_offsets.Pieces(tables, paths, self.is_ours, what, self.again)
 
-    def piece_tables(self, split: str, index: Index) -> byte_offsets.Tables:
-        """Where the pieces of a stored split's records are."""
+    def tables(self, split: str, index: Index) -> byte_offsets.Tables:
+        """Where the frames and the sound of a stored split's records are."""
         if self.version == 1:
-            if version_1.places_path(self.path, split).is_file():
+            has_tables = version_1.places_path(self.path, split).is_file()
+            if has_tables or not self.is_ours:
                 return version_1.PieceTables(
                     self.path, split, index.frames, index.samples, self.meta['rate'], self.again
                 )
-            self._ensure_byte_offsets(split)
+            self.add_byte_offsets(split)
         return piece_tables.PieceTables(self.path, split, index.frames, self.again)
 
-    def _ensure_byte_offsets(self, split: str) -> None:
+    def pieces_writer(self, split: str) -> PiecesWriter:
+        """Writes the table of a stored split's byte offsets."""
+        rate = self.meta['rate']
+        if self.is_ours:
+            return pieces_writer(self.path, split, rate)
+        paths = self.files(split)
+        # Sound is float32.
+        return PiecesWriter(self.path, split, paths, 4 * rate, piece_tables.SEQUENCE_EXAMPLE)
+
+    def add_byte_offsets(self, split: str) -> None:
         """Add the table to a folder that was prepared before there were tables of byte offsets."""
         if piece_tables.folder_of(self.path, split).is_dir() or not self.files(split):
             return

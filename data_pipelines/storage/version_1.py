@@ -10,12 +10,14 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import pathlib
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Int, Int64, UInt32
 
 from data_pipelines.errors import DataError
 from data_pipelines.storage import record_index, record_messages
@@ -42,29 +44,43 @@ def load_index(path: pathlib.Path) -> Index:
     Raises:
       DataError: a file that is missing, damaged or not an index.
     """
+    with _stored(path) as stored:
+        return _index(stored)
+
+
+def checksums(path: pathlib.Path) -> UInt32[np.ndarray, ' M']:
+    """The crc32 of the records, alone of an index; raises as `load_index`."""
+    with _stored(path) as stored:
+        return stored['crc']
+
+
+@contextlib.contextmanager
+def _stored(path: pathlib.Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """The arrays of an index file, each read when it is asked for."""
     try:
         # No pickles: a folder from elsewhere must not run code.
         with np.load(path, allow_pickle=False) as stored:
-            return _index(stored)
+            yield stored
     except Exception as e:  # zip, zlib, key and value errors: all say the same to the user
         raise DataError(
-            f'{os.fspath(path)} cannot be read ({e}); prepare the data again with --overwrite'
+            f'{path} cannot be read ({e}); prepare the data again with --overwrite'
         ) from None
 
 
 def _index(stored: Mapping[str, np.ndarray]) -> Index:
     """The index of the arrays of its file."""
-    numbers = {name: stored[name] for name in (*record_index.NUMBERS, *record_index.OFFSETS)}
-    texts = {}
+    fields: dict[str, Any] = {}
+    for name in (*record_index.NUMBERS, *record_index.OFFSETS):
+        fields[name] = stored[name]
     for name in record_index.TEXTS:
-        texts[name] = Strings(stored[f'{name}/data'], stored[f'{name}/offsets'])
+        fields[name] = Strings(stored[f'{name}/data'], stored[f'{name}/offsets'])
     labels = {}
     for key in stored:
         if key.startswith('labels/'):
             labels[key.partition('/')[2]] = stored[key]
     # A dataset with only one division into splits has none.
     folds = stored['folds'] if 'folds' in stored else None
-    return Index(**numbers, **texts, labels=labels, folds=folds)
+    return Index(**fields, labels=labels, folds=folds)
 
 
 class PieceTables:
@@ -104,7 +120,7 @@ class PieceTables:
             # Memory-mapped: the table of a large dataset has a row for every frame, and a clip
             # needs few of them.
             self._pieces = np.load(pieces_path(folder, split), mmap_mode='r')  # [pieces 3]
-        except (OSError, ValueError, KeyError, EOFError) as e:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
             raise DataError(
                 f'the tables places-{split}.npz and pieces-{split}.npy of {folder} cannot be read '
                 f'({e}); {again}'

@@ -266,6 +266,29 @@ def test_wrong_records_are_one_clear_sentence(tmp_path, examples, message):
         dmvr.index(str(tmp_path / 'out'), str(tmp_path / 'a'), fps=FPS, rate=RATE, quiet=True)
 
 
+def test_two_pictures_in_one_entry_are_refused(tmp_path):
+    """The pieces would be numbered otherwise than the frames."""
+    example = tf.train.SequenceExample()
+    feature = example.feature_lists.feature_list['image/encoded'].feature.add()
+    feature.bytes_list.value[:] = [black_jpeg()] * 2
+    write_tfrecord(tmp_path / 'a', [example.SerializeToString()])
+    with pytest.raises(DataError, match='expected 1 frames of one picture each .* got 2 and 0'):
+        dmvr.index(str(tmp_path / 'out'), str(tmp_path / 'a'), fps=FPS, rate=RATE, quiet=True)
+    # What was begun is gone, and the same command may be given again.
+    assert list((tmp_path / 'out' / '.staging').iterdir()) == []
+
+
+def test_most_records_decide_whether_the_rates_are_right(tmp_path):
+    """One of three lacks most of its sound; two of three would be wrong rates."""
+    whole = sequence_example([black_jpeg()] * FPS, np.zeros(RATE), name='whole')
+    short = sequence_example([black_jpeg()] * FPS, np.zeros(RATE // 2), name='short')
+    write_tfrecord(tmp_path / 'a', [whole, short, whole])
+    dmvr.index(str(tmp_path / 'good'), str(tmp_path / 'a'), fps=FPS, rate=RATE, quiet=True)
+    write_tfrecord(tmp_path / 'b', [whole, short, short])
+    with pytest.raises(DataError, match=f'a record has {FPS} frames .* and {RATE} samples'):
+        dmvr.index(str(tmp_path / 'bad'), str(tmp_path / 'b'), fps=FPS, rate=RATE, quiet=True)
+
+
 def test_the_command_says_what_is_wrong(tmp_path, capsys):
     write_tfrecord(tmp_path / 'a', [sequence_example([], np.zeros(RATE))])
     # Arguments -> error message, in this order: the third writes what the fourth finds.

@@ -434,7 +434,7 @@ def change_checksums(folder, changed):
 
     prepared = Prepared(folder)
     index = prepared.index('train')
-    tables = prepared.piece_tables('train', index)
+    tables = prepared.tables('train', index)
     shutil.rmtree(piece_tables.folder_of(folder, 'train'))
     paths = prepared.files('train')
     with piece_tables.PiecesWriter(folder, 'train', paths, 2 * RATE, 1) as writer:
@@ -462,7 +462,7 @@ def damaged(prepared, tmp_path, request):
         change_checksums(out, 4)
         return out
     index = Prepared(out).index('train')
-    tables = Prepared(out).piece_tables('train', index)
+    tables = Prepared(out).tables('train', index)
     num_seconds = -(-int(index.samples[4]) // RATE)
     pieces = tables.pieces(4, range(index.frames[4]), range(num_seconds))
     shard = next(out.glob('*-train.array_record*'))

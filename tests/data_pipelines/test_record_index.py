@@ -1,5 +1,6 @@
 """The index of a split: written record by record, mapped when read."""
 
+import errno
 import json
 import shutil
 
@@ -150,6 +151,28 @@ def test_an_index_that_is_not_finished_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_is_full_at_the_end_leaves_nothing(tmp_path, monkeypatch):
+    def fail(self):
+        raise OSError('the disk is full')
+
+    writer = IndexWriter(tmp_path / 'index-train', MULTI_HOT)
+    monkeypatch.setattr(ColumnWriter, 'close', fail)
+    with pytest.raises(OSError, match='the disk is full'):
+        with writer:
+            writer.add(RECORDS[1], 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_many_open_files_are_no_damage(index, tmp_path, monkeypatch):
+    def fail(*arguments, **fields):
+        raise OSError(errno.EMFILE, 'Too many open files')
+
+    monkeypatch.setattr(columns.np, 'load', fail)
+    with pytest.raises(DataError, match='too many open files; raise the limit') as error:
+        Index.open(tmp_path / 'index-train')
+    assert 'prepare' not in str(error.value)
+
+
 def test_a_killed_writer_leaves_no_index(tmp_path):
     writer = IndexWriter(tmp_path / 'index-train', MULTI_HOT)
     writer.add(RECORDS[1], 1)
@@ -221,9 +244,20 @@ def test_a_column_of_pickles_runs_no_code(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'text', ['', '[]', '{}', '{"columns": {}, "records": -1}', '{"columns": {}, "records": "6"}']
+    'text',
+    [
+        '',
+        '[]',
+        '{}',
+        '{"columns": {}, "records": -1}',
+        '{"columns": {}, "records": "6"}',
+        'no labels',
+    ],
 )
 def test_a_damaged_description_is_one_sentence(tmp_path, index, text):
+    if text == 'no labels':
+        about = json.loads((tmp_path / 'index-train' / 'table.json').read_text())
+        text = json.dumps({**about, 'labels': None})
     folder = tmp_path / 'other'
     shutil.copytree(tmp_path / 'index-train', folder)
     (folder / 'table.json').write_text(text)
