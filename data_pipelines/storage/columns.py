@@ -384,12 +384,38 @@ class Table:
 
 def _open_column(path: pathlib.Path) -> tuple[np.ndarray, bool]:
     """The array of a file, and whether it is mapped; never anything but whole."""
+    try:
+        return _load_column(path)
+    except OSError as error:
+        # A mapped column is an open file, and hundreds of large sources have thousands.
+        if error.errno != errno.EMFILE or not _allow_more_files():
+            raise
+    return _load_column(path)
+
+
+def _load_column(path: pathlib.Path) -> tuple[np.ndarray, bool]:
     if path.stat().st_size <= READ_WHOLE:
         values = np.load(path, allow_pickle=False)
         values.flags.writeable = False  # as mapped ones
         return values, False
     # A plain view: np.memmap does work of its own at every look-up.
     return np.load(path, mmap_mode='r', allow_pickle=False).view(np.ndarray), True
+
+
+def _allow_more_files() -> bool:
+    """Raise this process's limit of open files as far as the system lets it; whether it rose."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return False
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):  # macOS refuses more than its kernel's own limit
+        return False
+    return True
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -171,6 +172,21 @@ def test_too_many_open_files_are_no_damage(index, tmp_path, monkeypatch):
     with pytest.raises(DataError, match='too many open files; raise the limit') as error:
         Index.open(tmp_path / 'index-train')
     assert 'prepare' not in str(error.value)
+
+
+def test_the_limit_of_open_files_is_raised_where_it_may_be(index, tmp_path, monkeypatch):
+    resource = pytest.importorskip('resource')
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_open = len(list(pathlib.Path('/proc/self/fd').iterdir()))
+    monkeypatch.setattr(columns, 'READ_WHOLE', 0)  # every column is mapped, and stays open
+    if hard not in (-1, resource.RLIM_INFINITY) and hard < num_open + 64:
+        pytest.skip('the system allows no more open files')
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 4, hard))
+    try:
+        opened = Index.open(tmp_path / 'index-train')
+        assert list(opened.id) == [record['id'] for record in RECORDS]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_killed_writer_leaves_no_index(tmp_path):
