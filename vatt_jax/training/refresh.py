@@ -21,6 +21,8 @@ from vatt_jax.training.build import Built, process_position
 from vatt_jax.training.start import TrainingRun
 from vatt_jax.training.train_state import TrainState
 
+MOVED_AT_ONCE = 1 << 16  # rows
+
 
 def refresh(config: ConfigDict, built: Built, data: Any, run: TrainingRun) -> RefreshResult:
     """Refreshes the objective before the next step, and puts the outcome into `run`.
@@ -100,12 +102,22 @@ class RecordRows:
         self._is_found[records] = True
 
     def joined(self) -> dict[str, np.ndarray]:
-        """{name: [n …]} and `index` int64 [n], the records that were found, ascending."""
-        joined = {'index': np.flatnonzero(self._is_found)}
+        """{name: [n …]} and `index` int64 [n], the records that were found, ascending; once."""
+        index = np.flatnonzero(self._is_found)
+        joined = {'index': index}
         for name, array in self._arrays.items():
-            # No copy where nothing is missing.
-            joined[name] = array if self._is_found.all() else array[self._is_found]
+            if len(index) < len(array):
+                _move_up(array, index)
+            joined[name] = array[: len(index)]
         return joined
+
+
+def _move_up(array: np.ndarray, rows: Int[np.ndarray, ' n']) -> None:
+    """Make these rows, which ascend, the first ones of an array, in place."""
+    for begin in range(0, len(rows), MOVED_AT_ONCE):
+        block = rows[begin : begin + MOVED_AT_ONCE]
+        # No row moves down, so none that is still to move is written over.
+        array[begin : begin + len(block)] = array[block]
 
 
 class RecordEncoder:
