@@ -189,8 +189,11 @@ def data() -> ConfigDict:
     d.mismatch = ()
     # Batches held ready.
     d.prefetch = 3
-    # Parallel readers and decoders.
+    # Parallel readers and decoders, in each process that reads.
     d.threads = 2
+    # Processes that read and decode beside this one, for hosts of many cores (docs/data.md); the
+    # batches are the same. 0: none, the threads are of this process.
+    d.workers = 0
     # Share of unreadable records that stops the run.
     d.max_corrupt = 0.01
     return d

@@ -88,6 +88,8 @@ SHARES = ('data.flip', 'data.max_corrupt', 'augment.color')
 RANGES: dict[str, tuple[float, float]] = {
     # 32 bits: NumPy's generators take no negative seed, JAX's keys no longer one.
     'seed': (0, 2**32 - 1),
+    # Processes of one host.
+    'data.workers': (0, 1024),
     # Factors within 1 ± these; below 0 a picture would be inverted.
     'augment.contrast': (0, 1),
     'augment.saturation': (0, 1),

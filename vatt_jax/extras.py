@@ -20,6 +20,7 @@ _TENSORFLOW = 'tensorflow-cpu>=2.21' if _IS_LINUX_X86 else 'tensorflow>=2.21'
 # Extra -> its requirements, as pyproject.toml has them (on this machine).
 REQUIREMENTS = {
     'data': (_TENSORFLOW, 'tensorflow-datasets>=4.9.10', 'array-record>=0.8'),
+    'workers': ('grain>=0.2.18',),
     'video': ('av>=17', 'soxr>=1.0'),
     'text': ('tokenizers>=0.21', 'sentencepiece>=0.2'),
     'exchange': ('safetensors>=0.5',),
@@ -34,6 +35,7 @@ EXTRA_OF = {
     'tensorflow': 'data',
     'tensorflow_datasets': 'data',
     'array_record': 'data',
+    'grain': 'workers',
     'av': 'video',
     'soxr': 'video',
     'tokenizers': 'text',

@@ -38,6 +38,58 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainingRows:
+    """Number of a training batch -> this host's examples; processes that decode are sent it.
+
+    Attributes:
+      stream: which record each position is.
+      consumed: examples before batch 0.
+      batch_size: of the global batch.
+      process: (number of this host, hosts).
+    """
+
+    stream: order.Order
+    consumed: int
+    batch_size: int
+    process: tuple[int, int]
+
+    def __call__(self, number: int) -> Rows:
+        """The rows of batch `number`, counted from `consumed` on, whatever the training step."""
+        # [B], this host's rows alone.
+        positions = order.train_positions(number, self.consumed, self.batch_size, self.process)
+        source, index, _ = self.stream.rows(positions)
+        # Endless, so no row is padding.
+        return Rows(positions, source, index, np.ones(len(positions), bool))
+
+
+@dataclasses.dataclass(frozen=True)
+class PassRows:
+    """Number of a batch of a pass -> this host's examples; processes that decode are sent it.
+
+    Attributes:
+      begins: the first example of each source.
+      total: examples of the pass.
+      batch_size: of the global batch.
+      process: (number of this host, hosts).
+    """
+
+    begins: Int[np.ndarray, ' sources']
+    total: int
+    batch_size: int
+    process: tuple[int, int]
+
+    def __call__(self, number: int) -> Rows:
+        """The rows of batch `number`."""
+        positions, valid = order.one_pass(number, self.total, self.batch_size, self.process)
+        # Padding points at the first example, so that every lookup is in range.
+        examples = np.where(valid, positions, 0)
+        # The last source that begins at or before the example; 'right' passes over empty ones.
+        source = (np.searchsorted(self.begins, examples, side='right') - 1).astype(np.int32)
+        index = np.where(valid, examples - self.begins[source], 0)
+        return Rows(positions, source, index, valid)
+
+
+@dataclasses.dataclass(frozen=True)
 class Request:
     """How rows become a batch.
 
@@ -112,6 +164,17 @@ class Data:
         """
         raise NotImplementedError
 
+    def clips_per_core_second(self, batch_size: int) -> float | None:
+        """Training clips that one core reads and decodes in a second.
+
+        Args:
+          batch_size: of the global batch.
+
+        Returns:
+          None where no files are decoded, so that reading costs next to nothing.
+        """
+        return None
+
     def close(self) -> None:
         """Release files. Iterators have a close() of their own."""
 
@@ -136,6 +199,20 @@ class Data:
         Raises:
           DataError: columns that do not fit, or a batch that does not divide over the hosts.
         """
+        rows_of_batch = self.training_rows(consumed, batch_size, process, columns)
+        batches = self._batches(self.training_request(), rows_of_batch, None)
+        if self.config.data.mismatch:
+            return _mismatched(batches, tuple(self.config.data.mismatch))
+        return batches
+
+    def training_rows(
+        self,
+        consumed: int,
+        batch_size: int,
+        process: tuple[int, int] = (0, 1),
+        columns: Mapping[str, np.ndarray] | None = None,
+    ) -> TrainingRows:
+        """Which examples the batches of `train` hold; its arguments."""
         sources = self._sources('train', 'records')
         if columns:
             sources = _with_sampling(sources, columns)
@@ -143,17 +220,11 @@ class Data:
         # where batches begin: at `consumed`, which need not be a multiple of the batch size.
         stream = order.Order(sources, self.config.seed, batch_size, consumed)
         order.host_rows(batch_size, process)  # raises here, not in the first batch
+        return TrainingRows(stream, consumed, batch_size, process)
 
-        # Counted from `consumed` on: number 0 is the first batch of this iterator, whatever the
-        # training step.
-        def rows_of_batch(number: int) -> Rows:
-            # [B], this host's rows alone.
-            positions = order.train_positions(number, consumed, batch_size, process)
-            source, index, _ = stream.rows(positions)
-            # Endless, so no row is padding.
-            return Rows(positions, source, index, np.ones(len(positions), bool))
-
-        request = Request(
+    def training_request(self) -> Request:
+        """How the rows of `train` become a batch."""
+        return Request(
             split='train',
             views=self._views,
             segments=False,
@@ -161,10 +232,6 @@ class Data:
             augment=True,
             site='train',
         )
-        batches = self._batches(request, rows_of_batch, None)
-        if self.config.data.mismatch:
-            return _mismatched(batches, tuple(self.config.data.mismatch))
-        return batches
 
     def one_pass(
         self,
@@ -197,16 +264,7 @@ class Data:
         if limit is not None:
             total = min(total, limit)
         order.host_rows(batch_size, process)  # raises here, not in the first batch
-
-        def rows_of_batch(number: int) -> Rows:
-            positions, valid = order.one_pass(number, total, batch_size, process)
-            # Padding points at the first example, so that every lookup is in range.
-            examples = np.where(valid, positions, 0)
-            # The last source that begins at or before the example; 'right' passes over empty ones.
-            source = (np.searchsorted(begins, examples, side='right') - 1).astype(np.int32)
-            index = np.where(valid, examples - begins[source], 0)
-            return Rows(positions, source, index, valid)
-
+        rows_of_batch = PassRows(begins, total, batch_size, process)
         if views is None:
             views = self.config.data.views
         request = Request(

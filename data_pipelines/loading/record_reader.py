@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int16
+from jaxtyping import Int, Int16
 
 from data_pipelines.errors import DataError
 from data_pipelines.loading import sample_windows
@@ -33,13 +33,13 @@ class ReadProblems:
         self._num_read = 0
         self._num_corrupt = 0
         self._listed: list[tuple[str, int, str]] = []
-        self._seen: set[tuple[str, str, int]] = set()
+        self._seen: set[tuple[str, int]] = set()
 
-    def add(self, split: LazySplit, records: np.ndarray, reasons: Sequence[str], size: int) -> None:
+    def add(self, split: str, records: np.ndarray, reasons: Sequence[str], size: int) -> None:
         """Count reads of one split.
 
         Args:
-          split: where the records were read.
+          split: where the records were read: 'source/split'.
           records: their numbers, int64 [n].
           reasons: why each could not be read, '' where it could.
           size: records of all splits of the pass; a pass shorter than the usual patience is
@@ -66,11 +66,11 @@ class ReadProblems:
                     f'{name}: {reason}); prepare the data again with --overwrite'
                 )
 
-    def _list(self, split: LazySplit, record: int, reason: str) -> None:
-        key = (split.name, split.split, record)
+    def _list(self, split: str, record: int, reason: str) -> None:
+        key = (split, record)
         if key not in self._seen and len(self._seen) < _MAX_LISTED:
             self._seen.add(key)
-            self._listed.append((f'{split.name}/{split.split}', record, reason))
+            self._listed.append((split, record, reason))
 
     def summary(self) -> dict[str, Any]:
         """{'corrupt': count, 'read': count, 'indices': [(source, record, reason)]}."""
@@ -80,6 +80,33 @@ class ReadProblems:
                 'read': self._num_read,
                 'indices': list(self._listed),
             }
+
+
+@dataclasses.dataclass(frozen=True)
+class Reads:
+    """One call of `ReadProblems.add`, whose arguments these are."""
+
+    split: str
+    records: Int[np.ndarray, ' n']
+    reasons: Sequence[str]
+    size: int
+
+
+class ReadLog:
+    """Notes reads as ReadProblems counts them: for another process, which counts those of all."""
+
+    def __init__(self) -> None:
+        self._reads: list[Reads] = []
+
+    def add(self, split: str, records: np.ndarray, reasons: Sequence[str], size: int) -> None:
+        """Note reads of one split; the arguments are those of `ReadProblems.add`."""
+        self._reads.append(Reads(split, records, reasons, size))
+
+    def take(self) -> list[Reads]:
+        """What was noted since the last time."""
+        reads = self._reads
+        self._reads = []
+        return reads
 
 
 @dataclasses.dataclass
@@ -116,7 +143,7 @@ class RowContents:
 class RecordReader:
     """Reads the rows of planned batches."""
 
-    def __init__(self, planner: BatchPlanner, problems: ReadProblems):
+    def __init__(self, planner: BatchPlanner, problems: ReadProblems | ReadLog):
         """`planner`: makes the requests; `problems`: told of every read."""
         self._planner = planner
         self._problems = problems
@@ -153,7 +180,8 @@ class RecordReader:
                     reason = str(e)
                 reasons.append(reason)
                 is_bad[row] = bool(reason)
-            self._problems.add(split, records[members], reasons, self._pass_size)
+            name = f'{split.name}/{split.split}'
+            self._problems.add(name, records[members], reasons, self._pass_size)
         # Streams have no 'data' for video and audio yet; the empty contents below supply zeros.
         blank(batch, is_bad)
         return [contents.get(row) or self._empty_row() for row in range(len(records))]

@@ -2,7 +2,7 @@
 
 A batch is planned from the index alone (`batch_plan`), just the frames and the sound that were
 chosen are read and checked (`record_reader`), and TensorFlow's threads decode the frames
-(`record_batches`).
+(`record_batches`), in this process or in several others (`worker_batches`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines.errors import DataError
-from data_pipelines.loading import order
+from data_pipelines.loading import order, reading_speed
 from data_pipelines.loading.batch_plan import BatchPlanner
 from data_pipelines.loading.data_source import SPLITS, Data, Request, Rows, tokenizer_of
 from data_pipelines.loading.few_labels import few_labels
@@ -25,6 +25,7 @@ from data_pipelines.loading.lazy_split import LazySplit
 from data_pipelines.loading.record_batches import RecordBatches
 from data_pipelines.loading.record_reader import ReadProblems, RecordReader
 from data_pipelines.loading.texts import Texts
+from data_pipelines.loading.worker_batches import WorkerBatches, useful_workers
 from data_pipelines.storage.record_index import Index
 from data_pipelines.storage.records import Prepared, read_entries
 from vatt_jax.inputs.tokenizer import Tokenizer
@@ -124,7 +125,7 @@ class Records(Data):
         self._problems = ReadProblems(config.data.max_corrupt)
         # Weak references: an iterator that its user has dropped can be collected although this
         # object lives on.
-        self._iterators: weakref.WeakSet[RecordBatches] = weakref.WeakSet()
+        self._iterators: weakref.WeakSet[RecordBatches | WorkerBatches] = weakref.WeakSet()
 
     def _open_datasets(self, entries: Iterable[dict[str, Any]]) -> dict[tuple[str, int], Prepared]:
         """Each (path, fold) of the entries once, checked against config.model.inputs."""
@@ -223,9 +224,12 @@ class Records(Data):
 
         return Texts(range(begins[-1]), entry)
 
-    def _batches(
-        self, request: Request, rows_of_batch: Callable[[int], Rows], num_batches: int | None
-    ) -> Iterator[dict[str, Any]]:
+    def planner(self, request: Request) -> BatchPlanner:
+        """Plans the batches of a request.
+
+        Raises:
+          DataError: the evaluation dataset has no such split.
+        """
         splits = self._splits_of_pass(request.split, 'segments' if request.segments else 'records')
         if not splits:
             raise DataError(
@@ -234,13 +238,29 @@ class Records(Data):
                 '(config.data.eval names the dataset that evaluators read)'
             )
         # A planner for each request: it depends on the views, which differ between passes.
-        planner = BatchPlanner(self, self.tokenizer, self._label_classes, request, splits)
-        reader = RecordReader(planner, self._problems)
-        # It calls the three in turn for each batch: rows_of_batch, then planner.plan, then
-        # reader.read; the frames that were read it decodes itself.
-        iterator = RecordBatches(planner, reader, rows_of_batch, num_batches, self.config.data)
+        return BatchPlanner(self, self.tokenizer, self._label_classes, request, splits)
+
+    def _batches(
+        self, request: Request, rows_of_batch: Callable[[int], Rows], num_batches: int | None
+    ) -> Iterator[dict[str, Any]]:
+        # Made here in any case: what is wrong with the request is told before workers start.
+        planner = self.planner(request)
+        workers = useful_workers(self.config.data.workers, num_batches)
+        iterator: RecordBatches | WorkerBatches
+        if workers:
+            iterator = WorkerBatches(
+                self.config, request, rows_of_batch, num_batches, workers, self._problems
+            )
+        else:
+            reader = RecordReader(planner, self._problems)
+            # It calls the three in turn for each batch: rows_of_batch, then planner.plan, then
+            # reader.read; the frames that were read it decodes itself.
+            iterator = RecordBatches(planner, reader, rows_of_batch, num_batches, self.config.data)
         self._iterators.add(iterator)
         return iterator
+
+    def clips_per_core_second(self, batch_size: int) -> float:
+        return reading_speed.clips_per_core_second(self, batch_size)
 
     def problems(self) -> dict[str, Any]:
         return self._problems.summary()

@@ -56,7 +56,7 @@ def run(
         # A CPU topology is compiled for, and so simulated by, as many devices of this host.
         jax.config.update('jax_num_cpu_devices', target.devices)
     # After the settings above: an array made at import time would start a backend.
-    from vatt_jax.planning import plan
+    from vatt_jax.planning import plan, reading
 
     data, remarks = open_data(config)
     folder = RunFolder(workdir).plans
@@ -65,5 +65,10 @@ def run(
         return
     result = plan.plan(config, data, target, folder, remarks, quick)
     print(plan.table(result), end='', flush=True)
+    # Not kept with the plan: it is of the machine that plans.
+    reader = reading.measure(config, data)
+    line = reading.of_plan(reader, result) if reader else None
+    if line:
+        print(f'reading: {line}', flush=True)
     if quick:
         os._exit(0)  # the compiler is still at work, and Python would wait for it

@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 
 from vatt_jax.config import ConfigError
 from vatt_jax.parallel import sharding
-from vatt_jax.performance import flops
+from vatt_jax.performance import chips, flops
+from vatt_jax.planning import reading
 from vatt_jax.planning.compilation import out_of_memory
 from vatt_jax.planning.memory import shares, would_fit
 from vatt_jax.run_folder import RunFolder, free_space, readable_size
@@ -34,7 +35,7 @@ def before_training(
     workdir: pathlib.Path,
     say: Callable[[str], object],
 ) -> None:
-    """Say what a run takes: parameters, FLOPs, memory, batches of an epoch, room for checkpoints.
+    """Say what a run takes: parameters, FLOPs, batches, reading, memory, room for checkpoints.
 
     Args:
         config: Of the run.
@@ -50,6 +51,9 @@ def before_training(
     say(f'parameters: {parameters(config, built)}')
     say(f'one step: {work(config, built)}')
     say(f'one epoch: {epochs(config, data)}')
+    reading_line = feeding(config, built, data)
+    if reading_line:
+        say(f'reading: {reading_line}')
     say(f'memory: {memory(config, built, say)}')
     say(f'checkpoints: {room(config, built, workdir)}')
 
@@ -74,9 +78,13 @@ def parameters(config: ConfigDict, built: loop.Built) -> str:
 
 def work(config: ConfigDict, built: loop.Built) -> str:
     """Return the FLOPs of a step, as the model needs them."""
-    variables = {'params': built.shape.params['model'], 'batch_stats': built.shape.batch_stats}
-    total = flops.per_clip(config, built.inputs, variables) * config.batch_size
+    total = _flops_per_clip(config, built) * config.batch_size
     return f'{total / 1e12:.3g} TFLOP for {config.batch_size} clips'
+
+
+def _flops_per_clip(config: ConfigDict, built: loop.Built) -> float:
+    variables = {'params': built.shape.params['model'], 'batch_stats': built.shape.batch_stats}
+    return flops.per_clip(config, built.inputs, variables)
 
 
 def epochs(config: ConfigDict, data: Any) -> str:
@@ -86,6 +94,28 @@ def epochs(config: ConfigDict, data: Any) -> str:
     return f'{batches:.1f} batches of {size} records; {config.steps} steps are ' + (
         f'{config.steps / batches:.1f} epochs' if batches else 'no epoch'
     )
+
+
+def feeding(config: ConfigDict, built: loop.Built, data: Any) -> str:
+    """Return how many clips this host reads, and what share of the chips that feeds.
+
+    Returns:
+        '' where the data are made, not read.
+    """
+    reader = reading.measure(config, data)
+    if reader is None:
+        return ''
+    peak = chips.peak_of(jax.devices())
+    appetite = None
+    if peak is not None:
+        appetite = reading.UTILIZATION * peak / _flops_per_clip(config, built)
+    line = reading.of_run(reader, appetite, jax.process_count())
+    if config.data.workers:
+        line += (
+            f'; {config.data.workers} processes start with the first batch, which takes each some '
+            f'{reading.SECONDS_TO_START} s of a core'
+        )
+    return line
 
 
 def memory(config: ConfigDict, built: loop.Built, say: Callable[[str], object]) -> str:
