@@ -24,7 +24,8 @@ CPU seconds are user + system of all threads of this process. Every variant live
 with one worker thread and full queues; a turn takes some batches from one variant and waits until
 its queues are full again, so exactly as many batches are made as were taken. Variants take turns;
 medians over turns. Files are in the page cache: disks are not measured. Also printed is what a chip
-would need. Writes benchmarks/results/input_pipeline.json.
+would need, and how our reader scales over threads and worker processes (reader_scaling.py). Writes
+benchmarks/results/input_pipeline.json.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
 import jax
 import numpy as np
+import reader_scaling
 import tensorflow as tf
 from ml_collections import ConfigDict
 from PIL import Image
@@ -410,7 +412,7 @@ def measure_access(loader, turn: int, batches: int = 25) -> float:
     """CPU ms per clip of order, plan, reading and checking, without decoding."""
     start = settle()
     for step in range(batches):
-        rows = loader._rows(turn * batches + step)
+        rows = loader._rows_of_batch(turn * batches + step)
         batch, request = loader._planner.plan(rows)
         loader._reader.read(rows, batch, request)
     return round(1e3 * (settle() - start) / (batches * BATCH), 3)
@@ -477,9 +479,9 @@ def bytes_on_disk(paths: dict[str, pathlib.Path]) -> dict[str, int]:
 
 
 def bytes_of_a_frame(path: pathlib.Path) -> int:
-    """Mean over a clip of a prepared dataset."""
-    pieces = Split(Prepared(path), 'train')._pieces._pieces
-    return round(statistics.mean(pieces[:FRAMES, 1]))
+    """Mean over the first clip of a prepared dataset."""
+    frames, _ = Split(Prepared(path), 'train').clip(0, range(FRAMES), [])
+    return round(statistics.mean(len(frame) for frame in frames))
 
 
 def compare_variants(
@@ -580,6 +582,13 @@ def measure(flags: argparse.Namespace, folder: pathlib.Path) -> None:
         device_stage[name] = {'median': statistics.median(turns), 'turns': turns}
         print(f'device stage on this CPU, {name}: {statistics.median(turns):.1f} CPU ms/clip')
     print_demand(demand, rows['jpeg']['cpu_ms'])
+    for batches in variants.values():
+        if hasattr(batches, 'close'):  # not TensorFlow's own
+            batches.close()
+    scaling = {}
+    for name in ('jpeg', 'h264'):
+        scaling[name] = reader_scaling.measure(str(paths[name]), flags.turns, flags.batches)
+        reader_scaling.show(name, scaling[name])
     seconds = time.monotonic() - began
     print(f'{seconds:.0f} s, of which {seconds_to_make:.0f} to make the clips')
     if flags.quick:
@@ -602,6 +611,7 @@ def measure(flags: argparse.Namespace, folder: pathlib.Path) -> None:
         'shuffle_ms': round(shuffle_ms, 5),
         'device_stage_cpu_ms': device_stage,
         'needed': demand,
+        'scaling': scaling,
     }
     RESULTS.write_text(json.dumps(results, indent=1) + '\n')
 
