@@ -54,6 +54,9 @@ def get_config(arg: str = '') -> ConfigDict:
     # scratch. '': random ones.
     c.init_words = ''
 
+    # ---- files on object stores (docs/object_stores.md)
+    c.object_store = object_store()
+
     # ---- save and watch
     c.checkpoint = checkpoint()
     # (first, last): steps whose trace the profiler writes to <workdir>/profile. (): none.
@@ -197,6 +200,23 @@ def data() -> ConfigDict:
     # Share of unreadable records that stops the run.
     d.max_corrupt = 0.01
     return d
+
+
+def object_store() -> ConfigDict:
+    """How records and run folders on s3://, gs:// and the like are read and written."""
+    o = ConfigDict()
+    # Seconds that a request may take, in addition to those that its bytes need at 1 MB/s.
+    o.timeout = 30.0
+    # How often a request is sent before its failure counts.
+    o.tries = 5
+    # Seconds before the second try; twice as many before each further one.
+    o.backoff = 0.5
+    # MB/s at which records are to be read: with the latency it says how many requests are under way
+    # at once. 0: measured.
+    o.bandwidth = 0.0
+    # MB that requests under way may hold.
+    o.memory = 256
+    return o
 
 
 def augment() -> ConfigDict:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines.errors import DataError
 from vatt_jax import extras
+from vatt_jax.object_store import check_local
 
 # What the sentence about missing packages says of config.data.make, and the packages.
 _PLAYGROUND = 'the playground (config.data.make; --config=demo:synthetic trains without it)'
@@ -62,6 +63,7 @@ def open_or_make(config: ConfigDict, check: Callable[[ConfigDict], None]) -> Any
         from data_pipelines.storage.records import read_entries
 
         made = config.data.make.get('path', '')
+        check_local(made, 'config.data.make.path')
         mixture, evaluated = read_entries(config)
         paths = [entry['path'] for entry in mixture.values()]
         paths.append(evaluated['path'])

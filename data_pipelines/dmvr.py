@@ -35,7 +35,8 @@ from data_pipelines.storage.record_index import VERSION, Index
 from data_pipelines.storage.records import SPLITS
 from vatt_jax import extras
 from vatt_jax.command_line import expand_home
-from vatt_jax.config import fail
+from vatt_jax.config import ConfigError, fail
+from vatt_jax.object_store import check_local
 from vatt_jax.terminal import printable, use_plain_characters
 
 try:
@@ -87,6 +88,7 @@ def index(
       DataError: no record can be read, or fps and rate contradict the records.
     """
     say = Console(quiet)
+    check_local(out, '--out')
     target = pathlib.Path(out)
     name = name or arguments.dataset_name(target)
     # Of the settings only fps and rate matter here; the others pass the check.
@@ -263,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         arguments = expand_home(sys.argv[1:] if arguments is None else arguments)
         index(**vars(parser.parse_args(arguments)))
-    except (DataError, extras.MissingExtra) as e:
+    except (DataError, ConfigError) as e:
         print(f'error: {printable(str(e))}', file=sys.stderr)
         return 2
     return 0

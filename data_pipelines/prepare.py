@@ -39,6 +39,7 @@ from data_pipelines.storage import columns, record_index
 from vatt_jax import extras
 from vatt_jax.command_line import expand_home
 from vatt_jax.config import fail
+from vatt_jax.object_store import StoreError
 from vatt_jax.terminal import printable, use_plain_characters
 
 try:
@@ -49,6 +50,7 @@ try:
         decoded_files,
         media_catalog,
         record_contents,
+        remote_output,
         staging,
         target_folder,
         training_command,
@@ -122,6 +124,7 @@ def _with_paths(function: Function) -> Function:
 
 
 @_explain_full_disk
+@remote_output.uploaded
 @_with_paths
 def prepare(
     videos: str = '',
@@ -157,7 +160,8 @@ def prepare(
             `manual_dir`.
         captions: file of captions (CSV, JSON, JSON Lines), or a folder of subtitle files; '' for
             the subtitle files beside the videos, if there are any; 'none' for no captions.
-        out: folder of the result, new or of an earlier run.
+        out: folder of the result, new or of an earlier run; a URL (s3://…, gs://…) is prepared in
+            the cache folder and then uploaded.
         annotations: JSON or CSV file of labels, segments and ground truth, '' for none.
         dataset: name of a named dataset, instead of captions and annotations.
         manual_dir: folder with the files of the named dataset.
@@ -243,9 +247,8 @@ def prepare(
     if finished:
         # Left behind if the last run was killed at its very end.
         shutil.rmtree(stage_dir, ignore_errors=True)
-        console(
-            f'{target} is already prepared from these files with these settings; nothing to do.'
-        )
+        place = remote_output.place_of(target)
+        console(f'{place} is already prepared from these files with these settings; nothing to do.')
         return {**finished['summary'], 'fresh': False}
 
     # Likewise: these are imported only when all files are decoded.
@@ -301,8 +304,9 @@ def prepare(
     shutil.rmtree(stage_dir, ignore_errors=True)
 
     # Missing clips of a named dataset are in the table of skipped files already.
-    console.summary(target, summary, [] if dataset else catalog.missing)
-    command = training_command.training_command(target, name, settings, tokenizer, summary)
+    place = remote_output.place_of(target)
+    console.summary(place, summary, [] if dataset else catalog.missing)
+    command = training_command.training_command(place, name, settings, tokenizer, summary)
     console(f'Train on it: {command}')
     if catalog.unused:
         console(f'{catalog.unused} media files are in no annotation file and were not used.')
@@ -405,8 +409,8 @@ def _finished_run(
             field for field in identity if finished['identity'].get(field) != identity[field]
         ]
         raise DataError(
-            f'{target} is already prepared with other {" and ".join(changed)}; choose another '
-            '--out, or pass --overwrite to replace it'
+            f'{remote_output.place_of(target)} is already prepared with other '
+            f'{" and ".join(changed)}; choose another --out, or pass --overwrite to replace it'
         )
     # This file goes first: without it the folder is unfinished, whatever happens next. The staging
     # folder marks it as one of ours.
@@ -488,7 +492,11 @@ def _parser(dataset: str) -> argparse.ArgumentParser:
         default='',
         help='folder with the files of --dataset; --dataset=NAME --help says which',
     )
-    add('--out', default='', help='folder of the dataset, new or of an earlier run of this command')
+    add(
+        '--out',
+        default='',
+        help='folder or URL of the dataset, new or of an earlier run of this command',
+    )
     add(
         '--annotations',
         default='',
@@ -568,7 +576,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         # Flags are called like the arguments of `prepare`, one for one.
         prepare(**vars(parser.parse_args(arguments)))
-    except (DataError, extras.MissingExtra) as error:
+    except (DataError, StoreError, extras.MissingExtra) as error:
         print(f'error: {printable(str(error))}', file=sys.stderr)
         return 2  # as argparse exits after a wrong flag
     except KeyboardInterrupt:

@@ -28,6 +28,8 @@ from data_pipelines.storage.columns import TableWriter, write_json
 from data_pipelines.storage.record_index import Index
 from data_pipelines.storage.records import Prepared
 from vatt_jax.command_line import expand_home
+from vatt_jax.config import ConfigError
+from vatt_jax.object_store import check_local
 from vatt_jax.terminal import printable, use_plain_characters
 
 # Bytes of an old table that are in memory at a time.
@@ -49,6 +51,7 @@ def upgrade(folder: str, quiet: bool = False) -> dict[str, int]:
       DataError: the folder is not a prepared one, or its tables or records are damaged.
     """
     say = Console(quiet)
+    check_local(folder, 'FOLDER')
     path = pathlib.Path(folder)
     prepared = Prepared(path)
     splits = list(prepared.meta['splits'])
@@ -70,9 +73,9 @@ def upgrade(folder: str, quiet: bool = False) -> dict[str, int]:
 
 def _upgrade_split(prepared: Prepared, split: str, say: Console) -> int:
     """Write the new tables of a split, where they are not there yet; its number of records."""
-    old_index = version_1.index_path(prepared.path, split)
-    index_folder = record_index.folder_of(prepared.path, split)
-    pieces_folder = piece_tables.folder_of(prepared.path, split)
+    old_index = version_1.index_path(prepared.folder, split)
+    index_folder = record_index.folder_of(prepared.folder, split)
+    pieces_folder = piece_tables.folder_of(prepared.folder, split)
     if columns.is_table(index_folder) and not _is_of(index_folder, old_index):
         # An older version prepared the folder anew after a killed run of this command.
         shutil.rmtree(index_folder)
@@ -83,7 +86,7 @@ def _upgrade_split(prepared: Prepared, split: str, say: Console) -> int:
     if not columns.is_table(pieces_folder):
         _upgrade_pieces(prepared, split, index)
     # Opened, so that nothing old goes before the new is known to be whole.
-    piece_tables.PieceTables(prepared.path, split, index.frames, prepared.again)
+    piece_tables.PieceTables(prepared.folder, split, index.frames, prepared.again)
     say(
         f'{split}: {len(index)} records; index {_size(_bytes(index_folder))}, byte offsets '
         f'{_size(_bytes(pieces_folder))}'
@@ -145,14 +148,14 @@ def _copy_column(
 
 def _upgrade_pieces(prepared: Prepared, split: str, index: Index) -> None:
     """Write the byte offsets of a split from its old tables."""
-    if not version_1.places_path(prepared.path, split).is_file():
+    if not version_1.places_path(prepared.folder, split).is_file():
         # Older still: these are found by reading the records.
         prepared.add_byte_offsets(split)
         return
     # Refuses files of records that were replaced since: offsets into them would be worth nothing.
     prepared.pieces(split, index)
     tables = version_1.PieceTables(
-        prepared.path, split, index.frames, index.samples, prepared.meta['rate'], prepared.again
+        prepared.folder, split, index.frames, index.samples, prepared.meta['rate'], prepared.again
     )
     with prepared.pieces_writer(split) as writer:
         for i in range(len(tables)):
@@ -214,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     for folder in parsed.folders:
         try:
             upgrade(folder, parsed.quiet)
-        except DataError as e:
+        except (DataError, ConfigError) as e:
             print(f'error: {printable(str(e))}', file=sys.stderr)
             return 2  # as argparse exits after a wrong flag
         except OSError as e:

@@ -118,3 +118,29 @@ def tiny_run(tmp_path_factory):
     evaluate.compare(config, data, folder)
     report.build(folder)
     return folder, config, data
+
+
+@pytest.fixture(scope='session')
+def store_server():
+    """(URL, faults) of a local object store: see tests/object_store.py."""
+    from tests import object_store
+
+    with object_store.serve() as server:
+        yield server
+
+
+@pytest.fixture
+def object_store(store_server, tmp_path, monkeypatch):
+    """(URL of a new folder on the store, faults); local copies go below tmp_path."""
+    from tests.object_store import BUCKET, CREDENTIALS
+    from vatt_jax.object_store import store
+
+    url, faults = store_server
+    for name, value in {'AWS_ENDPOINT_URL': url, **CREDENTIALS}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv('VATT_JAX_CACHE', str(tmp_path / 'cache'))
+    store._file_system.cache_clear()
+    faults.requests.clear()
+    yield f's3://{BUCKET}/{tmp_path.name}', faults
+    faults.unavailable = faults.cut = faults.hang = 0
+    faults.latency = 0.0

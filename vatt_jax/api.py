@@ -22,6 +22,7 @@ from vatt_jax.inference.embedder import Embedder
 from vatt_jax.inference.notices import Notices
 from vatt_jax.inference.requests import Request, given_inputs, only_input
 from vatt_jax.inputs import tokenizer
+from vatt_jax.object_store import is_url, run_mirror
 from vatt_jax.parallel import sharding
 from vatt_jax.training import checkpoint
 
@@ -40,15 +41,19 @@ def load(path: str | os.PathLike) -> Model:
     names, so nothing else is needed.
 
     Args:
-        path: the folder, or hf://owner/name[@revision] for a repository of the Hugging Face hub.
+        path: the folder, here or on an object store (s3://…, gs://…), or
+            hf://owner/name[@revision] for a repository of the Hugging Face hub.
 
     Raises:
         ConfigError: no model can be read there.
+        StoreError: the object store cannot be read.
     """
     if os.fspath(path).startswith('hf://'):
         from vatt_jax.exchange import hub
 
         path = hub.download(os.fspath(path))
+    elif is_url(path):
+        path = run_mirror.fetch_run(os.fspath(path))
     mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1))
     path = pathlib.Path(path)
     if safetensors_folder.is_model_folder(path):

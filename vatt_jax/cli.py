@@ -15,7 +15,9 @@ from vatt_jax import named_configs
 from vatt_jax.command_line import run_command
 from vatt_jax.config import ConfigError
 from vatt_jax.modes import process
+from vatt_jax.modes import workdir as workdirs
 from vatt_jax.modes.flags import parse
+from vatt_jax.object_store import StoreSettings, check_local
 
 # TensorFlow, which is imported late, decodes on the host and need not introduce itself.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -25,32 +27,37 @@ os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 def main(argv: list[str]) -> None:
     """Runs one mode. Each is imported when it is asked for: JAX takes seconds to import."""
     flags, overrides = parse(argv, run_command())
-    workdir = pathlib.Path(flags.workdir)
+    check_local(flags.out, '--out')
     if flags.mode == 'report':
         from vatt_jax.modes import report
 
         others = flags.compare.split(',') if flags.compare else ()
-        report.run(workdir, [os.path.expanduser(folder) for folder in others])
+        with workdirs.opened(flags.workdir, flags.mode, StoreSettings()) as workdir:
+            report.run(workdir, [os.path.expanduser(folder) for folder in others])
         return
     if flags.mode == 'search':
         from vatt_jax.modes import search
 
-        workdir = search.model_folder(flags.index, workdir)
-    config = read_config(flags, overrides, workdir)
+        flags.workdir = search.model_folder(flags.index, flags.workdir)
+    config = read_config(flags, overrides, workdirs.with_config(flags.workdir))
+    settings = StoreSettings.from_config(config)
     if flags.mode == 'plan':
         import data_pipelines
         from vatt_jax.modes import plan
 
         topology = flags.topology or topology_of(flags.machine)
         open_any = data_pipelines.open_or_synthetic
-        plan.run(config, workdir, open_any, topology, flags.quick, flags.search)
+        with workdirs.opened(flags.workdir, flags.mode, settings) as workdir:
+            plan.run(config, workdir, open_any, topology, flags.quick, flags.search)
         return
 
-    process.prepare(config, workdir)
-    run_mode(flags, config, workdir)
+    process.prepare(config, workdirs.for_compiled(flags.workdir))
     from vatt_jax.parallel import distributed
 
-    distributed.leave()
+    with workdirs.opened(flags.workdir, flags.mode, settings) as workdir:
+        run_mode(flags, config, workdir)
+        # Before the last upload: until then, other processes may write.
+        distributed.leave()
 
 
 def run_mode(flags: argparse.Namespace, config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -70,7 +77,7 @@ def run_mode(flags: argparse.Namespace, config: ConfigDict, workdir: pathlib.Pat
     elif flags.mode == 'index':
         from vatt_jax.modes import index
 
-        index.run(workdir, flags.videos, flags.out, flags.window, flags.stride)
+        index.run(workdir, flags.videos, flags.out, flags.window, flags.stride, flags.workdir)
     elif flags.mode == 'search':
         from vatt_jax.modes import search
 
@@ -93,7 +100,7 @@ def read_config(
     stored = configs.stored(workdir)
     if stored is None and flags.mode not in ('train', 'plan'):
         raise ConfigError(
-            f'--workdir={workdir} holds no run (no config.json); '
+            f'--workdir={flags.workdir} holds no run (no config.json); '
             'train first, or name another folder'
         )
     if flags.config or stored is None:

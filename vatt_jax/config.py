@@ -71,6 +71,8 @@ COUNTS = {
     'data.prefetch': 1,
     'data.threads': 1,
     'data.synthetic_size': 1,
+    'object_store.tries': 1,
+    'object_store.memory': 1,
     'model.inputs.video.frames': 1,
     'model.inputs.video.size': 1,
     'model.inputs.audio.samples': 1,
@@ -99,6 +101,11 @@ RANGES: dict[str, tuple[float, float]] = {
     'augment.audio_noise': (0, 1),
     # Of a full circle, either way.
     'augment.hue': (0, 0.5),
+    # A request needs some time; an hour is that of a store which will not answer.
+    'object_store.timeout': (0.01, 3600),
+    'object_store.backoff': (0, 3600),
+    # Of MB/s; 0: measured.
+    'object_store.bandwidth': (0, 1e6),
 }
 # Steps and rows are counted in int32 on the device.
 LARGEST_COUNT = 2**31 - 1

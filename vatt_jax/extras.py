@@ -27,6 +27,8 @@ REQUIREMENTS = {
     'search': ('flask>=3.1', 'usearch>=2.26'),
     'hub': ('huggingface_hub>=1.0',),
     'beam': ('apache-beam>=2.70', 'mlcroissant>=1.0'),
+    's3': ('s3fs>=2026.1',),
+    'gcs': ('gcsfs>=2026.1',),
     'cuda': ('jax[cuda13]>=0.10,<0.13',),
     'tpu': ('jax[tpu]>=0.10,<0.13',),
 }
@@ -46,6 +48,8 @@ EXTRA_OF = {
     'huggingface_hub': 'hub',
     'apache_beam': 'beam',
     'mlcroissant': 'beam',
+    's3fs': 's3',
+    'gcsfs': 'gcs',
 }
 
 

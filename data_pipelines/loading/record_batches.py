@@ -23,6 +23,7 @@ from data_pipelines.loading.batch_plan import BatchPlanner, ReadRequest
 from data_pipelines.loading.data_source import Rows
 from data_pipelines.loading.record_reader import RecordReader, RowContents
 from vatt_jax import extras
+from vatt_jax.object_store import StoreError
 
 with extras.needed('data', 'reading prepared records'):
     import tensorflow as tf
@@ -74,7 +75,7 @@ class RecordBatches(Iterator):
             # recorded there.
             original_error = self._error
             self.close()
-            if isinstance(original_error, DataError):
+            if isinstance(original_error, DataError | StoreError):
                 raise original_error from None
             first_line = str(e).splitlines()[0][:200]
             raise DataError(
@@ -104,14 +105,19 @@ class RecordBatches(Iterator):
         options.deterministic = True
         # Threads and buffers are those of config.data, not what TensorFlow would tune at run time.
         options.autotune.enabled = False
-        # One more than decode, for the thread that plans and reads.
-        options.threading.private_threadpool_size = max(2, data_config.threads + 1)
+        # Where reading waits for an object store, several batches are read side by side; from a
+        # disk one at a time. Decoding, the slow part there, is parallel below.
+        batches_at_once = data_config.prefetch if self._reader.is_remote else 1
+        # As many more than decode, for the threads that plan and read.
+        options.threading.private_threadpool_size = max(2, data_config.threads + batches_at_once)
 
         if num_batches is None:
             num_batches = np.iinfo(np.int64).max  # endless
-        # No num_parallel_calls: one batch at a time is planned and read. Decoding, the slow part,
-        # is parallel below.
-        batches = tf.data.Dataset.range(num_batches).map(self._fetch_tensors)
+        batches = tf.data.Dataset.range(num_batches).map(
+            self._fetch_tensors,
+            num_parallel_calls=batches_at_once if batches_at_once > 1 else None,
+            deterministic=True if batches_at_once > 1 else None,
+        )
         if self._planner.video_views:
             # Rows are decoded side by side, across the border of batches too, so that a heavy row
             # keeps nobody waiting.

@@ -18,6 +18,7 @@ from data_pipelines.loading import sample_windows
 from data_pipelines.loading.batch_plan import BatchPlanner, ReadRequest, RowRequest
 from data_pipelines.loading.data_source import Rows, blank
 from data_pipelines.loading.lazy_split import LazySplit
+from data_pipelines.loading.requests_in_flight import RequestsInFlight
 
 _MIN_READS = 100  # records read before the share of unreadable ones is compared with the limit
 _MAX_LISTED = 1000  # unreadable records listed by problems()
@@ -148,6 +149,15 @@ class RecordReader:
         self._planner = planner
         self._problems = problems
         self._pass_size = sum(len(split) for split in planner.splits)
+        self._in_flight: RequestsInFlight | None = None
+        remote = [split.prepared for split in planner.splits if split.prepared.is_remote]
+        if remote:
+            self._in_flight = RequestsInFlight(remote[0].settings)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading waits for an object store, so that several batches should be read."""
+        return self._in_flight is not None
 
     def read(self, rows: Rows, batch: dict[str, Any], request: ReadRequest) -> list[RowContents]:
         """Read the rows of a batch.
@@ -162,6 +172,7 @@ class RecordReader:
 
         Raises:
           DataError: too many records cannot be read.
+          StoreError: an object store cannot be read.
         """
         records = self._planner.record_numbers(rows)  # [B]
         contents: dict[int, RowContents] = {}
@@ -170,14 +181,10 @@ class RecordReader:
         # By source, because problems are counted for each split.
         for split, members in self._planner.by_split(rows):
             reasons = []
-            for row in members.tolist():
-                reason = ''
-                try:
-                    contents[row] = self._read_row(split, int(records[row]), request.row(row))
-                # A wrong checksum is a ValueError. One bad record costs its row, not the run; the
-                # limit on their share is checked in `add`.
-                except (ValueError, OSError) as e:
-                    reason = str(e)
+            found = self._read_rows(split, records, request, members.tolist())
+            for row, (row_contents, reason) in zip(members.tolist(), found):
+                if row_contents is not None:
+                    contents[row] = row_contents
                 reasons.append(reason)
                 is_bad[row] = bool(reason)
             name = f'{split.name}/{split.split}'
@@ -185,6 +192,24 @@ class RecordReader:
         # Streams have no 'data' for video and audio yet; the empty contents below supply zeros.
         blank(batch, is_bad)
         return [contents.get(row) or self._empty_row() for row in range(len(records))]
+
+    def _read_rows(
+        self, split: LazySplit, records: np.ndarray, request: ReadRequest, numbers: list[int]
+    ) -> list[tuple[RowContents | None, str]]:
+        """Read rows of one split; (None, reason) for each that cannot be read."""
+
+        def read_one(row: int) -> tuple[RowContents | None, str]:
+            try:
+                return self._read_row(split, int(records[row]), request.row(row)), ''
+            # A wrong checksum is a ValueError. One bad record costs its row, not the run; the limit
+            # on their share is checked in `ReadProblems.add`. A StoreError passes through: it says
+            # nothing about the record.
+            except (ValueError, OSError) as e:
+                return None, str(e)
+
+        if self._in_flight is not None and split.prepared.is_remote:
+            return self._in_flight.map(read_one, numbers, _num_bytes)
+        return [read_one(row) for row in numbers]
 
     def _empty_row(self) -> RowContents:
         audio = None
@@ -228,6 +253,15 @@ class RecordReader:
                 windows.append(sample_windows.to_int16(window))
             contents.audio = np.stack(windows)  # [views S]
         return contents
+
+
+def _num_bytes(found: tuple[RowContents | None, str]) -> int:
+    """Bytes that were read for a row."""
+    contents, _ = found
+    if contents is None:
+        return 0
+    sound = 0 if contents.audio is None else contents.audio.nbytes
+    return sum(len(packet) for packet in contents.packets) + sound
 
 
 def _assign_entries(

@@ -29,6 +29,7 @@ from data_pipelines.loading.worker_batches import WorkerBatches, useful_workers
 from data_pipelines.storage.record_index import Index
 from data_pipelines.storage.records import Prepared, read_entries
 from vatt_jax.inputs.tokenizer import Tokenizer
+from vatt_jax.object_store import StoreSettings
 
 # A mixture of more sources opens each at its first record.
 OPENED_AT_ONCE = 16
@@ -134,7 +135,7 @@ class Records(Data):
             # The fold is part of the key: it decides which records belong to which split.
             key = _dataset_key(entry)
             if key not in datasets:
-                datasets[key] = Prepared(*key)
+                datasets[key] = Prepared(*key, StoreSettings.from_config(self.config))
                 datasets[key].check(self.inputs)
         return datasets
 

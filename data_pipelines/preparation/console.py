@@ -79,12 +79,12 @@ class Console:
             yield advance
 
     def summary(
-        self, target: pathlib.Path, summary: Mapping[str, Any], unknown_names: list[str]
+        self, target: pathlib.Path | str, summary: Mapping[str, Any], unknown_names: list[str]
     ) -> None:
         """Print the tables of splits and of skipped files.
 
         Args:
-            target: folder of the prepared dataset.
+            target: folder or URL of the prepared dataset.
             summary: as returned by `prepare`.
             unknown_names: names in captions or annotations that no media file answers to.
         """
@@ -98,7 +98,9 @@ class Console:
             )
         self(f'done in {summary["seconds"]} s.')
 
-    def _print_splits(self, target: pathlib.Path, splits: Mapping[str, Mapping[str, Any]]) -> None:
+    def _print_splits(
+        self, target: pathlib.Path | str, splits: Mapping[str, Mapping[str, Any]]
+    ) -> None:
         from rich.table import Table
 
         table = Table(title=printable(str(target)), title_justify='left')

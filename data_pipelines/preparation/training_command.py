@@ -20,7 +20,7 @@ _DEMO_PATCH = 256
 
 
 def training_command(
-    target: pathlib.Path,
+    target: pathlib.Path | str,
     name: str,
     settings: Settings,
     tokenizer: str,
@@ -29,7 +29,7 @@ def training_command(
     """Command line that trains the demo's model on a prepared dataset.
 
     Args:
-        target: folder of the dataset.
+        target: folder or URL of the dataset.
         name: of the dataset.
         settings: how it is stored.
         tokenizer: kind of its tokenizer.

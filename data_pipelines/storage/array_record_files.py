@@ -79,16 +79,22 @@ def physical(logical: int) -> int:
     return logical + HEADER * num_headers
 
 
-def read_logical(file: io.FileIO, logical: int, size: int) -> memoryview:
-    """`size` bytes from a logical offset on, block headers left out."""
+def physical_range(logical: int, size: int) -> tuple[int, int]:
+    """(physical offset, bytes) of what holds `size` bytes from a logical offset on."""
     begin = physical(logical)
     # Of the last byte, plus one: the offset behind it could lie behind a further header.
     end = physical(logical + size - 1) + 1 if size else begin
-    data = memoryview(os.pread(file.fileno(), end - begin, begin))
-    return _without_headers(data, begin)
+    return begin, end - begin
 
 
-def _without_headers(data: memoryview, begin: int) -> memoryview:
+def read_logical(file: io.FileIO, logical: int, size: int) -> memoryview:
+    """`size` bytes from a logical offset on, block headers left out."""
+    begin, physical_size = physical_range(logical, size)
+    data = memoryview(os.pread(file.fileno(), physical_size, begin))
+    return without_headers(data, begin)
+
+
+def without_headers(data: memoryview, begin: int) -> memoryview:
     """Leave out the block headers of the bytes from physical offset `begin` on.
 
     Neither end of `data` lies in a header.

@@ -9,19 +9,13 @@ ArrayRecord files as `prepare` writes them (`array_record_files`).
 
 from __future__ import annotations
 
-import io
-import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from data_pipelines.errors import DataError
-from data_pipelines.storage import array_record_files, version_1
-from data_pipelines.storage.piece_tables import Piece, PieceTables
-
-# Pieces farther apart than this are read by calls of their own: below, reading the bytes between
-# two pieces costs less than another call.
-_APART = 1 << 17
-
+from data_pipelines.storage import array_record_files, record_files, version_1
+from data_pipelines.storage.piece_tables import PieceTables
+from data_pipelines.storage.record_files import Range, RecordFiles
 
 Tables = PieceTables | version_1.PieceTables
 
@@ -32,7 +26,7 @@ class Pieces:
     def __init__(
         self,
         tables: Tables,
-        paths: Sequence[str | os.PathLike],
+        files: RecordFiles,
         blocks: bool,
         what: str,
         again: str,
@@ -41,7 +35,7 @@ class Pieces:
 
         Args:
           tables: where the pieces are.
-          paths: the files of the records.
+          files: of the records.
           blocks: ArrayRecord files, else TFRecord files.
           what: the split in the errors.
           again: how to make the tables again; the errors end with it.
@@ -49,20 +43,21 @@ class Pieces:
         Raises:
           DataError: files that are missing or not those that the tables were made for.
         """
-        if len(paths) != len(tables.file_sizes):
+        if len(files.paths) != len(tables.file_sizes):
             raise DataError(
-                f'{what} has {len(paths)} files now, and had {len(tables.file_sizes)} when it was '
-                f'made; {again}'
+                f'{what} has {len(files.paths)} files now, and had {len(tables.file_sizes)} when '
+                f'it was made; {again}'
             )
         # Offsets into a file that was written anew would read bytes of other records; its size
         # tells that at once, long before a checksum fails.
-        for path, size in zip(paths, tables.file_sizes):
-            if not os.path.isfile(path) or os.path.getsize(path) != size:
+        for number, size in enumerate(tables.file_sizes):
+            if files.size(number) != size:
                 raise DataError(
-                    f'{path} is not the file of {size} bytes that {what} was made for; {again}'
+                    f'{files.paths[number]} is not the file of {size} bytes that {what} was made '
+                    f'for; {again}'
                 )
         self._tables = tables
-        self._paths = list(paths)
+        self._files = files
         self._blocks = blocks
 
     def __len__(self) -> int:
@@ -71,8 +66,7 @@ class Pieces:
     def __getitem__(self, i: int) -> bytes:
         """A whole record, unchecked."""
         file_number, offset, length = self._tables.place(i)
-        with self._open(file_number) as file:
-            return bytes(self._read(file, offset, length))
+        return bytes(self._read(file_number, [(offset, length)])[0])
 
     def read(self, i: int, frames: Sequence[int], seconds: Sequence[int]) -> list[bytes]:
         """Read pieces of record i.
@@ -87,47 +81,31 @@ class Pieces:
 
         Raises:
           ValueError: a piece is not what was written.
+          OSError: the file cannot be read.
+          StoreError: the object store cannot be read.
         """
         file_number, record_begin, _ = self._tables.place(i)
         pieces = self._tables.pieces(i, frames, seconds)
+        # Not the order of the table: sound may lie before or behind the frames.
+        runs = list(record_files.runs(pieces, self._files.apart))
+        ranges = [(record_begin + begin, size) for (begin, size), _ in runs]
         contents = [b''] * len(pieces)
-        with self._open(file_number) as file:
-            for run in _nearby(pieces):
-                run_begin = pieces[run[0]].offset
-                run_end = max(_end(pieces[k]) for k in run)
-                data = self._read(file, record_begin + run_begin, run_end - run_begin)
-                for k in run:
-                    begin = pieces[k].offset - run_begin
-                    contents[k] = bytes(data[begin : begin + pieces[k].size])
-                    if zlib.crc32(contents[k]) & self._tables.crc_mask != pieces[k].crc:
-                        raise ValueError('its bytes are not those that were written (crc32)')
+        for ((run_begin, _), numbers), data in zip(runs, self._read(file_number, ranges)):
+            for k in numbers:
+                begin = pieces[k].offset - run_begin
+                contents[k] = bytes(data[begin : begin + pieces[k].size])
+                if zlib.crc32(contents[k]) & self._tables.crc_mask != pieces[k].crc:
+                    raise ValueError('its bytes are not those that were written (crc32)')
         return contents
 
-    def _open(self, file_number: int) -> io.FileIO:
-        """A file of the records, opened for each read: threads share nothing."""
-        # Unbuffered: a buffer would read ahead bytes that no piece needs.
-        return open(self._paths[file_number], 'rb', buffering=0)
-
-    def _read(self, file: io.FileIO, offset: int, size: int) -> memoryview:
-        if self._blocks:
-            return array_record_files.read_logical(file, offset, size)
-        return memoryview(os.pread(file.fileno(), size, offset))
-
-
-def _end(piece: Piece) -> int:
-    """Offset of the first byte behind a piece."""
-    return piece.offset + piece.size
-
-
-def _nearby(pieces: Sequence[Piece]) -> Iterator[list[int]]:
-    """Numbers of the pieces that one call reads together, in ascending order of offset."""
-    # Not the order of the table: sound may lie before or behind the frames.
-    order = sorted(range(len(pieces)), key=lambda k: pieces[k])
-    run: list[int] = []
-    for k in order:
-        if run and pieces[k].offset - _end(pieces[run[-1]]) > _APART:
-            yield run
-            run = []
-        run.append(k)
-    if run:
-        yield run
+    def _read(self, file_number: int, ranges: Sequence[Range]) -> list[memoryview]:
+        """Parts of a file, by (offset, bytes); the offsets are logical in ArrayRecord files."""
+        if not ranges:
+            return []
+        if not self._blocks:
+            return self._files.read(file_number, ranges)
+        physical = [array_record_files.physical_range(*part) for part in ranges]
+        contents = []
+        for (begin, _), data in zip(physical, self._files.read(file_number, physical)):
+            contents.append(array_record_files.without_headers(data, begin))
+        return contents

@@ -17,11 +17,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines.errors import DataError
-from data_pipelines.storage import byte_offsets, piece_tables, record_messages, version_1
+from data_pipelines.storage import (
+    byte_offsets,
+    piece_tables,
+    record_files,
+    record_messages,
+    version_1,
+)
 from data_pipelines.storage import record_index as indices
 from data_pipelines.storage.array_record_files import array_records
 from data_pipelines.storage.piece_tables import PiecesWriter
 from data_pipelines.storage.record_index import Index
+from data_pipelines.storage.remote_folder import RemoteFolder
+from vatt_jax.object_store import StoreSettings, is_url
 
 SPLITS = ('train', 'validation', 'test')
 # The one stored split of a dataset that is divided in several ways.
@@ -128,7 +136,9 @@ class Prepared:
     all clips, and for every division a label fold1, … with the classes of SPLITS.
 
     Attributes:
-      path: the folder.
+      path: the folder; may be a URL.
+      folder: the same on this machine: of one on an object store, a copy without the records.
+      settings: timeouts and tries of an object store.
       meta: its index.json.
       version: of its layout and tables.
       format: how a record is laid out.
@@ -137,18 +147,29 @@ class Prepared:
       labels: {name: classes}.
     """
 
-    def __init__(self, path: str | os.PathLike, fold: int = 0):
+    def __init__(
+        self, path: str | os.PathLike, fold: int = 0, settings: StoreSettings | None = None
+    ):
         """Open a prepared folder.
 
         Args:
-          path: the folder.
+          path: the folder, here or on an object store.
           fold: which of several divisions into splits holds, from 1; 0: the first, where there are
             several.
+          settings: timeouts and tries of an object store; None: the defaults.
 
         Raises:
           DataError: the folder is missing or incomplete, or has no such fold.
+          StoreError: the object store cannot be read.
         """
-        self.path = pathlib.Path(path)
+        self.settings = settings or StoreSettings()
+        self._remote: RemoteFolder | None = None
+        if is_url(path):
+            self._remote = RemoteFolder(os.fspath(path), self.settings)
+            self.path: str | pathlib.Path = os.fspath(path)
+            self.folder = self._remote.folder
+        else:
+            self.path = self.folder = pathlib.Path(path)
         self._check_finished()
         self.meta = self._json('index.json')
         self.version = self._version()
@@ -182,16 +203,16 @@ class Prepared:
 
     def _check_finished(self) -> None:
         hint = self._place_nearby()
-        if not self.path.is_dir():
+        if not self.folder.is_dir():
             raise DataError(
                 f'the prepared dataset {self.path} does not exist; make it with '
                 f'python -m data_pipelines.prepare --out={self.path} (docs/data.md){hint}'
             )
         # prepare.json is written last: without it the other files may be incomplete.
-        has_files = [(self.path / name).is_file() for name in ('prepare.json', 'index.json')]
+        has_files = [(self.folder / name).is_file() for name in ('prepare.json', 'index.json')]
         if all(has_files):
             return
-        if (self.path / '.staging').exists():
+        if (self.folder / '.staging').exists():
             raise DataError(f'{self.path} is not finished; run the same prepare command again')
         raise DataError(
             f'{self.path} is not a folder made by python -m data_pipelines.prepare{hint}'
@@ -200,9 +221,9 @@ class Prepared:
     def _place_nearby(self) -> str:
         """What a message adds where the dataset is in the folder above or below."""
         # Both are usual: data/NAME, and data/NAME/records beside the media.
-        places = [self.path / 'records']
-        if self.path.name == 'records':
-            places.append(self.path.parent)
+        places = [self.folder / 'records']
+        if self.folder.name == 'records':
+            places.append(self.folder.parent)
         for place in places:
             if (place / 'prepare.json').is_file():
                 return f'; there is one in {place}: name that path'
@@ -210,10 +231,11 @@ class Prepared:
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
-            return json.loads((self.path / name).read_text(encoding='utf-8'))
+            return json.loads((self.folder / name).read_text(encoding='utf-8'))
         except (OSError, ValueError) as e:
             raise DataError(
-                f'{self.path / name} cannot be read ({e}); prepare the data again with --overwrite'
+                f'{self.folder / name} cannot be read ({e}); prepare the data again with '
+                '--overwrite'
             ) from None
 
     def tokenizer(self) -> dict[str, Any]:
@@ -234,50 +256,72 @@ class Prepared:
 
     def index(self, split: str) -> Index:
         """The index of a stored split."""
+        self._fetch_tables(split)
         if self.version == 1:
-            return version_1.load_index(version_1.index_path(self.path, split))
-        return Index.open(indices.folder_of(self.path, split), self.again)
+            return version_1.load_index(version_1.index_path(self.folder, split))
+        return Index.open(indices.folder_of(self.folder, split), self.again)
 
-    def files(self, split: str) -> list[str]:
-        """Paths of the files that hold a stored split's records."""
+    @property
+    def is_remote(self) -> bool:
+        """Whether the records are on an object store, whose answers take a while."""
         if self.is_ours:
-            return shards(self.path, split)
-        return [path for path, _ in self.meta['files'][split]]
+            return self._remote is not None
+        return any(is_url(path) for files in self.meta['files'].values() for path, _ in files)
+
+    def _fetch_tables(self, split: str) -> None:
+        """Have the tables of a stored split on this machine."""
+        if self._remote:
+            self._remote.fetch_tables(split)
+
+    def files(self, split: str) -> record_files.RecordFiles:
+        """The files that hold a stored split's records."""
+        if not self.is_ours:
+            paths = [path for path, _ in self.meta['files'][split]]
+            return record_files.open_files(paths, self.settings)
+        if self._remote:
+            return self._remote.files(split)
+        return record_files.LocalFiles(shards(self.folder, split))
 
     def pieces(self, split: str, index: Index) -> byte_offsets.Pieces:
         """Random access to a stored split's records."""
-        paths = self.files(split)
+        files = self.files(split)
         what = f'split {split!r} of {self.path}'
         tables = self.tables(split, index)
-        return byte_offsets.Pieces(tables, paths, self.is_ours, what, self.again)
+        return byte_offsets.Pieces(tables, files, self.is_ours, what, self.again)
 
     def tables(self, split: str, index: Index) -> byte_offsets.Tables:
         """Where the frames and the sound of a stored split's records are."""
+        self._fetch_tables(split)
         if self.version == 1:
-            has_tables = version_1.places_path(self.path, split).is_file()
+            has_tables = version_1.places_path(self.folder, split).is_file()
             if has_tables or not self.is_ours:
                 return version_1.PieceTables(
-                    self.path, split, index.frames, index.samples, self.meta['rate'], self.again
+                    self.folder, split, index.frames, index.samples, self.meta['rate'], self.again
                 )
             self.add_byte_offsets(split)
-        return piece_tables.PieceTables(self.path, split, index.frames, self.again)
+        return piece_tables.PieceTables(self.folder, split, index.frames, self.again)
 
     def pieces_writer(self, split: str) -> PiecesWriter:
         """Writes the table of a stored split's byte offsets."""
         rate = self.meta['rate']
         if self.is_ours:
-            return pieces_writer(self.path, split, rate)
-        paths = self.files(split)
+            return pieces_writer(self.folder, split, rate)
+        paths = self.files(split).paths
         # Sound is float32.
-        return PiecesWriter(self.path, split, paths, 4 * rate, piece_tables.SEQUENCE_EXAMPLE)
+        return PiecesWriter(self.folder, split, paths, 4 * rate, piece_tables.SEQUENCE_EXAMPLE)
 
     def add_byte_offsets(self, split: str) -> None:
         """Add the table to a folder that was prepared before there were tables of byte offsets."""
-        if piece_tables.folder_of(self.path, split).is_dir() or not self.files(split):
+        if piece_tables.folder_of(self.folder, split).is_dir() or not self.files(split).paths:
             return
+        if self._remote:
+            raise DataError(
+                f'{self.path} was prepared before pieces-{split} was written with it; open it once '
+                'on the machine that has it as a folder, and copy it to the store again'
+            )
         try:
             # The ids are of no use here; exhausting the iterator writes the tables.
-            for _ in write_byte_offsets(self.path, split, self.meta['rate']):
+            for _ in write_byte_offsets(self.folder, split, self.meta['rate']):
                 pass
         except OSError as e:
             raise DataError(
@@ -406,6 +450,7 @@ class Split:
         Raises:
           ValueError: one is damaged.
           OSError: the file cannot be read.
+          StoreError: the object store cannot be read: nothing is known about the record.
         """
         contents = self._pieces.read(self._row(number), frames, seconds)
         return contents[: len(frames)], contents[len(frames) :]

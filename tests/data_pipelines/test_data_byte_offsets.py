@@ -8,7 +8,7 @@ import tensorflow as tf
 from test_data_dmvr import sequence_example
 
 from data_pipelines.errors import DataError
-from data_pipelines.storage import array_record_files, byte_offsets, record_messages
+from data_pipelines.storage import array_record_files, byte_offsets, record_files, record_messages
 from data_pipelines.storage.piece_tables import EXAMPLE, PiecesWriter, PieceTables
 
 
@@ -70,9 +70,9 @@ def test_records_of_a_file_and_any_part_of_them(tmp_path):
             writer.add(0, offset, len(record), table, no_seconds)
     num_frames = np.full(len(records), 3)
     opened = PieceTables(tmp_path, 'train', num_frames, 'again')
-    pieces = byte_offsets.Pieces(opened, [path], True, 'split', 'again')
+    pieces = byte_offsets.Pieces(opened, record_files.LocalFiles([path]), True, 'split', 'again')
     # Far pieces are read by calls of their own.
-    assert max(len(record) for record in records) > byte_offsets._APART + 1000
+    assert max(len(record) for record in records) > record_files.LocalFiles.apart + 1000
     for i, record in enumerate(records):
         assert pieces[i] == record
         for numbers in ([0, 1, 2], [2, 0], [1], []):
@@ -86,7 +86,7 @@ def test_records_of_a_file_and_any_part_of_them(tmp_path):
     with open(path, 'ab') as file:
         file.write(b'x')
     with pytest.raises(DataError, match='is not the file of .* bytes that .*again'):
-        byte_offsets.Pieces(opened, [path], True, 'split', 'again')
+        byte_offsets.Pieces(opened, record_files.LocalFiles([path]), True, 'split', 'again')
 
 
 def test_compressed_files_are_refused(tmp_path):

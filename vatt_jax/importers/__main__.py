@@ -48,8 +48,10 @@ def main(argv: list[str]) -> None:
     # The importers, and models with them, are imported only when the flags are right.
     from vatt_jax import config as configs
     from vatt_jax.config import ConfigError
+    from vatt_jax.object_store import check_local
 
     flags = _parser().parse_args(expand_home(argv))
+    check_local(flags.out, '--out')
     if bool(flags.checkpoint) == bool(flags.export):
         # Neither says what to do; both would leave open which of them --out belongs to.
         raise ConfigError('name one of --checkpoint=PREFIX (in) and --export=RUN (out)')

@@ -13,6 +13,7 @@ import jax
 
 from vatt_jax import api
 from vatt_jax.config import ConfigError
+from vatt_jax.object_store import is_url
 from vatt_jax.search import index as search_index
 from vatt_jax.search.window_features import WindowFeatures
 from vatt_jax.terminal import printable
@@ -22,7 +23,9 @@ from vatt_jax.training import checkpoint
 PRINT_EVERY = 10.0
 
 
-def run(workdir: pathlib.Path, videos: str, out: str, window: float, stride: float) -> None:
+def run(
+    workdir: pathlib.Path, videos: str, out: str, window: float, stride: float, name: str = ''
+) -> None:
     """Makes the index `out` of a folder, or brings it up to date.
 
     Files that are done and have not changed are not read again; files that are gone leave the
@@ -34,6 +37,7 @@ def run(workdir: pathlib.Path, videos: str, out: str, window: float, stride: flo
         out: the index to make or to continue.
         window: seconds of a window; 0: the length of the model's clips.
         stride: seconds from window to window; 0: `window`.
+        name: where the run is, if `workdir` is a copy of it; searching loads the model from there.
 
     Raises:
         ConfigError: a wrong argument, no file to index, or an index of something else.
@@ -55,7 +59,7 @@ def run(workdir: pathlib.Path, videos: str, out: str, window: float, stride: flo
         contextlib.closing(features.guard),
     ):
         about = {
-            'workdir': str(workdir.absolute()),
+            'workdir': name if is_url(name) else str(workdir.absolute()),
             'model': checkpoint.digest(model.variables),
             'folder': os.fsencode(folder.resolve()).hex(),
             'window': features.seconds,

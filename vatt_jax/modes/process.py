@@ -31,6 +31,7 @@ CUDA_PLUGINS = ('jax_cuda12_plugin', 'jax_cuda13_plugin')
 EXIT_CODES = {
     'DataError': 2,
     'ShardingError': 2,
+    'StoreError': 1,
     'TrainingStopped': 1,
     'ProcessGone': 1,
     'CheckpointNotSaved': 1,

@@ -7,12 +7,13 @@ import pathlib
 
 from vatt_jax import api
 from vatt_jax.config import ConfigError
+from vatt_jax.object_store import is_url
 from vatt_jax.search.index import Index
 from vatt_jax.search.searcher import Searcher
 from vatt_jax.terminal import printable
 
 
-def model_folder(index: str, workdir: pathlib.Path) -> pathlib.Path:
+def model_folder(index: str, workdir: str) -> str:
     """The run folder that made an index, or `workdir` where that has moved.
 
     Raises:
@@ -21,8 +22,9 @@ def model_folder(index: str, workdir: pathlib.Path) -> pathlib.Path:
     if not index:
         raise ConfigError('--mode=search reads an index; name it with --index')
     with Index(index) as opened:
-        recorded = pathlib.Path(opened.about().get('workdir', workdir))
-    return recorded if recorded.exists() else workdir
+        recorded = opened.about().get('workdir', workdir)
+    # One on a store is not looked for: its answer may take a while, and loading tells the same.
+    return recorded if is_url(recorded) or pathlib.Path(recorded).exists() else workdir
 
 
 def run(workdir: pathlib.Path, flags: argparse.Namespace) -> None:

@@ -38,6 +38,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 from vatt_jax import optim
 from vatt_jax.config import ConfigError, differing_fields, flatten, from_json
 from vatt_jax.models.embeddings import spline_matrix
+from vatt_jax.object_store import is_url, run_mirror
 from vatt_jax.parallel import sharding
 from vatt_jax.run_folder import RunFolder, evaluation_name, free_space, readable_size
 from vatt_jax.training.columns_handler import ColumnsRestore, ColumnsSave
@@ -524,11 +525,15 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
     """Return the newest checkpoint folder of a run folder, or the checkpoint folder itself.
 
     Args:
-        path: A run folder, its `checkpoints` folder or one checkpoint folder.
+        path: A run folder, its `checkpoints` folder or one checkpoint folder; one on an object
+            store is copied to this machine.
 
     Raises:
         ConfigError: There is no checkpoint.
+        StoreError: The object store cannot be read.
     """
+    if is_url(path):
+        path = run_mirror.fetch_run(os.fspath(path))
     path = pathlib.Path(path)
     if (path / 'meta').is_dir() and (path / 'state').is_dir():
         return path.absolute()
