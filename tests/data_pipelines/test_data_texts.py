@@ -102,7 +102,7 @@ def test_embeddings_take_the_texts_of_their_rows(monkeypatch):
     """Places that are missing, blocks of several widths, and plain lists as users' data give."""
     monkeypatch.setattr(embed, 'TEXTS_AT_ONCE', 2)
     texts = [{'id': 'x' * i, 'start': i / 2, 'sentences': []} for i in range(1, 8)]
-    features = {'pooled': {}, 'spaces': {}, 'labels': {}, 'valid': {}}
+    features = {'pooled': {}, 'spaces': {}, 'labels': {}, 'valid': {}, 'mask': {}}
     for index in ([0, 1, 3, 4, 6], []):
         arrays = embed.as_arrays({**features, 'index': np.array(index, int)}, texts)
         assert arrays['id'].tolist() == ['x' * (i + 1) for i in index]
