@@ -10,8 +10,9 @@ docs/data.md and docs/datasets.md.
 
 The parts, in the order in which they run (all below data_pipelines/preparation):
 
-    media_catalog     which files there are and what their annotations say
+    media_catalog     which files there are and what their annotations say, kept in a store on disk
     staging           decodes every file, by decoded_files, into a staging folder
+    splits            says which record is in which split
     record_contents   joins decoded files with their annotations
     writing           writes the records, reads them back and publishes the dataset
 """
@@ -19,6 +20,8 @@ The parts, in the order in which they run (all below data_pipelines/preparation)
 from __future__ import annotations
 
 import argparse
+import array
+import contextlib
 import errno
 import functools
 import hashlib
@@ -27,14 +30,19 @@ import json
 import os
 import pathlib
 import shutil
+import sqlite3
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import Int64
 
 from data_pipelines.errors import DataError
 from data_pipelines.preparation.console import Console
+from data_pipelines.preparation.store import Store
 from data_pipelines.storage import columns, record_index
 from vatt_jax import extras
 from vatt_jax.command_line import expand_home
@@ -51,6 +59,7 @@ try:
         media_catalog,
         record_contents,
         remote_output,
+        splits,
         staging,
         target_folder,
         training_command,
@@ -81,7 +90,7 @@ def _explain_full_disk(function: Function) -> Function:
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, sqlite3.OperationalError) as error:
             cause = _full_disk_cause(error)
             if cause is None:
                 raise
@@ -93,8 +102,10 @@ def _explain_full_disk(function: Function) -> Function:
     return call  # type: ignore[return-value]  # functools.wraps keeps the signature
 
 
-def _full_disk_cause(error: OSError | RuntimeError) -> str | None:
+def _full_disk_cause(error: Exception) -> str | None:
     """The system's words for a full disk, if this is what the error is about."""
+    if getattr(error, 'sqlite_errorcode', None) == sqlite3.SQLITE_FULL:
+        return str(error)
     for number in _FULL_DISK_ERRORS:
         # In the system's own words, which the library passes on.
         message = os.strerror(number)
@@ -219,15 +230,6 @@ def prepare(
     name = name or arguments.dataset_name(target)
     arguments.check_arguments(settings, name, vocabulary, validation, test, processes)
 
-    if dataset:
-        # From here on, a named dataset and anyone's folder are the same.
-        catalog = named.read(dataset, manual_dir, videos, encoding)
-    else:
-        catalog = media_catalog.from_folder(videos, captions, annotations, encoding)
-    for remark in catalog.remarks:
-        console(remark)
-    files = catalog.files
-
     # All that decides what comes out: a folder that was prepared from the same is left as it is.
     identity = {
         # Neither `processes` nor `beam`: they change how fast it is done, not what comes out.
@@ -238,57 +240,68 @@ def prepare(
         'validation': validation,
         'test': test,
         'require_audio': require_audio,
-        **catalog.identity,
-        # A file that was added, removed or changed makes another dataset.
-        'files': _digest_of_files(files, settings),
     }
-    # Before anything is decoded, which may take days.
-    finished = _finished_run(target, identity, overwrite)
-    if finished:
-        # Left behind if the last run was killed at its very end.
-        shutil.rmtree(stage_dir, ignore_errors=True)
-        place = remote_output.place_of(target)
-        console(f'{place} is already prepared from these files with these settings; nothing to do.')
-        return {**finished['summary'], 'fresh': False}
+    _check_is_ours(target)
+    # On the disk that has room for the dataset: captions may take as much as all of them. Where
+    # nothing can be written, there is nothing left to do, or the error that follows says so.
+    catalog_folder = target if os.access(target, os.W_OK) else ''
+    with contextlib.closing(Store(catalog_folder)) as catalog_store:
+        if dataset:
+            # From here on, a named dataset and anyone's folder are the same.
+            catalog = named.read(dataset, manual_dir, videos, encoding, catalog_store)
+        else:
+            catalog = media_catalog.from_folder(
+                videos, captions, annotations, encoding, catalog_store
+            )
+        for remark in catalog.remarks:
+            console(remark)
+        # A file that was added, removed or changed makes another dataset.
+        identity |= {**catalog.identity, 'files': _digest_of_files(catalog.files, settings)}
+        # Before anything is decoded, which may take days.
+        finished = _finished_run(target, identity, overwrite)
+        if finished:
+            # Left behind if the last run was killed at its very end.
+            shutil.rmtree(stage_dir, ignore_errors=True)
+            place = remote_output.place_of(target)
+            console(
+                f'{place} is already prepared from these files with these settings; nothing to do.'
+            )
+            return {**finished['summary'], 'fresh': False}
 
-    # Likewise: these are imported only when all files are decoded.
-    extras.check('writing records', *_WRITERS, *record_contents.tokenizer_modules(tokenizer))
-    target_folder.make(stage_dir)
-    # Skips what an earlier run has staged already: this is the step that resumes.
-    staging.stage_all(files, settings, stage_dir, processes, console, beam)
+        # Likewise: these are imported only when all files are decoded.
+        extras.check('writing records', *_WRITERS, *record_contents.tokenizer_modules(tokenizer))
+        target_folder.make(stage_dir)
+        # Skips what an earlier run has staged already: this is the step that resumes.
+        staging.stage_all(catalog.files, settings, stage_dir, processes, console, beam)
 
-    skipped = dict(catalog.skipped)
-    if dataset:
-        skipped |= dict.fromkeys(catalog.missing, 'missing: no such file')
-    records = _usable_records(catalog, settings, stage_dir, require_audio, skipped)
-    if not records:
-        # The reasons survive the error that follows.
-        record_index.write_json(target / 'skipped.json', skipped)
-        example, reason = next(iter(skipped.items()))
-        raise DataError(
-            f'all {len(skipped)} files below {videos or manual_dir} were skipped, for example '
-            f'{example} ({reason}); see {target / "skipped.json"}'
+        skipped = dict(catalog.skipped)
+        if dataset:
+            skipped |= dict.fromkeys(catalog.missing, 'missing: no such file')
+        usable = _usable_files(catalog.files, settings, stage_dir, require_audio, skipped)
+        if not len(usable):
+            raise _nothing_left(target, videos or manual_dir, skipped)
+        records = record_contents.Records(catalog, usable, settings, stage_dir)
+        for remark in record_contents.remark_on_late_sentences(records, catalog):
+            console(remark)
+        # Splits first: the tokenizer sees the text of the training split only.
+        records.splits, remarks = splits.assign(
+            records.files,
+            catalog.splits,
+            catalog.folds > 0,
+            # Decided by all files, not by the usable ones: a file that is skipped does not change
+            # the split of another.
+            not dataset and splits.has_split_folders(catalog.files),
+            validation,
+            test,
         )
-    for remark in record_contents.remark_on_late_sentences(records, catalog):
-        console(remark)
-    # Decided by all files, not by the usable records: a file that is skipped does not change the
-    # split of another.
-    by_folder = not dataset and record_contents.has_split_folders(files)
-    # Splits first: the tokenizer sees the text of the training split only.
-    remarks = record_contents.assign_splits(records, catalog, by_folder, validation, test)
-    for remark in remarks:
-        console(remark)
-    record_contents.train_tokenizer(records, tokenizer, vocabulary, stage_dir)
+        for remark in remarks:
+            console(remark)
+        record_contents.train_tokenizer(records, tokenizer, vocabulary, stage_dir)
 
-    console(f'writing {len(records)} records …')
-    file_by_id = {file.id: file for file in files}
-    # Below the staging folder, and moved once it is whole.
-    produced = writing.write_dataset(
-        records, file_by_id, settings, stage_dir, name, catalog.multi_hot
-    )
-    summary = writing.publish(
-        produced, stage_dir, target, name, settings, catalog, records, skipped
-    )
+        console(f'writing {len(records)} records …')
+        # Below the staging folder, and moved once it is whole.
+        produced = writing.write_dataset(records, stage_dir, name, catalog.multi_hot)
+        summary = writing.publish(produced, stage_dir, target, name, catalog, records, skipped)
     summary['seconds'] = round(time.monotonic() - start_time, 1)
     # The commit point: with this file, the dataset counts as whole. A run that is killed earlier
     # repeats everything after decoding.
@@ -313,25 +326,34 @@ def prepare(
     return {**summary, 'fresh': True}
 
 
-def _usable_records(
-    catalog: media_catalog.MediaCatalog,
+def _usable_files(
+    files: Iterable[decoded_files.File],
     settings: decoded_files.Settings,
     stage_dir: pathlib.Path,
     require_audio: bool,
     skipped: dict[str, str],
-) -> list[dict[str, Any]]:
-    """Records of the staged files; the reasons of the others go into `skipped`."""
-    records = []
-    for file in catalog.files:
-        # Headers alone: the frames of a large dataset do not fit into memory.
+) -> Int64[np.ndarray, ' M']:
+    """Numbers of the files that become records; the reasons of the others go into `skipped`."""
+    usable = array.array('q')
+    for number, file in enumerate(files):
         header = decoded_files.header(decoded_files.staged_path(stage_dir, file, settings))
         if header.get('skipped'):
             skipped[file.id] = header['skipped']
         elif require_audio and not header['samples']:
             skipped[file.id] = 'no audio'
         else:
-            records.append(record_contents.make_record(file, header, catalog))
-    return records
+            usable.append(number)
+    return np.array(usable, np.int64)
+
+
+def _nothing_left(target: pathlib.Path, folder: str, skipped: Mapping[str, str]) -> DataError:
+    """The error of a dataset without records; its reasons survive it in `skipped.json`."""
+    record_index.write_json(target / 'skipped.json', skipped)
+    example, reason = next(iter(skipped.items()))
+    return DataError(
+        f'all {len(skipped)} files below {folder} were skipped, for example '
+        f'{example} ({reason}); see {target / "skipped.json"}'
+    )
 
 
 # ---- Checks of the arguments.
@@ -358,15 +380,29 @@ def _check_sources(videos: str, captions: str, annotations: str, out: str, datas
 # ---- Earlier runs into the same folder.
 
 
-def _digest_of_files(files: list[decoded_files.File], settings: decoded_files.Settings) -> str:
+def _digest_of_files(files: Sequence[decoded_files.File], settings: decoded_files.Settings) -> str:
+    keys = np.fromiter((file.key(settings) for file in files), 'S32', len(files))
     # Sorted, so that the order of the scan does not matter.
-    keys = sorted(file.key(settings) for file in files)
-    return hashlib.sha256('\n'.join(keys).encode()).hexdigest()
+    keys.sort()
+    digest = hashlib.sha256()
+    for i, key in enumerate(keys):
+        digest.update(b'\n' + key if i else key)
+    return digest.hexdigest()
 
 
 def is_finished(target: pathlib.Path) -> bool:
     """Whether `target` holds a whole dataset: the file that is written last is there."""
     return (target / _FINISHED_FILE).is_file()
+
+
+def _check_is_ours(target: pathlib.Path) -> None:
+    """Raise DataError if `target` holds something that must not be replaced."""
+    if target.exists() and not target.is_dir():
+        raise DataError(f'--out={target} is a file')
+    is_own = is_finished(target) or (target / '.staging').exists()  # left by a killed run
+    # `publish` deletes loose files in the target, so a folder that is not ours is refused here.
+    if target.is_dir() and not is_own and any(target.iterdir()):
+        raise DataError(f'--out={target} holds other files; choose a new or empty folder')
 
 
 def _written_files(target: pathlib.Path) -> list[str]:
@@ -386,18 +422,10 @@ def _finished_run(
     With `overwrite`, the files of a run that was different are removed.
 
     Raises:
-        DataError: if `target` holds something else that must not be replaced.
+        DataError: if it is another dataset and `overwrite` is not given.
     """
-    if target.exists() and not target.is_dir():
-        raise DataError(f'--out={target} is a file')
     if not is_finished(target):
-        is_own = (target / '.staging').exists()  # left by a killed run
-        # `publish` deletes loose files in the target, so a folder that is not ours is refused
-        # here.
-        if target.is_dir() and not is_own and any(target.iterdir()):
-            raise DataError(f'--out={target} holds other files; choose a new or empty folder')
         return None
-
     finished = _read_finished(target)
     # Compared as JSON has it, where tuples are lists.
     identity = json.loads(json.dumps(identity))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+
 from data_pipelines.datasets.named_dataset import (
     AnnotationFolder,
     Dataset,
@@ -122,20 +124,13 @@ class Kinetics(Dataset):
         self.name = f'kinetics{num_classes}'
         self.title = f'Kinetics-{num_classes}: {num_clips} clips of {num_classes} human actions'
 
-    def clips(self, folder: AnnotationFolder) -> tuple[list[Clip], dict[str, list[str]]]:
-        rows = []
-        for split, patterns in self.lists.items():
-            path = folder.find_optional(*patterns)
-            if path is None:
-                continue
-            for where, row in folder.table(path, ('youtube_id', 'time_start', 'time_end')):
-                rows.append((where, split, row))
-        if not rows:
+    def clips(self, folder: AnnotationFolder) -> tuple[Iterable[Clip], dict[str, list[str]]]:
+        if next(self._rows(folder), None) is None:
             # Raises, unless there is a list without rows.
             folder.find_one('train.csv', 'val.csv', 'validate.csv', 'test.csv')
 
         # From all lists together, so that one class has one number in every split.
-        class_names = sorted({row['label'] for _, _, row in rows if row.get('label')})
+        class_names = sorted({row['label'] for _, _, row in self._rows(folder) if row.get('label')})
         # Fewer is possible, if only some lists are there. More means that the files are those of
         # another edition.
         if len(class_names) > self.num_classes:
@@ -143,21 +138,28 @@ class Kinetics(Dataset):
                 f'{self.name}: the annotation files in {folder.root} name {len(class_names)} '
                 'classes; this is another edition of Kinetics'
             )
-        number_of = numbered(class_names)
-        clips = []
-        for where, split, row in rows:
+        return self._clips(folder, numbered(class_names)), {'class': class_names}
+
+    def _clips(self, folder: AnnotationFolder, number_of: Mapping[str, int]) -> Iterator[Clip]:
+        for where, split, row in self._rows(folder):
             start = folder.parse_float(row['time_start'], where)
             end = folder.parse_float(row['time_end'], where)
             # Some test lists have no column `label`.
             class_number = number_of.get(row.get('label', ''), -1)
-            clips.append(
-                Clip(
-                    **youtube(row['youtube_id'], start, end),
-                    split=split,
-                    segments=[segment({'class': class_number})],
-                )
+            yield Clip(
+                **youtube(row['youtube_id'], start, end),
+                split=split,
+                segments=[segment({'class': class_number})],
             )
-        return clips, {'class': class_names}
+
+    def _rows(self, folder: AnnotationFolder) -> Iterator[tuple[str, str, dict[str, str]]]:
+        """(file and line, split, row) of all clips."""
+        for split, patterns in self.lists.items():
+            path = folder.find_optional(*patterns)
+            if path is None:
+                continue
+            for where, row in folder.table(path, ('youtube_id', 'time_start', 'time_end')):
+                yield where, split, row
 
 
 class MomentsInTime(Dataset):
@@ -172,7 +174,7 @@ class MomentsInTime(Dataset):
     name = 'moments_in_time'
     title = 'Moments in Time: about 1,000,000 videos of 3 seconds'
 
-    def clips(self, folder: AnnotationFolder) -> tuple[list[Clip], dict[str, list[str]]]:
+    def clips(self, folder: AnnotationFolder) -> tuple[Iterable[Clip], dict[str, list[str]]]:
         classes: dict[str, int] = {}
         for where, line in folder.lines(folder.find_one('moments_categories.txt')):
             # 'clapping,0'
@@ -188,7 +190,11 @@ class MomentsInTime(Dataset):
                 f'{len(classes) - 1}, each once'
             )
 
-        clips = []
+        # Names in the order of their numbers.
+        class_names = sorted(classes, key=classes.__getitem__)
+        return self._clips(folder, classes), {'class': class_names}
+
+    def _clips(self, folder: AnnotationFolder, classes: Mapping[str, int]) -> Iterator[Clip]:
         for split, subfolder, list_name in (
             ('train', 'training', 'trainingSet.csv'),
             ('validation', 'validation', 'validationSet.csv'),
@@ -198,6 +204,4 @@ class MomentsInTime(Dataset):
             for where, row in folder.table(list_path, ('path', 'label'), header=False):
                 class_number = folder.look_up(row['label'], classes, where, 'class')
                 path = f'{subfolder}/{row["path"]}'
-                clips.append(Clip([path], split, [segment({'class': class_number})]))
-        # Names in the order of their numbers.
-        return clips, {'class': sorted(classes, key=classes.__getitem__)}
+                yield Clip([path], split, [segment({'class': class_number})])

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from data_pipelines.datasets.named_dataset import AnnotationFolder, Dataset, numbered, segment
 from data_pipelines.errors import DataError
-from data_pipelines.preparation.annotation_files import is_missing
 from data_pipelines.preparation.media_catalog import Clip
+from data_pipelines.preparation.store import StoredDict
+from data_pipelines.preparation.values import is_missing
+
+# Of HowTo100M: the columns of its list, and the folder with a file of captions for each video.
+_COLUMNS = ('video_id',)
+_PER_VIDEO = 'howto100m_captions'
 
 
 class YouCook2(Dataset):
@@ -197,9 +202,8 @@ class MSRVTT(Dataset):
 
 
 class HowTo100M(Dataset):
-    """Only videos that are there and in the list are used. One file per video is the better form:
-    the one JSON takes tens of gigabytes of memory. Label `category`. All are in train; --validation
-    and --test hold out a share by a hash of the name.
+    """Only videos that are there and in the list are used. Label `category`. All are in train;
+    --validation and --test hold out a share by a hash of the name.
 
         HowTo100M_v1.csv                        of HowTo100M.zip: the ids, and the category of each
         (or another csv with a column video_id)
@@ -213,36 +217,50 @@ class HowTo100M(Dataset):
     name = 'howto100m'
     title = 'HowTo100M: 1,200,000 narrated instructional videos'
 
-    def clips(self, folder: AnnotationFolder) -> tuple[list[Clip], dict[str, list[str]]]:
+    def clips(self, folder: AnnotationFolder) -> tuple[Iterable[Clip], dict[str, list[str]]]:
         list_path = folder.find_optional('HowTo100M_v1.csv')
         if list_path is None:
             list_path = folder.find_one('howto100m_videos.csv', 'HowTo100M*.csv', 'ids.csv')
-        rows = [row for _, row in folder.table(list_path, ('video_id',))]
+        # The list has a million rows: it is read again for the clips.
+        categories = {row.get('category_1', '') for _, row in folder.table(list_path, _COLUMNS)}
         # category_1 is the upper level of the WikiHow categories, category_2 the lower.
-        category_names = sorted({row.get('category_1', '') for row in rows} - {''})
-        number_of = numbered(category_names)
+        category_names = sorted(categories - {''})
 
         all_captions = self._read_all_captions(folder)
-        per_video = folder.root / 'howto100m_captions'
         # Said at once, not after a million rows.
-        if all_captions is None and not per_video.is_dir():
+        if all_captions is None and not (folder.root / _PER_VIDEO).is_dir():
             # Raises: there are no captions.
-            folder.find_one('raw_caption.json', 'caption.json', 'howto100m_captions/ID.csv')
+            folder.find_one('raw_caption.json', 'caption.json', f'{_PER_VIDEO}/ID.csv')
+        clips = self._clips(folder, list_path, numbered(category_names), all_captions)
+        return clips, {'category': category_names}
 
-        clips = []
-        for row in rows:
+    def _clips(
+        self,
+        folder: AnnotationFolder,
+        list_path: pathlib.Path,
+        number_of: Mapping[str, int],
+        all_captions: Mapping[str, Any] | None,
+    ) -> Iterator[Clip]:
+        """The clips of the list.
+
+        Args:
+            folder: of the dataset.
+            list_path: the list.
+            number_of: name of a category -> its number.
+            all_captions: as of `_read_all_captions`.
+        """
+        for _, row in folder.table(list_path, _COLUMNS):
             video_id = row['video_id']
             category = number_of.get(row.get('category_1', ''), -1)
             # '' as split: `prepare` draws one from a hash of the name.
             clip = Clip([video_id], '', [segment({'category': category})])
-            # The list has a million videos: captions are read only of those that are there.
+            # Captions are read only of the videos that are there.
             if folder.resolver(video_id) is not None:
-                clip.sentences = self._sentences(folder, video_id, all_captions, per_video)
-            clips.append(clip)
-        return clips, {'category': category_names}
+                clip.sentences = self._sentences(folder, video_id, all_captions)
+            yield clip
 
     def _read_all_captions(self, folder: AnnotationFolder) -> Mapping[str, Any] | None:
-        """Captions of all videos, if one JSON file has them."""
+        """Captions of the videos that are there, if one JSON file has them."""
         # raw_caption.json first: in caption.json, the owners have removed stop words.
         path = folder.find_optional('raw_caption.json')
         if path is None:
@@ -250,18 +268,25 @@ class HowTo100M(Dataset):
         if path is None:
             return None
         captions = folder.json(path)
-        if captions is not None and not isinstance(captions, Mapping):
+        if captions is None:
+            return None
+        if not isinstance(captions, Mapping):
             raise DataError(f'howto100m: {path} is not {{ID: {{"start", "end", "text"}}}}')
-        return captions
+        # The file is in no order, so that looking a video up would mean to read it all.
+        stored = StoredDict(folder.resolver.store)
+        for video_id, entry in captions.items():
+            if folder.resolver(video_id) is not None:
+                stored[video_id] = entry
+        return stored
 
     def _sentences(
         self,
         folder: AnnotationFolder,
         video_id: str,
         all_captions: Mapping[str, Any] | None,
-        per_video: pathlib.Path,
     ) -> list[dict[str, Any]]:
         """What is said in one video."""
+        per_video = folder.root / _PER_VIDEO
         csv_path = per_video / f'{video_id}.csv'
         json_path = per_video / f'{video_id}.json'
         captions: Mapping[str, Any]  # {'start', 'end', 'text'}, a list each

@@ -1,30 +1,54 @@
 """A folder of anyone's videos as a tfds dataset.
 
 `data_pipelines.prepare` decodes the files and calls `write` here to write them.
+
+The order of the records and their division into files are those of tfds, which shuffles examples by
+a hash of their keys. Its own writer collects up to a gigabyte of them in memory to do so, and more
+than that on disk; here the keys alone are sorted, and each example is made when it is its turn.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import types
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int64
 
+from data_pipelines.errors import DataError
 from vatt_jax import extras
 
 with extras.needed('data', 'writing records'):
     import tensorflow_datasets as tfds
     from array_record.python import array_record_module
-    from tensorflow_datasets.core import writer as tfds_writer
+    from tensorflow_datasets.core import dataset_builder, example_serializer, hashing
+    from tensorflow_datasets.core.utils import shard_utils
 
-SHARD_BYTES = 512 << 20  # at most, of one file
+# How many files there are for so many bytes: tfds' own rule.
+SHARD_CONFIG = shard_utils.ShardConfig()
 
 # Label name -> (number of classes, whether it is multi-hot).
 Labels = Mapping[str, tuple[int, bool]]
-# A function that yields the (key, example) pairs of a split.
-Examples = Callable[[], Iterable[tuple[str, dict[str, Any]]]]
+
+
+@runtime_checkable
+class Examples(Protocol):
+    """The examples of one split, each made when it is asked for."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def keys(self) -> Iterator[str]:
+        """The key of each example, by which they are put into order."""
+
+    def example(self, i: int) -> dict[str, Any]:
+        """An example."""
+
+    def outline(self, i: int) -> dict[str, Any]:
+        """An example of the same length as `example`, with any values in it."""
 
 
 def features(labels: Labels) -> tfds.features.FeaturesDict:
@@ -72,30 +96,15 @@ def features(labels: Labels) -> tfds.features.FeaturesDict:
     )
 
 
-class UncompressedWriter(tfds_writer.ExampleWriter):
-    """Writes ArrayRecord without compression, one record per group.
-
-    JPEG does not shrink, and random access takes half as long.
-    """
-
-    def write(self, path: str | os.PathLike, examples: Iterable[tuple[Any, bytes]]) -> None:
-        """Write serialized examples, given with their keys, to one file."""
-        writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1,uncompressed')
-        # The key has done its work: tfds has ordered the examples by its hash.
-        for _, example in examples:
-            writer.write(example)
-        writer.close()
-
-
 class Folder(
-    tfds.core.GeneratorBasedBuilder,
+    dataset_builder.FileReaderBuilder,
     skip_registration=True,  # type: ignore[call-arg]  # tfds has no types
 ):
     """The builder that writes prepared media files; `write` makes a subclass for each name.
 
     Args:
         labels: as of `features`.
-        splits: split -> function that yields its (key, example) pairs.
+        splits: split -> its examples.
         kwargs: of the tfds builder.
     """
 
@@ -114,15 +123,52 @@ class Folder(
             builder=self, features=features(self._labels), description='Prepared media files.'
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        # Generators, so that tfds takes one example at a time.
-        return {split: generate() for split, generate in self._splits.items()}
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
+        """Write the records; tfds calls this, and writes what it knows of the dataset behind it."""
+        infos = [self._write_split(split, examples) for split, examples in self._splits.items()]
+        self.info.set_splits(tfds.core.splits.SplitDict(infos))
 
-    def _generate_examples(self) -> Any:
-        raise NotImplementedError('_split_generators gives the generators themselves')
+    def _write_split(self, split: str, examples: Examples) -> tfds.core.SplitInfo:
+        template = self._get_filename_template(split_name=split)
+        # Before the first file is written, as the number of files depends on it.
+        num_bytes = 0
+        for i in range(len(examples)):
+            num_bytes += self._message(examples.outline(i)).ByteSize()
+        num_shards = SHARD_CONFIG.get_number_shards(num_bytes, len(examples))
+        ends = shard_utils.get_shard_boundaries(len(examples), num_shards)
 
-    def _example_writer(self) -> tfds_writer.ExampleWriter:
-        return UncompressedWriter(self.info.file_format)
+        order = record_order(split, examples.keys())
+        begin = 0
+        num_written = 0
+        for shard, end in enumerate(ends):
+            path = template.sharded_filepath(shard_index=shard, num_shards=num_shards)
+            num_written += _write_shard(path, self._records(examples, order[begin:end]))
+            begin = end
+        if num_written != num_bytes:
+            raise DataError(
+                f'{self.data_dir}: expected {num_bytes} bytes of records in split {split}, got '
+                f'{num_written} from the decoded files; is the disk sound?'
+            )
+        return tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=np.diff([0, *ends]).tolist(),
+            num_bytes=num_bytes,
+            filename_template=template,
+        )
+
+    def _records(self, examples: Examples, numbers: Int64[np.ndarray, ' m']) -> Iterator[bytes]:
+        for i in numbers:
+            message = self._message(examples.example(int(i)))
+            # The same bytes in every run: a map of protocol buffers has no order of its own.
+            yield message.SerializeToString(deterministic=True)
+
+    def _message(self, example: Mapping[str, Any]) -> Any:
+        """The tf.train.Example of an example."""
+        return self._serializer.get_tf_example(self.info.features.encode_example(example))
+
+    @functools.cached_property
+    def _serializer(self) -> example_serializer.ExampleSerializer:
+        return example_serializer.ExampleSerializer(self.info.features.get_serialized_info())
 
     # tfds prints that it downloads, which it does not. Its output is not redirected instead: that
     # would swallow what other threads of the caller print meanwhile, and two calls at once would
@@ -134,6 +180,40 @@ class Folder(
         pass
 
 
+def record_order(split: str, keys: Iterable[str]) -> Int64[np.ndarray, ' M']:
+    """The order in which tfds puts the examples of a split: by a hash of their keys.
+
+    Args:
+        split: whose examples; it decides the order too.
+        keys: of the examples.
+
+    Returns:
+        The number of the example in each place.
+    """
+    hasher = hashing.Hasher(split)
+    # 128 bits of each key, as bytes whose order is that of the number.
+    hashes = bytearray()
+    for key in keys:
+        hashes += hasher.hash_key(key).to_bytes(16, 'big')
+    high, low = np.frombuffer(bytes(hashes), '>u8').reshape(-1, 2).T
+    return np.lexsort((low, high))
+
+
+def _write_shard(path: os.PathLike, records: Iterable[bytes]) -> int:
+    """Write records into one file, and return the number of their bytes.
+
+    Without compression, as JPEG does not shrink, and with one record per group: random access takes
+    half as long.
+    """
+    writer = array_record_module.ArrayRecordWriter(os.fspath(path), 'group_size:1,uncompressed')
+    num_bytes = 0
+    for record in records:
+        writer.write(record)
+        num_bytes += len(record)
+    writer.close()
+    return num_bytes
+
+
 def write(directory: str, name: str, labels: Labels, splits: Mapping[str, Examples]) -> str:
     """Write a tfds dataset.
 
@@ -141,7 +221,7 @@ def write(directory: str, name: str, labels: Labels, splits: Mapping[str, Exampl
         directory: folder below which it is written.
         name: of the dataset.
         labels: as of `features`.
-        splits: split -> function that yields its (key, example) pairs.
+        splits: split -> its examples.
 
     Returns:
         The folder that `tfds.builder_from_directory` reads.
@@ -157,7 +237,6 @@ def write(directory: str, name: str, labels: Labels, splits: Mapping[str, Exampl
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(
             try_download_gcs=False,
-            max_shard_size=SHARD_BYTES,
             compute_stats=tfds.download.ComputeStatsMode.SKIP,
         )
     )

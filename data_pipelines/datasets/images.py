@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+
 from data_pipelines import media
 from data_pipelines.datasets.named_dataset import AnnotationFolder, Dataset, numbered, segment
 from data_pipelines.errors import DataError
@@ -26,11 +28,36 @@ class ImageNet(Dataset):
     title = 'ImageNet (ILSVRC2012): 1,280,000 images of 1000 classes'
     suffixes = media.IMAGES
 
-    def clips(self, folder: AnnotationFolder) -> tuple[list[Clip], dict[str, list[str]]]:
+    def clips(self, folder: AnnotationFolder) -> tuple[Iterable[Clip], dict[str, list[str]]]:
         listed_wnids = self._read_solution(folder)
-        images = []  # (path, split, WordNet id)
+        # Twice through the images: a list of them all would be longer than memory.
+        # Sorted WordNet ids are the numbering of torchvision and Keras, but not that of the ILSVRC
+        # development kit.
+        wnids = sorted({wnid for _, _, wnid in self._images(folder, listed_wnids)})
+        if not wnids:
+            raise DataError(
+                f'imagenet: no image below a folder train or val in {folder.root}; '
+                '--dataset=imagenet --help says what to place there'
+            )
+        number_of = numbered(wnids)
+        class_names = self._read_class_names(folder)
+        clips = (
+            Clip([path], split, [segment({'class': number_of[wnid]})])
+            for path, split, wnid in self._images(folder, listed_wnids)
+        )
+        return clips, {'class': [class_names.get(wnid, wnid) for wnid in wnids]}
+
+    def _images(
+        self, folder: AnnotationFolder, listed_wnids: Mapping[str, str]
+    ) -> Iterator[tuple[str, str, str]]:
+        """(path, split, WordNet id) of each image.
+
+        Args:
+            folder: of the dataset.
+            listed_wnids: as of `_read_solution`.
+        """
         # Folders are the annotation here, so the media files themselves are walked through.
-        for path in folder.media_ids:
+        for path in folder.files.ids():
             parts = path.split('/')
             depth = _split_folder_depth(parts[:-1])
             if depth is None:
@@ -50,22 +77,7 @@ class ImageNet(Dataset):
                     f'imagenet: {path} is in no class folder and LOC_val_solution.csv does not '
                     f'list it; place that file in {folder.root}'
                 )
-            images.append((path, split, wnid))
-        if not images:
-            raise DataError(
-                f'imagenet: no image below a folder train or val in {folder.root}; '
-                '--dataset=imagenet --help says what to place there'
-            )
-
-        # Sorted WordNet ids are the numbering of torchvision and Keras, but not that of the ILSVRC
-        # development kit.
-        wnids = sorted({wnid for _, _, wnid in images})
-        number_of = numbered(wnids)
-        class_names = self._read_class_names(folder)
-        clips = []
-        for path, split, wnid in images:
-            clips.append(Clip([path], split, [segment({'class': number_of[wnid]})]))
-        return clips, {'class': [class_names.get(wnid, wnid) for wnid in wnids]}
+            yield path, split, wnid
 
     def _read_solution(self, folder: AnnotationFolder) -> dict[str, str]:
         """Image name -> WordNet id of the validation images; empty without the file."""

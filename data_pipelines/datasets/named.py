@@ -20,7 +20,9 @@ from data_pipelines.datasets.images import ImageNet
 from data_pipelines.datasets.named_dataset import AnnotationFolder, Dataset
 from data_pipelines.datasets.sounds import AVE, ESC50, AudioSet, VGGSound
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import annotation_files, media_catalog
+from data_pipelines.preparation import media_catalog
+from data_pipelines.preparation.file_names import NameResolver
+from data_pipelines.preparation.store import Store
 from vatt_jax.terminal import use_plain_characters
 
 # In the order in which docs/datasets.md shows them.
@@ -49,7 +51,11 @@ DATASETS: dict[str, Dataset] = {
 
 
 def read(
-    name: str, manual_dir: str, videos: str = '', encoding: str = ''
+    name: str,
+    manual_dir: str,
+    videos: str = '',
+    encoding: str = '',
+    store: Store | None = None,
 ) -> media_catalog.MediaCatalog:
     """Catalog the media files of a named dataset with what its annotation files say of them.
 
@@ -58,6 +64,7 @@ def read(
         manual_dir: folder of the annotation files, and of the media files too.
         videos: folder of the media files, if they are elsewhere.
         encoding: of annotation files that are neither UTF-8 nor UTF-16, '' to refuse them.
+        store: where the catalog is kept; None for one of its own.
 
     Raises:
         DataError: if files are missing or malformed.
@@ -70,21 +77,20 @@ def read(
             f'(--dataset={name} --help says which)'
         )
     # Also files that no annotation names: they are counted as unused.
-    files = media_catalog.scan(pathlib.Path(videos or manual_dir), dataset.suffixes)
-    file_ids = [file.id for file in files]
+    store = store or Store()
+    files = media_catalog.scan(pathlib.Path(videos or manual_dir), dataset.suffixes, store)
     # Shared: a dataset may ask it which files are there (HowTo100M).
-    resolver = annotation_files.NameResolver(file_ids)
-    folder = AnnotationFolder(name, root, file_ids, resolver, encoding)
+    resolver = NameResolver(files.ids(), store=store)
+    folder = AnnotationFolder(name, root, files, resolver, encoding)
     clips, classes = dataset.clips(folder)
-    if not clips:
+    catalog, num_clips = media_catalog.match_clips(clips, files, resolver, classes, dataset.folds)
+    if not num_clips:
         raise DataError(f'{name}: its annotation files list no clip')
-
-    catalog = media_catalog.match_clips(clips, files, resolver, classes, dataset.folds)
     # Some missing clips are normal, all of them are a wrong folder. An example of each side shows
     # how the names differ.
     if not catalog.files:
         raise DataError(
-            f'{name}: none of the {len(clips)} clips of its annotation files is below '
+            f'{name}: none of the {num_clips} clips of its annotation files is below '
             f'{videos or root} (the first would be {catalog.missing[0]!r}, a file is '
             f'{files[0].id!r})'
         )
@@ -95,12 +101,14 @@ def read(
 
 def _digest_of_annotations(folder: AnnotationFolder) -> str:
     """One hash of all annotation files that were read, by name and contents."""
-    lines = [
+    digest = hashlib.sha256()
+    separator = ''
+    for name in folder.digests.in_order():
         # Relative, so that the folder may move.
-        f'{path.relative_to(folder.root).as_posix()} {digest}'
-        for path, digest in sorted(folder.digests.items())
-    ]
-    return hashlib.sha256('\n'.join(lines).encode()).hexdigest()
+        path = name.replace('\0', '/')
+        digest.update(f'{separator}{path} {folder.digests[name]}'.encode())
+        separator = '\n'
+    return digest.hexdigest()
 
 
 def get_dataset(name: str) -> Dataset:

@@ -9,18 +9,18 @@ from __future__ import annotations
 import csv
 import hashlib
 import inspect
-import io
-import json
 import pathlib
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from data_pipelines import media
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import text_files
-from data_pipelines.preparation.annotation_files import NameResolver
+from data_pipelines.preparation import json_files, text_files
+from data_pipelines.preparation.file_list import FileList
+from data_pipelines.preparation.file_names import NameResolver
 from data_pipelines.preparation.media_catalog import Clip
+from data_pipelines.preparation.store import StoredDict
 
 Value = TypeVar('Value')
 
@@ -40,26 +40,28 @@ class AnnotationFolder:
     Attributes:
         dataset: name of the dataset.
         root: the folder.
-        media_ids: ids of the media files that are there.
+        files: the media files that are there.
         resolver: which media file a name means.
         encoding: of annotation files that are neither UTF-8 nor UTF-16, '' to refuse them.
-        digests: annotation file -> hash of its contents, for each that was read.
+        digests: annotation file -> hash of its contents, for each that was read; a file is named by
+            the parts of its path below the folder, with zeros between them.
     """
 
     def __init__(
         self,
         dataset: str,
         root: pathlib.Path,
-        media_ids: Sequence[str],
+        files: FileList,
         resolver: NameResolver,
         encoding: str = '',
     ):
         self.dataset = dataset
         self.root = root
-        self.media_ids = media_ids
+        self.files = files
         self.resolver = resolver
         self.encoding = encoding
-        self.digests: dict[pathlib.Path, str] = {}
+        # There may be one for each of a million videos.
+        self.digests = StoredDict(resolver.store)
 
     # ---- Finding.
 
@@ -111,22 +113,28 @@ class AnnotationFolder:
 
     # ---- Reading.
 
-    def read_text(self, path: pathlib.Path) -> str:
-        """Contents of an annotation file, whose hash is noted."""
+    def open(self, path: pathlib.Path) -> text_files.TextFile:
+        """Open an annotation file, whose hash is noted."""
+        # Sorted, these names are in the order of the paths: a slash comes behind other characters.
+        name = '\0'.join(path.relative_to(self.root).parts)
+        if name not in self.digests:
+            # What `prepare` was made from: a changed annotation file makes another dataset.
+            self.digests[name] = self._digest(path)
         try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise DataError(f'{self.dataset}: {path} cannot be read: {error}') from None
-        # What `prepare` was made from: a changed annotation file makes another dataset.
-        self.digests[path] = hashlib.sha256(content).hexdigest()
-        try:
-            return text_files.decode(content, path, self.encoding)
+            return text_files.TextFile(path, self.encoding)
         except DataError as error:
             raise DataError(f'{self.dataset}: {error}') from None
 
+    def _digest(self, path: pathlib.Path) -> str:
+        try:
+            with path.open('rb') as stream:
+                return hashlib.file_digest(stream, 'sha256').hexdigest()
+        except OSError as error:
+            raise DataError(f'{self.dataset}: {path} cannot be read: {error}') from None
+
     def lines(self, path: pathlib.Path) -> Iterator[tuple[str, str]]:
         """Yield (file and line for messages, text) of each line that is not blank."""
-        for number, line in enumerate(self.read_text(path).split('\n'), 1):
+        for number, line in enumerate(self.open(path).lines(), 1):
             if line.strip():
                 yield f'{path}, line {number}', line.strip()
 
@@ -157,7 +165,7 @@ class AnnotationFolder:
         # begin with the space instead of the quote.
         # strict: otherwise a quote that is never closed takes the rest of the file for its field.
         reader = csv.reader(
-            io.StringIO(self.read_text(path)),
+            self.open(path).lines(),
             delimiter=delimiter,
             skipinitialspace=True,
             strict=True,
@@ -209,12 +217,23 @@ class AnnotationFolder:
             raise DataError(f'{self.dataset}: {path} is empty; expected the columns {expected}')
 
     def json(self, path: pathlib.Path, *keys: str) -> Any:
-        """Contents of a JSON file; with `keys`, an object that has them."""
-        text = self.read_text(path)
+        """Contents of a JSON file as `json_files.load` gives them.
+
+        Args:
+            path: the file.
+            keys: what its outermost object has to have.
+
+        Raises:
+            DataError: if the file is malformed, or is another one.
+        """
+        file = self.open(path)
         try:
-            content = json.loads(text)
+            # As owners distribute them: whether names are unique is for them to know.
+            content = json_files.load(file, unique_names=False)
         except ValueError as error:
             raise DataError(f'{self.dataset}: {path} is not readable JSON: {error}') from None
+        except RecursionError:
+            raise DataError(f'{self.dataset}: {json_files.too_deep(path)}') from None
         for key in keys:
             if not isinstance(content, Mapping) or key not in content:
                 raise DataError(
@@ -275,11 +294,12 @@ class Dataset:
     folds: int = 0
     suffixes: tuple[str, ...] = media.SUFFIXES
 
-    def clips(self, folder: AnnotationFolder) -> tuple[list[Clip], dict[str, list[str]]]:
+    def clips(self, folder: AnnotationFolder) -> tuple[Iterable[Clip], dict[str, list[str]]]:
         """Read the annotation files.
 
         Returns:
-            All clips, whether their files are there or not, and label name -> class names.
+            All clips, whether their files are there or not, and label name -> class names. The
+            clips of a large dataset come from a generator: together they are larger than memory.
 
         Raises:
             DataError: with one sentence that names file and line.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from data_pipelines.datasets.named_dataset import (
     AnnotationFolder,
@@ -89,8 +89,10 @@ class AudioSet(Dataset):
         'eval_segments.csv': 'test',
     }
 
-    def clips(self, folder: AnnotationFolder) -> tuple[list[Clip], dict[str, list[str]]]:
-        rows = self._read_lists(folder)
+    def clips(self, folder: AnnotationFolder) -> tuple[Iterable[Clip], dict[str, list[str]]]:
+        # Two million rows: they are read again where they are needed again.
+        if next(self._rows(folder), None) is None:
+            folder.find_one(*self.lists)  # raises, unless there is a list without rows
         numbers_path = folder.find_optional('class_labels_indices.csv')
         if numbers_path is None:
             # One of the two has to be there, for names of the classes.
@@ -108,16 +110,32 @@ class AudioSet(Dataset):
             classes = self._read_class_numbers(folder, numbers_path)
         else:
             used = set()
-            for _, _, row in rows:
+            for _, _, row in self._rows(folder):
                 used.update(row['labels'].split(','))
             # In the order of the ontology. With fewer lists there would be fewer classes, and so
             # other numbers: all three are needed.
             classes = {mid: name for mid, name in names.items() if mid in used}
 
-        number_of = numbered(list(classes))
-        parents_of = _invert(children)
-        clips = []
-        for where, split, row in rows:
+        return self._clips(folder, numbered(list(classes)), names, _invert(children)), {
+            'class': list(classes.values())
+        }
+
+    def _clips(
+        self,
+        folder: AnnotationFolder,
+        number_of: Mapping[str, int],
+        names: Mapping[str, str],
+        parents_of: Mapping[str, set[str]],
+    ) -> Iterator[Clip]:
+        """The clips of all lists.
+
+        Args:
+            folder: of the dataset.
+            number_of: machine id -> class number.
+            names: machine id -> name, of the ontology; empty without one.
+            parents_of: machine id -> machine ids of its parents.
+        """
+        for where, split, row in self._rows(folder):
             mids = row['labels'].split(',')
             numbers = sorted(folder.look_up(mid, number_of, where, 'class') for mid in mids)
             ground_truth = {}
@@ -127,32 +145,25 @@ class AudioSet(Dataset):
                 ground_truth = {'parents': sorted(names[mid] for mid in ancestors)}
             start = folder.parse_float(row['start'], where)
             end = folder.parse_float(row['end'], where)
-            clips.append(
-                Clip(
-                    # Some distributions have clips under the id alone, others the whole videos:
-                    # both are covered.
-                    **youtube(row['ytid'], start, end),
-                    split=split,
-                    segments=[segment({'class': numbers})],
-                    ground_truth=ground_truth,
-                )
+            # Some distributions have clips under the id alone, others the whole videos: both are
+            # covered.
+            yield Clip(
+                **youtube(row['ytid'], start, end),
+                split=split,
+                segments=[segment({'class': numbers})],
+                ground_truth=ground_truth,
             )
-        return clips, {'class': list(classes.values())}
 
-    def _read_lists(self, folder: AnnotationFolder) -> list[tuple[str, str, dict[str, str]]]:
+    def _rows(self, folder: AnnotationFolder) -> Iterator[tuple[str, str, dict[str, str]]]:
         """(file and line, split, row) of all clips."""
         columns = ('ytid', 'start', 'end', 'labels')
-        rows = []
         for list_name, split in self.lists.items():
             path = folder.find_optional(list_name)
             if path is None:
                 continue
             # Three lines of comments, one of which has the names of the columns, stand above.
             for where, row in folder.table(path, columns, header=False, comment='#'):
-                rows.append((where, split, row))
-        if not rows:
-            folder.find_one(*self.lists)  # raises, unless there is a list without rows
-        return rows
+                yield where, split, row
 
     def _read_ontology(
         self, folder: AnnotationFolder, path: pathlib.Path
@@ -215,24 +226,27 @@ class VGGSound(Dataset):
     seconds = 10  # of each clip; the list has starts only
     splits = {'train': 'train', 'test': 'test'}
 
-    def clips(self, folder: AnnotationFolder) -> tuple[list[Clip], dict[str, list[str]]]:
+    def clips(self, folder: AnnotationFolder) -> tuple[Iterable[Clip], dict[str, list[str]]]:
         columns = ('ytid', 'start', 'label', 'split')
         path = folder.find_one('vggsound.csv')
-        rows = list(folder.table(path, columns, header=False))
         # Of both splits together; the list has no numbers.
-        class_names = sorted({row['label'] for _, row in rows})
-        number_of = numbered(class_names)
-        clips = []
+        class_names = sorted({row['label'] for _, row in folder.table(path, columns, header=False)})
+        rows = folder.table(path, columns, header=False)
+        return self._clips(folder, rows, numbered(class_names)), {'class': class_names}
+
+    def _clips(
+        self,
+        folder: AnnotationFolder,
+        rows: Iterable[tuple[str, dict[str, str]]],
+        number_of: Mapping[str, int],
+    ) -> Iterator[Clip]:
         for where, row in rows:
             start = folder.parse_float(row['start'], where)
-            clips.append(
-                Clip(
-                    **youtube(row['ytid'], start, start + self.seconds),
-                    split=folder.look_up(row['split'], self.splits, where, 'split'),
-                    segments=[segment({'class': number_of[row['label']]})],
-                )
+            yield Clip(
+                **youtube(row['ytid'], start, start + self.seconds),
+                split=folder.look_up(row['split'], self.splits, where, 'split'),
+                segments=[segment({'class': number_of[row['label']]})],
             )
-        return clips, {'class': class_names}
 
 
 class AVE(Dataset):

@@ -59,7 +59,8 @@ class Settings:
         return values if self.crf else values[:-1]
 
 
-@dataclasses.dataclass(frozen=True)
+# slots: there may be many at once.
+@dataclasses.dataclass(frozen=True, slots=True)
 class File:
     """A media file, or the part of it that becomes a record.
 

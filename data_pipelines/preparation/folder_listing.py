@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from data_pipelines import media
 from data_pipelines.errors import DataError
 from data_pipelines.preparation import decoded_files
+from data_pipelines.preparation.file_list import FileList
+from data_pipelines.preparation.store import Store
 
 # Only for the hint in an error message.
 _ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.rar', '.7z')
@@ -33,13 +35,13 @@ class Listing:
     """What a folder holds.
 
     Attributes:
-        files: media files, sorted.
+        files: media files, sorted; they lie on disk.
         skipped: what is called like a media file and cannot be one -> the reason.
         others: suffix ('' without) -> number of files that are no media by their names.
         archives: names of archives.
     """
 
-    files: list[decoded_files.File] = dataclasses.field(default_factory=list)
+    files: FileList
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     others: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     archives: list[str] = dataclasses.field(default_factory=list)
@@ -58,18 +60,23 @@ class Listing:
         return ', '.join(kinds) + more
 
 
-def list_media(folder: str | pathlib.Path, suffixes: Sequence[str] = media.SUFFIXES) -> Listing:
+def list_media(
+    folder: str | pathlib.Path,
+    suffixes: Sequence[str] = media.SUFFIXES,
+    store: Store | None = None,
+) -> Listing:
     """List all media files below a folder, without hidden ones.
 
     Args:
         folder: searched through.
         suffixes: of media files, in lower case.
+        store: where the list is kept; None for one of its own.
 
     Raises:
         DataError: if there is none; archives that were not unpacked are pointed out.
     """
     _check_folder(folder)
-    listing = Listing()
+    listing = Listing(FileList(store or Store()))
     for root, entries in walk(folder, listing.skipped):
         # Sorted, because file systems list in any order, and the order of records should not
         # depend on it.

@@ -19,8 +19,12 @@ from data_pipelines.preparation import (
     annotation_files,
     decoded_files,
     folder_listing,
+    subtitle_folders,
     subtitles,
 )
+from data_pipelines.preparation.file_list import FileList
+from data_pipelines.preparation.file_names import NameResolver, match_to_files
+from data_pipelines.preparation.store import Store, StoredDict
 from data_pipelines.storage.records import SPLITS
 
 # In place of a captions file: no sentences, though subtitle files lie beside the videos.
@@ -60,6 +64,8 @@ class Clip:
 class MediaCatalog:
     """What `prepare` works on.
 
+    What there is of every file lies on disk, in a `Store`: it is looked up when it is needed.
+
     Attributes:
         files: media files, or the parts of them that become records.
         sentences: file id -> sentences.
@@ -75,14 +81,14 @@ class MediaCatalog:
         remarks: what the user should know before it begins, a sentence each.
     """
 
-    files: list[decoded_files.File]
-    sentences: dict[str, list[dict[str, Any]]]
-    annotations: dict[str, dict[str, Any]]
+    files: Sequence[decoded_files.File]
+    sentences: Mapping[str, list[dict[str, Any]]]
+    annotations: Mapping[str, dict[str, Any]]
     classes: dict[str, list[str]]
     multi_hot: dict[str, int | None]
     missing: list[str]
     identity: dict[str, Any]
-    splits: dict[str, SplitOrFolds] = dataclasses.field(default_factory=dict)
+    splits: Mapping[str, SplitOrFolds] = dataclasses.field(default_factory=dict)
     folds: int = 0
     unused: int = 0
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -90,7 +96,11 @@ class MediaCatalog:
 
 
 def from_folder(
-    videos: str, captions: str = '', annotations: str = '', encoding: str = ''
+    videos: str,
+    captions: str = '',
+    annotations: str = '',
+    encoding: str = '',
+    store: Store | None = None,
 ) -> MediaCatalog:
     """Catalog anyone's folder of media files.
 
@@ -100,27 +110,29 @@ def from_folder(
             files beside the videos, if there are any; 'none' for no sentences at all.
         annotations: annotations file of docs/data.md, '' for none.
         encoding: of text files that are neither UTF-8 nor UTF-16, '' to refuse them.
+        store: where the catalog is kept; None for one of its own.
 
     Raises:
         DataError: if a file is missing or malformed, or names no file of the folder.
     """
     # The folder comes first: files are records even if no annotation names them.
     folder = pathlib.Path(videos)
-    listing = folder_listing.list_media(folder)
+    store = store or Store()
+    listing = folder_listing.list_media(folder, store=store)
     files = listing.files
-    resolver = annotation_files.NameResolver((file.id for file in files), folder)
+    resolver = NameResolver(files.ids(), folder, store)
 
     spoken = _read_sentences(captions, folder, files, resolver, encoding)
     unknown_names = list(spoken.unknown_names)
 
     classes: dict[str, list[str]] = {}
-    annotations_by_name: dict[str, dict[str, Any]] = {}
-    annotations_by_id: dict[str, dict[str, Any]] = {}
+    annotations_by_name: Mapping[str, dict[str, Any]] = {}
+    annotations_by_id: Mapping[str, dict[str, Any]] = {}
     if annotations:
-        classes, annotations_by_name = annotation_files.read_annotations(annotations, encoding)
-        annotations_by_id, unknown_annotations = annotation_files.match_to_files(
-            annotations_by_name, resolver
+        classes, annotations_by_name = annotation_files.read_annotations(
+            annotations, encoding, store
         )
+        annotations_by_id, unknown_annotations = match_to_files(annotations_by_name, resolver)
         if annotations_by_name and not annotations_by_id:
             raise _no_name_matches(annotations, folder, unknown_annotations, files)
         unknown_names += unknown_annotations
@@ -150,17 +162,15 @@ def _identity(captions_digest: str, annotations: str, encoding: str) -> dict[str
 def _read_sentences(
     captions: str,
     folder: pathlib.Path,
-    files: list[decoded_files.File],
-    resolver: annotation_files.NameResolver,
+    files: FileList,
+    resolver: NameResolver,
     encoding: str,
-) -> subtitles.Found:
+) -> subtitle_folders.Found:
     """The sentences of the media files, from a captions file or from subtitle files."""
     if captions == NO_CAPTIONS:
-        return subtitles.Found({}, [], {}, [], '')
+        return subtitle_folders.Found({}, [], {}, [], '')
     if not captions or os.path.isdir(captions):
-        found = subtitles.find(
-            pathlib.Path(captions or folder), [file.id for file in files], resolver, encoding
-        )
+        found = subtitle_folders.find(pathlib.Path(captions or folder), files, resolver, encoding)
         if captions and not found.sentences:
             reason = next(iter(found.skipped.values()), '')
             raise DataError(
@@ -170,19 +180,19 @@ def _read_sentences(
             )
         return found
 
-    captions_by_name = annotation_files.read_captions(captions, encoding)
+    captions_by_name = annotation_files.read_captions(captions, encoding, resolver.store)
     if not captions_by_name:
         raise DataError(f'the captions file {captions} is empty')
     # Some names without a file are normal (videos disappear from the web); none that matches
     # means that the names are written in another way.
-    sentences, unknown_names = annotation_files.match_to_files(captions_by_name, resolver)
+    sentences, unknown_names = match_to_files(captions_by_name, resolver)
     if not sentences:
         raise _no_name_matches(captions, folder, unknown_names, files)
-    return subtitles.Found(sentences, unknown_names, {}, [], digest(captions))
+    return subtitle_folders.Found(sentences, unknown_names, {}, [], digest(captions))
 
 
 def _no_name_matches(
-    path: str, folder: pathlib.Path, unknown_names: list[str], files: list[decoded_files.File]
+    path: str, folder: pathlib.Path, unknown_names: list[str], files: FileList
 ) -> DataError:
     return DataError(
         f'no entry of {path} names a file below {folder} (it says {unknown_names[0]!r}, '
@@ -192,11 +202,11 @@ def _no_name_matches(
 
 def match_clips(
     clips: Iterable[Clip],
-    files: list[decoded_files.File],
-    resolver: annotation_files.NameResolver,
+    files: FileList,
+    resolver: NameResolver,
     classes: dict[str, list[str]],
     folds: int,
-) -> MediaCatalog:
+) -> tuple[MediaCatalog, int]:
     """Catalog the clips of a named dataset whose files are there.
 
     A file (or part of one) that several clips name is one record, with the segments of all of them.
@@ -209,57 +219,49 @@ def match_clips(
         resolver: which file a name means.
         classes: label name -> class names.
         folds: number of folds, 0 without.
+
+    Returns:
+        The catalog, in the store of the resolver, and the number of clips.
     """
-    file_by_id = {file.id: file for file in files}
-    catalog = MediaCatalog(
-        files=[],
-        sentences={},
-        annotations={},
-        classes=classes,
-        multi_hot={},
-        missing=[],
-        identity={},
-        folds=folds,
-    )
-    used_files = set()
+    matches = _Matches(resolver.store)
+    num_clips = 0
     for clip in clips:
-        found = _find_file(clip, file_by_id, resolver)
+        num_clips += 1
+        found = _find_file(clip, files, resolver)
         if found is None:
             # One name for each clip, the likeliest.
-            catalog.missing.append([*clip.names, *clip.videos][0])
-            continue
-        source_id, file = found
-        # The whole file, also if only a part of it becomes a record.
-        used_files.add(source_id)
-        # Parts have ids of their own: several clips of one long video are several records. The
-        # same file again is another event in it, as in AVE.
-        if file.id not in catalog.splits:
-            _add_record(catalog, file, clip)
-        elif clip.split == catalog.splits[file.id]:
-            catalog.sentences[file.id] += clip.sentences
-            catalog.annotations[file.id]['segments'] += clip.segments
+            matches.missing.append([*clip.names, *clip.videos][0])
         else:
-            _settle_split(catalog, file.id, clip.split)
-    # Only now that all segments are there.
-    catalog.multi_hot = annotation_files.multi_hot_sizes(classes, catalog.annotations)
-    catalog.unused = len(files) - len(used_files)
-    return catalog
+            matches.add(*found, clip)
+    catalog = MediaCatalog(
+        files=matches.files,
+        sentences=matches.sentences,
+        annotations=matches.annotations,
+        classes=classes,
+        # Only now that all segments are there.
+        multi_hot=annotation_files.multi_hot_sizes(classes, matches.annotations),
+        missing=matches.missing,
+        identity={},
+        splits=matches.splits,
+        folds=folds,
+        unused=len(files) - len(matches.used_files),
+        skipped=matches.skipped,
+    )
+    return catalog, num_clips
 
 
 def _find_file(
-    clip: Clip,
-    file_by_id: Mapping[str, decoded_files.File],
-    resolver: annotation_files.NameResolver,
+    clip: Clip, files: FileList, resolver: NameResolver
 ) -> tuple[str, decoded_files.File] | None:
     """The media file that has a clip: its id, and the file or the part of it that is the clip."""
     # A file with just this clip comes before one that it would have to be cut out of.
     file_id = _first_match(clip.names, resolver)
     if file_id is not None:
-        return file_id, file_by_id[file_id]
+        return file_id, files.by_id(file_id)
     file_id = _first_match(clip.videos, resolver)
     if file_id is None:
         return None
-    file = file_by_id[file_id]
+    file = files.by_id(file_id)
     start, end = clip.part
     # With an infinite end, the clip is all of the file.
     if math.isfinite(end):
@@ -268,7 +270,7 @@ def _find_file(
     return file_id, file
 
 
-def _first_match(names: Iterable[str], resolver: annotation_files.NameResolver) -> str | None:
+def _first_match(names: Iterable[str], resolver: NameResolver) -> str | None:
     for name in names:
         file_id = resolver(name)
         if file_id:
@@ -276,54 +278,89 @@ def _first_match(names: Iterable[str], resolver: annotation_files.NameResolver) 
     return None
 
 
-def _add_record(catalog: MediaCatalog, file: decoded_files.File, clip: Clip) -> None:
-    catalog.files.append(file)
-    catalog.splits[file.id] = clip.split
-    # Copies: later clips of the same file are appended to them.
-    catalog.sentences[file.id] = list(clip.sentences)
-    catalog.annotations[file.id] = {
-        'segments': list(clip.segments),
-        'ground_truth': clip.ground_truth,
-    }
+class _Matches:
+    """The clips of a named dataset by media file; for its attributes see `MediaCatalog`.
 
+    Attributes:
+        used_files: ids of the files that clips are in.
+    """
 
-def _settle_split(catalog: MediaCatalog, file_id: str, split: SplitOrFolds) -> None:
-    """Move a record to the later of its split and another, and say so among the skipped."""
+    def __init__(self, store: Store):
+        self.files = FileList(store)
+        self.sentences = StoredDict(store)
+        self.annotations = StoredDict(store)
+        self.splits = StoredDict(store)
+        self.used_files = StoredDict(store)
+        self.missing: list[str] = []
+        self.skipped: dict[str, str] = {}
 
-    def rank(candidate: SplitOrFolds) -> int:
-        # Later in SPLITS is further from training. Folds, and '' (random), rank below all.
-        return SPLITS.index(candidate) if candidate in SPLITS else -1
+    def add(self, source_id: str, file: decoded_files.File, clip: Clip) -> None:
+        """Add a clip.
 
-    earlier_split = catalog.splits[file_id]
-    # Of two with one rank, the first that was given.
-    later = max([earlier_split, split], key=rank)
-    catalog.skipped[f'{file_id} (again)'] = (
-        f'two splits: {earlier_split} and {split}; it is in {later}'
-    )
-    catalog.splits[file_id] = later
+        Args:
+            source_id: of the media file that it is in.
+            file: the file, or the part of it that is the clip.
+            clip: what is known of it.
+        """
+        # The whole file, also if only a part of it becomes a record.
+        self.used_files[source_id] = True
+        # As JSON has it, where folds are a list.
+        split = clip.split if isinstance(clip.split, str) else list(clip.split)
+        earlier_split = self.splits.get(file.id)
+        # Parts have ids of their own: several clips of one long video are several records. The
+        # same file again is another event in it, as in AVE.
+        if earlier_split is None:
+            self.files.append(file)
+            self.splits[file.id] = split
+            self.sentences[file.id] = clip.sentences
+            self.annotations[file.id] = {
+                'segments': clip.segments,
+                'ground_truth': clip.ground_truth,
+            }
+        elif split == earlier_split:
+            self.sentences[file.id] += clip.sentences
+            annotation = self.annotations[file.id]
+            annotation['segments'] += clip.segments
+            self.annotations[file.id] = annotation
+        else:
+            self._settle_split(file.id, earlier_split, split)
+
+    def _settle_split(self, file_id: str, earlier_split: SplitOrFolds, split: SplitOrFolds) -> None:
+        """Move a record to the later of its split and another, and say so among the skipped."""
+
+        def rank(candidate: SplitOrFolds) -> int:
+            # Later in SPLITS is further from training. Folds, and '' (random), rank below all.
+            return SPLITS.index(candidate) if candidate in SPLITS else -1
+
+        # Of two with one rank, the first that was given.
+        both = [earlier_split, split]
+        later = max(both, key=rank)
+        shown = [value if isinstance(value, str) else tuple(value) for value in both]
+        self.skipped[f'{file_id} (again)'] = (
+            f'two splits: {shown[0]} and {shown[1]}; it is in {shown[both.index(later)]}'
+        )
+        self.splits[file_id] = later
 
 
 def scan(
-    folder: pathlib.Path, suffixes: Sequence[str] = media.SUFFIXES
-) -> list[decoded_files.File]:
+    folder: pathlib.Path, suffixes: Sequence[str] = media.SUFFIXES, store: Store | None = None
+) -> FileList:
     """All media files below a folder, sorted, without hidden ones.
+
+    Args:
+        folder: to search through.
+        suffixes: of media files.
+        store: where the list is kept; None for one of its own.
 
     Raises:
         DataError: if there is none; archives that were not unpacked are pointed out.
     """
-    return folder_listing.list_media(folder, suffixes).files
+    return folder_listing.list_media(folder, suffixes, store).files
 
 
 def digest(path: str | os.PathLike) -> str:
     """Hash of a file's contents; '' for ''."""
     if not path:
         return ''
-    # At once: annotation files are read into memory anyway.
-    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
-
-
-def counts(splits: Iterable[str]) -> Mapping[str, int]:
-    """How often each of SPLITS occurs, without those that do not."""
-    given = list(splits)
-    # In the order of SPLITS, as tables show them.
-    return {split: given.count(split) for split in SPLITS if split in given}
+    with open(path, 'rb') as stream:
+        return hashlib.file_digest(stream, 'sha256').hexdigest()

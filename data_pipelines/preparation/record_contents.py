@@ -2,28 +2,98 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, SupportsIndex, overload
+
+import numpy as np
+from jaxtyping import Int8, Int64
 
 from data_pipelines.errors import DataError
 from data_pipelines.preparation import decoded_files
+from data_pipelines.preparation.file_list import Selection
 from data_pipelines.preparation.media_catalog import MediaCatalog
+from data_pipelines.preparation.splits import STORED_SPLITS
 from data_pipelines.storage import record_index
-from data_pipelines.storage.records import CLIPS, SPLITS
+from data_pipelines.storage.records import SPLITS
 
-# Names that first-level folders may have -> the split that their files are in.
-_SPLIT_FOLDERS = {
-    'train': 'train',
-    'validation': 'validation',
-    'val': 'validation',
-    'valid': 'validation',
-    'test': 'test',
-}
-# Records that a split of anyone's folder has at least, where there are enough files.
-_LEAST_RECORDS = 2
+
+class Records(Sequence[dict[str, Any]]):
+    """The records of a dataset. Each is made when it is asked for: all are larger than memory.
+
+    A record is a dict of the fields of `record_index.Index`, and of 'split'.
+
+    Attributes:
+        files: the media file of each record.
+        settings: how the files were decoded.
+        splits: number of each record's split in STORED_SPLITS [M].
+    """
+
+    def __init__(
+        self,
+        catalog: MediaCatalog,
+        usable: Int64[np.ndarray, ' M'],
+        settings: decoded_files.Settings,
+        stage_dir: pathlib.Path,
+    ):
+        """See the class.
+
+        Args:
+            catalog: captions and annotations of all files.
+            usable: numbers of the files that become records.
+            settings: how the files were decoded.
+            stage_dir: the staging folder.
+        """
+        self.files = Selection(catalog.files, usable)
+        self.settings = settings
+        self.splits: Int8[np.ndarray, ' M'] = np.zeros(len(usable), np.int8)
+        self._catalog = catalog
+        self._stage_dir = stage_dir
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @overload
+    def __getitem__(self, i: SupportsIndex) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[dict[str, Any]]: ...
+
+    def __getitem__(self, i: SupportsIndex | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        return self._record(self.files[i], int(self.splits[i]))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for file, split in zip(self.files, self.splits):
+            yield self._record(file, int(split))
+
+    def staged_path(self, i: int) -> pathlib.Path:
+        """The staged file of a record."""
+        return decoded_files.staged_path(self._stage_dir, self.files[i], self.settings)
+
+    def numbers_of(self, split: str) -> Int64[np.ndarray, ' m']:
+        """Numbers of the records of a split."""
+        return np.flatnonzero(self.splits == STORED_SPLITS.index(split))
+
+    def _record(self, file: decoded_files.File, split: int) -> dict[str, Any]:
+        # Headers alone: the frames of a large dataset do not fit into memory.
+        path = decoded_files.staged_path(self._stage_dir, file, self.settings)
+        record = make_record(file, decoded_files.header(path), self._catalog)
+        record['split'] = STORED_SPLITS[split]
+        ground_truth = record['ground_truth']
+        if self._catalog.folds:
+            official = self._catalog.splits[file.id]
+            record['folds'] = fold_numbers(official)
+            ground_truth = {**ground_truth, 'folds': list(official)}
+        record['ground_truth'] = json.dumps(ground_truth)
+        return record
+
+
+def fold_numbers(official: Iterable[str]) -> list[int]:
+    """Number in SPLITS of a clip's split in each fold; -1 where it is in none."""
+    return [SPLITS.index(split) if split else -1 for split in official]
 
 
 def make_record(
@@ -40,7 +110,8 @@ def make_record(
         catalog: captions and annotations of all files.
 
     Returns:
-        The fields of `record_index.Index`, still without the split.
+        The fields of `record_index.Index`, still without split and folds. The ground truth is not
+        JSON yet.
     """
     # Of what was decoded; what the container declares may be longer.
     duration = header['duration']
@@ -95,6 +166,8 @@ def remark_on_late_sentences(
     Returns:
         A sentence for the user, or none.
     """
+    if not catalog.sentences:
+        return []
     num_late = 0
     num_given = 0
     example = ''
@@ -131,130 +204,9 @@ def _to_multi_hot(value: int | list[int], num_classes: int) -> list[int]:
     return [int(i in classes) for i in range(num_classes)]
 
 
-def assign_splits(
-    records: Iterable[dict[str, Any]],
-    catalog: MediaCatalog,
-    by_folder: bool,
-    validation: float,
-    test: float,
-) -> list[str]:
-    """Give each record its split, in place, and turn its ground truth into JSON.
-
-    Args:
-        records: as of `make_record`.
-        catalog: official splits or folds, if the dataset has any.
-        by_folder: whether first-level folders say the split.
-        validation: share of the files, where nothing else says it.
-        test: share of the files, likewise.
-
-    Returns:
-        Sentences for the user: what the shares alone would not have done, or could not do.
-    """
-    records = list(records)
-    for record in records:
-        official = catalog.splits.get(record['id'])
-        if catalog.folds:
-            # One pool of clips; each fold divides it in its own way.
-            assert official is not None
-            # Stored once, not once for each fold.
-            record['split'] = CLIPS
-            record['folds'] = [SPLITS.index(split) if split else -1 for split in official]
-            record['ground_truth'] = {**record['ground_truth'], 'folds': list(official)}
-        elif official:
-            record['split'] = official
-        else:
-            record['split'] = split_of(record['id'], by_folder, validation, test)
-        # Last: the folds above are added to it.
-        record['ground_truth'] = json.dumps(record['ground_truth'])
-    if catalog.splits or by_folder:
-        return []
-    return _fill_small_splits(records, {'test': test, 'validation': validation})
-
-
-def _fill_small_splits(records: Sequence[dict[str, Any]], shares: Mapping[str, float]) -> list[str]:
-    """Move records of `train` into splits that have a share and, by chance, hardly a record.
-
-    Of a dozen files, a twentieth is none, and retrieval among one clip says nothing.
-
-    Args:
-        records: with the splits of their hashes; changed in place.
-        shares: split -> share of the files.
-
-    Returns:
-        A sentence for each such split.
-    """
-    # Most files are for training, however few there are.
-    least = min(_LEAST_RECORDS, len(records) // 3)
-    remarks = []
-    if not any(record['split'] == 'train' for record in records):
-        # A single file, as a first try has it.
-        for record in records:
-            record['split'] = 'train'
-    for split, share in shares.items():
-        if not share:
-            continue
-        num_records = sum(record['split'] == split for record in records)
-        if not num_records and not least:
-            remarks.append(
-                f'the split {split} is empty: {len(records)} files are too few to divide; '
-                'evaluation needs more, or a folder of their own (docs/data.md)'
-            )
-        training = [record for record in records if record['split'] == 'train']
-        # Those that a slightly larger share would have taken.
-        training.sort(key=lambda record: _position(record['id']))
-        moved = training[: max(0, least - num_records)]
-        for record in moved:
-            record['split'] = split
-        if moved:
-            remarks.append(
-                f'the share {share:g} of {len(records)} files leaves {num_records} in the split '
-                f'{split}; also in it: {", ".join(record["id"] for record in moved)}'
-            )
-    return remarks
-
-
-def has_split_folders(files: Iterable[decoded_files.File]) -> bool:
-    """Whether any file is below a first-level folder named like a split."""
-    for file in files:
-        folder, slash, _ = file.id.partition('/')
-        # Without a slash it is a file that lies at the top.
-        if slash and folder.lower() in _SPLIT_FOLDERS:
-            return True
-    return False
-
-
-def split_of(file_id: str, by_folder: bool, validation: float, test: float) -> str:
-    """The split of a file that no annotation assigns to one.
-
-    Args:
-        file_id: path of the file below the folder.
-        by_folder: whether first-level folders say the split; files elsewhere are for training.
-        validation: share of the files, if folders do not say it.
-        test: likewise.
-    """
-    if by_folder:
-        folder, slash, _ = file_id.partition('/')
-        return _SPLIT_FOLDERS.get(folder.lower(), 'train') if slash else 'train'
-    position = _position(file_id)
-    # Test first: a larger share for validation leaves the test set as it is.
-    if position < test:
-        return 'test'
-    if position < test + validation:
-        return 'validation'
-    return 'train'
-
-
 def tokenizer_modules(kind: str) -> tuple[str, ...]:
     """Optional modules that train a kind of tokenizer, to be looked for before long work."""
     return {'wordpiece': ('tokenizers',), 'sentencepiece': ('sentencepiece',)}.get(kind, ())
-
-
-def _position(file_id: str) -> float:
-    """A random number of a file, uniform in [0, 1)."""
-    # A hash of the name alone: files added later leave the earlier ones in their splits.
-    # sha256, as Python's hash() of a string differs from run to run.
-    digest = hashlib.sha256(file_id.encode()).digest()
-    return int.from_bytes(digest[:8], 'big') / 2**64
 
 
 def train_tokenizer(
@@ -274,17 +226,21 @@ def train_tokenizer(
     # Imported here: a tokenizer may bring libraries that decoding does without.
     from vatt_jax.inputs import tokenizer as tokenizers
 
-    # Words of validation and test must not enter the vocabulary.
-    training = [record for record in records if record['split'] == 'train']
-    texts = []
-    for record in training:
-        texts += [sentence['text'] for sentence in record['sentences']]
-    # All sentences before all captions: a trainer may depend on the order of its texts.
-    for record in training:
-        texts += [segment['caption'] for segment in record['segments'] if segment['caption']]
+    def texts() -> Iterator[str]:
+        # Words of validation and test must not enter the vocabulary.
+        for record in _training(records):
+            yield from (sentence['text'] for sentence in record['sentences'])
+        # All sentences before all captions: a trainer may depend on the order of its texts.
+        for record in _training(records):
+            yield from (segment['caption'] for segment in record['segments'])
+
     try:
-        tokenizer = tokenizers.train(kind, texts, size)
+        tokenizer = tokenizers.train(kind, texts(), size)
     # Too few texts for the size, a library that is not installed, an error inside one.
     except (ValueError, ImportError, RuntimeError) as error:
         raise DataError(f'--tokenizer={kind}: {error}') from None
     record_index.write_json(stage_dir / 'tokenizer.json', tokenizer.to_spec())
+
+
+def _training(records: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    return (record for record in records if record['split'] == 'train')

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from data_pipelines.errors import DataError
 from data_pipelines.preparation import decoded_files, worker_processes
@@ -37,18 +37,17 @@ def stage_all(
         DataError: if Beam is asked for and not installed, or its pipeline fails. A media file that
             cannot be used raises nothing: its staged file holds the reason.
     """
-    waiting = [
-        file for file in files if not decoded_files.staged_path(stage_dir, file, settings).is_file()
-    ]
     # The name of a staged file contains the settings and the state of the source, so its existence
     # is enough.
-    num_done = len(files) - len(waiting)
+    num_done = len(files) - sum(1 for _ in _waiting(files, settings, stage_dir))
     if num_done:
         console(f'continuing: {num_done} of {len(files)} files are already decoded.')
-    if not waiting:
+    if num_done == len(files):
         return
+    # Looked for again while others are decoded: a list of them may be longer than memory.
+    waiting = _waiting(files, settings, stage_dir)
     if beam_options:
-        _stage_with_beam(waiting, settings, stage_dir, beam_options, console)
+        _stage_with_beam(list(waiting), settings, stage_dir, beam_options, console)
         return
     with console.progress(len(files), num_done) as advance:
         # In this process: a file that crashes the decoder ends the command then.
@@ -64,6 +63,15 @@ def stage_all(
             advance()
 
         worker_processes.for_each(waiting, processes, stage)
+
+
+def _waiting(
+    files: Iterable[decoded_files.File], settings: decoded_files.Settings, stage_dir: pathlib.Path
+) -> Iterator[decoded_files.File]:
+    """The files that are not staged yet."""
+    for file in files:
+        if not decoded_files.staged_path(stage_dir, file, settings).is_file():
+            yield file
 
 
 def _stage_with_beam(

@@ -1,4 +1,4 @@
-"""Subtitle files (SRT, WebVTT, SBV) -> sentences with times, and which file is of which video.
+"""Subtitle files (SRT, WebVTT, SBV) -> sentences with times.
 
 Cues are read by hand: what matters here is what no parser of the formats does, undoing the
 repetitions of automatic subtitles and bearing with files that keep to no standard.
@@ -6,34 +6,17 @@ repetitions of automatic subtitles and bearing with files that keep to no standa
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import hashlib
 import itertools
 import os
-import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import folder_listing, plain_text, text_files
+from data_pipelines.preparation import plain_text
 
 SUFFIXES = ('.srt', '.vtt', '.sbv')
-# Kinds that are not read; told, because a user who has them expects sentences.
-_OTHER_SUFFIXES = (
-    '.ass',
-    '.ssa',
-    '.ttml',
-    '.dfxp',
-    '.smi',
-    '.lrc',
-    '.json3',
-    '.srv1',
-    '.srv2',
-    '.srv3',
-)
-
 _TIME = r'(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)'
 # As it should be, as people type it, and as word processors mend it.
 _ARROW = '(?:-->|->|[–—]>|→)'
@@ -54,8 +37,7 @@ _COMMENTS = ('NOTE', 'STYLE', 'REGION')
 
 # Part of a name between the video and the suffix: a language (en, en-US, pt-BR, en-orig) or a word.
 _LANGUAGE = re.compile(r'[a-z]{2,3}([-_][a-z0-9_-]+)*', re.I)
-_TRACK_WORDS = ('auto', 'asr', 'generated', 'manual', 'forced', 'sdh', 'cc', 'default')
-_AUTOMATIC_WORDS = ('auto', 'asr', 'generated', 'orig')
+TRACK_WORDS = ('auto', 'asr', 'generated', 'manual', 'forced', 'sdh', 'cc', 'default')
 # Share of the cues that begin with lines of the one before, above which a file repeats itself.
 _ROLLING_SHARE = 0.25
 # Seconds between two cues that follow one another at once, and of a cue that nobody could read.
@@ -238,43 +220,7 @@ def _without_repetitions(cues: Sequence[_Cue]) -> list[_Cue]:
     return kept
 
 
-# ---- Many files.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Track:
-    """A subtitle file of a video.
-
-    Attributes:
-        id: path below the folder.
-        path: of the file.
-        language: primary subtag in lower case, '' without.
-        is_automatic: whether its name says so.
-    """
-
-    id: str
-    path: pathlib.Path
-    language: str
-    is_automatic: bool
-
-
-@dataclasses.dataclass
-class Found:
-    """What the subtitle files of a folder say.
-
-    Attributes:
-        sentences: media file id -> sentences.
-        unknown_names: subtitle files that no media file answers to.
-        skipped: subtitle file -> reason why it cannot be used.
-        remarks: what the user should know, a sentence each.
-        digest: of the files that were used; '' if there are none.
-    """
-
-    sentences: dict[str, list[dict[str, Any]]]
-    unknown_names: list[str]
-    skipped: dict[str, str]
-    remarks: list[str]
-    digest: str
+# ---- Names of files.
 
 
 def split_name(name: str) -> tuple[str, list[str]]:
@@ -283,172 +229,8 @@ def split_name(name: str) -> tuple[str, list[str]]:
     tags: list[str] = []
     while '.' in stem:
         rest, _, tag = stem.rpartition('.')
-        if not (_LANGUAGE.fullmatch(tag) or tag.lower() in _TRACK_WORDS):
+        if not (_LANGUAGE.fullmatch(tag) or tag.lower() in TRACK_WORDS):
             break
         stem = rest
         tags.insert(0, tag)
     return stem, tags
-
-
-def find(
-    folder: pathlib.Path,
-    file_ids: Iterable[str],
-    resolver: Callable[[str], str | None],
-    encoding: str = '',
-) -> Found:
-    """Read the subtitle files below a folder, one for each media file.
-
-    A file is of the media file beside it that is called so, or of the one that answers to its name.
-    Of several, the one without a language comes first, then the language that most videos have
-    (of equal ones English), then what people wrote before what was recognised.
-
-    Args:
-        folder: searched through.
-        file_ids: of the media files.
-        resolver: which media file a name means.
-        encoding: of files that are neither UTF-8 nor UTF-16, '' to skip them.
-    """
-    by_stem: dict[str, list[str]] = {}
-    for file_id in file_ids:
-        # Sound that lies beside its pictures has the same sentences.
-        by_stem.setdefault(file_id.rpartition('.')[0], []).append(file_id)
-        by_stem.setdefault(file_id, []).append(file_id)
-
-    found = Found({}, [], {}, [], '')
-    tracks_of: dict[str, list[_Track]] = {}
-    others = []
-    paths = _walk(folder)
-    for subtitle_id in sorted(paths):
-        if not subtitle_id.lower().endswith(SUFFIXES):
-            others.append(subtitle_id)
-            continue
-        media_ids, tags = _media_of(subtitle_id, by_stem, resolver)
-        if not media_ids:
-            found.unknown_names.append(subtitle_id)
-        for media_id in media_ids:
-            track = _track(subtitle_id, paths[subtitle_id], tags)
-            tracks_of.setdefault(media_id, []).append(track)
-
-    used, num_choices = _read_best(tracks_of, found, encoding)
-    _remark_on(found, used, num_choices, others)
-    digest = hashlib.sha256()
-    for track in sorted(set(used.values()), key=lambda track: track.id):
-        content_digest = hashlib.sha256(track.path.read_bytes()).hexdigest()
-        digest.update(f'{track.id} {content_digest}\n'.encode())
-    found.digest = digest.hexdigest() if used else ''
-    return found
-
-
-def _walk(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """{path below the folder: path} of all files that may be subtitles, without hidden ones."""
-    paths = {}
-    for root, entries in folder_listing.walk(folder):
-        for entry in entries:
-            if entry.lower().endswith((*SUFFIXES, *_OTHER_SUFFIXES)):
-                path = pathlib.Path(root, entry)
-                paths[folder_listing.readable(path.relative_to(folder).as_posix())] = path
-    return paths
-
-
-def _media_of(
-    subtitle_id: str, by_stem: Mapping[str, list[str]], resolver: Callable[[str], str | None]
-) -> tuple[list[str], list[str]]:
-    """The media files that a subtitle file is of, and what else its name says."""
-    parent, slash, name = subtitle_id.rpartition('/')
-    # The longest first: a title may end in what looks like a language.
-    stem, tags = split_name(name)
-    stems = []
-    for i in range(len(tags), -1, -1):
-        stems.append(('.'.join([stem, *tags[:i]]), tags[i:]))
-    for candidate, rest in stems:
-        beside = by_stem.get(f'{parent}{slash}{candidate}')
-        if beside:
-            return beside, rest
-    for candidate, rest in stems:
-        media_id = resolver(f'{parent}{slash}{candidate}') or resolver(candidate)
-        if media_id:
-            return [media_id], rest
-    return [], []
-
-
-def _track(subtitle_id: str, path: pathlib.Path, tags: Sequence[str]) -> _Track:
-    words: list[str] = []
-    for tag in tags:
-        words += re.split('[-_]', tag.lower())
-    languages = [tag for tag in tags if tag.lower() not in _TRACK_WORDS]
-    language = re.split('[-_]', languages[0].lower())[0] if languages else ''
-    is_automatic = any(word in _AUTOMATIC_WORDS for word in words)
-    return _Track(subtitle_id, path, language, is_automatic)
-
-
-def _read_best(
-    tracks_of: Mapping[str, list[_Track]], found: Found, encoding: str
-) -> tuple[dict[str, _Track], int]:
-    """Read the best track of each media file into `found`.
-
-    Returns:
-        Media file id -> the track that was read, and the number of media files with several
-        tracks.
-    """
-    counts: collections.Counter[str] = collections.Counter()
-    for tracks in tracks_of.values():
-        counts.update({track.language for track in tracks})
-
-    def rank(track: _Track) -> tuple[Any, ...]:
-        is_english = track.language in ('en', 'eng')
-        return (
-            track.language != '',
-            -counts[track.language],
-            not is_english,
-            track.language,
-            track.is_automatic,
-            # Of one track in two formats, the one with more in it.
-            not track.id.lower().endswith('.vtt'),
-            len(track.id),
-            track.id,
-        )
-
-    used: dict[str, _Track] = {}
-    for media_id, tracks in tracks_of.items():
-        # Below the best are only those that are read if it cannot be.
-        for track in sorted(tracks, key=rank):
-            try:
-                sentences = parse(text_files.read_text(track.path, encoding), track.path)
-            except DataError as error:
-                # What precedes the colon is the kind of reason, under which it is counted.
-                found.skipped[track.id] = f'subtitles: {error}'
-                continue
-            if sentences:
-                found.sentences[media_id] = sentences
-                used[media_id] = track
-                break
-    num_choices = 0
-    for tracks in tracks_of.values():
-        # One track in several formats, as speech recognition writes it, is no choice.
-        names = {track.id.rpartition('.')[0] for track in tracks}
-        num_choices += len(names) > 1
-    return used, num_choices
-
-
-def _remark_on(
-    found: Found, used: Mapping[str, _Track], num_choices: int, others: Sequence[str]
-) -> None:
-    if used:
-        languages = collections.Counter(track.language or 'no language' for track in used.values())
-        listed = ', '.join(f'{count} {name}' for name, count in languages.most_common())
-        found.remarks.append(
-            f'sentences from the subtitle files of {len(used)} media files ({listed}); '
-            '--captions=none leaves them out'
-        )
-    if num_choices:
-        example = next(iter(used.values()), None)
-        read = f', for example {example.id!r}' if example else ''
-        found.remarks.append(
-            f'{num_choices} media files have several subtitle files, of which one is read{read}; '
-            'for others, give --captions=FOLDER with only those'
-        )
-    if others:
-        found.remarks.append(
-            f'{len(others)} subtitle files are of kinds that are not read (such as {others[0]!r}); '
-            'convert them to SRT: ffmpeg -i FILE FILE.srt, or yt-dlp --convert-subs=srt'
-        )

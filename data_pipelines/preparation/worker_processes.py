@@ -8,9 +8,9 @@ which one crashed it.
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures as futures
 import contextlib
+import itertools
 import json
 import os
 import pickle
@@ -136,25 +136,26 @@ def for_each(items: Iterable[Item], processes: int, work: Callable[[Worker, Item
     """Do something with every item, side by side.
 
     Args:
-        items: in the order in which they are begun.
+        items: in the order in which they are begun; taken when a worker is free.
         processes: number of workers.
         work: called in a thread of this process with a worker and an item.
 
     Raises:
         Exception: the first that `work` raises; nothing more is begun then.
     """
-    waiting = collections.deque(items)
-    workers = [Worker() for _ in range(min(processes, len(waiting)))]
-    if not workers:
-        return
+    waiting = iter(items)
+    taking = threading.Lock()
+    is_given_up = threading.Event()
+    workers = [Worker() for _ in range(processes)]
 
     def work_off(worker: Worker) -> None:
-        while True:
-            try:
-                item = waiting.popleft()
-            except IndexError:
+        while not is_given_up.is_set():
+            # One by one, since there may be a million: an iterator serves one thread at a time.
+            with taking:
+                remaining = list(itertools.islice(waiting, 1))
+            if not remaining:
                 return
-            work(worker, item)
+            work(worker, remaining[0])
 
     with futures.ThreadPoolExecutor(len(workers)) as threads:
         tasks = [threads.submit(work_off, worker) for worker in workers]
@@ -163,7 +164,7 @@ def for_each(items: Iterable[Item], processes: int, work: Callable[[Worker, Item
                 task.result()
         finally:
             # After an error or Ctrl-C nothing more is begun, and calls under way are given up.
-            waiting.clear()
+            is_given_up.set()
             for worker in workers:
                 worker.close()
 

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import functools
+import collections
+import itertools
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from data_pipelines import media
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import decoded_files, media_catalog
+from data_pipelines.preparation import decoded_files
+from data_pipelines.preparation.file_list import Selection
 from data_pipelines.preparation.media_catalog import MediaCatalog
+from data_pipelines.preparation.record_contents import Records
+from data_pipelines.preparation.splits import STORED_SPLITS
 from data_pipelines.storage import columns, record_index
 from data_pipelines.storage.index_writer import IndexWriter
-from data_pipelines.storage.records import CLIPS, SPLITS, shards, write_byte_offsets
+from data_pipelines.storage.records import SPLITS, shards, write_byte_offsets
 
 
 def write_dataset(
-    records: Sequence[dict[str, Any]],
-    files: Mapping[str, decoded_files.File],
-    settings: decoded_files.Settings,
-    stage_dir: pathlib.Path,
-    name: str,
-    multi_hot: Mapping[str, int | None],
+    records: Records, stage_dir: pathlib.Path, name: str, multi_hot: Mapping[str, int | None]
 ) -> pathlib.Path:
     """Write the records as a tfds dataset below the staging folder.
 
     Args:
-        records: in the order in which they are given to tfds, which shuffles them by their id.
-        files: media file of each id.
-        settings: how the files were decoded.
+        records: with their splits.
         stage_dir: the staging folder.
         name: of the dataset.
         multi_hot: label name -> number of classes of a multi-hot label, None for class numbers.
@@ -46,59 +43,74 @@ def write_dataset(
     # What a killed run left cannot be trusted.
     shutil.rmtree(stage_dir / 'tfds', ignore_errors=True)
 
-    def examples(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        # A generator: only one record's frames are in memory at a time.
-        for record in records:
-            if record['split'] != split:
-                continue
-            # Frames stay encoded; only bytes are moved from one file to another.
-            staged_path = decoded_files.staged_path(stage_dir, files[record['id']], settings)
-            frames, pcm = decoded_files.content(staged_path)
-            yield record['id'], _example(record, frames, pcm, settings, multi_hot)
-
-    used_splits = {record['split'] for record in records}
-    generators = {
-        # partial, not a lambda: a lambda would see the last `split` of the loop.
-        split: functools.partial(examples, split)
-        # tfds writes a split for each generator, so there is none for splits without records.
-        for split in (*SPLITS, CLIPS)
-        if split in used_splits
-    }
+    splits = {}
+    for split in STORED_SPLITS:
+        examples = _SplitExamples(records, split, multi_hot)
+        # There is no split without records.
+        if len(examples):
+            splits[split] = examples
     labels = {
         # The number of classes matters for multi-hot labels alone, whose width it is.
         label: (num_classes or 0, num_classes is not None)
         for label, num_classes in multi_hot.items()
     }
-    return pathlib.Path(folder.write(str(stage_dir / 'tfds'), name, labels, generators))
+    return pathlib.Path(folder.write(str(stage_dir / 'tfds'), name, labels, splits))
 
 
-def _example(
-    record: Mapping[str, Any],
-    frames: list[bytes],
-    pcm: bytes,
-    settings: decoded_files.Settings,
-    multi_hot: Mapping[str, int | None],
-) -> dict[str, Any]:
-    """One record in the form of `datasets.folder.features`."""
-    example = {
-        'id': record['id'],
-        'fps': settings.fps,
-        'height': record['height'],
-        'width': record['width'],
-        'rate': settings.rate,
-        'frames': frames,
-        'audio': pcm,
-    }
-    # Columns, one list for each field, as in the features.
-    for field in ('text', 'start', 'end'):
-        example[f'caption_{field}'] = [sentence[field] for sentence in record['sentences']]
-    for field in ('start', 'end', 'caption'):
-        example[f'segment_{field}'] = [segment[field] for segment in record['segments']]
-    example['segment_labels'] = {
-        label: [segment['labels'][label] for segment in record['segments']] for label in multi_hot
-    }
-    example['ground_truth'] = record['ground_truth']
-    return example
+class _SplitExamples:
+    """The records of a split in the form of `datasets.folder.Examples`."""
+
+    def __init__(self, records: Records, split: str, multi_hot: Mapping[str, int | None]):
+        self._records = records
+        self._numbers = records.numbers_of(split)
+        self._multi_hot = multi_hot
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def keys(self) -> Iterator[str]:
+        """The ids of the records."""
+        for file in Selection(self._records.files, self._numbers):
+            yield file.id
+
+    def example(self, i: int) -> dict[str, Any]:
+        """A record with its frames and its sound."""
+        number = int(self._numbers[i])
+        # Frames stay encoded; only bytes are moved from one file to another.
+        frames, pcm = decoded_files.content(self._records.staged_path(number))
+        return self._example(number, frames, pcm)
+
+    def outline(self, i: int) -> dict[str, Any]:
+        """A record with zeros for frames and sound, which need not be read then."""
+        number = int(self._numbers[i])
+        header = decoded_files.header(self._records.staged_path(number))
+        frames = [bytes(length) for length in header['lengths']]
+        return self._example(number, frames, bytes(2 * header['samples']))  # int16
+
+    def _example(self, number: int, frames: list[bytes], pcm: bytes) -> dict[str, Any]:
+        """One record in the form of `datasets.folder.features`."""
+        record = self._records[number]
+        settings = self._records.settings
+        example = {
+            'id': record['id'],
+            'fps': settings.fps,
+            'height': record['height'],
+            'width': record['width'],
+            'rate': settings.rate,
+            'frames': frames,
+            'audio': pcm,
+        }
+        # Columns, one list for each field, as in the features.
+        for field in ('text', 'start', 'end'):
+            example[f'caption_{field}'] = [sentence[field] for sentence in record['sentences']]
+        for field in ('start', 'end', 'caption'):
+            example[f'segment_{field}'] = [segment[field] for segment in record['segments']]
+        example['segment_labels'] = {
+            label: [segment['labels'][label] for segment in record['segments']]
+            for label in self._multi_hot
+        }
+        example['ground_truth'] = record['ground_truth']
+        return example
 
 
 def publish(
@@ -106,9 +118,8 @@ def publish(
     stage_dir: pathlib.Path,
     target: pathlib.Path,
     name: str,
-    settings: decoded_files.Settings,
     catalog: MediaCatalog,
-    records: Sequence[dict[str, Any]],
+    records: Records,
     skipped: Mapping[str, str],
 ) -> dict[str, Any]:
     """Move the dataset into place with its sidecars, reading every record back on the way.
@@ -118,7 +129,6 @@ def publish(
         stage_dir: the staging folder, which also holds `tokenizer.json`.
         target: folder of the finished dataset.
         name: of the dataset.
-        settings: how the files were decoded.
         catalog: what was prepared.
         records: as written.
         skipped: id or name of each file that was left out -> the reason.
@@ -142,17 +152,16 @@ def publish(
         'skipped': dict(skipped),
         'labels': {label: list(names) for label, names in catalog.classes.items()},
     }
-    for split in (*SPLITS, CLIPS):
-        # Whether tfds wrote any file of this split.
+    for split in STORED_SPLITS:
         if not shards(produced, split):
             continue
         # Reads every record back, which also notes at which bytes of which file it lies.
-        _write_index(produced, split, settings, catalog, records)
+        _write_index(produced, split, catalog.multi_hot, records)
         index = record_index.Index.open(record_index.folder_of(produced, split))
         summary['splits'][split] = index.summary()
     # The stored split is `clips`; these are the sizes of the splits that each fold makes of it.
     if catalog.folds:
-        summary['folds'] = [_fold_counts(records, fold) for fold in range(catalog.folds)]
+        summary['folds'] = _fold_counts(catalog, records)
 
     # Renames within one file system. Interrupted here, the dataset is still unfinished, because
     # prepare.json does not exist yet.
@@ -161,38 +170,41 @@ def publish(
     os.replace(stage_dir / 'tokenizer.json', target / 'tokenizer.json')
     record_index.write_json(target / 'skipped.json', dict(skipped))
     record_index.write_json(
-        target / 'index.json', _dataset_description(name, settings, catalog, summary)
+        target / 'index.json', _dataset_description(name, records.settings, catalog, summary)
     )
     return summary
 
 
 def _write_index(
-    produced: pathlib.Path,
-    split: str,
-    settings: decoded_files.Settings,
-    catalog: MediaCatalog,
-    records: Sequence[dict[str, Any]],
+    produced: pathlib.Path, split: str, multi_hot: Mapping[str, int | None], records: Records
 ) -> None:
     """Write the index of a split, in the order in which its records lie in the files."""
-    # tfds shuffles by a hash of the key, so the order in the files is not that of `records`.
-    record_by_id = {record['id']: record for record in records}
-    with IndexWriter(record_index.folder_of(produced, split), catalog.multi_hot) as writer:
-        for record_id, checksum in write_byte_offsets(produced, split, settings.rate):
-            writer.add(record_by_id[record_id], checksum)
-        # The one check of the way through tfds: as many come back as were given.
-        num_written = sum(record['split'] == split for record in records)
-        if writer.num_records != num_written:
-            raise DataError(
-                f'{produced}: expected {num_written} records in split {split}, got '
-                f'{writer.num_records} when they were read back; is the disk sound?'
-            )
+    from data_pipelines.datasets import folder
+
+    numbers = records.numbers_of(split)
+    ids = (file.id for file in Selection(records.files, numbers))
+    written = numbers[folder.record_order(split, ids)]
+    stored = write_byte_offsets(produced, split, records.settings.rate)
+    with IndexWriter(record_index.folder_of(produced, split), multi_hot) as writer:
+        # The one check of the way through the files: as many come back as were given, in order.
+        for number, found in itertools.zip_longest(written, stored):
+            if number is None or found is None or records.files[number].id != found[0]:
+                raise DataError(
+                    f'{produced}: expected {len(written)} records in split {split}, got others '
+                    f'behind {writer.num_records} when they were read back; is the disk sound?'
+                )
+            _, checksum = found
+            writer.add(records[number], checksum)
 
 
-def _fold_counts(records: Sequence[dict[str, Any]], fold: int) -> Mapping[str, int]:
-    """Number of records in each split of one fold."""
-    # -1: in no split of this fold.
-    split_numbers = [record['folds'][fold] for record in records]
-    return media_catalog.counts(SPLITS[number] for number in split_numbers if number >= 0)
+def _fold_counts(catalog: MediaCatalog, records: Records) -> list[Mapping[str, int]]:
+    """Number of records in each split of each fold."""
+    counts: list[collections.Counter[str]] = [collections.Counter() for _ in range(catalog.folds)]
+    for file in records.files:
+        for count, split in zip(counts, catalog.splits[file.id]):
+            count[split] += 1
+    # In the order of SPLITS, as tables show them; '' is in no split of a fold.
+    return [{split: count[split] for split in SPLITS if count[split]} for count in counts]
 
 
 def _dataset_description(

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import annotation_files, media_catalog
+from data_pipelines.preparation import annotation_files, file_names, json_files, media_catalog
 
 FOREVER = float('inf')
 
@@ -14,9 +14,12 @@ def sentence(text, start=0.0, end=FOREVER):
     return {'text': text, 'start': start, 'end': end}
 
 
-@pytest.fixture
-def read(tmp_path):
-    """(name, content) -> captions of a file with this content."""
+@pytest.fixture(params=['at once', 'member by member'])
+def read(tmp_path, monkeypatch, request):
+    """(name, content) -> captions of a file with this content; JSON as small and as large files."""
+    if request.param == 'member by member':
+        monkeypatch.setattr(json_files, '_AT_ONCE', 1)
+        monkeypatch.setattr(json_files, '_CHUNK', 10)
 
     def read_content(name, content, **options):
         path = tmp_path / name
@@ -300,23 +303,23 @@ FILES = [
     ],
 )
 def test_names_of_downloads_and_other_systems(name, expected):
-    assert annotation_files.NameResolver(FILES, '/data/videos')(name) == expected
+    assert file_names.NameResolver(FILES, '/data/videos')(name) == expected
 
 
 def test_a_file_that_is_called_so_comes_before_an_id():
-    resolver = annotation_files.NameResolver(['Soup [abc].mp4', 'abc.mp4'])
+    resolver = file_names.NameResolver(['Soup [abc].mp4', 'abc.mp4'])
     assert resolver('abc') == 'abc.mp4'
 
 
 def test_case_counts_only_where_it_decides():
-    resolver = annotation_files.NameResolver(['Dog.MP4', 'sub/cat.mp4'])
+    resolver = file_names.NameResolver(['Dog.MP4', 'sub/cat.mp4'])
     captions = {'dog.mp4': ['x'], 'CAT.mp4': ['y'], 'Cat.mp4': ['z'], 'dog': ['id']}
-    matched, unknown = annotation_files.match_to_files(captions, resolver)
+    matched, unknown = file_names.match_to_files(captions, resolver)
     # Two names claim the cat; an id without a suffix may differ in case alone.
     assert matched == {'Dog.MP4': ['x']}
     assert unknown == ['CAT.mp4', 'Cat.mp4', 'dog']
     exact = {'Dog.MP4': ['x'], 'dog.mp4': ['y']}
-    assert annotation_files.match_to_files(exact, resolver) == ({'Dog.MP4': ['x']}, ['dog.mp4'])
+    assert file_names.match_to_files(exact, resolver) == ({'Dog.MP4': ['x']}, ['dog.mp4'])
 
 
 def test_captions_under_the_id_of_a_download(tmp_path):

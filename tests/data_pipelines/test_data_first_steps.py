@@ -11,8 +11,8 @@ from clocks import FPS, RATE, SIZE, clock, write_wav
 
 import run as entry
 from data_pipelines import media
-from data_pipelines.preparation import media_catalog, record_contents
-from data_pipelines.preparation.decoded_files import Settings
+from data_pipelines.preparation import splits
+from data_pipelines.preparation.decoded_files import File, Settings
 from data_pipelines.preparation.training_command import training_command
 from data_pipelines.prepare import main
 from vatt_jax.modes.flags import parse
@@ -24,22 +24,21 @@ SETTINGS = Settings(fps=10.0, size=256, rate=8000, quality=90, min_seconds=1.0)
 
 def splits_of(names, validation=0.05, test=0.05):
     """(split of each name, remarks)."""
-    catalog = media_catalog.MediaCatalog([], {}, {}, {}, {}, [], {})
-    records = [{'id': name, 'ground_truth': {}} for name in names]
-    remarks = record_contents.assign_splits(records, catalog, False, validation, test)
-    return [record['split'] for record in records], remarks
+    files = [File(name, name, 0, 0) for name in names]
+    numbers, remarks = splits.assign(files, {}, False, False, validation, test)
+    return [splits.STORED_SPLITS[number] for number in numbers], remarks
 
 
 @pytest.mark.parametrize('count, least', [(3, 1), (5, 1), (6, 2), (14, 2)])
 def test_a_dozen_files_have_all_splits(count, least):
     names = [f'video{i}.mp4' for i in range(count)]
-    by_hash = [record_contents.split_of(name, False, 0.05, 0.05) for name in names]
-    splits, remarks = splits_of(names)
+    by_hash = [splits.split_of(name, False, 0.05, 0.05) for name in names]
+    assigned, remarks = splits_of(names)
     told = ' '.join(remarks)
     for split in ('validation', 'test'):
-        assert splits.count(split) == max(least, by_hash.count(split))
-    assert splits.count('train') >= least
-    for name, before, after in zip(names, by_hash, splits):
+        assert assigned.count(split) == max(least, by_hash.count(split))
+    assert assigned.count('train') >= least
+    for name, before, after in zip(names, by_hash, assigned):
         # Files are moved out of the training split alone, and each is told.
         assert before in (after, 'train')
         assert (name in told) == (before != after)
@@ -47,8 +46,8 @@ def test_a_dozen_files_have_all_splits(count, least):
 
 def test_splits_without_a_share_stay_empty_and_too_few_files_are_told():
     assert splits_of(['a', 'b', 'c'], validation=0.0, test=0.0) == (['train'] * 3, [])
-    splits, remarks = splits_of(['a'])
-    assert splits == ['train']
+    assigned, remarks = splits_of(['a'])
+    assert assigned == ['train']
     assert [remark.split(':')[0] for remark in remarks] == [
         'the split test is empty',
         'the split validation is empty',

@@ -17,7 +17,7 @@ from data_pipelines.preparation import (
     decoded_files,
     folder_listing,
     media_catalog,
-    record_contents,
+    splits,
     target_folder,
     worker_processes,
 )
@@ -221,12 +221,11 @@ def test_names_of_long_folders_fit_into_names_of_files():
 
 
 def test_a_single_file_is_trained_on():
-    catalog = media_catalog.MediaCatalog([], {}, {}, {}, {}, [], {})
     for i in range(60):
         # Of some, the hash says test.
-        record = {'id': f'{i}.mp4', 'ground_truth': {}}
-        record_contents.assign_splits([record], catalog, False, 0.05, 0.05)
-        assert record['split'] == 'train'
+        file = decoded_files.File(f'{i}.mp4', f'{i}.mp4', 0, 0)
+        [number], _ = splits.assign([file], {}, False, False, 0.05, 0.05)
+        assert splits.STORED_SPLITS[number] == 'train'
 
 
 def test_times_in_milliseconds_are_noticed(tmp_path, capsys):

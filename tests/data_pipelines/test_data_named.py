@@ -16,6 +16,7 @@ from configs.default import get_config
 from data_pipelines import media, prepare
 from data_pipelines.datasets import named
 from data_pipelines.errors import DataError
+from data_pipelines.preparation import json_files
 from data_pipelines.storage.records import Prepared, Split
 
 SMALL = {'fps': FPS, 'size': 32, 'rate': RATE, 'quiet': True, 'processes': 1}
@@ -457,6 +458,19 @@ def test_howto100m_captions_by_video(example_files, read_layout):
     assert usual.sentences == other.sentences
     second_sentence = other.sentences['videos/nAmFnsR7g6A.webm'][1]
     assert second_sentence == {'text': 'stir soup', 'start': 2.0, 'end': 2.0}
+
+
+@pytest.mark.parametrize('name', ['howto100m', 'youcook2', 'msrvtt_full', 'audioset'])
+def test_json_that_is_read_member_by_member(name, example_files, tmp_path, monkeypatch):
+    layouts.write_layout(tmp_path, layouts.LAYOUTS[name](example_files))
+    usual = named.read(name, str(tmp_path))
+    monkeypatch.setattr(json_files, '_AT_ONCE', 1)
+    monkeypatch.setattr(json_files, '_CHUNK', 10)
+    catalog = named.read(name, str(tmp_path))
+    assert list(catalog.files) == list(usual.files)
+    assert catalog.sentences == usual.sentences
+    assert catalog.annotations == usual.annotations
+    assert catalog.identity == usual.identity
 
 
 def test_msrvtt_annotations_in_one_file(example_files, read_layout):

@@ -19,7 +19,8 @@ from data_pipelines.errors import DataError
 from data_pipelines.preparation import (
     annotation_files,
     decoded_files,
-    record_contents,
+    file_names,
+    splits,
     staging,
 )
 from data_pipelines.storage.records import Prepared, Split
@@ -357,14 +358,14 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
 
 def test_splits_by_hash_are_in_proportion():
     names = [f'v{i}.mp4' for i in range(4000)]
-    splits = [record_contents.split_of(name, False, 0.1, 0.2) for name in names]
-    assert abs(splits.count('test') - 800) < 100
-    assert abs(splits.count('validation') - 400) < 80
+    assigned = [splits.split_of(name, False, 0.1, 0.2) for name in names]
+    assert abs(assigned.count('test') - 800) < 100
+    assert abs(assigned.count('validation') - 400) < 80
 
 
 def test_splits_by_folder():
-    assert record_contents.split_of('val/x.mp4', True, 0, 0) == 'validation'
-    assert record_contents.split_of('x.mp4', True, 0, 0) == 'train'
+    assert splits.split_of('val/x.mp4', True, 0, 0) == 'validation'
+    assert splits.split_of('x.mp4', True, 0, 0) == 'train'
 
 
 # ---- captions and annotations
@@ -420,7 +421,7 @@ def test_caption_formats_agree(tmp_path):
 )
 def test_names_mean_files(name, expected):
     files = ['train/a.mp4', 'test/a.mp4', 'train/deep/b.webm', 'c.mp4']
-    assert annotation_files.NameResolver(files)(name) == expected
+    assert file_names.NameResolver(files)(name) == expected
 
 
 def test_a_label_a_video_is_a_class(tmp_path):

@@ -8,9 +8,9 @@ libraries when made.
 from __future__ import annotations
 
 import base64
-import collections
 import importlib
 import io
+import itertools
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from vatt_jax import extras
+from vatt_jax.inputs.word_counts import WordCounts
 
 PAD, UNKNOWN = 0, 1
 # Deleted, not replaced by a space: "don't" becomes one word, as in the official vocabulary.
@@ -104,10 +105,10 @@ class Words(Tokenizer):
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> Words:
         """Take the `size` - 2 most frequent words, ties in alphabetical order."""
-        counts = collections.Counter(word for text in texts for word in split_words(text))
-        # Ties by alphabet: Counter.most_common would order them as they were found.
-        by_frequency = sorted(counts, key=lambda word: (-counts[word], word))
-        return cls(by_frequency[: size - 2])  # two numbers are padding and unknown
+        counts = WordCounts()
+        for text in texts:
+            counts.add(split_words(text))
+        return cls(counts.most_frequent(size - 2))  # two numbers are padding and unknown
 
     def _numbers(self, texts: Sequence[str]) -> Iterable[Sequence[int]]:
         for text in texts:
@@ -235,13 +236,15 @@ def train(kind: str, texts: Iterable[str], size: int) -> Tokenizer:
             f'a vocabulary of {size} has no room: 0 is padding, 1 the unknown word, so it needs at '
             'least 3'
         )
-    texts = [text for text in texts if text.strip()]
+    # One by one: together they may be larger than memory.
+    texts = (text for text in texts if text.strip())
+    first_text = list(itertools.islice(texts, 1))
     # A words tokenizer of no words maps everything to unknown, enough for data without captions.
-    if not texts and kind != Words.kind:
+    if not first_text and kind != Words.kind:
         raise ValueError(
             f'a {kind} tokenizer cannot be trained without any text; use --tokenizer=words'
         )
-    return KINDS[kind].train(texts, size)
+    return KINDS[kind].train(itertools.chain(first_text, texts), size)
 
 
 def from_spec(spec: Mapping[str, Any]) -> Tokenizer:
