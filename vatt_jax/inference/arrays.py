@@ -42,6 +42,12 @@ def as_array(value: Any, where: str) -> np.ndarray:
     Raises:
         ConfigError: it is no array of numbers.
     """
+    if np.ma.is_masked(value):
+        # Under a mask lies whatever was there; NumPy would hand it over.
+        raise ConfigError(
+            f'{where}: expected an array without masked values, got {np.ma.count_masked(value)} of '
+            f'{np.size(value)}; pass x.filled(…) with what stands for them'
+        )
     try:
         if hasattr(value, 'detach'):
             # A torch tensor may need gradients or lie on a device, and NumPy knows no bfloat16.
@@ -92,6 +98,9 @@ def _iterated(value: Any, where: str) -> Any:
             f'{where}: expected a path or an array, got {type(value).__name__} with the content '
             'of a file; pass its path'
         )
+    if isinstance(value, memoryview):
+        # A sequence to Python, but of several axes none that can be indexed.
+        return np.asarray(value)
     return list(value) if hasattr(value, '__next__') else value
 
 
@@ -255,6 +264,11 @@ def _frames_of_list(pictures: list[np.ndarray], where: str) -> UInt8[np.ndarray,
 def _advice(x: np.ndarray) -> str:
     if x.ndim != 4 or 0 in x.shape:
         return ''
+    if x.shape[0] in CHANNELS and x.shape[1] in CHANNELS:
+        return (
+            '; np.moveaxis(x, 0, -1) puts the channels of [C T H W] last, np.moveaxis(x, 1, -1) '
+            'those of [T C H W]'
+        )
     if x.shape[1] in CHANNELS:
         return '; np.moveaxis(x, 1, -1) puts channels last, a list of clips holds several'
     if x.shape[0] in CHANNELS:
@@ -500,12 +514,12 @@ def window_begins(
     """
     last = max(length - window, 0)
     if stride is not None:
-        count = int(last / (stride * rate) + 1e-6) + 1
+        # A stride shorter than a frame begins at each of them once.
+        step = max(stride * rate, 1.0)
+        count = int(last / step + 1e-6) + 1
         if windows is not None:
             count = min(count, windows)
-        begins = [round(i * stride * rate) for i in range(count)]
-        # Once each: a stride may be shorter than a frame.
-        return list(dict.fromkeys(min(begin, last) for begin in begins))
+        return [min(round(i * step), last) for i in range(count)]
     if windows is None or windows == 1:
         return [last // 2]
     return [round(begin) for begin in np.linspace(0, last, windows).tolist()]
