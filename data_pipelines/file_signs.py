@@ -48,6 +48,8 @@ def explain(path: str | os.PathLike) -> str:
             begin = stream.read(_PROBE_BYTES)
         if not begin.strip(b'\0'):
             return 'empty: it begins with zeros, as a download that was broken off'
+        if is_playlist(path):
+            return PLAYLIST
         for sign, meaning in _SIGNS:
             if begin.lstrip().lower().startswith(sign):
                 return meaning

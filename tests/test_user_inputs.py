@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import tracemalloc
 import warnings
 
@@ -300,6 +301,14 @@ def test_traced_arrays_are_refused(model):
     for transform in (jax.jit, jax.vmap):
         with pytest.raises(ConfigError, match='expected an array with values, .* outside of'):
             transform(lambda x: model.embed(video=x))(jnp.zeros((2, FRAMES, SIZE, SIZE, 3)))
+
+
+def test_a_pickled_model_gives_the_same(model):
+    """As worker processes of other libraries are handed it."""
+    clip = random_frames()
+    restored = pickle.loads(pickle.dumps(model))
+    assert_same(restored.embed(video=clip, text='red'), model.embed(video=clip, text='red'))
+    assert repr(restored) == repr(model)
 
 
 def test_the_buffer_of_an_array(model):
