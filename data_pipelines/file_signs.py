@@ -19,8 +19,15 @@ _SIGNS = (
     (b'\x1f\x8b', 'an archive: unpack it first'),
     (b'rar!', 'an archive: unpack it first'),
     (b'7z\xbc\xaf', 'an archive: unpack it first'),
-    (b'#extm3u', 'a playlist: download the video itself'),
 )
+# FFmpeg plays what these name, wherever on this machine or in the network that lies. Their first
+# bytes, or an element near the beginning.
+_PLAYLIST_SIGNS = (b'#extm3u', b'ffconcat version')
+_PLAYLIST_ELEMENTS = (b'<mpd', b'<compositionplaylist', b'\nc=in ip')
+_PLAYLIST_BYTES = 1 << 16
+# The same as formats of FFmpeg, where the file hid it from us.
+PLAYLIST_FORMATS = frozenset({'hls', 'dash', 'concat', 'imf', 'sdp', 'webm_dash_manifest'})
+PLAYLIST = 'a playlist: download the video itself'
 # Boxes of an mp4 file that say where its samples lie: of the whole, or of the first fragment.
 _INDEXES = (b'moov', b'moof')
 
@@ -41,12 +48,33 @@ def explain(path: str | os.PathLike) -> str:
             begin = stream.read(_PROBE_BYTES)
         if not begin.strip(b'\0'):
             return 'empty: it begins with zeros, as a download that was broken off'
+        if is_playlist(path):
+            return PLAYLIST
         for sign, meaning in _SIGNS:
             if begin.lstrip().lower().startswith(sign):
                 return meaning
         if begin[4:8] == b'ftyp' and _find_index(path, size) is None:
             return 'truncated: its index (moov) is missing, as in recordings that were broken off'
     return ''
+
+
+def is_playlist(path: str | os.PathLike) -> bool:
+    """Whether a file only names others, which a reader would follow anywhere.
+
+    Args:
+        path: the file.
+    """
+    with contextlib.suppress(OSError):
+        with open(path, 'rb') as stream:
+            begin = stream.read(_PROBE_BYTES).removeprefix(b'\xef\xbb\xbf').lstrip().lower()
+            if begin.startswith(_PLAYLIST_SIGNS):
+                return True
+            # Containers of media have zeros in their headers, and text has none.
+            if b'\0' in begin:
+                return False
+            text = begin + stream.read(_PLAYLIST_BYTES).lower()
+        return any(element in text for element in _PLAYLIST_ELEMENTS)
+    return False
 
 
 def has_cut_index(path: str | os.PathLike) -> bool:

@@ -364,8 +364,17 @@ def _open(path: str | os.PathLike) -> Any:
     """Open a container for reading."""
     name = os.fsdecode(path)
     _check_is_no_pipe(name)
-    # FFmpeg takes what stands before a colon for a protocol, as in the name 'a:b.mp4'.
-    return av.open(name if '://' in name else f'file:{name}')
+    if '://' in name:
+        return av.open(name)
+    if file_signs.is_playlist(name):
+        raise MediaError(file_signs.PLAYLIST)
+    # FFmpeg takes what stands before a colon for a protocol, as in the name 'a:b.mp4'. What a file
+    # names in the network is not fetched.
+    container = av.open(f'file:{name}', container_options={'protocol_whitelist': 'file'})
+    if container.format.name in file_signs.PLAYLIST_FORMATS:
+        container.close()
+        raise MediaError(file_signs.PLAYLIST)
+    return container
 
 
 def _track(container: Any, kind: str) -> Any:

@@ -13,7 +13,7 @@ import av
 import numpy as np
 from jaxtyping import Int16
 
-from data_pipelines import media
+from data_pipelines import file_signs, media
 
 # Containers that browsers play, by FFmpeg's names for how they are read.
 _CONTAINERS = (
@@ -54,6 +54,8 @@ def plays_in_browsers(path: str | os.PathLike) -> bool:
     Raises:
         MediaError: the file does not open.
     """
+    if file_signs.is_playlist(path):
+        return False
     try:
         with av.open(f'file:{os.fspath(path)}') as container:
             if container.format.name not in _CONTAINERS:

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 
 import chex
 import jax
@@ -124,6 +125,68 @@ def test_a_damaged_checkpoint_is_reported_set_aside_and_the_one_before_is_used(
     with pytest.raises(ConfigError, match='every checkpoint in .* is damaged'):
         checkpoint.newest_sound(folder)
     assert checkpoint.steps(folder) == [1, 2, 3]
+
+
+def remove_the_end_mark(folder):
+    (folder / checkpoint.COMPLETE).unlink()
+
+
+def remove_state_and_manifest(folder):
+    shutil.rmtree(folder / 'state')
+    (folder / checkpoint.MANIFEST).unlink()
+
+
+def write_null(folder):
+    (folder / checkpoint.MANIFEST).write_text('null')
+
+
+@pytest.mark.parametrize(
+    'remove, reason',
+    [
+        (remove_the_end_mark, '_CHECKPOINT_METADATA is missing'),
+        (remove_state_and_manifest, 'state is missing'),
+        (write_null, 'expected file names with digests'),
+    ],
+)
+def test_a_checkpoint_that_is_half_there_is_set_aside_and_its_step_is_saved_again(
+    tmp_path, remove, reason
+):
+    folder = save_steps(tmp_path, [1, 2])
+    remove(folder / '2')
+    # Left by an earlier start, or by whatever synchronises the folder.
+    (folder / '2.damaged').write_text('')
+    messages = []
+    assert checkpoint.newest_sound(folder, messages.append) == 1
+    assert len(messages) == 1 and reason in messages[0]
+    # Orbax alone takes any folder with a number for a saved step.
+    save_steps(tmp_path, [2])
+    assert checkpoint.newest_sound(folder) == 2
+
+
+@pytest.mark.parametrize('name', ['3 (1)', 'step_3', '003', '3 - Copy'])
+def test_renamed_checkpoints_are_never_passed_over_in_silence(tmp_path, name):
+    folder = save_steps(tmp_path, [2, 3])
+    (folder / '3').rename(folder / name)
+    messages = []
+    assert checkpoint.newest_sound(folder, messages.append) == 2
+    assert len(messages) == 1 and 'Rename it to 3' in messages[0]
+
+    (folder / '2').rename(folder / 'step_2')
+    with pytest.raises(ConfigError, match='under other names than their steps'):
+        checkpoint.newest_sound(folder)
+
+
+@pytest.mark.parametrize('name', ['.DS_Store', '._3', '²', '7', '3 (1)', '9' * 200])
+def test_what_synchronised_folders_add_does_no_harm(tmp_path, name):
+    folder = save_steps(tmp_path, [2, 3])
+    if name == '3 (1)':
+        shutil.copytree(folder / '3', folder / name)
+    else:
+        (folder / name).write_text('')
+    messages = []
+    assert checkpoint.newest_sound(folder, messages.append) == 3
+    assert checkpoint.find(folder).name == '3'
+    assert not messages
 
 
 def test_a_folder_without_checkpoints_and_one_without_manifest(tmp_path):

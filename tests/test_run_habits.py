@@ -1,6 +1,8 @@
 """Runs on other people's machines: changed configs, full disks, folders of others, terminals."""
 
+import concurrent.futures
 import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -23,6 +25,7 @@ from vatt_jax.planning import preflight
 from vatt_jax.run_folder import NotWritten, RunFolder, free_space, readable_size, write_atomically
 from vatt_jax.training import checkpoint, loop, start, trackers
 from vatt_jax.training.metrics import Progress, Writer
+from vatt_jax.training.run_lock import RunLock
 
 
 def short(**fields):
@@ -44,6 +47,59 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def copied(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / 'run')
+
+
+# ---- several trainings at once
+
+
+def test_two_trainings_in_one_folder(copied):
+    """The second one, a process of its own, is told who trains there and changes nothing."""
+    held = RunLock(copied)
+    held.acquire()
+    code = (
+        'import pathlib, sys\n'
+        'from vatt_jax.config import ConfigError\n'
+        'from vatt_jax.training.run_lock import RunLock\n'
+        'try:\n'
+        '    RunLock(pathlib.Path(sys.argv[1])).acquire()\n'
+        'except ConfigError as error:\n'
+        '    print(error)\n'
+    )
+
+    def second():
+        command = [sys.executable, '-c', code, str(copied)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert f'process {os.getpid()} on ' in second()
+    assert 'choose another --workdir' in second()
+    held.close()
+    assert second() == ''
+
+
+def test_a_folder_that_another_run_is_writing_stays_as_it_is(copied, monkeypatch):
+    def refuse(*_):
+        raise BlockingIOError(errno.EAGAIN, 'held')
+
+    monkeypatch.setattr(fcntl, 'lockf', refuse)
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob('*') if path.is_file()}
+    with pytest.raises(ConfigError, match='expected a folder that no other run is writing'):
+        train(copied, short(steps=4))
+    assert {path: path.stat().st_mtime_ns for path in copied.rglob('*') if path.is_file()} == before
+
+
+def test_file_systems_without_locks(copied, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, 'no locks')
+
+    monkeypatch.setattr(fcntl, 'lockf', refuse)
+    RunLock(copied).acquire()
+
+
+def test_training_in_a_thread(copied):
+    """As notebooks and servers do; Python lets only the main thread handle signals."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        pool.submit(train, copied, short(steps=3)).result()
+    assert (copied / 'checkpoints' / '3').is_dir()
 
 
 # ---- the same command again with another config

@@ -7,6 +7,7 @@ import shutil
 import socket
 import sqlite3
 import sys
+import tempfile
 import threading
 import wave
 
@@ -447,6 +448,35 @@ def test_the_page_takes_a_file(client, folder):
     assert '<i>' not in answer.text
     assert '/tmp' not in answer.text
     assert 'Enter a sentence' in client.post('/', data={}).text
+
+
+def test_uploads_that_name_other_files(client, folder):
+    """A playlist would have the page read any file of this machine, or fetch from the network."""
+    clip = folder / 'a.mp4'
+    playlists = {
+        'x.m3u8': f'\n#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nfile://{clip}\n#EXT-X-ENDLIST\n',
+        'x.m3u': f'#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{clip}\n#EXT-X-ENDLIST\n',
+        'x.mp4': f"ffconcat version 1.0\nfile '{clip}'\n",
+        'x.mpd': f'<?xml version="1.0"?><MPD><BaseURL>{clip}</BaseURL></MPD>',
+        'x.sdp': 'v=0\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n',
+    }
+    for name, content in playlists.items():
+        data = {'file': (io.BytesIO(content.encode()), name)}
+        answer = client.post('/', data=data, content_type='multipart/form-data')
+        assert 'a playlist: download the video itself' in answer.text, name
+
+
+def test_uploads_that_cannot_be_stored(client, folder, monkeypatch):
+    content = (folder / 'a.mp4').read_bytes()
+
+    def answer(name):
+        data = {'file': (io.BytesIO(content), name)}
+        return client.post('/', data=data, content_type='multipart/form-data')
+
+    # Longer than a name of a file may be.
+    assert 'score ' in answer('x.' + 'a' * 300).text
+    monkeypatch.setattr(tempfile, 'tempdir', str(folder / 'nowhere'))
+    assert 'no folder for the file could be made (No such file' in answer('x.mp4').text
 
 
 def test_files_are_served_in_parts(client, searcher, folder):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import tracemalloc
 import warnings
 
@@ -146,6 +147,8 @@ def test_resizing_averages_whole_blocks():
     [
         (np.zeros((3, 16, 18), np.uint8), r'may be one picture \[C H W\] or 3 grey frames'),
         (np.zeros((3, 5, 16, 18), np.uint8), r'np.moveaxis\(x, 0, -1\) puts channels last'),
+        (np.zeros((3, 4, 16, 18), np.uint8), r'puts the channels of \[C T H W\] last, .* those of'),
+        (np.ma.masked_less(np.arange(192).reshape(1, 8, 8, 3), 9), 'got 9 of 192; pass x.filled'),
         (np.zeros((5, 1, 16, 18), np.uint8), r'np.moveaxis\(x, 1, -1\) puts channels last'),
         (np.zeros((5, 16, 18, 2), np.uint8), r'got uint8 \[5, 16, 18, 2\]'),
         (np.full((2, 4, 4, 3), -0.9), r'undo a normalisation first: \(x \+ 1\) / 2'),
@@ -153,6 +156,7 @@ def test_resizing_averages_whole_blocks():
         (np.full((2, 4, 4, 3), 2.6), r'with values 2.6 to 2.6'),
         (np.full((2, 4, 4, 3), np.nan), r'expected finite floats'),
         (np.full((2, 4, 4, 3), 900, np.uint16), r'\(x >> 8\)'),
+        (np.full((2, 4, 4, 3), 90, np.uint16), r'x.astype\(np.uint8\) of pixels of 8 bits'),
         (np.full((2, 4, 4, 3), 256), r'expected uint8 frames of 0…255'),
         (
             np.zeros((2, 4, 4, 3), bool),
@@ -283,6 +287,35 @@ def test_a_pair_of_samples_and_rate_is_one_sound(model):
         model.embed(audio=(pcm, 3 * RATE), rate=RATE)
 
 
+def test_lists_of_sounds_with_their_rates(model):
+    """torchaudio and soundfile return pairs, `datasets` dicts."""
+    sounds = [noise(1024), noise(700, seed=1)]
+    expected = model.embed(audio=sounds)
+    assert_same(model.embed(audio=[(x, RATE) for x in sounds]), expected)
+    dicts = [{'path': None, 'array': x / 32768, 'sampling_rate': RATE} for x in sounds]
+    assert_same(model.embed(audio=dicts), expected)
+    assert_same(model.embed(audio=dicts[0])['audio']['va'], expected['audio']['va'][0])
+
+
+def test_traced_arrays_are_refused(model):
+    for transform in (jax.jit, jax.vmap):
+        with pytest.raises(ConfigError, match='expected an array with values, .* outside of'):
+            transform(lambda x: model.embed(video=x))(jnp.zeros((2, FRAMES, SIZE, SIZE, 3)))
+
+
+def test_a_pickled_model_gives_the_same(model):
+    """As worker processes of other libraries are handed it."""
+    clip = random_frames()
+    restored = pickle.loads(pickle.dumps(model))
+    assert_same(restored.embed(video=clip, text='red'), model.embed(video=clip, text='red'))
+    assert repr(restored) == repr(model)
+
+
+def test_the_buffer_of_an_array(model):
+    clip = random_frames()
+    assert_same(model.embed(video=memoryview(clip)), model.embed(video=clip))
+
+
 def test_peaks_above_one_are_clipped_and_told_once(untold):
     loud = 1.05 * np.sin(np.arange(SAMPLES) / 10)
     with pytest.warns(UserWarning, match=r'samples reach 1.05 and are clipped to \[-1, 1\]'):
@@ -304,6 +337,10 @@ def test_quiet_int32_is_told():
     'call, message',
     [
         ({'audio': np.full(100, 9000.0)}, 'divide by the full scale, which is 32768'),
+        ({'audio': np.full(100, -(2**63))}, r'pass floats in \[-1, 1\]'),
+        ({'video': jax.random.key(0)}, 'expected an array, got PRNGKeyArray'),
+        ({'audio': [(noise(9), 2000), (noise(9), 8000)]}, 'of one rate, got 2000 and 8000'),
+        ({'audio': [(noise(9), 2000), noise(9)]}, 'of one rate, got 2000 and none'),
         ({'audio': np.full(100, 70000)}, r'pass floats in \[-1, 1\]'),
         ({'audio': np.zeros(100, np.uint16)}, 'expected int16, int32, uint8 or float samples'),
         ({'audio': np.zeros(100, bool)}, 'expected an array of numbers'),
@@ -341,8 +378,9 @@ def test_where_windows_begin():
     assert begins(11, stride=1.5, windows=2) == [0, 3]
     assert begins(3) == begins(3, stride=1.0) == [0]
     assert begins(3, windows=2) == [0, 0]
-    # Shorter than a frame.
+    # Shorter than a frame, however much.
     assert begins(6, stride=0.1) == [0, 1, 2]
+    assert begins(6, stride=1e-12) == [0, 1, 2]
 
 
 # ---- sentences
@@ -357,6 +395,11 @@ def test_unknown_words_and_long_sentences_are_told_once(untold):
         untold.embed(text=sentences)
     with pytest.warns(UserWarning, match='1 of 1 sentences have more than the 6 words'):
         untold.embed(text='red stripes move left with a deep tone')
+
+
+def test_an_empty_sentence_is_told(untold):
+    with pytest.warns(UserWarning, match="1 of 2 sentences have no word .* first ''"):
+        untold.embed(text=['red', ''])
 
 
 def test_texts_of_arrays_and_columns(model):

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from vatt_jax import config as configs
 from vatt_jax import objectives, optim
 from vatt_jax.config import ConfigError
 from vatt_jax.importers import safetensors_folder
@@ -64,6 +65,19 @@ def load(path: str | os.PathLike) -> Model:
     return Model(config, variables, info, mesh, heads, path)
 
 
+def _placed(
+    config: str,
+    variables: Mapping[str, Any],
+    info: Mapping[str, Any],
+    heads: Mapping[str, Any] | None,
+    path: pathlib.Path | None,
+) -> Model:
+    """The model of a pickle, on the first device of this process."""
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1))
+    variables, heads = jax.device_put((variables, heads), sharding.replicated(mesh))
+    return Model(configs.from_json(config), variables, info, mesh, heads, path)
+
+
 class Model:
     """A trained model.
 
@@ -100,6 +114,11 @@ class Model:
         # What the user has been told: once is enough.
         self._told = Notices()
         self._embedder = Embedder(self._encoder, self.inputs, self.tokenizer, self._told)
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        # Devices cannot be pickled: whoever reads it places the parameters on one of its own.
+        variables, heads = jax.device_get((self.variables, self._encoder.heads[0]))
+        return _placed, (configs.to_json(self.config), variables, self.info, heads, self.path)
 
     def __repr__(self) -> str:
         count = sum(np.size(x) for x in jax.tree.leaves(self.variables['params']))

@@ -62,6 +62,11 @@ class RunFolder:
         return self.path / 'done.json'
 
     @property
+    def lock(self) -> pathlib.Path:
+        """Held by the process that trains here."""
+        return self.path / 'run.lock'
+
+    @property
     def timings(self) -> pathlib.Path:
         """Seconds of each stage, over restarts (JSON)."""
         return self.path / 'timings.json'

@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
     # The importers, and models with them, are imported only when the flags are right.
     from vatt_jax import config as configs
     from vatt_jax.config import ConfigError
+    from vatt_jax.importers import file_kinds
     from vatt_jax.object_store import check_local
 
     flags = _parser().parse_args(expand_home(argv))
@@ -82,6 +83,7 @@ def main(argv: list[str]) -> None:
         config = configs.load(flags.config)
         # A misspelt field fails here, by its name.
         configs.check_fields(config, base)
+    file_kinds.check(flags.checkpoint, flags.format)
     config, report = importer.import_checkpoint(flags.checkpoint, flags.out, config, base, **names)
     print(f'{report.read} variables of {flags.checkpoint} → {flags.out} ({config.name})')
     _print_report(report)

@@ -7,9 +7,10 @@ is taken; what has two is refused with the calls that say which is meant.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int16, Shaped, UInt8
 
@@ -42,6 +43,17 @@ def as_array(value: Any, where: str) -> np.ndarray:
     Raises:
         ConfigError: it is no array of numbers.
     """
+    if np.ma.is_masked(value):
+        # Under a mask lies whatever was there; NumPy would hand it over.
+        raise ConfigError(
+            f'{where}: expected an array without masked values, got {np.ma.count_masked(value)} of '
+            f'{np.size(value)}; pass x.filled(…) with what stands for them'
+        )
+    if isinstance(value, jax.core.Tracer):
+        raise ConfigError(
+            f'{where}: expected an array with values, got one that JAX traces; call it outside of '
+            'jax.jit, jax.grad and jax.vmap'
+        )
     try:
         if hasattr(value, 'detach'):
             # A torch tensor may need gradients or lie on a device, and NumPy knows no bfloat16.
@@ -53,9 +65,9 @@ def as_array(value: Any, where: str) -> np.ndarray:
         x = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).split('\n')[0]
+        advice = '; items of several shapes go in as a list of arrays' if is_list(value) else ''
         raise ConfigError(
-            f'{where}: expected an array, got {type(value).__name__} ({reason}); items of several '
-            'shapes go in as a list of arrays'
+            f'{where}: expected an array, got {type(value).__name__} ({reason}){advice}'
         ) from error
     if x.dtype.name == 'bfloat16':
         return x.astype(np.float32)
@@ -92,6 +104,9 @@ def _iterated(value: Any, where: str) -> Any:
             f'{where}: expected a path or an array, got {type(value).__name__} with the content '
             'of a file; pass its path'
         )
+    if isinstance(value, memoryview):
+        # A sequence to Python, but of several axes none that can be indexed.
+        return np.asarray(value)
     return list(value) if hasattr(value, '__next__') else value
 
 
@@ -161,7 +176,8 @@ def list_images(value: Any, where: str) -> tuple[list[Any], bool]:
 
 def _unless_strings(value: Any, where: str) -> np.ndarray | list[Any]:
     """An array of numbers, or the strings of an array of them."""
-    if getattr(value, 'dtype', None) is not None and np.asarray(value).dtype.kind in 'OUS':
+    is_numpy = isinstance(value, np.ndarray) or hasattr(value, 'to_numpy')
+    if is_numpy and np.asarray(value).dtype.kind in 'OUS':
         return list(np.asarray(value).ravel())
     return as_array(value, where)
 
@@ -255,6 +271,11 @@ def _frames_of_list(pictures: list[np.ndarray], where: str) -> UInt8[np.ndarray,
 def _advice(x: np.ndarray) -> str:
     if x.ndim != 4 or 0 in x.shape:
         return ''
+    if x.shape[0] in CHANNELS and x.shape[1] in CHANNELS:
+        return (
+            '; np.moveaxis(x, 0, -1) puts the channels of [C T H W] last, np.moveaxis(x, 1, -1) '
+            'those of [T C H W]'
+        )
     if x.shape[1] in CHANNELS:
         return '; np.moveaxis(x, 1, -1) puts channels last, a list of clips holds several'
     if x.shape[0] in CHANNELS:
@@ -294,8 +315,8 @@ def pixel_scale(pictures: Sequence[np.ndarray], where: str) -> float:
     if first.dtype.kind in 'iu':
         if first.dtype == np.uint16 or low < 0 or high > 255:
             raise ConfigError(
-                f'{where}: expected uint8 frames of 0…255, {found}; scale them first, as '
-                '(x >> 8).astype(np.uint8) does 16 bits'
+                f'{where}: expected uint8 frames of 0…255, {found}; pass (x >> 8).astype(np.uint8) '
+                'of pixels of 16 bits, x.astype(np.uint8) of pixels of 8 bits'
             )
         return 1.0
     if not np.isfinite(low) or not np.isfinite(high):
@@ -353,19 +374,19 @@ def is_number(value: Any) -> bool:
 def list_sounds(value: Any, where: str, tell: Tell) -> tuple[list[Any], bool, Any]:
     """The sounds of an argument: (sounds, whether a single one was given, its rate if it came).
 
-    An axis of channels is never taken for one of clips: [S, 2] is one stereo sound. Readers of
-    sound files return pairs of samples and rate, in either order.
+    An axis of channels is never taken for one of clips: [S, 2] is one stereo sound.
     """
     value = _iterated(value, where)
     if isinstance(value, FILES):
         return [value], True, None
+    pair = _samples_and_rate(value, where)
+    if pair is not None:
+        return [pair[0]], True, pair[1]
     if is_list(value):
-        if isinstance(value, tuple) and len(value) == 2:
-            first, second = value
-            if is_number(second) and np.ndim(first) > 0:
-                return [as_array(first, where)], True, second
-            if is_number(first) and np.ndim(second) > 0:
-                return [as_array(second, where)], True, first
+        pairs = [_samples_and_rate(item, where) for item in value]
+        if any(pair is not None for pair in pairs):
+            sounds, rate = _sounds_of_one_rate(pairs, where)
+            return sounds, False, rate
         if len(value) > 0 and np.isscalar(value[0]) and not isinstance(value[0], FILES):
             return [as_array(value, where)], True, None
         return list(value), False, None
@@ -384,6 +405,42 @@ def list_sounds(value: Any, where: str, tell: Tell) -> tuple[list[Any], bool, An
             'one',
         )
     return list(x), False, None
+
+
+def _samples_and_rate(value: Any, where: str) -> tuple[np.ndarray, Any] | None:
+    """What readers of sound files return: a pair in either order, or a dict of `datasets`.
+
+    Returns:
+        (samples, rate), None for anything else.
+    """
+    if isinstance(value, Mapping) and value.keys() >= {'array', 'sampling_rate'}:
+        return as_array(value['array'], where), value['sampling_rate']
+    if not isinstance(value, tuple) or len(value) != 2:
+        return None
+    first, second = value
+    if is_number(second) and np.ndim(first) > 0:
+        return as_array(first, where), second
+    if is_number(first) and np.ndim(second) > 0:
+        return as_array(second, where), first
+    return None
+
+
+def _sounds_of_one_rate(
+    pairs: Sequence[tuple[np.ndarray, Any] | None], where: str
+) -> tuple[list[np.ndarray], Any]:
+    """(sounds, their rate) of a list of pairs.
+
+    Raises:
+        ConfigError: they have several rates, or some have none.
+    """
+    rates = {None if pair is None else pair[1] for pair in pairs}
+    if len(rates) != 1:
+        found = ' and '.join(sorted('none' if rate is None else str(rate) for rate in rates))
+        raise ConfigError(
+            f'{where}: expected sounds of one rate, got {found}; embed those of each rate by '
+            'themselves'
+        )
+    return [pair[0] for pair in pairs if pair is not None], rates.pop()
 
 
 def samples(value: Any, where: str, tell: Tell) -> Int16[np.ndarray, ' S']:
@@ -432,7 +489,8 @@ def _to_int16(x: np.ndarray, where: str, tell: Tell) -> np.ndarray:
                 'only; pass x / 2**23 if they are 24-bit numbers, x / 2**15 if they are 16-bit',
             )
         return (x >> 16).astype(np.int16)
-    if x.dtype == np.int64 and np.abs(x).max() <= 32768:
+    # Not by magnitudes: the smallest integer has none.
+    if x.dtype == np.int64 and -32768 <= x.min() and x.max() <= 32768:
         # Python's own integers.
         return np.clip(x, -32768, 32767).astype(np.int16)
     raise ConfigError(
@@ -500,12 +558,12 @@ def window_begins(
     """
     last = max(length - window, 0)
     if stride is not None:
-        count = int(last / (stride * rate) + 1e-6) + 1
+        # A stride shorter than a frame begins at each of them once.
+        step = max(stride * rate, 1.0)
+        count = int(last / step + 1e-6) + 1
         if windows is not None:
             count = min(count, windows)
-        begins = [round(i * stride * rate) for i in range(count)]
-        # Once each: a stride may be shorter than a frame.
-        return list(dict.fromkeys(min(begin, last) for begin in begins))
+        return [min(round(i * step), last) for i in range(count)]
     if windows is None or windows == 1:
         return [last // 2]
     return [round(begin) for begin in np.linspace(0, last, windows).tolist()]

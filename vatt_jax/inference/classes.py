@@ -37,8 +37,9 @@ def by_names(
         ConfigError: an argument is of another kind, or there is no such space.
     """
     name = only_input(given, request.call)
-    sentences = zero_shot.prompts(names, templates, request.call)
+    # First, since it reads an iterator to its end.
     names = zero_shot.check_names(names, request.call)
+    sentences = zero_shot.prompts(names, templates, request.call)
     rows = embedder.rows(given, request)[name]
     texts = embedder.encode_text(sentences, request, request.where('names'))
     tower = TOWERS.get(name, name)

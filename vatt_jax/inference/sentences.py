@@ -76,7 +76,8 @@ class SentenceReader:
     ) -> None:
         unknown = getattr(self._tokenizer, 'unknown', tokenizers.UNKNOWN)
         is_word = numbers != tokenizers.PAD
-        is_unknown = is_word.any(-1) & ((numbers == unknown) | ~is_word).all(-1)
+        # An empty sentence, such as a caption that is missing, has none either.
+        is_unknown = ((numbers == unknown) | ~is_word).all(-1)
         if is_unknown.any():
             first = sentences[int(is_unknown.argmax())][:200]
             self._tell(

@@ -38,7 +38,9 @@ _OF_CHECKPOINT = re.compile(r'(?:checkpoints/)?(\d+)/')
 # Names the training that wrote to the store last. Of the store alone.
 _SESSION = '.session'
 # Half-written files of this project and of orbax, and compiled programs, which are of one machine.
-_LOCAL_ONLY = re.compile(r'(^|/)([^/]*\.tmp|[^/]*\.orbax-checkpoint-tmp[^/]*)(/|$)|^compiled/')
+_LOCAL_ONLY = re.compile(
+    r'(^|/)([^/]*\.tmp|[^/]*\.orbax-checkpoint-tmp[^/]*)(/|$)|^compiled/|^run\.lock$'
+)
 # Local folders that the commands on one machine may use of one run at the same time.
 _MOST_FOLDERS = 64
 

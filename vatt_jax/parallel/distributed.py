@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -397,13 +398,16 @@ class StopSignal:
     """SIGTERM asks the loop to save and leave after the step under way.
 
     It comes with preemption or at a scheduler's time limit. A context: outside of it the signal
-    does what it did before.
+    does what it did before. In a thread that is not the main one, where Python allows no handlers,
+    it always does.
     """
 
     def __enter__(self) -> StopSignal:
         self._asked = False
         # With several processes, jax.distributed has installed its own handler.
-        if jax.process_count() == 1:
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        self._handles = is_main_thread and jax.process_count() == 1
+        if self._handles:
             self._previous = signal.signal(signal.SIGTERM, self._ask)
         return self
 
@@ -427,5 +431,5 @@ class StopSignal:
         return multihost_utils.reached_preemption_sync_point(step)
 
     def __exit__(self, *_: Any) -> None:
-        if jax.process_count() == 1:
+        if self._handles:
             signal.signal(signal.SIGTERM, self._previous)

@@ -26,6 +26,7 @@ from vatt_jax.terminal import printable
 HOST = '127.0.0.1'
 # Bytes of an uploaded query.
 LARGEST_UPLOAD = 1 << 30
+LONGEST_SUFFIX = 16
 # Short side of a thumbnail, in pixels.
 THUMBNAIL = 180
 # Files shorter than so many seconds are read from their beginning, at this rate.
@@ -188,11 +189,15 @@ def _search_upload(searcher: Searcher, playable: Playable, upload: Any, against:
     """Searches with an uploaded file: its pictures where it has some, else its sound."""
     # The name is the sender's: only a plain suffix of it is used, which media readers look at.
     suffix = pathlib.PurePath(upload.filename).suffix
-    if not (suffix[1:].isalnum() and suffix.isascii()):
+    is_plain = suffix[1:].isalnum() and suffix.isascii() and len(suffix) <= LONGEST_SUFFIX
+    if not is_plain:
         suffix = ''
-    with tempfile.TemporaryDirectory() as folder:
+    with _upload_folder() as folder:
         path = os.path.join(folder, f'query{suffix}')
-        upload.save(path)
+        try:
+            upload.save(path)
+        except OSError as error:
+            raise ConfigError(f'the file could not be stored ({error.strerror})') from error
         modalities = searcher.features.modalities
         try:
             kind = playable.kind_of(path)
@@ -203,6 +208,16 @@ def _search_upload(searcher: Searcher, playable: Playable, upload: Any, against:
         except ConfigError as error:
             # The path is that of a copy that the reader never saw.
             raise ConfigError(str(error).replace(path, upload.filename)) from error
+
+
+def _upload_folder() -> tempfile.TemporaryDirectory:
+    """A folder for one uploaded file."""
+    try:
+        return tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise ConfigError(
+            f'no folder for the file could be made ({error.strerror}); TMPDIR names another place'
+        ) from error
 
 
 def _describe(searcher: Searcher, playable: Playable, hit: Hit) -> dict[str, Any]:

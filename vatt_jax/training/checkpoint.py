@@ -49,6 +49,8 @@ logging.getLogger('absl').setLevel(logging.CRITICAL)
 
 ITEMS = ('state', 'meta', 'columns')
 MANIFEST = 'manifest.json'
+# Orbax writes it last.
+COMPLETE = '_CHECKPOINT_METADATA'
 
 
 class CheckpointNotSaved(RuntimeError):
@@ -289,14 +291,18 @@ class Checkpoints:
         self.manager.close()
 
 
-def _numbered_folders(folder: pathlib.Path, member: str) -> list[int]:
+# Names of checkpoints as orbax writes them. int() also reads '003' and digits of other scripts.
+STEP_NAME = re.compile('0|[1-9][0-9]{0,9}')
+
+
+def _numbered_folders(folder: pathlib.Path, member: str = '') -> list[int]:
     """Return the numbers, ascending, that name folders here with `member` in them."""
     if not folder.is_dir():
         return []
     return sorted(
         int(path.name)
-        for path in folder.glob('*')
-        if path.name.isdigit() and (path / member).exists()
+        for path in folder.iterdir()
+        if STEP_NAME.fullmatch(path.name) and path.is_dir() and (path / member).exists()
     )
 
 
@@ -304,7 +310,7 @@ def steps(folder: pathlib.Path) -> list[int]:
     """Return the steps of the complete checkpoints of a folder, ascending."""
     # Orbax writes into <step>.orbax-checkpoint-tmp… and renames it at the end, so a folder whose
     # name is a number is complete; its metadata file tells it from a folder of another making.
-    return _numbered_folders(folder, '_CHECKPOINT_METADATA')
+    return _numbered_folders(folder, COMPLETE)
 
 
 def _file_digests(folder: pathlib.Path) -> dict[str, str]:
@@ -312,7 +318,7 @@ def _file_digests(folder: pathlib.Path) -> dict[str, str]:
 
     Left out are the manifest itself and the file in which orbax records the time of saving.
     """
-    skipped = (MANIFEST, f'{MANIFEST}.tmp', '_CHECKPOINT_METADATA')
+    skipped = (MANIFEST, f'{MANIFEST}.tmp', COMPLETE)
     digests = {}
     for path in sorted(folder.rglob('*')):
         if not path.is_file() or path.name in skipped:
@@ -338,14 +344,18 @@ def find_damage(folder: pathlib.Path) -> str:
 
     Returns:
         What is wrong, '' for nothing. A checkpoint without a manifest is older than manifests and
-        counts as sound.
+        counts as sound where its parts are there.
     """
     try:
         recorded = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
-        return ''
+        # Copies and deletions that stopped half-way may have taken the manifest too.
+        absent = [item for item in ('state', 'meta') if not (folder / item).is_dir()]
+        return f'{absent[0]} is missing' if absent else ''
     except (OSError, ValueError) as error:
         return f'{MANIFEST} cannot be read: {_first_line(error)}'
+    if not isinstance(recorded, dict):
+        return f'{MANIFEST} cannot be read: expected file names with digests'
     found = _file_digests(folder)
     # Files beyond the manifest's do no harm.
     missing = sorted(set(recorded) - set(found))
@@ -360,24 +370,29 @@ def find_damage(folder: pathlib.Path) -> str:
 def newest_sound(folder: pathlib.Path, say: Callable[[str], object] = print) -> int | None:
     """Return the newest step whose files are what was written.
 
-    Damaged checkpoints above it are reported and renamed to `<step>.damaged`.
+    Damaged checkpoints above it are reported and renamed to `<step>.damaged`. Those that something
+    else has renamed are reported: a run would go back behind them in silence.
 
     Args:
         folder: `<workdir>/checkpoints`.
-        say: Receives one line for each damaged checkpoint.
+        say: Receives one line for each damaged or renamed checkpoint.
 
     Returns:
         The step, None when there is no checkpoint.
 
     Raises:
-        ConfigError: All checkpoints are damaged; then none is renamed.
+        ConfigError: All checkpoints are damaged or renamed; then the folder stays as it is.
     """
     damages: dict[int, str] = {}
     # Newest first. Nothing is renamed until a sound one is found: with none, the folder stays as it
-    # is.
-    for step in reversed(steps(folder)):
-        reason = find_damage(folder / str(step))
+    # is. Incomplete ones count: orbax takes any folder with a number for a saved step.
+    for step in reversed(_numbered_folders(folder)):
+        path = folder / str(step)
+        reason = find_damage(path)
+        if not reason and not (path / COMPLETE).exists():
+            reason = f'{COMPLETE} is missing'
         if not reason:
+            _report_renamed(folder, step, say)
             for damaged in sorted(damages):
                 say(
                     f'checkpoint {folder / str(damaged)} is damaged ({damages[damaged]}): '
@@ -392,7 +407,27 @@ def newest_sound(folder: pathlib.Path, say: Callable[[str], object] = print) -> 
             f'every checkpoint in {folder} is damaged ({reasons}); restore them from a copy, or '
             'choose another --workdir'
         )
+    renamed = _checkpoints_by_name(folder)
+    if renamed:
+        raise ConfigError(
+            f'{folder} holds checkpoints under other names than their steps, first '
+            f'{renamed[-1].name!r}; rename each to the number of its step to continue, or choose '
+            'another --workdir'
+        )
     return None
+
+
+def _report_renamed(folder: pathlib.Path, newest: int, say: Callable[[str], object]) -> None:
+    """Say which checkpoints seem newer than the newest one and have other names than a step."""
+    for path in _checkpoints_by_name(folder):
+        # Synchronised folders know '3 (1)', and people step_3.
+        number = re.search('[0-9]+', path.name)
+        if number and not STEP_NAME.fullmatch(path.name) and int(number[0]) > newest:
+            say(
+                f'checkpoint {path} is left out, since its name is not the number of its step; '
+                f'continuing from step {newest}. Rename it to {int(number[0])} and start again if '
+                'it is meant'
+            )
 
 
 def _set_aside(folder: pathlib.Path, step: int) -> None:
@@ -400,6 +435,8 @@ def _set_aside(folder: pathlib.Path, step: int) -> None:
     target = folder / f'{step}.damaged'
     # From an earlier damage of the same step; os.replace cannot replace a folder that is not empty.
     shutil.rmtree(target, ignore_errors=True)
+    if target.is_symlink() or target.is_file():
+        target.unlink()
     os.replace(folder / str(step), target)
 
 

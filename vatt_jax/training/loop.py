@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from vatt_jax.training.build import (
 from vatt_jax.training.evaluation import evaluate
 from vatt_jax.training.metrics import duration
 from vatt_jax.training.refresh import refresh
+from vatt_jax.training.run_lock import RunLock
 from vatt_jax.training.session import Session, open_session
 from vatt_jax.training.start import (
     TrainingRun,
@@ -79,9 +81,10 @@ def train(
         TrainingStopped: the run cannot go on.
     """
     workdir = pathlib.Path(workdir)
+    lock = RunLock(workdir)
     # SIGTERM is caught from here on, not only from the first step: building and compiling take
     # minutes.
-    with distributed.StopSignal() as stop:
+    with distributed.StopSignal() as stop, contextlib.closing(lock):
         built = build(config, data)
         # After the build, which fills in what only the data know, and before anything is written.
         check_run_folder(config, workdir)
@@ -89,7 +92,7 @@ def train(
             before(built)
         # `sharding.constrain` looks this mesh up when the step is traced.
         with jax.set_mesh(built.mesh):
-            run, checkpoints = start(config, built, data, workdir)
+            run, checkpoints = start(config, built, data, workdir, lock)
             session = open_session(config, built, data, workdir, run, checkpoints, quiet)
             with session.closing():
                 scalars = _run_steps(session, run, stop)

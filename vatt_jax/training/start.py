@@ -21,6 +21,7 @@ from vatt_jax.training import checkpoint, provenance
 from vatt_jax.training.build import Built
 from vatt_jax.training.checkpoint import Checkpoints
 from vatt_jax.training.columns import Columns, as_declared
+from vatt_jax.training.run_lock import RunLock
 from vatt_jax.training.train_state import TrainState
 
 # A run folder belongs to one choice of these fields ...
@@ -64,7 +65,7 @@ class TrainingRun:
 
 
 def start(
-    config: ConfigDict, built: Built, data: Any, workdir: pathlib.Path
+    config: ConfigDict, built: Built, data: Any, workdir: pathlib.Path, lock: RunLock
 ) -> tuple[TrainingRun, Checkpoints]:
     """Start order: the run's own newest checkpoint; else config.init_from; else scratch.
 
@@ -75,14 +76,18 @@ def start(
         built: of that config.
         data: the data object of docs/architecture.md.
         workdir: the run folder.
+        lock: of the run folder; taken here, and given back by the caller.
 
     Returns:
         The run as it goes on, and the run's checkpoints, open for saving.
 
     Raises:
-        ConfigError: a checkpoint cannot be read or does not fit, or all are damaged.
+        ConfigError: a checkpoint cannot be read or does not fit, or all are damaged; or another
+            process trains in this folder.
     """
     folder = RunFolder(workdir)
+    # Before checkpoints are looked at: one that another process is deleting would seem damaged.
+    _take(lock, workdir)
     saved_step = newest_sound(workdir)
     if saved_step is not None:
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
@@ -91,6 +96,7 @@ def start(
         run = _begin(config, built, data)
         # Only now, so that a mistake in the config leaves no folder behind.
         workdir.mkdir(parents=True, exist_ok=True)
+        _take(lock, workdir)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
 
     if distributed.is_main():
@@ -102,6 +108,18 @@ def start(
             folder.done.unlink(missing_ok=True)
             write_atomically(folder.provenance, json.dumps(provenance.describe(), indent=1))
     return run, checkpoints
+
+
+def _take(lock: RunLock, workdir: pathlib.Path) -> None:
+    """Take the lock on the main process; all of them raise where it is held elsewhere."""
+    message = ''
+    if distributed.is_main():
+        try:
+            lock.acquire()
+        except ConfigError as error:
+            message = str(error)
+    if distributed.broadcast_from_main(int(bool(message))):
+        raise ConfigError(message or f'--workdir={workdir}: another run is writing this folder')
 
 
 def _continue(
