@@ -16,7 +16,7 @@ from PIL import Image
 import vatt_jax
 from data_pipelines import media
 from vatt_jax.config import ConfigError
-from vatt_jax.inference import arrays, media_files
+from vatt_jax.inference import arrays, media_files, sounds
 from vatt_jax.inference.read_ahead import read_ahead
 
 # Of tests/tiny.py.
@@ -207,7 +207,7 @@ def test_images_of_all_kinds(model, tmp_path):
 
 
 def heard(value, tell=say):
-    return arrays.samples(value, 'audio', tell)
+    return sounds.samples(value, 'audio', tell)
 
 
 class Tensor:
@@ -289,10 +289,10 @@ def test_a_pair_of_samples_and_rate_is_one_sound(model):
 
 def test_lists_of_sounds_with_their_rates(model):
     """torchaudio and soundfile return pairs, `datasets` dicts."""
-    sounds = [noise(1024), noise(700, seed=1)]
-    expected = model.embed(audio=sounds)
-    assert_same(model.embed(audio=[(x, RATE) for x in sounds]), expected)
-    dicts = [{'path': None, 'array': x / 32768, 'sampling_rate': RATE} for x in sounds]
+    recordings = [noise(1024), noise(700, seed=1)]
+    expected = model.embed(audio=recordings)
+    assert_same(model.embed(audio=[(x, RATE) for x in recordings]), expected)
+    dicts = [{'path': None, 'array': x / 32768, 'sampling_rate': RATE} for x in recordings]
     assert_same(model.embed(audio=dicts), expected)
     assert_same(model.embed(audio=dicts[0])['audio']['va'], expected['audio']['va'][0])
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vatt_jax.config import ConfigError
-from vatt_jax.inference import arrays, media_files
+from vatt_jax.inference import arrays, media_files, sounds
 from vatt_jax.inference.arrays import FILES
 from vatt_jax.inference.feature_extractor import FeatureExtractor
 from vatt_jax.inference.item_windows import ItemReader, Piece, in_turn
@@ -134,7 +134,7 @@ class Embedder:
         elif name == 'image':
             items, is_single = arrays.list_images(value, where)
         elif name == 'audio':
-            items, is_single, rate = arrays.list_sounds(value, where, self._notices.tell)
+            items, is_single, rate = sounds.list_sounds(value, where, self._notices.tell)
             if rate is not None and request.rate is not None and rate != request.rate:
                 raise ConfigError(
                     f'{request.call}(audio=(samples, {rate}), rate={request.rate}): expected one '

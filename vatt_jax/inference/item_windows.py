@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int16, UInt8
 
 from vatt_jax.config import ConfigError
-from vatt_jax.inference import arrays, media_files
+from vatt_jax.inference import arrays, media_files, sounds
 from vatt_jax.inference.arrays import FILES
 from vatt_jax.inference.read_ahead import read_ahead
 from vatt_jax.inference.requests import Request
@@ -123,9 +123,9 @@ class ItemReader:
                 if window.samples is not None:
                     yield Piece(window.start, {'audio': self._sound_window(window.samples)})
             return
-        samples = arrays.samples(item, where, self._tell)
+        samples = sounds.samples(item, where, self._tell)
         if request.rate is not None:
-            samples = arrays.resampled(samples, request.rate, spec['rate'], where)
+            samples = sounds.resampled(samples, request.rate, spec['rate'], where)
         for begin in arrays.window_begins(
             len(samples), spec['samples'], spec['rate'], request.windows, request.stride
         ):

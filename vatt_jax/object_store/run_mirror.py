@@ -37,8 +37,8 @@ _LAST_FILE = '_CHECKPOINT_METADATA'
 _OF_CHECKPOINT = re.compile(r'(?:checkpoints/)?(\d+)/')
 # Names the training that wrote to the store last. Of the store alone.
 _SESSION = '.session'
-# Half-written files of this project and of orbax; compiled programs and the lock of a training, which
-# are of one machine.
+# Half-written files of this project and of orbax; compiled programs and the lock of a training,
+# which are of one machine.
 _LOCAL_ONLY = re.compile(
     r'(^|/)([^/]*\.tmp|[^/]*\.orbax-checkpoint-tmp[^/]*)(/|$)|^compiled/|^run\.lock$'
 )
