@@ -169,7 +169,9 @@ def test_renamed_checkpoints_are_never_passed_over_in_silence(tmp_path, name):
     (folder / '3').rename(folder / name)
     messages = []
     assert checkpoint.newest_sound(folder, messages.append) == 2
-    assert len(messages) == 1 and 'Rename it to 3' in messages[0]
+    assert len(messages) == 1 and 'step 2 is used; rename it to 3' in messages[0]
+    with pytest.warns(UserWarning, match='step 2 is used; rename it to 3'):
+        assert checkpoint.find(tmp_path).name == '2'
 
     (folder / '2').rename(folder / 'step_2')
     with pytest.raises(ConfigError, match='under other names than their steps'):

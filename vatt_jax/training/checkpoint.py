@@ -25,6 +25,7 @@ import pathlib
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -424,9 +425,9 @@ def _report_renamed(folder: pathlib.Path, newest: int, say: Callable[[str], obje
         number = re.search('[0-9]+', path.name)
         if number and not STEP_NAME.fullmatch(path.name) and int(number[0]) > newest:
             say(
-                f'checkpoint {path} is left out, since its name is not the number of its step; '
-                f'continuing from step {newest}. Rename it to {int(number[0])} and start again if '
-                'it is meant'
+                f'checkpoint {path} is left out, since its name is not the number of its step, and '
+                f'step {newest} is used; rename it to {int(number[0])} and start again if it is '
+                'meant'
             )
 
 
@@ -579,6 +580,7 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
         folder = RunFolder(path).checkpoints
     available = _numbered_folders(folder, 'state')
     if available:
+        _report_renamed(folder, available[-1], warnings.warn)
         return (folder / str(available[-1])).absolute()
     # A checkpoint that was taken out of its run, under whatever name.
     alone = _checkpoints_by_name(folder)
