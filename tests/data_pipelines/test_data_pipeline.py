@@ -436,7 +436,7 @@ def change_checksums(folder, changed):
     index = prepared.index('train')
     tables = prepared.tables('train', index)
     shutil.rmtree(piece_tables.folder_of(folder, 'train'))
-    paths = prepared.files('train')
+    paths = prepared.files('train').paths
     with piece_tables.PiecesWriter(folder, 'train', paths, 2 * RATE, 1) as writer:
         for i in range(len(index)):
             num_seconds = -(-int(index.samples[i]) // RATE)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from data_pipelines.errors import DataError
 from data_pipelines.storage import byte_offsets, columns, piece_tables, record_messages
 from data_pipelines.storage.piece_tables import EXAMPLE, SEQUENCE_EXAMPLE, PiecesWriter, PieceTables
+from data_pipelines.storage.record_files import LocalFiles
 
 RATE = 10
 AUDIO = 'WAVEFORM/feature/floats'
@@ -88,7 +89,7 @@ def seconds_of(sound, sample_bytes):
 def assert_reads(folder, path, nesting, contents):
     """Every frame and every second of every record, together and alone."""
     tables = open_tables(folder, [len(frames) for frames, _ in contents])
-    pieces = byte_offsets.Pieces(tables, [path], False, 'split', 'again')
+    pieces = byte_offsets.Pieces(tables, LocalFiles([path]), False, 'split', 'again')
     for i, (frames, sound) in enumerate(contents):
         seconds = seconds_of(sound, MAKERS[nesting][1])
         numbers = range(len(seconds))
@@ -186,7 +187,7 @@ def test_a_changed_piece_is_noticed(tmp_path, change):
 
     path = write_tables(tmp_path, [raw], EXAMPLE, damage)
     tables = open_tables(tmp_path, [3])
-    pieces = byte_offsets.Pieces(tables, [path], False, 'split', 'again')
+    pieces = byte_offsets.Pieces(tables, LocalFiles([path]), False, 'split', 'again')
     assert pieces.read(0, [0], []) == frames[:1]
     with pytest.raises(ValueError, match='crc32'):
         pieces.read(0, [1], [])
@@ -253,7 +254,9 @@ def test_the_table_of_another_index_is_refused(tmp_path):
 def read_in_process(folder, path, queue):
     """Read the last frame and second of each record in a process of its own."""
     columns.READ_WHOLE = 0
-    pieces = byte_offsets.Pieces(open_tables(folder, [3, 3]), [path], False, 'split', 'again')
+    pieces = byte_offsets.Pieces(
+        open_tables(folder, [3, 3]), LocalFiles([path]), False, 'split', 'again'
+    )
     queue.put([pieces.read(i, [2], [1]) for i in range(2)])
 
 
