@@ -129,11 +129,14 @@ def log_lines(workdir: pathlib.Path) -> list[dict]:
 
 
 def snapshot(folder: pathlib.Path) -> dict[str, tuple]:
-    """{path: (bytes, time of last change)} of everything below a folder."""
+    """{path: (bytes, time of last change)} of everything below a folder but the lock of a run."""
     if not folder.exists():
         return {}
     found = {}
     for path in sorted(folder.rglob('*')):
+        # The lock holds the number of the last process that took it.
+        if path.name == 'run.lock':
+            continue
         content = path.read_bytes() if path.is_file() else None
         found[str(path.relative_to(folder))] = (content, path.stat().st_mtime_ns)
     return found
