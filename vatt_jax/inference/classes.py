@@ -65,7 +65,7 @@ def by_classifier(
         embedder: of a model with a classifier.
         given: the one input, of the modality that the model was fine-tuned on.
         request: how it is read.
-        objective: the config of the classification.
+        objective: its config.
         info: {'labels': {label: class names}, …} of the data.
 
     Raises:
