@@ -31,7 +31,7 @@ from data_pipelines.errors import DataError
 
 T = TypeVar('T')
 # Not typing.Self, which the run-time check of the tests refuses outside of whole classes.
-W = TypeVar('W', bound='FolderWriter')
+W = TypeVar('W', bound='DiscardsOnError')
 
 TABLE_FILE = 'table.json'
 # What the names of folders hold that are still being written.
@@ -196,7 +196,27 @@ class StringsWriter:
         self._offsets.extend([len(text) for text in encoded])
 
 
-class TableWriter:
+class DiscardsOnError(abc.ABC):
+    """A context manager that leaves nothing behind after an exception."""
+
+    @abc.abstractmethod
+    def discard(self) -> None:
+        """Delete what was written."""
+
+    def __enter__(self: W) -> W:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self.discard()
+
+
+class TableWriter(DiscardsOnError):
     """Writes a table, whose folder takes its name when all is written.
 
     As a context manager it leaves nothing behind after an exception.
@@ -245,7 +265,6 @@ class TableWriter:
             shutil.rmtree(self.path)
 
     def discard(self) -> None:
-        """Delete what was written."""
         for column in self._columns.values():
             column.abandon()
         shutil.rmtree(self.path, ignore_errors=True)
@@ -254,41 +273,22 @@ class TableWriter:
         checksums = {name: column.crc for name, column in self._columns.items()}
         write_json(self.path / TABLE_FILE, {**self.about, 'columns': checksums})
 
-    def __enter__(self) -> TableWriter:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        if kind is not None:
-            self.discard()
-
-
-class FolderWriter(abc.ABC):
+class FolderWriter(DiscardsOnError):
     """A context manager that closes at the end, and leaves nothing behind after an exception."""
 
     @abc.abstractmethod
     def close(self) -> None:
         """Write the rest and give the folder its name."""
 
-    @abc.abstractmethod
-    def discard(self) -> None:
-        """Delete what was written."""
-
-    def __enter__(self: W) -> W:
-        return self
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: types.TracebackType | None,
     ) -> None:
+        super().__exit__(kind, error, trace)
         if kind is not None:
-            self.discard()
             return
         try:
             self.close()
