@@ -214,6 +214,12 @@ def test_what_does_not_fit_is_named(views, options, message):
         sinkhorn.solve(views, np.full(4, 0.25), 20, **options)
 
 
+@pytest.mark.parametrize('prior', [np.ones(1), np.full((2, 2), 0.25), np.array(1.0)])
+def test_a_prior_is_a_vector_of_two_shares_or_more(prior):
+    with pytest.raises(ValueError, match='prior: expected a vector with the share of each'):
+        sinkhorn.solve([VIEW], prior, 20)
+
+
 def test_shares_refuse_the_same():
     with pytest.raises(ValueError, match='views: expected at least one array'):
         sinkhorn.shares([], 20)
