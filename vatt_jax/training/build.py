@@ -21,7 +21,7 @@ from vatt_jax.models import attention
 from vatt_jax.objectives.base import Objective, select_streams
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
-from vatt_jax.training import trackers, train_state, train_step
+from vatt_jax.training import starting_values, trackers, train_state, train_step
 
 
 @dataclasses.dataclass
@@ -115,6 +115,7 @@ def check(config: ConfigDict) -> None:
         if tower.get('vocab', 1) == 0:
             tower.vocab = 2  # any size will do: nothing is computed
     mesh_of(config)
+    starting_values.check_fields(config.init_trees, config.init_rename, config.init_skip)
     model = models.build(config.model, config.compute_dtype)
     objective = objectives.build(config.objective)
     optim.check(config.optimizer, config.steps)
