@@ -79,7 +79,7 @@ def break_the_manifest(folder):
 
 
 def init_from(path):
-    return starting_values.OtherRun(str(path))
+    return starting_values.read(str(path))
 
 
 def load_model(path):

@@ -267,7 +267,7 @@ def test_a_checkpoint_is_restored_between_scanned_and_unrolled_layers(whole, tmp
     assert checkpoint.digest(state.params) == done['digests']['params']
 
     fresh = loop.build(unrolled, data_pipelines.open(unrolled)).init()
-    other = starting_values.OtherRun(str(tmp_path / 'run'))
+    other = starting_values.read(str(tmp_path / 'run'))
     params = other.take('params', fresh.params['model'])
     assert not other.skipped
     chex.assert_trees_all_equal(params, state.params['model'], strict=True)
@@ -600,7 +600,7 @@ def test_init_from_takes_leaves_and_renames(whole, tmp_path):
     built = loop.build(config, data_pipelines.open(config))
     state = built.init()
     fresh = state.params['model']
-    other = starting_values.OtherRun(config.init_from, skip=config.init_skip)
+    other = starting_values.read(config.init_from, skip=config.init_skip)
     params = other.take('params', fresh)
     source = checkpoint.read_model(checkpoint.find(folder))['params']
     expected = {**source, 'head': fresh['head']}

@@ -181,6 +181,12 @@ def _parsed(config: ConfigDict, field: str, text: str) -> Any:
     return value.to_dict() if isinstance(value, ConfigDict) else value
 
 
+def has_phases(path: pathlib.Path) -> bool:
+    """Whether a folder is that of a run with phases."""
+    # A folder `phases` inside an ordinary run is the user's own.
+    return bool(phase_folders.all_folders(path)) and not RunFolder(path).checkpoints.is_dir()
+
+
 def model_folder(path: pathlib.Path) -> pathlib.Path:
     """The run folder whose model is meant: of a run with phases that of the last finished one.
 
@@ -190,8 +196,7 @@ def model_folder(path: pathlib.Path) -> pathlib.Path:
     Raises:
         ConfigError: no phase is finished.
     """
-    # A folder `phases` inside an ordinary run is the user's own.
-    if not phase_folders.all_folders(path) or RunFolder(path).checkpoints.is_dir():
+    if not has_phases(path):
         return path
     finished = phase_folders.last_finished(path)
     if finished is None:
@@ -229,11 +234,10 @@ def check_has_none(config: ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
         ConfigError: the folder holds phases, or a field refers to one.
     """
-    begun = phase_folders.begun(workdir)
-    if begun and not RunFolder(workdir).checkpoints.is_dir():
+    if has_phases(workdir):
         raise ConfigError(
-            f'--workdir={workdir} holds a run with phases ({begun[0].name}, …) and this config has '
-            'none; choose another --workdir'
+            f'--workdir={workdir} holds a run with phases, and this config has none; choose '
+            'another --workdir'
         )
     for field, value in configs.flatten(config):
         if phase_folders.referred(value):

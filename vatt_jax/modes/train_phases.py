@@ -18,7 +18,7 @@ from vatt_jax.modes.train import Training, say
 from vatt_jax.parallel import distributed
 from vatt_jax.phases import Phase
 from vatt_jax.run_folder import RunFolder, write_atomically
-from vatt_jax.training import loop
+from vatt_jax.training import loop, starting_values
 from vatt_jax.training.run_lock import RunLock
 
 
@@ -42,10 +42,7 @@ def run(
     """
     found = phases.resolve(config, workdir)
     _check_folder(found, workdir)
-    for phase in found:
-        with _telling(phase):
-            loop.check_run_folder(phase.config, phase.folder)
-            loop.check(phase.config)
+    _check_configs(found)
     data = _KeptData(open_data)
     with distributed.StopSignal() as stop, contextlib.closing(RunLock(workdir)) as lock:
 
@@ -111,6 +108,37 @@ def _is_finished(phase: Phase) -> bool:
         is_reported = folder.report.exists() or not phase.config.report
         is_finished = step == phase.config.steps and is_reported
     return bool(distributed.broadcast_from_main(is_finished))
+
+
+def _check_configs(found: list[Phase]) -> None:
+    """Checks all of each config that does not depend on the data.
+
+    Raises:
+        ConfigError: of the first phase with a mistake.
+    """
+    models: dict[str, Any] = {}
+    earlier: dict[str, Phase] = {}
+    for phase in found:
+        folder = str(phase.folder)
+        with _telling(phase):
+            loop.check_run_folder(phase.config, phase.folder)
+            models[folder] = loop.check(phase.config)
+            source = phase.config.init_from
+            if source in earlier and _start_can_be_checked(phase.config, earlier[source].config):
+                starting_values.check_model(phase.config, models[source], models[folder])
+        earlier[folder] = phase
+
+
+def _start_can_be_checked(config: ConfigDict, source: ConfigDict) -> bool:
+    """Whether the shapes of both models are known well enough before the data are."""
+    if 'model' not in config.init_trees:
+        return False
+    # A size that the data decide is the same unknown one for both, unless only one states it.
+    for modality, tower in config.model.towers.items():
+        other = source.model.towers.get(modality, tower)
+        if (tower.get('vocab', 1) == 0) != (other.get('vocab', 1) == 0):
+            return False
+    return True
 
 
 def _check_folder(found: list[Phase], workdir: pathlib.Path) -> None:

@@ -137,7 +137,10 @@ def _begin(config: ConfigDict, built: Built, data: Any) -> TrainingRun:
     other = None
     if config.init_from:
         starting_values.check_trees(config.init_trees, state.params['objective'], state.objective)
-        other = OtherRun(config.init_from, config.init_trees, config.init_rename, config.init_skip)
+        starting_values.check_fields(config.init_trees, config.init_rename, config.init_skip)
+        other = starting_values.read(
+            config.init_from, config.init_trees, rename=config.init_rename, skip=config.init_skip
+        )
         # Optimizer slots and step stay fresh.
         state = _with_params(config, state, other)
         origin = f'starting from {config.init_from}'
@@ -207,7 +210,7 @@ def _with_state(built: Built, state: TrainState, other: OtherRun) -> TrainState:
 def _with_models_of_other_runs(built: Built, state: TrainState) -> TrainState:
     """The state whose objective holds the models that it names (`Objective.frozen_models`)."""
     for name, run in built.objective.frozen_models().items():
-        other = OtherRun(run, field=f'config.objective: {name}', remedy='')
+        other = starting_values.read(run, field=f'config.objective: {name}', remedy='')
         model = {group: other.take(group, tree) for group, tree in state.objective[name].items()}
         state = state.replace(objective={**state.objective, name: model})
     return state

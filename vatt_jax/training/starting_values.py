@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from vatt_jax import optim
 from vatt_jax.config import ConfigError, choose
@@ -34,27 +35,23 @@ class OtherRun:
     def __init__(
         self,
         path: str,
-        trees: Sequence[str] = ('model',),
+        variables: Mapping[str, Any],
         rename: Sequence[Any] = (),
         skip: Sequence[str] = (),
         field: str = 'config.init_from',
         remedy: str = '; map it with config.init_rename or leave it out with config.init_skip',
     ):
-        """Reads the trees.
+        """See `read`, which makes them.
 
         Args:
-            path: of the other run, see `checkpoint.find`.
-            trees: of TREES.
+            path: of the other run, for messages.
+            variables: of `checkpoint.read_model`.
             rename: ((regex, replacement), …), applied in this order to a path of this run to get
                 the path in the other checkpoint.
             skip: regular expressions of the paths left at their initial values.
             field: that names the run, for messages.
             remedy: for an array that is absent there, likewise.
-
-        Raises:
-            ConfigError: the checkpoint cannot be read, or an argument is malformed.
         """
-        check_fields(trees, rename, skip)
         self.path = path
         self.skipped: list[str] = []
         self.num_taken = 0
@@ -62,10 +59,6 @@ class OtherRun:
         self._skip = tuple(skip)
         self._field = field
         self._remedy = remedy
-        # NumPy on the host: the other run's whole model need not fit on one device.
-        variables = checkpoint.read_model(
-            checkpoint.find_verified(path), objective='objective' in trees, state='state' in trees
-        )
         # (group, path) -> array.
         self._arrays: dict[tuple[str, str], np.ndarray] = {}
         for group, tree in variables.items():
@@ -95,6 +88,14 @@ class OtherRun:
             return jax.device_put(np.asarray(value, initial.dtype), initial.sharding)
 
         return jax.tree.map(take_leaf, optim.paths(tree), tree)
+
+    def check(self, group: str, tree: Any) -> None:
+        """Raises what `take` would of a tree of abstract arrays."""
+        names = jax.tree.leaves(optim.paths(tree))
+        for path, leaf in zip(names, jax.tree.leaves(tree), strict=True):
+            name = _PREFIXES[group] + path
+            if not optim.matches(name, self._skip):
+                self._value(group, name, leaf.shape)
 
     def _value(self, group: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The other run's value for our array `name`."""
@@ -132,6 +133,42 @@ class OtherRun:
                 f'{self._field}={self.path}: config.init_skip={self._skip} leaves every parameter '
                 'out'
             )
+
+
+def read(path: str, trees: Sequence[str] = ('model',), **rules: Any) -> OtherRun:
+    """Reads trees of another run.
+
+    Args:
+        path: of the run, see `checkpoint.find`.
+        trees: of TREES.
+        rules: of OtherRun.
+
+    Raises:
+        ConfigError: the checkpoint cannot be read.
+    """
+    # NumPy on the host: the other run's whole model need not fit on one device.
+    variables = checkpoint.read_model(
+        checkpoint.find_verified(path), objective='objective' in trees, state='state' in trees
+    )
+    return OtherRun(path, variables, **rules)
+
+
+def check_model(config: ConfigDict, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Checks that a model can start from another one, before any of the two is there.
+
+    Args:
+        config: of this run.
+        theirs: abstract variables of the model of config.init_from, {'params', 'batch_stats'}.
+        ours: of this run's.
+
+    Raises:
+        ConfigError: what `OtherRun.take` would raise.
+    """
+    # They take no memory, and have shapes as real ones.
+    zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), dict(theirs))
+    other = OtherRun(config.init_from, zeros, config.init_rename, config.init_skip)
+    for group in TREES['model']:
+        other.check(group, ours[group])
 
 
 def check_fields(trees: Sequence[str], rename: Sequence[Any], skip: Sequence[str]) -> None:
