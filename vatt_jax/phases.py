@@ -211,7 +211,7 @@ def config_of_model(config: ConfigDict, path: pathlib.Path) -> ConfigDict:
 
     Args:
         config: of all phases; any other is returned as it is.
-        path: the run folder.
+        path: the run folder of all phases or of one.
 
     Raises:
         ConfigError: no phase is finished, or `config` has other phases than the folder.
@@ -219,7 +219,8 @@ def config_of_model(config: ConfigDict, path: pathlib.Path) -> ConfigDict:
     if not config.phases:
         return config
     folder = model_folder(path).absolute()
-    for phase in resolve(config, path):
+    workdir = path if has_phases(path) else folder.parent.parent
+    for phase in resolve(config, workdir):
         if phase.folder == folder:
             return phase.config
     raise ConfigError(
