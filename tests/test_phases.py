@@ -72,6 +72,11 @@ def variables(folder, **trees):
     return checkpoint.read_model(checkpoint.find(folder), **trees)
 
 
+def loss_lines(folder):
+    """The lines of metrics.jsonl that are of training steps."""
+    return [line for line in runs.log_lines(folder) if 'loss' in line]
+
+
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     """(folder, done.json) of two phases that were never interrupted."""
@@ -207,10 +212,25 @@ def test_mistakes_on_the_command_line_are_sentences(path, text, message):
         phases.override(tiny_phases.get_config(), [(path, text)])
 
 
+def test_a_title_is_no_reference(tmp_path):
+    phases.check_has_none(tiny.config(name='phase: one'), tmp_path)
+
+
 def test_a_reference_outside_of_phases_is_refused(tmp_path):
     config = tiny.config(init_from='phase:rgb')
     with pytest.raises(ConfigError, match="config.init_from='phase:rgb' refers to a phase"):
         train.run(config, tmp_path / 'run', data_pipelines.open)
+
+
+def test_the_example_of_the_page_is_taken(tmp_path):
+    page = (pathlib.Path(__file__).parent.parent / 'docs' / 'phases.md').read_text()
+    example, *_ = re.findall(r'```python\n(.*?)```', page, re.S)
+    (tmp_path / 'two_phases.py').write_text(example)
+    config = configs.load(str(tmp_path / 'two_phases.py'))
+    configs.check_fields(config, default.get_config())
+    sound, words = phases.resolve(config, tmp_path)
+    assert words.config.init_from == str(sound.folder)
+    train_phases._check_configs([sound, words])
 
 
 # ---- training
@@ -240,7 +260,7 @@ def test_the_second_phase_starts_from_the_first(whole):
         assert name not in first
         chex.assert_trees_all_equal(params[name], fresh.params['model'][name], strict=True)
     # And this is where it went on from: the loss of its first step is that of this state.
-    logged = [line['loss'] for line in runs.log_lines(folder / 'phases' / '2-text')]
+    logged = [line['loss'] for line in loss_lines(folder / 'phases' / '2-text')]
     assert logged[0] == pytest.approx(first_loss(config, state), rel=1e-5)
 
 
@@ -261,7 +281,7 @@ def test_each_phase_is_a_run_folder(whole):
     assert list(done['phases']) == ['audio', 'text']
     for phase, config in zip(('1-audio', '2-text'), resolve_tiny(folder), strict=True):
         own = folder / 'phases' / phase
-        assert [line['step'] for line in runs.log_lines(own) if 'loss' in line] == [1, 2, 3, 4]
+        assert [line['step'] for line in loss_lines(own)] == [1, 2, 3, 4]
         assert runs.done(own)['digests']
         assert list((own / 'tensorboard').glob('events*'))
         assert configs.stored(own).objective == config.objective
@@ -369,8 +389,8 @@ def test_a_moved_run_goes_on_and_its_phases_find_one_another(copied):
     assert '"init_from": "phase:audio"' in text
     done = run(copied, tiny_phases.get_config('longer'))
     assert list(done['phases']) == ['audio', 'text', 'more']
-    losses = [line['loss'] for line in runs.log_lines(copied / 'phases' / '3-more')]
-    assert losses != [line['loss'] for line in runs.log_lines(copied / 'phases' / '2-text')]
+    losses = [line['loss'] for line in loss_lines(copied / 'phases' / '3-more')]
+    assert losses != [line['loss'] for line in loss_lines(copied / 'phases' / '2-text')]
 
 
 # ---- mistakes before the first phase
@@ -675,7 +695,45 @@ def test_a_phase_that_holds_an_earlier_model_is_planned_before_that_is_trained(
     assert phase_folders.begun(tmp_path) == []
 
 
-# ---- kills
+# ---- kills, several processes
+
+
+@pytest.mark.slow
+def test_two_processes_train_phases_together(tmp_path):
+    """Evaluation and pages between phases too: the same order of examples as one process has."""
+
+    def start_processes(workdir, count):
+        started, logs = [], []
+        coordinator = f'127.0.0.1:{runs.free_port()}'
+        for i in range(count):
+            log = tmp_path / f'{workdir.name}{i}.txt'
+            process = runs.start(
+                f'{CONFIG}:reported',
+                f'--workdir={workdir}',
+                '--config.mesh.replica=-1',
+                '--quiet',
+                log=log,
+                devices=8 // count,
+                VATT_COORDINATOR=coordinator if count > 1 else '',
+                VATT_PROCESSES=str(count) if count > 1 else '',
+                VATT_PROCESS=str(i) if count > 1 else '',
+            )
+            started.append(process)
+            logs.append(log)
+        for process, log in zip(started, logs, strict=True):
+            assert runs.finish(process, log) == 0, log.read_text()[-3000:]
+
+    start_processes(tmp_path / 'one', 1)
+    start_processes(tmp_path / 'two', 2)
+    one, two = runs.done(tmp_path / 'one'), runs.done(tmp_path / 'two')
+    for name in ('audio', 'text'):
+        assert two['phases'][name]['order'] == one['phases'][name]['order']
+    for phase in ('1-audio', '2-text'):
+        expected = [line['loss'] for line in loss_lines(tmp_path / 'one' / 'phases' / phase)]
+        losses = [line['loss'] for line in loss_lines(tmp_path / 'two' / 'phases' / phase)]
+        np.testing.assert_allclose(losses, expected, rtol=2e-4)
+        assert (tmp_path / 'two' / 'phases' / phase / 'report' / 'index.html').exists()
+    assert (tmp_path / 'two' / 'report' / 'index.html').exists()
 
 
 @contextlib.contextmanager

@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 from vatt_jax.run_folder import RunFolder
 
 PREFIX = 'phase:'
+# Of phases: their folders are named by them.
+NAME = re.compile(r'\w[\w-]*')
 _FOLDER_NAME = re.compile(r'([1-9][0-9]*)-(.+)')
 
 
@@ -61,9 +63,11 @@ def last_finished(workdir: pathlib.Path) -> pathlib.Path | None:
 
 def referred(text: Any) -> str:
     """'rgb' of 'phase:rgb'; '' of what refers to no phase."""
-    if isinstance(text, str) and text.startswith(PREFIX):
-        return text.removeprefix(PREFIX)
-    return ''
+    if not isinstance(text, str) or not text.startswith(PREFIX):
+        return ''
+    name = text.removeprefix(PREFIX)
+    # A title may begin with the same word.
+    return name if NAME.fullmatch(name) else ''
 
 
 def replace(config: ConfigDict, function: Callable[[Any], Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -76,8 +75,7 @@ def _names(phases: Iterable[Any]) -> list[str]:
                 f'{_EXAMPLE}, got {entry!r}'
             )
         name, changes = entry
-        # It becomes the name of a folder.
-        if not (isinstance(name, str) and re.fullmatch(r'\w[\w-]*', name)):
+        if not (isinstance(name, str) and phase_folders.NAME.fullmatch(name)):
             raise ConfigError(
                 f'config.phases: expected a name of letters, digits, _ and -, got {name!r}'
             )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -45,15 +47,8 @@ def run(
     _check_configs(found)
     data = _KeptData(open_data)
     with distributed.StopSignal() as stop, contextlib.closing(RunLock(workdir)) as lock:
-
-        def begin() -> None:
-            # Not earlier, so that a mistake in the first phase leaves no folder behind.
-            workdir.mkdir(parents=True, exist_ok=True)
-            lock.take()
-            if distributed.is_main():
-                RunFolder(workdir).done.unlink(missing_ok=True)
-                write_atomically(RunFolder(workdir).config, configs.to_json(config))
-
+        # Not earlier, so that a mistake in the first phase leaves no folder behind.
+        begin = functools.partial(_claim_folder, config, workdir, lock)
         for phase in found:
             if _is_finished(phase):
                 continue
@@ -63,7 +58,18 @@ def run(
             with _telling(phase):
                 if not _train(phase, data, stop, quiet, begin):
                     return
+            # Its arrays leave the devices before those of the next phase come.
+            gc.collect()
     _finish(found, workdir)
+
+
+def _claim_folder(config: ConfigDict, workdir: pathlib.Path, lock: RunLock) -> None:
+    """Makes the folder of all phases that of this config, and of this process."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock.take()
+    if distributed.is_main():
+        RunFolder(workdir).done.unlink(missing_ok=True)
+        write_atomically(RunFolder(workdir).config, configs.to_json(config))
 
 
 def _train(
