@@ -27,7 +27,7 @@ class Graph:
 
     A step is one of
 
-        ('dense' | 'dense_bias', name, space whose width it has)
+        ('dense' | 'dense_bias', name, space or entry of `hidden` whose width it has)
         ('bn', name)
         ('relu',)
         ('emit', space)   the value so far is the modality's embedding in that space
@@ -40,11 +40,13 @@ class Graph:
         paths: modality -> its steps in order, from the pooled vector of its tower.
         norm: of all batch norms, an entry of layers.NORMS.
         init: of all dense kernels, an entry of layers.INITS.
+        hidden: names of widths that are no space's, of layers between.
     """
 
     paths: Mapping[str, Path]
     norm: str = 'plain'
     init: str = 'glorot'
+    hidden: tuple[str, ...] = ()
 
     def spaces(self) -> list[str]:
         """Names of the graph's spaces, each once, in the order of the paths."""
@@ -72,6 +74,16 @@ def mlp(name: str, space: str) -> Path:
 def linear(name: str, space: str) -> Path:
     """One dense layer into a space."""
     return (('dense_bias', name, space), ('emit', space))
+
+
+def projection(modality: str) -> Path:
+    """The head of SimCLR, MoCo v2 and CoCLR: two layers with a ReLU between, without norms."""
+    return (
+        ('dense_bias', f'{modality}_hidden', 'hidden'),
+        ('relu',),
+        ('dense_bias', f'{modality}_projection', 'projection'),
+        ('emit', 'projection'),
+    )
 
 
 def joint(modality: str) -> Path:
@@ -154,6 +166,11 @@ GRAPHS = {
     'mmv_fac': fine_and_coarse(()),
     'mmv_fac_relu': fine_and_coarse((('relu',),)),
     'mmv_fac_bnrelu': fine_and_coarse((('bn', 'va_norm'), ('relu',))),
+    # A projection of each modality by itself (CoCLR).
+    'projection': Graph(
+        {modality: projection(modality) for modality in ('video', 'flow', 'audio', 'text')},
+        hidden=('hidden',),
+    ),
     # Encoders alone (fine-tuning).
     'none': Graph({}),
 }
@@ -289,13 +306,14 @@ def _check_widths(graph: Graph, config: Mapping[str, Any]) -> None:
     if not known:
         # Without spaces, widths left over from another graph mean nothing.
         return
+    widths = [*known, *graph.hidden]
     for field, width in config.items():
         if field == 'name':
             continue
-        if field not in known or not isinstance(width, int) or not 1 <= width <= LARGEST_COUNT:
+        if field not in widths or not isinstance(width, int) or not 1 <= width <= LARGEST_COUNT:
             raise ConfigError(
                 f'config.model.head.{field}={width!r}: the graph {config["name"]!r} has the spaces '
-                f'{", ".join(known)}; give those that you need a positive width'
+                f'{", ".join(widths)}; give those that you need a positive width'
             )
     if not any(space in config for space in known):
         raise ConfigError(
