@@ -7,6 +7,7 @@ from typing import Any
 from vatt_jax.config import choose
 from vatt_jax.objectives.base import Encoding, Loss, Objective, RefreshResult, Spec, TrainingRecords
 from vatt_jax.objectives.classification import Classification
+from vatt_jax.objectives.coclr import CoCLR
 from vatt_jax.objectives.contrastive import Contrastive
 from vatt_jax.objectives.kmeans_labels import KMeansLabels
 from vatt_jax.objectives.online_codes import OnlineCodes
@@ -18,6 +19,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'kmeans_labels': KMeansLabels,
     'self_labelling': SelfLabelling,
     'online_codes': OnlineCodes,
+    'coclr': CoCLR,
     'classification': Classification,
 }
 
