@@ -15,7 +15,7 @@ from vatt_jax.modes.stage_clock import StageClock
 from vatt_jax.parallel import distributed
 from vatt_jax.planning import preflight
 from vatt_jax.run_folder import RunFolder
-from vatt_jax.training import loop
+from vatt_jax.training import frozen_models, loop
 
 
 def run(
@@ -32,6 +32,7 @@ def run(
         open_data: config -> data object; may take minutes, as it may make the data first.
         quiet: plain log lines instead of the live one.
     """
+    frozen_models.recall(config, workdir)
     # Before the data are made, which may take minutes; the loop checks again, with the data's
     # fields.
     loop.check_run_folder(config, workdir)

@@ -18,7 +18,7 @@ from vatt_jax.inputs import word_vectors
 from vatt_jax.objectives.base import Objective
 from vatt_jax.parallel import distributed
 from vatt_jax.run_folder import RunFolder, write_atomically
-from vatt_jax.training import checkpoint, provenance
+from vatt_jax.training import checkpoint, frozen_models, provenance
 from vatt_jax.training.build import Built
 from vatt_jax.training.checkpoint import Checkpoints
 from vatt_jax.training.columns import Columns, as_declared
@@ -171,6 +171,7 @@ def _begin(config: ConfigDict, built: Built, data: Any) -> TrainingRun:
                 f'config.model.towers.{frozen[0]}.frozen_words is set)'
             )
     state = _with_copies_of_the_model(built, state)
+    state = _with_models_of_other_runs(built, state)
     return TrainingRun(state, step=int(state.step), origin=origin)
 
 
@@ -188,6 +189,14 @@ def _with_copies_of_the_model(built: Built, state: TrainState) -> TrainState:
 
     begun = jax.jit(begin, out_shardings=built.shardings.objective)(state)
     return state.replace(objective=begun)
+
+
+def _with_models_of_other_runs(built: Built, state: TrainState) -> TrainState:
+    """The state whose objective holds the models that it names (`Objective.frozen_models`)."""
+    for name, run in built.objective.frozen_models().items():
+        model = frozen_models.read(name, run, state.objective[name])
+        state = state.replace(objective={**state.objective, name: model})
+    return state
 
 
 def _with_model_params(config: ConfigDict, state: TrainState, params: Any) -> TrainState:
