@@ -20,6 +20,7 @@ from vatt_jax import models, objectives, optim
 from vatt_jax.config import ConfigError
 from vatt_jax.inputs.batch import modality_of
 from vatt_jax.models import attention
+from vatt_jax.object_store import is_url
 from vatt_jax.objectives.base import Objective
 from vatt_jax.objectives.memory.frozen import FrozenModel
 from vatt_jax.training import checkpoint
@@ -87,7 +88,10 @@ def read(name: str, run: str, variables: dict[str, Any]) -> dict[str, Any]:
         ConfigError: the checkpoint cannot be read or does not fit.
     """
     where = f'config.objective.{name}={run}'
-    saved = checkpoint.read_model(checkpoint.find_verified(run))
+    try:
+        saved = checkpoint.read_model(checkpoint.find_verified(run))
+    except ConfigError as error:
+        raise ConfigError(f'config.objective.{name}: {error}') from error
     taken = {}
     for group, tree in variables.items():
         available = _by_path(saved[group])
@@ -122,7 +126,11 @@ def _read_config(name: str, run: str) -> tuple[ConfigDict, dict[str, Any]]:
     try:
         meta = checkpoint.read_meta(checkpoint.find_verified(run))
     except ConfigError as error:
-        raise ConfigError(f'config.objective.{name}: {error}') from error
+        # A plan is made before that run has trained: its config is there alone.
+        stored = None if is_url(run) else configs.stored(run)
+        if stored is None:
+            raise ConfigError(f'config.objective.{name}: {error}') from error
+        return stored.model, {}
     return configs.from_json(json.dumps(meta['config'])).model, meta['info']
 
 
@@ -156,7 +164,8 @@ def _check_tokenizer(
     objective: Objective,
 ) -> None:
     """Checks that words have the same numbers in both runs, where the frozen model reads text."""
-    if 'text' not in [modality_of(stream) for stream in objective.frozen_streams()]:
+    reads_text = 'text' in [modality_of(stream) for stream in objective.frozen_streams()]
+    if not reads_text or not other_info:
         return
     # As JSON, which a checkpoint went through: it turns tuples into lists.
     specs = [json.dumps(found.get('tokenizer'), sort_keys=True) for found in (other_info, info)]
