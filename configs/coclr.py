@@ -58,10 +58,11 @@ class Dataset:
     drop: int
 
 
-# The numbers of videos are those of the official training splits.
 DATASETS = {
+    # Split 1.
     'ucf101': Dataset(9_537, 2_048, 100, 80),
-    'k400': Dataset(240_000, 16_384, 50, 40),
+    # As many as others found of it; what can be downloaded becomes fewer.
+    'k400': Dataset(232_067, 16_384, 50, 40),
 }
 INFONCE_EPOCHS, INFONCE_DROPS = 300, (250, 280)
 CYCLES = 2
@@ -86,16 +87,16 @@ def get_config(arg: str = 'demo') -> ConfigDict:
     c = demo_config('synthetic' in options) if is_demo else published_config(name)
     c.name = f'CoCLR {" ".join([name, *options])}'
     pair = chosen_of(PAIRS, options) or ('audio' if is_demo else 'flow')
-    if pair == 'flow':
-        c.model.inputs.flow = {**c.model.inputs.video, 'channels': 2}
-        del c.model.inputs.flow.range
     streams = ('video', pair)
+    trained, other = streams[::-1] if 'other' in options else streams
     stage = chosen_of(STAGES, options)
     if stage:
-        trained, other = reversed(streams) if 'other' in options else streams
         set_fields(c, stage_fields(name, stage, trained, other))
     else:
         c.phases = phases(name, streams, cycles=1 if is_demo else CYCLES)
+    used = (trained,) if stage == 'infonce' else streams
+    if 'flow' in used:
+        describe_flow(c.model.inputs)
     return c
 
 
@@ -114,6 +115,14 @@ def chosen_of(names: tuple[str, ...], options: list[str]) -> str:
         if option in names:
             chosen = option
     return chosen
+
+
+def describe_flow(inputs: ConfigDict) -> None:
+    """Flow of the same frames as the video, in place."""
+    video = inputs.video
+    inputs.flow = ConfigDict(
+        {'frames': video.frames, 'size': video.size, 'fps': video.fps, 'channels': 2}
+    )
 
 
 def phases(name: str, streams: tuple[str, str], cycles: int) -> tuple[Any, ...]:
@@ -255,8 +264,10 @@ def published_config(name: str) -> ConfigDict:
     m.head = ConfigDict({'name': 'projection', 'hidden': 1024, 'projection': 128})
     o = c.optimizer
     o.name, o.eps, o.weight_decay, o.decay_skip, o.frozen = 'adam', 1e-8, 1e-5, (), ()
-    c.data.train[name] = {**default.records(f'data/{name}/records'), 'fold': 1}
-    # The crop of GDT and CoCLR: any part of the frame.
+    c.data.train[name] = default.records(f'data/{name}/records')
+    if name == 'ucf101':
+        c.data.train[name].fold = 1
+    # Our choice: area and shape of the crop.
     c.data.crop, c.data.aspect = (0.2, 1.0), (0.75, 1.33)
     a = c.augment
     a.color, a.brightness, a.contrast, a.saturation, a.hue = 0.8, 0.5, 0.5, 0.5, 0.25
