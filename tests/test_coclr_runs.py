@@ -18,6 +18,7 @@ from vatt_jax.config import ConfigError
 from vatt_jax.inference.feature_extractor import FeatureExtractor, place_on_mesh
 from vatt_jax.inputs import preprocess
 from vatt_jax.modes import embed
+from vatt_jax.objectives import Objective
 from vatt_jax.objectives.memory import teacher as teachers
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
@@ -318,7 +319,7 @@ def test_a_run_without_a_teacher_says_so(plain_run):
 def test_a_teacher_of_a_part_is_evaluated_with_the_rest_of_the_student():
     """`evaluation_variables` lays the copy over the student's parameters."""
 
-    class Part:
+    class WithPart(Objective):
         def teacher(self, state):
             return state['teacher']
 
@@ -333,7 +334,7 @@ def test_a_teacher_of_a_part_is_evaluated_with_the_rest_of_the_student():
         bad=0,
         skipped=0,
     )
-    found = train_state.evaluation_variables(state, Part(), 'teacher')
+    found = train_state.evaluation_variables(state, WithPart({}), 'teacher')
     np.testing.assert_array_equal(found['params']['a'], 3)
     np.testing.assert_array_equal(found['params']['b'], 0)
 
