@@ -12,7 +12,9 @@ from ml_collections import ConfigDict
 
 import data_pipelines
 import vatt_jax
-from tests import small_nets, tiny
+from tests import tiny
+from tests.configs.coclr import MOMENTUM, QUEUE, coclr_config, infonce_config
+from tests.test_multiprocess import run_together
 from tests.test_train import log_lines, losses, run, state_of, stop_at
 from vatt_jax.config import ConfigError
 from vatt_jax.inference.feature_extractor import FeatureExtractor, place_on_mesh
@@ -24,9 +26,8 @@ from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
 from vatt_jax.training import checkpoint, loop, train_state
 
-assert small_nets  # registers its networks
-# Three batches of 16 fill it.
-QUEUE, FILLING, MOMENTUM = 40, 3, 0.9
+# Batches of 16 that fill the queue.
+FILLING = 3
 EVALS = {
     'neighbours': {
         'type': 'neighbours',
@@ -38,33 +39,6 @@ EVALS = {
         'baseline': False,
     }
 }
-
-
-def infonce_config(modality='video', normed=True, **overrides):
-    config = tiny.config(optimizer__schedule__warmup=0, checkpoint__keep=10, **overrides)
-    config.model.towers = ConfigDict({modality: {'name': f'small_{modality}', 'normed': normed}})
-    config.model.head = ConfigDict({'name': 'projection', 'hidden': 10, 'projection': 8})
-    second = f'{modality}.second'
-    config.data.views = ((second, {'kind': 'clip'}),)
-    config.objective = ConfigDict(
-        {
-            'name': 'coclr',
-            'query': modality,
-            'key': second,
-            'queue': QUEUE,
-            'momentum': MOMENTUM,
-        }
-    )
-    return config
-
-
-def coclr_config(sampler, **overrides):
-    config = infonce_config(**overrides)
-    config.data.views = (*config.data.views, ('audio.second', {'kind': 'clip'}))
-    config.objective.update(
-        {'sampler_stream': 'audio.second', 'sampler': str(sampler), 'nearest': 3}
-    )
-    return config
 
 
 @pytest.fixture(scope='module')
@@ -223,6 +197,30 @@ def test_eight_devices_are_one(mined, sampler, tmp_path):
     chex.assert_trees_all_equal(teacher, student)
     sampler_kernel = state.objective['sampler']['params']['nets_audio']['linear']['kernel']
     assert 'fsdp' in str(sampler_kernel.sharding.spec)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(mined, sampler, tmp_path):
+    """Order, losses, and the records of the queue, which are pushed in global order."""
+    folder, expected_done = mined
+    run_together(
+        tmp_path,
+        '--config=tests/configs/coclr.py:coclr',
+        f'--config.objective.sampler={sampler}',
+        f'--workdir={tmp_path / "two"}',
+    )
+    done = json.loads((tmp_path / 'two' / 'done.json').read_text())
+    assert done['order'] == expected_done['order']
+    expected, found = losses(folder), losses(tmp_path / 'two')
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-3, atol=1e-5)
+    config = coclr_config(sampler)
+    objective = state_of(tmp_path / 'two', config)[0].objective
+    expected_objective = state_of(folder, config)[0].objective
+    np.testing.assert_array_equal(
+        objective['queue']['columns']['record'], expected_objective['queue']['columns']['record']
+    )
+    chex.assert_trees_all_equal(objective['sampler'], expected_objective['sampler'])
+    chex.assert_trees_all_close(objective, expected_objective, rtol=2e-3, atol=2e-3)
 
 
 def test_keys_in_microbatches_are_those_of_the_batch(tmp_path):
