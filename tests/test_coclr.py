@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax import objectives
 from vatt_jax.config import ConfigError
+from vatt_jax.models import Outputs
 from vatt_jax.objectives.memory import queue as queues
 from vatt_jax.rng import Rng
 
@@ -230,6 +231,29 @@ def test_an_own_key_is_left_out_nine_times_in_ten():
     assert (keeps[:, 1:] == keeps[:, 1:2]).all()
     # 0.1 ± 4.5 standard deviations of 2000 draws.
     assert keeps[:, 1].mean() == pytest.approx(0.1, abs=0.03)
+
+
+def test_several_sentences_are_one_feature():
+    """Of those that a clip has: the unit vector along the mean of theirs; zeros for none."""
+    rng = np.random.default_rng(5)
+    embeddings = rng.normal(size=(3, 4, E))
+    mask = np.array([[1, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]], bool)
+
+    class Sentences:
+        def outputs(self, variables, batch, streams, rng):
+            assert streams == ('text.second',)
+            return Outputs({}, {'vat': {'text.second': jnp.float32(embeddings)}})
+
+    objective = objective_of(
+        sampler_stream='text.second', sampler='runs/other', sampler_space='vat'
+    )
+    objective.frozen = {'sampler': Sentences()}
+    batch = {'text.second': {'mask': jnp.asarray(mask)}}
+    found = objective.sampled({}, batch, Rng.create(0, 0, jnp.arange(3)))
+    for b in range(2):
+        expected = unit(unit(embeddings[b][mask[b]]).mean(0))
+        np.testing.assert_allclose(found[b], expected, rtol=1e-5)
+    assert not found[2].any()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from vatt_jax.objectives import Objective
 from vatt_jax.objectives.memory import teacher as teachers
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
-from vatt_jax.training import checkpoint, loop, train_state
+from vatt_jax.training import checkpoint, frozen_models, loop, train_state
 
 # Batches of 16 that fill the queue.
 FILLING = 3
@@ -335,6 +335,27 @@ def test_a_teacher_of_a_part_is_evaluated_with_the_rest_of_the_student():
     found = train_state.evaluation_variables(state, WithPart({}), 'teacher')
     np.testing.assert_array_equal(found['params']['a'], 3)
     np.testing.assert_array_equal(found['params']['b'], 0)
+
+
+# ---- samplers of other kinds
+
+
+def test_any_run_is_a_sampler(plain_run):
+    """Contrastive, of three modalities, of which words are read; by the same vocabulary."""
+    config = coclr_config(plain_run)
+    config.data.views = (*config.data.views, ('text.second', {'kind': 'clip'}))
+    config.objective.update({'sampler_stream': 'text.second', 'sampler_space': 'vat'})
+    data = data_pipelines.open(config)
+    built = loop.build(config, data)
+    shape = built.shape.objective
+    assert shape['queue']['columns']['sampled'].shape == (QUEUE, 8)
+    assert {'fronts_text', 'encoders_text', 'head'} == set(shape['sampler']['params'])
+    assert 'text_vat' in shape['sampler']['params']['head']
+
+    config.objective.sampler_model = ConfigDict()
+    tokenizer = {**data.info['tokenizer'], 'words': ['other']}
+    with pytest.raises(ConfigError, match='trained with another vocabulary than that of these'):
+        frozen_models.resolve(config, {'tokenizer': tokenizer})
 
 
 # ---- mistakes
