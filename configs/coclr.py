@@ -228,7 +228,8 @@ def published_schedule(name: str, stage: str) -> dict[str, Any]:
     """Adam's rate of 1e-3, which falls to a tenth at the published epochs."""
     dataset = DATASETS[name]
     epoch = dataset.videos // BATCH_SIZE
-    epochs, drops = INFONCE_EPOCHS, INFONCE_DROPS
+    epochs = INFONCE_EPOCHS
+    drops: tuple[int, ...] = INFONCE_DROPS
     if stage == 'coclr':
         epochs, drops = dataset.epochs, (dataset.drop,)
     rate = 1e-3

@@ -195,15 +195,10 @@ class CoCLR(Objective):
             temperature=c.temperature,
         )
 
-        rows = {'key': keys}
-        enters = valid
-        if self.mines:
-            rows = {**rows, 'sampled': pooled['sampler'], 'record': batch['record']}
-            enters = valid & batch[c.sampler_stream]['valid']
         new_state = {
             **state,
             'teacher': {**state['teacher'], 'batch_stats': key_stats},
-            'queue': queues.push(queue, rows, enters),
+            'queue': self._pushed(queue, keys, pooled, batch, valid),
         }
         cosine = jnp.sum(heads.unit(queries) * keys, -1)  # [B]
         metrics = {
@@ -230,6 +225,22 @@ class CoCLR(Objective):
             method='project',
         )
         return spaces[self.config.space][stream], updates.get('batch_stats', {})
+
+    def _pushed(
+        self,
+        queue: queues.Queue,
+        keys: Float[Array, 'B E'],
+        pooled: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        valid: Bool[Array, ' B'],
+    ) -> queues.Queue:
+        """The queue with the keys of a batch."""
+        rows = {'key': keys}
+        if self.mines:
+            rows = {**rows, 'sampled': pooled['sampler'], 'record': batch['record']}
+            # A key that no one could mine stays out.
+            valid = valid & batch[self.config.sampler_stream]['valid']
+        return queues.push(queue, rows, valid)
 
     def _positives(
         self, queue: queues.Queue, sampled: Float[Array, 'B E'], batch: Mapping[str, Any]
