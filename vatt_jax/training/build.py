@@ -162,6 +162,8 @@ def assemble(config: ConfigDict, data: Any, mesh: Any) -> Built:
 
     example = _first_batch(data, objective)
     batch = _with_rows(example, config.batch_size)
+    # Where a record is in the whole training set (`TrainBatches.next`).
+    batch['record'] = jax.ShapeDtypeStruct((config.batch_size,), np.int32)
     columns = {}
     for name, entry in objective.columns().items():
         columns[name] = jax.ShapeDtypeStruct((config.batch_size, *entry.shape), entry.dtype)
