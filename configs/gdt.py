@@ -113,7 +113,9 @@ def demo_config(options: list[str]) -> ConfigDict:
     c.model.head = ConfigDict({'name': 'none'})
     # Sounds of the playground: their mean and standard deviation, about.
     c.model.inputs.audio.mel.update({'mean': -6.0, 'deviation': 3.0})
-    c.objective = ConfigDict({'name': 'gdt', 'width': 64, 'hidden': 128, 'dropout': 0.1})
+    modalities = ('video', 'audio')
+    sizes = {'width': 64, 'hidden': 128, 'dropout': 0.1}
+    c.objective = ConfigDict({'name': 'gdt', 'modalities': modalities, **sizes})
     c.optimizer.schedule.warmup = 50
     c.checkpoint.every = 100
     c.augment.volume = 0.1
