@@ -120,19 +120,17 @@ class GDT(Objective):
         # Clips that cannot be read are in the batch, but of no stream.
         valid = {name: batch[name]['valid'] & batch['valid'] for name in self.streams()}  # [B]
         embeddings, norm = self._embed(params, state['norm'], pooled, valid, rng.at('heads'))
-        by_kind = collections.defaultdict(list)
-        told_apart = collections.defaultdict(list)
         losses = []
+        metrics = collections.defaultdict(list)
         for term in self.terms:
             loss = self._term_loss(term, embeddings, valid)
             losses.append(loss)
-            by_kind[f'loss/{term.transformation}/{term.role}'].append(loss)
+            metrics[f'loss/{term.transformation}/{term.role}'].append(loss)
             if term.role != BASE:
-                told_apart[f'told_apart/{term.transformation}'].append(
-                    self._share_told_apart(term, embeddings, valid)
-                )
-        metrics = {name: _mean(values) for name, values in {**by_kind, **told_apart}.items()}
-        return Loss(_mean(losses), metrics, variables['batch_stats'], {**state, 'norm': norm})
+                share = self._share_told_apart(term, embeddings, valid)
+                metrics[f'told_apart/{term.transformation}'].append(share)
+        means = {name: _mean(values) for name, values in metrics.items()}
+        return Loss(_mean(losses), means, variables['batch_stats'], {**state, 'norm': norm})
 
     def _embed(
         self,
@@ -235,6 +233,8 @@ class GDT(Objective):
         for modality, key_modality, view in self._queries(term):
             query = stream_of(modality, view)
             same, other = (stream_of(key_modality, v) for v in (view, term.other(view)))
+            if same == other:  # a sentence shows no reversal
+                continue
             difference = embeddings[same] - embeddings[other]
             is_nearer = jnp.sum(embeddings[query] * difference, axis=-1) > 0  # [B]
             shares.append(_share(is_nearer, valid[query] & valid[same] & valid[other]))
