@@ -229,6 +229,14 @@ def augment() -> ConfigDict:
     a.audio_noise = 0.01
     # Sound is multiplied by a factor within 1 ± this, drawn for each clip.
     a.volume = 0.0
+    # SpecAugment of log-mel: how many masks, and their width in bands or frames: a whole number
+    # below this one, drawn for each mask.
+    a.spec_augment = ConfigDict(
+        {'frequency_masks': 0, 'frequency_width': 0, 'time_masks': 0, 'time_width': 0}
+    )
+    # ((stream, source), ...): streams of video or audio that are another one read backwards, made
+    # on the device after augmentation, which both share (docs/data.md).
+    a.mirrored = ()
     return a
 
 

@@ -79,6 +79,11 @@ COUNTS = {
     'model.inputs.audio.rate': 1,
     'model.inputs.text.candidates': 1,
     'model.inputs.text.words': 1,
+    # 0: none
+    'augment.spec_augment.frequency_masks': 0,
+    'augment.spec_augment.frequency_width': 0,
+    'augment.spec_augment.time_masks': 0,
+    'augment.spec_augment.time_width': 0,
     # 0: never
     'eval_every': 0,
     'checkpoint.keep_every': 0,

@@ -406,7 +406,7 @@ class Npz(Data):
                 continue
             for view in self._views:
                 has_stream = f'{view.stream}/data' in rows
-                name = view.stream if has_stream else view.modality
+                name = view.stream if has_stream else view.reversed_stream
                 can_make = has_stream or name == view.stream or view.kind == 'reverse'
                 if not can_make or f'{name}/data' not in rows:
                     raise DataError(
@@ -492,7 +492,7 @@ class Npz(Data):
         stored = self._rows[request.split]
         batch_size = len(rows.position)
         is_made = f'{view.stream}/data' not in stored
-        source = view.modality if is_made else view.stream
+        source = view.reversed_stream if is_made else view.stream
 
         def stored_or(part: str, default: Any) -> Any:
             name = f'{source}/{part}'

@@ -16,15 +16,15 @@ from data_pipelines.errors import DataError
 from data_pipelines.loading import frame_windows
 
 # Kind of view -> the fields of its entry, and those it may have besides.
-# clip: a window of its own, anywhere. shift: the main one, moved. reverse: the main one, read
-# backwards. window: the `number`-th of `of`, evenly spaced.
+# clip: a window of its own, anywhere. shift: the main one, moved. reverse: the main one, or that of
+# the suffix `of`, read backwards. window: the `number`-th of `of`, evenly spaced.
 KINDS = {
     'clip': {'kind'},
     'shift': {'kind', 'seconds'},
     'reverse': {'kind'},
     'window': {'kind', 'number', 'of'},
 }
-OPTIONAL = {'window': {'crop'}}
+OPTIONAL = {'reverse': {'of'}, 'window': {'crop'}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,16 @@ class View:
         None: as the request says (random, or the middle).
         """
         return dict(self.spec).get('crop')
+
+    @property
+    def reversed_suffix(self) -> str:
+        """Of a view of kind reverse: the suffix whose window it shows; '' is the main one."""
+        return dict(self.spec).get('of', '')
+
+    @property
+    def reversed_stream(self) -> str:
+        """Of a view of kind reverse: the stream that it is the mirror of."""
+        return f'{self.modality}.{self.reversed_suffix}' if self.reversed_suffix else self.modality
 
 
 def streams(
@@ -105,7 +115,21 @@ def streams(
                 f'their entries must be equal; {stream!r} differs'
             )
         result.append(view)
+    _check_reversed(result)
     return tuple(result)
+
+
+def _check_reversed(views: Iterable[View]) -> None:
+    """Raise DataError for a reversed view of a window that no other view has."""
+    windows = {view.suffix for view in views if view.kind != 'reverse'} | {''}
+    for view in views:
+        if view.kind == 'reverse' and view.reversed_suffix not in windows:
+            others = sorted(windows - {''})
+            expected = f'one of {", ".join(others)}' if others else 'no field `of`'
+            raise DataError(
+                f'config.data.views: {view.stream!r}.of: expected {expected}, the suffixes of '
+                f'views that are not reversed themselves, got {view.reversed_suffix!r}'
+            )
 
 
 def _as_dicts(views: Any) -> dict[str, dict[str, Any]]:
@@ -208,7 +232,10 @@ def starts(
             start = frame_windows.shifted(result[''], float(view.seconds), duration, window)
         elif view.kind == 'window':
             start = spaced(view)
-        else:  # reverse: the main window
-            start = result['']
+        else:  # reverse: a window of the others, which may come later
+            continue
         result[view.suffix] = frame_windows.snap(start, step)
+    for view in views:
+        if view.kind == 'reverse':
+            result[view.suffix] = result[view.reversed_suffix]
     return result

@@ -339,6 +339,8 @@ def test_views_of_training(config):
         'audio.any': {'kind': 'shift', 'seconds': 'random'},
         'video.back': {'kind': 'reverse'},
         'audio.back': {'kind': 'reverse'},
+        'video.second_back': {'kind': 'reverse', 'of': 'second'},
+        'audio.second_back': {'kind': 'reverse', 'of': 'second'},
     }
     config.data.views = tuple(views.items())
     data = data_pipelines.open(config)
@@ -353,6 +355,10 @@ def test_views_of_training(config):
     assert (second['box'] != batch['video']['box']).any()
     np.testing.assert_array_equal(batch['video.back']['data'], batch['video']['data'][:, ::-1])
     np.testing.assert_array_equal(batch['audio.back']['data'], batch['audio']['data'][:, ::-1])
+    for modality in ('video', 'audio'):
+        forward, backward = batch[f'{modality}.second'], batch[f'{modality}.second_back']
+        np.testing.assert_array_equal(backward['data'], forward['data'][:, ::-1])
+        np.testing.assert_array_equal(backward['start'], forward['start'])
 
     late = batch['audio.late']
     shift = np.abs(late['start'] - batch['audio']['start'])

@@ -104,6 +104,34 @@ def test_modalities_belong_together():
     assert np.abs(of_other_records.mean()) < 0.3
 
 
+def test_a_view_reversed_is_that_view_read_backwards(tmp_path):
+    """In any order of the views, from the synthetic world and from a file of its batches."""
+    views = (
+        ('video.back', {'kind': 'reverse', 'of': 'second'}),
+        ('audio.back', {'kind': 'reverse', 'of': 'second'}),
+        ('video.second', {'kind': 'clip'}),
+        ('audio.second', {'kind': 'clip'}),
+    )
+    synthetic = data_pipelines.open(synthetic_config(views=views))
+    path = str(tmp_path / 'batches.npz')
+    batch = next(synthetic.train(0, 8))
+    for modality in ('video', 'audio'):
+        second, back = batch[f'{modality}.second'], batch[f'{modality}.back']
+        np.testing.assert_array_equal(back['data'], second['data'][:, ::-1])
+        np.testing.assert_array_equal(back['start'], second['start'])
+        assert (second['start'] != batch[modality]['start']).any()
+    # Every video stream has a crop of its own.
+    assert (batch['video.back']['box'] != batch['video.second']['box']).any()
+
+    save_npz([{name: part for name, part in batch.items() if 'back' not in name}], path)
+    stored = next(
+        data_pipelines.open(synthetic_config(source='npz', npz=path, views=views)).train(0, 8)
+    )
+    for modality in ('video', 'audio'):
+        second, back = stored[f'{modality}.second'], stored[f'{modality}.back']
+        np.testing.assert_array_equal(back['data'], second['data'][:, ::-1])
+
+
 def test_npz_round_trip(tmp_path):
     synthetic = data_pipelines.open(synthetic_config(synthetic_size=11))
     path = str(tmp_path / 'batches.npz')
@@ -146,6 +174,19 @@ def test_npz_round_trip(tmp_path):
         (
             {'views': (('video.x', {'kind': 'clip'}), ('audio.x', {'kind': 'reverse'}))},
             'share one window',
+        ),
+        (
+            {'views': (('video.x', {'kind': 'clip'}), ('video.y', {'kind': 'reverse', 'of': 'z'}))},
+            r"'video.y'.of: expected one of x, the suffixes of views that are not .*, got 'z'",
+        ),
+        (
+            {
+                'views': (
+                    ('video.x', {'kind': 'reverse'}),
+                    ('video.y', {'kind': 'reverse', 'of': 'x'}),
+                )
+            },
+            "'video.y'.of: expected no field `of`, .*, got 'x'",
         ),
     ],
 )

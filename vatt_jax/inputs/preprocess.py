@@ -16,8 +16,23 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vatt_jax.config import ConfigError
-from vatt_jax.inputs import spectrogram
+from vatt_jax.inputs import mirrored, spec_augment, spectrogram
 from vatt_jax.rng import Rng
+
+
+def check(inputs: Any, config: Any) -> None:
+    """Checks what of the augmentation depends on the model's inputs or on other streams.
+
+    Args:
+        inputs: `config.model.inputs`.
+        config: `config.augment`.
+
+    Raises:
+        ConfigError: a field of `config.augment` is wrong.
+    """
+    mirrored.check(config)
+    if 'audio' in inputs:
+        spec_augment.check(config, inputs['audio'])
 
 
 def device_stage(
@@ -316,10 +331,11 @@ def audio(
     Args:
         stream: `data` int16 [B S].
         spec: `config.model.inputs.audio`.
-        config: `config.augment`: `audio_noise`, a share of the clip's peak, and `volume`, the most
-            by which the factor of loudness differs from 1 (samples may then exceed 1).
+        config: `config.augment`: `audio_noise`, a share of the clip's peak; `volume`, the most by
+            which the factor of loudness differs from 1 (samples may then exceed 1); and
+            `spec_augment`, masks of the log-mel.
         rng: of this stream.
-        augment: False for neither.
+        augment: False for none of them.
 
     Returns:
         float32 [B S] in [-1, 1], or log-mel [B T F] of it.
@@ -334,9 +350,12 @@ def audio(
         # By the clip's own peak, so that quiet clips are not drowned.
         noise = rng.at('noise').normal(x.shape[1:]) * config['audio_noise']
         x = x + noise * jnp.abs(x).max(-1, keepdims=True)
-    if spec.get('mel'):
-        return spectrogram.log_mel(x, spec['rate'], spec['mel'])
-    return x
+    if not spec.get('mel'):
+        return x
+    y = spectrogram.log_mel(x, spec['rate'], spec['mel'])
+    if augment and spec_augment.is_on(config):
+        return spec_augment.spec_augment(y, config['spec_augment'], rng.at('spec_augment'))
+    return y
 
 
 # Modality -> what its streams go through.

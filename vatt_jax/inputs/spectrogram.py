@@ -40,6 +40,9 @@ DEFAULTS = {
     'offset': 1.0,
     'scale': 1e4,
     'stretch': True,
+    # Subtracted from the result, and what it is divided by (GDT: 1.93 and 17.89).
+    'mean': 0.0,
+    'deviation': 1.0,
 }
 # filterbank: share of the sample before that is subtracted.
 EMPHASIS = 0.97
@@ -54,9 +57,9 @@ def shape(spec: Mapping[str, Any] | ConfigDict) -> tuple[int, int]:
 
 
 def log_mel(x: Float[Array, 'B S'], rate: int, mel: Any) -> Float[Array, 'B T F']:
-    """Log-mel spectrograms.
+    """Log-mel spectrograms, less `mean` and over `deviation`.
 
-    Magnitudes, not powers; periodic Hann window; HTK's mel scale; triangles of height 1.
+    Form mel: magnitudes, not powers; periodic Hann window; HTK's mel scale; triangles of height 1.
 
     Args:
         x: samples in [-1, 1].
@@ -72,8 +75,12 @@ def log_mel(x: Float[Array, 'B S'], rate: int, mel: Any) -> Float[Array, 'B T F'
             f'{WHERE}: expected low < high <= {rate / 2:g} Hz at rate={rate}, '
             f'got low={mel.low:g} and high={mel.high:g}'
         )
-    if mel.form == 'filterbank':
-        return filterbank(x, rate, mel)
+    y = filterbank(x, rate, mel) if mel.form == 'filterbank' else _log_mel(x, rate, mel)
+    return (y - mel.mean) / mel.deviation
+
+
+def _log_mel(x: Float[Array, 'B S'], rate: int, mel: ConfigDict) -> Float[Array, 'B T F']:
+    """Logarithms of mel magnitudes, stretched where `stretch`."""
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(mel.window) / mel.window)
     magnitude = jnp.abs(_transform(x, mel, jnp.asarray(window, jnp.float32)))
     bands = jnp.matmul(magnitude, mel_matrix(mel, rate), precision='highest')
@@ -107,6 +114,8 @@ def _fields(given: Any) -> ConfigDict:
             f'{WHERE}.transform: expected at least window={mel.window}, or 0 for that, '
             f'got {mel.transform}'
         )
+    if not mel.deviation > 0:
+        raise ConfigError(f'{WHERE}.deviation: expected a positive number, got {mel.deviation:g}')
     return mel
 
 

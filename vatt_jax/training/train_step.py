@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax import optim
 from vatt_jax.config import ConfigError
-from vatt_jax.inputs import preprocess
+from vatt_jax.inputs import mirrored, preprocess
 from vatt_jax.models.embeddings import LOOKUP_PROBES
 from vatt_jax.objectives.base import Loss, Objective
 from vatt_jax.rng import Rng
@@ -183,7 +183,7 @@ class WholeBatch:
         self.objective = objective
 
     def device_stage(self, batch: dict[str, Any], rng: Rng) -> dict[str, Any]:
-        return preprocess.device_stage(
+        batch = preprocess.device_stage(
             batch,
             self.config.model.inputs,
             self.config.augment,
@@ -191,6 +191,7 @@ class WholeBatch:
             augment=True,
             dtype=self.config.compute_dtype,
         )
+        return mirrored.add(batch, self.config.augment)
 
     def gradients(
         self,
@@ -290,6 +291,8 @@ class GradCache:
     ) -> tuple[Any, Loss]:
         model, objective = self.whole.model, self.whole.objective
         parts = split_batch(batch, rng, self.num_parts)  # leaves [parts, B / parts, …]
+        # The loss reads masks of all streams, and none of their data.
+        whole_batch = mirrored.add(batch, self.whole.config.augment)
 
         def towers(params: Any, part: Any) -> dict[str, Array]:
             examples, part_batch = part
@@ -311,7 +314,7 @@ class GradCache:
         def loss_of(params: Any, pooled: dict[str, Array]) -> tuple[Array, Loss]:
             variables = {'params': params['model'], 'batch_stats': batch_stats}
             loss = objective.compute_loss(
-                model, variables, params['objective'], objective_state, pooled, batch, rng
+                model, variables, params['objective'], objective_state, pooled, whole_batch, rng
             )
             return loss.value, loss
 
