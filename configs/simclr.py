@@ -87,23 +87,13 @@ def set_evaluations(c: ConfigDict, windows: int) -> None:
     c.evals.neighbours = {'type': 'neighbours', 'stream': 'video', 'windows': windows}
 
 
-def keep_video(c: ConfigDict) -> None:
-    """No sound and no words, in place."""
-    for modality in ('audio', 'text'):
-        del c.model.inputs[modality]
-        if modality in c.model.towers:
-            del c.model.towers[modality]
-
-
 def demo_config(options: list[str]) -> ConfigDict:
     """A run of the playground's size."""
     c = demo.get_config('synthetic' if 'synthetic' in options else '')
-    keep_video(c)
     c.steps = 600
     c.model.inputs.video.range = (0.0, 1.0)
-    c.model.towers.video = ConfigDict(
-        {'name': 'r3d', 'blocks': (1, 1, 1, 1), 'multiplier': 0.25}
-    )
+    video = {'name': 'r3d', 'blocks': (1, 1, 1, 1), 'multiplier': 0.25}
+    c.model.towers = ConfigDict({'video': video})
     c.model.head = ConfigDict({'name': 'simclr', 'hidden': 256, 'video': 64})
     o = c.optimizer
     o.name, o.weight_decay, o.clip = 'adam', 0.0, 0.0
@@ -115,7 +105,6 @@ def demo_config(options: list[str]) -> ConfigDict:
 def published_config(name: str, options: list[str]) -> ConfigDict:
     """CVRL's published run on one of its sets, by the numbers of its released code."""
     c = default.get_config()
-    keep_video(c)
     c.batch_size, c.compute_dtype = 1024, 'bfloat16'
     epoch = NUM_VIDEOS[name] // c.batch_size
     c.steps = NUM_PASSES * epoch
