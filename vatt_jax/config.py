@@ -643,7 +643,9 @@ def _check_augmented_views(config: ConfigDict) -> None:
     where = 'config.augment.views'
     views = _pairs(config.augment.views, where, "('video.second', {'blur': 0.1})")
     for stream, changes in views.items():
-        others = _pairs(config.data.views, 'config.data.views', "('video.second', {'kind': 'clip'})")
+        others = _pairs(
+            config.data.views, 'config.data.views', "('video.second', {'kind': 'clip'})"
+        )
         choose(stream, (*config.model.inputs, *others), f'{where}: the stream')
         changed = config.copy_and_resolve_references()
         changed.augment.views = ()

@@ -147,11 +147,20 @@ def test_the_draw_is_that_of_the_pair():
 @pytest.mark.parametrize(
     'views, message',
     [
-        ({'video.a': {'kind': 'clip', 'interval': 'cubic'}}, "interval is 'cubic'; give uniform or"),
+        (
+            {'video.a': {'kind': 'clip', 'interval': 'cubic'}},
+            "interval is 'cubic'; give uniform or",
+        ),
         ({'video.a': {'kind': 'clip', 'interval': -1.0}}, 'a number of at least 0'),
         ({'video.a': {'kind': 'clip', 'interval': float('nan')}}, 'a number of at least 0'),
-        ({'video.a': LINEAR, 'video.b': LINEAR}, 'an interval for one suffix alone, got it for a, b'),
-        ({'video.a': {'kind': 'reverse', 'interval': 'linear'}}, r'clip: kind, interval \(optional\)'),
+        (
+            {'video.a': LINEAR, 'video.b': LINEAR},
+            'an interval for one suffix alone, got it for a, b',
+        ),
+        (
+            {'video.a': {'kind': 'reverse', 'interval': 'linear'}},
+            r'clip: kind, interval \(optional\)',
+        ),
     ],
 )
 def test_mistakes_are_named(views, message):

@@ -98,7 +98,7 @@ Weights = Callable[[int, int], tuple[jax.Array, jax.Array]]
 def video(
     stream: Mapping[str, Any], spec: Any, config: Any, rng: Rng, augment: bool
 ) -> Float[Array, 'B T H W 3']:
-    """The box cut out of every frame, resized, mirrored where `flip`, its colours jittered, blurred.
+    """The box cut out of every frame, resized, mirrored where `flip`, jittered and blurred.
 
     Two batched matrix products do it all: one over rows, one over columns and colour together.
     Colour jitter is affine in a pixel's channels, and so is the conversion of planes. Blur is
