@@ -143,8 +143,9 @@ def test_the_search_improves_and_writes_what_it_found(runs, tmp_path, capsys):
     best = rows[0]
     expected = np.hypot(float(best['video-audio']) - 1, float(best['video-text']) - 0.3)
     assert divergences[0] == pytest.approx(expected)
-    assert f'generation-{best["generation"]}/individual-{best["individual"]}' in (
-        capsys.readouterr().out.splitlines()[-1]
+    assert (
+        f'generation-{best["generation"]}/individual-{best["individual"]}'
+        in (capsys.readouterr().out.splitlines()[-1])
     )
 
 
