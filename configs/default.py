@@ -225,6 +225,19 @@ def augment() -> ConfigDict:
     # Probability of colour jitter per clip, and its strengths.
     a.color = 0.8
     a.brightness, a.contrast, a.saturation, a.hue = 32 / 255, 0.4, 0.4, 0.2
+    # Brightness as a factor within 1 ± this (SimCLR); `brightness` is a shift.
+    a.gain = 0.0
+    # Probability that a clip turns grey, after the jitter.
+    a.grey = 0.0
+    # Probability of Gaussian blur per clip; its standard deviation in pixels of the clip that the
+    # model sees, uniform between these; width of its kernel, as a share of the picture.
+    a.blur, a.blur_sigma, a.blur_width = 0.0, (0.1, 2.0), 0.1
+    # Probability that a clip takes all of the above at all; otherwise it is only cropped and
+    # mirrored.
+    a.strong = 1.0
+    # ((stream, {field: value}), ...): sets of their own for streams, such as
+    # (('video.second', {'blur': 0.1}),); what they do not name is as above.
+    a.views = ()
     # Standard deviation of Gaussian noise, as a share of the clip's maximum.
     a.audio_noise = 0.01
     # Sound is multiplied by a factor within 1 ± this, drawn for each clip.

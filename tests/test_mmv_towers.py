@@ -1,4 +1,4 @@
-"""MMV's towers, R(2+1)D and ResNet-9 in NumPy float64, layer by layer, and published sizes."""
+"""MMV's towers, R(2+1)D, R3D and ResNet-9 in NumPy float64, layer by layer, and published sizes."""
 
 import math
 
@@ -16,6 +16,7 @@ from vatt_jax.models.multimodal import NETS
 from vatt_jax.models.towers import convolutions, resnet_v2
 from vatt_jax.models.towers.audio_resnet import ResNet2DV2, ResNet9
 from vatt_jax.models.towers.r2plus1d import R2Plus1D, mid_planes
+from vatt_jax.models.towers.r3d import R3D
 from vatt_jax.models.towers.s3d import S3D, space_to_depth
 from vatt_jax.models.towers.tsm_resnet import TSMResNet, shift
 
@@ -216,6 +217,26 @@ class Reference:
                     shortcut = self.unit(f'{name}_short', x, (2, 2, 2), even=True, relu=False)
                 y = self.space_then_time(f'{name}_conv_1', x, stride)
                 y = self.space_then_time(f'{name}_conv_2', y, 1, relu=False)
+                x = np.maximum(shortcut + y, 0)
+        return x
+
+    # R3D
+    def r3d(self, x, blocks):
+        """The last map of R3D; time is in the first kernels of the last two groups."""
+        x = self.unit('stem', x, (2, 2, 2))
+        x = pool(x, (1, 3, 3), (1, 2, 2))
+        for group, count in enumerate(blocks, start=1):
+            for block in range(count):
+                name = f'group_{group}_block_{block}'
+                stride = (1, 2, 2) if group > 1 and block == 0 else (1, 1, 1)
+                shortcut = x
+                if block == 0:
+                    shortcut = self.unit(f'{name}/short', x, stride, relu=False)
+                seen = self.kernel(f'{name}/temporal/conv').shape[0]
+                assert seen == (3 if group > 2 else 1)
+                y = self.unit(f'{name}/temporal', x, (1, 1, 1))
+                y = self.unit(f'{name}/spatial', y, stride)
+                y = self.unit(f'{name}/expand', y, (1, 1, 1), relu=False)
                 x = np.maximum(shortcut + y, 0)
         return x
 
@@ -436,6 +457,17 @@ def test_r2plus1d(mid, norm, eps):
     close(pooled, expected.mean((1, 2, 3)))
 
 
+def test_r3d():
+    blocks = (1, 2, 1, 1)
+    module, x = R3D(blocks, 1 / 16), frames(2, 6, 38, 34, 3)
+    variables = variables_of(module, x)
+    pooled, last = apply(module, variables, x)
+    expected = Reference(variables).r3d(f64(x), blocks)
+    chex.assert_shape(last, (2, 3, 2, 2, 128))
+    close(last, expected)
+    close(pooled, expected.mean((1, 2, 3)))
+
+
 @pytest.mark.parametrize(
     'inputs, outputs, planes',
     [
@@ -472,6 +504,7 @@ def test_resnet9():
         ('resnet2d_v2_50', 23_494_080, 2048),
         ('r2plus1d', 33_165_639, 512),
         ('r2plus1d_torchvision', 31_300_125, 512),
+        ('r3d', 31_672_128, 2048),
     ],
 )
 def test_published_sizes(name, size, width, monkeypatch):

@@ -16,15 +16,19 @@ from data_pipelines.errors import DataError
 from data_pipelines.loading import frame_windows
 
 # Kind of view -> the fields of its entry, and those it may have besides.
-# clip: a window of its own, anywhere. shift: the main one, moved. reverse: the main one, or that of
-# the suffix `of`, read backwards. window: the `number`-th of `of`, evenly spaced.
+# clip: a window of its own, anywhere, or at an `interval` from the main one. shift: the main one,
+# moved. reverse: the main one, or that of the suffix `of`, read backwards. window: the `number`-th
+# of `of`, evenly spaced.
 KINDS = {
     'clip': {'kind'},
     'shift': {'kind', 'seconds'},
     'reverse': {'kind'},
     'window': {'kind', 'number', 'of'},
 }
-OPTIONAL = {'reverse': {'of'}, 'window': {'crop'}}
+OPTIONAL = {'clip': {'interval'}, 'reverse': {'of'}, 'window': {'crop'}}
+
+# Names of densities of the interval between two windows -> their power (frame_windows.interval).
+INTERVALS = {'uniform': 0.0, 'linear': 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +71,15 @@ class View:
     def reversed_stream(self) -> str:
         """Of a view of kind reverse: the stream that it is the mirror of."""
         return f'{self.modality}.{self.reversed_suffix}' if self.reversed_suffix else self.modality
+
+    @property
+    def interval(self) -> float | None:
+        """Power of the density of the distance from the main window.
+
+        None: there is no such density.
+        """
+        name_or_power = dict(self.spec).get('interval')
+        return INTERVALS.get(name_or_power, name_or_power)
 
 
 def streams(
@@ -116,6 +129,7 @@ def streams(
             )
         result.append(view)
     _check_reversed(result)
+    _check_one_interval(result)
     return tuple(result)
 
 
@@ -130,6 +144,17 @@ def _check_reversed(views: Iterable[View]) -> None:
                 f'config.data.views: {view.stream!r}.of: expected {expected}, the suffixes of '
                 f'views that are not reversed themselves, got {view.reversed_suffix!r}'
             )
+
+
+def _check_one_interval(views: list[View]) -> None:
+    """Raise DataError where two windows want a distance from the main one."""
+    # The main window is drawn together with the one at an interval from it.
+    suffixes = sorted({view.suffix for view in views if view.interval is not None})
+    if len(suffixes) > 1:
+        raise DataError(
+            f'config.data.views: expected an interval for one suffix alone, got it for '
+            f'{", ".join(suffixes)}; leave it out of the others'
+        )
 
 
 def _as_dicts(views: Any) -> dict[str, dict[str, Any]]:
@@ -158,6 +183,14 @@ def _check(where: str, spec: Mapping[str, Any]) -> None:
         raise DataError(
             f'{where}: number runs from 0 to of - 1; got {spec["number"]} of {spec["of"]}'
         )
+    if 'interval' in spec:
+        interval = spec['interval']
+        is_power = isinstance(interval, (int, float)) and 0 <= interval < math.inf
+        if not is_power and interval not in INTERVALS:
+            raise DataError(
+                f'{where}.interval is {interval!r}; give {" or ".join(INTERVALS)}, or the power of '
+                'the density, a number of at least 0'
+            )
     if 'crop' in spec:
         crop = spec['crop']
         if not (isinstance(crop, (int, float)) and 0 <= crop <= 1):
@@ -194,6 +227,10 @@ def starts(
 ) -> dict[str, np.ndarray]:
     """Window starts {suffix: float64 [B]}, in seconds.
 
+    Where a view wants an interval from the main window and training leaves both free, the two are
+    drawn together (`frame_windows.pair`). In an evaluation the main window is given, and the other
+    is anywhere.
+
     Args:
       views: the streams.
       window: its length in seconds.
@@ -214,14 +251,22 @@ def starts(
 
     # All main streams have the same entry, so the first speaks for them.
     fixed_main_views = [view for view in views if not view.suffix and view.kind == 'window']
+    at_interval = [view for view in views if view.interval is not None]
+    result: dict[str, np.ndarray] = {}
     if fixed_main_views:
         main = spaced(fixed_main_views[0])
+    elif segments is None and at_interval:
+        suffix, power = at_interval[0].suffix, at_interval[0].interval
+        assert power is not None  # as selected above
+        sites = (f'interval.{suffix}', 'window', f'order.{suffix}')
+        u = np.stack([draw(site) for site in sites], axis=1)  # [B 3]
+        main, result[suffix] = frame_windows.pair(duration, window, step, u, power)
     elif segments is None:
         main = anywhere('window')
     else:
         main = frame_windows.centred(begin, end, duration, window)
     # Snapped before the others are derived from it, so that shifts are from a stored frame.
-    result = {'': frame_windows.snap(main, step)}
+    result[''] = frame_windows.snap(main, step)
     for view in views:
         if view.suffix in result:  # the streams of one suffix share a window
             continue

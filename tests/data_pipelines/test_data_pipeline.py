@@ -369,6 +369,20 @@ def test_views_of_training(config):
     np.testing.assert_allclose(heard[is_heard], expected[is_heard], atol=0.08)
 
 
+def test_windows_at_an_interval(config):
+    """CVRL's two windows are drawn together, by the same draws on one host and on two."""
+    view = {'kind': 'clip', 'interval': 2.0}
+    config.data.views = (('video.second', view), ('audio.second', view))
+    data = data_pipelines.open(config)
+    batch = next(data.train(0, 26))
+    of_hosts = [next(data.train(0, 26, process=(i, 2))) for i in range(2)]
+    data.close()
+    check_clocks(batch)
+    check_clocks(batch, '.second')
+    assert (batch['video.second']['start'] != batch['video']['start']).mean() > 0.5
+    assert_equal(concatenate(of_hosts), batch)
+
+
 def test_windows_of_a_pass(config):
     """The views that a pass is given stand instead of the config's."""
     config.data.views = (('video.second', {'kind': 'clip'}),)

@@ -27,7 +27,7 @@ class Graph:
 
     A step is one of
 
-        ('dense' | 'dense_bias', name, space whose width it has)
+        ('dense' | 'dense_bias', name, space or hidden layer whose width it has)
         ('bn', name)
         ('relu',)
         ('emit', space)   the value so far is the modality's embedding in that space
@@ -40,11 +40,13 @@ class Graph:
         paths: modality -> its steps in order, from the pooled vector of its tower.
         norm: of all batch norms, an entry of layers.NORMS.
         init: of all dense kernels, an entry of layers.INITS.
+        hidden: names of widths that are of no space.
     """
 
     paths: Mapping[str, Path]
     norm: str = 'plain'
     init: str = 'glorot'
+    hidden: tuple[str, ...] = ()
 
     def spaces(self) -> list[str]:
         """Names of the graph's spaces, each once, in the order of the paths."""
@@ -72,6 +74,24 @@ def mlp(name: str, space: str) -> Path:
 def linear(name: str, space: str) -> Path:
     """One dense layer into a space."""
     return (('dense_bias', name, space), ('emit', space))
+
+
+def projection(modality: str, hidden_layers: int) -> Path:
+    """SimCLR's head: hidden layers of one width, and a last one without norm.
+
+    The space holds views of one modality and has its name.
+    """
+    steps: list[Step] = []
+    for number in range(hidden_layers):
+        name = f'{modality}_hidden_{number}'
+        steps += [('dense_bias', name, 'hidden'), ('bn', f'{name}_norm'), ('relu',)]
+    return (*steps, *linear(modality, modality))
+
+
+def projections(hidden_layers: int) -> Graph:
+    """A space for the views of each modality by itself."""
+    paths = {modality: projection(modality, hidden_layers) for modality in ('video', 'audio')}
+    return Graph(paths, hidden=('hidden',))
 
 
 def joint(modality: str) -> Path:
@@ -154,6 +174,9 @@ GRAPHS = {
     'mmv_fac': fine_and_coarse(()),
     'mmv_fac_relu': fine_and_coarse((('relu',),)),
     'mmv_fac_bnrelu': fine_and_coarse((('bn', 'va_norm'), ('relu',))),
+    # Views of one modality. SimCLR: one hidden layer; CVRL's released code: three.
+    'simclr': projections(hidden_layers=1),
+    'cvrl': projections(hidden_layers=3),
     # Encoders alone (fine-tuning).
     'none': Graph({}),
 }
@@ -289,13 +312,14 @@ def _check_widths(graph: Graph, config: Mapping[str, Any]) -> None:
     if not known:
         # Without spaces, widths left over from another graph mean nothing.
         return
+    widths = [*known, *graph.hidden]
     for field, width in config.items():
         if field == 'name':
             continue
-        if field not in known or not isinstance(width, int) or not 1 <= width <= LARGEST_COUNT:
+        if field not in widths or not isinstance(width, int) or not 1 <= width <= LARGEST_COUNT:
             raise ConfigError(
                 f'config.model.head.{field}={width!r}: the graph {config["name"]!r} has the spaces '
-                f'{", ".join(known)}; give those that you need a positive width'
+                f'{", ".join(widths)}; give those that you need a positive width'
             )
     if not any(space in config for space in known):
         raise ConfigError(

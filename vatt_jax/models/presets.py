@@ -54,6 +54,7 @@ TOWERS: dict[str, dict[str, Any]] = {
     'r2plus1d': {'name': 'r2plus1d', 'mid': 'conv'},  # 33.166: XDC, MMV's table
     # 31.300: torchvision, GDT, SeLaVi
     'r2plus1d_torchvision': {'name': 'r2plus1d', 'mid': 'block'},
+    'r3d': {'name': 'r3d'},  # 31.672: CVRL
     'resnet2d_v2_18': {'name': 'resnet2d_v2', 'depth': 18},
     'resnet2d_v2_34': {'name': 'resnet2d_v2', 'depth': 34},
     'resnet2d_v2_50': {'name': 'resnet2d_v2', 'depth': 50},  # 23.494
