@@ -154,6 +154,8 @@ GRAPHS = {
     'mmv_fac': fine_and_coarse(()),
     'mmv_fac_relu': fine_and_coarse((('relu',),)),
     'mmv_fac_bnrelu': fine_and_coarse((('bn', 'va_norm'), ('relu',))),
+    # One linear layer from each of video and audio (AVTS: its networks end in one).
+    'linear': Graph({'video': linear('video_va', 'va'), 'audio': linear('audio_va', 'va')}),
     # Encoders alone (fine-tuning).
     'none': Graph({}),
 }

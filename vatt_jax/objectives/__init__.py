@@ -11,6 +11,7 @@ from vatt_jax.objectives.contrastive import Contrastive
 from vatt_jax.objectives.kmeans_labels import KMeansLabels
 from vatt_jax.objectives.online_codes import OnlineCodes
 from vatt_jax.objectives.self_labelling import SelfLabelling
+from vatt_jax.objectives.synchronisation import Synchronisation
 
 # The key is the value of config.objective.name.
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -18,6 +19,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'kmeans_labels': KMeansLabels,
     'self_labelling': SelfLabelling,
     'online_codes': OnlineCodes,
+    'synchronisation': Synchronisation,
     'classification': Classification,
 }
 
