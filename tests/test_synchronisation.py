@@ -156,7 +156,7 @@ class TestLossOfGivenEmbeddings:
         return fields
 
     def loss(self, objective, embeddings=None, step=0):
-        embeddings = embeddings or self.embeddings()
+        embeddings = jax.tree.map(jnp.asarray, embeddings or self.embeddings())
         model = types.SimpleNamespace(apply=lambda *_, **__: ({'va': embeddings}, {}))
         streams = dict.fromkeys(objective.streams())
         rng = Rng.create(0, step, jnp.arange(6))
