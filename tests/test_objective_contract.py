@@ -1,5 +1,7 @@
 """What the training step promises to every objective (vatt_jax/objectives/base.py)."""
 
+import json
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from vatt_jax.config import ConfigError
 from vatt_jax.inference import feature_extractor
 from vatt_jax.objectives import Loss, Objective
 from vatt_jax.objectives.base import select_streams
-from vatt_jax.training import loop, train_step
+from vatt_jax.training import checkpoint, loop, train_step
 
 # Steps in which the objective below fills its memory, and the step whose loss is NaN.
 FILLING, SPOILT = 2, 4
@@ -110,6 +112,86 @@ def test_a_step_that_is_not_finite_leaves_parameters_and_state(states):
     assert int(spoilt.bad) == 1
     chex.assert_trees_all_equal(spoilt.params, states[SPOILT].params)
     chex.assert_trees_all_equal(spoilt.objective, states[SPOILT].objective)
+
+
+class WithTeacher(Objective):
+    """A copy of the model that begins with it, and the records of the last batch."""
+
+    def streams(self):
+        return ('audio',)
+
+    def init(self, key, spec):
+        rows = spec.batch['index'].shape
+        return {}, {'teacher': spec.model_params, 'record': jnp.zeros(rows, jnp.int32)}
+
+    def begin(self, model_params, batch_stats, state):
+        return {**state, 'teacher': model_params}
+
+    def encode(self, model, variables, params, state, batch, rng):
+        encoding = super().encode(model, variables, params, state, batch, rng)
+        taught = super().encode(model, {'params': state['teacher']}, params, state, batch, rng)
+        pooled = {**encoding.pooled, 'teacher/audio': taught.pooled['audio']}
+        return encoding.replace(pooled=pooled)
+
+    def compute_loss(self, model, variables, params, state, pooled, batch, rng):
+        # The same random bits and, in the first step, the same parameters.
+        value = jnp.mean((pooled['audio'] - pooled['teacher/audio']) ** 2)
+        return Loss(value, {}, variables['batch_stats'], {**state, 'record': batch['record']})
+
+
+@pytest.mark.parametrize('accumulate', [1, 4])
+def test_a_teacher_begins_where_the_run_begins(tmp_path, monkeypatch, accumulate):
+    """Also after config.init_from, and its features are those of its own parameters."""
+    monkeypatch.setitem(objectives.OBJECTIVES, 'with_teacher', WithTeacher)
+    first = tiny.config(steps=1, seed=3, optimizer__schedule__warmup=0)
+    loop.train(first, data_pipelines.open(first), tmp_path / 'first', quiet=True)
+    config = tiny.config(
+        steps=1,
+        optimizer__schedule__warmup=0,
+        init_from=str(tmp_path / 'first'),
+        accumulate=accumulate,
+        accumulation='exact',
+    )
+    config.objective = type(config)({'name': 'with_teacher'})
+    data = data_pipelines.open(config)
+    built, _ = loop.train(config, data, tmp_path / 'second', quiet=True)
+    lines = (tmp_path / 'second' / 'metrics.jsonl').read_text().splitlines()
+    # Two programs of the same sums; other parameters would differ by far more.
+    assert json.loads(lines[0])['loss'] < 1e-12
+
+    saved = checkpoint.Checkpoints(tmp_path / 'second' / 'checkpoints', config.checkpoint)
+    state, _, _ = saved.restore(1, built.shape, built.shardings, config)
+    saved.close()
+    taken = checkpoint.read_model(checkpoint.find(tmp_path / 'first'))['params']
+    teacher = {name: taken[name] for name in state.objective['teacher'] if 'audio' in name}
+    assert teacher
+    for name, values in teacher.items():
+        chex.assert_trees_all_equal(jax.device_get(state.objective['teacher'][name]), values)
+    # The synthetic source is one source, whose index is the record.
+    expected = next(data.train(0, config.batch_size))['index']
+    np.testing.assert_array_equal(state.objective['record'], expected)
+
+
+class WithOwnHead(WithTeacher):
+    """Embeds sound in a space of its own: the first two numbers of its feature."""
+
+    def embed(self, params, state, encoded):
+        return {'own': {name: stream.pooled[:, :2] for name, stream in encoded.items()}}
+
+
+def test_evaluators_see_the_spaces_of_an_objectives_own_heads(tmp_path, monkeypatch):
+    monkeypatch.setitem(objectives.OBJECTIVES, 'with_own_head', WithOwnHead)
+    config = tiny.config(steps=1, optimizer__schedule__warmup=0)
+    config.objective = type(config)({'name': 'with_own_head'})
+    pair = {'type': 'retrieval', 'pairs': (('audio', 'audio', 'own'),), 'limit': 16}
+    config.evals.own = pair
+    _, scalars = loop.train(config, data_pipelines.open(config), tmp_path / 'run', quiet=True)
+    # Each clip is nearest to itself.
+    assert scalars['own/audio_to_audio/R@1'] == 1
+
+    config.evals.own = {**pair, 'pairs': (('audio', 'audio', 'other'),)}
+    with pytest.raises(ConfigError, match="do not meet in space 'other'; spaces are .*own: audio"):
+        loop.build(config, data_pipelines.open(config))
 
 
 # ---- config.accumulation='exact' calls encode and compute_loss, and says what it cannot call

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vatt_jax.config import choose
-from vatt_jax.objectives.base import Loss, Objective, RefreshResult, Spec, TrainingRecords
+from vatt_jax.objectives.base import Encoding, Loss, Objective, RefreshResult, Spec, TrainingRecords
 from vatt_jax.objectives.classification import Classification
 from vatt_jax.objectives.contrastive import Contrastive
 from vatt_jax.objectives.kmeans_labels import KMeansLabels
@@ -23,7 +23,16 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'classification': Classification,
 }
 
-__all__ = ['OBJECTIVES', 'Loss', 'Objective', 'RefreshResult', 'Spec', 'TrainingRecords', 'build']
+__all__ = [
+    'OBJECTIVES',
+    'Encoding',
+    'Loss',
+    'Objective',
+    'RefreshResult',
+    'Spec',
+    'TrainingRecords',
+    'build',
+]
 
 
 def build(config: Any) -> Objective:

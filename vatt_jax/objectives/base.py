@@ -46,6 +46,22 @@ class Loss:
     apply_update: jax.Array | bool = True
 
 
+# A pytree: it crosses the loops over microbatches.
+@flax.struct.dataclass
+class Encoding:
+    """What the towers make of a batch.
+
+    Attributes:
+      pooled: stream -> pooled features [B(,K) D]; those of a teacher have names of their own.
+      batch_stats: the model's new batch statistics.
+      state: the objective's new state: the batch statistics of a teacher.
+    """
+
+    pooled: dict[str, jax.Array]
+    batch_stats: Any
+    state: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """What an objective may size itself by.
@@ -59,8 +75,8 @@ class Spec:
       batch_stats: the model's batch statistics, abstract.
       init: (key, batch) -> (Outputs, the model's initial variables, boxed).
       model_params: the model's initial parameters, boxed with logical axes, in the call of
-        `Objective.init` that makes the run's values: what a copy of the model starts from.
-        config.init_from replaces the model's own later.
+        `Objective.init` that makes the run's values: what a copy of the model is shaped and
+        sharded like. config.init_from replaces the model's own later, see `Objective.begin`.
     """
 
     model: Any
@@ -148,17 +164,41 @@ class Objective:
         """
         return {}, {}
 
+    def begin(self, model_params: Any, batch_stats: Any, state: Any) -> Any:
+        """The state as a run begins, with what it copies from the model. Pure.
+
+        Called once, when config.init_from and word vectors have replaced what `init` was shown: a
+        teacher begins at the student.
+
+        Args:
+          model_params: the model's parameters that the run begins with.
+          batch_stats: the model's batch statistics.
+          state: the objective's state as `init` made it.
+        """
+        return state
+
     def mix_examples(self, batch: Mapping[str, Any], rng: Rng) -> dict[str, Any]:
         """The batch as the towers see it, where clips are mixed before them (mixup)."""
         return dict(batch)
 
     def encode(
-        self, model: Any, variables: Any, batch: Mapping[str, Any], rng: Rng
-    ) -> tuple[dict[str, jax.Array], Any]:
-        """Run the towers. Each clip by itself, unless a tower has batch statistics.
+        self,
+        model: Any,
+        variables: Any,
+        params: Any,
+        state: Any,
+        batch: Mapping[str, Any],
+        rng: Rng,
+    ) -> Encoding:
+        """Run the towers, and those of a teacher. Each clip by itself, but for batch statistics.
 
-        Returns:
-          ({stream: pooled features [B(,K) D]}, the model's new batch statistics).
+        Args:
+          model: the Linen module.
+          variables: {'params', 'batch_stats'} of the model.
+          params: the objective's parameters.
+          state: the objective's state.
+          batch: the device batch after `preprocess.device_stage`.
+          rng: random bits of these clips.
         """
         pooled, updates = model.apply(
             variables,
@@ -171,7 +211,7 @@ class Objective:
             method=_pooled_features,
         )
         # Flax leaves a mutable collection out of `updates` if no module has variables in it.
-        return pooled, updates.get('batch_stats', {})
+        return Encoding(pooled, updates.get('batch_stats', {}), state)
 
     def compute_loss(
         self,
@@ -191,7 +231,8 @@ class Objective:
           params: the objective's parameters.
           state: the objective's state.
           pooled: stream -> pooled features [B(,K) D].
-          batch: masks, labels and columns are read, the data of streams are not.
+          batch: masks, labels, columns and `record` (int32 [B], rows of the training set) are
+            read, the data of streams are not.
           rng: random bits of the step.
         """
         raise NotImplementedError
@@ -222,10 +263,12 @@ class Objective:
         # `rng` is the same object everywhere: callees derive their bits by naming a site with
         # `rng.at(...)`, so the order of calls is irrelevant.
         batch = self.mix_examples(batch, rng)
-        pooled, batch_stats = self.encode(model, variables, batch, rng)
+        encoding = self.encode(model, variables, params, state, batch, rng)
         # What `compute_loss` returns as new statistics must include those of the towers.
-        variables = {**variables, 'batch_stats': batch_stats}
-        return self.compute_loss(model, variables, params, state, pooled, batch, rng)
+        variables = {**variables, 'batch_stats': encoding.batch_stats}
+        return self.compute_loss(
+            model, variables, params, encoding.state, encoding.pooled, batch, rng
+        )
 
     def predict(self, params: Any, state: Any, encoded: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Outputs of trained heads for evaluators.
@@ -237,6 +280,21 @@ class Objective:
 
         Returns:
           name -> [B P].
+        """
+        return {}
+
+    def embed(
+        self, params: Any, state: Any, encoded: Mapping[str, Any]
+    ) -> dict[str, dict[str, jax.Array]]:
+        """Embeddings by heads of the objective's own, beside those of the model's common spaces.
+
+        Args:
+          params: the objective's parameters.
+          state: the objective's state.
+          encoded: {stream: Encoded} in evaluation mode.
+
+        Returns:
+          {space: {stream: float32 [B(,K) E]}}, un-normalised.
         """
         return {}
 

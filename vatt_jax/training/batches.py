@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from vatt_jax.objectives.base import Objective, select_streams
@@ -50,9 +51,10 @@ class TrainBatches:
         # Streams that the objective does not read are dropped here, before they cross to the
         # device.
         batch = select_streams(next(self.iterator), self.objective.streams())
+        # An index counts within its source; records run over all sources, one after the other.
+        record = self.first_record[batch['source']] + batch['index']  # [B]
+        batch['record'] = record.astype(np.int32)
         if run.columns:
-            # An index counts within its source; columns run over all sources, one after the other.
-            record = self.first_record[batch['source']] + batch['index']  # [B], rows of columns
             batch['columns'] = columns.lookup(run.columns, record)
         # The host's wait only. The device may be busy with the step before all the while.
         self.meter.waited += time.monotonic() - began

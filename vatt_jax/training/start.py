@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from vatt_jax import config as configs
 from vatt_jax.config import ConfigError
 from vatt_jax.inputs import word_vectors
+from vatt_jax.objectives.base import Objective
 from vatt_jax.parallel import distributed
 from vatt_jax.run_folder import RunFolder, write_atomically
 from vatt_jax.training import checkpoint, provenance
@@ -169,7 +170,24 @@ def _begin(config: ConfigDict, built: Built, data: Any) -> TrainingRun:
                 ', random word vectors that stay so (config.init_words is empty and '
                 f'config.model.towers.{frozen[0]}.frozen_words is set)'
             )
+    state = _with_copies_of_the_model(built, state)
     return TrainingRun(state, step=int(state.step), origin=origin)
+
+
+def _with_copies_of_the_model(built: Built, state: TrainState) -> TrainState:
+    """The state whose objective has begun (`Objective.begin`)."""
+    objective = built.objective
+    if type(objective).begin is Objective.begin:
+        return state
+
+    def begin(state: TrainState) -> Any:
+        begun = objective.begin(state.params['model'], state.batch_stats, state.objective)
+        # Copies: jit hands an input that it returns unchanged on as it is, and a buffer that occurs
+        # twice in the state cannot be donated to the step.
+        return jax.tree.map(jnp.copy, begun)
+
+    begun = jax.jit(begin, out_shardings=built.shardings.objective)(state)
+    return state.replace(objective=begun)
 
 
 def _with_model_params(config: ConfigDict, state: TrainState, params: Any) -> TrainState:

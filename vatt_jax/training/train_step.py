@@ -296,8 +296,11 @@ class GradCache:
             part_rng = _for_examples(rng, examples)
             variables = {'params': params['model'], 'batch_stats': batch_stats}
             part_batch = self.whole.device_stage(part_batch, part_rng)
-            pooled, _ = objective.encode(model, variables, part_batch, part_rng)
-            return pooled
+            encoding = objective.encode(
+                model, variables, params['objective'], objective_state, part_batch, part_rng
+            )
+            # New statistics would be those of a microbatch; `check` refuses towers that have any.
+            return encoding.pooled
 
         # Pass 1: pooled vectors only. Nothing differentiates through this scan, so no activation is
         # kept.
