@@ -22,7 +22,6 @@ from vatt_jax.objectives.synchronisation import (
     Synchronisation,
     draw_kinds,
     draw_partners,
-    same_records,
 )
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
@@ -74,9 +73,8 @@ def test_kinds_depend_on_seed_step_and_position_alone():
 )
 def test_an_easy_negative_is_of_another_record_wherever_there_is_one(records, heard, seed):
     records, heard = np.array(records), np.array(heard)
-    is_same = records[:, None] == records[None]
     rng = Rng.create(seed, 0, np.arange(8))
-    found = draw_partners(jnp.array(is_same), jnp.array(heard), rng)
+    found = draw_partners(jnp.array(records), jnp.array(heard), rng)
     partner, has_partner = jax.device_get(found)
     for i in range(8):
         others = np.flatnonzero((records != records[i]) & heard)
@@ -87,12 +85,11 @@ def test_an_easy_negative_is_of_another_record_wherever_there_is_one(records, he
 
 @pytest.mark.parametrize('num_rows', [2, 3, 32])
 def test_of_different_records_each_sound_is_taken_once(num_rows):
+    records, heard = jnp.arange(num_rows), jnp.ones(num_rows, bool)
     partners = set()
     for seed in range(40):
         rng = Rng.create(seed, 0, np.arange(num_rows))
-        partner, has_partner = draw_partners(
-            jnp.eye(num_rows, dtype=bool), jnp.ones(num_rows, bool), rng
-        )
+        partner, has_partner = draw_partners(records, heard, rng)
         assert has_partner.all()
         np.testing.assert_array_equal(np.sort(partner), np.arange(num_rows))
         partners.add(tuple(np.array(partner).tolist()))
@@ -100,22 +97,14 @@ def test_of_different_records_each_sound_is_taken_once(num_rows):
     assert len(partners) == {2: 1, 3: 2, 32: 40}[num_rows]
 
 
-def test_records_are_told_by_source_and_index():
-    batch = {'index': jnp.array([3, 3, 4, 3]), 'source': jnp.array([0, 1, 0, 0])}
-    expected = np.eye(4, dtype=bool)
-    expected[0, 3] = expected[3, 0] = True
-    np.testing.assert_array_equal(same_records(batch), expected)
-
-
 def test_choices_are_the_same_on_eight_devices():
-    index = np.arange(16) % 11
-    batch = {'index': index, 'source': np.zeros(16, int), 'position': np.arange(100, 116)}
+    batch = {'record': np.arange(16) % 11, 'position': np.arange(100, 116)}
 
     @jax.jit
     def choices(batch):
         rng = Rng.create(3, 120, batch['position'])
-        heard = batch['index'] != 5
-        partners = draw_partners(same_records(batch), heard, rng.at('partners'))
+        heard = batch['record'] != 5
+        partners = draw_partners(batch['record'], heard, rng.at('partners'))
         return *partners, draw_kinds(TWO_STAGES, 120, rng.at('kinds'))
 
     expected = jax.device_get(choices(batch))
@@ -132,7 +121,7 @@ class TestLossOfGivenEmbeddings:
     """The objective on six clips, whose embeddings are given instead of a model's."""
 
     # The second record twice; clip 3 is silent, 4 has no picture, 5 no other moment.
-    batch_fields = {'index': [0, 1, 1, 2, 3, 4], 'source': [0] * 6}
+    records = [0, 1, 1, 2, 3, 4]
     valid = {
         'video': [1, 1, 1, 1, 0, 1],
         'audio': [1, 1, 1, 0, 1, 1],
@@ -150,7 +139,7 @@ class TestLossOfGivenEmbeddings:
         return found
 
     def batch(self):
-        fields = {name: jnp.array(value) for name, value in self.batch_fields.items()}
+        fields = {'record': jnp.array(self.records)}
         for stream, valid in self.valid.items():
             fields[stream] = {'valid': jnp.array(valid, bool), 'data': None}
         return fields
@@ -170,7 +159,8 @@ class TestLossOfGivenEmbeddings:
         kinds = np.array(draw_kinds(c.curriculum, step, rng.at('kinds')))
         batch = self.batch()
         heard = batch['audio']['valid']
-        partner, _ = jax.device_get(draw_partners(same_records(batch), heard, rng.at('partners')))
+        found = draw_partners(batch['record'], heard, rng.at('partners'))
+        partner, _ = jax.device_get(found)
         x = {stream: np.float64(value) for stream, value in self.embeddings().items()}
         if c.normalise:
             x = {s: v / np.linalg.norm(v, axis=1, keepdims=True) for s, v in x.items()}

@@ -138,7 +138,7 @@ class Synchronisation(Objective):
     ) -> tuple[Int[Array, ' B'], Float[Array, 'B E'], Bool[Array, ' B']]:
         """The kind of each clip's negative, its embedding, and whether there is one."""
         audio_valid = valid[self.config.audio]
-        partner, has_partner = draw_partners(same_records(batch), audio_valid, rng.at('partners'))
+        partner, has_partner = draw_partners(batch['record'], audio_valid, rng.at('partners'))
         kind = draw_kinds(self.config.curriculum, state['step'], rng.at('kinds'))
         negative = embeddings[self.config.audio][partner]  # easy
         negative_valid = has_partner
@@ -159,15 +159,8 @@ class Synchronisation(Objective):
         return model_params, params, {'step': jnp.asarray(step + 1, jnp.int32)}
 
 
-def same_records(batch: Mapping[str, Any]) -> Bool[Array, 'B B']:
-    """Which clips of a batch are of one record."""
-    index, source = batch['index'], batch['source']
-    same_index = index[:, None] == index[None]
-    return same_index & (source[:, None] == source[None])
-
-
 def draw_partners(
-    is_same_record: Bool[Array, 'B B'], audio_valid: Bool[Array, ' B'], rng: Rng
+    record: Int[Array, ' B'], audio_valid: Bool[Array, ' B'], rng: Rng
 ) -> tuple[Int[Array, ' B'], Bool[Array, ' B']]:
     """For each clip another one, whose sound is not of its record.
 
@@ -175,7 +168,7 @@ def draw_partners(
     will do. Where all are of different records and have sound, every sound is taken once.
 
     Args:
-      is_same_record: which clips are of one record.
+      record: of which each clip is.
       audio_valid: which clips have sound.
       rng: of the batch; all clips share the draw.
 
@@ -186,7 +179,7 @@ def draw_partners(
     place = rng.permutation(num_rows, per_example=False)
     # How far behind clip i clip j stands: 0 for i itself.
     steps = (place[None] - place[:, None]) % num_rows
-    will_do = ~is_same_record & audio_valid[None]
+    will_do = (record[:, None] != record[None]) & audio_valid[None]  # [B B]
     partner = jnp.argmin(jnp.where(will_do, steps, num_rows), axis=1)
     return partner, will_do.any(axis=1)
 
