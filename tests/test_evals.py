@@ -528,6 +528,16 @@ def test_sync_fields_are_checked(fields, message):
         evals.build('x', ConfigDict({'type': 'sync', **fields}))
 
 
+def test_the_split_of_the_threshold_is_checked():
+    outputs = types.SimpleNamespace(spaces={'va': ('video', 'audio')})
+    data = types.SimpleNamespace(info={}, size=lambda split, by: 10 * (split == 'test'))
+    entry = ConfigDict({'type': 'sync', 'threshold_split': 'validation'})
+    with pytest.raises(
+        ConfigError, match=r"x\.threshold_split='validation': the data have no such"
+    ):
+        evals.build('x', entry).check(data, outputs)
+
+
 # ---- probes
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from vatt_jax.config import ConfigError, choose
+from vatt_jax.config import ConfigError, check_range, choose
 from vatt_jax.evals import statistics
-from vatt_jax.evals.base import Evaluator, FeatureView, Result, check_spaces
+from vatt_jax.evals.base import REMEDY, Evaluator, FeatureView, Result, check_spaces
 from vatt_jax.evals.retrieval import embedding_lengths, embeddings
 
 MEASURES = ('cosine', 'distance')
@@ -42,8 +43,7 @@ class Sync(Evaluator):
         'apart': 0.0,
         # cosine, or distance of embeddings as they are (margin losses)
         'measure': 'cosine',
-        # Split on which the threshold of `binary_accuracy` is chosen. '': none is, as neither of
-        # these numbers then needs a second split.
+        # Split on which the threshold of `binary_accuracy` is chosen. '': without that number.
         'threshold_split': '',
         'space': 'va',
         'baseline': True,
@@ -56,7 +56,14 @@ class Sync(Evaluator):
 
     def check(self, data: Any, outputs: Any) -> None:
         super().check(data, outputs)
-        check_spaces([('video', 'audio', self.config.space)], outputs, self.where)
+        c = self.config
+        check_range(c.apart, 0, math.inf, f'{self.where}.apart')
+        if c.threshold_split and not data.size(c.threshold_split, 'segments'):
+            raise ConfigError(
+                f'{self.where}.threshold_split={c.threshold_split!r}: the data have no such split; '
+                f'{REMEDY}'
+            )
+        check_spaces([('video', 'audio', c.space)], outputs, self.where)
 
     def run(self, view: FeatureView) -> Result:
         match, mismatch = self._scores(view, self.config.split)
