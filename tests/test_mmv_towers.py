@@ -504,7 +504,7 @@ def test_resnet9():
         ('resnet2d_v2_50', 23_494_080, 2048),
         ('r2plus1d', 33_165_639, 512),
         ('r2plus1d_torchvision', 31_300_125, 512),
-        ('r3d', 31_672_128, 2048),
+        ('r3d_50', 31_672_128, 2048),
     ],
 )
 def test_published_sizes(name, size, width, monkeypatch):

@@ -122,6 +122,41 @@ def shifted(start: np.ndarray, seconds: float, duration: np.ndarray, window: flo
     return np.maximum(moved, 0.0)
 
 
+def apart(
+    start: np.ndarray,
+    duration: np.ndarray,
+    window: float,
+    gap: float,
+    step: np.ndarray | float,
+    u: Float[np.ndarray, ' B'],
+) -> Float[np.ndarray, ' B']:
+    """Uniform starts of a second window with at least `gap` seconds between it and the first.
+
+    Over the multiples of `step` that leave it inside its record, before the first and behind it.
+    NaN where there is none.
+
+    Args:
+      start: of the first windows [B], in seconds.
+      duration: of the records [B], in seconds.
+      window: length of both windows, in seconds.
+      gap: least time from the end of one window to the beginning of the other, in seconds.
+      step: seconds between stored frames, [B] or one for all.
+      u: uniform numbers in [0, 1).
+    """
+    # In steps. Windows before the first one begin at 0, 1, ... last_before; those behind it at
+    # first_behind, ... last_behind.
+    last_before = np.floor((start - window - gap) / step + _STEP_TOLERANCE)
+    first_behind = np.ceil((start + window + gap) / step - _STEP_TOLERANCE)
+    last_behind = np.floor((duration - window) / step + _STEP_TOLERANCE)
+    num_before = np.maximum(last_before + 1, 0)
+    num_behind = np.maximum(last_behind - first_behind + 1, 0)
+    num_starts = num_before + num_behind
+    chosen = np.floor(u * num_starts)
+    is_before = chosen < num_before
+    chosen = np.where(is_before, chosen, first_behind + chosen - num_before)
+    return np.where(num_starts > 0, chosen * step, np.nan)
+
+
 def frame_numbers(
     start: np.ndarray, frames: np.ndarray, stored_fps: np.ndarray | float, fps: float, count: int
 ) -> Int32[np.ndarray, 'B T']:

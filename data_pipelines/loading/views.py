@@ -17,15 +17,15 @@ from data_pipelines.loading import frame_windows
 
 # Kind of view -> the fields of its entry, and those it may have besides.
 # clip: a window of its own, anywhere, or at an `interval` from the main one. shift: the main one,
-# moved. reverse: the main one, or that of the suffix `of`, read backwards. window: the `number`-th
-# of `of`, evenly spaced.
+# moved; with `apart` so far that at least so many seconds lie between the two. reverse: the main
+# one, or that of the suffix `of`, read backwards. window: the `number`-th of `of`, evenly spaced.
 KINDS = {
     'clip': {'kind'},
     'shift': {'kind', 'seconds'},
     'reverse': {'kind'},
     'window': {'kind', 'number', 'of'},
 }
-OPTIONAL = {'clip': {'interval'}, 'reverse': {'of'}, 'window': {'crop'}}
+OPTIONAL = {'clip': {'interval'}, 'shift': {'apart'}, 'reverse': {'of'}, 'window': {'crop'}}
 
 # Names of densities of the interval between two windows -> their power (frame_windows.interval).
 INTERVALS = {'uniform': 0.0, 'linear': 1.0}
@@ -80,6 +80,14 @@ class View:
         """
         name_or_power = dict(self.spec).get('interval')
         return INTERVALS.get(name_or_power, name_or_power)
+
+    @property
+    def apart(self) -> float | None:
+        """Least seconds between this window and the main one. None: they may overlap.
+
+        A record may have no such window; then the stream is not valid.
+        """
+        return dict(self.spec).get('apart')
 
 
 def streams(
@@ -179,6 +187,8 @@ def _check(where: str, spec: Mapping[str, Any]) -> None:
         is_number = isinstance(seconds, (int, float)) and math.isfinite(seconds)
         if seconds != 'random' and not is_number:
             raise DataError(f'{where}.seconds is {seconds!r}; give a number or "random"')
+        if 'apart' in spec:
+            _check_apart(where, spec)
     if kind == 'window' and not 0 <= spec['number'] < spec['of']:
         raise DataError(
             f'{where}: number runs from 0 to of - 1; got {spec["number"]} of {spec["of"]}'
@@ -197,6 +207,18 @@ def _check(where: str, spec: Mapping[str, Any]) -> None:
             raise DataError(
                 f'{where}.crop is {crop!r}; give a number from 0 (left, top) to 1 (right, bottom)'
             )
+
+
+def _check_apart(where: str, spec: Mapping[str, Any]) -> None:
+    """Raise DataError for a wrong `apart` of a shift."""
+    apart = spec['apart']
+    if not (isinstance(apart, (int, float)) and 0 <= apart < math.inf):
+        raise DataError(f'{where}.apart is {apart!r}; give the least seconds between the windows')
+    if spec['seconds'] != 'random':
+        # A fixed shift says by itself how far the windows are apart.
+        raise DataError(
+            f'{where}.apart: expected seconds "random" beside it, got {spec["seconds"]!r}'
+        )
 
 
 def _describe_kinds() -> str:
@@ -227,6 +249,7 @@ def starts(
 ) -> dict[str, np.ndarray]:
     """Window starts {suffix: float64 [B]}, in seconds.
 
+    NaN where a record has no such window, as only shifts with `apart` can have it: see `present`.
     Where a view wants an interval from the main window and training leaves both free, the two are
     drawn together (`frame_windows.pair`). In an evaluation the main window is given, and the other
     is anywhere.
@@ -270,7 +293,11 @@ def starts(
     for view in views:
         if view.suffix in result:  # the streams of one suffix share a window
             continue
-        if view.kind == 'clip' or (view.kind == 'shift' and view.seconds == 'random'):
+        if view.apart is not None:
+            start = frame_windows.apart(
+                result[''], duration, window, view.apart, step, draw(f'window.{view.suffix}')
+            )
+        elif view.kind == 'clip' or (view.kind == 'shift' and view.seconds == 'random'):
             # A site of its own: the draw is independent of the main window's.
             start = anywhere(f'window.{view.suffix}')
         elif view.kind == 'shift':
@@ -284,3 +311,14 @@ def starts(
         if view.kind == 'reverse':
             result[view.suffix] = result[view.reversed_suffix]
     return result
+
+
+def present(starts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{suffix: bool [B]}, which of the windows of `starts` there are."""
+    return {suffix: ~np.isnan(start) for suffix, start in starts.items()}
+
+
+def with_substitutes(starts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The starts, where a window is missing that of the main one, which is read in any case."""
+    main = starts['']
+    return {suffix: np.where(np.isnan(start), main, start) for suffix, start in starts.items()}

@@ -50,6 +50,22 @@ def test_batches_keep_the_contract():
     assert data.info['tokenizer']['size'] > batch['text']['data'].max()
 
 
+def test_windows_apart_never_touch():
+    far = {'kind': 'shift', 'seconds': 'random', 'apart': 0.5}
+    views = {'audio.far': far, 'video.far': far}
+    config = synthetic_config(views=tuple(views.items()))
+    batch = stack(data_pipelines.open(config).train(0, 32), 4)
+    assert_contract(batch, config, 128, views, {'class': None})
+    # Synthetic records are long enough for every main window.
+    assert batch['audio.far']['valid'].all()
+    np.testing.assert_array_equal(batch['audio.far']['start'], batch['video.far']['start'])
+    shift = batch['audio.far']['start'] - batch['audio']['start']
+    window = 1.6
+    assert np.abs(shift).min() >= window + 0.5 - 1e-5
+    # Both before and behind.
+    assert 0.2 < (shift > 0).mean() < 0.8
+
+
 def test_same_rows_after_resume_on_other_hosts_and_batch_sizes():
     data = data_pipelines.open(synthetic_config(synthetic_size=40))
     whole = stack(data.train(0, 12), 5)
@@ -171,6 +187,15 @@ def test_npz_round_trip(tmp_path):
         ({'synthetic_size': 0}, 'at least 1'),
         ({'views': (('depth.x', {'kind': 'clip'}),)}, 'modality'),
         ({'views': (('video.x', {'kind': 'zoom'}),)}, 'clip'),
+        (
+            {'views': (('audio.x', {'kind': 'shift', 'seconds': 1.0, 'apart': 0.5}),)},
+            r'\.apart: expected seconds "random" beside it, got 1.0',
+        ),
+        (
+            {'views': (('audio.x', {'kind': 'shift', 'seconds': 'random', 'apart': -1}),)},
+            r'\.apart is -1; give the least seconds between the windows',
+        ),
+        ({'views': (('audio.x', {'kind': 'clip', 'apart': 1.0}),)}, r'seconds, apart \(optional\)'),
         (
             {'views': (('video.x', {'kind': 'clip'}), ('audio.x', {'kind': 'reverse'}))},
             'share one window',

@@ -19,7 +19,8 @@ from vatt_jax.evals.cluster_sizes import ClusterSizes
 from vatt_jax.evals.clustering import Clustering
 from vatt_jax.evals.linear_probe import LinearProbe, SimpleProbe
 from vatt_jax.evals.neighbours import Neighbours
-from vatt_jax.evals.retrieval import Retrieval, Sync
+from vatt_jax.evals.retrieval import Retrieval
+from vatt_jax.evals.synchrony import Sync
 from vatt_jax.evals.zero_shot import ZeroShot
 from vatt_jax.run_folder import writing
 

@@ -177,6 +177,8 @@ GRAPHS = {
     # Views of one modality. SimCLR: one hidden layer; CVRL's released code: three.
     'simclr': projections(hidden_layers=1),
     'cvrl': projections(hidden_layers=3),
+    # One linear layer from each of video and audio (AVTS: its networks end in one).
+    'linear': Graph({'video': linear('video_va', 'va'), 'audio': linear('audio_va', 'va')}),
     # Encoders alone (fine-tuning).
     'none': Graph({}),
 }

@@ -54,7 +54,12 @@ TOWERS: dict[str, dict[str, Any]] = {
     'r2plus1d': {'name': 'r2plus1d', 'mid': 'conv'},  # 33.166: XDC, MMV's table
     # 31.300: torchvision, GDT, SeLaVi
     'r2plus1d_torchvision': {'name': 'r2plus1d', 'mid': 'block'},
-    'r3d': {'name': 'r3d'},  # 31.672: CVRL
+    'r3d_50': {'name': 'r3d'},  # 31.672: CVRL
+    # AVTS. MC3 with a classifier of 400 classes: torchvision's 11,695,440.
+    'mc2': {'name': 'mixed_convolutions', 'first_2d': 2},  # 11.195
+    'mc3': {'name': 'mixed_convolutions', 'first_2d': 3},  # 11.490
+    'r3d_18': {'name': 'mixed_convolutions', 'first_2d': 6},  # 33.166
+    'vggish': {'name': 'vggish'},  # 72.141 on 96 frames of 64 bands, as released
     'resnet2d_v2_18': {'name': 'resnet2d_v2', 'depth': 18},
     'resnet2d_v2_34': {'name': 'resnet2d_v2', 'depth': 34},
     'resnet2d_v2_50': {'name': 'resnet2d_v2', 'depth': 50},  # 23.494

@@ -12,6 +12,7 @@ from vatt_jax.objectives.gdt import GDT
 from vatt_jax.objectives.kmeans_labels import KMeansLabels
 from vatt_jax.objectives.online_codes import OnlineCodes
 from vatt_jax.objectives.self_labelling import SelfLabelling
+from vatt_jax.objectives.synchronisation import Synchronisation
 
 # The key is the value of config.objective.name.
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -19,6 +20,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'kmeans_labels': KMeansLabels,
     'self_labelling': SelfLabelling,
     'online_codes': OnlineCodes,
+    'synchronisation': Synchronisation,
     'classification': Classification,
     'gdt': GDT,
 }
