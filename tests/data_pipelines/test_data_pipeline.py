@@ -383,6 +383,8 @@ def test_windows_at_an_interval(config):
     check_clocks(batch, '.second')
     assert (batch['video.second']['start'] != batch['video']['start']).mean() > 0.5
     assert_equal(concatenate(of_hosts), batch)
+
+
 def test_a_record_without_a_window_far_enough_has_an_empty_stream(config):
     far = {'kind': 'shift', 'seconds': 'random', 'apart': 0.3}
     views = {'audio.far': far, 'video.far': far, 'text.far': far}
