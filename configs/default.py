@@ -81,6 +81,9 @@ def get_config(arg: str = '') -> ConfigDict:
     # ---- evaluation
     # Steps between evaluations during training. 0: only at the end.
     c.eval_every = 0
+    # Which model: student (the one that is trained) | teacher (its momentum copy, of objectives
+    # that keep one).
+    c.evaluated = 'student'
     # name -> {type: entry of vatt_jax.evals.EVALUATORS, ... its own fields}
     c.evals = ConfigDict()
     # After training: evaluate the random initialisation too, and write the report.

@@ -927,9 +927,61 @@ def test_neighbours_are_those_of_the_mean_of_unit_features():
     chex.assert_trees_all_equal(pooled.scalars, result.scalars)
 
 
+def test_neighbours_of_centred_means_are_cosines_of_two_streams():
+    """CoCLR's retrieval by loops over pairs in float64, of one stream and of two.
+
+    Each split is centred by its own mean; clips that lack a stream or a class are left out. The
+    gallery lies apart from the queries, which centring undoes.
+    """
+    rng = np.random.default_rng(1)
+    parts, means, kept = {}, {}, {}
+    for split, count, offset in (('test', 30, 0.0), ('train', 50, 7.0)):
+        y = rng.integers(-1, 4, count)
+        has_sound = rng.uniform(size=count) < 0.8
+        windows = {}
+        for stream in ('video', 'audio'):
+            windows[stream] = [offset + x for x in neighbour_windows(rng, y).values()]
+        for w in range(2):
+            part = labelled(windows['video'][w], y)
+            part['pooled']['audio'] = windows['audio'][w]
+            part['valid']['audio'] = has_sound
+            parts[split, w, None] = part
+        kept[split] = y, has_sound
+        means[split] = {name: np.mean(x, 0, dtype=np.float64) for name, x in windows.items()}
+
+    for beside in ((), ('audio',)):
+        features, classes = {}, {}
+        for split, (y, has_sound) in kept.items():
+            is_used = (y >= 0) & (has_sound if beside else True)
+            classes[split] = y[is_used]
+            features[split] = []
+            for stream in ('video', *beside):
+                x = means[split][stream][is_used]
+                features[split].append(unit(x - x.mean(0)))
+        hits = []
+        for i, query_class in enumerate(classes['test']):
+            cosines = np.zeros(len(classes['train']))
+            for queries, gallery in zip(features['test'], features['train'], strict=True):
+                cosines += gallery @ queries[i] / len(features['test'])
+            nearest = np.argsort(-cosines, kind='stable')[:3]
+            hits.append(query_class in classes['train'][nearest])
+        fields = {'windows': 2, 'of': 'pooled', 'unit': 'mean', 'centre': True, 'first': (1, 3, 10)}
+        view = KnownFeatures(parts)
+        result = run_evaluator(view, 'n', type='neighbours', beside=beside, **fields)
+        assert result.scalars['R@3'] == pytest.approx(np.mean(hits))
+        assert result.artifacts['queries'] == len(hits)
+        # Without centring the two splits would not lie over one another.
+        apart = run_evaluator(
+            view, 'n', type='neighbours', beside=beside, **{**fields, 'centre': False}
+        )
+        assert apart.scalars != result.scalars
+
+
 @pytest.mark.parametrize(
     'fields, message',
     [
+        ({'unit': 'clips'}, 'unit=.clips.: choose one of windows, mean'),
+        ({'beside': ('flow',)}, "stream 'flow' is not among video"),
         ({'first': (1, 60)}, 'the gallery has 50 clips, fewer than the 60 neighbours'),
         ({'first': ()}, 'first: expected numbers of neighbours'),
         ({'stream': 'flow'}, "stream 'flow' is not among video"),

@@ -76,21 +76,38 @@ def linear(name: str, space: str) -> Path:
     return (('dense_bias', name, space), ('emit', space))
 
 
-def projection(modality: str, hidden_layers: int) -> Path:
-    """SimCLR's head: hidden layers of one width, and a last one without norm.
+def projection(modality: str, space: str, hidden_layers: int, norm: bool) -> Path:
+    """A head of views of one modality: hidden layers of one width, and a last one without norm.
 
-    The space holds views of one modality and has its name.
+    Args:
+        modality: whose embeddings are projected.
+        space: that holds them.
+        hidden_layers: their number.
+        norm: whether each has a batch norm.
     """
     steps: list[Step] = []
     for number in range(hidden_layers):
         name = f'{modality}_hidden_{number}'
-        steps += [('dense_bias', name, 'hidden'), ('bn', f'{name}_norm'), ('relu',)]
-    return (*steps, *linear(modality, modality))
+        steps.append(('dense_bias', name, 'hidden'))
+        if norm:
+            steps.append(('bn', f'{name}_norm'))
+        steps.append(('relu',))
+    return (*steps, *linear(f'{modality}_projection', space))
 
 
 def projections(hidden_layers: int) -> Graph:
-    """A space for the views of each modality by itself."""
-    paths = {modality: projection(modality, hidden_layers) for modality in ('video', 'audio')}
+    """SimCLR's heads: a space for the views of each modality, which has its name."""
+    paths = {}
+    for modality in ('video', 'audio'):
+        paths[modality] = projection(modality, modality, hidden_layers, norm=True)
+    return Graph(paths, hidden=('hidden',))
+
+
+def plain_projections(modalities: tuple[str, ...]) -> Graph:
+    """MoCo v2's and CoCLR's heads: a hidden layer without norm, one space for each its own."""
+    paths = {}
+    for modality in modalities:
+        paths[modality] = projection(modality, 'projection', hidden_layers=1, norm=False)
     return Graph(paths, hidden=('hidden',))
 
 
@@ -177,6 +194,8 @@ GRAPHS = {
     # Views of one modality. SimCLR: one hidden layer; CVRL's released code: three.
     'simclr': projections(hidden_layers=1),
     'cvrl': projections(hidden_layers=3),
+    # A projection of each modality by itself (CoCLR).
+    'projection': plain_projections(('video', 'flow', 'audio', 'text')),
     # One linear layer from each of video and audio (AVTS: its networks end in one).
     'linear': Graph({'video': linear('video_va', 'va'), 'audio': linear('audio_va', 'va')}),
     # Encoders alone (fine-tuning).

@@ -7,6 +7,7 @@ from typing import Any
 from vatt_jax.config import choose
 from vatt_jax.objectives.base import Encoding, Loss, Objective, RefreshResult, Spec, TrainingRecords
 from vatt_jax.objectives.classification import Classification
+from vatt_jax.objectives.coclr import CoCLR
 from vatt_jax.objectives.contrastive import Contrastive
 from vatt_jax.objectives.gdt import GDT
 from vatt_jax.objectives.kmeans_labels import KMeansLabels
@@ -21,6 +22,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'self_labelling': SelfLabelling,
     'online_codes': OnlineCodes,
     'synchronisation': Synchronisation,
+    'coclr': CoCLR,
     'classification': Classification,
     'gdt': GDT,
 }

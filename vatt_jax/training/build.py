@@ -22,7 +22,13 @@ from vatt_jax.models import attention
 from vatt_jax.objectives.base import Objective, select_streams, stream_names
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
-from vatt_jax.training import starting_values, trackers, train_state, train_step
+from vatt_jax.training import (
+    frozen_models,
+    starting_values,
+    trackers,
+    train_state,
+    train_step,
+)
 
 
 @dataclasses.dataclass
@@ -93,10 +99,17 @@ def _evaluated_outputs(built: Built) -> Any:
 
 
 def resolve(config: ConfigDict, data: Any) -> None:
-    """Fills in place what only the data know: the vocabulary size of towers whose `vocab` is 0."""
+    """Fills in place what only the data and other runs know.
+
+    These are the vocabulary size of towers whose `vocab` is 0, and what frozen models are.
+
+    Raises:
+        ConfigError: the run of a frozen model cannot be read, or has other inputs.
+    """
     for tower in config.model.towers.values():
         if tower.get('vocab', 1) == 0:
             tower.vocab = data.info['tokenizer']['size']
+    frozen_models.resolve(config, data.info)
 
 
 def mesh_of(config: ConfigDict) -> Any:
@@ -136,12 +149,13 @@ def check(config: ConfigDict) -> dict[str, Any]:
     starting_values.check_fields(config.init_trees, config.init_rename, config.init_skip)
     model = models.build(config.model, config.compute_dtype)
     objective = objectives.build(config.objective)
+    train_state.check_evaluated(config.evaluated, objective)
     optim.check(config.optimizer, config.steps)
     streams = objective.streams() or tuple(config.model.towers)
     # Only traced for its shapes, so any number of rows will do; neither the number of records nor
     # the labels matter to what is checked here.
     batch = preprocess.abstract(config.model.inputs, streams, 2, config.compute_dtype)
-    spec = train_state.abstract(model, batch, 0, {})
+    spec = train_state.abstract(model, batch, 0, {}, objective.frozen_streams())
     train_step.check(config, model, objective, spec.batch_stats)
     assert spec.init is not None
     _, variables = jax.eval_shape(spec.init, jax.eval_shape(lambda: jax.random.key(0)), batch)
@@ -181,6 +195,8 @@ def assemble(config: ConfigDict, data: Any, mesh: Any) -> Built:
     resolve(config, data)
     model = models.build(config.model, config.compute_dtype)
     objective = objectives.build(config.objective)
+    train_state.check_evaluated(config.evaluated, objective)
+    objective.frozen = frozen_models.build(config, objective)
 
     example = _first_batch(data, objective)
     batch = _with_rows(example, config.batch_size)
@@ -202,7 +218,9 @@ def assemble(config: ConfigDict, data: Any, mesh: Any) -> Built:
 
     # Objectives with labels size their classifiers by the number of classes.
     labels = {name: len(classes) for name, classes in data.info.get('labels', {}).items()}
-    spec = train_state.abstract(model, inputs, data.size('train'), labels)
+    spec = train_state.abstract(
+        model, inputs, data.size('train'), labels, objective.frozen_streams()
+    )
     train_step.check(config, model, objective, spec.batch_stats)
     init, shape, shardings, tx = train_state.create(config, model, objective, spec, mesh)
     # The old state's memory is the new one's: two of them would not fit beside the activations.

@@ -66,8 +66,7 @@ def evaluate(
         results = evals.load(folder)
         return _report(results, folder, step, writer, progress)
 
-    # Averaged parameters where the run keeps an average, the trained ones otherwise.
-    variables = train_state.evaluation_variables(state)
+    variables = train_state.evaluation_variables(state, built.objective, config.evaluated)
     if built.encoder is None:
         built.encoder = feature_extractor.FeatureExtractor(
             config, variables, built.mesh, built.objective
