@@ -27,7 +27,7 @@ class Graph:
 
     A step is one of
 
-        ('dense' | 'dense_bias', name, space whose width it has)
+        ('dense' | 'dense_bias', name, space or entry of `widths` whose width it has)
         ('bn', name)
         ('relu',)
         ('emit', space)   the value so far is the modality's embedding in that space
@@ -40,11 +40,13 @@ class Graph:
         paths: modality -> its steps in order, from the pooled vector of its tower.
         norm: of all batch norms, an entry of layers.NORMS.
         init: of all dense kernels, an entry of layers.INITS.
+        widths: fields of `config.model.head` that are widths of hidden layers, not of spaces.
     """
 
     paths: Mapping[str, Path]
     norm: str = 'plain'
     init: str = 'glorot'
+    widths: tuple[str, ...] = ()
 
     def spaces(self) -> list[str]:
         """Names of the graph's spaces, each once, in the order of the paths."""
@@ -72,6 +74,18 @@ def mlp(name: str, space: str) -> Path:
 def linear(name: str, space: str) -> Path:
     """One dense layer into a space."""
     return (('dense_bias', name, space), ('emit', space))
+
+
+def perceptron(name: str, space: str) -> Path:
+    """AVID's head: two hidden layers and a last one, ReLU between, no norms."""
+    return (
+        ('dense_bias', f'{name}_hidden_1', 'hidden'),
+        ('relu',),
+        ('dense_bias', f'{name}_hidden_2', 'hidden'),
+        ('relu',),
+        ('dense_bias', name, space),
+        ('emit', space),
+    )
 
 
 def joint(modality: str) -> Path:
@@ -154,6 +168,12 @@ GRAPHS = {
     'mmv_fac': fine_and_coarse(()),
     'mmv_fac_relu': fine_and_coarse((('relu',),)),
     'mmv_fac_bnrelu': fine_and_coarse((('bn', 'va_norm'), ('relu',))),
+    # AVID's: one space, a head for each modality.
+    'avid': Graph(
+        {'video': perceptron('video_va', 'va'), 'audio': perceptron('audio_va', 'va')},
+        init='torch',
+        widths=('hidden',),
+    ),
     # Encoders alone (fine-tuning).
     'none': Graph({}),
 }
@@ -164,7 +184,7 @@ class CommonSpaces(nn.Module):
 
     Attributes:
         config: {'name': entry of GRAPHS, <space>: width, …}. A space without a width is left out,
-            with all that leads to it alone.
+            with all that leads to it alone. Graphs with hidden layers have their widths too.
     """
 
     config: Mapping[str, Any]
@@ -289,13 +309,14 @@ def _check_widths(graph: Graph, config: Mapping[str, Any]) -> None:
     if not known:
         # Without spaces, widths left over from another graph mean nothing.
         return
+    fields = (*known, *graph.widths)
     for field, width in config.items():
         if field == 'name':
             continue
-        if field not in known or not isinstance(width, int) or not 1 <= width <= LARGEST_COUNT:
+        if field not in fields or not isinstance(width, int) or not 1 <= width <= LARGEST_COUNT:
             raise ConfigError(
                 f'config.model.head.{field}={width!r}: the graph {config["name"]!r} has the spaces '
-                f'{", ".join(known)}; give those that you need a positive width'
+                f'{", ".join(fields)}; give those that you need a positive width'
             )
     if not any(space in config for space in known):
         raise ConfigError(
