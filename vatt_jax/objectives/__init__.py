@@ -8,6 +8,7 @@ from vatt_jax.config import choose
 from vatt_jax.objectives.base import Encoding, Loss, Objective, RefreshResult, Spec, TrainingRecords
 from vatt_jax.objectives.classification import Classification
 from vatt_jax.objectives.contrastive import Contrastive
+from vatt_jax.objectives.instance_memory import InstanceMemory
 from vatt_jax.objectives.kmeans_labels import KMeansLabels
 from vatt_jax.objectives.online_codes import OnlineCodes
 from vatt_jax.objectives.self_labelling import SelfLabelling
@@ -19,6 +20,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'self_labelling': SelfLabelling,
     'online_codes': OnlineCodes,
     'classification': Classification,
+    'instance_memory': InstanceMemory,
 }
 
 __all__ = [

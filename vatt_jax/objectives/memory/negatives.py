@@ -10,7 +10,7 @@ from vatt_jax.rng import Rng
 
 
 def draw(
-    rng: Rng, num_records: int, count: int, excluded: Int[Array, 'B X']
+    rng: Rng, num_records: int | Int[Array, ''], count: int, excluded: Int[Array, 'B X']
 ) -> Int[Array, 'B {count}']:
     """Draw records for each clip, uniformly from those that are not excluded, with replacement.
 
@@ -19,7 +19,7 @@ def draw(
 
     Args:
       rng: random bits of the clips.
-      num_records: records M of the training set, at most 2^31; more than X.
+      num_records: records M of the training set, more than X, fewer than 2^31.
       count: draws K for each clip.
       excluded: for each clip the records that it must not get. Repetitions, and what is no record
         (-1), are of no effect.
@@ -27,25 +27,32 @@ def draw(
     Returns:
       int32 [B K].
     """
-    if not excluded.shape[1] < num_records <= 1 << 31:
-        raise ValueError(
-            f'num_records: expected more than the {excluded.shape[1]} that are excluded and at '
-            f'most 2^31, got {num_records}'
-        )
+    num_records = jnp.asarray(num_records).astype(jnp.uint32)
     ordered, num_excluded = _distinct(excluded, num_records)
-    # The rank of a record is the number of records before it that are not excluded.
-    num_ranks = jnp.uint32(num_records) - num_excluded  # [B]
+    num_ranks = num_records - num_excluded  # [B]
     bits = rng.bits((count, 2))
     rank = scale(bits[..., 0], bits[..., 1], num_ranks[:, None])  # [B K]
-    # j excluded ones lie before ordered[j]: it comes before the record of a rank r exactly if
-    # ordered[j] - j <= r.
-    first_rank = ordered - jnp.arange(ordered.shape[1], dtype=jnp.uint32)  # [B X]
+    return record_of_rank(rank, ordered).astype(jnp.int32)
+
+
+def record_of_rank(
+    rank: UInt32[Array, 'B K'], excluded: UInt32[Array, 'B X']
+) -> UInt32[Array, 'B K']:
+    """The record that as many records that are not excluded come before.
+
+    Args:
+      rank: numbers of records that come before.
+      excluded: in rising order, each once; the last ones may be beyond all records.
+    """
+    # j excluded ones come before excluded[j]. It comes before the record of a rank r exactly if
+    # excluded[j] - j <= r.
+    first_rank = excluded - jnp.arange(excluded.shape[1], dtype=jnp.uint32)  # [B X]
     num_before = jnp.sum(first_rank[:, None, :] <= rank[:, :, None], -1)  # [B K]
-    return (rank + num_before.astype(jnp.uint32)).astype(jnp.int32)
+    return rank + num_before.astype(jnp.uint32)
 
 
 def _distinct(
-    excluded: Int[Array, 'B X'], num_records: int
+    excluded: Int[Array, 'B X'], num_records: UInt32[Array, '']
 ) -> tuple[UInt32[Array, 'B X'], UInt32[Array, ' B']]:
     """(the excluded records in order, each once, then numbers beyond all ranks; their number)."""
     # Negative numbers become large ones.
@@ -74,7 +81,7 @@ def scale(
 
 
 def _high_product(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The upper 32 bits of the product of two uint32, of which JAX has no 64-bit form by default."""
+    """The upper 32 bits of the product of two uint32; 64-bit integers are off in JAX by default."""
     x_high, x_low = x >> 16, x & 0xFFFF
     y_high, y_low = y >> 16, y & 0xFFFF
     # x · y = x_high y_high 2^32 + (x_high y_low + x_low y_high) 2^16 + x_low y_low, in steps that

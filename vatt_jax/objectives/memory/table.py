@@ -70,7 +70,7 @@ def scores(
       queries: of the batch.
       rows: row numbers; the score of one that is outside of the table is 0.
     """
-    axes = _data_axes(table)
+    axes = data_axes(table)
     score = _on_devices(functools.partial(_scores_here, axes), axes, num_inputs=3)
     return score(jax.lax.stop_gradient(table), queries, rows)
 
@@ -102,7 +102,7 @@ def write(
       valid: clips that count.
       momentum: share of the old vector.
     """
-    axes = _data_axes(table)
+    axes = data_axes(table)
     write_here = functools.partial(_write_here, axes, momentum)
     return _on_devices(write_here, axes, num_inputs=4)(table, records, vectors, valid)
 
@@ -110,7 +110,7 @@ def write(
 # ---- Where rows lie.
 
 
-def _data_axes(table: Table) -> tuple[str, ...]:
+def data_axes(table: Table) -> tuple[str, ...]:
     """The mesh axes that rows are spread over; () on one device.
 
     Raises:
