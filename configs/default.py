@@ -45,14 +45,24 @@ def get_config(arg: str = '') -> ConfigDict:
 
     # ---- start
     # Start from this run folder or checkpoint, when the run has no checkpoint of its own.
+    # 'phase:NAME': from an earlier phase.
     c.init_from = ''
-    # ((regex, replacement), ...): our parameter path -> its path in init_from.
+    # What is taken from there: model (parameters and batch statistics), objective (its
+    # parameters), state (what it remembers: memories, queues, normalisers).
+    c.init_trees = ('model',)
+    # ((regex, replacement), ...): our path -> its path in init_from. Paths of the objective's trees
+    # begin with objective/ and state/.
     c.init_rename = ()
-    # Parameter paths (regex) to leave at their initial values.
+    # Such paths (regex) to leave at their initial values.
     c.init_skip = ()
     # File of word vectors (word2vec, text or binary) for the word table of a run that starts from
     # scratch. '': random ones.
     c.init_words = ''
+
+    # ---- phases (docs/phases.md)
+    # ((name, {field: value}), ...): trainings one after the other in one run folder, each with
+    # these fields changed. (): one training.
+    c.phases = ()
 
     # ---- files on object stores (docs/object_stores.md)
     c.object_store = object_store()

@@ -17,6 +17,8 @@ FLOORS = (
         'vatt_jax.config',
         'vatt_jax.named_configs',
         'vatt_jax.run_folder',
+        'vatt_jax.phase_folders',
+        'vatt_jax.phases',
         'vatt_jax.object_store',
         'vatt_jax.extras',
         'vatt_jax.terminal',

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from vatt_jax import named_configs
+from vatt_jax import named_configs, phase_folders
 from vatt_jax.run_folder import RunFolder
 
 Value = TypeVar('Value')  # of a field that is one of several
@@ -265,29 +265,76 @@ def override(config: ConfigDict, assignments: Iterable[tuple[str, str]]) -> None
     """
     for given_path, text in assignments:
         path = _current_path(given_path)
-        group, field = _find_field(config, path, text)
+        group, field = _find_field(config, path, f'--config.{path}={text}')
         if isinstance(group[field], ConfigDict):
             group[field] = _parse_group(path, text, group[field])
         else:
             group[field] = parse(text, group[field], f'config.{path}')
 
 
-def _find_field(config: ConfigDict, path: str, text: str) -> tuple[ConfigDict, str]:
-    """Return the group that holds the field at a dotted path, and the field's own name."""
+def assign(config: ConfigDict, path: str, value: Any, where: str) -> None:
+    """Set a field in place, keeping its type, or those fields of a group that `value` holds.
+
+    A group whose entries are named freely (OPEN) is replaced as a whole, and a field that it lacks
+    is added to it.
+
+    Args:
+        config: The config to change.
+        path: Dotted path of the field or group.
+        value: Of the field; a mapping for a group.
+        where: What messages begin with.
+
+    Raises:
+        ConfigError: There is no such field, or the value is not of its type.
+    """
+    group, field = _find_field(config, path, where, adds=_is_open(path.rpartition('.')[0]))
+    is_group = isinstance(group.get(field), ConfigDict)
+    is_mapping = isinstance(value, (Mapping, ConfigDict))
+    if is_group and not is_mapping:
+        raise ConfigError(
+            f'{where}: {path} is a group of fields ({", ".join(group[field])}), expected a '
+            f'dictionary of them, got {value!r}'
+        )
+    if is_group and not _is_open(path):
+        for key, entry in value.items():
+            assign(config, f'{path}.{key}', entry, where)
+    elif is_mapping:
+        group[field] = ConfigDict(_with_tuples(value))
+    elif field in group:
+        group[field] = _typed(value, group[field], f'{where}: {path}')
+    else:
+        group[field] = _with_tuples(value)
+
+
+def _is_open(path: str) -> bool:
+    """Return whether a group is one of OPEN, or inside one."""
+    return any(path == group or path.startswith(f'{group}.') for group in OPEN)
+
+
+def _find_field(
+    config: ConfigDict, path: str, where: str, adds: bool = False
+) -> tuple[ConfigDict, str]:
+    """Return the group that holds the field at a dotted path, and the field's own name.
+
+    Args:
+        config: The whole config.
+        path: The dotted path.
+        where: What messages begin with.
+        adds: Whether the group may lack the field.
+    """
     keys = path.split('.')
     node: Any = config
     for depth, key in enumerate(keys):
         if not isinstance(node, ConfigDict):
             parent = '.'.join(keys[:depth])
-            raise ConfigError(f'--config.{path}={text}: {parent} is a value, not a group')
-        if key not in node:
+            raise ConfigError(f'{where}: {parent} is a value, not a group')
+        is_last = depth == len(keys) - 1
+        if key not in node and not (adds and is_last):
             parent = '.'.join(['config', *keys[:depth]])
-            raise ConfigError(
-                f'--config.{path}={text}: {parent} has no field {key!r}; {_suggestion(key, node)}'
-            )
+            raise ConfigError(f'{where}: {parent} has no field {key!r}; {_suggestion(key, node)}')
         # The last group on the way, kept for the assignment: ConfigDict has no parent links.
         group = node
-        node = node[key]
+        node = node.get(key)
     return group, keys[-1]
 
 
@@ -710,7 +757,8 @@ def stored(workdir: str | pathlib.Path) -> ConfigDict | None:
             '--workdir'
         ) from error
     try:
-        return from_json(file.read_text())
+        # A phase names earlier ones, wherever the run lies now.
+        return phase_folders.with_folders(from_json(file.read_text()), file.parent)
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f'{file} cannot be read ({type(error).__name__}: {error}); move it elsewhere and '
@@ -744,7 +792,7 @@ def _with_tuples(value: Any) -> Any:
     """Return the value with tuples for lists, however deep inside."""
     if isinstance(value, (list, tuple)):
         return tuple(_with_tuples(item) for item in value)
-    if isinstance(value, dict):
+    if isinstance(value, (dict, ConfigDict)):
         return {key: _with_tuples(item) for key, item in value.items()}
     return value
 

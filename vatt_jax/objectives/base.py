@@ -179,6 +179,16 @@ class Objective:
         """
         return state
 
+    def frozen_models(self) -> dict[str, str]:
+        """Models of other runs that the state holds: its entry -> a run folder.
+
+        `init` makes the entry, {'params', 'batch_stats'} of that run's model, whose config is
+        `config.stored(folder).model`; as the run begins, after `begin`, it gets that run's values.
+        The folder may be that of a phase which has yet to begin, so that it may be read in `init`
+        and not before.
+        """
+        return {}
+
     def mix_examples(self, batch: Mapping[str, Any], rng: Rng) -> dict[str, Any]:
         """The batch as the towers see it, where clips are mixed before them (mixup)."""
         return dict(batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ from vatt_jax.models import attention
 from vatt_jax.objectives.base import Objective, select_streams
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
-from vatt_jax.training import trackers, train_state, train_step
+from vatt_jax.training import starting_values, trackers, train_state, train_step
 
 
 @dataclasses.dataclass
@@ -103,8 +104,12 @@ def mesh_of(config: ConfigDict) -> Any:
     return sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape)))
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict) -> dict[str, Any]:
     """Checks all of a config that does not depend on the data, before minutes go into making them.
+
+    Returns:
+        The model's variables, abstract: {'params', 'batch_stats'}. Where the data say how many
+        words there are, word tables have two rows.
 
     Raises:
         ConfigError: something is wrong whatever the data say.
@@ -115,6 +120,7 @@ def check(config: ConfigDict) -> None:
         if tower.get('vocab', 1) == 0:
             tower.vocab = 2  # any size will do: nothing is computed
     mesh_of(config)
+    starting_values.check_fields(config.init_trees, config.init_rename, config.init_skip)
     model = models.build(config.model, config.compute_dtype)
     objective = objectives.build(config.objective)
     optim.check(config.optimizer, config.steps)
@@ -124,6 +130,9 @@ def check(config: ConfigDict) -> None:
     batch = preprocess.abstract(config.model.inputs, streams, 2, config.compute_dtype)
     spec = train_state.abstract(model, batch, 0, {})
     train_step.check(config, model, objective, spec.batch_stats)
+    assert spec.init is not None
+    _, variables = jax.eval_shape(spec.init, jax.eval_shape(lambda: jax.random.key(0)), batch)
+    return {'batch_stats': {}, **nn.meta.unbox(variables)}
 
 
 def check_compiler_options(config: ConfigDict) -> None:
