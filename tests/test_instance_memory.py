@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 import data_pipelines
@@ -17,6 +18,8 @@ from vatt_jax.config import ConfigError
 from vatt_jax.losses.noise_contrastive import noise_contrastive
 from vatt_jax.objectives.base import Spec, TrainingRecords
 from vatt_jax.objectives.memory import negatives
+from vatt_jax.parallel import sharding
+from vatt_jax.planning import memory as planned_memory
 from vatt_jax.rng import Rng
 from vatt_jax.training import loop
 
@@ -429,3 +432,14 @@ def test_microbatches_write_all_clips(whole, tmp_path, accumulation):
     for view, rows in memory.items():
         moved = np.abs(np.asarray(rows) - np.asarray(start[view])).max(-1)
         assert (moved[:40] > 1e-3).all()
+
+
+def test_a_plan_counts_the_memories_of_one_device():
+    """Two million records on 64 devices: a 64th of both tables, and three numbers."""
+    config = tiny.get_config('memory')
+    config.batch_size, config.data.synthetic_size = 128, 2_000_000
+    mesh = AbstractMesh((16, 4, 1, 1), sharding.MESH_AXES)
+    built = loop.assemble(config, data_pipelines.open(config), mesh)
+    found = planned_memory.shares(built.shape.objective, built.shardings.objective)
+    # 652 times 3072 rows of 8 numbers of 4 bytes, of video and of audio; M, log Z, whether it is.
+    assert found == 2 * (652 * 3072) * 8 * 4 / 64 + 4 + 4 + 1
