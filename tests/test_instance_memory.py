@@ -443,3 +443,16 @@ def test_a_plan_counts_the_memories_of_one_device():
     found = planned_memory.shares(built.shape.objective, built.shardings.objective)
     # 652 times 3072 rows of 8 numbers of 4 bytes, of video and of audio; M, log Z, whether it is.
     assert found == 2 * (652 * 3072) * 8 * 4 / 64 + 4 + 4 + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('accumulate', [1, 4])
+def test_a_step_copies_no_memory(accumulate):
+    """Of two tables of 64 MB the compiled step makes no copy, guard and microbatches included."""
+    config = tiny.get_config('memory')
+    config.accumulate, config.data.synthetic_size = accumulate, 2_000_000
+    built = loop.build(config, data_pipelines.open(config))
+    with jax.set_mesh(built.mesh):
+        compiled = built.step.lower(built.shape, built.batch).compile()
+    one_table = 652 * 3072 * 8 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < one_table / 2
