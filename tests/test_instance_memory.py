@@ -292,26 +292,31 @@ def test_a_step_that_is_not_finite_writes_nothing():
     chex.assert_trees_all_equal(written['memory'], state['memory'])
 
 
+def neighbours_of_all_pairs(memory, num_records, count):
+    """int [M count], from all cosines in float64."""
+    rows = [np.float64(memory[view][:num_records]) for view in ('video', 'audio')]
+    least = np.minimum(*(x @ x.T for x in rows))
+    np.fill_diagonal(least, -np.inf)
+    return np.argsort(-least, 1, kind='stable')[:, :count]
+
+
 def test_refresh_finds_the_records_that_agree():
     objective, state = make(positives=4, positive_negatives=4)
     records = TrainingRecords(RECORDS, {}, encode=lambda *_: {})
     refreshed = objective.refresh({}, {}, state, 0, records)
-    cosines = [
-        np.float64(rows[:RECORDS]) @ np.float64(rows[:RECORDS]).T
-        for rows in (state['memory']['video'], state['memory']['audio'])
-    ]
-    least = np.minimum(*cosines)
-    np.fill_diagonal(least, -np.inf)
-    expected = np.argsort(-least, 1, kind='stable')[:, :4]
+    expected = neighbours_of_all_pairs(state['memory'], RECORDS, 4)
     np.testing.assert_array_equal(refreshed.columns['positives'], expected)
-    best = np.take_along_axis(least, expected, 1)
-    assert refreshed.metrics['agreement'] == pytest.approx(best.mean(), abs=1e-6)
-    assert [step for step in range(0, 30_000, 5000) if objective.refresh_due(step, 40_000)] == [
-        0,
-        10_000,
-        20_000,
-    ]
-    assert not make()[0].refresh_due(0, 40_000)  # AVID has none
+    memory = {view: np.float64(rows) for view, rows in state['memory'].items()}
+    cosines = [np.einsum('me,mpe->mp', rows[:RECORDS], rows[expected]) for rows in memory.values()]
+    agreement = np.minimum(*cosines)
+    assert refreshed.metrics['agreement'] == pytest.approx(agreement.mean(), abs=1e-6)
+    assert refreshed.metrics['least_agreement'] == pytest.approx(agreement.min(), abs=1e-6)
+
+
+def test_refreshes_of_cma_come_at_fixed_steps():
+    objective, _ = make(positives=4, positive_negatives=4, every=10)
+    assert [step for step in range(25) if objective.refresh_due(step, 25)] == [0, 10, 20]
+    assert not make()[0].refresh_due(0, 25)  # AVID has none
 
 
 @pytest.mark.parametrize(
@@ -456,3 +461,28 @@ def test_a_step_copies_no_memory(accumulate):
         compiled = built.step.lower(built.shape, built.batch).compile()
     one_table = 652 * 3072 * 8 * 4
     assert compiled.memory_analysis().temp_size_in_bytes < one_table / 2
+
+
+@pytest.mark.slow
+def test_cma_begins_with_the_weights_memories_and_z_of_avid(tmp_path):
+    """And with the neighbours of all pairs in these memories."""
+    avid = tiny.get_config('memory')
+    avid.objective.positives = 0
+    run(tmp_path / 'avid', avid)
+    trained, _, _ = state_of(tmp_path / 'avid', avid)
+    cma = tiny.get_config('memory')
+    cma.init_from, cma.init_trees = str(tmp_path / 'avid'), ('model', 'state')
+    with stop_at(0):
+        run(tmp_path / 'cma', cma)
+    state, _, columns = state_of(tmp_path / 'cma', cma)
+    assert int(state.step) == 1
+    assert state.objective['log_z'] == trained.objective['log_z']
+    first = next(data_pipelines.open(cma).train(0, cma.batch_size))['index']
+    untouched = np.setdiff1d(np.arange(40), first)
+    assert len(untouched)
+    memory = {view: np.asarray(rows) for view, rows in trained.objective['memory'].items()}
+    for view, rows in state.objective['memory'].items():
+        np.testing.assert_array_equal(np.asarray(rows)[untouched], memory[view][untouched])
+        assert (np.asarray(rows)[first] != memory[view][first]).any()
+    expected = neighbours_of_all_pairs(memory, 40, 3)
+    np.testing.assert_array_equal(columns['positives'], expected)

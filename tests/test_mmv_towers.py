@@ -524,14 +524,15 @@ def test_published_sizes(name, size, width, monkeypatch):
     for init in layers.INITS:  # cheaper to trace
         monkeypatch.setitem(layers.INITS, init, jax.nn.initializers.zeros)
     fields = presets.tower(name)
-    _, net = NETS[fields.pop('name')]
+    modality, net = NETS[fields.pop('name')]
     module = net(**fields)
 
     def init_with_output(x):
         return module.init_with_output(jax.random.key(0), x, jnp.ones(2, bool), False)
 
-    of_sound = name.startswith('res')
-    shape = (2, 150, 80) if of_sound else (2, 8, 32, 32, 3)
+    of_sound = modality == 'audio'
+    # AVID normalises its 257 bands, with parameters of each.
+    shape = (2, 150, 257) if of_sound else (2, 8, 32, 32, 3)
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     (pooled, last), variables = jax.eval_shape(init_with_output, x)
     params = jax.tree.leaves(meta.unbox(variables)['params'])

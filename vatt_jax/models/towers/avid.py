@@ -17,7 +17,7 @@ from vatt_jax.models.towers.convolutions import Conv, ConvNorm, max_pool
 from vatt_jax.models.towers.r2plus1d import Factorised
 
 # Even padding and PyTorch's default initial values.
-OPTIONS = {'padding': 'FIXED', 'init': 'torch'}
+OPTIONS: dict[str, Any] = {'padding': 'FIXED', 'init': 'torch'}
 
 
 def _scaled(width: int, multiplier: float) -> int:
