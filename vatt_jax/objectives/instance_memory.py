@@ -151,7 +151,37 @@ class InstanceMemory(Objective):
             method='project',
         )
         embeddings = {view: unit(self._embedding(spaces, view)) for view in self.views}  # [B E]
+        scores = self._scores(state, embeddings, batch, rng)
 
+        valid = [is_present[term.query] & is_present[term.memory] for term in self.terms]
+        # The first term's positive is the clip's own record.
+        normalisation = _normalisation(state, scores[0][:, 1:], valid[0])
+        total: Any = 0.0
+        metrics = {'log_z': normalisation['log_z']}
+        for term, term_scores, is_valid in zip(self.terms, scores, valid, strict=True):
+            num_positives = max(term.num_positives, 1)
+            loss = noise_contrastive(
+                term_scores[:, :num_positives],
+                term_scores[:, num_positives:],
+                log_z=normalisation['log_z'],
+                valid=is_valid,
+            )
+            metrics[f'loss/{term.name}'] = loss
+            total = total + term.weight * loss
+
+        # Written when all is scored, so that no clip finds itself.
+        writes = {
+            'record': batch['record'],
+            'embedding': jax.lax.stop_gradient(embeddings),
+            'valid': is_present,
+        }
+        batch_stats = updates.get('batch_stats', {})
+        return Loss(total, metrics, batch_stats, {**state, **normalisation}, writes=writes)
+
+    def _scores(
+        self, state: Any, embeddings: Mapping[str, Any], batch: Mapping[str, Any], rng: Any
+    ) -> list[jax.Array]:
+        """Scores of each term, [B positives + negatives]."""
         own, agreeing = self._positives(batch)
         drawn = negatives.draw(
             rng.at('negatives'),
@@ -164,31 +194,8 @@ class InstanceMemory(Objective):
             positives = agreeing if term.num_positives else own
             rows = jnp.concatenate([positives, drawn[:, : term.num_negatives]], -1)
             cosines = table.scores(state['memory'][term.memory], embeddings[term.query], rows)
-            scores.append(cosines / self.config.temperature)  # [B positives + K]
-
-        first = self.terms[0]
-        is_first_valid = is_present[first.query] & is_present[first.memory]
-        new_state = {**state, **_normalisation(state, scores[0][:, 1:], is_first_valid)}
-        total: Any = 0.0
-        metrics = {'log_z': new_state['log_z']}
-        for term, term_scores in zip(self.terms, scores, strict=True):
-            num_positives = max(term.num_positives, 1)
-            loss = noise_contrastive(
-                term_scores[:, :num_positives],
-                term_scores[:, num_positives:],
-                log_z=new_state['log_z'],
-                valid=is_present[term.query] & is_present[term.memory],
-            )
-            metrics[f'loss/{term.name}'] = loss
-            total = total + term.weight * loss
-
-        # Written when all is scored, so that no clip finds itself.
-        writes = {
-            'record': batch['record'],
-            'embedding': jax.lax.stop_gradient(embeddings),
-            'valid': is_present,
-        }
-        return Loss(total, metrics, updates.get('batch_stats', {}), new_state, writes=writes)
+            scores.append(cosines / self.config.temperature)
+        return scores
 
     def _positives(self, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
         """(each clip's own record [B 1], the records that agree with it [B P], P perhaps 0)."""
@@ -283,7 +290,7 @@ def _terms(config: Any) -> list[Term]:
 
 
 def _normalisation(state: Any, scores: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
-    """log Z, as it is or, in the first batch that has valid clips, from its negatives [B K]."""
+    """log_z as it is or, of the first batch that has valid clips, of its negatives; has_z."""
     scores = jax.lax.stop_gradient(scores)
     log_sum = jax.nn.logsumexp(jnp.where(valid[:, None], scores, -jnp.inf))
     # Without a valid clip this is not finite, and not used.
