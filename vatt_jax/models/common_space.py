@@ -111,6 +111,18 @@ def plain_projections(modalities: tuple[str, ...]) -> Graph:
     return Graph(paths, hidden=('hidden',))
 
 
+def perceptron(name: str, space: str) -> Path:
+    """AVID's head: two hidden layers and a last one, ReLU between, no norms."""
+    return (
+        ('dense_bias', f'{name}_hidden_1', 'hidden'),
+        ('relu',),
+        ('dense_bias', f'{name}_hidden_2', 'hidden'),
+        ('relu',),
+        ('dense_bias', name, space),
+        ('emit', space),
+    )
+
+
 def joint(modality: str) -> Path:
     """VATT's head of a modality where one space holds all of them."""
     return (
@@ -198,6 +210,12 @@ GRAPHS = {
     'projection': plain_projections(('video', 'flow', 'audio', 'text')),
     # One linear layer from each of video and audio (AVTS: its networks end in one).
     'linear': Graph({'video': linear('video_va', 'va'), 'audio': linear('audio_va', 'va')}),
+    # AVID's: one space, a head for each modality.
+    'avid': Graph(
+        {'video': perceptron('video_va', 'va'), 'audio': perceptron('audio_va', 'va')},
+        init='torch',
+        hidden=('hidden',),
+    ),
     # Encoders alone (fine-tuning).
     'none': Graph({}),
 }
@@ -208,7 +226,7 @@ class CommonSpaces(nn.Module):
 
     Attributes:
         config: {'name': entry of GRAPHS, <space>: width, …}. A space without a width is left out,
-            with all that leads to it alone.
+            with all that leads to it alone. Graphs with hidden layers have their widths too.
     """
 
     config: Mapping[str, Any]

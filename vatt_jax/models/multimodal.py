@@ -25,6 +25,7 @@ from vatt_jax.models.common_space import CommonSpaces
 from vatt_jax.models.embeddings import LinearWords, Patches, Tokens, Words
 from vatt_jax.models.layers import INITS, NORMS, Dense
 from vatt_jax.models.towers.audio_resnet import ResNet2D, ResNet2DV2, ResNet9
+from vatt_jax.models.towers.avid import AVIDAudio, AVIDVideo
 from vatt_jax.models.towers.i3d import I3D
 from vatt_jax.models.towers.mixed_convolutions import MixedConvolutions
 from vatt_jax.models.towers.r2plus1d import R2Plus1D
@@ -115,6 +116,8 @@ NETS: dict[str, tuple[str, Any]] = {
     'resnet2d_v2': ('audio', ResNet2DV2),
     'resnet9': ('audio', ResNet9),
     'vggish': ('audio', VGGish),
+    'avid_video': ('video', AVIDVideo),
+    'avid_audio': ('audio', AVIDAudio),
 }
 
 

@@ -64,6 +64,8 @@ TOWERS: dict[str, dict[str, Any]] = {
     'resnet2d_v2_34': {'name': 'resnet2d_v2', 'depth': 34},
     'resnet2d_v2_50': {'name': 'resnet2d_v2', 'depth': 50},  # 23.494
     'resnet9': {'name': 'resnet9'},  # 4.900: SeLaVi and GDT
+    'avid_video': {'name': 'avid_video'},  # 15.379
+    'avid_audio': {'name': 'avid_audio'},  # 4.726
     'mmv_words': {'name': 'linear', 'width': 2048, 'init': 'fan_in'},  # 0.616
 }
 # Inputs and position tables of every published model: 32 frames at 10 fps, 3.2 s at 48 kHz, five
@@ -93,6 +95,15 @@ FILTERBANK = {
     'window': 480,
     'hop': 240,
     'transform': 1024,
+    'low': 0.0,
+    'high': 12000.0,
+}
+# AVID: two seconds at 24 kHz, 200 frames of 257 bands
+DECIBELS = {
+    'form': 'decibels',
+    'bins': 257,
+    'window': 1024,
+    'hop': 240,
     'low': 0.0,
     'high': 12000.0,
 }

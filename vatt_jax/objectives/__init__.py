@@ -10,6 +10,7 @@ from vatt_jax.objectives.classification import Classification
 from vatt_jax.objectives.coclr import CoCLR
 from vatt_jax.objectives.contrastive import Contrastive
 from vatt_jax.objectives.gdt import GDT
+from vatt_jax.objectives.instance_memory import InstanceMemory
 from vatt_jax.objectives.kmeans_labels import KMeansLabels
 from vatt_jax.objectives.online_codes import OnlineCodes
 from vatt_jax.objectives.self_labelling import SelfLabelling
@@ -25,6 +26,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'coclr': CoCLR,
     'classification': Classification,
     'gdt': GDT,
+    'instance_memory': InstanceMemory,
 }
 
 __all__ = [
