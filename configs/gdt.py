@@ -124,6 +124,9 @@ def demo_config(options: list[str]) -> ConfigDict:
     for stream in ('video', 'audio'):
         c.evals[f'probe_{stream}'] = {'type': 'linear_probe', 'stream': stream, 'label': 'class'}
     c.evals.neighbours = {'type': 'neighbours', 'stream': 'video', 'windows': 1}
+    pairs = (('audio', 'video', 'gdt'), ('video', 'audio', 'gdt'))
+    c.evals.retrieval = {'type': 'retrieval', 'pairs': pairs}
+    c.evals.sync = {'type': 'sync', 'space': 'gdt'}
     return c
 
 

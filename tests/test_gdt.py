@@ -12,6 +12,7 @@ from tests import tiny
 from tests.test_train import losses, run, state_of, stop_at
 from vatt_jax.config import ConfigError
 from vatt_jax.inference import feature_extractor
+from vatt_jax.models import Encoded, layers
 from vatt_jax.objectives.base import select_streams
 from vatt_jax.objectives.gdt import GDT, needed_views
 from vatt_jax.objectives.transformations import HYPOTHESES
@@ -399,3 +400,35 @@ def test_what_the_batch_does_not_have_is_named(fields, message):
     c.objective = ConfigDict({'name': 'gdt', **HYPOTHESES[1]._asdict(), **fields})
     with pytest.raises(ConfigError, match=message):
         loop.build(c, data_pipelines.open(c))
+
+
+# ---- evaluation
+
+
+def test_evaluators_see_embeddings_by_the_heads_running_statistics():
+    rng = np.random.default_rng(1)
+    objective = build(6, width=3, hidden=4)
+
+    def array(*shape):
+        return np.float32(rng.normal(size=shape))
+
+    params = {'hidden': array(E, 4), 'kernel': array(4, 3), 'bias': array(3)}
+    params['norm'] = {'scale': array(4), 'bias': array(4)}
+    stats = {'norm': {'mean': array(4), 'var': array(4) ** 2}}
+    x = array(B, E)
+    encoded = {
+        'audio.shifted': Encoded(jnp.asarray(x)),
+        'text': Encoded(jnp.ones((B, 2, E))),
+    }
+    trees = {'audio': params, 'video': params}
+    state = {'norm': {'audio': stats, 'video': stats}}
+    found = objective.embed(trees, state, encoded)
+
+    hidden = np.float64(x) @ params['hidden']
+    deviation = np.sqrt(stats['norm']['var'] + layers.NORMS['plain']['eps'])
+    normed = (hidden - stats['norm']['mean']) / deviation
+    normed = normed * params['norm']['scale'] + params['norm']['bias']
+    expected = np.maximum(normed, 0) @ params['kernel'] + params['bias']
+    # Text is not among the modalities.
+    assert found['gdt'].keys() == {'audio.shifted'}
+    np.testing.assert_allclose(found['gdt']['audio.shifted'], expected, rtol=1e-5, atol=1e-5)

@@ -78,7 +78,7 @@ class View:
 
         None: there is no such density.
         """
-        name_or_power = dict(self.spec).get('interval')
+        name_or_power: Any = dict(self.spec).get('interval')
         return INTERVALS.get(name_or_power, name_or_power)
 
     @property

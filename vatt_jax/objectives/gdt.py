@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vatt_jax.config import ConfigError, check_range, choose, with_defaults
+from vatt_jax.inputs.batch import modality_of
 from vatt_jax.losses import dense, nce, similarity
 from vatt_jax.losses.info_nce import Keys
 from vatt_jax.objectives import heads
@@ -36,6 +37,7 @@ from vatt_jax.objectives.transformations import (
     make_terms,
     stream_of,
 )
+from vatt_jax.rng import Rng
 
 DEFAULTS = {
     'name': 'gdt',
@@ -144,7 +146,7 @@ class GDT(Objective):
         new_norm = dict(norm)
         embeddings = {}
         for name in self.streams():
-            modality = name.split('.')[0]
+            modality = modality_of(name)
             # [B D]; the one sentence of a text [B 1 D].
             features = pooled[name].reshape(len(pooled[name]), -1)
             # View by view, as published: each is normalised by statistics of its own.
@@ -159,6 +161,30 @@ class GDT(Objective):
             )
             embeddings[name] = heads.unit(outputs[name][1])
         return embeddings, new_norm
+
+    def embed(
+        self, params: Any, state: Any, encoded: Mapping[str, Any]
+    ) -> dict[str, dict[str, jax.Array]]:
+        """The space `gdt`: outputs of the heads by their running statistics."""
+        members = {}
+        for name, stream in encoded.items():
+            modality = modality_of(name)
+            if modality not in self.config.modalities:
+                continue
+            # [B D]; the sentences of a text, of which an evaluation may have several, [B·K D].
+            features = stream.pooled.reshape(-1, stream.pooled.shape[-1])
+            num_rows = len(features)
+            (_, outputs), _ = self.head.apply(
+                {'params': params[modality], 'batch_stats': state['norm'][modality]},
+                features,
+                jnp.ones(num_rows, bool),
+                # Unused in evaluation mode.
+                Rng.create(0, 0, jnp.zeros(num_rows, jnp.uint32)),
+                False,
+                mutable=['batch_stats'],
+            )
+            members[name] = outputs.reshape(*stream.pooled.shape[:-1], -1)
+        return {'gdt': members}
 
     def _queries(self, term: Term) -> list[tuple[str, str, View]]:
         """(modality of queries, modality of keys, view of queries) of a term."""
