@@ -45,14 +45,24 @@ def get_config(arg: str = '') -> ConfigDict:
 
     # ---- start
     # Start from this run folder or checkpoint, when the run has no checkpoint of its own.
+    # 'phase:NAME': from an earlier phase.
     c.init_from = ''
-    # ((regex, replacement), ...): our parameter path -> its path in init_from.
+    # What is taken from there: model (parameters and batch statistics), objective (its
+    # parameters), state (what it remembers: memories, queues, normalisers).
+    c.init_trees = ('model',)
+    # ((regex, replacement), ...): our path -> its path in init_from. Paths of the objective's trees
+    # begin with objective/ and state/.
     c.init_rename = ()
-    # Parameter paths (regex) to leave at their initial values.
+    # Such paths (regex) to leave at their initial values.
     c.init_skip = ()
     # File of word vectors (word2vec, text or binary) for the word table of a run that starts from
     # scratch. '': random ones.
     c.init_words = ''
+
+    # ---- phases (docs/phases.md)
+    # ((name, {field: value}), ...): trainings one after the other in one run folder, each with
+    # these fields changed. (): one training.
+    c.phases = ()
 
     # ---- files on object stores (docs/object_stores.md)
     c.object_store = object_store()
@@ -228,10 +238,31 @@ def augment() -> ConfigDict:
     # Probability of colour jitter per clip, and its strengths.
     a.color = 0.8
     a.brightness, a.contrast, a.saturation, a.hue = 32 / 255, 0.4, 0.4, 0.2
+    # Brightness as a factor within 1 ± this (SimCLR); `brightness` is a shift.
+    a.gain = 0.0
+    # Probability that a clip turns grey, after the jitter.
+    a.grey = 0.0
+    # Probability of Gaussian blur per clip; its standard deviation in pixels of the clip that the
+    # model sees, uniform between these; width of its kernel, as a share of the picture.
+    a.blur, a.blur_sigma, a.blur_width = 0.0, (0.1, 2.0), 0.1
+    # Probability that a clip takes all of the above at all; otherwise it is only cropped and
+    # mirrored.
+    a.strong = 1.0
+    # ((stream, {field: value}), ...): sets of their own for streams, such as
+    # (('video.second', {'blur': 0.1}),); what they do not name is as above.
+    a.views = ()
     # Standard deviation of Gaussian noise, as a share of the clip's maximum.
     a.audio_noise = 0.01
     # Sound is multiplied by a factor within 1 ± this, drawn for each clip.
     a.volume = 0.0
+    # SpecAugment of log-mel: how many masks, and their width in bands or frames: a whole number
+    # below this one, drawn for each mask.
+    a.spec_augment = ConfigDict(
+        {'frequency_masks': 0, 'frequency_width': 0, 'time_masks': 0, 'time_width': 0}
+    )
+    # ((stream, source), ...): streams of video or audio that are another one read backwards, made
+    # on the device after augmentation, which both share (docs/data.md).
+    a.mirrored = ()
     return a
 
 

@@ -32,6 +32,7 @@ UNREAD = (
     'name',
     'report',
     'init_from',
+    'init_trees',
     'init_rename',
     'init_skip',
     'checkpoint',

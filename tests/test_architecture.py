@@ -17,6 +17,8 @@ FLOORS = (
         'vatt_jax.config',
         'vatt_jax.named_configs',
         'vatt_jax.run_folder',
+        'vatt_jax.phase_folders',
+        'vatt_jax.phases',
         'vatt_jax.object_store',
         'vatt_jax.extras',
         'vatt_jax.terminal',
@@ -37,7 +39,7 @@ FLOORS = (
         'vatt_jax.search',
     ),
     ('vatt_jax.modes', 'vatt_jax.launch'),
-    ('vatt_jax.cli', 'vatt_jax.__main__'),
+    ('vatt_jax.cli', 'vatt_jax.evolve', 'vatt_jax.__main__'),
 )
 
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from vatt_jax.config import ConfigError
 from vatt_jax.importers import parameter_map
 from vatt_jax.parallel import sharding
-from vatt_jax.training import checkpoint
+from vatt_jax.training import checkpoint, starting_values
 
 MESH = sharding.make_mesh({'replica': 1})
 SHARDINGS = {'params': {'w': sharding.replicated(MESH)}}
@@ -79,7 +79,7 @@ def break_the_manifest(folder):
 
 
 def init_from(path):
-    return checkpoint.init_from(str(path), {}, {}, (), ())
+    return starting_values.read(str(path))
 
 
 def load_model(path):

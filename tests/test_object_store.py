@@ -187,6 +187,21 @@ def test_what_a_command_needs_of_a_run():
     assert run_mirror.select(files, NONE) == ['config.json']
 
 
+def test_what_a_command_needs_of_a_run_with_phases():
+    """The newest checkpoint of each phase: later phases and the model of the run need them."""
+
+    def of(phase, step):
+        return [f'phases/{phase}/{name}' for name in checkpoint_files(step)]
+
+    files = ['config.json', 'phases/1-a/config.json', 'phases/1-a/run.lock']
+    files += [*of('1-a', 4), *of('1-a', 10), *of('2-b', 4), 'phases/2-b/checkpoints/6/state/data']
+    kept = ['config.json', 'phases/1-a/config.json']
+    newest = [*of('1-a', 10), *of('2-b', 4)]
+    assert run_mirror.select(files, ALL) == [*kept, *of('1-a', 4), *newest]
+    assert run_mirror.select(files, NEWEST) == [*kept, *newest]
+    assert run_mirror.select(files, NONE) == kept
+
+
 def written(mirror, files):
     """Writes {name: content} into the local folder of a mirror."""
     for name, content in files.items():

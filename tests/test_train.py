@@ -23,7 +23,7 @@ from vatt_jax.inputs import preprocess
 from vatt_jax.parallel import sharding
 from vatt_jax.performance import chips
 from vatt_jax.rng import Rng
-from vatt_jax.training import checkpoint, loop, metrics, train_step
+from vatt_jax.training import checkpoint, loop, metrics, starting_values, train_step
 
 
 def run(workdir, config):
@@ -267,10 +267,9 @@ def test_a_checkpoint_is_restored_between_scanned_and_unrolled_layers(whole, tmp
     assert checkpoint.digest(state.params) == done['digests']['params']
 
     fresh = loop.build(unrolled, data_pipelines.open(unrolled)).init()
-    params, _, skipped = checkpoint.init_from(
-        str(tmp_path / 'run'), fresh.params['model'], fresh.batch_stats, (), ()
-    )
-    assert not skipped
+    other = starting_values.read(str(tmp_path / 'run'))
+    params = other.take('params', fresh.params['model'])
+    assert not other.skipped
     chex.assert_trees_all_equal(params, state.params['model'], strict=True)
 
 
@@ -601,14 +600,13 @@ def test_init_from_takes_leaves_and_renames(whole, tmp_path):
     built = loop.build(config, data_pipelines.open(config))
     state = built.init()
     fresh = state.params['model']
-    params, _, skipped = checkpoint.init_from(
-        config.init_from, fresh, state.batch_stats, (), config.init_skip
-    )
+    other = starting_values.read(config.init_from, skip=config.init_skip)
+    params = other.take('params', fresh)
     source = checkpoint.read_model(checkpoint.find(folder))['params']
     expected = {**source, 'head': fresh['head']}
     chex.assert_trees_all_equal(jax.device_get(params), jax.device_get(expected), strict=True)
-    assert skipped
-    assert all('head/' in path for path in skipped)
+    assert other.skipped
+    assert all('head/' in path for path in other.skipped)
     run(tmp_path, config)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vatt_jax import config as configs
-from vatt_jax import named_configs
+from vatt_jax import named_configs, phases
 from vatt_jax.command_line import run_command
 from vatt_jax.config import ConfigError
 from vatt_jax.modes import process
@@ -63,10 +63,11 @@ def main(argv: list[str]) -> None:
 def run_mode(flags: argparse.Namespace, config: ConfigDict, workdir: pathlib.Path) -> None:
     """Runs a mode that computes. Evaluators, trackers and the search load for theirs alone."""
     if flags.mode == 'train':
-        from vatt_jax.modes import train
-
-        train.run(config, workdir, open_data, flags.quiet)
-    elif flags.mode == 'eval':
+        run_training(flags, config, workdir)
+        return
+    # The others work with one model.
+    config, workdir = phases.config_of_model(config, workdir), phases.model_folder(workdir)
+    if flags.mode == 'eval':
         from vatt_jax.modes import evaluate
 
         evaluate.run(config, workdir, open_data)
@@ -92,6 +93,18 @@ def run_mode(flags: argparse.Namespace, config: ConfigDict, workdir: pathlib.Pat
         deflate.run(config, workdir, open_data, flags.out, flags.naive, flags.fit, flags.rate)
 
 
+def run_training(flags: argparse.Namespace, config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Runs --mode=train, of one training or of several."""
+    if config.phases:
+        from vatt_jax.modes import train_phases
+
+        train_phases.run(config, workdir, open_data, flags.quiet)
+    else:
+        from vatt_jax.modes import train
+
+        train.run(config, workdir, open_data, flags.quiet)
+
+
 def read_config(
     flags: argparse.Namespace, overrides: list[tuple[str, str]], workdir: pathlib.Path
 ) -> ConfigDict:
@@ -110,7 +123,7 @@ def read_config(
         config = configs.fill_missing(stored, default.get_config())
     if flags.machine:
         named_configs.module('machines').apply(config, flags.machine)
-    configs.override(config, overrides)
+    phases.override(config, overrides)
     configs.check_fields(config, default.get_config())
     return config
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from vatt_jax import named_configs
+from vatt_jax import named_configs, phase_folders
 from vatt_jax.run_folder import RunFolder
 
 Value = TypeVar('Value')  # of a field that is one of several
@@ -79,12 +79,24 @@ COUNTS = {
     'model.inputs.audio.rate': 1,
     'model.inputs.text.candidates': 1,
     'model.inputs.text.words': 1,
+    # 0: none
+    'augment.spec_augment.frequency_masks': 0,
+    'augment.spec_augment.frequency_width': 0,
+    'augment.spec_augment.time_masks': 0,
+    'augment.spec_augment.time_width': 0,
     # 0: never
     'eval_every': 0,
     'checkpoint.keep_every': 0,
 }
 # Fields from 0 to 1.
-SHARES = ('data.flip', 'data.max_corrupt', 'augment.color')
+SHARES = (
+    'data.flip',
+    'data.max_corrupt',
+    'augment.color',
+    'augment.grey',
+    'augment.blur',
+    'augment.strong',
+)
 # Field -> smallest and largest value of the others; configs/default.py says what they mean. Those
 # of `mesh` are checked against the devices, those of `optimizer` by optim.check.
 RANGES: dict[str, tuple[float, float]] = {
@@ -96,8 +108,11 @@ RANGES: dict[str, tuple[float, float]] = {
     'augment.contrast': (0, 1),
     'augment.saturation': (0, 1),
     'augment.volume': (0, 1),
+    'augment.gain': (0, 1),
     # Shares of the range of pixels and of the clip's peak.
     'augment.brightness': (0, 1),
+    # Of the picture's side.
+    'augment.blur_width': (0, 1),
     'augment.audio_noise': (0, 1),
     # Of a full circle, either way.
     'augment.hue': (0, 0.5),
@@ -113,6 +128,8 @@ LARGEST_COUNT = 2**31 - 1
 INTERVALS = {
     'data.crop': 1,
     'data.aspect': 1000,
+    # Pixels; a kernel as wide as the picture is flat long before.
+    'augment.blur_sigma': 1000,
 }
 # Field -> its values. '' leaves the platform to JAX.
 CHOICES = {
@@ -265,29 +282,76 @@ def override(config: ConfigDict, assignments: Iterable[tuple[str, str]]) -> None
     """
     for given_path, text in assignments:
         path = _current_path(given_path)
-        group, field = _find_field(config, path, text)
+        group, field = _find_field(config, path, f'--config.{path}={text}')
         if isinstance(group[field], ConfigDict):
             group[field] = _parse_group(path, text, group[field])
         else:
             group[field] = parse(text, group[field], f'config.{path}')
 
 
-def _find_field(config: ConfigDict, path: str, text: str) -> tuple[ConfigDict, str]:
-    """Return the group that holds the field at a dotted path, and the field's own name."""
+def assign(config: ConfigDict, path: str, value: Any, where: str) -> None:
+    """Set a field in place, keeping its type, or those fields of a group that `value` holds.
+
+    A group whose entries are named freely (OPEN) is replaced as a whole, and a field that it lacks
+    is added to it.
+
+    Args:
+        config: The config to change.
+        path: Dotted path of the field or group.
+        value: Of the field; a mapping for a group.
+        where: What messages begin with.
+
+    Raises:
+        ConfigError: There is no such field, or the value is not of its type.
+    """
+    group, field = _find_field(config, path, where, adds=_is_open(path.rpartition('.')[0]))
+    is_group = isinstance(group.get(field), ConfigDict)
+    is_mapping = isinstance(value, (Mapping, ConfigDict))
+    if is_group and not is_mapping:
+        raise ConfigError(
+            f'{where}: {path} is a group of fields ({", ".join(group[field])}), expected a '
+            f'dictionary of them, got {value!r}'
+        )
+    if is_group and not _is_open(path):
+        for key, entry in value.items():
+            assign(config, f'{path}.{key}', entry, where)
+    elif is_mapping:
+        group[field] = ConfigDict(_with_tuples(value))
+    elif field in group:
+        group[field] = _typed(value, group[field], f'{where}: {path}')
+    else:
+        group[field] = _with_tuples(value)
+
+
+def _is_open(path: str) -> bool:
+    """Return whether a group is one of OPEN, or inside one."""
+    return any(path == group or path.startswith(f'{group}.') for group in OPEN)
+
+
+def _find_field(
+    config: ConfigDict, path: str, where: str, adds: bool = False
+) -> tuple[ConfigDict, str]:
+    """Return the group that holds the field at a dotted path, and the field's own name.
+
+    Args:
+        config: The whole config.
+        path: The dotted path.
+        where: What messages begin with.
+        adds: Whether the group may lack the field.
+    """
     keys = path.split('.')
     node: Any = config
     for depth, key in enumerate(keys):
         if not isinstance(node, ConfigDict):
             parent = '.'.join(keys[:depth])
-            raise ConfigError(f'--config.{path}={text}: {parent} is a value, not a group')
-        if key not in node:
+            raise ConfigError(f'{where}: {parent} is a value, not a group')
+        is_last = depth == len(keys) - 1
+        if key not in node and not (adds and is_last):
             parent = '.'.join(['config', *keys[:depth]])
-            raise ConfigError(
-                f'--config.{path}={text}: {parent} has no field {key!r}; {_suggestion(key, node)}'
-            )
+            raise ConfigError(f'{where}: {parent} has no field {key!r}; {_suggestion(key, node)}')
         # The last group on the way, kept for the assignment: ConfigDict has no parent links.
         group = node
-        node = node[key]
+        node = node.get(key)
     return group, keys[-1]
 
 
@@ -573,6 +637,7 @@ def check_values(config: ConfigDict) -> None:
     if not 0 < fps < float('inf'):
         raise ConfigError(f'config.model.inputs.video.fps={fps:g}: expected a positive number.')
     _check_profile(config.profile)
+    _check_augmented_views(config)
     for modality in config.data.mismatch:
         choose(modality, config.model.inputs, 'config.data.mismatch')
     for field, options in CHOICES.items():
@@ -623,6 +688,33 @@ def _check_interval(interval: tuple[Any, ...], upper: float, where: str) -> None
     raise ConfigError(
         f'{where}={interval}: expected two numbers, smaller one first, above 0{bound}.'
     )
+
+
+def _check_augmented_views(config: ConfigDict) -> None:
+    """Check the sets of augmentation of single streams: their streams, fields and values."""
+    where = 'config.augment.views'
+    views = _pairs(config.augment.views, where, "('video.second', {'blur': 0.1})")
+    for stream, changes in views.items():
+        others = _pairs(
+            config.data.views, 'config.data.views', "('video.second', {'kind': 'clip'})"
+        )
+        choose(stream, (*config.model.inputs, *others), f'{where}: the stream')
+        changed = config.copy_and_resolve_references()
+        changed.augment.views = ()
+        # Unknown fields and other types are found here, values out of range below.
+        changed.augment = with_defaults(dict(changes), changed.augment, f'{where}: {stream}')
+        try:
+            check_values(changed)
+        except ConfigError as error:
+            raise ConfigError(f'{where}: {stream}: {error}') from None
+
+
+def _pairs(value: Any, where: str, example: str) -> dict[str, Any]:
+    """Return the dictionary that a field of (name, dictionary) pairs stands for."""
+    try:
+        return {name: dict(entry) for name, entry in dict(value).items()}
+    except (TypeError, ValueError):
+        raise ConfigError(f'{where}: expected pairs such as ({example},), got {value!r}.') from None
 
 
 def _check_profile(steps: tuple[Any, ...]) -> None:
@@ -710,7 +802,8 @@ def stored(workdir: str | pathlib.Path) -> ConfigDict | None:
             '--workdir'
         ) from error
     try:
-        return from_json(file.read_text())
+        # A phase names earlier ones, wherever the run lies now.
+        return phase_folders.with_folders(from_json(file.read_text()), file.parent)
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f'{file} cannot be read ({type(error).__name__}: {error}); move it elsewhere and '
@@ -744,7 +837,7 @@ def _with_tuples(value: Any) -> Any:
     """Return the value with tuples for lists, however deep inside."""
     if isinstance(value, (list, tuple)):
         return tuple(_with_tuples(item) for item in value)
-    if isinstance(value, dict):
+    if isinstance(value, (dict, ConfigDict)):
         return {key: _with_tuples(item) for key, item in value.items()}
     return value
 

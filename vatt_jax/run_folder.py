@@ -91,6 +91,11 @@ class RunFolder:
         """The report page (HTML)."""
         return self.path / 'report' / 'index.html'
 
+    @property
+    def phases(self) -> pathlib.Path:
+        """The run folders of config.phases (vatt_jax/phase_folders.py); absent without them."""
+        return self.path / 'phases'
+
     def evaluation(self, name: str) -> pathlib.Path:
         """Folder of one evaluation, named by `evaluation_name` or by its tag."""
         return self.path / 'evals' / name

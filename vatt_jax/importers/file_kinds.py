@@ -62,7 +62,8 @@ def _kind_of_folder(path: pathlib.Path) -> tuple[str, str] | None:
     """(its importer or '', description) of a folder; None where nothing is sure."""
     if not path.is_dir():
         return None
-    if RunFolder(path).checkpoints.is_dir() or (path / 'state').is_dir():
+    run = RunFolder(path)
+    if run.checkpoints.is_dir() or run.phases.is_dir() or (path / 'state').is_dir():
         return '', 'a run of this library, which vatt_jax.load and --config.init_from read as it is'
     if (path / 'info.json').is_file():
         return SAFETENSORS, 'a folder with a model of safetensors'

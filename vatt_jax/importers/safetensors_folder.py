@@ -66,7 +66,7 @@ def export_checkpoint(
     files = [folder / name for name in (MODEL, CONFIG, INFO)]
     parameter_map.check_export(folder, files, overwrite)
     # `vatt_jax.load` would have two models to choose from.
-    if RunFolder(folder).checkpoints.exists():
+    if RunFolder(folder).checkpoints.exists() or RunFolder(folder).phases.exists():
         raise ConfigError(f'--out={folder} is the folder of a run; name another folder')
     config, info, ours = parameter_map.read_run(run)
     # The library writes the bytes of an array as they lie.

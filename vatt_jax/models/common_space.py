@@ -27,7 +27,7 @@ class Graph:
 
     A step is one of
 
-        ('dense' | 'dense_bias', name, space or entry of `hidden` whose width it has)
+        ('dense' | 'dense_bias', name, space or hidden layer whose width it has)
         ('bn', name)
         ('relu',)
         ('emit', space)   the value so far is the modality's embedding in that space
@@ -40,7 +40,7 @@ class Graph:
         paths: modality -> its steps in order, from the pooled vector of its tower.
         norm: of all batch norms, an entry of layers.NORMS.
         init: of all dense kernels, an entry of layers.INITS.
-        hidden: names of widths that are no space's, of layers between.
+        hidden: names of widths that are of no space.
     """
 
     paths: Mapping[str, Path]
@@ -76,13 +76,50 @@ def linear(name: str, space: str) -> Path:
     return (('dense_bias', name, space), ('emit', space))
 
 
-def projection(modality: str) -> Path:
-    """The head of SimCLR, MoCo v2 and CoCLR: two layers with a ReLU between, without norms."""
+def projection(modality: str, space: str, hidden_layers: int, norm: bool) -> Path:
+    """A head of views of one modality: hidden layers of one width, and a last one without norm.
+
+    Args:
+        modality: whose embeddings are projected.
+        space: that holds them.
+        hidden_layers: their number.
+        norm: whether each has a batch norm.
+    """
+    steps: list[Step] = []
+    for number in range(hidden_layers):
+        name = f'{modality}_hidden_{number}'
+        steps.append(('dense_bias', name, 'hidden'))
+        if norm:
+            steps.append(('bn', f'{name}_norm'))
+        steps.append(('relu',))
+    return (*steps, *linear(f'{modality}_projection', space))
+
+
+def projections(hidden_layers: int) -> Graph:
+    """SimCLR's heads: a space for the views of each modality, which has its name."""
+    paths = {}
+    for modality in ('video', 'audio'):
+        paths[modality] = projection(modality, modality, hidden_layers, norm=True)
+    return Graph(paths, hidden=('hidden',))
+
+
+def plain_projections(modalities: tuple[str, ...]) -> Graph:
+    """MoCo v2's and CoCLR's heads: a hidden layer without norm, one space for each its own."""
+    paths = {}
+    for modality in modalities:
+        paths[modality] = projection(modality, 'projection', hidden_layers=1, norm=False)
+    return Graph(paths, hidden=('hidden',))
+
+
+def perceptron(name: str, space: str) -> Path:
+    """AVID's head: two hidden layers and a last one, ReLU between, no norms."""
     return (
-        ('dense_bias', f'{modality}_hidden', 'hidden'),
+        ('dense_bias', f'{name}_hidden_1', 'hidden'),
         ('relu',),
-        ('dense_bias', f'{modality}_projection', 'projection'),
-        ('emit', 'projection'),
+        ('dense_bias', f'{name}_hidden_2', 'hidden'),
+        ('relu',),
+        ('dense_bias', name, space),
+        ('emit', space),
     )
 
 
@@ -166,9 +203,17 @@ GRAPHS = {
     'mmv_fac': fine_and_coarse(()),
     'mmv_fac_relu': fine_and_coarse((('relu',),)),
     'mmv_fac_bnrelu': fine_and_coarse((('bn', 'va_norm'), ('relu',))),
+    # Views of one modality. SimCLR: one hidden layer; CVRL's released code: three.
+    'simclr': projections(hidden_layers=1),
+    'cvrl': projections(hidden_layers=3),
     # A projection of each modality by itself (CoCLR).
-    'projection': Graph(
-        {modality: projection(modality) for modality in ('video', 'flow', 'audio', 'text')},
+    'projection': plain_projections(('video', 'flow', 'audio', 'text')),
+    # One linear layer from each of video and audio (AVTS: its networks end in one).
+    'linear': Graph({'video': linear('video_va', 'va'), 'audio': linear('audio_va', 'va')}),
+    # AVID's: one space, a head for each modality.
+    'avid': Graph(
+        {'video': perceptron('video_va', 'va'), 'audio': perceptron('audio_va', 'va')},
+        init='torch',
         hidden=('hidden',),
     ),
     # Encoders alone (fine-tuning).
@@ -181,7 +226,7 @@ class CommonSpaces(nn.Module):
 
     Attributes:
         config: {'name': entry of GRAPHS, <space>: width, …}. A space without a width is left out,
-            with all that leads to it alone.
+            with all that leads to it alone. Graphs with hidden layers have their widths too.
     """
 
     config: Mapping[str, Any]

@@ -9,9 +9,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vatt_jax import config as configs
+from vatt_jax import phase_folders, phases
 from vatt_jax.config import ConfigError
 from vatt_jax.performance import chips
-from vatt_jax.run_folder import RunFolder
+from vatt_jax.run_folder import RunFolder, write_atomically
 
 
 def run(
@@ -23,6 +25,8 @@ def run(
     search: bool = False,
 ) -> None:
     """Prints the plan of a run and keeps it in <workdir>/plan/, as a table and as JSON.
+
+    Of a run with phases the plan of each, in its own folder.
 
     Args:
         config: of the run.
@@ -55,10 +59,29 @@ def run(
     if target.chip.platform == 'cpu':
         # A CPU topology is compiled for, and so simulated by, as many devices of this host.
         jax.config.update('jax_num_cpu_devices', target.devices)
-    # After the settings above: an array made at import time would start a backend.
+    found = phases.resolve(config, workdir)
+    for phase in found:
+        print(f'phase {phase.number} of {len(found)}: {phase.name}', flush=True)
+        _plan_one(phase.config, phase.folder, open_data, target, quick, search)
+    if not found:
+        _plan_one(config, workdir, open_data, target, quick, search)
+    if quick:
+        os._exit(0)  # the compiler is still at work, and Python would wait for it
+
+
+def _plan_one(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    open_data: Callable[[ConfigDict], tuple[Any, list[str]]],
+    target: chips.Topology,
+    quick: bool,
+    search: bool,
+) -> None:
+    # An array made at import time would start a backend, before the settings of `run`.
     from vatt_jax.planning import plan, reading
 
     data, remarks = open_data(config)
+    _describe_phase(config, workdir, data)
     folder = RunFolder(workdir).plans
     if search:
         plan.search(config, data, target, folder, remarks)
@@ -70,5 +93,16 @@ def run(
     line = reading.of_plan(reader, result) if reader else None
     if line:
         print(f'reading: {line}', flush=True)
-    if quick:
-        os._exit(0)  # the compiler is still at work, and Python would wait for it
+
+
+def _describe_phase(config: ConfigDict, workdir: pathlib.Path, data: Any) -> None:
+    """Writes the config of a phase into its folder, where later ones look for its model."""
+    file = RunFolder(workdir).config
+    if file.exists() or phase_folders.number_and_name(workdir) is None:
+        return
+    from vatt_jax.training import loop
+
+    described = phase_folders.with_references(config, workdir).copy_and_resolve_references()
+    loop.resolve(described, data)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, configs.to_json(described))

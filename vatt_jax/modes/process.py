@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from ml_collections import ConfigDict
 
 from vatt_jax import config as configs
-from vatt_jax import extras
+from vatt_jax import extras, phases
 from vatt_jax.config import ConfigError
 from vatt_jax.run_folder import RunFolder
 from vatt_jax.terminal import use_plain_characters
@@ -73,7 +73,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> None:
     if remark and distributed.is_main():
         print(remark, file=sys.stderr, flush=True)
     # Cheap, and before the data are made or opened.
-    configs.check_batch(config, num_devices, num_processes)
+    for each in phases.all_configs(config):
+        configs.check_batch(each, num_devices, num_processes)
     keep_compiled(config, workdir)
 
 

@@ -33,14 +33,14 @@ from vatt_jax.run_folder import write_atomically
 _EVERY = 10.0
 # With this file a checkpoint counts as complete (checkpoint.steps): last to come, first to go.
 _LAST_FILE = '_CHECKPOINT_METADATA'
-# Below a run folder, or below its folder of checkpoints.
-_OF_CHECKPOINT = re.compile(r'(?:checkpoints/)?(\d+)/')
+# Below a run folder, or below its folder of checkpoints; each phase of a run has a run folder.
+_OF_CHECKPOINT = re.compile(r'((?:phases/[^/]+/)?(?:checkpoints/)?)(\d+)/')
 # Names the training that wrote to the store last. Of the store alone.
 _SESSION = '.session'
 # Half-written files of this project and of orbax; compiled programs and the lock of a training,
 # which are of one machine.
 _LOCAL_ONLY = re.compile(
-    r'(^|/)([^/]*\.tmp|[^/]*\.orbax-checkpoint-tmp[^/]*)(/|$)|^compiled/|^run\.lock$'
+    r'(^|/)([^/]*\.tmp|[^/]*\.orbax-checkpoint-tmp[^/]*)(/|$)|^compiled/|(^|/)run\.lock$'
 )
 # Local folders that the commands on one machine may use of one run at the same time.
 _MOST_FOLDERS = 64
@@ -57,20 +57,24 @@ def select(files: Iterable[str], checkpoints: str) -> list[str]:
         checkpoints: ALL, NEWEST or NONE. Incomplete ones are left out in any case.
     """
     files = list(files)
-    complete = []
+    # Folder of checkpoints -> steps of the complete ones.
+    complete: dict[str, list[int]] = {}
     for name in files:
         match = _OF_CHECKPOINT.match(name)
         if match and name == f'{match[0]}{_LAST_FILE}':
-            complete.append(int(match[1]))
-    wanted = set(complete)
-    if checkpoints != ALL:
-        wanted = set(sorted(complete)[-1:]) if checkpoints == NEWEST else set()
+            complete.setdefault(match[1], []).append(int(match[2]))
+    wanted: set[tuple[str, int]] = set()
+    for folder, steps in complete.items():
+        if checkpoints == ALL:
+            wanted.update((folder, step) for step in steps)
+        elif checkpoints == NEWEST:
+            wanted.add((folder, max(steps)))
     selected = []
     for name in files:
         match = _OF_CHECKPOINT.match(name)
         if name == _SESSION or _LOCAL_ONLY.search(name):
             continue
-        if match is None or int(match[1]) in wanted:
+        if match is None or (match[1], int(match[2])) in wanted:
             selected.append(name)
     return selected
 

@@ -2,8 +2,8 @@
 
 The training code (vatt_jax/training) names no method; a method is a subclass of `Objective`
 registered in `vatt_jax/objectives/__init__.py`. A training step calls `loss`, which is
-`mix_examples`, `encode` and `compute_loss` in turn, and then `after_update`. All methods but
-`refresh` and those marked as host side are pure and traced.
+`mix_examples`, `encode` and `compute_loss` in turn, and then `after_update` and `write_memory`. All
+methods but `refresh` and those marked as host side are pure and traced.
 
 `params` is the objective's own tree everywhere (heads, temperatures); the model's parameters are in
 `variables`, or named `model_params`.
@@ -35,6 +35,7 @@ class Loss:
       state: the objective's new state.
       apply_update: bool [], False while the objective still fills its memory and parameters must
         not move.
+      writes: arrays [B …] of the batch's clips for `Objective.write_memory`.
     """
 
     value: jax.Array
@@ -44,6 +45,7 @@ class Loss:
     # Batch statistics and `state` change even where this is False; `after_update` then sees the old
     # parameters.
     apply_update: jax.Array | bool = True
+    writes: Any = ()
 
 
 # A pytree: it crosses the loops over microbatches.
@@ -340,6 +342,20 @@ class Objective:
           (model_params, params, state) with the constraints applied.
         """
         return model_params, params, state
+
+    def write_memory(self, state: Any, writes: Any, is_finite: jax.Array) -> Any:
+        """Write what the step's clips leave in large memories. Pure.
+
+        State that `compute_loss` and `after_update` return is kept or dropped as a whole, which
+        reads the old and the new one. A memory of millions of rows, of which a step changes a few,
+        is written here, in place, when all else is decided.
+
+        Args:
+          state: the objective's state as the step keeps it.
+          writes: `Loss.writes` of all clips of the step, microbatches joined.
+          is_finite: bool []; where it is False, the state must be returned as it is, bit by bit.
+        """
+        return state
 
     def running_losses(self, state: Any) -> dict[str, float]:
         """Running training loss of outputs of `predict` that compete (heads), where it exists."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -9,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -399,21 +400,38 @@ class StopSignal:
 
     It comes with preemption or at a scheduler's time limit. A context: outside of it the signal
     does what it did before. In a thread that is not the main one, where Python allows no handlers,
-    it always does.
+    it always does. One inside of another tells that one as well.
     """
 
     def __enter__(self) -> StopSignal:
         self._asked = False
+        self._ends_at_once = False
+        self._outer: StopSignal | None = None
         # With several processes, jax.distributed has installed its own handler.
         is_main_thread = threading.current_thread() is threading.main_thread()
         self._handles = is_main_thread and jax.process_count() == 1
         if self._handles:
             self._previous = signal.signal(signal.SIGTERM, self._ask)
+            outer = getattr(self._previous, '__self__', None)
+            self._outer = outer if isinstance(outer, StopSignal) else None
         return self
 
     def _ask(self, *_: Any) -> None:
+        if self._ends_at_once:
+            os._exit(0)
         # Only a flag: a handler runs between any two bytecodes, where saving would see half a step.
         self._asked = True
+        if self._outer is not None:
+            self._outer._ask()
+
+    @contextlib.contextmanager
+    def ending_at_once(self) -> Iterator[None]:
+        """The signal ends the process in the body, where all is saved."""
+        if self._asked:
+            os._exit(0)
+        self._ends_at_once = True
+        yield
+        self._ends_at_once = False
 
     @property
     def asked(self) -> bool:

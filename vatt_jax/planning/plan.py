@@ -68,6 +68,7 @@ IRRELEVANT_FIELDS = (
     'name',
     'report',
     'init_from',
+    'init_trees',
     'init_words',
     'init_rename',
     'init_skip',

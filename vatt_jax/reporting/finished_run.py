@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vatt_jax import config as configs
-from vatt_jax import evals
+from vatt_jax import evals, phases
 from vatt_jax.config import ConfigError
 from vatt_jax.run_folder import RANDOM_INIT, RunFolder, evaluation_name
 
@@ -20,7 +20,7 @@ DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.erro
 
 
 class FinishedRun:
-    """A run folder as the report sees it.
+    """A run folder as the report sees it; of a run with phases the last finished one.
 
     Attributes:
         path: the folder.
@@ -39,7 +39,7 @@ class FinishedRun:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = pathlib.Path(path)
+        self.path = phases.model_folder(pathlib.Path(path))
         stored = configs.stored(self.path)
         if stored is None:
             raise ConfigError(

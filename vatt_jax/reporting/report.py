@@ -65,11 +65,16 @@ def build(workdir: str | os.PathLike, others: Sequence[str | os.PathLike] = ()) 
     budget = MOST_BYTES - len(bare) - BYTES_OF_A_TILE * _num_tiles(context)
     encoded = clips.encode_all(sources, budget) if num_clips else {}
     path = RunFolder(run.path).report
-    _write(path, _render(context, encoded))
+    write_page(path, _render(context, encoded))
     return path
 
 
-def _write(path: pathlib.Path, page: bytes) -> None:
+def write_page(path: pathlib.Path, page: bytes) -> None:
+    """Writes a page whole or not at all, and makes its folder.
+
+    Raises:
+        ConfigError: a file stands where the folder belongs.
+    """
     # Renamed into place: a browser that reloads never shows half a page.
     temporary = path.with_suffix('.tmp')
     try:
@@ -95,30 +100,40 @@ def _num_tiles(context: Mapping[str, Any]) -> int:
 
 def _render(context: Mapping[str, Any], encoded: Mapping[str, clips.Clip]) -> bytes:
     """The page in UTF-8. encoded: the clips that it shows."""
+    films = {name: clip.film for name, clip in encoded.items() if clip.film}
+    script = (PAGE / 'script.js').read_text(encoding='utf-8')
+    page = (
+        environment()
+        .get_template('page.html')
+        .render(
+            **context,
+            clips=encoded,
+            films=films,
+            script=script,
+            # The browser runs this script and no other, whatever else may have slipped into the
+            # page.
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            style=(PAGE / 'style.css').read_text(encoding='utf-8'),
+        )
+    )
+    # File names that are not UTF-8 come as lone surrogates, which have no encoding.
+    return page.encode('utf-8', 'replace')
+
+
+def environment() -> jinja2.Environment:
+    """What reads the templates."""
     # Autoescape: captions, names and classes are a user's words, which no browser may read as
     # markup. StrictUndefined: a name misspelt in the template is an error, not an empty text.
-    environment = jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters['percent'] = _percent
-    environment.filters['shortened'] = _shortened
-    films = {name: clip.film for name, clip in encoded.items() if clip.film}
-    script = (PAGE / 'script.js').read_text(encoding='utf-8')
-    page = environment.get_template('page.html').render(
-        **context,
-        clips=encoded,
-        films=films,
-        script=script,
-        # The browser runs this script and no other, whatever else may have slipped into the page.
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        style=(PAGE / 'style.css').read_text(encoding='utf-8'),
-    )
-    # File names that are not UTF-8 come as lone surrogates, which have no encoding.
-    return page.encode('utf-8', 'replace')
+    made.filters['percent'] = _percent
+    made.filters['shortened'] = _shortened
+    return made
 
 
 def _percent(share: float) -> str:

@@ -36,9 +36,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as managers
 
-from vatt_jax import optim
+from vatt_jax import phases
 from vatt_jax.config import ConfigError, choose, differing_fields, flatten, from_json
-from vatt_jax.models.embeddings import spline_matrix
 from vatt_jax.object_store import is_url, run_mirror
 from vatt_jax.objectives.memory import teacher as teachers
 from vatt_jax.parallel import sharding
@@ -563,6 +562,8 @@ def _path_name(key_path: Sequence[Any]) -> str:
 def find(path: str | pathlib.Path) -> pathlib.Path:
     """Return the newest checkpoint folder of a run folder, or the checkpoint folder itself.
 
+    Of a run with phases that of the last finished phase.
+
     Args:
         path: A run folder, its `checkpoints` folder or one checkpoint folder; one on an object
             store is copied to this machine.
@@ -576,7 +577,7 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
     path = pathlib.Path(path)
     if (path / 'meta').is_dir() and (path / 'state').is_dir():
         return path.absolute()
-    folder = path
+    path = folder = phases.model_folder(path)
     if RunFolder(path).checkpoints.is_dir():
         folder = RunFolder(path).checkpoints
     available = _numbered_folders(folder, 'state')
@@ -651,7 +652,9 @@ def _has_leaves(tree: Any) -> bool:
     return bool(jax.tree.leaves(tree))
 
 
-def _read_variables(path: pathlib.Path, with_heads: bool, with_teacher: bool) -> dict[str, Any]:
+def _read_variables(
+    path: pathlib.Path, with_heads: bool, with_state: bool, with_teacher: bool
+) -> dict[str, Any]:
     """Read the parts of a checkpoint that a model needs, as NumPy, and leave the rest on disk."""
     with ocp.StandardCheckpointer() as reader:
         saved = dict(reader.metadata(path / 'state').item_metadata)
@@ -661,7 +664,9 @@ def _read_variables(path: pathlib.Path, with_heads: bool, with_teacher: bool) ->
             if name == 'model' or _has_leaves(tree):
                 params[name] = tree
     parts = {'params': params, 'batch_stats': saved['batch_stats'], 'ema': saved['ema'] or {}}
-    if with_teacher:
+    if with_state:
+        parts['objective'] = saved['objective']
+    elif with_teacher:
         parts['objective'] = {'teacher': _teacher_of(path, saved)}
     # Orbax cannot restore a tree without leaves.
     parts = {name: tree for name, tree in parts.items() if _has_leaves(tree)}
@@ -691,25 +696,28 @@ def _teacher_of(path: pathlib.Path, saved: dict[str, Any]) -> Any:
 
 
 def read_model(
-    path: pathlib.Path, objective: bool = False, which: str = 'student'
+    path: pathlib.Path, objective: bool = False, state: bool = False, which: str = 'student'
 ) -> dict[str, Any]:
     """Read the model of a checkpoint as NumPy arrays.
 
     Args:
         path: A checkpoint folder.
         objective: Also read the parameters of the objective's heads.
+        state: Also read the objective's state.
         which: student, or teacher: the momentum copy, where the objective keeps one.
 
     Returns:
         'params' (the averaged ones where the run averaged them) and 'batch_stats' of the model;
-        with `objective` also 'objective', the heads' parameters.
+        with `objective` also 'objective', the heads' parameters; with `state` also 'state'.
 
     Raises:
         ConfigError: The checkpoint cannot be read, or has no teacher.
     """
     choose(which, ('student', 'teacher'), 'which')
     try:
-        restored = _read_variables(path, objective, with_teacher=which == 'teacher')
+        restored = _read_variables(
+            path, with_heads=objective, with_state=state, with_teacher=which == 'teacher'
+        )
     except ConfigError:
         raise
     except Exception as error:
@@ -725,6 +733,8 @@ def read_model(
         variables = teachers.variables(saved_teacher, variables['params'])
     if objective:
         variables['objective'] = restored['params'].get('objective', {})
+    if state:
+        variables['state'] = restored.get('objective', {})
     return variables
 
 
@@ -748,114 +758,9 @@ def load_model(
     """
     path = find_verified(path)
     meta = read_meta(path)
-    variables = jax.device_put(read_model(path, objective, which), sharding.replicated(mesh))
+    variables = jax.device_put(read_model(path, objective, which=which), sharding.replicated(mesh))
     # By way of JSON, as a stored config is read: tuples are restored and renamed fields moved.
     return from_json(json.dumps(meta['config'])), variables, meta['info']
-
-
-def init_from(
-    path: str, params: Any, batch_stats: Any, rename: Sequence[Any], skip: Sequence[str]
-) -> tuple[Any, Any, list[str]]:
-    """Take model parameters and statistics from another run, where names and shapes agree.
-
-    Position tables of another length are resized by spline.
-
-    Args:
-        path: The other run, see `find`.
-        params: This run's model parameters, arrays with shardings.
-        batch_stats: This run's model statistics, likewise.
-        rename: ((regex, replacement), …), applied in this order to a path of this run to get the
-            path in the other checkpoint.
-        skip: Regular expressions of the paths left at their initial values.
-
-    Returns:
-        Both trees with the values taken, and the paths that `skip` left.
-
-    Raises:
-        ConfigError: A parameter is absent there or has another shape, or nothing was taken.
-    """
-    _check_init_fields(rename, skip)
-    # NumPy on the host: the other run's whole model need not fit on one device.
-    available = _named_variables(read_model(find_verified(path)))
-    skipped: list[str] = []
-    num_taken = 0
-
-    def transfer(group: str, tree: Any) -> Any:
-        def transfer_leaf(name: str, initial: jax.Array) -> jax.Array:
-            nonlocal num_taken
-            if optim.matches(name, skip):
-                skipped.append(name)
-                return initial
-            value = _fitting_value(path, available, group, name, rename, initial.shape)
-            num_taken += 1
-            # In this run's dtype and layout, whichever the other run had.
-            return jax.device_put(np.asarray(value, initial.dtype), initial.sharding)
-
-        return jax.tree.map(transfer_leaf, optim.paths(tree), tree)
-
-    params = transfer('params', params)
-    batch_stats = transfer('batch_stats', batch_stats)
-    # Most likely a mistake in a pattern; training from scratch in silence would cost days.
-    if not num_taken:
-        raise ConfigError(
-            f'config.init_from={path}: config.init_skip={tuple(skip)} leaves every parameter out'
-        )
-    return params, batch_stats, skipped
-
-
-def _check_init_fields(rename: Sequence[Any], skip: Sequence[str]) -> None:
-    """Raise ConfigError for malformed config.init_skip or config.init_rename."""
-    optim.check_patterns(skip, 'config.init_skip')
-    for pair in rename:
-        if not (isinstance(pair, tuple) and len(pair) == 2):
-            raise ConfigError(
-                f'config.init_rename has {pair!r}; expected pairs of a pattern and its '
-                "replacement, such as (('^fronts_', 'patches_'),)"
-            )
-    optim.check_patterns([pattern for pattern, _ in rename], 'config.init_rename')
-
-
-def _named_variables(variables: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Return 'params/<path>' and 'batch_stats/<path>' -> array of what `read_model` returned."""
-    named = {}
-    for group in ('params', 'batch_stats'):
-        names = jax.tree.leaves(optim.paths(variables[group]))
-        leaves = jax.tree.leaves(variables[group])
-        for name, leaf in zip(names, leaves, strict=True):
-            named[f'{group}/{name}'] = leaf
-    return named
-
-
-def _fitting_value(
-    path: str,
-    available: dict[str, np.ndarray],
-    group: str,
-    name: str,
-    rename: Sequence[tuple[str, str]],
-    shape: tuple[int, ...],
-) -> np.ndarray:
-    """Return the other run's value for our parameter `name`, or raise ConfigError."""
-    source_name = name
-    for pattern, replacement in rename:
-        # Each pattern sees what the one before it made.
-        source_name = re.sub(pattern, replacement, source_name)
-    value = available.get(f'{group}/{source_name}')
-    if value is None:
-        raise ConfigError(
-            f'config.init_from={path}: it has no parameter {source_name!r} (for {name!r}); '
-            'map it with config.init_rename or leave it out with config.init_skip'
-        )
-    # [N D]: only the number of positions may differ.
-    is_position_table = name.endswith('_positions') and value.shape[1:] == shape[1:]
-    if is_position_table and len(value) != shape[0]:
-        # Another grid of patches: resized by the rule of the official implementation, in float64.
-        value = spline_matrix(len(value), shape[0]) @ np.asarray(value, np.float64)
-    if value.shape != shape:
-        raise ConfigError(
-            f'config.init_from={path}: {source_name} has shape {value.shape}, this model wants '
-            f'{shape}; leave it out with config.init_skip=({name!r},) or change the config'
-        )
-    return value
 
 
 def digest(tree: Any) -> str:

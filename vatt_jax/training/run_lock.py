@@ -10,6 +10,7 @@ import socket
 import sys
 
 from vatt_jax.config import ConfigError
+from vatt_jax.parallel import distributed
 from vatt_jax.run_folder import RunFolder
 
 # What the system says where another process holds the lock; anything else is about missing locks.
@@ -61,6 +62,19 @@ class RunLock:
         with contextlib.suppress(OSError):
             os.ftruncate(file, 0)
             os.write(file, f'process {os.getpid()} on {socket.gethostname()}\n'.encode())
+
+    def take(self) -> None:
+        """`acquire` on the main process; all of them raise where it is held elsewhere."""
+        message = ''
+        if distributed.is_main():
+            try:
+                self.acquire()
+            except ConfigError as error:
+                message = str(error)
+        if distributed.broadcast_from_main(int(bool(message))):
+            raise ConfigError(
+                message or f'--workdir={self._workdir}: another run is writing this folder'
+            )
 
     def close(self) -> None:
         """Gives the lock back. Its file stays: another process may be opening it."""

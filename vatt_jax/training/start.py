@@ -13,16 +13,18 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vatt_jax import config as configs
+from vatt_jax import phase_folders
 from vatt_jax.config import ConfigError
 from vatt_jax.inputs import word_vectors
 from vatt_jax.objectives.base import Objective
 from vatt_jax.parallel import distributed
 from vatt_jax.run_folder import RunFolder, write_atomically
-from vatt_jax.training import checkpoint, frozen_models, provenance
+from vatt_jax.training import checkpoint, frozen_models, provenance, starting_values
 from vatt_jax.training.build import Built
 from vatt_jax.training.checkpoint import Checkpoints
 from vatt_jax.training.columns import Columns, as_declared
 from vatt_jax.training.run_lock import RunLock
+from vatt_jax.training.starting_values import OtherRun
 from vatt_jax.training.train_state import TrainState
 
 # A run folder belongs to one choice of these fields ...
@@ -88,7 +90,7 @@ def start(
     """
     folder = RunFolder(workdir)
     # Before checkpoints are looked at: one that another process is deleting would seem damaged.
-    _take(lock, workdir)
+    lock.take()
     saved_step = newest_sound(workdir)
     if saved_step is not None:
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
@@ -97,30 +99,20 @@ def start(
         run = _begin(config, built, data)
         # Only now, so that a mistake in the config leaves no folder behind.
         workdir.mkdir(parents=True, exist_ok=True)
-        _take(lock, workdir)
+        lock.take()
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
 
     if distributed.is_main():
         # Also of a continued run: fields that may change (steps, batch size) are now those of this
         # config.
-        write_atomically(folder.config, configs.to_json(config))
+        # Phases of one run name one another, so that it may be moved.
+        stored_config = phase_folders.with_references(config, workdir)
+        write_atomically(folder.config, configs.to_json(stored_config))
         if run.step < config.steps:
             # Of a run that was shorter: this one is not done.
             folder.done.unlink(missing_ok=True)
             write_atomically(folder.provenance, json.dumps(provenance.describe(), indent=1))
     return run, checkpoints
-
-
-def _take(lock: RunLock, workdir: pathlib.Path) -> None:
-    """Take the lock on the main process; all of them raise where it is held elsewhere."""
-    message = ''
-    if distributed.is_main():
-        try:
-            lock.acquire()
-        except ConfigError as error:
-            message = str(error)
-    if distributed.broadcast_from_main(int(bool(message))):
-        raise ConfigError(message or f'--workdir={workdir}: another run is writing this folder')
 
 
 def _continue(
@@ -142,19 +134,16 @@ def _continue(
 def _begin(config: ConfigDict, built: Built, data: Any) -> TrainingRun:
     state = built.init()
     origin = 'starting from scratch'
+    other = None
     if config.init_from:
-        # Optimizer slots, step and objective stay fresh: only the model is taken.
-        params, batch_stats, fresh = checkpoint.init_from(
-            config.init_from,
-            state.params['model'],
-            state.batch_stats,
-            config.init_rename,
-            config.init_skip,
+        starting_values.check_trees(config.init_trees, state.params['objective'], state.objective)
+        starting_values.check_fields(config.init_trees, config.init_rename, config.init_skip)
+        other = starting_values.read(
+            config.init_from, config.init_trees, rename=config.init_rename, skip=config.init_skip
         )
-        state = _with_model_params(config, state, params).replace(batch_stats=batch_stats)
+        # Optimizer slots and step stay fresh.
+        state = _with_params(config, state, other)
         origin = f'starting from {config.init_from}'
-        if fresh:
-            origin += f', {len(fresh)} parameters fresh'
 
     # Pretrained word vectors lie over whatever the parameters were until now.
     if config.init_words:
@@ -171,8 +160,27 @@ def _begin(config: ConfigDict, built: Built, data: Any) -> TrainingRun:
                 f'config.model.towers.{frozen[0]}.frozen_words is set)'
             )
     state = _with_copies_of_the_model(built, state)
+    if other is not None:
+        # After the copies: where memories and teachers are taken too, they count.
+        if 'state' in config.init_trees:
+            state = _with_state(built, state, other)
+        other.check_taken()
+        if other.skipped:
+            origin += f', {len(other.skipped)} parameters fresh'
     state = _with_models_of_other_runs(built, state)
     return TrainingRun(state, step=int(state.step), origin=origin)
+
+
+def _with_params(config: ConfigDict, state: TrainState, other: OtherRun) -> TrainState:
+    """The state with the parameters, and the model's statistics, of another run."""
+    if 'model' in config.init_trees:
+        params = other.take('params', state.params['model'])
+        batch_stats = other.take('batch_stats', state.batch_stats)
+        state = _with_model_params(config, state, params).replace(batch_stats=batch_stats)
+    if 'objective' in config.init_trees:
+        objective_params = other.take('objective', state.params['objective'])
+        state = state.replace(params={**state.params, 'objective': objective_params})
+    return state
 
 
 def _with_copies_of_the_model(built: Built, state: TrainState) -> TrainState:
@@ -189,6 +197,14 @@ def _with_copies_of_the_model(built: Built, state: TrainState) -> TrainState:
 
     begun = jax.jit(begin, out_shardings=built.shardings.objective)(state)
     return state.replace(objective=begun)
+
+
+def _with_state(built: Built, state: TrainState, other: OtherRun) -> TrainState:
+    """The state whose objective remembers what that of another run did."""
+    # Frozen models come from the runs that they are of.
+    frozen = built.objective.frozen_models()
+    own = {name: part for name, part in state.objective.items() if name not in frozen}
+    return state.replace(objective={**state.objective, **other.take('state', own)})
 
 
 def _with_models_of_other_runs(built: Built, state: TrainState) -> TrainState:
