@@ -81,6 +81,9 @@ def get_config(arg: str = '') -> ConfigDict:
     # ---- evaluation
     # Steps between evaluations during training. 0: only at the end.
     c.eval_every = 0
+    # Which model: student (the one that is trained) | teacher (its momentum copy, of objectives
+    # that keep one).
+    c.evaluated = 'student'
     # name -> {type: entry of vatt_jax.evals.EVALUATORS, ... its own fields}
     c.evals = ConfigDict()
     # After training: evaluate the random initialisation too, and write the report.
@@ -235,10 +238,31 @@ def augment() -> ConfigDict:
     # Probability of colour jitter per clip, and its strengths.
     a.color = 0.8
     a.brightness, a.contrast, a.saturation, a.hue = 32 / 255, 0.4, 0.4, 0.2
+    # Brightness as a factor within 1 ± this (SimCLR); `brightness` is a shift.
+    a.gain = 0.0
+    # Probability that a clip turns grey, after the jitter.
+    a.grey = 0.0
+    # Probability of Gaussian blur per clip; its standard deviation in pixels of the clip that the
+    # model sees, uniform between these; width of its kernel, as a share of the picture.
+    a.blur, a.blur_sigma, a.blur_width = 0.0, (0.1, 2.0), 0.1
+    # Probability that a clip takes all of the above at all; otherwise it is only cropped and
+    # mirrored.
+    a.strong = 1.0
+    # ((stream, {field: value}), ...): sets of their own for streams, such as
+    # (('video.second', {'blur': 0.1}),); what they do not name is as above.
+    a.views = ()
     # Standard deviation of Gaussian noise, as a share of the clip's maximum.
     a.audio_noise = 0.01
     # Sound is multiplied by a factor within 1 ± this, drawn for each clip.
     a.volume = 0.0
+    # SpecAugment of log-mel: how many masks, and their width in bands or frames: a whole number
+    # below this one, drawn for each mask.
+    a.spec_augment = ConfigDict(
+        {'frequency_masks': 0, 'frequency_width': 0, 'time_masks': 0, 'time_width': 0}
+    )
+    # ((stream, source), ...): streams of video or audio that are another one read backwards, made
+    # on the device after augmentation, which both share (docs/data.md).
+    a.mirrored = ()
     return a
 
 

@@ -39,7 +39,7 @@ FLOORS = (
         'vatt_jax.search',
     ),
     ('vatt_jax.modes', 'vatt_jax.launch'),
-    ('vatt_jax.cli', 'vatt_jax.__main__'),
+    ('vatt_jax.cli', 'vatt_jax.evolve', 'vatt_jax.__main__'),
 )
 
 

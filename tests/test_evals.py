@@ -18,7 +18,7 @@ import data_pipelines
 from tests import tiny
 from vatt_jax import api, evals
 from vatt_jax.config import ConfigError
-from vatt_jax.evals import FeatureView, Result, solvers, statistics
+from vatt_jax.evals import FeatureView, Result, solvers, statistics, synchrony
 from vatt_jax.evals.linear_probe import mean_color, mean_spectrum
 from vatt_jax.inference import feature_extractor
 from vatt_jax.inputs import preprocess
@@ -435,6 +435,109 @@ def test_sync_mistakes_are_sentences():
         sync_of_sounds(one_hot(3), one_hot(3), valid={'audio': np.zeros(3, bool)})
 
 
+def sync_features(n, seed=0):
+    """Features of clips on both sides of the threshold, at several lengths."""
+    rng = np.random.default_rng(seed)
+    raw = {'video': rng.normal(size=(n, 3))}
+    raw['audio'] = raw['video'] + rng.normal(size=(n, 3)) * rng.uniform(0.1, 1.5, (n, 1))
+    # In the direction of the video, and too long: near by the cosine, far by the distance.
+    raw['audio.shifted'] = 2 * raw['video'] + rng.normal(size=(n, 3))
+    spaces, all_lengths = {}, {}
+    for stream, x in raw.items():
+        length = np.linalg.norm(x, axis=-1)
+        spaces[stream] = x / length[:, None]
+        all_lengths[stream] = length
+    return raw, {**embeddings(n, {'va': spaces}), 'lengths': {'va': all_lengths}}
+
+
+def test_sync_by_distance_compares_embeddings_as_they_are():
+    raw, features = sync_features(50)
+    result = run_evaluator(KnownFeatures({'test': features}), type='sync', measure='distance')
+    own = np.linalg.norm(raw['video'] - raw['audio'], axis=1)
+    other = np.linalg.norm(raw['video'] - raw['audio.shifted'], axis=1)
+    assert result.scalars == {'accuracy': np.mean(own < other)}
+    by_cosine = run_evaluator(KnownFeatures({'test': features}), type='sync')
+    assert by_cosine.scalars['accuracy'] != result.scalars['accuracy']
+
+
+@pytest.mark.parametrize('against', ['shifted', 'other'])
+def test_sync_decides_by_the_best_threshold_of_another_split(against):
+    raw, features = sync_features(60)
+    raw_validation, validation = sync_features(40, seed=1)
+    view = KnownFeatures({'test': features, 'validation': validation})
+    result = run_evaluator(
+        view,
+        type='sync',
+        measure='distance',
+        threshold_split='validation',
+        against=against,
+        apart=0.5,
+    )
+
+    def distances(raw):
+        """(own, other) of each clip."""
+        other = raw['audio.shifted']
+        if against == 'other':
+            other = np.roll(raw['audio'], len(other) // 2, axis=0)
+        own = np.linalg.norm(raw['video'] - raw['audio'], axis=1)
+        return own, np.linalg.norm(raw['video'] - other, axis=1)
+
+    def correct(raw, threshold):
+        own, other = distances(raw)
+        return 0.5 * ((own < threshold).mean() + (other >= threshold).mean())
+
+    # All thresholds that tell the pairs of the validation split in different ways, tried in turn.
+    known = np.sort(np.concatenate(distances(raw_validation)))
+    candidates = [0.0, *(known[1:] + known[:-1]) / 2, 9.0]
+    accuracies = np.array([correct(raw_validation, threshold) for threshold in candidates])
+    # Of equally good ones that of the largest distance, which is the lowest nearness.
+    best = candidates[np.flatnonzero(accuracies == accuracies.max())[-1]]
+    np.testing.assert_allclose(result.scalars['binary_accuracy'], correct(raw, best))
+    assert 0.5 < result.scalars['binary_accuracy'] < result.scalars['accuracy'] + 0.2
+    assert result.artifacts['binary_accuracy/chance'] == 0.5
+    low, high = result.artifacts['binary_accuracy/interval']
+    assert low < result.scalars['binary_accuracy'] < high
+
+    asked = [request.get('views') for _, request in view.requests]
+    far = {'audio.shifted': {'kind': 'shift', 'seconds': 'random', 'apart': 0.5}}
+    assert asked == [None if against == 'other' else far] * 2
+
+
+@pytest.mark.parametrize(
+    'match, mismatch, expected',
+    [
+        ([3, 4], [1, 2], 2.5),
+        ([1, 2], [3, 4], -np.inf),  # all are called in sync, as good as none
+        ([2, 2, 5], [2, 2, 2, 1], 3.5),  # equal scores stay together
+        ([1, 1], [1, 1], -np.inf),
+    ],
+)
+def test_best_threshold(match, mismatch, expected):
+    assert synchrony.best_threshold(np.float64(match), np.float64(mismatch)) == expected
+
+
+@pytest.mark.parametrize(
+    'fields, message',
+    [
+        ({'measure': 'dot'}, "config.evals.x.measure='dot': choose one of cosine, distance"),
+        ({'against': 'all'}, "config.evals.x.against='all': choose one of shifted, other"),
+    ],
+)
+def test_sync_fields_are_checked(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        evals.build('x', ConfigDict({'type': 'sync', **fields}))
+
+
+def test_the_split_of_the_threshold_is_checked():
+    outputs = types.SimpleNamespace(spaces={'va': ('video', 'audio')})
+    data = types.SimpleNamespace(info={}, size=lambda split, by: 10 * (split == 'test'))
+    entry = ConfigDict({'type': 'sync', 'threshold_split': 'validation'})
+    with pytest.raises(
+        ConfigError, match=r"x\.threshold_split='validation': the data have no such"
+    ):
+        evals.build('x', entry).check(data, outputs)
+
+
 # ---- probes
 
 
@@ -824,9 +927,61 @@ def test_neighbours_are_those_of_the_mean_of_unit_features():
     chex.assert_trees_all_equal(pooled.scalars, result.scalars)
 
 
+def test_neighbours_of_centred_means_are_cosines_of_two_streams():
+    """CoCLR's retrieval by loops over pairs in float64, of one stream and of two.
+
+    Each split is centred by its own mean; clips that lack a stream or a class are left out. The
+    gallery lies apart from the queries, which centring undoes.
+    """
+    rng = np.random.default_rng(1)
+    parts, means, kept = {}, {}, {}
+    for split, count, offset in (('test', 30, 0.0), ('train', 50, 7.0)):
+        y = rng.integers(-1, 4, count)
+        has_sound = rng.uniform(size=count) < 0.8
+        windows = {}
+        for stream in ('video', 'audio'):
+            windows[stream] = [offset + x for x in neighbour_windows(rng, y).values()]
+        for w in range(2):
+            part = labelled(windows['video'][w], y)
+            part['pooled']['audio'] = windows['audio'][w]
+            part['valid']['audio'] = has_sound
+            parts[split, w, None] = part
+        kept[split] = y, has_sound
+        means[split] = {name: np.mean(x, 0, dtype=np.float64) for name, x in windows.items()}
+
+    for beside in ((), ('audio',)):
+        features, classes = {}, {}
+        for split, (y, has_sound) in kept.items():
+            is_used = (y >= 0) & (has_sound if beside else True)
+            classes[split] = y[is_used]
+            features[split] = []
+            for stream in ('video', *beside):
+                x = means[split][stream][is_used]
+                features[split].append(unit(x - x.mean(0)))
+        hits = []
+        for i, query_class in enumerate(classes['test']):
+            cosines = np.zeros(len(classes['train']))
+            for queries, gallery in zip(features['test'], features['train'], strict=True):
+                cosines += gallery @ queries[i] / len(features['test'])
+            nearest = np.argsort(-cosines, kind='stable')[:3]
+            hits.append(query_class in classes['train'][nearest])
+        fields = {'windows': 2, 'of': 'pooled', 'unit': 'mean', 'centre': True, 'first': (1, 3, 10)}
+        view = KnownFeatures(parts)
+        result = run_evaluator(view, 'n', type='neighbours', beside=beside, **fields)
+        assert result.scalars['R@3'] == pytest.approx(np.mean(hits))
+        assert result.artifacts['queries'] == len(hits)
+        # Without centring the two splits would not lie over one another.
+        apart = run_evaluator(
+            view, 'n', type='neighbours', beside=beside, **{**fields, 'centre': False}
+        )
+        assert apart.scalars != result.scalars
+
+
 @pytest.mark.parametrize(
     'fields, message',
     [
+        ({'unit': 'clips'}, 'unit=.clips.: choose one of windows, mean'),
+        ({'beside': ('flow',)}, "stream 'flow' is not among video"),
         ({'first': (1, 60)}, 'the gallery has 50 clips, fewer than the 60 neighbours'),
         ({'first': ()}, 'first: expected numbers of neighbours'),
         ({'stream': 'flow'}, "stream 'flow' is not among video"),

@@ -9,6 +9,8 @@ from vatt_jax.losses.similarity import How
 
 B, K, E, M = 9, 2, 5, 13
 TEMPERATURE = 0.2
+# Whose own key is a positive.
+OF_SOME = np.arange(B) % 3 > 0
 
 
 def unit(x):
@@ -26,8 +28,9 @@ def definition(x, y, queue, valid, positive, in_batch, own_positive):
         valid: bool [M].
         positive: bool [B M], of the queue.
         in_batch: keys of other clips are negatives.
-        own_positive: own keys are positives.
+        own_positive: own keys are positives; bool, or [B].
     """
+    is_positive = np.broadcast_to(own_positive, len(x))
     x, y, queue = unit(x), unit(y), unit(queue)
     losses = []
     for b in range(len(x)):
@@ -38,7 +41,7 @@ def definition(x, y, queue, valid, positive, in_batch, own_positive):
         if in_batch:
             everything += others.sum()
         positives = further[valid & positive[b]].sum()
-        if own_positive:
+        if is_positive[b]:
             positives += own.sum()
         if positives > 0:
             losses.append(np.log(everything) - np.log(positives))
@@ -58,7 +61,7 @@ def arrays():
 
 @pytest.mark.parametrize('module, how', [(nce, How(block=8)), (dense, How())])
 @pytest.mark.parametrize('in_batch', [True, False])
-@pytest.mark.parametrize('own_positive', [True, False])
+@pytest.mark.parametrize('own_positive', [True, False, OF_SOME], ids=['own', 'queue', 'both'])
 def test_mined_positives_are_the_definition(arrays, module, how, in_batch, own_positive):
     """CoCLR: own key and queue alone, positives by a mask, the own key among negatives only."""
     x, y, queue, valid, positive = arrays

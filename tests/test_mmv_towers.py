@@ -1,4 +1,4 @@
-"""MMV's towers, R(2+1)D and ResNet-9 in NumPy float64, layer by layer, and published sizes."""
+"""Towers of MMV, CVRL and AVID, R(2+1)D and ResNet-9 in NumPy float64; published sizes."""
 
 import math
 
@@ -15,7 +15,9 @@ from vatt_jax.models import layers, presets
 from vatt_jax.models.multimodal import NETS
 from vatt_jax.models.towers import convolutions, resnet_v2
 from vatt_jax.models.towers.audio_resnet import ResNet2DV2, ResNet9
+from vatt_jax.models.towers.avid import AVIDAudio, AVIDVideo
 from vatt_jax.models.towers.r2plus1d import R2Plus1D, mid_planes
+from vatt_jax.models.towers.r3d import R3D
 from vatt_jax.models.towers.s3d import S3D, space_to_depth
 from vatt_jax.models.towers.tsm_resnet import TSMResNet, shift
 
@@ -217,6 +219,53 @@ class Reference:
                 y = self.space_then_time(f'{name}_conv_1', x, stride)
                 y = self.space_then_time(f'{name}_conv_2', y, 1, relu=False)
                 x = np.maximum(shortcut + y, 0)
+        return x
+
+    # R3D
+    def r3d(self, x, blocks):
+        """The last map of R3D; time is in the first kernels of the last two groups."""
+        x = self.unit('stem', x, (2, 2, 2))
+        x = pool(x, (1, 3, 3), (1, 2, 2))
+        for group, count in enumerate(blocks, start=1):
+            for block in range(count):
+                name = f'group_{group}_block_{block}'
+                stride = (1, 2, 2) if group > 1 and block == 0 else (1, 1, 1)
+                shortcut = x
+                if block == 0:
+                    shortcut = self.unit(f'{name}/short', x, stride, relu=False)
+                seen = self.kernel(f'{name}/temporal/conv').shape[0]
+                assert seen == (3 if group > 2 else 1)
+                y = self.unit(f'{name}/temporal', x, (1, 1, 1))
+                y = self.unit(f'{name}/spatial', y, stride)
+                y = self.unit(f'{name}/expand', y, (1, 1, 1), relu=False)
+                x = np.maximum(shortcut + y, 0)
+        return x
+
+    # AVID
+    def avid_video(self, x):
+        """The last map of AVID's R(2+1)D-18: the norm of a block's end is that of the sum."""
+        x = self.unit('stem', x, (1, 2, 2), even=True)
+        x = pool(x, (1, 3, 3), (1, 2, 2), [(0, 0), (1, 1), (1, 1)])
+        for layer in range(1, 5):
+            for block in range(2):
+                name = f'layer_{layer}_block_{block}'
+                stride = 2 if layer > 1 and block == 0 else 1
+                y = self.space_then_time(f'{name}/conv_1', x, stride)
+                y = self.unit(f'{name}/conv_2_spatial', y, (1, 1, 1), even=True)
+                y = conv(y, self.kernel(f'{name}/conv_2_temporal'), (1, 1, 1), even=True)
+                if stride == 2:
+                    x = conv(x, self.kernel(f'{name}/short'), (2, 2, 2), even=True)
+                x = np.maximum(self.norm(f'{name}/norm', x + y), 0)
+        return x
+
+    def avid_audio(self, x):
+        """The last map of AVID's ten layers; x [B T F]."""
+        x = self.norm('bands', x)[..., None]
+        x = self.unit('stem', x, (2, 2), even=True)
+        for block in range(1, 5):
+            strides = (1, 1) if block == 4 else (2, 2)
+            x = self.unit(f'block_{block}_conv_1', x, strides, even=True)
+            x = self.unit(f'block_{block}_conv_2', x, (1, 1), even=True)
         return x
 
     # ResNet-9
@@ -436,6 +485,17 @@ def test_r2plus1d(mid, norm, eps):
     close(pooled, expected.mean((1, 2, 3)))
 
 
+def test_r3d():
+    blocks = (1, 2, 1, 1)
+    module, x = R3D(blocks, 1 / 16), frames(2, 6, 38, 34, 3)
+    variables = variables_of(module, x)
+    pooled, last = apply(module, variables, x)
+    expected = Reference(variables).r3d(f64(x), blocks)
+    chex.assert_shape(last, (2, 3, 2, 2, 128))
+    close(last, expected)
+    close(pooled, expected.mean((1, 2, 3)))
+
+
 @pytest.mark.parametrize(
     'inputs, outputs, planes',
     [
@@ -462,9 +522,27 @@ def test_resnet9():
     close(pooled, expected.mean((1, 2)))
 
 
+def test_avid_towers():
+    module, x = AVIDVideo(1 / 16), frames(2, 5, 40, 36, 3)
+    variables = variables_of(module, x)
+    pooled, last = apply(module, variables, x)
+    expected = Reference(variables).avid_video(f64(x))
+    close(last, expected)
+    close(pooled, expected.max((1, 2, 3)))
+
+    module, x = AVIDAudio(1 / 8), frames(2, 31, 40) * 4 - 3
+    variables = variables_of(module, x)
+    pooled, last = apply(module, variables, x)
+    expected = Reference(variables).avid_audio(f64(x))
+    close(last, expected)
+    close(pooled, expected.max((1, 2)))
+
+
 @pytest.mark.parametrize(
     'name, size, width',
     [
+        ('avid_video', 15_379_136, 512),
+        ('avid_audio', 4_726_210, 512),
         ('s3d_pixels', 9_162_704, 1024),
         ('s3d', 9_146_000, 1024),
         ('tsm50', 23_500_352, 2048),
@@ -472,20 +550,22 @@ def test_resnet9():
         ('resnet2d_v2_50', 23_494_080, 2048),
         ('r2plus1d', 33_165_639, 512),
         ('r2plus1d_torchvision', 31_300_125, 512),
+        ('r3d_50', 31_672_128, 2048),
     ],
 )
 def test_published_sizes(name, size, width, monkeypatch):
     for init in layers.INITS:  # cheaper to trace
         monkeypatch.setitem(layers.INITS, init, jax.nn.initializers.zeros)
     fields = presets.tower(name)
-    _, net = NETS[fields.pop('name')]
+    modality, net = NETS[fields.pop('name')]
     module = net(**fields)
 
     def init_with_output(x):
         return module.init_with_output(jax.random.key(0), x, jnp.ones(2, bool), False)
 
-    of_sound = name.startswith('res')
-    shape = (2, 150, 80) if of_sound else (2, 8, 32, 32, 3)
+    of_sound = modality == 'audio'
+    # AVID normalises its 257 bands, with parameters of each.
+    shape = (2, 150, 257) if of_sound else (2, 8, 32, 32, 3)
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     (pooled, last), variables = jax.eval_shape(init_with_output, x)
     params = jax.tree.leaves(meta.unbox(variables)['params'])

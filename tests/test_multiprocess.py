@@ -250,6 +250,25 @@ def test_columns_are_saved_in_pieces_and_restored_by_any_number_of_processes(tmp
 
 
 @pytest.mark.slow
+def test_memories_of_two_processes_are_those_of_one(tmp_path):
+    """AVID-CMA: what is scored, written and found over two processes."""
+    run_together(tmp_path, f'--workdir={tmp_path / "two"}', variant='memory')
+    config = tiny.get_config('memory')
+    loop.train(config, data_pipelines.open(config), tmp_path / 'one', quiet=True)
+    state, _, columns = state_of(tmp_path / 'two', config)
+    expected, _, expected_columns = state_of(tmp_path / 'one', config)
+    lines, expected_lines = steps_logged(tmp_path / 'two'), steps_logged(tmp_path / 'one')
+    for name, rtol in (('loss', 2e-4), ('log_z', 1e-5)):
+        np.testing.assert_allclose(
+            [line[name] for line in lines], [line[name] for line in expected_lines], rtol=rtol
+        )
+    assert np.mean(columns['positives'] != expected_columns['positives']) < 0.02
+    chex.assert_trees_all_close(
+        jax.device_get(state.objective), jax.device_get(expected.objective), atol=1e-4
+    )
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_and_both_continue(tmp_path):
     workdir = tmp_path / 'run'
     started, logs = start(tmp_path, '--config.steps=400', f'--workdir={workdir}')

@@ -78,7 +78,7 @@ def test_a_folder_or_another_file_of_that_name_is_no_config(elsewhere):
     [
         ('demos', ['no file demos and no named config', 'did you mean configs/demo.py?']),
         ('configs/dmo.py', ['did you mean configs/demo.py?']),
-        ('zzz', ['expected a file or one of configs/default.py, configs/demo.py']),
+        ('zzz', ['expected a file or one of configs/', 'configs/default.py, configs/demo.py']),
         ('machines', ['no file machines and no named config']),
         ('empty/demo.py', ['no file empty/demo.py; folder empty has no Python files']),
         ('nowhere/demo.py', ['folder nowhere does not exist']),

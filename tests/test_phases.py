@@ -490,6 +490,7 @@ class Remembering(Contrastive):
     def __init__(self, config):
         own = dict(config)
         self.sampler = own.pop('sampler')
+        own.pop('sampler_model', None)
         super().__init__(ConfigDict({**own, 'name': 'contrastive'}))
 
     def frozen_models(self):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vatt_jax.config import ConfigError
-from vatt_jax.inputs import preprocess
+from vatt_jax.inputs import augmentation, preprocess
 from vatt_jax.rng import Rng
 
 B, T, H, W, SIZE = 4, 3, 20, 26, 8
@@ -245,7 +245,7 @@ def test_each_jitter_alone_changes_pixels_and_preserves_its_invariant(clips, nam
 
 
 def test_a_hue_turn_turns_the_colour_and_keeps_grey():
-    turn = np.asarray(preprocess._hue(jnp.array([0.0, 1 / 3, 1.0])), np.float64)
+    turn = np.asarray(augmentation._hue(jnp.array([0.0, 1 / 3, 1.0])), np.float64)
     chex.assert_shape(turn, (3, 3, 3))
     none, third, whole = turn
     np.testing.assert_allclose(none, np.eye(3), atol=1e-5)

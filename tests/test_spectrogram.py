@@ -173,6 +173,31 @@ def test_published_shape_of_the_filterbank():
     assert spectrogram.shape({'samples': 24000, 'mel': presets.FILTERBANK}) == (99, 257)
 
 
+def test_decibels_are_their_definition():
+    """Frame by frame: a constant component, pairs of frequencies, 100 dB below the loudest."""
+    mel = {'form': 'decibels', 'bins': 17, 'window': 64, 'hop': 30, 'low': 0.0, 'high': 2000.0}
+    samples = np.random.default_rng(0).normal(size=(2, 300)).astype(np.float32) * 0.1
+    samples[1, 100:] *= 1e-7
+    got = spectrogram.log_mel(jnp.asarray(samples), 4000, mel)
+    assert spectrogram.shape({'samples': 300, 'mel': mel}) == (10, 17)
+    hann = 0.5 * (1 - np.cos(2 * np.pi * np.arange(64) / 64))
+    basis = fourier_basis(64, 64)
+    expected = np.zeros((2, 10, 17))
+    for clip in range(2):
+        padded = np.concatenate([np.float64(samples[clip]), np.zeros(64)])
+        for t in range(10):
+            power = np.abs(basis @ (padded[t * 30 : t * 30 + 64] * hann)) ** 2
+            bands = [power[0], *(power[1 + 2 * b : 3 + 2 * b].mean() for b in range(16))]
+            expected[clip, t] = 10 * np.log10(np.maximum(bands, 1e-10))
+        floor = expected[clip].max() - 100
+        expected[clip] = np.maximum(expected[clip], floor)
+    assert (expected[1] == expected[1].min()).sum() > 20
+    np.testing.assert_allclose(got, expected, atol=1e-2)
+    assert spectrogram.shape({'samples': 48000, 'mel': presets.DECIBELS}) == (200, 257)
+    with pytest.raises(ConfigError, match='bins: expected one more than a divisor of 32, .* got 8'):
+        spectrogram.shape({'samples': 300, 'mel': {**mel, 'bins': 8}})
+
+
 def test_a_transform_shorter_than_the_window():
     with pytest.raises(ConfigError, match='transform: expected at least window=128, .* got 64'):
         spectrogram.shape({'samples': 600, 'mel': {'window': 128, 'transform': 64}})

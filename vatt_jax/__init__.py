@@ -11,8 +11,11 @@ __version__ = '0.1.0'
 __all__ = ['load']
 
 
-def load(path: Any) -> Any:
-    """A trained model (vatt_jax.api.Model) from a run or checkpoint folder or hf://owner/name."""
+def load(path: Any, which: str = 'student') -> Any:
+    """A trained model (vatt_jax.api.Model) from a run or checkpoint folder or hf://owner/name.
+
+    which: student, or teacher: its momentum copy, where the run keeps one.
+    """
     from vatt_jax import api  # late: importing the package must not start JAX
 
-    return api.load(path)
+    return api.load(path, which)

@@ -35,7 +35,7 @@ DESCRIPTIONS = {
 }
 
 
-def load(path: str | os.PathLike) -> Model:
+def load(path: str | os.PathLike, which: str = 'student') -> Model:
     """The newest model of a run folder, or that of one checkpoint or safetensors folder.
 
     Averaged parameters where the run kept them. The checkpoint carries config, tokenizer and class
@@ -44,9 +44,11 @@ def load(path: str | os.PathLike) -> Model:
     Args:
         path: the folder, here or on an object store (s3://…, gs://…), or
             hf://owner/name[@revision] for a repository of the Hugging Face hub.
+        which: student, the model that was trained, or teacher, its momentum copy, where the
+            objective keeps one.
 
     Raises:
-        ConfigError: no model can be read there.
+        ConfigError: no model can be read there, or no teacher.
         StoreError: the object store cannot be read.
     """
     if os.fspath(path).startswith('hf://'):
@@ -58,9 +60,11 @@ def load(path: str | os.PathLike) -> Model:
     mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1))
     path = pathlib.Path(path)
     if safetensors_folder.is_model_folder(path):
+        if which != 'student':
+            raise ConfigError(f'{path} holds one model, expected which="student", got {which!r}')
         config, variables, info = safetensors_folder.load_model(path, mesh)
     else:
-        config, variables, info = checkpoint.load_model(path, mesh, objective=True)
+        config, variables, info = checkpoint.load_model(path, mesh, objective=True, which=which)
     heads = variables.pop('objective')
     return Model(config, variables, info, mesh, heads, path)
 

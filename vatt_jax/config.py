@@ -79,12 +79,24 @@ COUNTS = {
     'model.inputs.audio.rate': 1,
     'model.inputs.text.candidates': 1,
     'model.inputs.text.words': 1,
+    # 0: none
+    'augment.spec_augment.frequency_masks': 0,
+    'augment.spec_augment.frequency_width': 0,
+    'augment.spec_augment.time_masks': 0,
+    'augment.spec_augment.time_width': 0,
     # 0: never
     'eval_every': 0,
     'checkpoint.keep_every': 0,
 }
 # Fields from 0 to 1.
-SHARES = ('data.flip', 'data.max_corrupt', 'augment.color')
+SHARES = (
+    'data.flip',
+    'data.max_corrupt',
+    'augment.color',
+    'augment.grey',
+    'augment.blur',
+    'augment.strong',
+)
 # Field -> smallest and largest value of the others; configs/default.py says what they mean. Those
 # of `mesh` are checked against the devices, those of `optimizer` by optim.check.
 RANGES: dict[str, tuple[float, float]] = {
@@ -96,8 +108,11 @@ RANGES: dict[str, tuple[float, float]] = {
     'augment.contrast': (0, 1),
     'augment.saturation': (0, 1),
     'augment.volume': (0, 1),
+    'augment.gain': (0, 1),
     # Shares of the range of pixels and of the clip's peak.
     'augment.brightness': (0, 1),
+    # Of the picture's side.
+    'augment.blur_width': (0, 1),
     'augment.audio_noise': (0, 1),
     # Of a full circle, either way.
     'augment.hue': (0, 0.5),
@@ -113,6 +128,8 @@ LARGEST_COUNT = 2**31 - 1
 INTERVALS = {
     'data.crop': 1,
     'data.aspect': 1000,
+    # Pixels; a kernel as wide as the picture is flat long before.
+    'augment.blur_sigma': 1000,
 }
 # Field -> its values. '' leaves the platform to JAX.
 CHOICES = {
@@ -620,6 +637,7 @@ def check_values(config: ConfigDict) -> None:
     if not 0 < fps < float('inf'):
         raise ConfigError(f'config.model.inputs.video.fps={fps:g}: expected a positive number.')
     _check_profile(config.profile)
+    _check_augmented_views(config)
     for modality in config.data.mismatch:
         choose(modality, config.model.inputs, 'config.data.mismatch')
     for field, options in CHOICES.items():
@@ -670,6 +688,33 @@ def _check_interval(interval: tuple[Any, ...], upper: float, where: str) -> None
     raise ConfigError(
         f'{where}={interval}: expected two numbers, smaller one first, above 0{bound}.'
     )
+
+
+def _check_augmented_views(config: ConfigDict) -> None:
+    """Check the sets of augmentation of single streams: their streams, fields and values."""
+    where = 'config.augment.views'
+    views = _pairs(config.augment.views, where, "('video.second', {'blur': 0.1})")
+    for stream, changes in views.items():
+        others = _pairs(
+            config.data.views, 'config.data.views', "('video.second', {'kind': 'clip'})"
+        )
+        choose(stream, (*config.model.inputs, *others), f'{where}: the stream')
+        changed = config.copy_and_resolve_references()
+        changed.augment.views = ()
+        # Unknown fields and other types are found here, values out of range below.
+        changed.augment = with_defaults(dict(changes), changed.augment, f'{where}: {stream}')
+        try:
+            check_values(changed)
+        except ConfigError as error:
+            raise ConfigError(f'{where}: {stream}: {error}') from None
+
+
+def _pairs(value: Any, where: str, example: str) -> dict[str, Any]:
+    """Return the dictionary that a field of (name, dictionary) pairs stands for."""
+    try:
+        return {name: dict(entry) for name, entry in dict(value).items()}
+    except (TypeError, ValueError):
+        raise ConfigError(f'{where}: expected pairs such as ({example},), got {value!r}.') from None
 
 
 def _check_profile(steps: tuple[Any, ...]) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from data_pipelines.loading import frame_windows, order, sample_windows, sentence_windows
 from data_pipelines.loading import views as view_rules
-from data_pipelines.loading.data_source import Data, Request, Rows
+from data_pipelines.loading.data_source import Data, Request, Rows, blank_stream
 from data_pipelines.loading.lazy_split import LazySplit
 from data_pipelines.storage.frame_shapes import Shapes
 from vatt_jax.inputs.tokenizer import Tokenizer
@@ -225,6 +225,8 @@ class BatchPlanner:
             (begin, end) if self.request.centred else None,
             1.0 / times.fps,
         )
+        has_window = view_rules.present(starts)
+        starts = view_rules.with_substitutes(starts)
 
         batch: dict[str, Any] = {
             'index': example.astype(np.int32),
@@ -234,7 +236,9 @@ class BatchPlanner:
         }
         for view in self.request.views:
             # 'data' of video and audio is filled in by RecordBatches, once it is read and decoded.
-            batch[view.stream] = self._stream(rows, view, starts[view.suffix], times)
+            stream = self._stream(rows, view, starts[view.suffix], times)
+            blank_stream(stream, ~has_window[view.suffix])
+            batch[view.stream] = stream
         if self._num_captions:
             # Only where the examples are segments.
             batch['text.caption'] = self._caption_stream(rows, example, begin)

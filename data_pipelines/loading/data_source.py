@@ -332,14 +332,21 @@ def blank(batch: dict[str, Any], bad: Bool[np.ndarray, ' B']) -> dict[str, Any]:
     batch['valid'] = batch['valid'] & ~bad
     for name, value in batch.items():
         if isinstance(value, dict) and 'valid' in value:  # a stream; its data may come later
-            for part, array in value.items():
-                value[part] = _fill_rows(array, bad, 0)
+            blank_stream(value, bad)
         if name == 'labels':
             for label, array in value.items():
                 # -1 is an unknown class number; a multi-hot row of zeros is one without any class.
                 is_multi_hot = not np.issubdtype(array.dtype, np.integer)
                 value[label] = _fill_rows(array, bad, 0 if is_multi_hot else -1)
     return batch
+
+
+def blank_stream(stream: dict[str, Any], bad: Bool[np.ndarray, ' B']) -> None:
+    """Empty rows of one stream in place: zeros with valid False."""
+    if not bad.any():
+        return
+    for part, array in stream.items():
+        stream[part] = _fill_rows(array, bad, 0)
 
 
 def _fill_rows(array: np.ndarray, rows: Bool[np.ndarray, ' B'], fill: int) -> np.ndarray:

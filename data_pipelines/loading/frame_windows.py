@@ -17,6 +17,13 @@ def _latest_start(duration: Num[np.ndarray, ' B'], window: float) -> np.ndarray:
     return np.maximum(duration - window, 0.0)
 
 
+def num_starts(
+    duration: Num[np.ndarray, ' B'], window: float, step: np.ndarray | float
+) -> np.ndarray:
+    """How many multiples of `step` [B] leave the window inside its record; at least 1."""
+    return np.floor(_latest_start(duration, window) / step + _STEP_TOLERANCE) + 1
+
+
 def anywhere(
     duration: Num[np.ndarray, ' B'],
     window: float,
@@ -31,8 +38,54 @@ def anywhere(
       step: seconds between stored frames, [B] or one for all.
       u: uniform numbers in [0, 1).
     """
-    num_starts = np.floor(_latest_start(duration, window) / step + _STEP_TOLERANCE) + 1
-    return np.floor(u * num_starts) * step  # u < 1: at most the latest start
+    # u < 1: at most the latest start
+    return np.floor(u * num_starts(duration, window, step)) * step
+
+
+def interval(u: Float[np.ndarray, ' B'], power: float) -> Float[np.ndarray, ' B']:
+    """Distances in [0, 1) of density (power + 1) (1 - t)^power, by the inverse of its integral.
+
+    Args:
+      u: uniform numbers in [0, 1).
+      power: 0 is uniform, 1 falls linearly to 0 at distance 1, more falls faster.
+    """
+    # P(distance <= t) = 1 - (1 - t)^(power + 1)
+    return 1 - (1 - u) ** (1 / (power + 1))
+
+
+def pair(
+    duration: Num[np.ndarray, ' B'],
+    window: float,
+    step: np.ndarray | float,
+    u: Float[np.ndarray, 'B 3'],
+    power: float,
+) -> tuple[Float[np.ndarray, ' B'], Float[np.ndarray, ' B']]:
+    """Starts of two windows whose distance has the density of `interval` (CVRL).
+
+    The unit of distance is the range of starts. The earlier window is uniform where the later one
+    has room, and either may be the first of the result. With power 1 this is the distribution of
+    two independent starts that are uniform over the record.
+
+    Args:
+      duration: of the records, in seconds.
+      window: its length in seconds.
+      step: seconds between stored frames, [B] or one for all; starts are multiples of it.
+      u: uniform numbers in [0, 1), for the distance, the earlier start and the order.
+      power: see `interval`.
+    """
+    distance = interval(u[:, 0], power)
+    earlier = (1 - distance) * u[:, 1]
+    later = earlier + distance
+    swapped = u[:, 2] < 0.5
+    count = num_starts(duration, window, step)
+
+    def on_steps(start: np.ndarray) -> np.ndarray:
+        # A sum may round up to 1, which would be a step beyond the latest start.
+        return np.minimum(np.floor(start * count), count - 1) * step
+
+    first = np.where(swapped, later, earlier)
+    second = np.where(swapped, earlier, later)
+    return on_steps(first), on_steps(second)
 
 
 def centred(begin: np.ndarray, end: np.ndarray, duration: np.ndarray, window: float) -> np.ndarray:
@@ -67,6 +120,41 @@ def shifted(start: np.ndarray, seconds: float, duration: np.ndarray, window: flo
     cyclic = np.mod(forward, np.maximum(duration, _TIME_TOLERANCE))
     moved = np.where(forward_fits, forward, np.where(backward_fits, backward, cyclic))
     return np.maximum(moved, 0.0)
+
+
+def apart(
+    start: np.ndarray,
+    duration: np.ndarray,
+    window: float,
+    gap: float,
+    step: np.ndarray | float,
+    u: Float[np.ndarray, ' B'],
+) -> Float[np.ndarray, ' B']:
+    """Uniform starts of a second window with at least `gap` seconds between it and the first.
+
+    Over the multiples of `step` that leave it inside its record, before the first and behind it.
+    NaN where there is none.
+
+    Args:
+      start: of the first windows [B], in seconds.
+      duration: of the records [B], in seconds.
+      window: length of both windows, in seconds.
+      gap: least time from the end of one window to the beginning of the other, in seconds.
+      step: seconds between stored frames, [B] or one for all.
+      u: uniform numbers in [0, 1).
+    """
+    # In steps. Windows before the first one begin at 0, 1, ... last_before; those behind it at
+    # first_behind, ... last_behind.
+    last_before = np.floor((start - window - gap) / step + _STEP_TOLERANCE)
+    first_behind = np.ceil((start + window + gap) / step - _STEP_TOLERANCE)
+    last_behind = np.floor((duration - window) / step + _STEP_TOLERANCE)
+    num_before = np.maximum(last_before + 1, 0)
+    num_behind = np.maximum(last_behind - first_behind + 1, 0)
+    num_starts = num_before + num_behind
+    chosen = np.floor(u * num_starts)
+    is_before = chosen < num_before
+    chosen = np.where(is_before, chosen, first_behind + chosen - num_before)
+    return np.where(num_starts > 0, chosen * step, np.nan)
 
 
 def frame_numbers(

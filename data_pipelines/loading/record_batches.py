@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 
 from data_pipelines.errors import DataError
 from data_pipelines.loading.batch_plan import BatchPlanner, ReadRequest
-from data_pipelines.loading.data_source import Rows
+from data_pipelines.loading.data_source import Rows, blank_stream
 from data_pipelines.loading.record_reader import RecordReader, RowContents
+from data_pipelines.loading.views import View
 from vatt_jax import extras
 from vatt_jax.object_store import StoreError
 
@@ -88,7 +89,9 @@ class RecordBatches(Iterator):
             # Not .numpy(), which copies.
             frames = np.asarray(memoryview(arrays['video']))  # [B views T ...]
             for i, view in enumerate(self._planner.video_views):
-                batch[view.stream]['data'] = np.ascontiguousarray(frames[:, i])
+                stream = batch[view.stream]
+                stream['data'] = np.ascontiguousarray(frames[:, i])
+                _empty_missing_windows(view, stream)
         return batch
 
     def close(self) -> None:
@@ -164,7 +167,9 @@ class RecordBatches(Iterator):
             for i, view in enumerate(self._planner.audio_views):
                 # [B S]; contents.audio is [views S], one row a view.
                 sound = np.stack([row.audio[i] for row in contents if row.audio is not None])
-                batch[view.stream]['data'] = sound[:, ::-1] if view.kind == 'reverse' else sound
+                stream = batch[view.stream]
+                stream['data'] = sound[:, ::-1] if view.kind == 'reverse' else sound
+                _empty_missing_windows(view, stream)
             self._planned[int(number)] = batch
             arrays = [np.full(len(contents), number)]  # of the batch, on every row
             if self._planner.video_views:
@@ -234,6 +239,13 @@ class RecordBatches(Iterator):
         has_frames = tf.size(entry_packets) > 0
         clip = tf.cond(has_frames, decode_clip, lambda: tf.zeros(clip_shape, tf.uint8))
         return {'batch_number': row['batch_number'], 'video': clip}
+
+
+def _empty_missing_windows(view: View, stream: dict[str, Any]) -> None:
+    """Zero what was read in place of windows that records do not have."""
+    # Other views have every window, and zeros already where a record lacks the modality.
+    if view.apart is not None:
+        blank_stream(stream, ~stream['valid'])
 
 
 def _frame_arrays(contents: list[RowContents], request: ReadRequest) -> list[np.ndarray]:

@@ -21,7 +21,15 @@ from ml_collections import ConfigDict
 from data_pipelines.errors import DataError
 from data_pipelines.loading import order, sentence_windows
 from data_pipelines.loading import views as view_rules
-from data_pipelines.loading.data_source import SPLITS, Data, Request, Rows, blank, tokenizer_of
+from data_pipelines.loading.data_source import (
+    SPLITS,
+    Data,
+    Request,
+    Rows,
+    blank,
+    blank_stream,
+    tokenizer_of,
+)
 from data_pipelines.loading.texts import Texts
 from vatt_jax.inputs import tokenizer as tokenizers
 
@@ -69,6 +77,10 @@ class Synthetic(Data):
         self._first = dict(zip(SPLITS, (0, 1 << 40, 2 << 40)))
         # Longer than a window, so that windows of one record differ; in seconds.
         self._length = 2 * max(self.window, 1.0)
+        gaps = [view.apart for view in self._views if view.apart is not None]
+        if gaps:
+            # Wherever the main window is, another one fits in before it or behind it.
+            self._length += self.window + 2 * max(gaps)
         sentences = [sentence for kind in range(len(CLASSES)) for sentence in _sentences(kind)]
         words = tokenizers.Words.train(sentences, 1 << 16)
         self.tokenizer = tokenizer_of(self.inputs, words.to_spec(), 'the synthetic source')
@@ -114,6 +126,8 @@ class Synthetic(Data):
         batch_size = len(rows.position)
         kind, instance = self._record(request.split, rows.index)  # [B], [B 4]
         starts = self._starts(request, rows)
+        has_window = view_rules.present(starts)
+        starts = view_rules.with_substitutes(starts)
         batch = _row_fields(rows)
         batch['labels'] = {'class': kind.astype(np.int32)}
         for view in request.views:
@@ -135,13 +149,14 @@ class Synthetic(Data):
                 stream['valid'] = stream['mask'].any(axis=-1)
             if view.kind == 'reverse' and view.modality != 'text':
                 stream['data'] = _reversed(stream['data'])
+            blank_stream(stream, ~has_window[view.suffix])
             batch[view.stream] = stream
         if request.segments and 'text' in self.inputs:
             batch['text.caption'] = self._captions(kind)
         return blank(batch, ~rows.valid)
 
     def _starts(self, request: Request, rows: Rows) -> dict[str, np.ndarray]:
-        """Window starts {suffix: float64 [B]}, in seconds."""
+        """Window starts {suffix: float64 [B]}, in seconds; NaN where there is no such window."""
         batch_size = len(rows.position)
         duration = np.full(batch_size, self._length)
         # Without video any step will do: sound and text can begin anywhere.
@@ -406,7 +421,7 @@ class Npz(Data):
                 continue
             for view in self._views:
                 has_stream = f'{view.stream}/data' in rows
-                name = view.stream if has_stream else view.modality
+                name = view.stream if has_stream else view.reversed_stream
                 can_make = has_stream or name == view.stream or view.kind == 'reverse'
                 if not can_make or f'{name}/data' not in rows:
                     raise DataError(
@@ -492,7 +507,7 @@ class Npz(Data):
         stored = self._rows[request.split]
         batch_size = len(rows.position)
         is_made = f'{view.stream}/data' not in stored
-        source = view.modality if is_made else view.stream
+        source = view.reversed_stream if is_made else view.stream
 
         def stored_or(part: str, default: Any) -> Any:
             name = f'{source}/{part}'

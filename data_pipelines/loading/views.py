@@ -16,15 +16,19 @@ from data_pipelines.errors import DataError
 from data_pipelines.loading import frame_windows
 
 # Kind of view -> the fields of its entry, and those it may have besides.
-# clip: a window of its own, anywhere. shift: the main one, moved. reverse: the main one, read
-# backwards. window: the `number`-th of `of`, evenly spaced.
+# clip: a window of its own, anywhere, or at an `interval` from the main one. shift: the main one,
+# moved; with `apart` so far that at least so many seconds lie between the two. reverse: the main
+# one, or that of the suffix `of`, read backwards. window: the `number`-th of `of`, evenly spaced.
 KINDS = {
     'clip': {'kind'},
     'shift': {'kind', 'seconds'},
     'reverse': {'kind'},
     'window': {'kind', 'number', 'of'},
 }
-OPTIONAL = {'window': {'crop'}}
+OPTIONAL = {'clip': {'interval'}, 'shift': {'apart'}, 'reverse': {'of'}, 'window': {'crop'}}
+
+# Names of densities of the interval between two windows -> their power (frame_windows.interval).
+INTERVALS = {'uniform': 0.0, 'linear': 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +61,33 @@ class View:
         None: as the request says (random, or the middle).
         """
         return dict(self.spec).get('crop')
+
+    @property
+    def reversed_suffix(self) -> str:
+        """Of a view of kind reverse: the suffix whose window it shows; '' is the main one."""
+        return dict(self.spec).get('of', '')
+
+    @property
+    def reversed_stream(self) -> str:
+        """Of a view of kind reverse: the stream that it is the mirror of."""
+        return f'{self.modality}.{self.reversed_suffix}' if self.reversed_suffix else self.modality
+
+    @property
+    def interval(self) -> float | None:
+        """Power of the density of the distance from the main window.
+
+        None: there is no such density.
+        """
+        name_or_power: Any = dict(self.spec).get('interval')
+        return INTERVALS.get(name_or_power, name_or_power)
+
+    @property
+    def apart(self) -> float | None:
+        """Least seconds between this window and the main one. None: they may overlap.
+
+        A record may have no such window; then the stream is not valid.
+        """
+        return dict(self.spec).get('apart')
 
 
 def streams(
@@ -105,7 +136,33 @@ def streams(
                 f'their entries must be equal; {stream!r} differs'
             )
         result.append(view)
+    _check_reversed(result)
+    _check_one_interval(result)
     return tuple(result)
+
+
+def _check_reversed(views: Iterable[View]) -> None:
+    """Raise DataError for a reversed view of a window that no other view has."""
+    windows = {view.suffix for view in views if view.kind != 'reverse'} | {''}
+    for view in views:
+        if view.kind == 'reverse' and view.reversed_suffix not in windows:
+            others = sorted(windows - {''})
+            expected = f'one of {", ".join(others)}' if others else 'no field `of`'
+            raise DataError(
+                f'config.data.views: {view.stream!r}.of: expected {expected}, the suffixes of '
+                f'views that are not reversed themselves, got {view.reversed_suffix!r}'
+            )
+
+
+def _check_one_interval(views: list[View]) -> None:
+    """Raise DataError where two windows want a distance from the main one."""
+    # The main window is drawn together with the one at an interval from it.
+    suffixes = sorted({view.suffix for view in views if view.interval is not None})
+    if len(suffixes) > 1:
+        raise DataError(
+            f'config.data.views: expected an interval for one suffix alone, got it for '
+            f'{", ".join(suffixes)}; leave it out of the others'
+        )
 
 
 def _as_dicts(views: Any) -> dict[str, dict[str, Any]]:
@@ -130,16 +187,38 @@ def _check(where: str, spec: Mapping[str, Any]) -> None:
         is_number = isinstance(seconds, (int, float)) and math.isfinite(seconds)
         if seconds != 'random' and not is_number:
             raise DataError(f'{where}.seconds is {seconds!r}; give a number or "random"')
+        if 'apart' in spec:
+            _check_apart(where, spec)
     if kind == 'window' and not 0 <= spec['number'] < spec['of']:
         raise DataError(
             f'{where}: number runs from 0 to of - 1; got {spec["number"]} of {spec["of"]}'
         )
+    if 'interval' in spec:
+        interval = spec['interval']
+        is_power = isinstance(interval, (int, float)) and 0 <= interval < math.inf
+        if not is_power and interval not in INTERVALS:
+            raise DataError(
+                f'{where}.interval is {interval!r}; give {" or ".join(INTERVALS)}, or the power of '
+                'the density, a number of at least 0'
+            )
     if 'crop' in spec:
         crop = spec['crop']
         if not (isinstance(crop, (int, float)) and 0 <= crop <= 1):
             raise DataError(
                 f'{where}.crop is {crop!r}; give a number from 0 (left, top) to 1 (right, bottom)'
             )
+
+
+def _check_apart(where: str, spec: Mapping[str, Any]) -> None:
+    """Raise DataError for a wrong `apart` of a shift."""
+    apart = spec['apart']
+    if not (isinstance(apart, (int, float)) and 0 <= apart < math.inf):
+        raise DataError(f'{where}.apart is {apart!r}; give the least seconds between the windows')
+    if spec['seconds'] != 'random':
+        # A fixed shift says by itself how far the windows are apart.
+        raise DataError(
+            f'{where}.apart: expected seconds "random" beside it, got {spec["seconds"]!r}'
+        )
 
 
 def _describe_kinds() -> str:
@@ -170,6 +249,11 @@ def starts(
 ) -> dict[str, np.ndarray]:
     """Window starts {suffix: float64 [B]}, in seconds.
 
+    NaN where a record has no such window, as only shifts with `apart` can have it: see `present`.
+    Where a view wants an interval from the main window and training leaves both free, the two are
+    drawn together (`frame_windows.pair`). In an evaluation the main window is given, and the other
+    is anywhere.
+
     Args:
       views: the streams.
       window: its length in seconds.
@@ -190,25 +274,51 @@ def starts(
 
     # All main streams have the same entry, so the first speaks for them.
     fixed_main_views = [view for view in views if not view.suffix and view.kind == 'window']
+    at_interval = [view for view in views if view.interval is not None]
+    result: dict[str, np.ndarray] = {}
     if fixed_main_views:
         main = spaced(fixed_main_views[0])
+    elif segments is None and at_interval:
+        suffix, power = at_interval[0].suffix, at_interval[0].interval
+        assert power is not None  # as selected above
+        sites = (f'interval.{suffix}', 'window', f'order.{suffix}')
+        u = np.stack([draw(site) for site in sites], axis=1)  # [B 3]
+        main, result[suffix] = frame_windows.pair(duration, window, step, u, power)
     elif segments is None:
         main = anywhere('window')
     else:
         main = frame_windows.centred(begin, end, duration, window)
     # Snapped before the others are derived from it, so that shifts are from a stored frame.
-    result = {'': frame_windows.snap(main, step)}
+    result[''] = frame_windows.snap(main, step)
     for view in views:
         if view.suffix in result:  # the streams of one suffix share a window
             continue
-        if view.kind == 'clip' or (view.kind == 'shift' and view.seconds == 'random'):
+        if view.apart is not None:
+            start = frame_windows.apart(
+                result[''], duration, window, view.apart, step, draw(f'window.{view.suffix}')
+            )
+        elif view.kind == 'clip' or (view.kind == 'shift' and view.seconds == 'random'):
             # A site of its own: the draw is independent of the main window's.
             start = anywhere(f'window.{view.suffix}')
         elif view.kind == 'shift':
             start = frame_windows.shifted(result[''], float(view.seconds), duration, window)
         elif view.kind == 'window':
             start = spaced(view)
-        else:  # reverse: the main window
-            start = result['']
+        else:  # reverse: a window of the others, which may come later
+            continue
         result[view.suffix] = frame_windows.snap(start, step)
+    for view in views:
+        if view.kind == 'reverse':
+            result[view.suffix] = result[view.reversed_suffix]
     return result
+
+
+def present(starts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{suffix: bool [B]}, which of the windows of `starts` there are."""
+    return {suffix: ~np.isnan(start) for suffix, start in starts.items()}
+
+
+def with_substitutes(starts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The starts, where a window is missing that of the main one, which is read in any case."""
+    main = starts['']
+    return {suffix: np.where(np.isnan(start), main, start) for suffix, start in starts.items()}

@@ -2,14 +2,14 @@
 
 Smaller still, since what is tested starts many times.
 
-python run.py --config=tests/configs/tiny.py[:kmeans|plain|prime|labels] --workdir=DIR
+python run.py --config=tests/configs/tiny.py[:kmeans|plain|prime|labels|memory] --workdir=DIR
 """
 
 from ml_collections import ConfigDict
 
 from tests import tiny
 
-VARIANTS = ('', 'kmeans', 'plain', 'prime', 'labels')
+VARIANTS = ('', 'kmeans', 'plain', 'prime', 'labels', 'memory')
 RETRIEVAL = {
     'type': 'retrieval',
     'limit': 20,
@@ -26,6 +26,14 @@ SELF_LABELLING = {
     'prior': 'gaussian',
     'refreshes': 3,
     'power': 1.0,
+}
+# CMA, with refreshes before steps 0 and 3.
+INSTANCE_MEMORY = {
+    'name': 'instance_memory',
+    'negatives': 16,
+    'positives': 3,
+    'positive_negatives': 4,
+    'every': 3,
 }
 KMEANS_LABELS = {
     'name': 'kmeans_labels',
@@ -63,6 +71,13 @@ def get_config(arg: str = ''):
         # refreshes before steps 0 and 2, the second from where the first ended
         c.objective = ConfigDict(SELF_LABELLING)
         c.evals = ConfigDict({'clusters': {'type': 'clustering', 'baseline': False}})
+    if arg == 'memory':
+        # Every record comes more than once.
+        c.steps, c.batch_size, c.eval_every = 6, 16, 0
+        del c.model.towers['text']
+        c.model.head = ConfigDict({'name': 'avid', 'hidden': 16, 'va': 8})
+        c.objective = ConfigDict(INSTANCE_MEMORY)
+        c.evals = ConfigDict()
     if arg == 'kmeans':
         c.data.views = (('video.second', {'kind': 'clip'}),)
         c.objective = ConfigDict(KMEANS_LABELS)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from batches import assert_contract, assert_equal, concatenate, stack, take
 from clocks import FPS, RATE, SIZE, audio_time, clock, piece_middles, video_time
+from hypothesis import given
+from hypothesis import strategies as st
 
 import data_pipelines
 from data_pipelines import media
@@ -339,6 +341,8 @@ def test_views_of_training(config):
         'audio.any': {'kind': 'shift', 'seconds': 'random'},
         'video.back': {'kind': 'reverse'},
         'audio.back': {'kind': 'reverse'},
+        'video.second_back': {'kind': 'reverse', 'of': 'second'},
+        'audio.second_back': {'kind': 'reverse', 'of': 'second'},
     }
     config.data.views = tuple(views.items())
     data = data_pipelines.open(config)
@@ -353,6 +357,10 @@ def test_views_of_training(config):
     assert (second['box'] != batch['video']['box']).any()
     np.testing.assert_array_equal(batch['video.back']['data'], batch['video']['data'][:, ::-1])
     np.testing.assert_array_equal(batch['audio.back']['data'], batch['audio']['data'][:, ::-1])
+    for modality in ('video', 'audio'):
+        forward, backward = batch[f'{modality}.second'], batch[f'{modality}.second_back']
+        np.testing.assert_array_equal(backward['data'], forward['data'][:, ::-1])
+        np.testing.assert_array_equal(backward['start'], forward['start'])
 
     late = batch['audio.late']
     shift = np.abs(late['start'] - batch['audio']['start'])
@@ -361,6 +369,52 @@ def test_views_of_training(config):
     heard = audio_time(late['data'])[:, :18]
     expected = late['start'][:, None] + piece_middles(18)
     np.testing.assert_allclose(heard[is_heard], expected[is_heard], atol=0.08)
+
+
+def test_windows_at_an_interval(config):
+    """CVRL's two windows are drawn together, by the same draws on one host and on two."""
+    view = {'kind': 'clip', 'interval': 2.0}
+    config.data.views = (('video.second', view), ('audio.second', view))
+    data = data_pipelines.open(config)
+    batch = next(data.train(0, 26))
+    of_hosts = [next(data.train(0, 26, process=(i, 2))) for i in range(2)]
+    data.close()
+    check_clocks(batch)
+    check_clocks(batch, '.second')
+    assert (batch['video.second']['start'] != batch['video']['start']).mean() > 0.5
+    assert_equal(concatenate(of_hosts), batch)
+
+
+def test_a_record_without_a_window_far_enough_has_an_empty_stream(config):
+    far = {'kind': 'shift', 'seconds': 'random', 'apart': 0.3}
+    views = {'audio.far': far, 'video.far': far, 'text.far': far}
+    config.data.views = tuple(views.items())
+    data = data_pipelines.open(config)
+    batch = stack(data.train(0, 13), 4)
+    durations = np.array([entry['end'] for entry in data.texts('train', 'records')])
+    data.close()
+    assert_contract(batch, config, 52, views, LABEL_CLASSES)
+
+    window = 0.8
+    duration = durations[batch['index']]
+    start = batch['video']['start']
+    fits_before = start >= window + 0.3 - 1e-4
+    fits_behind = duration - start >= 2 * window + 0.3 - 1e-4
+    expected = batch['valid'] & (fits_before | fits_behind)
+    has_frames, has_sound = batch['video']['valid'], batch['audio']['valid']
+    np.testing.assert_array_equal(batch['video.far']['valid'], expected & has_frames)
+    np.testing.assert_array_equal(batch['audio.far']['valid'], expected & has_sound)
+    assert 0 < expected.sum() < len(expected)
+
+    shift = np.abs(batch['audio.far']['start'] - start)
+    assert shift[batch['audio.far']['valid']].min() >= window + 0.3 - 1e-4
+    for name in views:
+        missing = take(batch[name], ~expected)
+        assert not any(part.any() for part in missing.values())
+    is_heard = batch['audio.far']['valid']
+    heard = audio_time(batch['audio.far']['data'])[:, :18]
+    sought = batch['audio.far']['start'][:, None] + piece_middles(18)
+    np.testing.assert_allclose(heard[is_heard], sought[is_heard], atol=0.08)
 
 
 def test_windows_of_a_pass(config):
@@ -617,6 +671,31 @@ def test_frames_of_a_clip_faster_than_its_record():
     # Twice as many: the last frame is exactly between two stored ones.
     numbers = frame_windows.frame_numbers(np.zeros(1), np.array([4]), 2.0, 4.0, 8)
     assert numbers[0].tolist() == [0, 1, 1, 2, 2, 3, 3, 3]
+
+
+@given(
+    start=st.integers(0, 40),
+    duration=st.integers(0, 60),
+    window=st.integers(1, 20),
+    gap=st.integers(0, 10),
+    u=st.floats(0, 1, exclude_max=True),
+)
+def test_windows_apart_are_those_that_do_not_touch(start, duration, window, gap, u):
+    """In steps of 0.1 s, against all starts tried one by one."""
+    start = min(start, max(duration - window, 0))  # the first window is inside its record
+    possible = []
+    for other in range(duration - window + 1):
+        seconds_between = max(other - (start + window), start - (other + window))
+        if seconds_between >= gap:
+            possible.append(other)
+    arrays = np.array([start, duration]) * 0.1
+    found = frame_windows.apart(arrays[:1], arrays[1:], window * 0.1, gap * 0.1, 0.1, np.array([u]))
+    if not possible:
+        assert np.isnan(found[0])
+        return
+    # Uniform: the share u of the list, in its order.
+    expected = possible[int(u * len(possible))]
+    np.testing.assert_allclose(found[0], expected * 0.1, atol=1e-9)
 
 
 @pytest.mark.parametrize(

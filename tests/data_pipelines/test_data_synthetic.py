@@ -50,6 +50,22 @@ def test_batches_keep_the_contract():
     assert data.info['tokenizer']['size'] > batch['text']['data'].max()
 
 
+def test_windows_apart_never_touch():
+    far = {'kind': 'shift', 'seconds': 'random', 'apart': 0.5}
+    views = {'audio.far': far, 'video.far': far}
+    config = synthetic_config(views=tuple(views.items()))
+    batch = stack(data_pipelines.open(config).train(0, 32), 4)
+    assert_contract(batch, config, 128, views, {'class': None})
+    # Synthetic records are long enough for every main window.
+    assert batch['audio.far']['valid'].all()
+    np.testing.assert_array_equal(batch['audio.far']['start'], batch['video.far']['start'])
+    shift = batch['audio.far']['start'] - batch['audio']['start']
+    window = 1.6
+    assert np.abs(shift).min() >= window + 0.5 - 1e-5
+    # Both before and behind.
+    assert 0.2 < (shift > 0).mean() < 0.8
+
+
 def test_same_rows_after_resume_on_other_hosts_and_batch_sizes():
     data = data_pipelines.open(synthetic_config(synthetic_size=40))
     whole = stack(data.train(0, 12), 5)
@@ -104,6 +120,34 @@ def test_modalities_belong_together():
     assert np.abs(of_other_records.mean()) < 0.3
 
 
+def test_a_view_reversed_is_that_view_read_backwards(tmp_path):
+    """In any order of the views, from the synthetic world and from a file of its batches."""
+    views = (
+        ('video.back', {'kind': 'reverse', 'of': 'second'}),
+        ('audio.back', {'kind': 'reverse', 'of': 'second'}),
+        ('video.second', {'kind': 'clip'}),
+        ('audio.second', {'kind': 'clip'}),
+    )
+    synthetic = data_pipelines.open(synthetic_config(views=views))
+    path = str(tmp_path / 'batches.npz')
+    batch = next(synthetic.train(0, 8))
+    for modality in ('video', 'audio'):
+        second, back = batch[f'{modality}.second'], batch[f'{modality}.back']
+        np.testing.assert_array_equal(back['data'], second['data'][:, ::-1])
+        np.testing.assert_array_equal(back['start'], second['start'])
+        assert (second['start'] != batch[modality]['start']).any()
+    # Every video stream has a crop of its own.
+    assert (batch['video.back']['box'] != batch['video.second']['box']).any()
+
+    save_npz([{name: part for name, part in batch.items() if 'back' not in name}], path)
+    stored = next(
+        data_pipelines.open(synthetic_config(source='npz', npz=path, views=views)).train(0, 8)
+    )
+    for modality in ('video', 'audio'):
+        second, back = stored[f'{modality}.second'], stored[f'{modality}.back']
+        np.testing.assert_array_equal(back['data'], second['data'][:, ::-1])
+
+
 def test_npz_round_trip(tmp_path):
     synthetic = data_pipelines.open(synthetic_config(synthetic_size=11))
     path = str(tmp_path / 'batches.npz')
@@ -144,8 +188,30 @@ def test_npz_round_trip(tmp_path):
         ({'views': (('depth.x', {'kind': 'clip'}),)}, 'modality'),
         ({'views': (('video.x', {'kind': 'zoom'}),)}, 'clip'),
         (
+            {'views': (('audio.x', {'kind': 'shift', 'seconds': 1.0, 'apart': 0.5}),)},
+            r'\.apart: expected seconds "random" beside it, got 1.0',
+        ),
+        (
+            {'views': (('audio.x', {'kind': 'shift', 'seconds': 'random', 'apart': -1}),)},
+            r'\.apart is -1; give the least seconds between the windows',
+        ),
+        ({'views': (('audio.x', {'kind': 'clip', 'apart': 1.0}),)}, r'seconds, apart \(optional\)'),
+        (
             {'views': (('video.x', {'kind': 'clip'}), ('audio.x', {'kind': 'reverse'}))},
             'share one window',
+        ),
+        (
+            {'views': (('video.x', {'kind': 'clip'}), ('video.y', {'kind': 'reverse', 'of': 'z'}))},
+            r"'video.y'.of: expected one of x, the suffixes of views that are not .*, got 'z'",
+        ),
+        (
+            {
+                'views': (
+                    ('video.x', {'kind': 'reverse'}),
+                    ('video.y', {'kind': 'reverse', 'of': 'x'}),
+                )
+            },
+            "'video.y'.of: expected no field `of`, .*, got 'x'",
         ),
     ],
 )

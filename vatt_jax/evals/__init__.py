@@ -15,10 +15,12 @@ from vatt_jax.config import choose
 from vatt_jax.evals import gallery
 from vatt_jax.evals.base import CHANGES, Evaluator, FeatureView, Result
 from vatt_jax.evals.classification import Classification
+from vatt_jax.evals.cluster_sizes import ClusterSizes
 from vatt_jax.evals.clustering import Clustering
 from vatt_jax.evals.linear_probe import LinearProbe, SimpleProbe
 from vatt_jax.evals.neighbours import Neighbours
-from vatt_jax.evals.retrieval import Retrieval, Sync
+from vatt_jax.evals.retrieval import Retrieval
+from vatt_jax.evals.synchrony import Sync
 from vatt_jax.evals.zero_shot import ZeroShot
 from vatt_jax.run_folder import writing
 
@@ -31,6 +33,7 @@ EVALUATORS: dict[str, type[Evaluator]] = {
     'sync': Sync,
     'classification': Classification,
     'clustering': Clustering,
+    'cluster_sizes': ClusterSizes,
     'neighbours': Neighbours,
     'zero_shot': ZeroShot,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -27,14 +28,18 @@ class Neighbours(Evaluator):
     """R@k in [0, 1]: the share of queries with a clip of their class among the k nearest.
 
     Distances to the gallery are Euclidean. This is the published retrieval of SeLaVi and GDT; there
-    ten random clips of the gallery's videos, here windows spaced evenly. Of clips that are equally
+    ten random clips of the gallery's videos, here windows spaced evenly. That of CoCLR is
+    of='pooled', unit='mean', centre=True: cosines of centred means. Of clips that are equally
     far the earlier ones come first. Chance is what k clips drawn from the gallery give. Clips
-    without the stream or the label are left out.
+    without the streams or the label are left out.
     """
 
     DEFAULTS = {
         'type': 'neighbours',
         'stream': 'video',
+        # Further streams, whose squared distances to a clip are averaged with those of `stream`:
+        # where features have unit length, the mean of cosines (two-stream).
+        'beside': (),
         'label': 'class',
         # Splits.
         'queries': 'test',
@@ -45,8 +50,14 @@ class Neighbours(Evaluator):
         # maps: the last map of features after a 2 x 2 x 2 maximum (SeLaVi, GDT) | pooled: the
         # backbone feature
         'of': 'maps',
-        # Of each clip, whose unit features are averaged and not normalised again.
+        # Of each clip, whose features are averaged.
         'windows': 10,
+        # windows: features have length 1 before they are averaged, and their mean is taken as it is
+        # (SeLaVi, GDT) | mean: the mean has length 1 (CoCLR)
+        'unit': 'windows',
+        # Whether the mean over the clips of a split is subtracted from each of them (CoCLR), before
+        # unit='mean'.
+        'centre': False,
         # The numbers k of neighbours.
         'first': (1, 5, 10, 20, 50),
         'baseline': True,
@@ -56,6 +67,8 @@ class Neighbours(Evaluator):
         super().__init__(config, where)
         c = self.config
         choose(c.of, ('maps', 'pooled'), f'{where}.of')
+        choose(c.unit, ('windows', 'mean'), f'{where}.unit')
+        self.streams = (c.stream, *c.beside)
         if not c.first or min(c.first) < 1:
             raise ConfigError(
                 f'{where}.first: expected numbers of neighbours, such as (1, 5, 10), got '
@@ -65,33 +78,46 @@ class Neighbours(Evaluator):
     def examples(
         self, view: FeatureView, split: str, limit: int
     ) -> tuple[Float[np.ndarray, 'N F'], Int[np.ndarray, ' N'], Bool[np.ndarray, ' M']]:
-        """The clips of a split that have the stream and the label.
+        """The clips of a split that have the streams and the label.
 
         Returns:
-          (features [N F], class [N], which of the clips with the stream have the label [M]).
+          (features [N F], class [N], which of the clips with the streams have the label [M]).
         """
         c = self.config
-        maps = (c.stream,) if c.of == 'maps' else ()
+        maps = self.streams if c.of == 'maps' else ()
         parts = features_over_windows(view, split, c.windows, limit=limit, maps=maps)
         first_part = parts[0]
-        if c.stream not in first_part[c.of]:
-            raise ConfigError(
-                f'neighbours: stream {c.stream!r} is not among {", ".join(first_part["pooled"])}'
-            )
+        for stream in self.streams:
+            if stream not in first_part[c.of]:
+                raise ConfigError(
+                    f'neighbours: stream {stream!r} is not among {", ".join(first_part["pooled"])}'
+                )
         labels = single_class_labels(first_part, c.label, 'neighbours')
-        is_valid = first_part['valid'][c.stream]
+        is_valid = np.all([first_part['valid'][stream] for stream in self.streams], 0)
         is_used = has_label(labels) & is_valid
         if not is_used.any():
             raise ConfigError(
                 f'neighbours: no clip of split {split!r} has label {c.label!r} and the stream '
-                f'{c.stream!r}'
+                f'{" and ".join(map(repr, self.streams))}'
             )
+        by_stream = []
+        for stream in self.streams:
+            windows = (part[c.of][stream][is_used] for part in parts)
+            by_stream.append(self.features(windows))
+        # Side by side, so that squared distances are summed over streams.
+        return np.concatenate(by_stream, -1), labels[is_used], is_used[is_valid]
+
+    def features(self, windows: Iterable[Float[np.ndarray, 'N F']]) -> Float[np.ndarray, 'N F']:
+        """One feature for each clip of a split out of those of its windows."""
+        c = self.config
         total: Any = 0
-        for part in parts:
-            x = part[c.of][c.stream][is_used].astype(np.float32)
-            total = total + x / np.linalg.norm(x, axis=-1, keepdims=True).clip(1e-6)
-        features = total / len(parts)
-        return features, labels[is_used], is_used[is_valid]
+        for x in windows:
+            x = x.astype(np.float32)
+            total = total + (_unit(x) if c.unit == 'windows' else x)
+        features = total / c.windows
+        if c.centre:
+            features = features - features.mean(0)
+        return _unit(features) if c.unit == 'mean' else features
 
     def run(self, view: FeatureView) -> Result:
         c = self.config
@@ -122,6 +148,11 @@ class Neighbours(Evaluator):
         labelled = {c.queries: query_labelled, c.gallery: gallery_labelled}
         count_unlabelled(result, c.label, labelled)
         return result
+
+
+def _unit(x: Float[np.ndarray, 'N F']) -> Float[np.ndarray, 'N F']:
+    """Rows scaled to length 1; a row of zeros stays."""
+    return x / np.linalg.norm(x, axis=-1, keepdims=True).clip(1e-6)
 
 
 def _nearest(

@@ -240,51 +240,6 @@ def _median_chance(num_own: Int[np.ndarray, ' Q'], size: int) -> float:
     return float(size)
 
 
-class Sync(Evaluator):
-    """Share of clips whose video is nearer to its own sound than to that of another moment.
-
-    The other sound is the clip's own, `seconds` away. Chance is one half, ties are half.
-    """
-
-    DEFAULTS = {
-        'type': 'sync',
-        'split': 'test',
-        'limit': 512,
-        # How far the other sound is shifted.
-        'seconds': 1.0,
-        'space': 'va',
-        'baseline': True,
-    }
-
-    def check(self, data: Any, outputs: Any) -> None:
-        super().check(data, outputs)
-        check_spaces([('video', 'audio', self.config.space)], outputs, self.where)
-
-    def run(self, view: FeatureView) -> Result:
-        c = self.config
-        # An extra stream that goes through the same audio tower.
-        shifted = {'audio.shifted': {'kind': 'shift', 'seconds': c.seconds}}
-        features = view.features(c.split, limit=c.limit, views=shifted)
-        video, video_valid = _embeddings(features, c.space, 'video')  # [N E]
-        audio, audio_valid = _embeddings(features, c.space, 'audio')
-        other_audio, other_valid = _embeddings(features, c.space, 'audio.shifted')
-        is_used = video_valid & audio_valid & other_valid
-        if not is_used.any():
-            raise ConfigError(
-                f'sync: none of {len(is_used)} clips of split {c.split!r} has video and sound'
-            )
-        similarity = (video * audio).sum(-1)[is_used]
-        other_similarity = (video * other_audio).sum(-1)[is_used]
-        # A model that embeds all sounds alike scores one half, not 0 or 1.
-        is_tie = similarity == other_similarity
-        scores = (similarity > other_similarity) + 0.5 * is_tie
-        interval = statistics.bootstrap(scores, seed=view.seed)
-        return Result(
-            {'accuracy': float(scores.mean())},
-            {'accuracy/interval': interval, 'accuracy/chance': 0.5},
-        )
-
-
 def _pooled(
     parts: Sequence[Mapping[str, Any]], space: str, stream: str, pool: str
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -304,15 +259,15 @@ def _pooled(
       (embeddings [N E], valid bool [N]).
     """
     if len(parts) == 1:
-        return _embeddings(parts[0], space, stream)
+        return embeddings(parts[0], space, stream)
     total: Any = 0.0
     count: Any = 0.0
     for part in parts:
-        x, valid = _embeddings(part, space, stream)
+        x, valid = embeddings(part, space, stream)
         if pool == 'embeddings':
             # The mean is of embeddings before normalisation, which `FeatureExtractor` has already
             # applied.
-            x = x * _lengths(part, space, stream)[:, None]
+            x = x * embedding_lengths(part, space, stream)[:, None]
         total = total + np.where(valid[:, None], x, 0)
         count = count + valid
     # `count` is 0 where no window has the modality: such a row is not valid.
@@ -322,7 +277,7 @@ def _pooled(
     return mean, count > 0
 
 
-def _embeddings(
+def embeddings(
     features: Mapping[str, Any], space: str, stream: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """(unit embeddings [N E], valid bool [N]) of a stream in a common space."""
@@ -343,7 +298,7 @@ def _embeddings(
     return x, features['valid'][stream]
 
 
-def _lengths(features: Mapping[str, Any], space: str, stream: str) -> np.ndarray:
+def embedding_lengths(features: Mapping[str, Any], space: str, stream: str) -> np.ndarray:
     """float [N]: length of the stream's embeddings before they were normalised.
 
     It is 1 for sentences, which are normalised one by one.
@@ -352,7 +307,7 @@ def _lengths(features: Mapping[str, Any], space: str, stream: str) -> np.ndarray
     lengths = members[_stored_name(members, stream)]
     if lengths.ndim == 1:
         return lengths
-    # [N K] of sentences: `_embeddings` has already put their mean on the unit sphere.
+    # [N K] of sentences: `embeddings` has already put their mean on the unit sphere.
     return np.ones(len(lengths))
 
 

@@ -16,8 +16,23 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vatt_jax.config import ConfigError
-from vatt_jax.inputs import spectrogram
+from vatt_jax.inputs import augmentation, mirrored, spec_augment, spectrogram
 from vatt_jax.rng import Rng
+
+
+def check(inputs: Any, config: Any) -> None:
+    """Checks what of the augmentation depends on the model's inputs or on other streams.
+
+    Args:
+        inputs: `config.model.inputs`.
+        config: `config.augment`.
+
+    Raises:
+        ConfigError: a field of `config.augment` is wrong.
+    """
+    mirrored.check(config)
+    if 'audio' in inputs:
+        spec_augment.check(config, inputs['audio'])
 
 
 def device_stage(
@@ -44,7 +59,8 @@ def device_stage(
         modality = name.split('.')[0]
         if modality not in STAGES:  # text: ids stay as they are
             continue
-        data = STAGES[modality](stream, inputs[modality], config, rng.at(name), augment)
+        own_config = augmentation.of_stream(config, name)
+        data = STAGES[modality](stream, inputs[modality], own_config, rng.at(name), augment)
         valid = stream['valid'].reshape((-1,) + (1,) * (data.ndim - 1))  # [B 1 …]
         # These described the bytes; the floats are cropped and flipped already.
         rest = {key: value for key, value in stream.items() if key not in ('box', 'flip')}
@@ -97,17 +113,18 @@ Weights = Callable[[int, int], tuple[jax.Array, jax.Array]]
 def video(
     stream: Mapping[str, Any], spec: Any, config: Any, rng: Rng, augment: bool
 ) -> Float[Array, 'B T H W 3']:
-    """The box cut out of every frame, resized, mirrored where `flip`, its colours jittered.
+    """The box cut out of every frame, resized, mirrored where `flip`, jittered and blurred.
 
     Two batched matrix products do it all: one over rows, one over columns and colour together.
-    Colour jitter is affine in a pixel's channels, and so is the conversion of planes.
+    Colour jitter is affine in a pixel's channels, and so is the conversion of planes. Blur is
+    linear in rows and in columns, so that the weights of resampling take it in.
 
     Args:
         stream: `data` uint8 [B T H W 3], or planes Y, U, V [B T 3H/2 W]; `box` [B 4]; `flip` [B].
         spec: `config.model.inputs.video`.
-        config: `config.augment`.
+        config: `config.augment` of this stream.
         rng: of this stream.
-        augment: False for no jitter.
+        augment: False for neither jitter nor blur.
 
     Returns:
         float32 [B T size size 3] in `spec.range`.
@@ -125,12 +142,13 @@ def video(
         return rows, mirrored
 
     def jitter(mean: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if augment and config['color'] > 0:
-            return color_jitter(mean, config, rng.at('color'))
-        return jnp.broadcast_to(jnp.eye(3), (num_clips, 3, 3)), jnp.zeros((num_clips, 3))
+        if augment:
+            return augmentation.colors(mean, config, rng)
+        return augmentation.same_colors(num_clips)
 
+    blur = augmentation.blur(size, config, rng) if augment else None
     from_bytes = _from_pixels if data.ndim == 5 else _from_planes
-    x, shift = from_bytes(data, size, weights, jitter)  # [B T size size·3], [B 3]
+    x, shift = from_bytes(data, size, weights, jitter, blur)  # [B T size size·3], [B 3]
     # Colours stay beside columns until the end: as a last axis of their own TPUs pad them from 3 to
     # 128.
     x = jnp.clip(x + jnp.tile(shift, size)[:, None, None], -1, 1)
@@ -139,7 +157,7 @@ def video(
 
 
 def _from_pixels(
-    data: jax.Array, size: int, weights: Weights, jitter: Jitter
+    data: jax.Array, size: int, weights: Weights, jitter: Jitter, blur: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """uint8 [B T H W 3] -> pixels of -1 to 1 [B T size size·3] without their shift, shift [B 3]."""
     b, t, height, width, _ = data.shape
@@ -149,6 +167,7 @@ def _from_pixels(
     # say how much it counts.
     mean = jnp.einsum('bhwc,bh,bw->bc', x.mean(1), rows.mean(1), columns.mean(1))
     matrix, shift = jitter(mean)  # [B 3 3], [B 3]
+    rows, columns = _blurred(rows, columns, blur)
     # In the einsums: h, w a row and a column of the frame and i, j of the output; c a colour of the
     # frame and d of the output; k = j·3 + d.
     # Columns and colours in one matrix [B W·3 size·3].
@@ -158,7 +177,7 @@ def _from_pixels(
 
 
 def _from_planes(
-    data: jax.Array, size: int, weights: Weights, jitter: Jitter
+    data: jax.Array, size: int, weights: Weights, jitter: Jitter, blur: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """uint8 planes [B T 3H/2 W] -> the same as `_from_pixels`.
 
@@ -182,6 +201,7 @@ def _from_planes(
     matrix, shift = matrix @ _FROM_PLANES, matrix @ _FROM_PLANES_SHIFT + shift
     resized, mixed = [], []
     for channel, (plane, (rows, columns)) in enumerate(zip(planes, axes, strict=True)):
+        rows, columns = _blurred(rows, columns, blur)
         resized.append(jnp.einsum('bih,bthw->btiw', rows, plane))
         mixed.append(jnp.einsum('bjw,bd->bwjd', columns, matrix[..., channel]))
     x = jnp.concatenate(resized, -1)  # [B T size 2W]: Y of W columns, U and V of W/2 each
@@ -190,6 +210,15 @@ def _from_planes(
     by_columns = jnp.concatenate(mixed, 1).reshape(b, 2 * width, size * 3)
     x = jnp.matmul(x.reshape(b, t * size, 2 * width), by_columns)
     return x.reshape(b, t, size, size * 3), shift
+
+
+def _blurred(
+    rows: jax.Array, columns: jax.Array, blur: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Weights of resampling [B size H] and [B size W] that blur what they read, as well."""
+    if blur is None:
+        return rows, columns
+    return blur @ rows, blur @ columns
 
 
 def _in_range(x: jax.Array, spec: Any) -> jax.Array:
@@ -248,66 +277,6 @@ def resample(
     return weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-6)
 
 
-def color_jitter(
-    mean: Float[Array, 'B 3'], config: Any, rng: Rng
-) -> tuple[Float[Array, 'B 3 3'], Float[Array, 'B 3']]:
-    """Brightness, saturation, contrast and hue, one draw per clip, with probability `color`.
-
-    The official loader clips between the operations; here pixels are clipped once, after them.
-
-    Args:
-        mean: the clip's mean pixel, about which contrast turns.
-        config: `config.augment`.
-        rng: of the colours of this stream.
-
-    Returns:
-        matrix and shift of y = matrix · x + shift for pixels x in [-1, 1]; the identity for clips
-        that are not jittered.
-    """
-
-    def draw(site: str, low: float, high: float) -> jax.Array:
-        return rng.at(site).uniform((), low, high)[:, None, None]  # [B 1 1]
-
-    eye = jnp.eye(3)
-    # Luma weights of BT.601, the same for each output channel.
-    gray = jnp.broadcast_to(jnp.array([0.299, 0.587, 0.114]), (3, 3))
-    saturation = draw('saturation', 1 - config['saturation'], 1 + config['saturation'])
-    contrast = draw('contrast', 1 - config['contrast'], 1 + config['contrast'])
-    #  saturation  x -> s x + (1 - s) luma(x)
-    matrix = gray + (eye - gray) * saturation
-    # Pixels are twice as wide as in [0, 1], so brightness is too.
-    brightness = 2 * draw('brightness', -config['brightness'], config['brightness'])
-    #  brightness  x -> x + b, before the saturation
-    shift = matrix @ (brightness * jnp.ones((3, 1)))  # [B 3 1]
-    #  contrast    x -> c x + (1 - c) mean: the mean pixel is the fixed point
-    centre = matrix @ mean[..., None] + shift
-    matrix, shift = contrast * matrix, centre + contrast * (shift - centre)
-    turn = _hue(draw('hue', -config['hue'], config['hue'])[:, 0, 0])
-    matrix, shift = turn @ matrix, (turn @ shift)[..., 0]
-    # One draw for all four.
-    applied = draw('apply', 0.0, 1.0) < config['color']  # [B 1 1]
-    return jnp.where(applied, matrix, eye), jnp.where(applied[:, 0], shift, 0)
-
-
-def _hue(turn: jax.Array) -> jax.Array:
-    """float32 [B 3 3]: rotation of the colour plane (YIQ) by `turn` [B] of a full circle.
-
-    Luma stays.
-    """
-    to_yiq = jnp.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-    cos, sin = jnp.cos(2 * jnp.pi * turn), jnp.sin(2 * jnp.pi * turn)
-    zero, one = jnp.zeros_like(cos), jnp.ones_like(cos)
-    rotation = jnp.stack(
-        [
-            jnp.stack([one, zero, zero], -1),
-            jnp.stack([zero, cos, -sin], -1),
-            jnp.stack([zero, sin, cos], -1),
-        ],
-        -2,
-    )
-    return jnp.linalg.inv(to_yiq) @ rotation @ to_yiq
-
-
 def audio(
     stream: Mapping[str, Any], spec: Any, config: Any, rng: Rng, augment: bool
 ) -> Float[Array, 'B ...']:
@@ -316,10 +285,11 @@ def audio(
     Args:
         stream: `data` int16 [B S].
         spec: `config.model.inputs.audio`.
-        config: `config.augment`: `audio_noise`, a share of the clip's peak, and `volume`, the most
-            by which the factor of loudness differs from 1 (samples may then exceed 1).
+        config: `config.augment`: `audio_noise`, a share of the clip's peak; `volume`, the most by
+            which the factor of loudness differs from 1 (samples may then exceed 1); and
+            `spec_augment`, masks of the log-mel.
         rng: of this stream.
-        augment: False for neither.
+        augment: False for none of them.
 
     Returns:
         float32 [B S] in [-1, 1], or log-mel [B T F] of it.
@@ -334,9 +304,12 @@ def audio(
         # By the clip's own peak, so that quiet clips are not drowned.
         noise = rng.at('noise').normal(x.shape[1:]) * config['audio_noise']
         x = x + noise * jnp.abs(x).max(-1, keepdims=True)
-    if spec.get('mel'):
-        return spectrogram.log_mel(x, spec['rate'], spec['mel'])
-    return x
+    if not spec.get('mel'):
+        return x
+    y = spectrogram.log_mel(x, spec['rate'], spec['mel'])
+    if augment and spec_augment.is_on(config):
+        return spec_augment.spec_augment(y, config['spec_augment'], rng.at('spec_augment'))
+    return y
 
 
 # Modality -> what its streams go through.

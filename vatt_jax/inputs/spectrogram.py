@@ -21,14 +21,17 @@ WHERE = 'config.model.inputs.audio.mel'
 # MMV's: offset 1e-6, scale 1, stretch False.
 # SeLaVi's: form filterbank, bins 257, window 480, hop 240, transform 1024, low 0, high 12000 at 24
 # kHz.
+# AVID's: form decibels, bins 257, window 1024, hop 240.
 DEFAULTS = {
     # mel (as TensorFlow makes it) | filterbank (as speech recognition does, see filterbank())
+    # decibels (of the plain spectrum, see decibels())
     'form': 'mel',
     # Mel bands.
     'bins': 80,
     # Samples of one frame.
     'window': 2048,
-    # Samples from frame to frame. The end is padded with zeros; mel has ceil(S / hop) frames.
+    # Samples from frame to frame. The end is padded with zeros; mel and decibels have
+    # ceil(S / hop) frames.
     'hop': 1024,
     # Length of the Fourier transform, at least the window. 0: the window.
     'transform': 0,
@@ -40,11 +43,16 @@ DEFAULTS = {
     'offset': 1.0,
     'scale': 1e4,
     'stretch': True,
+    # Subtracted from the result, and what it is divided by (GDT: 1.93 and 17.89).
+    'mean': 0.0,
+    'deviation': 1.0,
 }
 # filterbank: share of the sample before that is subtracted.
 EMPHASIS = 0.97
 # filterbank: least energy, that of bands between two frequencies of the transform.
 FLOOR = float(np.finfo(np.float64).eps)
+# decibels: below a clip's loudest value, and of the least power.
+DYNAMIC_RANGE, LEAST_POWER = 100.0, 1e-10
 
 
 def shape(spec: Mapping[str, Any] | ConfigDict) -> tuple[int, int]:
@@ -54,9 +62,9 @@ def shape(spec: Mapping[str, Any] | ConfigDict) -> tuple[int, int]:
 
 
 def log_mel(x: Float[Array, 'B S'], rate: int, mel: Any) -> Float[Array, 'B T F']:
-    """Log-mel spectrograms.
+    """Log-mel spectrograms, less `mean` and over `deviation`.
 
-    Magnitudes, not powers; periodic Hann window; HTK's mel scale; triangles of height 1.
+    Form mel: magnitudes, not powers; periodic Hann window; HTK's mel scale; triangles of height 1.
 
     Args:
         x: samples in [-1, 1].
@@ -73,9 +81,17 @@ def log_mel(x: Float[Array, 'B S'], rate: int, mel: Any) -> Float[Array, 'B T F'
             f'got low={mel.low:g} and high={mel.high:g}'
         )
     if mel.form == 'filterbank':
-        return filterbank(x, rate, mel)
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(mel.window) / mel.window)
-    magnitude = jnp.abs(_transform(x, mel, jnp.asarray(window, jnp.float32)))
+        y = filterbank(x, rate, mel)
+    elif mel.form == 'decibels':
+        y = decibels(x, mel)
+    else:
+        y = _log_mel(x, rate, mel)
+    return (y - mel.mean) / mel.deviation
+
+
+def _log_mel(x: Float[Array, 'B S'], rate: int, mel: ConfigDict) -> Float[Array, 'B T F']:
+    """Logarithms of mel magnitudes, stretched where `stretch`."""
+    magnitude = jnp.abs(_transform(x, mel, _hann(mel)))
     bands = jnp.matmul(magnitude, mel_matrix(mel, rate), precision='highest')
     y = jnp.log(mel.offset + mel.scale * bands)
     if not mel.stretch:
@@ -98,14 +114,41 @@ def filterbank(x: Float[Array, 'B S'], rate: int, mel: ConfigDict) -> Float[Arra
     return jnp.log(jnp.maximum(energy, FLOOR))
 
 
+def decibels(x: Float[Array, 'B S'], mel: ConfigDict) -> Float[Array, 'B T F']:
+    """Powers of equally wide bands in dB, at most 100 dB below the clip's loudest one (AVID).
+
+    The first band is the constant component, each of the others the mean of as many frequencies.
+    """
+    power = jnp.abs(_transform(x, mel, _hann(mel))) ** 2  # [B T transform/2 + 1]
+    constant, others = power[..., :1], power[..., 1:]
+    num_clips, num_frames, _ = power.shape
+    means = others.reshape(num_clips, num_frames, mel.bins - 1, -1).mean(-1)
+    bands = jnp.concatenate([constant, means], -1)
+    y = 10 * jnp.log10(jnp.maximum(bands, LEAST_POWER))
+    return jnp.maximum(y, y.max((1, 2), keepdims=True) - DYNAMIC_RANGE)
+
+
+def _hann(mel: ConfigDict) -> jax.Array:
+    """The periodic Hann window."""
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(mel.window) / mel.window)
+    return jnp.asarray(window, jnp.float32)
+
+
 def _fields(given: Any) -> ConfigDict:
     """The fields of a spectrogram, defaults filled in. Raises ConfigError for a wrong one."""
     mel = with_defaults(given, DEFAULTS, WHERE)
-    choose(mel.form, ('mel', 'filterbank'), f'{WHERE}.form')
+    choose(mel.form, ('mel', 'filterbank', 'decibels'), f'{WHERE}.form')
     if mel.transform and mel.transform < mel.window:
         raise ConfigError(
             f'{WHERE}.transform: expected at least window={mel.window}, or 0 for that, '
             f'got {mel.transform}'
+        )
+    if not mel.deviation > 0:
+        raise ConfigError(f'{WHERE}.deviation: expected a positive number, got {mel.deviation:g}')
+    if mel.form == 'decibels' and (mel.bins < 2 or (_length(mel) // 2) % (mel.bins - 1)):
+        raise ConfigError(
+            f'{WHERE}.bins: expected one more than a divisor of {_length(mel) // 2}, half of the '
+            f'transform, got {mel.bins}'
         )
     return mel
 
@@ -116,7 +159,7 @@ def _length(mel: ConfigDict) -> int:
 
 def _num_frames(samples: int, mel: ConfigDict) -> int:
     # -(-a // b) is the quotient rounded up.
-    if mel.form == 'mel':
+    if mel.form != 'filterbank':
         return -(-samples // mel.hop)
     return 1 + max(0, -(-(samples - mel.window) // mel.hop))
 

@@ -23,7 +23,7 @@ from vatt_jax.losses.arguments import (
     mean_over_clips,
     prepare,
 )
-from vatt_jax.losses.info_nce import Keys, usable_pairs
+from vatt_jax.losses.info_nce import Keys, of_each_clip, usable_pairs
 from vatt_jax.losses.similarity import AUTO, NEVER, How
 
 
@@ -206,7 +206,7 @@ def info_nce(
     ids: Int[AnyArray, ' B'] | None = None,
     keys: tuple[Keys, ...] = (),
     in_batch: bool = True,
-    own_positive: bool = True,
+    own_positive: bool | Bool[AnyArray, ' B'] = True,
     temperature: Scalar = 0.07,
     replicas: int = 1,
     normalise: bool = True,
@@ -224,10 +224,11 @@ def info_nce(
 
     # One block of columns for the batch's own candidates, then one for each further set of keys.
     is_own = jnp.repeat(jnp.eye(b, dtype=bool), k, axis=1)  # [B B·K]
+    own_positive = of_each_clip(own_positive, b)
     usable = jnp.broadcast_to(p.y_mask.reshape(1, -1), is_own.shape)
     blocks = [scores(p.x, stopped(p.y), temperature).reshape(b, -1)]
     allowed = [usable if in_batch else usable & is_own]
-    positive = [is_own if own_positive else jnp.zeros_like(is_own)]
+    positive = [is_own & own_positive[:, None]]
     for further in keys:
         further = further.prepared(x, ids, normalise, how)
         blocks.append(scores(p.x, stopped(further.data)[:, None], temperature)[..., 0])  # [B M]
@@ -238,8 +239,7 @@ def info_nce(
     is_allowed = jnp.concatenate(allowed, 1)
     is_positive = jnp.concatenate(positive, 1) & is_allowed
     loss = log_sum_exp(s, is_allowed, 1) - log_sum_exp(s, is_positive, 1)
-    if not own_positive:
-        p = p._replace(valid=p.valid & is_positive.any(1))
+    p = p._replace(valid=p.valid & (own_positive | is_positive.any(1)))
     return mean_over_clips(loss, p, replicas)
 
 

@@ -98,7 +98,7 @@ def info_nce(
     ids: Int[AnyArray, ' B'] | None = None,
     keys: tuple[Keys, ...] = (),
     in_batch: bool = True,
-    own_positive: bool = True,
+    own_positive: bool | Bool[AnyArray, ' B'] = True,
     temperature: Scalar = 0.07,
     replicas: int = 1,
     normalise: bool = True,
@@ -117,8 +117,9 @@ def info_nce(
         keys: further sets of keys.
         in_batch: keys of the batch's other clips are negatives; False: own and further keys alone
             (MoCo, CoCLR).
-        own_positive: y_b is a positive; False: it is in the denominator only, and a clip without a
-            positive among further keys is left out of the mean.
+        own_positive: y_b is a positive, of all clips or of those where it is True. Elsewhere it is
+            in the denominator only, and a clip without a positive among further keys is left out
+            of the mean.
         stop_gradient: keys carry no gradient.
     """
     p = prepare(x, y, x_valid, y_valid, y_mask, normalise, how)
@@ -129,7 +130,8 @@ def info_nce(
         all_pairs, own = _batch_sums(p, temperature, stop_gradient, how)
     else:
         all_pairs = own = _own_sums(p, temperature, stop_gradient)
-    positive = own if own_positive else jnp.full_like(own, NEVER)
+    own_positive = of_each_clip(own_positive, len(own))
+    positive = jnp.where(own_positive, own, NEVER)
 
     for further in keys:
         further = further.prepared(x, ids, normalise, how)
@@ -137,9 +139,15 @@ def info_nce(
         all_pairs = jnp.logaddexp(all_pairs, more.rows)
         if more.positives is not None:
             positive = jnp.logaddexp(positive, more.positives)
-    if not own_positive:
-        p = p._replace(valid=p.valid & (positive != NEVER))
+    p = p._replace(valid=p.valid & (own_positive | (positive != NEVER)))
     return mean_over_clips(all_pairs - positive, p, replicas)
+
+
+def of_each_clip(own_positive: bool | Bool[AnyArray, ' B'], num_clips: int) -> Bool[Array, ' B']:
+    """`own_positive` of `info_nce` as a mask."""
+    if isinstance(own_positive, bool):
+        return jnp.full(num_clips, own_positive)
+    return as_mask(own_positive, (num_clips,), 'own_positive')
 
 
 def _batch_sums(

@@ -27,7 +27,7 @@ class Graph:
 
     A step is one of
 
-        ('dense' | 'dense_bias', name, space whose width it has)
+        ('dense' | 'dense_bias', name, space or hidden layer whose width it has)
         ('bn', name)
         ('relu',)
         ('emit', space)   the value so far is the modality's embedding in that space
@@ -40,11 +40,13 @@ class Graph:
         paths: modality -> its steps in order, from the pooled vector of its tower.
         norm: of all batch norms, an entry of layers.NORMS.
         init: of all dense kernels, an entry of layers.INITS.
+        hidden: names of widths that are of no space.
     """
 
     paths: Mapping[str, Path]
     norm: str = 'plain'
     init: str = 'glorot'
+    hidden: tuple[str, ...] = ()
 
     def spaces(self) -> list[str]:
         """Names of the graph's spaces, each once, in the order of the paths."""
@@ -72,6 +74,53 @@ def mlp(name: str, space: str) -> Path:
 def linear(name: str, space: str) -> Path:
     """One dense layer into a space."""
     return (('dense_bias', name, space), ('emit', space))
+
+
+def projection(modality: str, space: str, hidden_layers: int, norm: bool) -> Path:
+    """A head of views of one modality: hidden layers of one width, and a last one without norm.
+
+    Args:
+        modality: whose embeddings are projected.
+        space: that holds them.
+        hidden_layers: their number.
+        norm: whether each has a batch norm.
+    """
+    steps: list[Step] = []
+    for number in range(hidden_layers):
+        name = f'{modality}_hidden_{number}'
+        steps.append(('dense_bias', name, 'hidden'))
+        if norm:
+            steps.append(('bn', f'{name}_norm'))
+        steps.append(('relu',))
+    return (*steps, *linear(f'{modality}_projection', space))
+
+
+def projections(hidden_layers: int) -> Graph:
+    """SimCLR's heads: a space for the views of each modality, which has its name."""
+    paths = {}
+    for modality in ('video', 'audio'):
+        paths[modality] = projection(modality, modality, hidden_layers, norm=True)
+    return Graph(paths, hidden=('hidden',))
+
+
+def plain_projections(modalities: tuple[str, ...]) -> Graph:
+    """MoCo v2's and CoCLR's heads: a hidden layer without norm, one space for each its own."""
+    paths = {}
+    for modality in modalities:
+        paths[modality] = projection(modality, 'projection', hidden_layers=1, norm=False)
+    return Graph(paths, hidden=('hidden',))
+
+
+def perceptron(name: str, space: str) -> Path:
+    """AVID's head: two hidden layers and a last one, ReLU between, no norms."""
+    return (
+        ('dense_bias', f'{name}_hidden_1', 'hidden'),
+        ('relu',),
+        ('dense_bias', f'{name}_hidden_2', 'hidden'),
+        ('relu',),
+        ('dense_bias', name, space),
+        ('emit', space),
+    )
 
 
 def joint(modality: str) -> Path:
@@ -154,6 +203,19 @@ GRAPHS = {
     'mmv_fac': fine_and_coarse(()),
     'mmv_fac_relu': fine_and_coarse((('relu',),)),
     'mmv_fac_bnrelu': fine_and_coarse((('bn', 'va_norm'), ('relu',))),
+    # Views of one modality. SimCLR: one hidden layer; CVRL's released code: three.
+    'simclr': projections(hidden_layers=1),
+    'cvrl': projections(hidden_layers=3),
+    # A projection of each modality by itself (CoCLR).
+    'projection': plain_projections(('video', 'flow', 'audio', 'text')),
+    # One linear layer from each of video and audio (AVTS: its networks end in one).
+    'linear': Graph({'video': linear('video_va', 'va'), 'audio': linear('audio_va', 'va')}),
+    # AVID's: one space, a head for each modality.
+    'avid': Graph(
+        {'video': perceptron('video_va', 'va'), 'audio': perceptron('audio_va', 'va')},
+        init='torch',
+        hidden=('hidden',),
+    ),
     # Encoders alone (fine-tuning).
     'none': Graph({}),
 }
@@ -164,7 +226,7 @@ class CommonSpaces(nn.Module):
 
     Attributes:
         config: {'name': entry of GRAPHS, <space>: width, …}. A space without a width is left out,
-            with all that leads to it alone.
+            with all that leads to it alone. Graphs with hidden layers have their widths too.
     """
 
     config: Mapping[str, Any]
@@ -289,13 +351,14 @@ def _check_widths(graph: Graph, config: Mapping[str, Any]) -> None:
     if not known:
         # Without spaces, widths left over from another graph mean nothing.
         return
+    widths = [*known, *graph.hidden]
     for field, width in config.items():
         if field == 'name':
             continue
-        if field not in known or not isinstance(width, int) or not 1 <= width <= LARGEST_COUNT:
+        if field not in widths or not isinstance(width, int) or not 1 <= width <= LARGEST_COUNT:
             raise ConfigError(
                 f'config.model.head.{field}={width!r}: the graph {config["name"]!r} has the spaces '
-                f'{", ".join(known)}; give those that you need a positive width'
+                f'{", ".join(widths)}; give those that you need a positive width'
             )
     if not any(space in config for space in known):
         raise ConfigError(

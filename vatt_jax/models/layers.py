@@ -26,6 +26,8 @@ INITS: dict[str, Callable[..., jax.Array]] = {
     'glorot': jax.nn.initializers.glorot_uniform(),
     'fan_in': fan_in_normal,
     'kaiming': jax.nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
+    # PyTorch's default of linear layers: uniform within 1/sqrt(fan in) of 0.
+    'torch': jax.nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform'),
 }
 
 # Kinds of batch norm. eps is added to the variance; momentum is how much of the running statistics

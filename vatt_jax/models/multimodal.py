@@ -25,10 +25,14 @@ from vatt_jax.models.common_space import CommonSpaces
 from vatt_jax.models.embeddings import LinearWords, Patches, Tokens, Words
 from vatt_jax.models.layers import INITS, NORMS, Dense
 from vatt_jax.models.towers.audio_resnet import ResNet2D, ResNet2DV2, ResNet9
+from vatt_jax.models.towers.avid import AVIDAudio, AVIDVideo
 from vatt_jax.models.towers.i3d import I3D
+from vatt_jax.models.towers.mixed_convolutions import MixedConvolutions
 from vatt_jax.models.towers.r2plus1d import R2Plus1D
+from vatt_jax.models.towers.r3d import R3D
 from vatt_jax.models.towers.s3d import S3D
 from vatt_jax.models.towers.tsm_resnet import TSMResNet
+from vatt_jax.models.towers.vggish import VGGish
 from vatt_jax.models.transformer import REMAT, Encoder, pack, unpack
 from vatt_jax.rng import Packed, Rng
 
@@ -106,9 +110,14 @@ NETS: dict[str, tuple[str, Any]] = {
     's3d': ('video', S3D),
     'tsm_resnet': ('video', TSMResNet),
     'r2plus1d': ('video', R2Plus1D),
+    'r3d': ('video', R3D),
+    'mixed_convolutions': ('video', MixedConvolutions),
     'resnet2d': ('audio', ResNet2D),
     'resnet2d_v2': ('audio', ResNet2DV2),
     'resnet9': ('audio', ResNet9),
+    'vggish': ('audio', VGGish),
+    'avid_video': ('video', AVIDVideo),
+    'avid_audio': ('audio', AVIDAudio),
 }
 
 

@@ -54,10 +54,18 @@ TOWERS: dict[str, dict[str, Any]] = {
     'r2plus1d': {'name': 'r2plus1d', 'mid': 'conv'},  # 33.166: XDC, MMV's table
     # 31.300: torchvision, GDT, SeLaVi
     'r2plus1d_torchvision': {'name': 'r2plus1d', 'mid': 'block'},
+    'r3d_50': {'name': 'r3d'},  # 31.672: CVRL
+    # AVTS. MC3 with a classifier of 400 classes: torchvision's 11,695,440.
+    'mc2': {'name': 'mixed_convolutions', 'first_2d': 2},  # 11.195
+    'mc3': {'name': 'mixed_convolutions', 'first_2d': 3},  # 11.490
+    'r3d_18': {'name': 'mixed_convolutions', 'first_2d': 6},  # 33.166
+    'vggish': {'name': 'vggish'},  # 72.141 on 96 frames of 64 bands, as released
     'resnet2d_v2_18': {'name': 'resnet2d_v2', 'depth': 18},
     'resnet2d_v2_34': {'name': 'resnet2d_v2', 'depth': 34},
     'resnet2d_v2_50': {'name': 'resnet2d_v2', 'depth': 50},  # 23.494
     'resnet9': {'name': 'resnet9'},  # 4.900: SeLaVi and GDT
+    'avid_video': {'name': 'avid_video'},  # 15.379
+    'avid_audio': {'name': 'avid_audio'},  # 4.726
     'mmv_words': {'name': 'linear', 'width': 2048, 'init': 'fan_in'},  # 0.616
 }
 # Inputs and position tables of every published model: 32 frames at 10 fps, 3.2 s at 48 kHz, five
@@ -87,6 +95,15 @@ FILTERBANK = {
     'window': 480,
     'hop': 240,
     'transform': 1024,
+    'low': 0.0,
+    'high': 12000.0,
+}
+# AVID: two seconds at 24 kHz, 200 frames of 257 bands
+DECIBELS = {
+    'form': 'decibels',
+    'bins': 257,
+    'window': 1024,
+    'hop': 240,
     'low': 0.0,
     'high': 12000.0,
 }

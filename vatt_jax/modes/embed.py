@@ -33,8 +33,9 @@ def run(
 ) -> None:
     """Writes <workdir>/embeddings/<split>.npz, see `as_arrays`, with the newest checkpoint.
 
-    `source` in it says which data they are of (JSON of config.data). Where that file is of other
-    data, they go to <split>_<digest of the data>.npz beside it.
+    `source` in it says which data they are of (JSON of config.data), and which model where it is
+    not the student. Where that file is of others, they go to <split>_<digest of both>.npz beside
+    it.
 
     Args:
         config: names the data, the mesh and the batch size; the model is the stored run's.
@@ -47,7 +48,7 @@ def run(
     """
     mesh = sharding.make_mesh(dict(config.mesh))
     # The encoder follows the stored config, whatever model the given one names.
-    stored_config, variables, _ = checkpoint.load_model(workdir, mesh)
+    stored_config, variables, _ = checkpoint.load_model(workdir, mesh, which=config.evaluated)
     data = open_data(config)
     batches = data.one_pass(
         split,
@@ -78,9 +79,11 @@ def run(
 
 
 def _source_of(config: ConfigDict) -> str:
-    """What says which data were embedded (JSON)."""
+    """What says which data were embedded, and by which model (JSON)."""
     data = config.data
     fields = {name: data[name] for name in DATA_FIELDS}
+    if config.evaluated != 'student':
+        fields['evaluated'] = config.evaluated
     # `default` is for ConfigDicts.
     return json.dumps(fields, sort_keys=True, default=dict)
 

@@ -13,7 +13,7 @@ from vatt_jax.config import ConfigError
 from vatt_jax.parallel import distributed
 from vatt_jax.reporting import report
 from vatt_jax.run_folder import RANDOM_INIT, RunFolder, evaluation_name
-from vatt_jax.training import checkpoint, loop
+from vatt_jax.training import checkpoint, frozen_models, loop
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, open_data: Callable[[ConfigDict], Any]) -> None:
@@ -28,6 +28,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, open_data: Callable[[ConfigDi
         ConfigError: the folder holds no checkpoint, or one of another model.
     """
     checkpoint.find(workdir)  # before the data are made
+    frozen_models.recall(config, workdir)
     compare(config, open_data(config), workdir, again=True)
     if distributed.is_main():
         print(report.table(workdir), flush=True)

@@ -7,10 +7,14 @@ from typing import Any
 from vatt_jax.config import choose
 from vatt_jax.objectives.base import Encoding, Loss, Objective, RefreshResult, Spec, TrainingRecords
 from vatt_jax.objectives.classification import Classification
+from vatt_jax.objectives.coclr import CoCLR
 from vatt_jax.objectives.contrastive import Contrastive
+from vatt_jax.objectives.gdt import GDT
+from vatt_jax.objectives.instance_memory import InstanceMemory
 from vatt_jax.objectives.kmeans_labels import KMeansLabels
 from vatt_jax.objectives.online_codes import OnlineCodes
 from vatt_jax.objectives.self_labelling import SelfLabelling
+from vatt_jax.objectives.synchronisation import Synchronisation
 
 # The key is the value of config.objective.name.
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -18,7 +22,11 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'kmeans_labels': KMeansLabels,
     'self_labelling': SelfLabelling,
     'online_codes': OnlineCodes,
+    'synchronisation': Synchronisation,
+    'coclr': CoCLR,
     'classification': Classification,
+    'gdt': GDT,
+    'instance_memory': InstanceMemory,
 }
 
 __all__ = [

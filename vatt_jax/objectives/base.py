@@ -2,8 +2,8 @@
 
 The training code (vatt_jax/training) names no method; a method is a subclass of `Objective`
 registered in `vatt_jax/objectives/__init__.py`. A training step calls `loss`, which is
-`mix_examples`, `encode` and `compute_loss` in turn, and then `after_update`. All methods but
-`refresh` and those marked as host side are pure and traced.
+`mix_examples`, `encode` and `compute_loss` in turn, and then `after_update` and `write_memory`. All
+methods but `refresh` and those marked as host side are pure and traced.
 
 `params` is the objective's own tree everywhere (heads, temperatures); the model's parameters are in
 `variables`, or named `model_params`.
@@ -35,6 +35,7 @@ class Loss:
       state: the objective's new state.
       apply_update: bool [], False while the objective still fills its memory and parameters must
         not move.
+      writes: arrays [B …] of the batch's clips for `Objective.write_memory`.
     """
 
     value: jax.Array
@@ -44,6 +45,7 @@ class Loss:
     # Batch statistics and `state` change even where this is False; `after_update` then sees the old
     # parameters.
     apply_update: jax.Array | bool = True
+    writes: Any = ()
 
 
 # A pytree: it crosses the loops over microbatches.
@@ -72,7 +74,8 @@ class Spec:
       batch: the abstract device batch of the same.
       size: number of records in the training set (M).
       labels: label name -> number of classes.
-      batch_stats: the model's batch statistics, abstract.
+      batch_stats: the model's batch statistics, abstract; like model_params their initial values,
+        boxed, in the call of `Objective.init` that makes the run's values.
       init: (key, batch) -> (Outputs, the model's initial variables, boxed).
       model_params: the model's initial parameters, boxed with logical axes, in the call of
         `Objective.init` that makes the run's values: what a copy of the model is shaped and
@@ -144,6 +147,9 @@ class Objective:
 
     def __init__(self, config: Any) -> None:
         self.config = config
+        # Name of `frozen_models` -> its memory.frozen.FrozenModel; put here by training/build.py,
+        # before `init`.
+        self.frozen: Mapping[str, Any] = {}
 
     @functools.cached_property
     def mixes_examples(self) -> bool:
@@ -155,6 +161,20 @@ class Objective:
     def streams(self) -> tuple[str, ...] | None:
         """The streams to load and encode; None: all of the batch."""
         return None
+
+    def frozen_models(self) -> dict[str, str]:
+        """Models of other runs that the state holds: its entry -> a run folder.
+
+        `init` makes the entry, {'params', 'batch_stats'} of the module in `frozen`; as the run
+        begins, after `begin`, it gets the other run's values. That run's `config.model` is kept in
+        config.objective, as the field `<entry>_model`, so that a run which goes on needs its own
+        folder alone.
+        """
+        return {}
+
+    def frozen_streams(self) -> tuple[str, ...]:
+        """Those of `streams` that only frozen models read: the model needs no tower for them."""
+        return ()
 
     def init(self, key: jax.Array, spec: Spec) -> tuple[Any, Any]:
         """Create what the objective trains and remembers.
@@ -176,16 +196,6 @@ class Objective:
           state: the objective's state as `init` made it.
         """
         return state
-
-    def frozen_models(self) -> dict[str, str]:
-        """Models of other runs that the state holds: its entry -> a run folder.
-
-        `init` makes the entry, {'params', 'batch_stats'} of that run's model, whose config is
-        `config.stored(folder).model`; as the run begins, after `begin`, it gets that run's values.
-        The folder may be that of a phase which has yet to begin, so that it may be read in `init`
-        and not before.
-        """
-        return {}
 
     def mix_examples(self, batch: Mapping[str, Any], rng: Rng) -> dict[str, Any]:
         """The batch as the towers see it, where clips are mixed before them (mixup)."""
@@ -210,18 +220,9 @@ class Objective:
           batch: the device batch after `preprocess.device_stage`.
           rng: random bits of these clips.
         """
-        pooled, updates = model.apply(
-            variables,
-            select_streams(batch, self.streams()),
-            train=True,
-            rng=rng,
-            mutable=['batch_stats'],
-            # Only the towers. Projections to common spaces belong to `compute_loss`, since their
-            # batch norm takes statistics over all clips together.
-            method=_pooled_features,
-        )
-        # Flax leaves a mutable collection out of `updates` if no module has variables in it.
-        return Encoding(pooled, updates.get('batch_stats', {}), state)
+        streams = select_streams(batch, self.streams())
+        pooled, batch_stats = run_towers(model, variables, streams, rng)
+        return Encoding(pooled, batch_stats, state)
 
     def compute_loss(
         self,
@@ -293,6 +294,14 @@ class Objective:
         """
         return {}
 
+    def teacher(self, state: Any) -> dict[str, Any] | None:
+        """The momentum copy of the model, {'params', 'batch_stats'}; None where there is none.
+
+        It is the state's entry `teacher`, where `vatt_jax.load(…, which='teacher')` finds it in
+        checkpoints. Parameters of which it has no copy are the model's.
+        """
+        return None
+
     def embed(
         self, params: Any, state: Any, encoded: Mapping[str, Any]
     ) -> dict[str, dict[str, jax.Array]]:
@@ -334,6 +343,20 @@ class Objective:
         """
         return model_params, params, state
 
+    def write_memory(self, state: Any, writes: Any, is_finite: jax.Array) -> Any:
+        """Write what the step's clips leave in large memories. Pure.
+
+        State that `compute_loss` and `after_update` return is kept or dropped as a whole, which
+        reads the old and the new one. A memory of millions of rows, of which a step changes a few,
+        is written here, in place, when all else is decided.
+
+        Args:
+          state: the objective's state as the step keeps it.
+          writes: `Loss.writes` of all clips of the step, microbatches joined.
+          is_finite: bool []; where it is False, the state must be returned as it is, bit by bit.
+        """
+        return state
+
     def running_losses(self, state: Any) -> dict[str, float]:
         """Running training loss of outputs of `predict` that compete (heads), where it exists."""
         return {}
@@ -353,6 +376,29 @@ class Objective:
         Host side; every host computes the same from the same `records`.
         """
         raise NotImplementedError
+
+
+def run_towers(
+    model: Any, variables: Any, batch: Mapping[str, Any], rng: Rng
+) -> tuple[dict[str, jax.Array], Any]:
+    """The towers in training mode, without projections to common spaces.
+
+    These belong to `compute_loss`, since their batch norm takes statistics over all clips together.
+
+    Args:
+        model: the Linen module.
+        variables: {'params', 'batch_stats'} of the model, or of a teacher.
+        batch: the device batch; all of its streams are encoded.
+        rng: random bits of these clips.
+
+    Returns:
+        ({stream: pooled features [B(,K) D]}, new batch statistics).
+    """
+    pooled, updates = model.apply(
+        variables, batch, train=True, rng=rng, mutable=['batch_stats'], method=_pooled_features
+    )
+    # Flax leaves a mutable collection out of `updates` if no module has variables in it.
+    return pooled, updates.get('batch_stats', {})
 
 
 def _pooled_features(

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr
 
+from vatt_jax.inputs.batch import modality_of
 from vatt_jax.rng import Rng
 
 
@@ -174,6 +175,9 @@ def by_tower(model: Any, variables: Any, batch: Mapping[str, Any]) -> dict[str, 
     for name, stream in batch.items():
         # Beside streams a batch has columns such as 'index'.
         if not isinstance(stream, Mapping) or 'data' not in stream:
+            continue
+        # A stream that only a frozen model reads is not counted: nothing of it is trained.
+        if modality_of(name) not in model.config['towers']:
             continue
         all_tokens, _ = _encode(model, variables, name, stream, rng, features=True)
         needed, encoded[name] = _encode(model, variables, name, stream, rng, features=False)

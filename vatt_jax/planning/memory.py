@@ -50,7 +50,14 @@ def add_memory(
     replica, fsdp = built.mesh.axis_sizes[:2]  # the axes that rows are sharded over
     # Along the model and seq axes devices hold copies of the same rows.
     batch = batch_bytes / (replica * fsdp)
-    memory: dict[str, Any] = {'limit': limit, 'state': state, 'batch': batch}
+    # What objectives remember (memory banks, queues), which is part of the state.
+    objective = shares(built.shape.objective, built.shardings.objective)
+    memory: dict[str, Any] = {
+        'limit': limit,
+        'state': state,
+        'objective': objective,
+        'batch': batch,
+    }
 
     if compiled is None:
         # Without temporaries it can be known not to fit, but not to fit.

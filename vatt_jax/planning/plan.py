@@ -75,6 +75,7 @@ IRRELEVANT_FIELDS = (
     'checkpoint',
     'max_bad_steps',
     'evals',
+    'evaluated',
     'eval_every',
     'log_every',
     'trackers',

@@ -132,6 +132,7 @@ def _show_memory(page: _Page, memory: Mapping[str, Any]) -> None:
     # outputs (not shown) the peak.
     labels = {
         'state': 'parameters, optimizer, statistics',
+        'objective': 'of it memories of the objective',
         'batch': 'batch',
         'arguments': 'arguments',
         'temporaries': 'temporaries',
@@ -141,6 +142,8 @@ def _show_memory(page: _Page, memory: Mapping[str, Any]) -> None:
     # Three values: unknown is not the same as too large.
     verdict = {True: 'fits', False: 'DOES NOT FIT', None: 'unknown'}[memory['fits']]
     # 1e9 bytes, not GiB: as on data sheets.
+    if not memory['objective']:
+        del labels['objective']
     rows = [[label, _amount(memory[field], 1e9)] for field, label in labels.items()]
     page.show('Memory of one device', ['', 'GB'], [*rows, ['', verdict]])
     for advice in memory.get('would_fit', ()):

@@ -16,13 +16,19 @@ from vatt_jax import config as configs
 from vatt_jax import evals, models, objectives, optim
 from vatt_jax.config import ConfigError
 from vatt_jax.inference.feature_extractor import FeatureExtractor
-from vatt_jax.inputs import preprocess
+from vatt_jax.inputs import mirrored, preprocess
 from vatt_jax.inputs.batch import device_part
 from vatt_jax.models import attention
-from vatt_jax.objectives.base import Objective, select_streams
+from vatt_jax.objectives.base import Objective, select_streams, stream_names
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
-from vatt_jax.training import starting_values, trackers, train_state, train_step
+from vatt_jax.training import (
+    frozen_models,
+    starting_values,
+    trackers,
+    train_state,
+    train_step,
+)
 
 
 @dataclasses.dataclass
@@ -93,18 +99,25 @@ def _evaluated_outputs(built: Built) -> Any:
 
 
 def resolve(config: ConfigDict, data: Any) -> None:
-    """Fills in place what only the data know: the vocabulary size of towers whose `vocab` is 0."""
+    """Fills in place what only the data and other runs know.
+
+    These are the vocabulary size of towers whose `vocab` is 0, and what frozen models are.
+
+    Raises:
+        ConfigError: the run of a frozen model cannot be read, or has other inputs.
+    """
     for tower in config.model.towers.values():
         if tower.get('vocab', 1) == 0:
             tower.vocab = data.info['tokenizer']['size']
+    frozen_models.resolve(config, data.info)
 
 
 def mesh_of(config: ConfigDict) -> Any:
     """The mesh of a config.
 
     Raises:
-        ConfigError: evaluators, compiler options, attention or batch are wrong. It is raised
-            before anything is built.
+        ConfigError: evaluators, compiler options, attention, augmentation or batch are wrong. It is
+            raised before anything is built.
     """
     # Mistakes in evaluators are found now, not after hours of training.
     for name in config.evals:
@@ -112,6 +125,7 @@ def mesh_of(config: ConfigDict) -> Any:
     trackers.check(config.get('trackers', ()))
     check_compiler_options(config)
     attention.check(config.model, jax.default_backend())
+    preprocess.check(config.model.inputs, config.augment)
     shape = configs.check_batch(config, jax.device_count(), jax.process_count())
     return sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape)))
 
@@ -135,12 +149,13 @@ def check(config: ConfigDict) -> dict[str, Any]:
     starting_values.check_fields(config.init_trees, config.init_rename, config.init_skip)
     model = models.build(config.model, config.compute_dtype)
     objective = objectives.build(config.objective)
+    train_state.check_evaluated(config.evaluated, objective)
     optim.check(config.optimizer, config.steps)
     streams = objective.streams() or tuple(config.model.towers)
     # Only traced for its shapes, so any number of rows will do; neither the number of records nor
     # the labels matter to what is checked here.
     batch = preprocess.abstract(config.model.inputs, streams, 2, config.compute_dtype)
-    spec = train_state.abstract(model, batch, 0, {})
+    spec = train_state.abstract(model, batch, 0, {}, objective.frozen_streams())
     train_step.check(config, model, objective, spec.batch_stats)
     assert spec.init is not None
     _, variables = jax.eval_shape(spec.init, jax.eval_shape(lambda: jax.random.key(0)), batch)
@@ -180,6 +195,8 @@ def assemble(config: ConfigDict, data: Any, mesh: Any) -> Built:
     resolve(config, data)
     model = models.build(config.model, config.compute_dtype)
     objective = objectives.build(config.objective)
+    train_state.check_evaluated(config.evaluated, objective)
+    objective.frozen = frozen_models.build(config, objective)
 
     example = _first_batch(data, objective)
     batch = _with_rows(example, config.batch_size)
@@ -197,10 +214,13 @@ def assemble(config: ConfigDict, data: Any, mesh: Any) -> Built:
     if config.accumulation == 'plain':
         rows = config.batch_size // config.accumulate
     inputs = _abstract_inputs(config, _with_rows(example, rows), rows)
+    _check_streams(objective, inputs)
 
     # Objectives with labels size their classifiers by the number of classes.
     labels = {name: len(classes) for name, classes in data.info.get('labels', {}).items()}
-    spec = train_state.abstract(model, inputs, data.size('train'), labels)
+    spec = train_state.abstract(
+        model, inputs, data.size('train'), labels, objective.frozen_streams()
+    )
     train_step.check(config, model, objective, spec.batch_stats)
     init, shape, shardings, tx = train_state.create(config, model, objective, spec, mesh)
     # The old state's memory is the new one's: two of them would not fit beside the activations.
@@ -238,16 +258,19 @@ def _first_batch(data: Any, objective: Objective) -> dict[str, Any]:
     batches = data.one_pass(
         'train', num_processes, process=(process_id, num_processes), by='records', limit=1
     )
-    batch = select_streams(next(iter(batches)), objective.streams())
-    missing = set(objective.streams() or ()) - set(batch)
+    return select_streams(next(iter(batches)), objective.streams())
+
+
+def _check_streams(objective: Objective, batch: dict[str, Any]) -> None:
+    """Checks that a batch after the device stage has all streams of the objective."""
+    missing = sorted(set(objective.streams() or ()) - set(batch))
     if missing:
-        # An entry with `data` is a stream; the others are labels, positions and the like.
-        present = [k for k, v in batch.items() if isinstance(v, dict) and 'data' in v]
+        streams = 'streams' if len(missing) > 1 else 'stream'
         raise ConfigError(
-            f'config.objective: expected the stream {sorted(missing)[0]!r}, '
-            f'the data has {", ".join(present)} (more views: config.data.views)'
+            f'config.objective: expected the {streams} {", ".join(map(repr, missing))}, '
+            f'the data has {", ".join(stream_names(batch))} (more views: config.data.views; '
+            'mirrored ones: config.augment.mirrored)'
         )
-    return batch
 
 
 def process_position() -> tuple[int, int]:
@@ -271,7 +294,7 @@ def _abstract_inputs(config: ConfigDict, batch: dict[str, Any], rows: int) -> di
     # Traced rather than computed by hand: crops, spectrograms and dtypes are known to the stage
     # alone. Augmentation changes no shape.
     def device_stage(batch: dict[str, Any], rng: Rng) -> dict[str, Any]:
-        return preprocess.device_stage(
+        batch = preprocess.device_stage(
             batch,
             config.model.inputs,
             config.augment,
@@ -279,6 +302,7 @@ def _abstract_inputs(config: ConfigDict, batch: dict[str, Any], rows: int) -> di
             augment=False,
             dtype=config.compute_dtype,
         )
+        return mirrored.add(batch, config.augment)
 
     # An Rng is a pytree of arrays, so it can be abstract as well.
     rng = jax.eval_shape(lambda: Rng.create(0, 0, jnp.zeros((rows,), jnp.uint32)))

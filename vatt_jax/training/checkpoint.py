@@ -37,8 +37,9 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as managers
 
 from vatt_jax import phases
-from vatt_jax.config import ConfigError, differing_fields, flatten, from_json
+from vatt_jax.config import ConfigError, choose, differing_fields, flatten, from_json
 from vatt_jax.object_store import is_url, run_mirror
+from vatt_jax.objectives.memory import teacher as teachers
 from vatt_jax.parallel import sharding
 from vatt_jax.run_folder import RunFolder, evaluation_name, free_space, readable_size
 from vatt_jax.training.columns_handler import ColumnsRestore, ColumnsSave
@@ -651,7 +652,9 @@ def _has_leaves(tree: Any) -> bool:
     return bool(jax.tree.leaves(tree))
 
 
-def _read_variables(path: pathlib.Path, with_heads: bool, with_state: bool) -> dict[str, Any]:
+def _read_variables(
+    path: pathlib.Path, with_heads: bool, with_state: bool, with_teacher: bool
+) -> dict[str, Any]:
     """Read the parts of a checkpoint that a model needs, as NumPy, and leave the rest on disk."""
     with ocp.StandardCheckpointer() as reader:
         saved = dict(reader.metadata(path / 'state').item_metadata)
@@ -663,6 +666,8 @@ def _read_variables(path: pathlib.Path, with_heads: bool, with_state: bool) -> d
     parts = {'params': params, 'batch_stats': saved['batch_stats'], 'ema': saved['ema'] or {}}
     if with_state:
         parts['objective'] = saved['objective']
+    elif with_teacher:
+        parts['objective'] = {'teacher': _teacher_of(path, saved)}
     # Orbax cannot restore a tree without leaves.
     parts = {name: tree for name, tree in parts.items() if _has_leaves(tree)}
     # Scalars as placeholders: only the tree and the dtypes of the target count, shapes are the
@@ -679,23 +684,42 @@ def _read_variables(path: pathlib.Path, with_heads: bool, with_state: bool) -> d
         )
 
 
-def read_model(path: pathlib.Path, objective: bool = False, state: bool = False) -> dict[str, Any]:
+def _teacher_of(path: pathlib.Path, saved: dict[str, Any]) -> Any:
+    """Return the momentum copy in the tree of a saved state (`Objective.teacher`)."""
+    teacher = (saved.get('objective') or {}).get('teacher')
+    if teacher is None:
+        raise ConfigError(
+            f"{path}: expected a run whose objective keeps a teacher, for which='teacher', got one "
+            "without; read which='student'"
+        )
+    return teacher
+
+
+def read_model(
+    path: pathlib.Path, objective: bool = False, state: bool = False, which: str = 'student'
+) -> dict[str, Any]:
     """Read the model of a checkpoint as NumPy arrays.
 
     Args:
         path: A checkpoint folder.
         objective: Also read the parameters of the objective's heads.
         state: Also read the objective's state.
+        which: student, or teacher: the momentum copy, where the objective keeps one.
 
     Returns:
         'params' (the averaged ones where the run averaged them) and 'batch_stats' of the model;
         with `objective` also 'objective', the heads' parameters; with `state` also 'state'.
 
     Raises:
-        ConfigError: The checkpoint cannot be read.
+        ConfigError: The checkpoint cannot be read, or has no teacher.
     """
+    choose(which, ('student', 'teacher'), 'which')
     try:
-        restored = _read_variables(path, with_heads=objective, with_state=state)
+        restored = _read_variables(
+            path, with_heads=objective, with_state=state, with_teacher=which == 'teacher'
+        )
+    except ConfigError:
+        raise
     except Exception as error:
         raise _unreadable(path, error) from error
     variables = {
@@ -703,6 +727,10 @@ def read_model(path: pathlib.Path, objective: bool = False, state: bool = False)
         'params': restored.get('ema') or restored['params']['model'],
         'batch_stats': restored.get('batch_stats', {}),
     }
+    if which == 'teacher':
+        # A teacher without batch norm has no statistics, and so no such entry in the checkpoint.
+        saved_teacher = {'batch_stats': {}, **restored['objective']['teacher']}
+        variables = teachers.variables(saved_teacher, variables['params'])
     if objective:
         variables['objective'] = restored['params'].get('objective', {})
     if state:
@@ -711,7 +739,7 @@ def read_model(path: pathlib.Path, objective: bool = False, state: bool = False)
 
 
 def load_model(
-    path: str | pathlib.Path, mesh: Mesh, objective: bool = False
+    path: str | pathlib.Path, mesh: Mesh, objective: bool = False, which: str = 'student'
 ) -> tuple[ConfigDict, dict[str, Any], dict[str, Any]]:
     """Load the model of a run folder or a checkpoint folder.
 
@@ -719,6 +747,7 @@ def load_model(
         path: See `find`.
         mesh: The variables are replicated over it.
         objective: Also read the parameters of the objective's heads, as `read_model` does.
+        which: See `read_model`.
 
     Returns:
         The run's config, the variables of the model, and `info`, what the data object said about
@@ -729,7 +758,7 @@ def load_model(
     """
     path = find_verified(path)
     meta = read_meta(path)
-    variables = jax.device_put(read_model(path, objective), sharding.replicated(mesh))
+    variables = jax.device_put(read_model(path, objective, which=which), sharding.replicated(mesh))
     # By way of JSON, as a stored config is read: tuples are restored and renamed fields moved.
     return from_json(json.dumps(meta['config'])), variables, meta['info']
 

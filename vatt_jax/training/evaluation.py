@@ -20,7 +20,7 @@ from vatt_jax.training.metrics import Progress, Writer
 from vatt_jax.training.train_state import TrainState
 
 # The scalars that are worth a place on the terminal, by the last part of their names.
-HEADLINES = ('R@10', 'accuracy', 'top1')
+HEADLINES = ('R@10', 'accuracy', 'top1', 'divergence')
 
 
 def evaluate(
@@ -66,8 +66,7 @@ def evaluate(
         results = evals.load(folder)
         return _report(results, folder, step, writer, progress)
 
-    # Averaged parameters where the run keeps an average, the trained ones otherwise.
-    variables = train_state.evaluation_variables(state)
+    variables = train_state.evaluation_variables(state, built.objective, config.evaluated)
     if built.encoder is None:
         built.encoder = feature_extractor.FeatureExtractor(
             config, variables, built.mesh, built.objective

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from vatt_jax.inputs.batch import place_on_mesh
 from vatt_jax.parallel import distributed
 from vatt_jax.run_folder import write_atomically
+from vatt_jax.training import frozen_models
 from vatt_jax.training.build import (
     Built,
     assemble,
@@ -85,6 +86,7 @@ def train(
     # SIGTERM is caught from here on, not only from the first step: building and compiling take
     # minutes.
     with distributed.StopSignal() as stop, contextlib.closing(lock):
+        frozen_models.recall(config, workdir)
         built = build(config, data)
         # After the build, which fills in what only the data know, and before anything is written.
         check_run_folder(config, workdir)

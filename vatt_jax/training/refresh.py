@@ -12,7 +12,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from vatt_jax.inference import feature_extractor
-from vatt_jax.inputs import preprocess
+from vatt_jax.inputs import mirrored, preprocess
 from vatt_jax.objectives.base import RefreshResult, TrainingRecords, select_streams
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
@@ -200,6 +200,7 @@ class RecordEncoder:
                 augment=augment,
                 dtype=config.compute_dtype,
             )
+            batch = mirrored.add(batch, config.augment)
             return function(built.model, variables, params, batch, rng)
 
         # Runs that share `built` share these passes: nothing of this refresh may be traced in.

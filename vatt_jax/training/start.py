@@ -19,7 +19,7 @@ from vatt_jax.inputs import word_vectors
 from vatt_jax.objectives.base import Objective
 from vatt_jax.parallel import distributed
 from vatt_jax.run_folder import RunFolder, write_atomically
-from vatt_jax.training import checkpoint, provenance, starting_values
+from vatt_jax.training import checkpoint, frozen_models, provenance, starting_values
 from vatt_jax.training.build import Built
 from vatt_jax.training.checkpoint import Checkpoints
 from vatt_jax.training.columns import Columns, as_declared
@@ -210,8 +210,7 @@ def _with_state(built: Built, state: TrainState, other: OtherRun) -> TrainState:
 def _with_models_of_other_runs(built: Built, state: TrainState) -> TrainState:
     """The state whose objective holds the models that it names (`Objective.frozen_models`)."""
     for name, run in built.objective.frozen_models().items():
-        other = starting_values.read(run, field=f'config.objective: {name}', remedy='')
-        model = {group: other.take(group, tree) for group, tree in state.objective[name].items()}
+        model = frozen_models.read(name, run, state.objective[name])
         state = state.replace(objective={**state.objective, name: model})
     return state
 

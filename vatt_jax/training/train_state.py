@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -15,7 +15,9 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from vatt_jax import optim
+from vatt_jax.config import ConfigError, choose
 from vatt_jax.objectives.base import Objective, Spec
+from vatt_jax.objectives.memory import teacher as teachers
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
 
@@ -45,7 +47,13 @@ class TrainState(flax.struct.PyTreeNode):
     skipped: Any
 
 
-def abstract(model: nn.Module, batch: Any, size: int, labels: Mapping[str, int]) -> Spec:
+def abstract(
+    model: nn.Module,
+    batch: Any,
+    size: int,
+    labels: Mapping[str, int],
+    frozen_streams: Sequence[str] = (),
+) -> Spec:
     """What an objective may size itself by; nothing is computed.
 
     Args:
@@ -53,12 +61,15 @@ def abstract(model: nn.Module, batch: Any, size: int, labels: Mapping[str, int])
         batch: abstract device batch (after preprocess.device_stage) of one microbatch.
         size: records of the training set (M).
         labels: name -> number of classes.
+        frozen_streams: those of the batch that the model does not read
+            (`Objective.frozen_streams`).
     """
 
     def init(key: Array, batch: Any) -> tuple[Any, dict[str, Any]]:
         # train=False draws nothing; the rng only has to have the right shape.
         rng = Rng.create(0, 0, jnp.zeros(batch['index'].shape, jnp.uint32))
-        outputs, variables = model.init_with_output(key, batch, train=False, rng=rng)
+        read = {name: value for name, value in batch.items() if name not in frozen_streams}
+        outputs, variables = model.init_with_output(key, read, train=False, rng=rng)
         return outputs, dict(variables)
 
     # Jitted, so that all who ask for its shapes or values share one trace.
@@ -100,10 +111,11 @@ def create(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec.batch)
         assert spec.init is not None
         _, boxed = spec.init(model_key, zeros)
-        full_spec = dataclasses.replace(spec, model_params=boxed['params'])
+        batch_stats = boxed.get('batch_stats', {})
+        full_spec = dataclasses.replace(spec, model_params=boxed['params'], batch_stats=batch_stats)
         objective_params, objective_state = objective.init(objective_key, full_spec)
         params = {'model': boxed['params'], 'objective': objective_params}
-        return params, boxed.get('batch_stats', {}), objective_state
+        return params, batch_stats, objective_state
 
     key = jax.random.key(config.seed)
     # Traced once with the boxes, which carry the logical axes, and below once without: optax and
@@ -178,10 +190,38 @@ def _init_options(mesh: Any) -> dict[str, int] | None:
     return {'xla_backend_optimization_level': 0} if is_cpu else None
 
 
-def evaluation_variables(state: TrainState) -> dict[str, Any]:
-    """The model's variables as evaluation uses them: averaged parameters where they are kept."""
+def evaluation_variables(
+    state: TrainState, objective: Objective, which: str = 'student'
+) -> dict[str, Any]:
+    """The model's variables as evaluation uses them.
+
+    Args:
+        state: of the run.
+        objective: of that run.
+        which: student, with averaged parameters where they are kept, or teacher, the objective's
+            momentum copy (`check_evaluated`).
+    """
     # An empty dict is false: no average is kept.
-    return {'params': state.ema or state.params['model'], 'batch_stats': state.batch_stats}
+    params = state.ema or state.params['model']
+    if which == 'teacher':
+        momentum_copy = objective.teacher(state.objective)
+        assert momentum_copy is not None
+        return teachers.variables(momentum_copy, params)
+    return {'params': params, 'batch_stats': state.batch_stats}
+
+
+def check_evaluated(which: str, objective: Objective) -> None:
+    """Check config.evaluated against the objective.
+
+    Raises:
+        ConfigError: it is none of the two models, or the objective has no teacher.
+    """
+    choose(which, ('student', 'teacher'), 'config.evaluated')
+    if which == 'teacher' and type(objective).teacher is Objective.teacher:
+        raise ConfigError(
+            f"config.evaluated='teacher': the objective {objective.config.name} keeps no momentum "
+            "copy of the model; set config.evaluated='student'"
+        )
 
 
 def fresh_slots(

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax import optim
 from vatt_jax.config import ConfigError
-from vatt_jax.inputs import preprocess
+from vatt_jax.inputs import mirrored, preprocess
 from vatt_jax.models.embeddings import LOOKUP_PROBES
 from vatt_jax.objectives.base import Loss, Objective
 from vatt_jax.rng import Rng
@@ -87,6 +87,9 @@ def make(
         constrained = {'model': model_params, 'objective': objective_params}
         # Its constraints round. Parameters that were not updated stay what they were, bit by bit.
         params = _select_changes(is_applied, constrained, params)
+        objective_state = _select_changes(is_finite, new_objective_state, objective_state)
+        # Last: a select over a memory of millions of rows would read it twice.
+        objective_state = objective.write_memory(objective_state, loss.writes, is_finite)
 
         new_state = TrainState(
             # A skipped step counts too: the data go on, or the same records would come again.
@@ -94,7 +97,7 @@ def make(
             params=params,
             batch_stats=optim.tree_select(is_finite, loss.batch_stats, state.batch_stats),
             opt_state=opt_state,
-            objective=_select_changes(is_finite, new_objective_state, objective_state),
+            objective=objective_state,
             # From the guarded parameters, so that a bad step cannot reach the average.
             ema=moving_average(state.ema, params['model'], decay) if decay else {},
             bad=jnp.where(is_finite, 0, state.bad + 1),
@@ -183,7 +186,7 @@ class WholeBatch:
         self.objective = objective
 
     def device_stage(self, batch: dict[str, Any], rng: Rng) -> dict[str, Any]:
-        return preprocess.device_stage(
+        batch = preprocess.device_stage(
             batch,
             self.config.model.inputs,
             self.config.augment,
@@ -191,6 +194,7 @@ class WholeBatch:
             augment=True,
             dtype=self.config.compute_dtype,
         )
+        return mirrored.add(batch, self.config.augment)
 
     def gradients(
         self,
@@ -242,7 +246,7 @@ class MeanOfMicrobatches:
             )
             # The mean, not the sum: the learning rate need not follow the number of microbatches.
             total = jax.tree.map(lambda t, g: t + g / self.num_parts, total, grads)
-            outputs = (loss.value, loss.metrics, jnp.asarray(loss.apply_update))
+            outputs = (loss.value, loss.metrics, jnp.asarray(loss.apply_update), loss.writes)
             return (loss.batch_stats, loss.state, total), outputs
 
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -253,13 +257,15 @@ class MeanOfMicrobatches:
         # part.
         carry, outputs = jax.lax.scan(one_part, carry, split_batch(batch, rng, self.num_parts))
         batch_stats, objective_state, grads = carry
-        values, metrics, apply_update = outputs  # each [parts]
+        values, metrics, apply_update, writes = outputs  # each [parts …]
         mean_loss = Loss(
             values.mean(),
             jax.tree.map(lambda metric: metric.mean(0), metrics),
             batch_stats,
             objective_state,
             apply_update.all(),
+            # All microbatches see the memory of the step before.
+            jax.tree.map(_join, writes),
         )
         return grads, mean_loss
 
@@ -290,6 +296,8 @@ class GradCache:
     ) -> tuple[Any, Loss]:
         model, objective = self.whole.model, self.whole.objective
         parts = split_batch(batch, rng, self.num_parts)  # leaves [parts, B / parts, …]
+        # The loss reads masks of all streams, and none of their data.
+        whole_batch = mirrored.add(batch, self.whole.config.augment)
 
         def towers(params: Any, part: Any) -> dict[str, Array]:
             examples, part_batch = part
@@ -311,7 +319,7 @@ class GradCache:
         def loss_of(params: Any, pooled: dict[str, Array]) -> tuple[Array, Loss]:
             variables = {'params': params['model'], 'batch_stats': batch_stats}
             loss = objective.compute_loss(
-                model, variables, params['objective'], objective_state, pooled, batch, rng
+                model, variables, params['objective'], objective_state, pooled, whole_batch, rng
             )
             return loss.value, loss
 

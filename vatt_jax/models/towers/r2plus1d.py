@@ -37,12 +37,14 @@ class Factorised(nn.Module):
     relu: bool = True
     norm: str = 'torch'
     dtype: str = 'float32'
+    init: str = 'kaiming'  # type: ignore[assignment]  # no one calls Module.init of this
 
     @nn.compact
     def __call__(
         self, x: Float[Array, 'B T H W C'], valid: Any, train: bool
     ) -> Float[Array, 'B T2 H2 W2 D']:
         options: dict[str, Any] = conv_options(self.norm, self.dtype)
+        options['init'] = self.init
         stride = self.stride
         # The ReLU between the halves doubles the nonlinearities of a 3×3×3 convolution.
         spatial = ConvNorm(self.mid, (1, 3, 3), (1, stride, stride), name='spatial', **options)

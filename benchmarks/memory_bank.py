@@ -1,0 +1,178 @@
+"""What memory banks cost: steps of AVID beside those of a plain contrastive objective, on a CPU.
+
+    # CPU seconds, interleaved
+    python benchmarks/memory_bank.py
+    # to see that it runs
+    python benchmarks/memory_bank.py --rounds=1 --rows=5000
+
+Two comparisons. `objective`: embeddings [B 128] of both modalities in, gradients and new memories
+out, for 1024 negatives and tables of several sizes, beside NCE within the batch. `step`: whole
+training steps of configs/avid.py:demo,synthetic with either objective on the same towers. Each is
+the least of all rounds, in CPU seconds. Writes benchmarks/results/memory_bank.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+os.environ['JAX_PLATFORMS'] = 'cpu'
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from support import repository
+
+import data_pipelines
+from configs import avid
+from vatt_jax.inference import feature_extractor
+from vatt_jax.losses import nce
+from vatt_jax.losses.noise_contrastive import noise_contrastive
+from vatt_jax.objectives.base import select_streams
+from vatt_jax.objectives.memory import negatives, table
+from vatt_jax.rng import Rng
+from vatt_jax.training import loop
+
+RESULTS = repository.RESULTS / 'memory_bank.json'
+WIDTH, NEGATIVES, TEMPERATURE = 128, 1024, 0.07
+
+
+def memory_objective(clips: int, rows: int) -> Callable[[], None]:
+    """One turn of AVID's loss, its gradient and both writes; compiled."""
+    records = jax.random.randint(jax.random.key(0), (clips,), 0, rows)
+    rng = Rng.create(0, 0, jnp.arange(clips))
+    valid = jnp.ones(clips, bool)
+
+    def loss(embeddings, memories):
+        own = records[:, None]
+        drawn = negatives.draw(rng, rows, NEGATIVES, own)
+        picked = jnp.concatenate([own, drawn], -1)
+        total = 0.0
+        for query, memory in zip(embeddings, reversed(memories), strict=True):
+            scores = table.scores(memory, query, picked) / TEMPERATURE
+            total += noise_contrastive(scores[:, :1], scores[:, 1:], log_z=1.0) / 2
+        return total
+
+    def turn(memories, embeddings):
+        value, gradients = jax.value_and_grad(loss)(embeddings, memories)
+        is_written = valid & jnp.isfinite(value)
+        written = [
+            table.write(memory, records, embedding, is_written, 0.5)
+            for memory, embedding in zip(memories, embeddings, strict=True)
+        ]
+        return written, gradients
+
+    # The memory of the tables passed in becomes that of the new ones, as in training.
+    compiled = jax.jit(turn, donate_argnums=0)
+    embeddings = unit_embeddings(clips)
+    memories = [nn.unbox(table.init(jax.random.key(i), rows, WIDTH)) for i in range(2)]
+
+    def run() -> None:
+        nonlocal memories
+        memories, gradients = compiled(memories, embeddings)
+        jax.block_until_ready((memories, gradients))
+
+    return run
+
+
+def batch_objective(clips: int) -> Callable[[], None]:
+    """One turn of NCE within the batch and its gradient; compiled."""
+    compiled = jax.jit(jax.value_and_grad(lambda pair: nce.symmetric(*pair)))
+    embeddings = unit_embeddings(clips)
+    return lambda: jax.block_until_ready(compiled(embeddings))
+
+
+def unit_embeddings(clips: int) -> list[jax.Array]:
+    """[B E] of two modalities."""
+    keys = (jax.random.key(2), jax.random.key(3))
+    raw = [jax.random.normal(key, (clips, WIDTH)) for key in keys]
+    return [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in raw]
+
+
+def training_step(objective: ConfigDict | None, records: int) -> Callable[[], None]:
+    """One turn of the demo's training step; None: AVID's own objective."""
+    config = avid.get_config('demo,synthetic')
+    config.data.synthetic_size = records
+    config.mesh.replica = 1
+    if objective is not None:
+        config.objective = objective
+    data = data_pipelines.open(config)
+    built = loop.build(config, data)
+    with jax.set_mesh(built.mesh):
+        state = built.init()
+        batch = select_streams(next(data.train(0, config.batch_size)), built.objective.streams())
+        batch['record'] = batch['index']
+        batch = feature_extractor.place_on_mesh(batch, built.mesh)
+
+    def run() -> None:
+        nonlocal state
+        with jax.set_mesh(built.mesh):
+            state, metrics = built.step(state, batch)
+            jax.block_until_ready((state, metrics))
+
+    return run
+
+
+def least_seconds(turns: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Name -> least CPU seconds of a turn; the turns take turns."""
+    least = {}
+    for turn in turns.values():
+        turn()  # compiles
+    for _ in range(rounds):
+        for name, turn in turns.items():
+            began = time.process_time()
+            turn()
+            seconds = time.process_time() - began
+            least[name] = min(seconds, least.get(name, seconds))
+    return {name: round(seconds, 5) for name, seconds in least.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--rounds', type=int, default=15)
+    parser.add_argument('--rows', default='10000,100000,1000000')
+    parser.add_argument('--clips', type=int, default=64)
+    arguments = parser.parse_args()
+    sizes = [int(rows) for rows in arguments.rows.split(',')]
+
+    turns = {'NCE within the batch': batch_objective(arguments.clips)}
+    for rows in sizes:
+        turns[f'memory of {rows} records'] = memory_objective(arguments.clips, rows)
+    result = {
+        'date': datetime.date.today().isoformat(),
+        'commit': repository.commit('vatt_jax', 'configs', 'benchmarks/memory_bank.py'),
+        'processor': repository.processor(),
+        'jax': jax.__version__,
+        'clips': arguments.clips,
+        'negatives': NEGATIVES,
+        'width': WIDTH,
+        'rounds': arguments.rounds,
+        'objective': least_seconds(turns, arguments.rounds),
+    }
+    # Steps take minutes to compile; what is known by now is kept.
+    write(result)
+
+    pairs = (('video', 'audio', 'va', 1.0),)
+    contrastive = ConfigDict({'name': 'contrastive', 'pairs': pairs, 'form': 'symmetric'})
+    steps = {'NCE within the batch': training_step(contrastive, sizes[0])}
+    for rows in (sizes[0], sizes[-1]):
+        steps[f'memory of {rows} records'] = training_step(None, rows)
+    result['step'] = least_seconds(steps, arguments.rounds)
+    write(result)
+    print(json.dumps(result, indent=1))
+
+
+def write(result: dict) -> None:
+    RESULTS.write_text(json.dumps(result, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()

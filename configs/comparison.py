@@ -1,0 +1,140 @@
+"""One setting for all objectives: the same videos, towers, steps and evaluations.
+
+    python run.py --config=configs/comparison.py:gdt_h6 --workdir=runs/comparison/gdt_h6
+        one row of the table in docs/comparison.md; benchmarks/objectives.py runs all of them
+
+Rows are the keys of METHODS. The playground's videos hold one scene of eight seconds here: one
+class for a record, which is what labels, memories and mined positives are of, and room for other
+windows of two seconds, which shifts and hard negatives need. Optimizer, augmentation and heads are
+those of each method's own demo.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vatt_jax.config import choose
+
+from . import avid, avts, coclr, default, demo, gdt, mmv, selavi, simclr
+
+# Of each network. Where a method has two stages, the second takes the last of them.
+STEPS, SECOND_STAGE = 400, 150
+DATA = 'runs/data/long_scenes'
+HYPOTHESES = {f'gdt_{name}': f'demo,{name}' for name in gdt.HYPOTHESIS_OPTIONS}
+
+# Row -> the config that it changes.
+METHODS: dict[str, Callable[[], ConfigDict]] = {
+    'vatt': demo.get_config,
+    'mmv': functools.partial(mmv.get_config, 'demo_fac_va'),
+    'selavi': functools.partial(selavi.get_config, 'demo'),
+    'xdc': functools.partial(selavi.get_config, 'demo,xdc'),
+    **{row: functools.partial(gdt.get_config, arg) for row, arg in HYPOTHESES.items()},
+    'avid': functools.partial(avid.get_config, 'demo'),
+    'cma': functools.partial(avid.get_config, 'demo,cma'),
+    'avts': functools.partial(avts.get_config, 'demo'),
+    'avts_easy': functools.partial(avts.get_config, 'demo,no_curriculum'),
+    'simclr': functools.partial(simclr.get_config, 'demo'),
+    'infonce': functools.partial(coclr.get_config, 'demo,infonce'),
+    'coclr': functools.partial(coclr.get_config, 'demo'),
+}
+# Rows whose embeddings of video and sound are compared with each other -> in which space.
+SPACES = {'vatt': 'va', 'mmv': 'va', 'avid': 'va', 'cma': 'va', 'avts': 'va', 'avts_easy': 'va'}
+SPACES.update(dict.fromkeys(HYPOTHESES, 'gdt'))
+
+
+def get_config(arg: str = 'mmv') -> ConfigDict:
+    row = choose(arg, METHODS, 'configs/comparison.py')
+    c = METHODS[row]()
+    c.name = f'comparison {row}'
+    c.steps, c.batch_size, c.eval_every = STEPS, 64, 0
+    c.checkpoint.every = 100
+    # Of the random initialisation of each kind of towers, which the report evaluates too.
+    c.report = row in ('vatt', 'mmv')
+    set_data(c)
+    # Transformers on waveforms are what VATT is.
+    if row != 'vatt':
+        set_towers(c)
+    c.evals = evaluations(tuple(c.model.towers), SPACES.get(row, ''))
+    c.phases = tuple(
+        (name, with_setting(c, fields, name, SPACES.get(row, ''))) for name, fields in c.phases
+    )
+    if row.startswith('avts'):
+        # Its curriculum is counted in steps.
+        avts.set_objective(c, ['no_curriculum'] if row == 'avts_easy' else [])
+    if row == 'xdc':
+        c.objective.every = c.steps // 10
+    return c
+
+
+def set_data(c: ConfigDict) -> None:
+    """Videos of one long scene, in place."""
+    scenes = {
+        'path': DATA,
+        'train': 1200,
+        'validation': 64,
+        'test': 768,
+        'seconds': 8.0,
+        'episodes': 1,
+        'size': 64,
+        'fps': 8.0,
+        'rate': 8000,
+        'seed': 0,
+    }
+    c.data.make = scenes
+    c.data.train = ConfigDict({'long_scenes': default.records('')})
+
+
+def set_towers(c: ConfigDict) -> None:
+    """MMV's towers of the demo's size and their inputs, in place."""
+    m = mmv.get_config('demo_fac_va').model
+    c.model.inputs = m.inputs
+    c.model.towers = ConfigDict({stream: m.towers[stream] for stream in c.model.towers})
+    c.compiler_options = demo.get_config().compiler_options
+
+
+def with_setting(c: ConfigDict, fields: dict[str, Any], phase: str, space: str) -> dict[str, Any]:
+    """The fields of a phase, with this setting in the place of its own.
+
+    Args:
+        c: what the phase changes.
+        fields: its changes.
+        phase: its name; a second stage is one that starts from another.
+        space: see SPACES.
+    """
+    is_second = 'init_from' in fields
+    fields = {**fields, 'steps': SECOND_STAGE if is_second else c.steps - SECOND_STAGE}
+    streams = tuple(fields.get('model.towers', c.model.towers))
+    if 'model.towers' in fields:
+        towers = mmv.get_config('demo_fac_va').model.towers
+        fields['model.towers'] = {stream: towers[stream].to_dict() for stream in streams}
+    fields['evals'] = evaluations(streams, space).to_dict()
+    return fields
+
+
+def evaluations(streams: tuple[str, ...], space: str) -> ConfigDict:
+    """Linear probes, nearest neighbours, and in a common space retrieval and synchrony."""
+    evals = ConfigDict()
+    for stream in streams:
+        evals[f'probe_{stream}'] = {
+            'type': 'linear_probe',
+            'stream': stream,
+            'label': 'class',
+            'train_limit': selavi.NO_LIMIT,
+            'test_limit': selavi.NO_LIMIT,
+        }
+        # As CoCLR measures them.
+        evals[f'neighbours_{stream}'] = {
+            'type': 'neighbours',
+            'stream': stream,
+            'of': 'pooled',
+            'unit': 'mean',
+            'centre': True,
+            'windows': 1,
+        }
+    if space:
+        pairs = (('audio', 'video', space), ('video', 'audio', space))
+        evals.retrieval = {'type': 'retrieval', 'pairs': pairs, 'limit': 768}
+        evals.sync = {'type': 'sync', 'space': space, 'seconds': 1.0, 'limit': 768}
+    return evals

@@ -1,0 +1,176 @@
+"""Models of other runs that an objective reads (`Objective.frozen_models`): found, built, filled.
+
+The other run is read twice as a run begins: its config, to build the module, and its values. From
+then on the run folder has both, the config in config.objective and the values in its checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vatt_jax import config as configs
+from vatt_jax import models, objectives, optim
+from vatt_jax.config import ConfigError
+from vatt_jax.inputs.batch import modality_of
+from vatt_jax.models import attention
+from vatt_jax.object_store import is_url
+from vatt_jax.objectives.base import Objective
+from vatt_jax.objectives.memory.frozen import FrozenModel
+from vatt_jax.training import checkpoint
+
+
+def resolve(config: ConfigDict, info: dict[str, Any]) -> None:
+    """Fills in place what the objective's frozen models are: `config.objective.<name>_model`.
+
+    Args:
+        config: of the run; a model that is there already is left as it is.
+        info: what the data say of themselves.
+
+    Raises:
+        ConfigError: a run cannot be read, or its model expects other inputs than this one's.
+    """
+    objective = objectives.build(config.objective)
+    for name, run in objective.frozen_models().items():
+        if not config.objective.get(f'{name}_model'):
+            model_config, other_info = _read_config(name, run)
+            _check_inputs(name, run, model_config, config, objective)
+            _check_tokenizer(name, run, other_info, info, objective)
+            config.objective[f'{name}_model'] = model_config
+
+
+def recall(config: ConfigDict, workdir: str | os.PathLike) -> None:
+    """Fills in place what the run in this folder has found of its frozen models, if there is one.
+
+    So a run that goes on does not need their folders.
+    """
+    stored = configs.stored(pathlib.Path(workdir))
+    if stored is None or stored.objective.name != config.objective.name:
+        return
+    for name, run in objectives.build(config.objective).frozen_models().items():
+        found = stored.objective.get(f'{name}_model')
+        is_same_run = stored.objective.get(name) == run
+        if found and is_same_run and not config.objective.get(f'{name}_model'):
+            config.objective[f'{name}_model'] = found
+
+
+def build(config: ConfigDict, objective: Objective) -> dict[str, FrozenModel]:
+    """The modules of the objective's frozen models, by name.
+
+    Args:
+        config: of the run, after `resolve`.
+        objective: of that config.
+    """
+    frozen = {}
+    for name in objective.frozen_models():
+        # A run trained with another platform's attention kernel is read with this one's.
+        model_config = attention.portable(config.objective[f'{name}_model'])
+        # The device stage makes the batch in this run's type.
+        frozen[name] = FrozenModel(models.build(model_config, config.compute_dtype))
+    return frozen
+
+
+def read(name: str, run: str, variables: dict[str, Any]) -> dict[str, Any]:
+    """The values of a frozen model, laid out as `variables` are.
+
+    Args:
+        name: of the model.
+        run: the run folder.
+        variables: {'params', 'batch_stats'}, arrays with shardings.
+
+    Raises:
+        ConfigError: the checkpoint cannot be read or does not fit.
+    """
+    where = f'config.objective.{name}={run}'
+    try:
+        saved = checkpoint.read_model(checkpoint.find_verified(run))
+    except ConfigError as error:
+        raise ConfigError(f'config.objective.{name}: {error}') from error
+    taken = {}
+    for group, tree in variables.items():
+        available = _by_path(saved[group])
+
+        def take(path: str, initial: jax.Array, available: Any = available) -> jax.Array:
+            value = available.get(path)
+            if value is None or value.shape != initial.shape:
+                found = 'none' if value is None else f'one of shape {value.shape}'
+                raise ConfigError(
+                    f'{where}: expected the parameter {path} of shape {initial.shape}, got {found};'
+                    f' its checkpoint does not fit config.objective.{name}_model, choose another '
+                    '--workdir'
+                )
+            return jax.device_put(np.asarray(value, initial.dtype), initial.sharding)
+
+        taken[group] = jax.tree.map(take, optim.paths(tree), tree)
+    return taken
+
+
+def _by_path(tree: Any) -> dict[str, np.ndarray]:
+    names = jax.tree.leaves(optim.paths(tree))
+    return dict(zip(names, jax.tree.leaves(tree), strict=True))
+
+
+def _read_config(name: str, run: str) -> tuple[ConfigDict, dict[str, Any]]:
+    """`config.model` of a run, and what its data said of themselves."""
+    if not run:
+        raise ConfigError(
+            f'config.objective.{name}: expected the folder of a run whose model is read, got none; '
+            f'set --config.objective.{name}=RUN_FOLDER'
+        )
+    try:
+        meta = checkpoint.read_meta(checkpoint.find_verified(run))
+    except ConfigError as error:
+        # A plan is made before that run has trained: its config is there alone.
+        stored = None if is_url(run) else configs.stored(run)
+        if stored is None:
+            raise ConfigError(f'config.objective.{name}: {error}') from error
+        return stored.model, {}
+    return configs.from_json(json.dumps(meta['config'])).model, meta['info']
+
+
+def _check_inputs(
+    name: str, run: str, model_config: ConfigDict, config: ConfigDict, objective: Objective
+) -> None:
+    """Checks that the frozen model has towers for its streams, and expects inputs as this run's."""
+    where = f'config.objective.{name}={run}'
+    for stream in objective.frozen_streams():
+        modality = modality_of(stream)
+        if modality not in model_config.towers:
+            raise ConfigError(
+                f'{where}: expected a model with a tower for the stream {stream!r}, got one for '
+                f'{", ".join(model_config.towers)}'
+            )
+        own = dict(configs.flatten(config.model.inputs[modality]))
+        expected = dict(configs.flatten(model_config.inputs[modality]))
+        for field in sorted(own.keys() | expected.keys()):
+            if own.get(field) != expected.get(field):
+                raise ConfigError(
+                    f'config.model.inputs.{modality}.{field}: expected {expected.get(field)!r}, '
+                    f'as the model of {where} was trained with, got {own.get(field)!r}'
+                )
+
+
+def _check_tokenizer(
+    name: str,
+    run: str,
+    other_info: dict[str, Any],
+    info: dict[str, Any],
+    objective: Objective,
+) -> None:
+    """Checks that words have the same numbers in both runs, where the frozen model reads text."""
+    reads_text = 'text' in [modality_of(stream) for stream in objective.frozen_streams()]
+    if not reads_text or not other_info:
+        return
+    # As JSON, which a checkpoint went through: it turns tuples into lists.
+    specs = [json.dumps(found.get('tokenizer'), sort_keys=True) for found in (other_info, info)]
+    if specs[0] != specs[1]:
+        raise ConfigError(
+            f'config.objective.{name}={run}: its model was trained with another vocabulary than '
+            'that of these data; train it on the same dataset'
+        )
