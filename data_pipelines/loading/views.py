@@ -78,8 +78,8 @@ class View:
 
         None: there is no such density.
         """
-        name_or_power: Any = dict(self.spec).get('interval')
-        return INTERVALS.get(name_or_power, name_or_power)
+        given = dict(self.spec).get('interval')
+        return INTERVALS[given] if isinstance(given, str) else given
 
     @property
     def apart(self) -> float | None:
