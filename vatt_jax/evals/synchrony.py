@@ -141,15 +141,14 @@ def best_threshold(match: Float[np.ndarray, ' N'], mismatch: Float[np.ndarray, '
     """
     scores = np.concatenate([match, mismatch]).astype(np.float64)
     is_match = np.concatenate([np.ones(len(match)), np.zeros(len(mismatch))])
+    # Of equal scores, which no threshold can tell apart, the matches come first: a threshold
+    # between them would lose matches before it finds mismatches, and is never the best.
     order = np.argsort(scores, kind='stable')
     scores, is_match = scores[order], is_match[order]
     # After the first k scores: mismatches among those are right, and matches among the rest.
     lost_matches = np.concatenate([[0], np.cumsum(is_match)])
     found_mismatches = np.concatenate([[0], np.cumsum(1 - is_match)])
-    num_correct = found_mismatches - lost_matches
-    # Equal scores cannot be told apart: a threshold lies between two that differ.
-    differs = np.concatenate([[True], scores[1:] > scores[:-1], [True]])
-    best = int(np.argmax(np.where(differs, num_correct, -np.inf)))
+    best = int(np.argmax(found_mismatches - lost_matches))
     bounds = np.concatenate([[-np.inf], scores, [np.inf]])
     # Halfway between its neighbours, which are at infinity beyond the first and the last score.
     return float((bounds[best] + bounds[best + 1]) / 2)

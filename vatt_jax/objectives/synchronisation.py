@@ -90,19 +90,8 @@ class Synchronisation(Objective):
         rng: Rng,
     ) -> Loss:
         valid = {stream: batch[stream]['valid'] for stream in pooled}
-        spaces, updates = model.apply(
-            variables,
-            {stream: Encoded(features) for stream, features in pooled.items()},
-            valid=valid,
-            train=True,
-            mutable=['batch_stats'],
-            method='project',
-        )
-        embeddings = spaces[self.config.space]  # stream -> [B E]
-        if self.config.normalise:
-            embeddings = {stream: heads.unit(x) for stream, x in embeddings.items()}
+        embeddings, batch_stats = self._project(model, variables, pooled, valid)  # stream -> [B E]
         video = embeddings[self.config.video]
-        video_valid = valid[self.config.video]
         audio = embeddings[self.config.audio]
 
         kind, negative, negative_valid = self._negatives(embeddings, valid, state, batch, rng)
@@ -110,7 +99,7 @@ class Synchronisation(Objective):
         sounds = jnp.stack([audio, negative], axis=1)
         videos = jnp.broadcast_to(video[:, None], sounds.shape)
         pair_valid = jnp.stack([valid[self.config.audio], negative_valid], axis=1)
-        pair_valid = pair_valid & video_valid[:, None]
+        pair_valid = pair_valid & valid[self.config.video][:, None]
         is_match = jnp.broadcast_to(jnp.array([True, False]), pair_valid.shape)
         loss = margin.contrastive_margin(
             videos, sounds, is_match, margin=self.config.margin, valid=pair_valid
@@ -126,7 +115,24 @@ class Synchronisation(Objective):
         }
         for number, stream in self.same_record_streams.items():
             metrics[f'share/{stream}'] = masked_mean(kind == number, pair_valid[:, 1])
-        return Loss(loss, metrics, updates.get('batch_stats', {}), state)
+        return Loss(loss, metrics, batch_stats, state)
+
+    def _project(
+        self, model: Any, variables: Any, pooled: Mapping[str, Any], valid: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], Any]:
+        """(stream -> embedding [B E] in the space, the model's new batch statistics)."""
+        spaces, updates = model.apply(
+            variables,
+            {stream: Encoded(features) for stream, features in pooled.items()},
+            valid=valid,
+            train=True,
+            mutable=['batch_stats'],
+            method='project',
+        )
+        embeddings = spaces[self.config.space]
+        if self.config.normalise:
+            embeddings = {stream: heads.unit(x) for stream, x in embeddings.items()}
+        return embeddings, updates.get('batch_stats', {})
 
     def _negatives(
         self,
