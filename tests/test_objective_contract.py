@@ -172,6 +172,28 @@ def test_a_teacher_begins_where_the_run_begins(tmp_path, monkeypatch, accumulate
     np.testing.assert_array_equal(state.objective['record'], expected)
 
 
+class WithOwnHead(WithTeacher):
+    """Embeds sound in a space of its own: the first two numbers of its feature."""
+
+    def embed(self, params, state, encoded):
+        return {'own': {name: stream.pooled[:, :2] for name, stream in encoded.items()}}
+
+
+def test_evaluators_see_the_spaces_of_an_objectives_own_heads(tmp_path, monkeypatch):
+    monkeypatch.setitem(objectives.OBJECTIVES, 'with_own_head', WithOwnHead)
+    config = tiny.config(steps=1, optimizer__schedule__warmup=0)
+    config.objective = type(config)({'name': 'with_own_head'})
+    pair = {'type': 'retrieval', 'pairs': (('audio', 'audio', 'own'),), 'limit': 16}
+    config.evals.own = pair
+    _, scalars = loop.train(config, data_pipelines.open(config), tmp_path / 'run', quiet=True)
+    # Each clip is nearest to itself.
+    assert scalars['own/audio_to_audio/R@1'] == 1
+
+    config.evals.own = {**pair, 'pairs': (('audio', 'audio', 'other'),)}
+    with pytest.raises(ConfigError, match="do not meet in space 'other'; spaces are .*own: audio"):
+        loop.build(config, data_pipelines.open(config))
+
+
 # ---- config.accumulation='exact' calls encode and compute_loss, and says what it cannot call
 
 

@@ -105,12 +105,15 @@ class FeatureExtractor:
             'predictions': {},
             # [B D] or [B K D], float32 whatever the towers compute in
             'pooled': {s: e.pooled.astype(jnp.float32) for s, e in out.encoded.items()},
-            'spaces': {space: {} for space in out.spaces},
-            'lengths': {space: {} for space in out.spaces},
+            'spaces': {},
+            'lengths': {},
         }
+        spaces = out.spaces
         if self.objective is not None:
             features['predictions'] = self.objective.predict(*heads, out.encoded)
-        for space, members in out.spaces.items():
+            spaces = {**spaces, **self.objective.embed(*heads, out.encoded)}
+        for space, members in spaces.items():
+            features['spaces'][space], features['lengths'][space] = {}, {}
             for stream, embedding in members.items():
                 # Products of these are cosine similarities; the lengths are returned beside them.
                 length = _length(embedding)

@@ -283,6 +283,21 @@ class Objective:
         """
         return {}
 
+    def embed(
+        self, params: Any, state: Any, encoded: Mapping[str, Any]
+    ) -> dict[str, dict[str, jax.Array]]:
+        """Embeddings by heads of the objective's own, beside those of the model's common spaces.
+
+        Args:
+          params: the objective's parameters.
+          state: the objective's state.
+          encoded: {stream: Encoded} in evaluation mode.
+
+        Returns:
+          {space: {stream: float32 [B(,K) E]}}, un-normalised.
+        """
+        return {}
+
     def columns(self) -> dict[str, jax.ShapeDtypeStruct]:
         """What refreshes join to every record: name -> shape and type of one record's entry."""
         return {}

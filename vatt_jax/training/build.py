@@ -75,8 +75,20 @@ def build(config: ConfigDict, data: Any) -> Built:
         ConfigError: config, data and devices do not fit together.
     """
     built = assemble(config, data, mesh_of(config))
-    evals.check(config.evals, data, built.outputs)
+    evals.check(config.evals, data, _evaluated_outputs(built))
     return built
+
+
+def _evaluated_outputs(built: Built) -> Any:
+    """The model's Outputs, abstract, with the spaces of the objective's own heads."""
+    outputs = built.outputs
+    own_spaces = jax.eval_shape(
+        built.objective.embed,
+        built.shape.params['objective'],
+        built.shape.objective,
+        outputs.encoded,
+    )
+    return outputs.replace(spaces={**outputs.spaces, **own_spaces})
 
 
 def resolve(config: ConfigDict, data: Any) -> None:
