@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vatt_jax.config import ConfigError, check_range, choose, with_defaults
+from vatt_jax.inputs.batch import modality_of
 from vatt_jax.losses import dense, nce, similarity
 from vatt_jax.losses.info_nce import Keys
 from vatt_jax.objectives import heads
@@ -36,6 +37,7 @@ from vatt_jax.objectives.transformations import (
     make_terms,
     stream_of,
 )
+from vatt_jax.rng import Rng
 
 DEFAULTS = {
     'name': 'gdt',
@@ -58,6 +60,8 @@ DEFAULTS = {
     # auto | gather | ring | dense, see the objective `contrastive`.
     'method': 'auto',
 }
+# Name of the common space that the heads lead to, for evaluators.
+SPACE = 'gdt'
 # Field -> smallest and largest value.
 RANGES = {
     'width': (1, math.inf),
@@ -144,21 +148,44 @@ class GDT(Objective):
         new_norm = dict(norm)
         embeddings = {}
         for name in self.streams():
-            modality = name.split('.')[0]
-            # [B D]; the one sentence of a text [B 1 D].
-            features = pooled[name].reshape(len(pooled[name]), -1)
+            modality = modality_of(name)
             # View by view, as published: each is normalised by statistics of its own.
             outputs, new_norm[modality] = heads.apply(
                 self.head,
                 params[modality],
                 new_norm[modality],
-                {name: features},
+                # [B D]; the one sentence of a text is [B 1 D].
+                {name: pooled[name].reshape(len(pooled[name]), -1)},
                 valid,
                 rng.at(name),
                 train=True,
             )
             embeddings[name] = heads.unit(outputs[name][1])
         return embeddings, new_norm
+
+    def embed(
+        self, params: Any, state: Any, encoded: Mapping[str, Any]
+    ) -> dict[str, dict[str, jax.Array]]:
+        """The space `gdt`, of all modalities that have a head."""
+        embeddings = {}
+        for name, stream in encoded.items():
+            modality = modality_of(name)
+            if modality not in params:
+                continue
+            *leading, width = stream.pooled.shape  # [B D]; of text [B K D]
+            rows = stream.pooled.reshape(-1, width)
+            rng = Rng.create(0, 0, jnp.zeros(len(rows), jnp.uint32))  # unused in evaluation mode
+            outputs, _ = heads.apply(
+                self.head,
+                params[modality],
+                state['norm'][modality],
+                {name: rows},
+                {name: jnp.ones(len(rows), bool)},
+                rng,
+                train=False,
+            )
+            embeddings[name] = outputs[name][1].reshape(*leading, -1)
+        return {SPACE: embeddings}
 
     def _queries(self, term: Term) -> list[tuple[str, str, View]]:
         """(modality of queries, modality of keys, view of queries) of a term."""
