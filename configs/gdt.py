@@ -120,9 +120,9 @@ def demo_config(options: list[str]) -> ConfigDict:
     c.checkpoint.every = 100
     c.augment.volume = 0.1
     c.augment.spec_augment.update(MEDIUM)
-    c.evals = ConfigDict()
-    for stream in ('video', 'audio'):
-        c.evals[f'probe_{stream}'] = {'type': 'linear_probe', 'stream': stream, 'label': 'class'}
+    # In the space of the objective's own heads.
+    c.evals.retrieval.pairs = (('audio', 'video', 'gdt'), ('video', 'audio', 'gdt'))
+    c.evals.sync.space = 'gdt'
     c.evals.neighbours = {'type': 'neighbours', 'stream': 'video', 'windows': 1}
     pairs = (('audio', 'video', 'gdt'), ('video', 'audio', 'gdt'))
     c.evals.retrieval = {'type': 'retrieval', 'pairs': pairs}

@@ -60,6 +60,8 @@ DEFAULTS = {
     # auto | gather | ring | dense, see the objective `contrastive`.
     'method': 'auto',
 }
+# Name of the common space that the heads lead to, for evaluators.
+SPACE = 'gdt'
 # Field -> smallest and largest value.
 RANGES = {
     'width': (1, math.inf),
@@ -147,14 +149,13 @@ class GDT(Objective):
         embeddings = {}
         for name in self.streams():
             modality = modality_of(name)
-            # [B D]; the one sentence of a text [B 1 D].
-            features = pooled[name].reshape(len(pooled[name]), -1)
             # View by view, as published: each is normalised by statistics of its own.
             outputs, new_norm[modality] = heads.apply(
                 self.head,
                 params[modality],
                 new_norm[modality],
-                {name: features},
+                # [B D]; the one sentence of a text is [B 1 D].
+                {name: pooled[name].reshape(len(pooled[name]), -1)},
                 valid,
                 rng.at(name),
                 train=True,
@@ -165,26 +166,26 @@ class GDT(Objective):
     def embed(
         self, params: Any, state: Any, encoded: Mapping[str, Any]
     ) -> dict[str, dict[str, jax.Array]]:
-        """The space `gdt`: outputs of the heads by their running statistics."""
-        members = {}
+        """The space `gdt`, of all modalities that have a head."""
+        embeddings = {}
         for name, stream in encoded.items():
             modality = modality_of(name)
-            if modality not in self.config.modalities:
+            if modality not in params:
                 continue
-            # [B D]; the sentences of a text, of which an evaluation may have several, [B·K D].
-            features = stream.pooled.reshape(-1, stream.pooled.shape[-1])
-            num_rows = len(features)
-            (_, outputs), _ = self.head.apply(
-                {'params': params[modality], 'batch_stats': state['norm'][modality]},
-                features,
-                jnp.ones(num_rows, bool),
-                # Unused in evaluation mode.
-                Rng.create(0, 0, jnp.zeros(num_rows, jnp.uint32)),
-                False,
-                mutable=['batch_stats'],
+            *leading, width = stream.pooled.shape  # [B D]; of text [B K D]
+            rows = stream.pooled.reshape(-1, width)
+            rng = Rng.create(0, 0, jnp.zeros(len(rows), jnp.uint32))  # unused in evaluation mode
+            outputs, _ = heads.apply(
+                self.head,
+                params[modality],
+                state['norm'][modality],
+                {name: rows},
+                {name: jnp.ones(len(rows), bool)},
+                rng,
+                train=False,
             )
-            members[name] = outputs.reshape(*stream.pooled.shape[:-1], -1)
-        return {'gdt': members}
+            embeddings[name] = outputs[name][1].reshape(*leading, -1)
+        return {SPACE: embeddings}
 
     def _queries(self, term: Term) -> list[tuple[str, str, View]]:
         """(modality of queries, modality of keys, view of queries) of a term."""
