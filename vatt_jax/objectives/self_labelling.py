@@ -651,7 +651,7 @@ def _changes(
     counts = agreement.contingency(new, old, (num_clusters, num_clusters))
     table = hosts.total(counts)
     return {
-        'changed': 1 - np.trace(table) / table.sum(),
+        'changed': (table.sum() - np.trace(table)) / table.sum(),
         'NMI_to_last': agreement.nmi_of_counts(table),
     }
 

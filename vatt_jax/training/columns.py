@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import tempfile
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +23,7 @@ from vatt_jax.parallel import hosts
 
 # Columns of fewer bytes stay in memory.
 MAPPED_BYTES = 1 << 26
+ZEROS = bytes(1 << 20)
 # Describes the pieces of a checkpoint.
 DESCRIPTION = 'columns.json'
 
@@ -57,6 +57,7 @@ def _joined(part: np.ndarray) -> np.ndarray:
     column = _room_for(shape, part.dtype)
     for first, rows in hosts.blocks_of_all(part):
         column[first : first + len(rows)] = rows
+    column.setflags(write=False)
     return column
 
 
@@ -68,7 +69,9 @@ def _room_for(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
             with tempfile.TemporaryFile() as file:
                 # The room is taken before anything is exchanged: storing into a mapping kills a
                 # process whose disk is full, and a process that begins anew leaves others waiting.
-                os.posix_fallocate(file.fileno(), 0, size)
+                for begin in range(0, size, len(ZEROS)):
+                    file.write(ZEROS[: size - begin])
+                file.flush()
                 return np.memmap(file, dtype, 'r+', shape=shape)
         except OSError:
             # As in `_join`.
