@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -87,7 +88,7 @@ class RowLayout:
 
         # Each process is asked for the rows of its own devices only, and only the part that
         # reaches beyond its last row is copied.
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:  # a slice for each axis
             first, last, _ = index[0].indices(num_rows)
             rows = own[first - first_place : last - first_place]
             missing = last - first - len(rows)
