@@ -1,12 +1,14 @@
 """Preparing a million videos: peak memory, and kills at random moments.
 
     python benchmarks/prepare_scale.py memory --videos=10000    # some minutes
+    python benchmarks/prepare_scale.py memory --videos=100000 --sentences=3
     python benchmarks/prepare_scale.py kills                    # some twenty minutes
 
 `memory` prepares a folder whose videos count as decoded already: their staged files are written
 directly, with one frame of a hundred bytes and as many sentences as a video of HowTo100M has. What
 is left is all that data_pipelines.prepare does besides decoding. Written are the largest resident
-memory of its process, in MB, and its seconds.
+memory of its process in MB, the part of it that is no page of a file (sampled), and its seconds.
+`--cache_mb` gives the catalog's database another page cache than its own.
 
 `kills` prepares small real videos with four workers, and kills the command (SIGKILL) at random
 moments until it has been killed often enough. What comes out in the end has to be the files of a
@@ -48,9 +50,25 @@ VIDEOS_PER_FOLDER = 1000
 # In a process of its own, whose memory is nothing but that of the preparation. RUSAGE_SELF leaves
 # worker processes out.
 MEASURED_PROGRAM = """
-import resource, sys
+import re, resource, sys, threading, time
 from data_pipelines import prepare
-code = prepare.main(sys.argv[1:])
+from data_pipelines.preparation import store
+
+cache_mb = int(sys.argv[1])
+if cache_mb:
+    store._CACHE_KIB = cache_mb << 10
+largest_kb = 0
+
+def watch():
+    global largest_kb
+    while True:
+        status = open('/proc/self/status').read()
+        largest_kb = max(largest_kb, int(re.search(r'RssAnon:\\s*(\\d+)', status)[1]))
+        time.sleep(0.05)
+
+threading.Thread(target=watch, daemon=True).start()
+code = prepare.main(sys.argv[2:])
+print('anonymous_mb', largest_kb // 1024)
 print('peak_mb', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 sys.exit(code)
 """
@@ -109,11 +127,17 @@ def command_line(root: pathlib.Path, out: pathlib.Path, *flags: str) -> list[str
     ]
 
 
-def measure_memory(num_videos: int, num_sentences: int = NUM_SENTENCES) -> dict[str, Any]:
+def measure_memory(num_videos: int, num_sentences: int, cache_mb: int) -> dict[str, Any]:
     """Prepare a folder of staged videos.
 
+    Args:
+        num_videos: videos in the folder.
+        num_sentences: sentences of each.
+        cache_mb: page cache of the catalog's database; 0 for its own.
+
     Returns:
-        'videos', 'sentences' of each, 'peak_mb' of resident memory, 'seconds'.
+        'videos', 'sentences' of each, 'peak_mb' of resident memory, 'anonymous_mb' of it that are
+        no pages of files, 'seconds'.
     """
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
@@ -123,7 +147,10 @@ def measure_memory(num_videos: int, num_sentences: int = NUM_SENTENCES) -> dict[
         write_staged(root / 'videos', out / '.staging', num_sentences)
         started = time.monotonic()
         done = subprocess.run(
-            [sys.executable, '-c', MEASURED_PROGRAM, *command_line(root, out, '--processes=1')],
+            [
+                *(sys.executable, '-c', MEASURED_PROGRAM, str(cache_mb)),
+                *command_line(root, out, '--processes=1'),
+            ],
             cwd=repository.ROOT,
             capture_output=True,
             text=True,
@@ -138,6 +165,7 @@ def measure_memory(num_videos: int, num_sentences: int = NUM_SENTENCES) -> dict[
         'videos': num_videos,
         'sentences': num_sentences,
         'peak_mb': int(done.stdout.split('peak_mb')[1]),
+        'anonymous_mb': int(done.stdout.split('anonymous_mb')[1].split()[0]),
         'seconds': round(seconds, 1),
     }
 
@@ -248,13 +276,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('part', choices=('memory', 'kills'))
     parser.add_argument('--videos', type=int, default=0, help='number of videos')
+    parser.add_argument(
+        '--sentences', type=int, default=NUM_SENTENCES, help='of each video, of `memory`'
+    )
+    parser.add_argument('--cache_mb', type=int, default=0, help='of the catalog, of `memory`')
     parser.add_argument('--kills', type=int, default=20)
     parser.add_argument('--processes', type=int, default=4, help='of the runs that are killed')
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
     flags = parser.parse_args()
     if flags.part == 'memory':
-        result = measure_memory(flags.videos or 10000)
+        result = measure_memory(flags.videos or 10000, flags.sentences, flags.cache_mb)
         key = f'memory, {result["videos"]} videos'
+        if flags.cache_mb:
+            key = f'{key}, cache of {flags.cache_mb} MB'
     else:
         result = measure_kills(flags.videos or 2000, flags.kills, flags.processes, flags.seed)
         key = 'kills'

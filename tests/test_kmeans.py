@@ -22,6 +22,18 @@ def test_the_start_is_drawn_by_squared_distance(seed):
     assert (np.asarray(centroids)[:, 0] > 900).sum() == 1
 
 
+def test_rows_in_another_order_are_clustered_alike():
+    """Points without groups, where the start decides: rows that are numbered start the same."""
+    x = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
+    expected, _ = kmeans(jax.random.key(2), x, clusters=6)
+    numbers = np.random.default_rng(1).permutation(60)
+    weight = np.ones(60, bool)
+    labels, _ = kmeans(jax.random.key(2), x[numbers], 6, 20, weight, numbers)
+    np.testing.assert_array_equal(labels, np.asarray(expected)[numbers])
+    otherwise, _ = kmeans(jax.random.key(2), x[numbers], clusters=6)
+    assert (np.asarray(otherwise) != np.asarray(expected)[numbers]).any()
+
+
 def test_far_apart_groups_are_found():
     """Four groups that no iteration can merge; centroids are their means."""
     rng = np.random.default_rng(0)

@@ -221,7 +221,7 @@ def test_no_array_of_samples_times_clusters_is_made_from_features(statistic):
         ((shape((d, p)), shape((p,))),),
         shape((3, p)),
         shape(()),
-        jax.ShapeDtypeStruct((), 'int32'),
+        jax.ShapeDtypeStruct((1,), 'int32'),
         statistic=statistic,
         mesh=jax.sharding.Mesh(np.array(jax.devices()[:1]), ('rows',)),
         chunk=sinkhorn.chunk_rows(p),

@@ -71,16 +71,26 @@ class PassRows:
       total: examples of the pass.
       batch_size: of the global batch.
       process: (number of this host, hosts).
+      in_stretches: each host has consecutive examples, else the rows of every batch are dealt.
     """
 
     begins: Int[np.ndarray, ' sources']
     total: int
     batch_size: int
     process: tuple[int, int]
+    in_stretches: bool = False
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of the pass, the same number for all hosts."""
+        if self.in_stretches:
+            return order.stretch_batches(self.total, self.batch_size, self.process[1])
+        return order.one_pass_batches(self.total, self.batch_size)
 
     def __call__(self, number: int) -> Rows:
         """The rows of batch `number`."""
-        positions, valid = order.one_pass(number, self.total, self.batch_size, self.process)
+        rows_of_batch = order.stretch_pass if self.in_stretches else order.one_pass
+        positions, valid = rows_of_batch(number, self.total, self.batch_size, self.process)
         # Padding points at the first example, so that every lookup is in range.
         examples = np.where(valid, positions, 0)
         # The last source that begins at or before the example; 'right' passes over empty ones.
@@ -244,6 +254,7 @@ class Data:
         limit: int | None = None,
         draw: str = '',
         window: Mapping[str, Any] | None = None,
+        in_stretches: bool = False,
     ) -> Iterator[dict[str, Any]]:
         """Every example exactly once over all hosts, in a fixed order, padded to full batches.
 
@@ -258,13 +269,15 @@ class Data:
           draw: name of this pass among augmented ones.
           window: which window the main streams show, as a view of kind `window`; None: the middle
             one.
+          in_stretches: host i of n has the examples total·i/n … total·(i+1)/n, one after another;
+            else every batch holds consecutive examples, whose rows are dealt to the hosts.
         """
         begins = self.offsets(split, by)
         total = self.size(split, by)
         if limit is not None:
             total = min(total, limit)
         order.host_rows(batch_size, process)  # raises here, not in the first batch
-        rows_of_batch = PassRows(begins, total, batch_size, process)
+        rows_of_batch = PassRows(begins, total, batch_size, process, in_stretches)
         if views is None:
             views = self.config.data.views
         request = Request(
@@ -276,7 +289,7 @@ class Data:
             # By another name each pass draws anew; the same name gives the same crops again.
             site=f'pass/{split}/{draw}' if draw else f'pass/{split}',
         )
-        return self._batches(request, rows_of_batch, order.one_pass_batches(total, batch_size))
+        return self._batches(request, rows_of_batch, rows_of_batch.num_batches)
 
     # ---- draws and boxes, the same for every source
     def draws(self, request: Request, rows: Rows) -> Callable[[str], np.ndarray]:

@@ -449,3 +449,21 @@ def one_pass(
     """
     positions = train_positions(step, 0, batch_size, process)
     return positions, positions < size
+
+
+def stretch_batches(size: int, batch_size: int, num_hosts: int) -> int:
+    """Batches of a pass of `stretch_pass`, the same number for all hosts."""
+    longest = -(-size // num_hosts)
+    return -(-longest // (batch_size // num_hosts))
+
+
+def stretch_pass(
+    step: int, size: int, batch_size: int, process: tuple[int, int]
+) -> tuple[Int64[np.ndarray, ' B'], Bool[np.ndarray, ' B']]:
+    """As `one_pass`, but host i of n has the examples size·i/n … size·(i+1)/n, in their order."""
+    host, num_hosts = process
+    first = size * host // num_hosts
+    last = size * (host + 1) // num_hosts
+    num_rows = batch_size // num_hosts
+    positions = first + step * num_rows + np.arange(num_rows, dtype=np.int64)
+    return positions, positions < last

@@ -13,6 +13,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.loading import order
 from data_pipelines.loading.order import Order, Source
 from data_pipelines.loading.weighted_records import WeightedRecords
+from vatt_jax.parallel.hosts import stretch
 
 sizes = st.integers(1, 700)
 seeds = st.integers(0, 2**40)
@@ -287,6 +288,26 @@ def test_one_pass_is_exactly_once(n, rows_per_host, hosts):
             chex.assert_shape([positions, valid], (rows_per_host,))
             seen += positions[valid].tolist()
     assert sorted(seen) == list(range(n))
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(0, 200), rows_per_host=st.integers(1, 9), num_hosts=st.integers(1, 4))
+def test_stretches_are_consecutive_and_exactly_once(n, rows_per_host, num_hosts):
+    batch_size = rows_per_host * num_hosts
+    seen = []
+    for host in range(num_hosts):
+        of_host = []
+        for step in range(order.stretch_batches(n, batch_size, num_hosts)):
+            positions, valid = order.stretch_pass(step, n, batch_size, (host, num_hosts))
+            chex.assert_shape([positions, valid], (rows_per_host,))
+            of_host += positions[valid].tolist()
+        # The stretches of `vatt_jax.parallel.hosts`, by which refreshes number their records.
+        assert of_host == list(range(*stretch(n, host, num_hosts)))
+        seen += of_host
+    assert seen == list(range(n))
+    # No batch is there for nothing.
+    longest = max(1, -(-n // num_hosts)) if n else 0
+    assert order.stretch_batches(n, batch_size, num_hosts) == -(-longest // rows_per_host)
 
 
 def test_sampling_by_a_column():

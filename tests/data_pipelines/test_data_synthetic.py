@@ -76,6 +76,20 @@ def test_same_rows_after_resume_on_other_hosts_and_batch_sizes():
     assert_equal(concatenate(of_hosts), take(whole, slice(12)))
 
 
+def test_stretches_of_hosts_are_the_rows_of_the_pass():
+    """Seven records in batches of four on two hosts: the clips of one host that has all."""
+    data = data_pipelines.open(synthetic_config(synthetic_size=7))
+    options = {'by': 'records', 'augment': True, 'draw': 'a'}
+    whole = stack(data.one_pass('train', 7, **options), 1)
+    parts = []
+    for host in range(2):
+        batches = data.one_pass('train', 4, process=(host, 2), in_stretches=True, **options)
+        rows = stack(batches, 2)
+        assert rows['valid'].sum() == 3 + host
+        parts.append(take(rows, rows['valid']))
+    assert_equal(concatenate(parts), whole)
+
+
 def test_padding_rows_of_one_pass_are_empty():
     config = synthetic_config(synthetic_size=13)
     data = data_pipelines.open(config)

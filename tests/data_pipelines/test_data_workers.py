@@ -1,5 +1,6 @@
 """Processes that decode: the batches of threads bit for bit, their problems, and how they end."""
 
+import json
 import multiprocessing
 import os
 import pathlib
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import jax
 import numpy as np
@@ -189,9 +191,14 @@ def test_workers_start_no_backend_and_a_killed_one_is_a_sentence(data, config):
 
 def damage_frames(folder):
     """Flips a bit in the checksum of every frame and second of sound of the training records."""
-    pieces = np.load(folder / 'pieces-train.npy')
-    pieces[:, 2] ^= 1
-    np.save(folder / 'pieces-train.npy', pieces)
+    table = folder / 'pieces-train'
+    about = json.loads((table / 'table.json').read_text())
+    for name in ('frame_crc', 'second_crc'):
+        checksums = np.load(table / f'{name}.npy') ^ 1
+        np.save(table / f'{name}.npy', checksums)
+        # The table itself is whole.
+        about['columns'][name] = zlib.crc32(checksums.tobytes())
+    (table / 'table.json').write_text(json.dumps(about))
 
 
 @pytest.mark.slow

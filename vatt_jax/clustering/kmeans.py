@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, Bool, Float, Int
 
-from vatt_jax.clustering.rows import rows_on_devices
+from vatt_jax.clustering.rows import lay_out, mesh_by_process
 
 # What k-means++ carries: squared distances to the nearest centroid so far [M], the centroids [P D],
 # and how many of them are drawn.
@@ -26,6 +25,7 @@ def kmeans(
     clusters: int,
     iterations: int = 20,
     weight: Float[Array, ' M'] | Bool[Array, ' M'] | None = None,
+    numbers: Int[Array, ' M'] | None = None,
 ) -> tuple[Int[Array, ' M'], Float[Array, 'P D']]:
     """Cluster the rows of a matrix.
 
@@ -36,6 +36,8 @@ def kmeans(
       iterations: Of Lloyd's algorithm.
       weight: Of each row in the centroids, at least 0; by default 1. Rows of weight 0 are never
         drawn as a start.
+      numbers: Of the rows, 0 to M - 1, where they lie in another order than the one in which the
+        random start counts them.
 
     Returns:
       int32 labels and float32 centroids. A cluster that lost all its rows stays at its last
@@ -64,7 +66,12 @@ def kmeans(
         # as padding, are no choice even then.
         can_be_drawn = weight > 0
         log_odds = jnp.log(jnp.maximum(odds, 1e-12))
-        pick = jax.random.categorical(key, jnp.where(can_be_drawn, log_odds, -jnp.inf))
+        log_odds = jnp.where(can_be_drawn, log_odds, -jnp.inf)
+        # As jax.random.categorical draws, but for which row has which noise.
+        noise = jax.random.gumbel(key, log_odds.shape, log_odds.dtype)
+        if numbers is not None:
+            noise = noise[numbers]
+        pick = jnp.argmax(log_odds + noise)
         # By differences here: the expanded form above can come out negative for nearby rows.
         distance = jnp.sum((x - x[pick]) ** 2, -1)  # [M]
         nearest = jnp.where(i == 0, distance, jnp.minimum(nearest, distance))
@@ -94,38 +101,41 @@ def kmeans(
 
 
 def cluster_rows(
-    key: jax.Array, x: Float[np.ndarray, 'M D'], clusters: int, iterations: int, mesh: Mesh
-) -> Int[np.ndarray, ' M']:
-    """Cluster host rows with the work spread over all devices of a mesh.
+    key: jax.Array, x: Float[np.ndarray, 'n D'], clusters: int, iterations: int, mesh: Mesh
+) -> Int[np.ndarray, ' n']:
+    """Cluster the rows of all hosts, with the work spread over all devices of a mesh.
 
     Args:
       key: Of the random start, the same on every host.
-      x: Rows to cluster; every host has all of them.
+      x: This host's rows; the rows of all hosts, one host after another, are clustered.
       clusters: Number of clusters P.
       iterations: Of Lloyd's algorithm.
-      mesh: The devices; rows are split over all of its axes.
+      mesh: The devices; rows are split over all of its axes, and stay on their host.
 
     Returns:
-      int32 labels, on every host.
+      int32 labels of this host's rows.
     """
-    num_rows = len(x)
+    layout = lay_out(len(x), mesh_by_process(mesh))
     # Rows split evenly only with padding. Its weight is 0, so it moves no centroid.
-    padded = num_rows + -num_rows % mesh.size
-    by_rows = NamedSharding(mesh, Spec(mesh.axis_names))
-    rows = rows_on_devices(x.astype(np.float32, copy=False), by_rows, padded)
-    weight = rows_on_devices(np.ones(num_rows, np.float32), by_rows, padded)
-
-    labels = _compiled(clusters, iterations, mesh)(key, rows, weight)
-    return np.asarray(labels)[:num_rows]
+    rows = layout.place(x.astype(np.float32, copy=False))
+    weight = layout.place(np.ones(len(x), np.float32))
+    numbers = None
+    # Those of a single host lie in their order, but for padding behind them.
+    if len(layout.lengths) > 1:
+        own = layout.own
+        numbers = layout.place(np.arange(own.start, own.stop, dtype=np.int32))
+    run = _compiled(clusters, iterations, layout.sharding)
+    return layout.fetch(run(key, rows, weight, numbers))
 
 
 # Cached because `jax.jit` of a new function compiles anew at each call.
 @functools.cache
-def _compiled(clusters: int, iterations: int, mesh: Mesh) -> Callable[..., jax.Array]:
-    """The labels of `kmeans` as a compiled function of key, rows and weight."""
+def _compiled(clusters: int, iterations: int, by_rows: NamedSharding) -> Callable[..., jax.Array]:
+    """The labels of `kmeans` as a compiled function of key, rows, weight and numbers."""
 
-    def labels(key: jax.Array, x: jax.Array, weight: jax.Array) -> jax.Array:
-        return kmeans(key, x, clusters, iterations, weight)[0]
+    def labels(
+        key: jax.Array, x: jax.Array, weight: jax.Array, numbers: jax.Array | None
+    ) -> jax.Array:
+        return kmeans(key, x, clusters, iterations, weight, numbers)[0]
 
-    # Replicated, so that every host can read all labels.
-    return jax.jit(labels, out_shardings=NamedSharding(mesh, Spec()))
+    return jax.jit(labels, out_shardings=by_rows)

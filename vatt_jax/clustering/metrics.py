@@ -21,7 +21,8 @@ def contingency(
     Args:
       clusters: Cluster of each sample, not negative. [M]
       classes: Class of each sample, not negative. [M]
-      shape: Numbers of clusters and classes; by default one more than the largest of each.
+      shape: Numbers of clusters and classes; by default one more than the largest of each. With
+        it there may be no sample at all.
 
     Returns:
       int64 counts: [p, c] is the number of samples of cluster p and class c.
@@ -30,13 +31,14 @@ def contingency(
       ValueError: For labels that do not go together, or negative ones.
     """
     clusters, classes = np.asarray(clusters), np.asarray(classes)
-    if clusters.shape != classes.shape or clusters.ndim != 1 or not len(clusters):
+    is_too_short = shape is None and not len(clusters)
+    if clusters.shape != classes.shape or clusters.ndim != 1 or is_too_short:
         raise ValueError(
             'expected clusters and classes to be vectors of the same, positive length, got shapes '
             f'{clusters.shape} and {classes.shape}.'
         )
     # NumPy would take a negative index from the end and count it as the last class.
-    if min(clusters.min(), classes.min()) < 0:
+    if min(clusters.min(initial=0), classes.min(initial=0)) < 0:
         raise ValueError('negative labels (unknown) must be left out before clusters are compared.')
     if shape is None:
         # int: small types of labels have no room for one more.
@@ -52,12 +54,16 @@ def contingency(
 
 def nmi(clusters: Integer[np.ndarray, ' M'], classes: Integer[np.ndarray, ' M']) -> float:
     """Normalised mutual information, 2 MI / (H(clusters) + H(classes)); symmetric."""
+    # Of the counts, which are few: of the samples scikit-learn would make several copies in int64.
+    return nmi_of_counts(contingency(clusters, classes))
+
+
+def nmi_of_counts(table: Int[np.ndarray, 'P C']) -> float:
+    """`nmi` of the samples that `contingency` counted."""
     # Imported where they are used: both are slow to load.
     from scipy import stats
     from sklearn import metrics
 
-    # Of the counts, which are few: of the samples scikit-learn would make several copies in int64.
-    table = contingency(clusters, classes)
     sizes = (table.sum(0), table.sum(1))
     if all((size > 0).sum() == 1 for size in sizes):
         return 1.0  # one cluster and one class: 0 / 0 otherwise

@@ -111,7 +111,7 @@ def split_views(views: Sequence[Any], heads: Heads | None, clusters: int) -> lis
     """Returns the blocks of rows: a single one, unless the views are lists of blocks.
 
     Raises:
-      ValueError: If there is no view or no row, or if blocks, rows or widths do not fit.
+      ValueError: If there is no view, or if blocks, rows or widths do not fit.
     """
     if not len(views):
         raise ValueError('views: expected at least one array of logits or features, got none.')
@@ -141,19 +141,17 @@ def _check_block(block: Block, heads: Heads | None, clusters: int) -> None:
         width = clusters if heads is None else np.shape(heads[i][0])[0]
         if np.shape(x) != (num_rows, width):
             raise ValueError(f'views: expected shape [{num_rows} {width}], got {np.shape(x)}.')
-    if not num_rows:
-        raise ValueError(f'views: expected at least one row, got shape {np.shape(block[0])}.')
 
 
-def explain_not_finite(blocks: Sequence[Block], heads: Heads | None) -> str:
-    """Says why sums over these rows are not finite: the first wrong value, or an overflow.
+def find_not_finite(blocks: Sequence[Block], first_rows: Sequence[int], heads: Heads | None) -> str:
+    """Says which value is the first wrong one; '' where all are finite.
 
     Args:
       blocks: The rows, on the host.
+      first_rows: Numbers of the first rows of the blocks.
       heads: Of each view, on the host.
     """
-    first = 0
-    for block in blocks:
+    for block, first in zip(blocks, first_rows):
         for view, x in enumerate(block):
             bad = np.isnan(x) | (x == np.inf)
             # -inf forbids a cluster, but not all of them; in a feature it is an error.
@@ -164,11 +162,7 @@ def explain_not_finite(blocks: Sequence[Block], heads: Heads | None) -> str:
                     f'logits or features hold NaN or +inf (or a row of -inf only), first in view '
                     f'{view}, row {first + row}; labels need finite values'
                 )
-        first += len(block[0])
     for view, (kernel, bias) in enumerate(heads or ()):
         if not np.isfinite(kernel).all() or not (bias < np.inf).all():
             return f'heads[{view}]: expected finite weights, got NaN or an infinity'
-    return (
-        'all views are finite, but their sums overflow: logits times strength are too large for '
-        "this dtype; scale them down, or set dtype='float64'"
-    )
+    return ''

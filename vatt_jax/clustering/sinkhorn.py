@@ -20,7 +20,8 @@ twice, on the host, in float64, on vectors of length P:
 
 Large λ (or confident rows) make plain Sinkhorn slow in proportion to λ, so the first potentials are
 found on a small sample with λ doubled from a small value up. All sums over rows are all-reduced, so
-nothing depends on how rows are spread over devices.
+nothing depends on how rows are spread over devices. With several processes each has its own rows,
+which stay on its devices: the samples are those of process 0, then those of process 1 and so on.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ from vatt_jax.clustering.problem import (
     check_prior,
     check_start,
     check_tolerance,
-    explain_not_finite,
+    find_not_finite,
     is_blocked,
     split_views,
 )
-from vatt_jax.clustering.rows import rows_on_devices
+from vatt_jax.clustering.rows import RowLayout, lay_out, mesh_by_process
+from vatt_jax.parallel import hosts
 
 # The published loop stops when the sum over samples of |beta / beta' - 1| falls below this.
 PUBLISHED = 0.1
@@ -89,6 +91,11 @@ PATIENCE = 60
 # lose no digit that matters, and need no copy.
 OFFSET = 32.0
 
+OVERFLOW = (
+    'all views are finite, but their sums overflow: logits times strength are too large for '
+    "this dtype; scale them down, or set dtype='float64'"
+)
+
 # Method -> how many past steps a step may look back on.
 STEPS = {'newton': MEMORY, 'anderson': MEMORY, 'plain': 0}
 
@@ -99,7 +106,7 @@ class Solution:
 
     Attributes:
       potentials: float64 [P], weighted mean zero under the prior.
-      labels: int32 [M].
+      labels: int32 [M]; with several processes, of this process's rows.
       cost: Mean over samples and views of -log p(label).
       residual: Sum over clusters of |column mean - prior|.
       published_error: The published loop's error at these potentials, a sum over samples.
@@ -149,7 +156,8 @@ def solve(
     Args:
       views: One array per view (modality): logits [M P], or features [M D] when `heads` is given. A
         view may also be a list of arrays, blocks of rows (all views cut alike): blocks on the host
-        are sent to the devices one by one in each pass.
+        are sent to the devices one by one in each pass. With several processes these are this
+        one's rows, of any number; lists have as many blocks on all.
       prior: [P], share of each cluster, positive, summing to 1.
       strength: λ.
       heads: Each view's (kernel [D P], bias [P]). M × P logits are then never stored.
@@ -257,8 +265,8 @@ class Rows:
     """The samples, placed once (arrays) or block by block in each pass (lists of blocks).
 
     Attributes:
-      count: M.
-      lengths: Rows of each block, without padding.
+      count: M, of all processes.
+      layouts: Of each block.
       read: Rows read so far, by samples of these rows too.
     """
 
@@ -275,20 +283,26 @@ class Rows:
         # A list, because samples of these rows add to the same count.
         self._rows_read = [0]
         if mesh is None:
-            self.mesh = Mesh(np.array(jax.devices()[:1]), ('rows',))
-        else:
-            # Without the axis types of the caller's mesh.
-            self.mesh = Mesh(mesh.devices, mesh.axis_names)
-        self.sharding = NamedSharding(self.mesh, Spec(self.mesh.axis_names))
+            mesh = Mesh(np.array(jax.local_devices()[:1]), ('rows',))
+        self.mesh = mesh_by_process(mesh)
         self.replicated = NamedSharding(self.mesh, Spec())
 
         check_heads(heads, len(views), clusters)
         blocks = split_views(views, heads, clusters)
         self.heads = None if heads is None else tuple(self._place_head(*head) for head in heads)
         self.streamed = is_blocked(views)
-        self.blocks = blocks if self.streamed else [self.place(block) for block in blocks]
-        self.lengths = [len(block[0]) for block in blocks]
-        self.count = sum(self.lengths)
+        self.layouts = [self._lay_out(block) for block in blocks]
+        self.count = sum(layout.total for layout in self.layouts)
+        self.blocks = blocks
+        if not self.streamed:
+            self.blocks = [self.place(*placed) for placed in zip(blocks, self.layouts)]
+
+    def _lay_out(self, block: Sequence[Any]) -> RowLayout:
+        layout = lay_out(len(block[0]), self.mesh)
+        if not layout.total:
+            shape = np.shape(block[0])
+            raise ValueError(f'views: expected at least one row, got shape {shape}.')
+        return layout
 
     def _place_head(self, kernel: Any, bias: Any) -> tuple[jax.Array, jax.Array]:
         # What all clusters have in common changes no label and would cost digits in the products.
@@ -305,26 +319,24 @@ class Rows:
     def read(self) -> int:
         return self._rows_read[0]
 
-    def place(self, block: Sequence[Any]) -> tuple[jax.Array, ...]:
+    def place(self, block: Sequence[Any], layout: RowLayout) -> tuple[jax.Array, ...]:
         """Spreads rows over all devices, padded to a multiple of their number."""
-        views = tuple(self._place_view(x) for x in block)
+        views = tuple(self._place_view(x, layout) for x in block)
         if self.heads is not None:
             return views
         return tuple(_centred(x) if float(_largest_top(x)) > OFFSET else x for x in views)
 
-    def _place_view(self, x: Any) -> jax.Array:
-        # shard_map takes equal shares only; padding rows get weight 0 in `_block_pass`.
-        padding = -len(x) % self.mesh.size
-        if isinstance(x, jax.Array) and x.dtype == self.dtype and not padding:
-            if x.sharding.is_equivalent_to(self.sharding, x.ndim):
+    def _place_view(self, x: Any, layout: RowLayout) -> jax.Array:
+        has_padding = len(x) < layout.rows_per_device * self.mesh.size
+        if isinstance(x, jax.Array) and x.dtype == self.dtype and not has_padding:
+            if x.sharding.is_equivalent_to(layout.sharding, x.ndim):
                 return x
         host = np.asarray(x)
         if self.heads is None and host.dtype.itemsize > self.dtype.itemsize:
             # Before digits are lost. A row of -inf alone becomes NaN, and is reported.
             with np.errstate(invalid='ignore'):
                 host = host - host.max(-1, keepdims=True)
-        host = host.astype(self.dtype, copy=False)
-        return rows_on_devices(host, self.sharding, len(x) + padding)
+        return layout.place(host.astype(self.dtype, copy=False))
 
     def sample(self, size: int) -> Rows:
         """Draws `size` rows, or all rows if there are no more.
@@ -337,23 +349,26 @@ class Rows:
         chosen = np.sort(np.random.default_rng(0).choice(self.count, size, replace=False))
         parts = []
         first = 0
-        for block, length in zip(self.blocks, self.lengths):
-            index = chosen[(chosen >= first) & (chosen < first + length)] - first
-            parts.append([self._take(x, index) for x in block])
-            first += length
+        for block, layout in zip(self.blocks, self.layouts):
+            numbers = chosen[(chosen >= first) & (chosen < first + layout.total)] - first
+            parts.append([self._take(x, numbers, layout) for x in block])
+            first += layout.total
+        own = [np.concatenate(pieces) for pieces in zip(*parts)]
         out = copy.copy(self)
         out.streamed = False
         out.count = size
-        out.lengths = [size]
-        out.blocks = [out.place([np.concatenate(pieces) for pieces in zip(*parts)])]
+        out.layouts = [lay_out(len(own[0]), self.mesh)]
+        out.blocks = [out.place(own, out.layouts[0])]
         return out
 
-    def _take(self, x: Any, index: np.ndarray) -> np.ndarray:
-        if isinstance(x, np.ndarray):
-            return np.asarray(x[index])
-        # Replicated, so that every host can read rows that lie on others' devices.
+    def _take(self, x: Any, numbers: np.ndarray, layout: RowLayout) -> np.ndarray:
+        """This process's rows among those of these numbers."""
+        is_own = (numbers >= layout.own.start) & (numbers < layout.own.stop)
+        if self.streamed:
+            return np.asarray(x[numbers[is_own] - layout.own.start])
+        # Replicated, as no process can say by itself which rows of an array to compute.
         gather = jax.jit(lambda x, index: x[index], out_shardings=self.replicated)
-        return np.asarray(gather(x, index))
+        return np.asarray(gather(x, layout.places(numbers)))[is_own]
 
     def passes(
         self, statistic: str, g: np.ndarray, strength: float, ratio: np.ndarray | None = None
@@ -368,16 +383,16 @@ class Rows:
         ratio = np.ones(len(g)) if ratio is None else ratio
         vectors = jnp.asarray(np.stack([coarse, fine_factor, ratio]), self.dtype)  # [3 P]
         self._rows_read[0] += self.count
-        for block, length in zip(self.blocks, self.lengths):
+        for block, layout in zip(self.blocks, self.layouts):
             if self.streamed:
-                block = self.place(block)
+                block = self.place(block, layout)
             scale = jnp.asarray(strength / len(block), self.dtype)  # λ / views
             yield _block_pass(
                 block,
                 self.heads,
                 vectors,
                 scale,
-                np.int32(length),
+                layout.counts,
                 statistic=statistic,
                 mesh=self.mesh,
                 chunk=chunk_rows(self.clusters),
@@ -413,7 +428,7 @@ class Rows:
         """Labels the rows at g, whose column means are `marginal`.
 
         Returns:
-          (labels [M], mean cost, published error).
+          (labels of this process's rows, mean cost, published error).
         """
         # Bounded, so that an empty cluster is no inf in float32 (which ends at 3e38).
         ratio = np.minimum(prior / np.maximum(marginal, 1e-30), 1e30)
@@ -421,8 +436,8 @@ class Rows:
         cost = np.float64(0)
         error = np.float64(0)
         results = self.passes('label', g, strength, ratio)
-        for (block_labels, block_cost, block_error), length in zip(results, self.lengths):
-            labels.append(np.asarray(block_labels)[:length])  # without the padding
+        for (block_labels, block_cost, block_error), layout in zip(results, self.layouts):
+            labels.append(layout.fetch(block_labels))
             cost += np.float64(block_cost)
             error += np.float64(block_error)
         return np.concatenate(labels), float(cost) / self.count, float(error)
@@ -432,12 +447,19 @@ class Rows:
         if np.isfinite(sums).all():
             return
         blocks = []
-        for block, length in zip(self.blocks, self.lengths):
-            blocks.append(tuple(self._take(x, np.arange(length)) for x in block))
+        first_rows = []
+        first = 0
+        for block, layout in zip(self.blocks, self.layouts):
+            fetch = np.asarray if self.streamed else layout.fetch
+            blocks.append(tuple(fetch(x) for x in block))
+            first_rows.append(first + layout.own.start)
+            first += layout.total
         heads = None
         if self.heads is not None:
             heads = [(np.asarray(kernel), np.asarray(bias)) for kernel, bias in self.heads]
-        raise ValueError(explain_not_finite(blocks, heads))
+        # The rows of another process may be the reason, and process 0 is the one that speaks.
+        reason = hosts.first_text(find_not_finite(blocks, first_rows, heads))
+        raise ValueError(reason or OVERFLOW)
 
 
 def chunk_rows(clusters: int) -> int:
@@ -492,7 +514,7 @@ def _block_pass(
     heads: tuple[tuple[jax.Array, jax.Array], ...] | None,
     vectors: jax.Array,
     scale: jax.Array,
-    count: Any,
+    counts: Any,
     *,
     statistic: str,
     mesh: Mesh,
@@ -501,11 +523,11 @@ def _block_pass(
     """Makes one pass over a block of rows.
 
     Args:
-      block: One array of rows per view, padded to a multiple of the devices.
+      block: One array of rows per view, as a RowLayout lays them.
       heads: (kernel [D P], bias [P]) per view, or None where the rows are logits.
       vectors: [3 P]: g, the factor for what g's rounding lost, and prior / c.
       scale: [], λ over the number of views.
-      count: Rows that are not padding.
+      counts: [devices], rows of each that are not padding.
       statistic: What is computed, see below.
       mesh: The rows are spread over all its axes.
       chunk: Rows of one step.
@@ -523,7 +545,7 @@ def _block_pass(
     def device_pass(block, heads):
         num_rows, num_clusters = len(block[0]), len(g)
         size = min(chunk, num_rows)
-        offset = jax.lax.axis_index(axes) * num_rows
+        count = counts[jax.lax.axis_index(axes)]
 
         def read_chunk(i):
             # The last chunk starts early enough to be whole; rows already seen, and padding, weigh
@@ -531,7 +553,7 @@ def _block_pass(
             first = jnp.minimum(i * size, num_rows - size)
             pieces = [jax.lax.dynamic_slice_in_dim(x, first, size) for x in block]
             row = first + jnp.arange(size)
-            weight = ((row >= i * size) & (offset + row < count)).astype(g.dtype)
+            weight = ((row >= i * size) & (row < count)).astype(g.dtype)
             # NaN, +inf or a row of -inf only turn the sums into NaN, which _must_be_finite reports.
             z = scale * combined(pieces, heads) + g  # [R P]
             exponentials = jnp.exp(z - z.max(-1, keepdims=True)) * fine
@@ -568,11 +590,7 @@ def _block_pass(
     run = jax.shard_map(
         device_pass, mesh=mesh, in_specs=(by_rows, Spec()), out_specs=out_specs, check_vma=False
     )
-    # Labels too are replicated, so that every host can read them all.
-    replicated = NamedSharding(mesh, Spec())
-    return jax.tree.map(
-        lambda x: jax.lax.with_sharding_constraint(x, replicated), run(block, heads)
-    )
+    return run(block, heads)
 
 
 def _add_marginal(carry: Any, chunk: _Chunk) -> Any:

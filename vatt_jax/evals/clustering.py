@@ -24,6 +24,7 @@ from vatt_jax.evals.base import (
     has_label,
     single_class_labels,
 )
+from vatt_jax.parallel import hosts
 
 SHOWN_CLUSTERS = 24  # in the report's gallery
 SHOWN_CLIPS = 5  # of each of them
@@ -189,13 +190,18 @@ class Clustering(Evaluator):
             unit_features.append(x / np.linalg.norm(x, axis=-1, keepdims=True).clip(1e-6))
         # Of the classes that occur, which may be fewer than the data name.
         num_clusters = self.config.clusters or len(np.unique(classes))
-        labels = cluster_rows(
+        rows = np.concatenate(unit_features, -1)
+        # Every host has the features of all.
+        own = cluster_rows(
             jax.random.key(view.seed),
-            np.concatenate(unit_features, -1),
+            rows[hosts.own_stretch(len(rows))],
             num_clusters,
             self.config.iterations,
             view.encoder.mesh,
         )
+        labels = np.empty(len(rows), own.dtype)
+        for first, block in hosts.blocks_of_all(own):
+            labels[first : first + len(block)] = block
         return {'features': Clusters(labels, None)}
 
     def _clusters_of_heads(

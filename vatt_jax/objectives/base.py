@@ -99,8 +99,8 @@ class RefreshResult:
     Attributes:
       params: the objective's parameters from now on.
       state: the objective's state from now on.
-      columns: name -> array [M …] by training record, from now on joined to every batch as
-        `batch['columns'][name]`.
+      columns: name -> array [m …] by this host's training records, from now on joined to every
+        batch as `batch['columns'][name]`.
       fresh_slots: parameters whose path (relative to the objective's tree) matches one of these
         regular expressions get new optimizer slots.
       weights: names of columns that are also used as sampling weights.
@@ -118,17 +118,21 @@ class RefreshResult:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRecords:
-    """The training set as a refresh sees it.
+    """What a refresh sees of the training set: the records of one host.
+
+    Each host has m consecutive records, those of host 0 first; a single host has all, m = M. What
+    must be known of all of them is summed or solved over hosts (parallel/hosts.py, clustering/).
 
     Attributes:
-      size: number of records M.
-      columns: name -> array [M …] as the last refresh left them; empty at the first one.
+      size: number of records m.
+      columns: name -> array [m …] as the last refresh left them; empty at the first one.
       encode: `encode(fn, augment=True, draw=0)` applies the traced
-        `fn(model, variables, params, batch, rng) -> {name: [B …]}` to every training record once,
-        on all hosts and devices, with batch statistics in evaluation mode. It returns {name: host
-        array [n …]} and `index` int64 [n], the rows of these records in columns, in their order;
-        records that cannot be read are left out. With `augment`, windows, crops and device
-        augmentation are as in training, other ones at every step and for every draw.
+        `fn(model, variables, params, batch, rng) -> {name: [B …]}` to every record once, with
+        batch statistics in evaluation mode. All hosts call it together, since batches are theirs
+        together. It returns {name: host array [n …]} and `index` int64 [n], the rows of these
+        records in columns, in their order; records that cannot be read are left out. With
+        `augment`, windows, crops and device augmentation are as in training, other ones at every
+        step and for every draw.
       seed: of the run, for what a refresh draws itself.
     """
 
@@ -373,7 +377,8 @@ class Objective:
     ) -> RefreshResult:
         """What training goes on with from `step` on.
 
-        Host side; every host computes the same from the same `records`.
+        Host side. Every host has its own `records`, and all must come to the same parameters and
+        state.
         """
         raise NotImplementedError
 

@@ -27,6 +27,7 @@ from vatt_jax.objectives.base import (
     TrainingRecords,
     select_streams,
 )
+from vatt_jax.parallel import hosts
 from vatt_jax.parallel.sharding import logical
 
 DEFAULTS = {
@@ -242,6 +243,7 @@ class KMeansLabels(Objective):
             column = self._cluster(labeling_key, labeling, encoded, records.size)
             columns[f'cluster.{labeling}'] = column
             sizes = np.bincount(column[column >= 0], minlength=self.config.clusters)
+            sizes = hosts.total(sizes)
             # Cluster numbers have no relation to those of the last refresh, so the running
             # frequency starts again from the known sizes.
             frequency[labeling] = jnp.asarray(sizes / sizes.sum(), jnp.float32)
@@ -260,14 +262,15 @@ class KMeansLabels(Objective):
     def _cluster(
         self, key: jax.Array, labeling: str, encoded: Mapping[str, np.ndarray], size: int
     ) -> np.ndarray:
-        """The column [M] of a labeling: k-means of the features of its views."""
+        """The column [m] of a labeling: k-means of the features of its views, of all hosts."""
         c = self.config
         views = c.views if labeling == 'joint' else (labeling,)
         is_present = np.all([encoded[f'{view}/valid'] for view in views], 0)  # [n]
-        if is_present.sum() < c.clusters:
+        num_present = hosts.total(is_present.sum())
+        if num_present < c.clusters:
             raise ConfigError(
                 f'config.objective.clusters: expected at most one cluster per record, got '
-                f'{c.clusters} for {is_present.sum()} training records that have '
+                f'{c.clusters} for {num_present} training records that have '
                 f'{" and ".join(views)}. Set fewer clusters.'
             )
         parts = [encoded[view] for view in views]

@@ -8,6 +8,7 @@ prescribed cluster sizes (clustering/sinkhorn.py).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ from vatt_jax.objectives.base import (
     TrainingRecords,
     select_streams,
 )
+from vatt_jax.parallel import hosts
 from vatt_jax.rng import Rng
 
 DEFAULTS = {
@@ -344,10 +346,7 @@ class SelfLabelling(Objective):
                 new_labels[rows, i] = labels
                 if 'label' in records.columns:
                     old_labels = records.columns['label'][rows, i]
-                    # Labels of -1 (unreadable then, readable now) cannot be compared.
-                    if (old_labels >= 0).all():
-                        head_metrics['changed'] = np.mean(old_labels != labels)
-                        head_metrics['NMI_to_last'] = agreement.nmi(labels, old_labels)
+                    head_metrics |= _changes(old_labels, labels, c.clusters)
                 for name, value in head_metrics.items():
                     metrics.setdefault(name, []).append(float(value))
         state['refreshes'] = state['refreshes'] + 1
@@ -367,7 +366,7 @@ class SelfLabelling(Objective):
         valid: Bool[np.ndarray, 'n V'],
         mesh: Any,
     ) -> tuple[Int[np.ndarray, ' n'], dict[str, Any]]:
-        """Find the labels of one head by optimal transport.
+        """Find the labels of one head by optimal transport, on all hosts together.
 
         Params (aligned, the first time) and the head's part of the state are changed in place.
 
@@ -375,7 +374,7 @@ class SelfLabelling(Objective):
           head_index: number of the head.
           params: the objective's parameters, on the host.
           state: the objective's state, on the host.
-          features: view -> pooled features [n D].
+          features: view -> pooled features [n D] of this host's records.
           valid: which views each record has, at least one.
           mesh: devices of the solver.
 
@@ -415,7 +414,8 @@ class SelfLabelling(Objective):
             state['newton'][head_index] = 0 if newton is None else newton
 
         # Of the labels, which are the argmax of the relaxed plan: near the prior, not equal to it.
-        shares = np.bincount(solution.labels, minlength=c.clusters) / len(valid)  # [P]
+        sizes = hosts.total(np.bincount(solution.labels, minlength=c.clusters))  # [P]
+        shares = sizes / sizes.sum()
         metrics = {
             'passes': solution.work,
             'residual': solution.residual,
@@ -426,7 +426,7 @@ class SelfLabelling(Objective):
         }
         # The weights of views leave labels as they are, but not the cost of records that lack a
         # view, so the cost is reported only where every record has all views.
-        if valid.all():
+        if not hosts.total(np.sum(~valid)):
             metrics = {'cost': solution.cost, **metrics}
         return solution.labels, metrics
 
@@ -496,14 +496,15 @@ class SelfLabelling(Objective):
         width = params[modality][head]['kernel'].shape[0]
         hidden = np.empty((len(features), width), np.float32)
         pending: list[tuple[int, jax.Array]] = []  # (first row, block)
-        for first in range(0, len(features), HIDDEN_BLOCK):
-            block = features[first : first + HIDDEN_BLOCK]
-            computed = _hidden(self.head, params[modality][head], norm[modality][head], block)
-            pending.append((first, computed))
-            # Fetched one block late, so that a block is computed while the next one is sent; not
-            # later, or the device would hold them all.
-            if len(pending) > 1:
-                _store_block(hidden, *pending.pop(0))
+        with _own_devices():
+            for first in range(0, len(features), HIDDEN_BLOCK):
+                block = features[first : first + HIDDEN_BLOCK]
+                computed = _hidden(self.head, params[modality][head], norm[modality][head], block)
+                pending.append((first, computed))
+                # Fetched one block late, so that a block is computed while the next one is sent;
+                # not later, or the device would hold them all.
+                if len(pending) > 1:
+                    _store_block(hidden, *pending.pop(0))
         for first, computed in pending:
             _store_block(hidden, first, computed)
         return hidden
@@ -533,15 +534,18 @@ class SelfLabelling(Objective):
             last_layer = params[modality][head]
             x = hidden[first_views[modality]][rows]
             logits = x @ last_layer['kernel'] + last_layer['bias']
-            return np.asarray(jax.nn.softmax(logits))  # [rows P]
+            with _own_devices():
+                return np.asarray(jax.nn.softmax(logits))  # [rows P]
 
         for modality in others:
-            rows = np.flatnonzero(has_modality(reference) & has_modality(modality))[:PAIRED]
+            rows = np.flatnonzero(has_modality(reference) & has_modality(modality))
+            rows = rows[: _share_of(PAIRED, len(rows))]
             p = probabilities(reference, rows)
             q = probabilities(modality, rows)
             # cost[k, l] = sum over rows of |p_k - q_l|
             num_clusters = p.shape[1]
-            cost = np.stack([np.abs(p[:, k : k + 1] - q).sum(0) for k in range(num_clusters)])
+            part = np.stack([np.abs(p[:, k : k + 1] - q).sum(0) for k in range(num_clusters)])
+            cost = hosts.total(part)
             # order[k] is the old number of what becomes cluster k. Columns of the last layer move;
             # hidden layers and their statistics stay.
             _, order = linear_sum_assignment(cost)
@@ -619,11 +623,11 @@ def product_mass(
     """Sums over records of the product over views of their probabilities.
 
     Args:
-      views: features of each view.
+      views: features of each view, of this host's records.
       kernels: (kernel [D P], bias [P]) of each view.
 
     Returns:
-      float64 [P].
+      float64 [P], of the records of all hosts.
     """
     num_clusters = len(kernels[0][1])
     total = np.zeros(num_clusters)
@@ -634,7 +638,38 @@ def product_mass(
             logits = block @ kernel + bias  # [rows P]
             probs.append(sinkhorn.soft_assignments(logits, np.zeros(num_clusters)))
         total += np.prod(probs, 0).sum(0)
-    return total
+    return hosts.total(total)
+
+
+def _changes(
+    old: Int[np.ndarray, ' n'], new: Int[np.ndarray, ' n'], num_clusters: int
+) -> dict[str, float]:
+    """How labels of all hosts differ from those of the last refresh; {} if some were unknown."""
+    # Labels of -1 (unreadable then, readable now) cannot be compared.
+    if hosts.total(np.sum(old < 0)):
+        return {}
+    counts = agreement.contingency(new, old, (num_clusters, num_clusters))
+    table = hosts.total(counts)
+    return {
+        'changed': (table.sum() - np.trace(table)) / table.sum(),
+        'NMI_to_last': agreement.nmi_of_counts(table),
+    }
+
+
+def _share_of(limit: int, count: int) -> int:
+    """How many of this host's rows are among the first `limit` of all hosts'.
+
+    Args:
+      limit: rows that are taken of all.
+      count: rows of this host.
+    """
+    before = hosts.gather(np.int64(count))[: jax.process_index()].sum()
+    return min(max(limit - int(before), 0), count)
+
+
+def _own_devices() -> contextlib.AbstractContextManager[Any]:
+    """Compute on this process's part of the mesh: others have other rows, and as many calls."""
+    return jax.set_mesh(jax.sharding.get_mesh().local_mesh)
 
 
 def _store_block(rows: np.ndarray, first: int, block: jax.Array) -> None:

@@ -19,8 +19,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from vatt_jax.parallel import hosts
+
 # Columns of fewer bytes stay in memory.
 MAPPED_BYTES = 1 << 26
+ZEROS = bytes(1 << 20)
 # Describes the pieces of a checkpoint.
 DESCRIPTION = 'columns.json'
 
@@ -36,6 +39,44 @@ def keep(columns: Mapping[str, np.ndarray]) -> Columns:
       columns: name -> [M …], which no one changes any more.
     """
     return {name: _kept(column) for name, column in columns.items()}
+
+
+def join(parts: Mapping[str, np.ndarray]) -> Columns:
+    """Every process's records -> whole columns on every process, kept as `keep` does.
+
+    Args:
+      parts: name -> [m …], this process's records; they follow on those of the process before.
+    """
+    if jax.process_count() == 1:
+        return keep(parts)
+    return {name: _joined(np.asarray(part)) for name, part in parts.items()}
+
+
+def _joined(part: np.ndarray) -> np.ndarray:
+    shape = (int(hosts.total(np.int64(len(part)))), *part.shape[1:])
+    column = _room_for(shape, part.dtype)
+    for first, rows in hosts.blocks_of_all(part):
+        column[first : first + len(rows)] = rows
+    column.setflags(write=False)
+    return column
+
+
+def _room_for(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array to be filled, in memory or mapped from a nameless file."""
+    size = math.prod(shape) * dtype.itemsize
+    if size >= MAPPED_BYTES:
+        try:
+            with tempfile.TemporaryFile() as file:
+                # The room is taken before anything is exchanged: storing into a mapping kills a
+                # process whose disk is full, and a process that begins anew leaves others waiting.
+                for begin in range(0, size, len(ZEROS)):
+                    file.write(ZEROS[: size - begin])
+                file.flush()
+                return np.memmap(file, dtype, 'r+', shape=shape)
+        except OSError:
+            # As in `_join`.
+            pass
+    return np.empty(shape, dtype)
 
 
 def _kept(column: np.ndarray) -> np.ndarray:
@@ -108,7 +149,7 @@ def write_piece(folder: Any, columns: Mapping[str, np.ndarray], host: int, num_h
     for name, column in columns.items():
         # The names of types, which also those have that NumPy itself does not know (bfloat16).
         description['columns'][name] = {'shape': column.shape, 'dtype': column.dtype.name}
-        first, last = _rows_of_piece(len(column), host, num_hosts)
+        first, last = hosts.stretch(len(column), host, num_hosts)
         with (folder / _piece_name(name, host, num_hosts)).open('wb') as file:
             np.save(file, column[first:last])
     if host == 0:
@@ -157,7 +198,7 @@ class _StoredColumn:
         with path.open('rb') as file:
             # No pickles: a folder from elsewhere must not run code.
             rows = np.load(file, allow_pickle=False)
-        first, last = _rows_of_piece(self.shape[0], piece, self.num_pieces)
+        first, last = hosts.stretch(self.shape[0], piece, self.num_pieces)
         expected = (last - first, *self.shape[1:])
         if rows.shape != expected or rows.dtype.itemsize != self.dtype.itemsize:
             raise ValueError(
@@ -166,11 +207,6 @@ class _StoredColumn:
             )
         # Types that NumPy does not know come back as bytes of their width.
         return rows.view(self.dtype)
-
-
-def _rows_of_piece(num_rows: int, piece: int, num_pieces: int) -> tuple[int, int]:
-    """(first, last + 1) of a piece's rows; pieces differ by a row at most."""
-    return num_rows * piece // num_pieces, num_rows * (piece + 1) // num_pieces
 
 
 def _piece_name(name: str, piece: int, num_pieces: int) -> str:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from vatt_jax.inference import feature_extractor
 from vatt_jax.inputs import mirrored, preprocess
 from vatt_jax.objectives.base import RefreshResult, TrainingRecords, select_streams
-from vatt_jax.parallel import sharding
+from vatt_jax.parallel import hosts, sharding
 from vatt_jax.rng import Rng
 from vatt_jax.training import columns, train_state
 from vatt_jax.training.build import Built, process_position
@@ -38,16 +38,22 @@ def refresh(config: ConfigDict, built: Built, data: Any, run: TrainingRun) -> Re
     """
     state = run.state
     encode = RecordEncoder(config, built, data, state, run.step)
+    own = encode.own
     refreshed = built.objective.refresh(
         encode.variables,
         state.params['objective'],
         state.objective,
         run.step,
-        TrainingRecords(data.size('train'), run.columns, encode, config.seed),
+        TrainingRecords(
+            own.stop - own.start,
+            {name: column[own] for name, column in run.columns.items()},
+            encode,
+            config.seed,
+        ),
     )
     run.state = _with_refreshed(built, state, refreshed)
     # Columns that this refresh does not name stay as the last one left them.
-    run.columns = {**run.columns, **columns.keep(refreshed.columns)}
+    run.columns = {**run.columns, **columns.join(refreshed.columns)}
     run.weights = refreshed.weights
     return refreshed
 
@@ -83,7 +89,7 @@ class RecordRows:
     """
 
     def __init__(self, size: int):
-        """`size`: records of the training set M."""
+        """`size`: how many records there are."""
         self._is_found = np.zeros(size, bool)
         self._arrays: dict[str, np.ndarray] = {}
 
@@ -125,6 +131,7 @@ class RecordEncoder:
 
     Attributes:
         variables: the model's trained variables; not their averages.
+        own: the records of this host, which it reads and whose outputs it keeps.
     """
 
     def __init__(self, config: ConfigDict, built: Built, data: Any, state: TrainState, step: int):
@@ -132,13 +139,14 @@ class RecordEncoder:
         self.built = built
         self.data = data
         self.step = step
+        self.own = hosts.own_stretch(data.size('train'))
         self.objective_params = state.params['objective']
         self.variables = {'params': state.params['model'], 'batch_stats': state.batch_stats}
 
     def __call__(
         self, function: Callable[..., dict[str, jax.Array]], augment: bool = True, draw: int = 0
     ) -> dict[str, np.ndarray]:
-        """Encodes on all hosts and devices.
+        """Encodes this host's records; all hosts call it together.
 
         Args:
             function: traced; (model, variables, params, batch, rng) -> {name: [B ...]}.
@@ -147,8 +155,8 @@ class RecordEncoder:
                 do from step to step.
 
         Returns:
-            {name: [n ...]} and `index` int64 [n], the records' rows in columns, ascending.
-            Records that cannot be read are left out.
+            {name: [n ...]} and `index` int64 [n], the records' numbers among this host's,
+            ascending. Records that cannot be read are left out.
         """
         forward = self._compiled(function, augment)
         # Each record once, in a fixed order. The draw's name carries the step, so that windows
@@ -160,13 +168,11 @@ class RecordEncoder:
             by='records',
             augment=augment,
             draw=f'{self.step}/{draw}',
+            in_stretches=True,
         )
-        found = RecordRows(self.data.size('train'))
+        found = RecordRows(self.own.stop - self.own.start)
         for batch in batches:
             batch = select_streams(batch, self.built.objective.streams())
-            # Outputs are replicated, so they have the rows of all hosts; which ones these are must
-            # be gathered too. `position` is the record's row in columns.
-            rows = feature_extractor.gather_rows(batch, ('position', 'valid'))
             outputs = forward(
                 self.variables,
                 self.objective_params,
@@ -176,11 +182,12 @@ class RecordEncoder:
             )
             # Fetched batch by batch: the outputs of the whole training set need not fit on the
             # device.
-            outputs = jax.tree.map(np.asarray, jax.device_get(outputs))
-            # Padding rows of the last batch and records that cannot be read are no records.
-            is_valid = rows['valid']  # [B], of all hosts, as the outputs are
+            outputs = {name: hosts.own_rows(array) for name, array in outputs.items()}
+            # Padding rows of the last batches and records that cannot be read are no records.
+            is_valid = np.asarray(batch['valid'])
             kept = {name: array[is_valid] for name, array in outputs.items()}
-            found.add(rows['position'][is_valid], kept)
+            # The position in the pass is the record's number in the training set.
+            found.add(batch['position'][is_valid] - self.own.start, kept)
         return found.joined()
 
     def _compiled(self, function: Callable[..., dict[str, jax.Array]], augment: bool) -> Any:
@@ -206,6 +213,6 @@ class RecordEncoder:
         # Runs that share `built` share these passes: nothing of this refresh may be traced in.
         if (function, augment) not in built.passes:
             built.passes[function, augment] = jax.jit(
-                forward, out_shardings=sharding.replicated(built.mesh)
+                forward, out_shardings=sharding.batch_sharding(built.mesh)
             )
         return built.passes[function, augment]
