@@ -10,7 +10,7 @@ import data_pipelines
 import vatt_jax
 from configs import default
 from data_pipelines.loading import synthetic
-from tests import tiny
+from tests import tiny, typecheck
 from vatt_jax import models
 from vatt_jax.config import ConfigError, check_values
 from vatt_jax.evals import base
@@ -318,7 +318,9 @@ def test_without_motion_a_clip_has_no_flow():
 def test_an_exported_tower_reads_values_of_flow(run, tmp_path):
     folder, _ = run
     model = vatt_jax.load(folder)
-    assert 'flow.jax' in model.export(tmp_path / 'exported')
+    # Sizes of symbols are no ints.
+    with typecheck.off():
+        assert 'flow.jax' in model.export(tmp_path / 'exported')
     exported = standalone.Artifact(tmp_path / 'exported')
     assert exported.inputs['flow']['shape'] == ['B', 4, 'S', 'S', 2]
     data = stream(size=16)['data'][:, [0, 1, 0, 1]]
