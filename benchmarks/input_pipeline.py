@@ -212,7 +212,7 @@ def make_dataset(folder: pathlib.Path, clips: int) -> dict[str, pathlib.Path]:
 
 def dmvr_record(split: Split, row: int) -> tf.train.SequenceExample:
     """A prepared clip with its very JPEG bytes, sound and captions, as DMVR stores it."""
-    frames, sound = split.clip(row, range(FRAMES), range(SECONDS))
+    frames, sound, _ = split.clip(row, range(FRAMES), range(SECONDS))
     record = tf.train.SequenceExample()
     lists = record.feature_lists.feature_list
     for jpeg in frames:
@@ -480,7 +480,7 @@ def bytes_on_disk(paths: dict[str, pathlib.Path]) -> dict[str, int]:
 
 def bytes_of_a_frame(path: pathlib.Path) -> int:
     """Mean over the first clip of a prepared dataset."""
-    frames, _ = Split(Prepared(path), 'train').clip(0, range(FRAMES), [])
+    frames, _, _ = Split(Prepared(path), 'train').clip(0, range(FRAMES), [])
     return round(statistics.mean(len(frame) for frame in frames))
 
 

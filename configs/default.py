@@ -124,11 +124,25 @@ def model_inputs() -> ConfigDict:
     inputs = ConfigDict()
     # range: of pixels, black to white (VATT -1 to 1, MMV 0 to 1).
     inputs.video = ConfigDict({'frames': 32, 'size': 224, 'fps': 10.0, 'range': (-1.0, 1.0)})
+    # Optical flow, of data that were prepared with it (docs/data.md). Empty: none. Else flow().
+    inputs.flow = ConfigDict()
     # mel: empty for waveforms, else the log-mel fields of vatt_jax/inputs/spectrogram.py.
     inputs.audio = ConfigDict({'samples': 153600, 'rate': 48000, 'mel': ConfigDict()})
     # tokenizer: words | wordpiece | sentencepiece, with the vocabulary of the data.
     inputs.text = ConfigDict({'candidates': 5, 'words': 16, 'tokenizer': 'words'})
     return inputs
+
+
+def flow() -> dict[str, Any]:
+    """Optical flow as an input: `config.model.inputs.flow = default.flow()`, and lines changed."""
+    return {
+        'frames': 32,
+        'size': 224,
+        # That at which the data are stored: displacements are from one stored frame to the next.
+        'fps': 10.0,
+        # 2: horizontal and vertical. 3: and zeros, for towers whose first kernel reads 3.
+        'channels': 2,
+    }
 
 
 def optimizer() -> ConfigDict:

@@ -1074,8 +1074,10 @@ def _place_blocks(
 # ---- Writing.
 
 
-def encode_jpeg(frame: UInt8[np.ndarray, 'H W 3'], quality: int) -> bytes:
-    """Encode a frame as JPEG, with chroma at half resolution."""
+def encode_jpeg(
+    frame: UInt8[np.ndarray, 'H W 3'] | UInt8[np.ndarray, 'H W'], quality: int
+) -> bytes:
+    """Encode a frame, RGB or grey, as JPEG, with chroma at half resolution."""
     stream = io.BytesIO()
     # subsampling=2 is 4:2:0.
     Image.fromarray(frame).save(stream, 'JPEG', quality=quality, subsampling=2)

@@ -151,6 +151,7 @@ def prepare(
     quality: int = 90,
     store: str = 'jpeg',
     crf: int = 23,
+    flow: str = '',
     processes: int = 2,
     min_seconds: float | None = None,
     name: str = '',
@@ -182,6 +183,7 @@ def prepare(
         quality: of JPEG, 1 to 100.
         store: 'jpeg', or 'h264' for short pieces of video.
         crf: quality of h264, 1 (best) to 51.
+        flow: method of optical flow between the stored frames, 'dis' or 'tvl1'; '' for none.
         processes: number of files decoded side by side.
         min_seconds: shorter files are skipped; None means 1, and 0 for named datasets.
         name: of the result; '' derives it from `out`.
@@ -226,6 +228,7 @@ def prepare(
         quality=int(quality),
         min_seconds=float(min_seconds),
         crf=arguments.stored_crf(store, crf),
+        flow=arguments.flow_method(flow),
     )
     name = name or arguments.dataset_name(target)
     arguments.check_arguments(settings, name, vocabulary, validation, test, processes)
@@ -547,6 +550,14 @@ def _parser(dataset: str) -> argparse.ArgumentParser:
         help='frames as JPEG, or as short pieces of video (docs/data.md)',
     )
     add('--crf', type=int, default=23, help='quality of h264, 1 (best) to 51')
+    add(
+        '--flow',
+        nargs='?',
+        default='',
+        const='dis',
+        metavar='METHOD',
+        help='optical flow between the stored frames as well, by dis (the default) or tvl1',
+    )
     # How the work is done.
     add('--processes', type=int, default=2, help='files decoded side by side')
     add(

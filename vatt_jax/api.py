@@ -23,6 +23,7 @@ from vatt_jax.inference.embedder import Embedder
 from vatt_jax.inference.notices import Notices
 from vatt_jax.inference.requests import Request, given_inputs, only_input
 from vatt_jax.inputs import tokenizer
+from vatt_jax.inputs.modalities import described
 from vatt_jax.object_store import is_url, run_mirror
 from vatt_jax.parallel import sharding
 from vatt_jax.training import checkpoint
@@ -30,6 +31,7 @@ from vatt_jax.training import checkpoint
 # How `repr` describes the inputs of each tower.
 DESCRIPTIONS = {
     'video': '{frames} frames of {size}×{size} at {fps:g} fps',
+    'flow': 'flow of {frames} frames of {size}×{size} at {fps:g} fps',
     'audio': '{samples} samples at {rate} Hz',
     'text': 'sentences of up to {words} words',
 }
@@ -105,7 +107,7 @@ class Model:
     ):
         self.config, self.info, self.variables = config, info, variables
         self.path = path
-        self.inputs = {name: dict(spec) for name, spec in config.model.inputs.items()}
+        self.inputs = described(config.model.inputs)
         self.tokenizer = None
         if info.get('tokenizer'):
             self.tokenizer = tokenizer.from_spec(info['tokenizer'])
@@ -117,7 +119,9 @@ class Model:
         )
         # What the user has been told: once is enough.
         self._told = Notices()
-        self._embedder = Embedder(self._encoder, self.inputs, self.tokenizer, self._told)
+        self._embedder = Embedder(
+            self._encoder, self.inputs, self.tokenizer, self._told, info.get('flow')
+        )
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         # Devices cannot be pickled: whoever reads it places the parameters on one of its own.
@@ -204,6 +208,7 @@ class Model:
         audio: Any = None,
         text: Any = None,
         image: Any = None,
+        flow: Any = None,
         *,
         rate: Any = None,
         batch_size: Any = 32,
@@ -232,6 +237,8 @@ class Model:
             image: pixels [H W 3], a batch [B H W 3], a list of pictures (arrays, PIL) or paths: the
                 clip that shows nothing else. A deflated model (run.py --mode=deflate) computes one
                 frame for it, a video model all of its own.
+            flow: clips as of `video`, whose optical flow is computed (flow extra) as that of the
+                training data was, for a model with a tower for it. Not their sound.
             rate: samples a second of `audio` (default `inputs['audio']['rate']`; others need the
                 video extra).
             batch_size: items encoded at a time.
@@ -253,13 +260,14 @@ class Model:
         Raises:
             ConfigError: the model lacks a modality, or an input is of another kind or shape.
         """
-        given = given_inputs(video=video, audio=audio, text=text, image=image)
+        given = given_inputs(video=video, audio=audio, text=text, image=image, flow=flow)
         takes_sound = audio is None and 'audio' in self.modalities
         request = Request('embed', rate, batch_size, windows, stride, on_error, quiet, takes_sound)
         embedded = {}
         for name, rows in self._embedder.rows(given, request).items():
             rows.features = {k: v for k, v in rows.features.items() if k != 'logits'}
-            embedded[name] = rows.as_output(request.has_windows and name in ('video', 'audio'))
+            has_windows = request.has_windows and name not in ('text', 'image')
+            embedded[name] = rows.as_output(has_windows)
         return embedded
 
     def similarity(
@@ -286,6 +294,7 @@ class Model:
         video: Any = None,
         audio: Any = None,
         image: Any = None,
+        flow: Any = None,
         *,
         names: Any = None,
         templates: Any = zero_shot.TEMPLATES,
@@ -303,9 +312,10 @@ class Model:
         Without, by the classifier of a fine-tuned model, see `predict`.
 
         Args:
-            video: see `embed`. One of `video`, `audio` and `image` is given.
+            video: see `embed`. One of `video`, `audio`, `image` and `flow` is given.
             audio: see `embed`.
             image: see `embed`.
+            flow: see `embed`.
             names: of P classes. Underscores and capitals inside a name separate its words.
             templates: sentences in which {} stands for the name; a class is the mean of its own.
             space: the common space; None: the only one with text.
@@ -324,7 +334,7 @@ class Model:
         Raises:
             ConfigError: as of `embed`; or the model has no text, or without `names` no classifier.
         """
-        given = given_inputs(video=video, audio=audio, image=image)
+        given = given_inputs(video=video, audio=audio, image=image, flow=flow)
         request = Request('classify', rate, batch_size, windows, stride, on_error, quiet)
         if names is None:
             return self._predict(given, request)
@@ -340,6 +350,7 @@ class Model:
         video: Any = None,
         audio: Any = None,
         image: Any = None,
+        flow: Any = None,
         *,
         rate: Any = None,
         batch_size: Any = 32,
@@ -354,6 +365,7 @@ class Model:
             video: see `embed`; given is what the model was fine-tuned on.
             audio: see `embed`.
             image: see `embed`.
+            flow: see `embed`.
             rate: see `embed`; the others too.
             batch_size: see `embed`.
             windows: see `embed`; a row for each. Published figures average `logits` over them.
@@ -370,7 +382,7 @@ class Model:
         Raises:
             ConfigError: as of `embed`; or the model was not fine-tuned.
         """
-        given = given_inputs(video=video, audio=audio, image=image)
+        given = given_inputs(video=video, audio=audio, image=image, flow=flow)
         request = Request('predict', rate, batch_size, windows, stride, on_error, quiet)
         return self._predict(given, request)
 

@@ -39,6 +39,8 @@ class ConfigError(ValueError):
 OPEN = (
     # {} for raw samples, so its fields cannot be required.
     'model.inputs.audio.mel',
+    # {} for none.
+    'model.inputs.flow',
     'model.towers',
     'model.encoder',
     'model.head',
@@ -122,6 +124,8 @@ RANGES: dict[str, tuple[float, float]] = {
     # Of MB/s; 0: measured.
     'object_store.bandwidth': (0, 1e6),
 }
+# Of config.model.inputs.flow, each with a value of its type.
+FLOW_FIELDS = {'frames': 32, 'size': 224, 'fps': 10.0, 'channels': 2}
 # Steps and rows are counted in int32 on the device.
 LARGEST_COUNT = 2**31 - 1
 # Field of (smallest, largest) -> upper bound of both.
@@ -637,11 +641,39 @@ def check_values(config: ConfigDict) -> None:
     if not 0 < fps < float('inf'):
         raise ConfigError(f'config.model.inputs.video.fps={fps:g}: expected a positive number.')
     _check_profile(config.profile)
-    _check_augmented_views(config)
+    # Configs of runs from before this field do not have it.
+    flow = config.model.inputs.get('flow')
+    if flow:
+        _check_flow(flow)
+    elif 'flow' in config.model.towers:
+        raise ConfigError(
+            'config.model.towers.flow reads optical flow and config.model.inputs.flow is empty; '
+            'set it to flow() of configs/default.py, or leave the tower out'
+        )
     for modality in config.data.mismatch:
-        choose(modality, config.model.inputs, 'config.data.mismatch')
+        given = [name for name, spec in config.model.inputs.items() if spec]
+        choose(modality, given, 'config.data.mismatch')
     for field, options in CHOICES.items():
         choose(_field(config, field), options, f'config.{field}')
+
+
+def _check_flow(flow: ConfigDict) -> None:
+    """Check config.model.inputs.flow, which is a group without fields or has them all."""
+    where = 'config.model.inputs.flow'
+    for name in flow:
+        if name not in FLOW_FIELDS:
+            raise ConfigError(f'{where}.{name}: no such field; {_suggestion(name, FLOW_FIELDS)}')
+    for name, example in FLOW_FIELDS.items():
+        if name not in flow:
+            raise ConfigError(
+                f'{where} lacks the field {name!r}; start from flow() of configs/default.py, which '
+                'has them all'
+            )
+        flow[name] = _typed(flow[name], example, f'{where}.{name}')
+        # Not `flow[name] <= 0`, which is False for NaN.
+        if not 0 < flow[name] <= LARGEST_COUNT:
+            raise ConfigError(f'{where}.{name}={flow[name]:g}: expected a positive number.')
+    choose(flow.channels, (2, 3), f'{where}.channels')
 
 
 def _field(config: ConfigDict, path: str) -> Any:

@@ -51,14 +51,15 @@ class Examples(Protocol):
         """An example of the same length as `example`, with any values in it."""
 
 
-def features(labels: Labels) -> tfds.features.FeaturesDict:
+def features(labels: Labels, has_flow: bool = False) -> tfds.features.FeaturesDict:
     """The features of one record.
 
-    Frames are JPEG (or H.264) bytes and audio is int16 PCM bytes. Both are opaque to tfds, so that
-    readers decode only the moments they need.
+    Frames are JPEG (or H.264) bytes, flows JPEG bytes and audio is int16 PCM bytes. All are opaque
+    to tfds, so that readers decode only the moments they need.
 
     Args:
         labels: label name -> (number of classes, whether it is multi-hot).
+        has_flow: whether optical flow is stored.
     """
     text = tfds.features.Text()
     raw_bytes = tfds.features.Tensor(shape=(), dtype=np.object_)
@@ -72,6 +73,11 @@ def features(labels: Labels) -> tfds.features.FeaturesDict:
             value = np.int32
         segment_labels[name] = sequence(value)
 
+    # Records without flow are those of before.
+    flow = {}
+    if has_flow:
+        # [T] JPEG of both planes (vatt_jax/inputs/optical_flow.py), one for each frame
+        flow['flow'] = sequence(raw_bytes)
     return tfds.features.FeaturesDict(
         {
             'id': text,  # path of the file below the folder
@@ -92,6 +98,7 @@ def features(labels: Labels) -> tfds.features.FeaturesDict:
             'segment_caption': sequence(text),
             'segment_labels': segment_labels,
             'ground_truth': text,  # JSON, whatever the annotations say about the file
+            **flow,
         }
     )
 
@@ -105,6 +112,7 @@ class Folder(
     Args:
         labels: as of `features`.
         splits: split -> its examples.
+        has_flow: as of `features`.
         kwargs: of the tfds builder.
     """
 
@@ -112,15 +120,20 @@ class Folder(
     # Nothing is downloaded. The inherited property looks for a checksum file beside this module.
     url_infos: dict = {}
 
-    def __init__(self, *, labels: Labels, splits: Mapping[str, Examples], **kwargs: Any):
+    def __init__(
+        self, *, labels: Labels, splits: Mapping[str, Examples], has_flow: bool, **kwargs: Any
+    ):
         # Set first: the constructor of tfds calls `_info`.
         self._labels = labels
+        self._has_flow = has_flow
         self._splits = splits
         super().__init__(file_format='array_record', **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
-            builder=self, features=features(self._labels), description='Prepared media files.'
+            builder=self,
+            features=features(self._labels, self._has_flow),
+            description='Prepared media files.',
         )
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
@@ -214,7 +227,13 @@ def _write_shard(path: os.PathLike, records: Iterable[bytes]) -> int:
     return num_bytes
 
 
-def write(directory: str, name: str, labels: Labels, splits: Mapping[str, Examples]) -> str:
+def write(
+    directory: str,
+    name: str,
+    labels: Labels,
+    splits: Mapping[str, Examples],
+    has_flow: bool = False,
+) -> str:
     """Write a tfds dataset.
 
     Args:
@@ -222,6 +241,7 @@ def write(directory: str, name: str, labels: Labels, splits: Mapping[str, Exampl
         name: of the dataset.
         labels: as of `features`.
         splits: split -> its examples.
+        has_flow: whether optical flow is stored.
 
     Returns:
         The folder that `tfds.builder_from_directory` reads.
@@ -233,7 +253,7 @@ def write(directory: str, name: str, labels: Labels, splits: Mapping[str, Exampl
 
     # A builder's name is a class attribute, which tfds reads while the class is created.
     builder_class = types.new_class(name, (Folder,), {'skip_registration': True}, fill_namespace)
-    builder = builder_class(labels=labels, splits=splits, data_dir=directory)
+    builder = builder_class(labels=labels, splits=splits, has_flow=has_flow, data_dir=directory)
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(
             try_download_gcs=False,

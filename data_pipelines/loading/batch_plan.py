@@ -19,17 +19,35 @@ from data_pipelines.loading import views as view_rules
 from data_pipelines.loading.data_source import Data, Request, Rows, blank_stream
 from data_pipelines.loading.lazy_split import LazySplit
 from data_pipelines.storage.frame_shapes import Shapes
+from vatt_jax.inputs.modalities import PICTURES, kind_of
 from vatt_jax.inputs.tokenizer import Tokenizer
 
 _DURATION_TOLERANCE = 1e-3  # seconds; segment times are float32, durations float64
 
 
 @dataclasses.dataclass(frozen=True)
+class PictureRequest:
+    """The pictures of one modality to read and decode: of the rows of a batch, or of one row.
+
+    Attributes:
+      frames: stored ones of each view in the order shown, -1 where the record has none.
+      corners: (y, x) in pixels where each view is cut to a square; None where frames travel whole.
+    """
+
+    frames: Int[np.ndarray, '*B views T']
+    corners: Int[np.ndarray, '*B views 2'] | None
+
+    def row(self, row: int) -> PictureRequest:
+        """The part of one row."""
+        corners = None if self.corners is None else self.corners[row]
+        return PictureRequest(self.frames[row], corners)
+
+
+@dataclasses.dataclass(frozen=True)
 class RowRequest:
     """What to read of one record; see `ReadRequest`, whose row it is."""
 
-    frames: Int[np.ndarray, 'views T'] | None
-    corners: Int[np.ndarray, 'views 2'] | None
+    pictures: dict[str, PictureRequest]
     first_samples: Int[np.ndarray, ' audio_views'] | None
     total_samples: int
 
@@ -40,10 +58,7 @@ class ReadRequest:
 
     Attributes:
       formats: for each row, the number of its record layout in `BatchPlanner.formats`.
-      frames: stored frames of each video view in the order shown, -1 where the record has none;
-        None without video.
-      corners: (y, x) in pixels where each video view is cut to a square; None where frames travel
-        whole.
+      pictures: of each modality that has views of pictures (video, flow).
       first_samples: first sample of each audio view, -1 where the record has none; None without
         audio.
       total_samples: samples that each record holds; None without audio.
@@ -51,16 +66,14 @@ class ReadRequest:
 
     # All arrays begin with the row, so `row` can hand the reader its part of each array.
     formats: Int[np.ndarray, ' B']
-    frames: Int[np.ndarray, 'B views T'] | None = None
-    corners: Int[np.ndarray, 'B views 2'] | None = None
+    pictures: dict[str, PictureRequest] = dataclasses.field(default_factory=dict)
     first_samples: Int[np.ndarray, 'B audio_views'] | None = None
     total_samples: Int[np.ndarray, ' B'] | None = None
 
     def row(self, row: int) -> RowRequest:
         """The part of one row."""
         return RowRequest(
-            frames=None if self.frames is None else self.frames[row],
-            corners=None if self.corners is None else self.corners[row],
+            pictures={name: request.row(row) for name, request in self.pictures.items()},
             first_samples=None if self.first_samples is None else self.first_samples[row],
             total_samples=0 if self.total_samples is None else int(self.total_samples[row]),
         )
@@ -73,14 +86,20 @@ class RecordTimes:
     Attributes:
       duration: in seconds.
       frames: how many are stored.
+      flows: how many optical flows are stored: none, or one for each frame.
       samples: how many are stored.
       fps: stored frames per second.
     """
 
     duration: Float[np.ndarray, ' B']
     frames: Int[np.ndarray, ' B']
+    flows: Int[np.ndarray, ' B']
     samples: Int[np.ndarray, ' B']
     fps: Float[np.ndarray, ' B']
+
+    def pictures(self, modality: str) -> Int[np.ndarray, ' B']:
+        """How many pictures of a modality are stored."""
+        return self.flows if modality == 'flow' else self.frames
 
 
 class BatchPlanner:
@@ -90,14 +109,14 @@ class BatchPlanner:
       inputs: config.model.inputs as dicts.
       request: how rows become a batch.
       splits: the datasets that `Rows.source` counts.
-      video_views: the video streams of the request, in order.
+      picture_views: modality -> its streams of pictures, in order; without those that have none.
       audio_views: the audio streams of the request, in order.
       formats: the different record layouts of the splits.
       height: rows of pixels of a frame of a batch.
       width: columns of pixels of a frame of a batch.
       cuts_squares: frames have several shapes, so that each is cut to a square of their common
         short side.
-      yields_planes: video leaves the decoder as YUV 4:2:0 planes instead of RGB.
+      yields_planes: video (not flow) leaves the decoder as YUV 4:2:0 planes instead of RGB.
     """
 
     def __init__(
@@ -120,7 +139,10 @@ class BatchPlanner:
         self.inputs = source.inputs
         self.request = request
         self.splits = splits
-        self.video_views = [view for view in request.views if view.modality == 'video']
+        self.picture_views: dict[str, list[view_rules.View]] = {}
+        for view in request.views:
+            if kind_of(view.modality) == PICTURES:
+                self.picture_views.setdefault(view.modality, []).append(view)
         self.audio_views = [view for view in request.views if view.modality == 'audio']
         self._data = source
         self._tokenizer = tokenizer
@@ -144,13 +166,14 @@ class BatchPlanner:
         self._format_numbers = np.array(format_numbers, np.int32)
         # One rate for each dataset: `prepare` resamples all its videos to it.
         self._stored_fps = np.array([split.prepared.meta['fps'] for split in splits])
+        self._has_flow = np.array([bool(split.prepared.flow) for split in splits])
 
         # Frames of one shape travel whole and the device crops. Mixed shapes are cut to squares of
         # their common short side on the host: anywhere along the long side in training, the middle
         # in evaluation; views may say where.
         # Only over these splits: an evaluation dataset of another shape does not change training.
         shapes: Shapes = set()
-        if self.video_views:
+        if self.picture_views:
             for split in splits:
                 shapes |= split.frame_shapes()
         self.cuts_squares = len(shapes) > 1
@@ -167,20 +190,18 @@ class BatchPlanner:
         all_h264 = all(layout.get('frames') == 'h264' for layout in layouts)
         self.yields_planes = is_training and not self.cuts_squares and all_h264
 
-    @property
-    def frame_shape(self) -> tuple[int, ...]:
-        """Shape of one decoded frame: (H, W, 3), or (H * 3 / 2, W) as planes."""
+    def frame_shape(self, modality: str) -> tuple[int, ...]:
+        """Shape of one decoded frame: (H, W, 3), or (H * 3 / 2, W) as planes; of flow (H, W, 2)."""
+        if modality == 'flow':
+            return (self.height, self.width, 2)
         if self.yields_planes:
             # H rows of Y, then U and V, a quarter of the pixels each: together H/2 rows of W.
             return (self.height * 3 // 2, self.width)
         return (self.height, self.width, 3)
 
-    @property
-    def frames_per_row(self) -> int:
-        """Frames of all video views of a row."""
-        if not self.video_views:
-            return 0
-        return len(self.video_views) * self.inputs['video']['frames']
+    def frames_per_row(self, modality: str) -> int:
+        """Frames of all views of a modality of a row."""
+        return len(self.picture_views[modality]) * self.inputs[modality]['frames']
 
     def record_numbers(self, rows: Rows) -> Int[np.ndarray, ' B']:
         """The record of each row, also where `Rows.index` counts segments."""
@@ -204,9 +225,11 @@ class BatchPlanner:
             begin = self._gather(rows, lambda split: split.index.segment_start, np.float64)
             end = self._gather(rows, lambda split: split.index.segment_end, np.float64)
             rows = dataclasses.replace(rows, index=self.record_numbers(rows))
+        frames = self._gather(rows, lambda split: split.index.frames, np.int64)
         times = RecordTimes(
             duration=self._gather(rows, lambda split: split.index.duration, np.float64),
-            frames=self._gather(rows, lambda split: split.index.frames, np.int64),
+            frames=frames,
+            flows=np.where(self._has_flow[rows.source], frames, 0),
             samples=self._gather(rows, lambda split: split.index.samples, np.int64),
             fps=self._stored_fps[rows.source],
         )
@@ -281,7 +304,7 @@ class BatchPlanner:
         elif view.modality == 'audio':
             stream['valid'] = times.samples > 0
         else:
-            stream['valid'] = times.frames > 0
+            stream['valid'] = times.pictures(view.modality) > 0
             # All rows have one frame shape by now, either stored that way or cut to squares.
             height = np.full(len(rows.index), self.height)
             width = np.full(len(rows.index), self.width)
@@ -383,34 +406,45 @@ class BatchPlanner:
         self, rows: Rows, starts: Mapping[str, np.ndarray], times: RecordTimes
     ) -> ReadRequest:
         formats = self._format_numbers[rows.source]  # [B]
-        frames = corners = first_samples = total_samples = None
-        if self.video_views:
-            frames = self._frame_numbers(starts, times)
-            if self.cuts_squares:
-                corners = self._square_corners(rows)
+        first_samples = total_samples = None
+        pictures = {}
+        for modality, views in self.picture_views.items():
+            frames = self._frame_numbers(modality, views, starts, times)
+            corners = self._square_corners(rows, views) if self.cuts_squares else None
+            pictures[modality] = PictureRequest(frames, corners)
         if self.audio_views:
             first_samples = self._first_samples(starts, times)
             total_samples = times.samples
-        return ReadRequest(formats, frames, corners, first_samples, total_samples)
+        return ReadRequest(formats, pictures, first_samples, total_samples)
 
     def _frame_numbers(
-        self, starts: Mapping[str, np.ndarray], times: RecordTimes
+        self,
+        modality: str,
+        views: list[view_rules.View],
+        starts: Mapping[str, np.ndarray],
+        times: RecordTimes,
     ) -> Int[np.ndarray, 'B views T']:
-        fps = self.inputs['video']['fps']
-        num_frames = self.inputs['video']['frames']
+        fps = self.inputs[modality]['fps']
+        num_frames = self.inputs[modality]['frames']
+        num_stored = times.pictures(modality)
         numbers_by_view = []
-        for view in self.video_views:
+        for view in views:
             numbers = frame_windows.frame_numbers(
-                starts[view.suffix], times.frames, times.fps, fps, num_frames
+                starts[view.suffix], num_stored, times.fps, fps, num_frames
             )
+            if view.kind == 'reverse' and modality == 'flow':
+                # From frame n back to n - 1 everything moves against the flow of frame n - 1.
+                numbers = np.maximum(numbers - 1, 0)
             # [B T]. Time runs backwards by reading the frames in the opposite order; nothing has
             # to be reversed after decoding.
             numbers_by_view.append(numbers[:, ::-1] if view.kind == 'reverse' else numbers)
         # All -1 or none in a row: the reader looks at the first number alone.
-        has_frames = (times.frames > 0)[:, None, None]
+        has_frames = (num_stored > 0)[:, None, None]
         return np.where(has_frames, np.stack(numbers_by_view, axis=1), -1).astype(np.int32)
 
-    def _square_corners(self, rows: Rows) -> Int[np.ndarray, 'B views 2']:
+    def _square_corners(
+        self, rows: Rows, views: list[view_rules.View]
+    ) -> Int[np.ndarray, 'B views 2']:
         """Upper left corners (y, x) of the squares, in pixels of the stored frames."""
         height = self._gather(rows, lambda split: split.index.height, np.int64)
         width = self._gather(rows, lambda split: split.index.width, np.int64)
@@ -422,7 +456,7 @@ class BatchPlanner:
             # Its own site in the key makes this draw independent of those for windows and crops.
             row_fraction = order.uniform(seed, rows.position, site, 1)[:, 0]
         fractions = []
-        for view in self.video_views:
+        for view in views:
             # A view may state its position, as those of three-crop evaluation do.
             fixed = view.crop
             fractions.append(row_fraction if fixed is None else np.full(len(rows.index), fixed))

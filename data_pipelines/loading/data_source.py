@@ -18,6 +18,7 @@ from data_pipelines.loading import frame_windows, order
 from data_pipelines.loading.views import View, streams, window_seconds
 from data_pipelines.storage.records import CLIPS, SPLITS
 from vatt_jax.inputs import tokenizer as tokenizers
+from vatt_jax.inputs.modalities import described
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Data:
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        self.inputs = {name: dict(spec) for name, spec in config.model.inputs.items()}
+        self.inputs = described(config.model.inputs)
         self.window = window_seconds(self.inputs)  # seconds
         self._views = streams(self.inputs, config.data.views)
 
@@ -310,7 +311,7 @@ class Data:
         height: Int[np.ndarray, ' B'],
         width: Int[np.ndarray, ' B'],
     ) -> tuple[Float32[np.ndarray, 'B 4'], Bool[np.ndarray, ' B']]:
-        """Crop and flip of one video stream.
+        """Crop and flip of one stream of pictures.
 
         Args:
           request: whether they are random.

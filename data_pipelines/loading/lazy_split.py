@@ -97,7 +97,7 @@ class LazySplit:
         return {(height, width) for height, width in self._description['frame_shapes']}
 
     def clip(
-        self, number: int, frames: Sequence[int], seconds: Sequence[int]
-    ) -> tuple[list[bytes], list[bytes]]:
+        self, number: int, frames: Sequence[int], seconds: Sequence[int], flows: Sequence[int] = ()
+    ) -> tuple[list[bytes], list[bytes], list[bytes]]:
         """Read parts of one record, see `Split.clip`."""
-        return self.open().clip(number, frames, seconds)
+        return self.open().clip(number, frames, seconds, flows)

@@ -19,11 +19,11 @@ from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
 from data_pipelines.errors import DataError
-from data_pipelines.loading.batch_plan import BatchPlanner, ReadRequest
-from data_pipelines.loading.data_source import Rows, blank_stream
-from data_pipelines.loading.record_reader import RecordReader, RowContents
-from data_pipelines.loading.views import View
+from data_pipelines.loading.batch_plan import BatchPlanner
+from data_pipelines.loading.data_source import Rows
+from data_pipelines.loading.record_reader import RecordReader, RowPictures
 from vatt_jax import extras
+from vatt_jax.inputs import optical_flow
 from vatt_jax.object_store import StoreError
 
 with extras.needed('data', 'reading prepared records'):
@@ -85,13 +85,16 @@ class RecordBatches(Iterator):
             ) from e
         # All rows of a batch carry its number through unbatch and batch.
         batch = self._planned.pop(int(arrays['batch_number'][0]))
-        if self._planner.video_views:
+        for modality, views in self._planner.picture_views.items():
             # Not .numpy(), which copies.
-            frames = np.asarray(memoryview(arrays['video']))  # [B views T ...]
-            for i, view in enumerate(self._planner.video_views):
+            frames = np.asarray(memoryview(arrays[modality]))  # [B views T ...]
+            for i, view in enumerate(views):
                 stream = batch[view.stream]
                 stream['data'] = np.ascontiguousarray(frames[:, i])
-                _empty_missing_windows(view, stream)
+                if modality == 'flow' and view.kind == 'reverse':
+                    # Rows without flow stay zeros.
+                    valid = stream['valid']
+                    stream['data'][valid] = optical_flow.negative(stream['data'][valid])
         return batch
 
     def close(self) -> None:
@@ -121,7 +124,7 @@ class RecordBatches(Iterator):
             num_parallel_calls=batches_at_once if batches_at_once > 1 else None,
             deterministic=True if batches_at_once > 1 else None,
         )
-        if self._planner.video_views:
+        if self._planner.picture_views:
             # Rows are decoded side by side, across the border of batches too, so that a heavy row
             # keeps nobody waiting.
             rows = batches.prefetch(1).unbatch()
@@ -141,13 +144,15 @@ class RecordBatches(Iterator):
         # (name, type, shape) of the arrays of `_fetch`, one row a line; a None is a size that only
         # the batch knows.
         columns: list[tuple[str, tf.DType, list[int | None]]] = [('batch_number', tf.int64, [None])]
-        if self._planner.video_views:
+        if self._planner.picture_views:
+            columns.append(('format', tf.int32, [None]))
+        for modality in self._planner.picture_views:
+            frames_per_row = self._planner.frames_per_row(modality)
             columns += [
-                ('format', tf.int32, [None]),
-                ('packets', tf.string, [None, None]),
-                ('entry_packets', tf.int32, [None, None]),
-                ('entry_corners', tf.int32, [None, None, 2]),
-                ('frame_entries', tf.int32, [None, self._planner.frames_per_row]),
+                (f'{modality}/packets', tf.string, [None, None]),
+                (f'{modality}/entry_packets', tf.int32, [None, None]),
+                (f'{modality}/entry_corners', tf.int32, [None, None, 2]),
+                (f'{modality}/frame_entries', tf.int32, [None, frames_per_row]),
             ]
         arrays = tf.numpy_function(self._fetch, [number], [dtype for _, dtype, _ in columns])
         tensors = {}
@@ -172,8 +177,10 @@ class RecordBatches(Iterator):
                 _empty_missing_windows(view, stream)
             self._planned[int(number)] = batch
             arrays = [np.full(len(contents), number)]  # of the batch, on every row
-            if self._planner.video_views:
-                arrays += _frame_arrays(contents, request)
+            if self._planner.picture_views:
+                arrays.append(request.formats)
+            for modality in self._planner.picture_views:
+                arrays += _frame_arrays([row.pictures[modality] for row in contents])
             return arrays
         except Exception as e:
             self._error = e
@@ -182,21 +189,32 @@ class RecordBatches(Iterator):
     # ---- in the graph: one row
     @tf.autograph.experimental.do_not_convert
     def _decode_row(self, row: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        clips = {name: self._decode_clips(name, row) for name in self._planner.picture_views}
+        return {'batch_number': row['batch_number'], **clips}
+
+    def _decode_clips(self, modality: str, row: dict[str, tf.Tensor]) -> tf.Tensor:
+        """The clips [views T ...] of a modality's views."""
         planner = self._planner
-        frame_shape = planner.frame_shape
-        num_frames = planner.inputs['video']['frames']
-        clip_shape = (len(planner.video_views), num_frames, *frame_shape)
+        frame_shape = planner.frame_shape(modality)
+        num_views = len(planner.picture_views[modality])
+        clip_shape = (num_views, planner.inputs[modality]['frames'], *frame_shape)
+        packets = row[f'{modality}/packets']
+        entry_corners = row[f'{modality}/entry_corners']
         # Without the entries that were added to make rows equally long.
-        entry_packets = tf.boolean_mask(row['entry_packets'], row['entry_packets'] >= 0)
+        entry_packets = row[f'{modality}/entry_packets']
+        entry_packets = tf.boolean_mask(entry_packets, entry_packets >= 0)
 
         def decode_jpegs() -> tf.Tensor:
             def decode(entry: tf.Tensor) -> tf.Tensor:
-                packet = row['packets'][entry_packets[entry]]
-                if not planner.cuts_squares:
+                packet = packets[entry_packets[entry]]
+                corner = entry_corners[entry] if planner.cuts_squares else None
+                if modality == 'flow':
+                    return _decode_flow(packet, corner, frame_shape)
+                if corner is None:
                     return tf.image.decode_jpeg(packet, channels=3)
                 # (y, x, height, width). Decoding and cropping in one op skips most of the blocks
                 # outside.
-                window = tf.concat([row['entry_corners'][entry], frame_shape[:2]], axis=0)
+                window = tf.concat([corner, frame_shape[:2]], axis=0)
                 return tf.image.decode_and_crop_jpeg(packet, window, channels=3)
 
             return tf.map_fn(
@@ -209,20 +227,20 @@ class RecordBatches(Iterator):
 
         def decode_h264() -> tf.Tensor:
             decode = functools.partial(_decode_h264, frame_shape, planner.yields_planes)
-            arguments = [row['packets'], entry_packets]
+            arguments = [packets, entry_packets]
             if planner.cuts_squares:
-                arguments.append(row['entry_corners'])
+                arguments.append(entry_corners)
             decoded = tf.numpy_function(decode, arguments, tf.uint8)
             return tf.ensure_shape(decoded, [None, *frame_shape])
 
         decoders = []
         for record_format in planner.formats:
-            is_h264 = record_format.get('frames') == 'h264'
+            is_h264 = modality == 'video' and record_format.get('frames') == 'h264'
             decoders.append(decode_h264 if is_h264 else decode_jpegs)
 
         def decode_clip() -> tf.Tensor:
             # Rows of one batch may come from sources with different layouts.
-            if len(decoders) > 1:
+            if len(set(decoders)) > 1:
                 decoded = tf.switch_case(row['format'], decoders)
             else:
                 decoded = decoders[0]()
@@ -232,24 +250,34 @@ class RecordBatches(Iterator):
             frames = tf.cond(
                 each_shown_once,
                 lambda: decoded,
-                lambda: tf.gather(decoded, row['frame_entries']),
+                lambda: tf.gather(decoded, row[f'{modality}/frame_entries']),
             )
             return tf.reshape(frames, clip_shape)
 
         has_frames = tf.size(entry_packets) > 0
-        clip = tf.cond(has_frames, decode_clip, lambda: tf.zeros(clip_shape, tf.uint8))
-        return {'batch_number': row['batch_number'], 'video': clip}
+        return tf.cond(has_frames, decode_clip, lambda: tf.zeros(clip_shape, tf.uint8))
 
 
-def _empty_missing_windows(view: View, stream: dict[str, Any]) -> None:
-    """Zero what was read in place of windows that records do not have."""
-    # Other views have every window, and zeros already where a record lacks the modality.
-    if view.apart is not None:
-        blank_stream(stream, ~stream['valid'])
+def _decode_flow(packet: tf.Tensor, corner: tf.Tensor | None, shape: tuple[int, ...]) -> tf.Tensor:
+    """The flow [H W 2] of what `optical_flow.to_planes` made, encoded as JPEG.
+
+    Args:
+      packet: the bytes.
+      corner: (y, x) where it is cut; None: nowhere.
+      shape: of the result.
+    """
+    planes = tf.image.decode_jpeg(packet, channels=1)[..., 0]  # [rows W]
+    height, width, _ = shape
+    y, x = (0, 0) if corner is None else (corner[0], corner[1])
+    # The vertical plane begins half-way down, below the rows that fill up the horizontal one.
+    vertical_y = y + tf.shape(planes)[0] // 2
+    horizontal = planes[y : y + height, x : x + width]
+    vertical = planes[vertical_y : vertical_y + height, x : x + width]
+    return tf.stack([horizontal, vertical], axis=-1)
 
 
-def _frame_arrays(contents: list[RowContents], request: ReadRequest) -> list[np.ndarray]:
-    """The columns of `_fetch_tensors` after the first, rows filled up to the longest one.
+def _frame_arrays(contents: list[RowPictures]) -> list[np.ndarray]:
+    """The columns of `_fetch_tensors` of one modality, rows filled up to the longest one.
 
     Packets are filled up with b'' and entries with packet -1.
     """
@@ -266,7 +294,7 @@ def _frame_arrays(contents: list[RowContents], request: ReadRequest) -> list[np.
         if row.entry_corners:
             entry_corners[i, : len(row.entry_corners)] = row.entry_corners
     frame_entries = np.array([row.frame_entries for row in contents], np.int32)
-    return [request.formats, packets, entry_packets, entry_corners, frame_entries]
+    return [packets, entry_packets, entry_corners, frame_entries]
 
 
 def _decode_h264(

@@ -15,7 +15,12 @@ from jaxtyping import Int, Int16
 
 from data_pipelines.errors import DataError
 from data_pipelines.loading import sample_windows
-from data_pipelines.loading.batch_plan import BatchPlanner, ReadRequest, RowRequest
+from data_pipelines.loading.batch_plan import (
+    BatchPlanner,
+    PictureRequest,
+    ReadRequest,
+    RowRequest,
+)
 from data_pipelines.loading.data_source import Rows, blank
 from data_pipelines.loading.lazy_split import LazySplit
 from data_pipelines.loading.requests_in_flight import RequestsInFlight
@@ -111,8 +116,8 @@ class ReadLog:
 
 
 @dataclasses.dataclass
-class RowContents:
-    """What was read of one row.
+class RowPictures:
+    """The pictures of one modality that were read of one row.
 
     Overlapping views ask for the same frames, and each frame is to be decoded once. Three lists say
     how: stored packets are decoded into entries (the different frames, or squares of frames), and
@@ -131,13 +136,24 @@ class RowContents:
       entry_corners: for each entry, the (y, x) in pixels where it is cut; empty where frames are
         not cut.
       frame_entries: for each frame of each view, one view after another, its entry.
-      audio: the windows of the audio views [views S]; None without audio.
     """
 
     packets: list[bytes]
     entry_packets: list[int]
     entry_corners: list[tuple[int, ...]]
     frame_entries: list[int]
+
+
+@dataclasses.dataclass
+class RowContents:
+    """What was read of one row.
+
+    Attributes:
+      pictures: of each modality that has views of pictures.
+      audio: the windows of the audio views [views S]; None without audio.
+    """
+
+    pictures: dict[str, RowPictures]
     audio: Int16[np.ndarray, 'views S'] | None
 
 
@@ -216,16 +232,26 @@ class RecordReader:
         if self._planner.audio_views:
             num_samples = self._planner.inputs['audio']['samples']
             audio = np.zeros((len(self._planner.audio_views), num_samples), np.int16)
-        # frame_entries must have its length for the batch to be an array. Its zeros are never
-        # looked up: a row without entries decodes to zeros.
-        return RowContents([], [], [], [0] * self._planner.frames_per_row, audio)
+        pictures = {}
+        for modality in self._planner.picture_views:
+            # frame_entries must have its length for the batch to be an array. Its zeros are never
+            # looked up: a row without entries decodes to zeros.
+            frame_entries = [0] * self._planner.frames_per_row(modality)
+            pictures[modality] = RowPictures([], [], [], frame_entries)
+        return RowContents(pictures, audio)
 
     def _read_row(self, split: LazySplit, record: int, request: RowRequest) -> RowContents:
         contents = self._empty_row()
-        packet_numbers: list[int] = []
-        # -1 in the first frame means -1 in all: the record has no pictures.
-        if request.frames is not None and request.frames[0, 0] >= 0:
-            packet_numbers = _assign_entries(contents, request, split.prepared.format)
+        # Flow is stored as JPEG, whatever the frames are stored as.
+        formats = {'video': split.prepared.format, 'flow': {}}
+        packet_numbers: dict[str, list[int]] = {}
+        for modality, pictures in request.pictures.items():
+            packet_numbers[modality] = []
+            # -1 in the first frame means -1 in all: the record has no pictures.
+            if pictures.frames[0, 0] >= 0:
+                packet_numbers[modality] = _assign_entries(
+                    contents.pictures[modality], pictures, formats[modality]
+                )
         rate = split.prepared.meta['rate']
         total = request.total_samples
         # Where the windows of the audio views begin; none for a record without sound.
@@ -241,7 +267,15 @@ class RecordReader:
                 needed.update(sample_windows.seconds(first, num_samples, total, rate))
             sound_pieces = sorted(needed)
 
-        contents.packets, sound = split.clip(record, packet_numbers, sound_pieces)
+        frames, sound, flows = split.clip(
+            record,
+            packet_numbers.get('video', []),
+            sound_pieces,
+            packet_numbers.get('flow', []),
+        )
+        for modality, packets in (('video', frames), ('flow', flows)):
+            if modality in contents.pictures:
+                contents.pictures[modality].packets = packets
         if first_samples:
             is_dmvr = split.prepared.format['kind'] == 'dmvr'
             # DMVR records hold float32 samples in [-1, 1], ours int16.
@@ -260,15 +294,16 @@ def _num_bytes(found: tuple[RowContents | None, str]) -> int:
     contents, _ = found
     if contents is None:
         return 0
-    sound = 0 if contents.audio is None else contents.audio.nbytes
-    return sum(len(packet) for packet in contents.packets) + sound
+    num_bytes = 0 if contents.audio is None else contents.audio.nbytes
+    for pictures in contents.pictures.values():
+        num_bytes += sum(len(packet) for packet in pictures.packets)
+    return num_bytes
 
 
 def _assign_entries(
-    contents: RowContents, request: RowRequest, record_format: dict[str, Any]
+    contents: RowPictures, request: PictureRequest, record_format: dict[str, Any]
 ) -> list[int]:
     """Fill the entries of `contents`; return the stored frames to read for them, ascending."""
-    assert request.frames is not None
     frames_by_view = request.frames.tolist()
     corner_by_view: list[tuple[int, ...]] = [()] * len(frames_by_view)
     if request.corners is not None:

@@ -28,6 +28,7 @@ from data_pipelines.loading.texts import Texts
 from data_pipelines.loading.worker_batches import WorkerBatches, useful_workers
 from data_pipelines.storage.record_index import Index
 from data_pipelines.storage.records import Prepared, read_entries
+from vatt_jax.inputs.modalities import PICTURES, kind_of
 from vatt_jax.inputs.tokenizer import Tokenizer
 from vatt_jax.object_store import StoreSettings
 
@@ -86,6 +87,7 @@ class Records(Data):
         # dataset.
         datasets = self._open_datasets(all_entries)
         self._check_frame_sizes(datasets, entries.values())
+        flow = self._check_flow(list(datasets.values()))
 
         self._mixture: list[MixtureSource] = []
         for name, entry in entries.items():
@@ -123,6 +125,8 @@ class Records(Data):
             'labels': labels,
             'sources': source_names or [self._evaluated.meta['name']],
         }
+        if flow:
+            self.info['flow'] = flow
         self._problems = ReadProblems(config.data.max_corrupt)
         # Weak references: an iterator that its user has dropped can be collected although this
         # object lives on.
@@ -146,12 +150,37 @@ class Records(Data):
         # shape, and a batch mixes sources; frames of different aspect ratios can be cut to a
         # square of this side, frames of different sizes cannot.
         train_sizes = {datasets[_dataset_key(entry)].meta['size'] for entry in entries}
-        if len(train_sizes) > 1 and 'video' in self.inputs:
+        has_pictures = any(kind_of(modality) == PICTURES for modality in self.inputs)
+        if len(train_sizes) > 1 and has_pictures:
             sizes = sorted({prepared.meta['size'] for prepared in datasets.values()})
             raise DataError(
                 f'the sources of config.data.train store frames of different sizes {sizes}; '
                 'prepare them with the same --size'
             )
+
+    def _check_flow(self, datasets: list[Prepared]) -> dict[str, Any]:
+        """How all optical flow was computed: {'method', 'bound', 'size'}; {} if none is read.
+
+        Raises:
+          DataError: no dataset has flow, or two have flow of different meaning.
+        """
+        if 'flow' not in self.inputs:
+            return {}
+        with_flow = [prepared for prepared in datasets if prepared.flow]
+        if not with_flow:
+            raise DataError(
+                f'config.model.inputs.flow is given and {datasets[0].path} has no optical flow; '
+                'prepare it again with --flow, or set the field to {}'
+            )
+        first = with_flow[0]
+        for prepared in with_flow:
+            if prepared.flow != first.flow or prepared.meta['size'] != first.meta['size']:
+                raise DataError(
+                    f'the optical flow of {prepared.path} is {prepared.flow} on frames of '
+                    f'{prepared.meta["size"]} pixels, that of {first.path} {first.flow} on '
+                    f'{first.meta["size"]}; prepare both with the same --flow and --size'
+                )
+        return {**first.flow, 'size': first.meta['size']}
 
     def _splits_of_mixture(self) -> dict[str, LazySplit]:
         """Splits that the mixture opened and an evaluation pass may read too.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int, Int16, Int32, UInt8
+from jaxtyping import Bool, Float, Float64, Int, Int16, Int32, Int64, UInt8
 from ml_collections import ConfigDict
 
 from data_pipelines.errors import DataError
@@ -31,7 +31,9 @@ from data_pipelines.loading.data_source import (
     tokenizer_of,
 )
 from data_pipelines.loading.texts import Texts
+from vatt_jax.inputs import optical_flow
 from vatt_jax.inputs import tokenizer as tokenizers
+from vatt_jax.inputs.modalities import PICTURES, SOUND, kind_of
 
 # Red, green and blue of each colour, at most 235: `_frames` adds 12.
 _COLOURS = {
@@ -89,6 +91,10 @@ class Synthetic(Data):
             'labels': {'class': list(CLASSES)},
             'sources': ['synthetic'],
         }
+        if 'flow' in self.inputs:
+            # As OpenCV would find it on frames of this size.
+            size = self.inputs['flow']['size']
+            self.info['flow'] = {'method': 'dis', 'bound': optical_flow.BOUND, 'size': size}
 
     def _sources(self, split: str, by: str) -> list[order.Source]:
         # A record is one segment, whichever `by` counts.
@@ -136,9 +142,10 @@ class Synthetic(Data):
                 'valid': np.ones(batch_size, bool),
                 'start': start.astype(np.float32),
             }
-            if view.modality == 'video':
-                stream['data'] = self._video(kind, instance, start)  # [B T H W 3]
-                size = np.full(batch_size, self.inputs['video']['size'])
+            if kind_of(view.modality) == PICTURES:
+                make = self._flow if view.modality == 'flow' else self._video
+                stream['data'] = make(kind, instance, start)  # [B T H W 3], of flow [B T H W 2]
+                size = np.full(batch_size, self.inputs[view.modality]['size'])
                 stream['box'], _ = self.crops(request, rows, view, size, size)
                 # A mirrored grating moves the other way, and direction is the class: never flip.
                 stream['flip'] = np.zeros(batch_size, bool)
@@ -148,8 +155,7 @@ class Synthetic(Data):
                 stream['data'], stream['mask'] = self._text(kind, start)  # [B K L], [B K]
                 stream['valid'] = stream['mask'].any(axis=-1)
             if view.kind == 'reverse' and view.modality != 'text':
-                stream['data'] = _reversed(stream['data'])
-            blank_stream(stream, ~has_window[view.suffix])
+                stream['data'] = _reversed(stream['data'], view.modality)
             batch[view.stream] = stream
         if request.segments and 'text' in self.inputs:
             batch['text.caption'] = self._captions(kind)
@@ -159,13 +165,14 @@ class Synthetic(Data):
         """Window starts {suffix: float64 [B]}, in seconds; NaN where there is no such window."""
         batch_size = len(rows.position)
         duration = np.full(batch_size, self._length)
-        # Without video any step will do: sound and text can begin anywhere.
-        fps = self.inputs['video']['fps'] if 'video' in self.inputs else 10.0
+        # Without pictures any step will do: sound and text can begin anywhere.
+        pictures = self.inputs.get('video') or self.inputs.get('flow') or {'fps': 10.0}
         segments = None
         if request.centred:
             segments = (np.zeros(batch_size), duration)  # the whole record is its one segment
         draw = self.draws(request, rows)
-        return view_rules.starts(request.views, self.window, duration, draw, segments, 1.0 / fps)
+        step = 1.0 / pictures['fps']
+        return view_rules.starts(request.views, self.window, duration, draw, segments, step)
 
     def _video(
         self,
@@ -176,6 +183,18 @@ class Synthetic(Data):
         spec = self.inputs['video']
         times = start[:, None] + np.arange(spec['frames']) / spec['fps']  # [B T]
         clips = [_frames(k, u, t, spec['size']) for k, u, t in zip(kind, instance, times)]
+        return np.stack(clips)
+
+    def _flow(
+        self,
+        kind: Int[np.ndarray, ' B'],
+        instance: Float64[np.ndarray, 'B 4'],
+        start: Float[np.ndarray, ' B'],
+    ) -> UInt8[np.ndarray, 'B T H W 2']:
+        spec = self.inputs['flow']
+        # One more: the flow of a frame is the motion until the next.
+        times = start[:, None] + np.arange(spec['frames'] + 1) / spec['fps']  # [B T+1]
+        clips = [_flow(k, u, t, spec['size']) for k, u, t in zip(kind, instance, times)]
         return np.stack(clips)
 
     def _audio(
@@ -231,8 +250,13 @@ def _row_fields(rows: Rows) -> dict[str, Any]:
     }
 
 
-def _reversed(data: np.ndarray) -> np.ndarray:
+def _reversed(data: np.ndarray, modality: str) -> np.ndarray:
     """Clips [B time ...] played backwards."""
+    if modality == 'flow':
+        # Backwards, frame i moves to i - 1, against the flow of i - 1; the first has none of its
+        # own.
+        before = np.concatenate([data[:, :1], data[:, :-1]], axis=1)
+        data = optical_flow.negative(before)
     # A view of negative stride would be copied by every later step that needs plain memory.
     return np.ascontiguousarray(data[:, ::-1])
 
@@ -270,18 +294,41 @@ def _frames(
     # Integer phases into a table of colours: no sine per pixel.
     colour, motion = CLASSES[kind].split()
     dy, dx = _MOTIONS[motion]
+    rise, drift = _phases(u, t, size)
+    along = np.arange(size) * rise  # [size]
     wave = 0.5 + 0.5 * np.sin(2 * np.pi * np.arange(_LEVELS) / _LEVELS)
     table = wave[:, None] * np.array(_COLOURS[colour])  # [levels 3]
     brightness = _envelope(u, t)[:, None, None]
     table = (table[None] * brightness + 12).astype(np.uint8)  # [T levels 3]
-    # Two to five stripes across the frame, which drift by 1.5 stripes a second.
-    along = np.arange(size) * int(_LEVELS * (2 + 3 * u[2]) / size)  # [size]
-    drift = (_LEVELS * (u[3] + 1.5 * t)).astype(np.int64)  # [T]
     phase = along[None] - drift[:, None] * (dy + dx)  # [T size]
     line = table[np.arange(len(t))[:, None], phase % _LEVELS]  # [T size 3]
     # The pattern varies only along its motion, so a line of it is repeated over the frame.
     line = line[:, :, None] if dy else line[:, None]
     return np.broadcast_to(line, (len(t), size, size, 3))
+
+
+def _phases(
+    u: Float64[np.ndarray, ' 4'], t: Float[np.ndarray, ' T'], size: int
+) -> tuple[int, Int64[np.ndarray, ' T']]:
+    """Levels that a grating rises by in a pixel, and by which it has drifted at seconds t."""
+    # Two to five stripes across the frame, which drift by 1.5 stripes a second.
+    rise = int(_LEVELS * (2 + 3 * u[2]) / size)
+    drift = (_LEVELS * (u[3] + 1.5 * t)).astype(np.int64)
+    return rise, drift
+
+
+def _flow(
+    kind: _Class, u: Float64[np.ndarray, ' 4'], t: Float[np.ndarray, ' T_plus_1'], size: int
+) -> UInt8[np.ndarray, 'T H W 2']:
+    """How far the grating of `_frames` moves from each of the seconds t to the next, quantised."""
+    _, motion = CLASSES[kind].split()
+    dy, dx = _MOTIONS[motion]
+    rise, drift = _phases(u, t, size)
+    # Frames of more than 512 pixels may have less than a level a pixel, and show no stripes.
+    pixels = np.diff(drift) / max(rise, 1)  # [T]
+    flow = pixels[:, None] * np.array([dx, dy])  # [T 2]
+    values = optical_flow.quantise(flow.astype(np.float32))
+    return np.broadcast_to(values[:, None, None], (len(pixels), size, size, 2))
 
 
 def _sound(
@@ -399,6 +446,8 @@ class Npz(Data):
             'labels': self._label_classes(info.get('labels') or {}),
             'sources': [path.name],
         }
+        if info.get('flow'):
+            self.info['flow'] = info['flow']
 
     def _label_classes(self, named: Mapping[str, list[str]]) -> dict[str, list[str]]:
         """Classes of every label: those the file names, and numbers for the others."""
@@ -441,10 +490,11 @@ class Npz(Data):
     def _row_shape(self, modality: str) -> tuple[int | None, ...]:
         """Shape of a row of a stream's data; None where any size will do."""
         spec = self.inputs[modality]
-        if modality == 'video':
+        kind = kind_of(modality)
+        if kind == PICTURES:
             # Frames are cropped and resized on the device, from whatever size they have.
-            return (spec['frames'], None, None, 3)
-        if modality == 'audio':
+            return (spec['frames'], None, None, 2 if modality == 'flow' else 3)
+        if kind == SOUND:
             return (spec['samples'],)
         return (spec['candidates'], spec['words'])
 
@@ -518,7 +568,7 @@ class Npz(Data):
             'valid': stored_or('valid', np.ones(batch_size, bool)),
             'start': stored_or('start', np.zeros(batch_size, np.float32)),
         }
-        if view.modality == 'video':
+        if kind_of(view.modality) == PICTURES:
             height, width = (np.full(batch_size, n) for n in stream['data'].shape[2:4])
             stream['box'], stream['flip'] = self.crops(request, rows, view, height, width)
             # In an evaluation the crop that was stored holds, unless the view asks for another.
@@ -530,7 +580,7 @@ class Npz(Data):
             stream['mask'] = stored_or('mask', (stream['data'] != 0).any(axis=-1))  # [B K]
             stream['valid'] = stream['mask'].any(axis=-1)
         elif is_made:
-            stream['data'] = _reversed(stream['data'])
+            stream['data'] = _reversed(stream['data'], view.modality)
         return stream
 
 

@@ -14,6 +14,8 @@ import numpy as np
 
 from data_pipelines.errors import DataError
 from data_pipelines.loading import frame_windows
+from vatt_jax.inputs import modalities
+from vatt_jax.inputs.modalities import MODALITIES
 
 # Kind of view -> the fields of its entry, and those it may have besides.
 # clip: a window of its own, anywhere, or at an `interval` from the main one. shift: the main one,
@@ -37,7 +39,7 @@ class View:
 
     Attributes:
       stream: its name in the batch.
-      modality: 'video', 'audio' or 'text'.
+      modality: entry of MODALITIES.
       suffix: '' for the main window; all streams of one suffix share one window.
       spec: the config's entry, as sorted pairs.
     """
@@ -115,7 +117,7 @@ def streams(
         main_spec = tuple(sorted(window.items()))
     result = []
     # In a fixed order, whatever the config's.
-    for modality in ('video', 'audio', 'text'):
+    for modality in MODALITIES:
         if modality in inputs:
             result.append(View(modality, modality, '', main_spec))
     spec_of_suffix: dict[str, tuple[tuple[str, Any], ...]] = {}
@@ -230,13 +232,9 @@ def _describe_kinds() -> str:
 
 
 def window_seconds(inputs: Mapping[str, Any]) -> float:
-    """Length of a window: the longer of the video clip and the audio clip (0 for text alone)."""
-    lengths = [0.0]
-    if 'video' in inputs:
-        lengths.append(inputs['video']['frames'] / inputs['video']['fps'])
-    if 'audio' in inputs:
-        lengths.append(inputs['audio']['samples'] / inputs['audio']['rate'])
-    return max(lengths)  # seconds
+    """Length of a window in seconds: that of the longest clip of any modality (0 for text)."""
+    lengths = [modalities.seconds(modality, spec) for modality, spec in inputs.items()]
+    return max(lengths, default=0.0)
 
 
 def starts(

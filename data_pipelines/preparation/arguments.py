@@ -9,6 +9,9 @@ from typing import Any
 
 from data_pipelines.errors import DataError
 from data_pipelines.preparation import decoded_files
+from vatt_jax import extras
+from vatt_jax.config import ConfigError
+from vatt_jax.inputs import optical_flow
 
 # Characters of a dataset's name: files are called so, with split and number behind it.
 _MAX_NAME = 128
@@ -25,6 +28,8 @@ def check_arguments(
     """Raise DataError for the first argument that makes no sense."""
     # yuv420p halves the colour planes, so H.264 needs an even size.
     size_fits = 8 <= settings.size <= 4096 and not (settings.crf and settings.size % 2)
+    if settings.flow:
+        size_fits &= settings.size >= optical_flow.SMALLEST
     # (flag, its value, whether it makes sense)
     checks: list[tuple[str, float, bool]] = [
         # The bounds are generous; they catch units that were mixed up, such as a rate in kHz.
@@ -75,6 +80,27 @@ def stored_crf(store: str, crf: int) -> int:
             '--crf from 1 (best) to 51'
         )
     return crf if store == 'h264' else 0
+
+
+def flow_method(flow: str) -> str:
+    """The method of optical flow, '' for none.
+
+    Args:
+        flow: the argument.
+
+    Raises:
+        DataError: there is no such method, or what is installed lacks it.
+        MissingExtra: OpenCV is not installed.
+    """
+    if flow:
+        try:
+            # Before anything is decoded.
+            optical_flow.Flows(flow)
+        except extras.MissingExtra:
+            raise
+        except ConfigError as error:
+            raise DataError(f'--{error}') from None
+    return flow
 
 
 def dataset_name(out: pathlib.Path) -> str:

@@ -7,6 +7,7 @@ A staged file has these parts, one behind the other:
     8 bytes     length of the header, little-endian
     header      JSON
     frames      JPEG each, or one H.264 packet each; the header has their lengths
+    flows       of each frame, JPEG each, where optical flow is stored; likewise
     audio       PCM samples, int16 little-endian
 
 It appears whole or not at all, and its name tells file and settings apart. Whatever is found of an
@@ -15,18 +16,20 @@ interrupted run can therefore be trusted.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
 from data_pipelines import media
+from vatt_jax.inputs import optical_flow
 
 # Part of every key, so raising it makes the next run decode everything again.
 _VERSION = 1  # of the staged format and of how media are decoded
@@ -43,6 +46,7 @@ class Settings:
         quality: of JPEG, 1 to 100.
         min_seconds: shorter files are skipped.
         crf: quality of H.264, which then takes the place of JPEG; 0 for JPEG.
+        flow: method of optical flow, '' for none.
     """
 
     fps: float
@@ -51,12 +55,17 @@ class Settings:
     quality: int
     min_seconds: float
     crf: int = 0
+    flow: str = ''
 
-    def words(self) -> list[float]:
+    def words(self) -> list[Any]:
         """The values of all fields that decide what comes out, for keys of files and runs."""
-        values = list(dataclasses.astuple(self))
-        # Without crf where frames are JPEG: keys from before H.264 could be stored remain valid.
-        return values if self.crf else values[:-1]
+        *values, crf, flow = dataclasses.astuple(self)
+        # Without what is not stored: keys from before H.264 and flow could be stored remain valid.
+        if crf:
+            values.append(crf)
+        if flow:
+            values += ['flow', flow, optical_flow.BOUND]
+        return values
 
 
 # slots: there may be many at once.
@@ -119,11 +128,12 @@ def stage_file(file: File, settings: Settings, target: str) -> None:
 
 
 def _decode(file: File, settings: Settings) -> tuple[dict[str, Any], list[bytes]]:
-    """Header, and the encoded frames followed by the PCM bytes. Raises MediaError."""
+    """Header, and the encoded frames followed by flows and PCM bytes. Raises MediaError."""
     # Filled in as decoding goes on (`pictures` runs while the frames are encoded): size and lengths
     # are known only then.
     header: dict[str, Any] = {'id': file.id, 'height': 0, 'width': 0, 'samples': 0, 'lengths': []}
     decoded = media.read(file.path, settings.fps, settings.size, settings.rate, part=file.part)
+    flows = _FlowEncoder(settings) if settings.flow else None
 
     def pictures() -> Iterator[UInt8[np.ndarray, 'H W 3']]:
         # Frames are encoded as they are decoded: a long video would not fit into memory.
@@ -133,12 +143,16 @@ def _decode(file: File, settings: Settings) -> tuple[dict[str, Any], list[bytes]
                 # H.264 leaves out an odd last row or column.
                 height, width = height // 2 * 2, width // 2 * 2
             header['height'], header['width'] = height, width
+            if flows:
+                flows.add(picture)
             yield picture
 
-    if settings.crf:
-        frames = media.encode_h264(pictures(), settings.fps, settings.crf)
-    else:
-        frames = _encode_jpegs(pictures(), settings.quality)
+    # Files are decoded side by side: OpenCV's threads would be too many.
+    with optical_flow.one_thread() if flows else contextlib.nullcontext():
+        if settings.crf:
+            frames = media.encode_h264(pictures(), settings.fps, settings.crf)
+        else:
+            frames = _encode_jpegs(pictures(), settings.quality)
 
     audio = decoded.audio
     if frames:
@@ -157,9 +171,13 @@ def _decode(file: File, settings: Settings) -> tuple[dict[str, Any], list[bytes]
 
     _check_unchanged(file)
     header['lengths'] = [len(frame) for frame in frames]
+    stored_flows: list[bytes] = []
+    if flows:
+        stored_flows = flows.finish()
+        header['flow_lengths'] = [len(flow) for flow in stored_flows]
     # Little-endian on every machine; the header says nothing of byte order.
     pcm = b'' if audio is None else audio.astype('<i2').tobytes()
-    return header, [*frames, pcm]
+    return header, [*frames, *stored_flows, pcm]
 
 
 def _check_unchanged(file: File) -> None:
@@ -188,6 +206,49 @@ def _encode_jpegs(pictures: Iterable[UInt8[np.ndarray, 'H W 3']], quality: int) 
     return encoded
 
 
+class _FlowEncoder:
+    """Encodes the optical flow between the pictures of a file, as they come."""
+
+    def __init__(self, settings: Settings):
+        self._flows = optical_flow.Flows(settings.flow)
+        self._is_h264 = bool(settings.crf)
+        self._quality = settings.quality
+        self._encoded: list[bytes] = []
+        self._last: np.ndarray | None = None
+        self._still = b''
+
+    def add(self, picture: UInt8[np.ndarray, 'H W 3']) -> None:
+        """The next picture."""
+        if picture is self._last:
+            # One that stays on display: nothing moves, which is encoded once.
+            if not self._still:
+                self._still = self._encode(optical_flow.still(*self._size(picture)))
+            self._encoded.append(self._still)
+            return
+        self._last = picture
+        height, width = self._size(picture)
+        flow = self._flows.next(picture[:height, :width])
+        if flow is not None:
+            self._encoded.append(self._encode(flow))
+
+    def finish(self) -> list[bytes]:
+        """The flow of each picture; the last one has that of the picture before it."""
+        if self._last is None:
+            return []
+        if not self._encoded:
+            return [self._encode(optical_flow.still(*self._size(self._last)))]
+        return [*self._encoded, self._encoded[-1]]
+
+    def _size(self, picture: UInt8[np.ndarray, 'H W 3']) -> tuple[int, int]:
+        """Height and width of the stored frame."""
+        height, width = picture.shape[:2]
+        # H.264 leaves out an odd last row or column.
+        return (height // 2 * 2, width // 2 * 2) if self._is_h264 else (height, width)
+
+    def _encode(self, flow: UInt8[np.ndarray, 'H W 2']) -> bytes:
+        return media.encode_jpeg(optical_flow.to_planes(flow), self._quality)
+
+
 def write(target: str, header: dict[str, Any], parts: list[bytes]) -> None:
     """Write a staged file, whole or not at all."""
     os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -207,13 +268,22 @@ def header(path: pathlib.Path) -> dict[str, Any]:
         return _read_header(stream)
 
 
-def content(path: pathlib.Path) -> tuple[list[bytes], bytes]:
-    """Encoded frames and PCM bytes of a staged file."""
+class Content(NamedTuple):
+    """What a staged file holds: encoded frames, their encoded flows if any, and PCM bytes."""
+
+    frames: list[bytes]
+    flows: list[bytes]
+    pcm: bytes
+
+
+def content(path: pathlib.Path) -> Content:
+    """Contents of a staged file."""
     with open(path, 'rb') as stream:
-        lengths = _read_header(stream)['lengths']
-        frames = [stream.read(length) for length in lengths]
+        header = _read_header(stream)
+        frames = [stream.read(length) for length in header['lengths']]
+        flows = [stream.read(length) for length in header.get('flow_lengths', ())]
         # The rest is audio, so its length is not stored twice.
-        return frames, stream.read()
+        return Content(frames, flows, stream.read())
 
 
 def _read_header(stream: BinaryIO) -> dict[str, Any]:

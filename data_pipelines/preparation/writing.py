@@ -20,6 +20,7 @@ from data_pipelines.preparation.splits import STORED_SPLITS
 from data_pipelines.storage import columns, record_index
 from data_pipelines.storage.index_writer import IndexWriter
 from data_pipelines.storage.records import SPLITS, shards, write_byte_offsets
+from vatt_jax.inputs import optical_flow
 
 
 def write_dataset(
@@ -54,7 +55,8 @@ def write_dataset(
         label: (num_classes or 0, num_classes is not None)
         for label, num_classes in multi_hot.items()
     }
-    return pathlib.Path(folder.write(str(stage_dir / 'tfds'), name, labels, splits))
+    has_flow = bool(records.settings.flow)
+    return pathlib.Path(folder.write(str(stage_dir / 'tfds'), name, labels, splits, has_flow))
 
 
 class _SplitExamples:
@@ -77,29 +79,35 @@ class _SplitExamples:
         """A record with its frames and its sound."""
         number = int(self._numbers[i])
         # Frames stay encoded; only bytes are moved from one file to another.
-        frames, pcm = decoded_files.content(self._records.staged_path(number))
-        return self._example(number, frames, pcm)
+        content = decoded_files.content(self._records.staged_path(number))
+        return self._example(number, content)
 
     def outline(self, i: int) -> dict[str, Any]:
-        """A record with zeros for frames and sound, which need not be read then."""
+        """A record with zeros for frames, flows and sound, which need not be read then."""
         number = int(self._numbers[i])
         header = decoded_files.header(self._records.staged_path(number))
-        frames = [bytes(length) for length in header['lengths']]
-        return self._example(number, frames, bytes(2 * header['samples']))  # int16
+        content = decoded_files.Content(
+            frames=[bytes(length) for length in header['lengths']],
+            flows=[bytes(length) for length in header.get('flow_lengths', ())],
+            pcm=bytes(2 * header['samples']),  # int16
+        )
+        return self._example(number, content)
 
-    def _example(self, number: int, frames: list[bytes], pcm: bytes) -> dict[str, Any]:
+    def _example(self, number: int, content: decoded_files.Content) -> dict[str, Any]:
         """One record in the form of `datasets.folder.features`."""
         record = self._records[number]
         settings = self._records.settings
-        example = {
+        example: dict[str, Any] = {
             'id': record['id'],
             'fps': settings.fps,
             'height': record['height'],
             'width': record['width'],
             'rate': settings.rate,
-            'frames': frames,
-            'audio': pcm,
+            'frames': content.frames,
+            'audio': content.pcm,
         }
+        if settings.flow:
+            example['flow'] = content.flows
         # Columns, one list for each field, as in the features.
         for field in ('text', 'start', 'end'):
             example[f'caption_{field}'] = [sentence[field] for sentence in record['sentences']]
@@ -184,7 +192,8 @@ def _write_index(
     numbers = records.numbers_of(split)
     ids = (file.id for file in Selection(records.files, numbers))
     written = numbers[folder.record_order(split, ids)]
-    stored = write_byte_offsets(produced, split, records.settings.rate)
+    settings = records.settings
+    stored = write_byte_offsets(produced, split, settings.rate, bool(settings.flow))
     with IndexWriter(record_index.folder_of(produced, split), multi_hot) as writer:
         # The one check of the way through the files: as many come back as were given, in order.
         for number, found in itertools.zip_longest(written, stored):
@@ -220,6 +229,10 @@ def _dataset_description(
     if settings.crf:
         # To show frame n, decoding begins at the keyframe n - n % gop.
         stored_format |= {'frames': 'h264', 'gop': media.GOP}
+    # Not in folders without flow, which are those of before.
+    flow: dict[str, Any] = {}
+    if settings.flow:
+        flow['flow'] = {'method': settings.flow, 'bound': optical_flow.BOUND}
     return {
         'version': record_index.VERSION,
         'name': name,
@@ -235,4 +248,5 @@ def _dataset_description(
         'splits': summary['splits'],
         'folds': summary.get('folds', []),
         'format': stored_format,
+        **flow,
     }

@@ -68,16 +68,19 @@ class Pieces:
         file_number, offset, length = self._tables.place(i)
         return bytes(self._read(file_number, [(offset, length)])[0])
 
-    def read(self, i: int, frames: Sequence[int], seconds: Sequence[int]) -> list[bytes]:
+    def read(
+        self, i: int, frames: Sequence[int], seconds: Sequence[int], flows: Sequence[int] = ()
+    ) -> list[bytes]:
         """Read pieces of record i.
 
         Args:
           i: number of the record.
           frames: numbers of frames.
           seconds: numbers of seconds of sound.
+          flows: numbers of optical flows.
 
         Returns:
-          The frames, and the seconds behind them.
+          The frames, the seconds behind them, and behind these the flows.
 
         Raises:
           ValueError: a piece is not what was written.
@@ -85,7 +88,7 @@ class Pieces:
           StoreError: the object store cannot be read.
         """
         file_number, record_begin, _ = self._tables.place(i)
-        pieces = self._tables.pieces(i, frames, seconds)
+        pieces = self._tables.pieces(i, frames, seconds, flows)
         # Not the order of the table: sound may lie before or behind the frames.
         runs = list(record_files.runs(pieces, self._files.apart))
         ranges = [(record_begin + begin, size) for (begin, size), _ in runs]

@@ -1,18 +1,21 @@
-"""The tables behind `byte_offsets`: 4 bytes a frame and 2 a second of sound.
+"""The tables behind `byte_offsets`: 4 bytes a frame or optical flow and 2 a second of sound.
 
-A piece is one frame (JPEG or one H.264 packet) or one second of sound. The folder pieces-SPLIT is a
-table (`columns`) of these columns, where a record's rows lie one behind the other in record order:
+A piece is one frame (JPEG or one H.264 packet), one optical flow or one second of sound. The
+folder pieces-SPLIT is a table (`columns`) of these columns, where a record's rows lie one behind
+the other in record order:
 
   of each record: offset in its file, length, offset in the record of its first frame
     (frame_begin) and of its sound (sound_begin), bytes of its sound (sound_bytes), and
     which rows of the columns below are its own (frame_row, second_row);
   of each frame: frame_length, the lower 16 bits of its bytes, and frame_crc, those of its crc32;
-  of each second of sound: second_crc, likewise.
+  of each second of sound: second_crc, likewise;
+  where optical flow is stored, flow_begin, flow_row, flow_length and flow_crc, as of frames.
 
 Where the second frame begins follows from where the first ends: between two values, a protocol
 buffer has nothing but the tags and lengths of the messages that hold the second. The writer
 compares. What does not follow is kept for whole records: the upper 16 bits of the lengths (`high`)
-where a frame has 64 KiB or more, and all offsets (`offsets`) where a foreign writer's differ.
+where a frame has 64 KiB or more, and all offsets (`offsets`) where a foreign writer's differ. (Of
+flow: `flow_high` and `flow_offsets`.)
 """
 
 from __future__ import annotations
@@ -41,7 +44,6 @@ _LOW = 0xFFFF
 _OF_RECORD = {
     'offset': np.int64,
     'length': np.uint32,
-    'frame_begin': np.uint32,
     'sound_begin': np.uint32,
     'sound_bytes': np.uint32,
 }
@@ -74,6 +76,7 @@ class PiecesWriter(FolderWriter):
         paths: Sequence[str | os.PathLike],
         second_bytes: int,
         nesting: int,
+        has_flow: bool = False,
     ):
         """Begin a table.
 
@@ -83,6 +86,7 @@ class PiecesWriter(FolderWriter):
           paths: the files of the records.
           second_bytes: of a second of sound.
           nesting: messages around each frame: EXAMPLE or SEQUENCE_EXAMPLE.
+          has_flow: whether optical flow is stored.
         """
         self._table = TableWriter(folder_of(folder, split))
         self._file_sizes = [os.path.getsize(path) for path in paths]
@@ -93,13 +97,11 @@ class PiecesWriter(FolderWriter):
         self._of_record = {
             name: self._table.column(name, dtype) for name, dtype in _OF_RECORD.items()
         }
-        self._frame_row = self._table.offsets('frame_row')
-        self._frame_length = self._table.column('frame_length', np.uint16)
-        self._frame_crc = self._table.column('frame_crc', np.uint16)
+        self._lists = [_ListWriter(self._table, 'frame', '', nesting)]
+        if has_flow:
+            self._lists.append(_ListWriter(self._table, 'flow', 'flow_', nesting))
         self._second_row = self._table.offsets('second_row')
         self._second_crc = self._table.column('second_crc', np.uint16)
-        self._high = _ExceptionsWriter(self._table, 'high', np.uint16)
-        self._offsets = _ExceptionsWriter(self._table, 'offsets', np.uint32)
 
     def add(
         self,
@@ -108,6 +110,7 @@ class PiecesWriter(FolderWriter):
         length: int,
         frames: UInt32[np.ndarray, 'frames 3'],
         seconds: UInt32[np.ndarray, 'seconds 3'],
+        flows: UInt32[np.ndarray, 'flows 3'] | None = None,
     ) -> None:
         """Add one record.
 
@@ -117,6 +120,7 @@ class PiecesWriter(FolderWriter):
           length: of the record, in bytes.
           frames: offset in the record, bytes and crc32 of each frame.
           seconds: likewise of each second of sound.
+          flows: likewise of each optical flow, where it is stored.
 
         Raises:
           ValueError: the sound is not in seconds one behind the other.
@@ -128,21 +132,13 @@ class PiecesWriter(FolderWriter):
         values = {
             'offset': offset,
             'length': length,
-            'frame_begin': int(frames[0, 0]) if len(frames) else 0,
             'sound_begin': sound_begin,
             'sound_bytes': sound_bytes,
         }
         for name, column in self._of_record.items():
             column.extend([values[name]])
-
-        offsets, lengths = frames[:, 0], frames[:, 1].astype(np.int64)
-        self._frame_row.extend([len(frames)])
-        self._frame_length.extend(lengths & _LOW)
-        self._frame_crc.extend(frames[:, 2] & _LOW)
-        if (lengths > _LOW).any():
-            self._high.add(self._num_records, lengths >> 16)
-        if not np.array_equal(offsets, _offsets(values['frame_begin'], lengths, self._nesting)):
-            self._offsets.add(self._num_records, offsets)
+        for writer, entries in zip(self._lists, (frames, flows)):
+            writer.add(self._num_records, entries)
         self._second_row.extend([len(seconds)])
         self._second_crc.extend(seconds[:, 2] & _LOW)
         self._num_records += 1
@@ -158,9 +154,9 @@ class PiecesWriter(FolderWriter):
             'file_bytes': self._file_sizes,
             # First record of each file, and the number of all.
             'file_first': [*self._file_first, *[self._num_records] * missing],
-            'high': self._high.num_records,
-            'offsets': self._offsets.num_records,
         }
+        for writer in self._lists:
+            self._table.about |= writer.about()
         self._table.finish()
         self._table.publish()
 
@@ -193,7 +189,6 @@ class PieceTables:
         path = folder_of(folder, split)
         table = Table(path, again)
         num_records = table.number('records')
-        num_frames = int(frames.sum(dtype=np.int64))
         if num_records != len(frames):
             raise DataError(
                 f'{folder}: split {split!r} has {num_records} records and its index '
@@ -202,15 +197,14 @@ class PieceTables:
         self._of_record = {
             name: table.column(name, dtype, (num_records,)) for name, dtype in _OF_RECORD.items()
         }
-        self._frame_row = table.offsets('frame_row', num_records, num_frames)
-        self._frame_length = table.column('frame_length', np.uint16, (num_frames,))
-        self._frame_crc = table.column('frame_crc', np.uint16, (num_frames,))
+        self._frames = _List(table, 'frame', '', int(frames.sum(dtype=np.int64)))
+        self._flows: _List | None = None
+        # Tables of datasets without flow do not mention it.
+        if 'flow_high' in table.about:
+            self._flows = _List(table, 'flow', 'flow_', int(frames.sum(dtype=np.int64)))
         self._second_row = table.offsets('second_row', num_records)
         self._second_crc = table.column('second_crc', np.uint16, (int(self._second_row[-1]),))
-        self._high = _Exceptions(table, 'high', np.uint16)
-        self._offsets = _Exceptions(table, 'offsets', np.uint32)
         self._second_bytes = table.number('second_bytes')
-        self._nesting = table.number('nesting')
         self.file_sizes: list[int] = table.entry('file_bytes', list)
         self._file_first: list[int] = table.entry('file_first', list)
 
@@ -222,26 +216,20 @@ class PieceTables:
         file = bisect.bisect_right(self._file_first, i) - 1
         return file, int(self._of_record['offset'][i]), int(self._of_record['length'][i])
 
-    def pieces(self, i: int, frames: Sequence[int], seconds: Sequence[int]) -> list[Piece]:
-        """Frames and seconds of sound of record i, by their numbers in the record."""
-        return [*self._frames(i, frames), *self._seconds(i, seconds)]
+    def pieces(
+        self, i: int, frames: Sequence[int], seconds: Sequence[int], flows: Sequence[int] = ()
+    ) -> list[Piece]:
+        """Frames, seconds of sound and flows of record i, by their numbers in the record.
 
-    def _frames(self, i: int, numbers: Sequence[int]) -> list[Piece]:
-        if not len(numbers):
-            return []
-        # Only what lies before the last one: offsets are sums of lengths.
-        first = int(self._frame_row[i])
-        rows = slice(first, first + max(numbers) + 1)
-        count = rows.stop - rows.start
-        lengths = self._frame_length[rows].astype(np.int64)
-        high = self._high.of(i)
-        if high is not None:
-            lengths += high[:count].astype(np.int64) << 16
-        offsets = self._offsets.of(i)
-        if offsets is None:
-            offsets = _offsets(int(self._of_record['frame_begin'][i]), lengths, self._nesting)
-        checksums = self._frame_crc[rows]
-        return [Piece(int(offsets[k]), int(lengths[k]), int(checksums[k])) for k in numbers]
+        Raises:
+          ValueError: flows of a dataset without them.
+        """
+        found = [*self._frames.pieces(i, frames), *self._seconds(i, seconds)]
+        if not len(flows):
+            return found
+        if self._flows is None:
+            raise ValueError('its table says nothing of optical flow')
+        return [*found, *self._flows.pieces(i, flows)]
 
     def _seconds(self, i: int, numbers: Sequence[int]) -> list[Piece]:
         begin = int(self._of_record['sound_begin'][i])
@@ -253,6 +241,88 @@ class PieceTables:
             size = min(self._second_bytes, end - offset)
             pieces.append(Piece(begin + offset, size, int(self._second_crc[first + number])))
         return pieces
+
+
+class _ListWriter:
+    """Writes where the entries of one list lie in each record: its frames, or its flows."""
+
+    def __init__(self, table: TableWriter, name: str, prefix: str, nesting: int):
+        """Begin the columns of a list.
+
+        Args:
+          table: of all columns.
+          name: of an entry, with which the columns' names begin.
+          prefix: of the names of exceptions; frames have none.
+          nesting: messages around each entry.
+        """
+        self._prefix = prefix
+        self._nesting = nesting
+        self._begin = table.column(f'{name}_begin', np.uint32)
+        self._row = table.offsets(f'{name}_row')
+        self._length = table.column(f'{name}_length', np.uint16)
+        self._crc = table.column(f'{name}_crc', np.uint16)
+        self._high = _ExceptionsWriter(table, f'{prefix}high', np.uint16)
+        self._offsets = _ExceptionsWriter(table, f'{prefix}offsets', np.uint32)
+
+    def add(self, record: int, entries: UInt32[np.ndarray, 'n 3'] | None) -> None:
+        """Add the list of a record.
+
+        Args:
+          record: its number.
+          entries: offset in the record, bytes and crc32 of each; None: there are none.
+        """
+        if entries is None:
+            entries = np.zeros((0, 3), np.uint32)
+        begin = int(entries[0, 0]) if len(entries) else 0
+        offsets, lengths = entries[:, 0], entries[:, 1].astype(np.int64)
+        self._begin.extend([begin])
+        self._row.extend([len(entries)])
+        self._length.extend(lengths & _LOW)
+        self._crc.extend(entries[:, 2] & _LOW)
+        if (lengths > _LOW).any():
+            self._high.add(record, lengths >> 16)
+        if not np.array_equal(offsets, _offsets(begin, lengths, self._nesting)):
+            self._offsets.add(record, offsets)
+
+    def about(self) -> dict[str, int]:
+        """What table.json says of the list."""
+        return {
+            f'{self._prefix}high': self._high.num_records,
+            f'{self._prefix}offsets': self._offsets.num_records,
+        }
+
+
+class _List:
+    """Where the entries of one list lie in each record."""
+
+    def __init__(self, table: Table, name: str, prefix: str, num_entries: int):
+        """Open what `_ListWriter` wrote; `num_entries`: of all records, as the index says."""
+        num_records = table.number('records')
+        self._begin = table.column(f'{name}_begin', np.uint32, (num_records,))
+        self._row = table.offsets(f'{name}_row', num_records, num_entries)
+        self._length = table.column(f'{name}_length', np.uint16, (num_entries,))
+        self._crc = table.column(f'{name}_crc', np.uint16, (num_entries,))
+        self._high = _Exceptions(table, f'{prefix}high', np.uint16)
+        self._offsets = _Exceptions(table, f'{prefix}offsets', np.uint32)
+        self._nesting = table.number('nesting')
+
+    def pieces(self, i: int, numbers: Sequence[int]) -> list[Piece]:
+        """Entries of record i, by their numbers."""
+        if not len(numbers):
+            return []
+        # Only what lies before the last one: offsets are sums of lengths.
+        first = int(self._row[i])
+        rows = slice(first, first + max(numbers) + 1)
+        count = rows.stop - rows.start
+        lengths = self._length[rows].astype(np.int64)
+        high = self._high.of(i)
+        if high is not None:
+            lengths += high[:count].astype(np.int64) << 16
+        offsets = self._offsets.of(i)
+        if offsets is None:
+            offsets = _offsets(int(self._begin[i]), lengths, self._nesting)
+        checksums = self._crc[rows]
+        return [Piece(int(offsets[k]), int(lengths[k]), int(checksums[k])) for k in numbers]
 
 
 class _ExceptionsWriter:

@@ -22,10 +22,11 @@ Span = tuple[int, int]
 
 
 class Pieces(NamedTuple):
-    """Offset in the record, bytes and crc32 of each frame and of each second of sound."""
+    """Offset in the record, bytes and crc32 of each frame, second of sound and optical flow."""
 
     frames: UInt32[np.ndarray, 'frames 3']
     seconds: UInt32[np.ndarray, 'seconds 3']
+    flows: UInt32[np.ndarray, 'flows 3']
 
 
 def pieces_of_example(raw: bytes, rate: int) -> tuple[str, Pieces]:
@@ -42,14 +43,15 @@ def pieces_of_example(raw: bytes, rate: int) -> tuple[str, Pieces]:
     values: dict[str, list[Span]] = {}
     for _, begin, end in _fields(message, 0, len(message)):  # Example.features
         for name, feature in _map_entries(message, begin, end):  # Features.feature
-            if name in ('id', 'frames', 'audio'):
+            if name in ('id', 'frames', 'audio', 'flow'):
                 values[name] = _values(message, *feature)
     id_begin, id_end = values['id'][0]
     record_id = bytes(message[id_begin:id_end]).decode()
     # A record without sound has an empty list, or none.
     sound = values['audio'][0] if values.get('audio') else (0, 0)
     frames = values.get('frames', [])
-    return record_id, _pieces(message, frames, sound, 2 * rate)  # int16
+    flows = values.get('flow', [])  # of a dataset prepared with --flow
+    return record_id, _pieces(message, frames, sound, 2 * rate, flows)  # int16
 
 
 def pieces_of_sequence_example(raw: bytes, frames: str, audio: str, rate: int) -> Pieces:
@@ -106,13 +108,19 @@ def _values(message: memoryview, begin: int, end: int) -> list[Span]:
     return spans
 
 
-def _pieces(message: memoryview, frames: Sequence[Span], sound: Span, second: int) -> Pieces:
+def _pieces(
+    message: memoryview,
+    frames: Sequence[Span],
+    sound: Span,
+    second: int,
+    flows: Sequence[Span] = (),
+) -> Pieces:
     """The pieces of a record; `second`: bytes of a second of sound."""
     sound_begin, sound_end = sound
     seconds = []
     for begin in range(sound_begin, sound_end, second):
         seconds.append((begin, min(begin + second, sound_end)))
-    return Pieces(_table(message, frames), _table(message, seconds))
+    return Pieces(_table(message, frames), _table(message, seconds), _table(message, flows))
 
 
 def _table(message: memoryview, spans: Sequence[Span]) -> UInt32[np.ndarray, 'n 3']:

@@ -101,13 +101,17 @@ def shards(folder: str | os.PathLike, split: str) -> list[str]:
     return sorted(str(path) for path in pathlib.Path(folder).glob(f'*-{split}.array_record-*-of-*'))
 
 
-def pieces_writer(folder: pathlib.Path, split: str, rate: int) -> PiecesWriter:
+def pieces_writer(folder: pathlib.Path, split: str, rate: int, has_flow: bool) -> PiecesWriter:
     """Of the records of `prepare`, whose files are in the folder."""
     # Sound is int16.
-    return PiecesWriter(folder, split, shards(folder, split), 2 * rate, piece_tables.EXAMPLE)
+    second_bytes = 2 * rate
+    paths = shards(folder, split)
+    return PiecesWriter(folder, split, paths, second_bytes, piece_tables.EXAMPLE, has_flow)
 
 
-def write_byte_offsets(folder: pathlib.Path, split: str, rate: int) -> Iterator[tuple[str, int]]:
+def write_byte_offsets(
+    folder: pathlib.Path, split: str, rate: int, has_flow: bool
+) -> Iterator[tuple[str, int]]:
     """Read all records of a split once and write the table of `piece_tables`.
 
     The table is there behind the last record: only for a caller that exhausts the iterator.
@@ -116,16 +120,17 @@ def write_byte_offsets(folder: pathlib.Path, split: str, rate: int) -> Iterator[
       folder: of the records.
       split: which records.
       rate: samples a second.
+      has_flow: whether the records hold optical flow.
 
     Yields:
       (id, crc32) of each record, in record order.
     """
     paths = shards(folder, split)
-    with pieces_writer(folder, split, rate) as writer:
+    with pieces_writer(folder, split, rate, has_flow) as writer:
         for shard, path in enumerate(paths):
             for offset, raw in array_records(path):
                 record_id, pieces = record_messages.pieces_of_example(raw, rate)
-                writer.add(shard, offset, len(raw), pieces.frames, pieces.seconds)
+                writer.add(shard, offset, len(raw), *pieces)
                 yield record_id, zlib.crc32(raw)
 
 
@@ -248,6 +253,11 @@ class Prepared:
         return self.format['kind'] == 'example'
 
     @property
+    def flow(self) -> dict[str, Any]:
+        """How its optical flow was computed: `method`, and the `bound` in pixels; {} without."""
+        return self.meta.get('flow', {})
+
+    @property
     def again(self) -> str:
         """How to make it again, for the ends of errors."""
         if self.is_ours:
@@ -305,7 +315,7 @@ class Prepared:
         """Writes the table of a stored split's byte offsets."""
         rate = self.meta['rate']
         if self.is_ours:
-            return pieces_writer(self.folder, split, rate)
+            return pieces_writer(self.folder, split, rate, bool(self.flow))
         paths = self.files(split).paths
         # Sound is float32.
         return PiecesWriter(self.folder, split, paths, 4 * rate, piece_tables.SEQUENCE_EXAMPLE)
@@ -321,7 +331,7 @@ class Prepared:
             )
         try:
             # The ids are of no use here; exhausting the iterator writes the tables.
-            for _ in write_byte_offsets(self.folder, split, self.meta['rate']):
+            for _ in write_byte_offsets(self.folder, split, self.meta['rate'], bool(self.flow)):
                 pass
         except OSError as e:
             raise DataError(
@@ -340,23 +350,34 @@ class Prepared:
         """
         where = 'config.model.inputs'
         again = f'prepare {self.path} again with'
-        if 'video' in inputs:
-            fps = inputs['video']['fps']
-            stored_fps = self.meta['fps']
+        pictures = ['video'] if 'video' in inputs else []
+        # A dataset without flow may be part of a mixture; its flow counts as missing.
+        if 'flow' in inputs and self.flow:
+            pictures.append('flow')
+        stored_fps = self.meta['fps']
+        stored_size = self.meta['size']
+        for modality in pictures:
+            fps = inputs[modality]['fps']
             # Equality up to rounding: rates such as 30000 / 1001 are given as decimals.
             if fps > stored_fps * (1 + 1e-6):
                 raise DataError(
-                    f'{where}.video.fps is {fps:g} and {self.path} stores {stored_fps:g} frames '
-                    f'per second; {again} --fps={fps:g} or more, or set the field to at most '
+                    f'{where}.{modality}.fps is {fps:g} and {self.path} stores {stored_fps:g} '
+                    f'frames per second; {again} --fps={fps:g} or more, or set the field to at '
+                    f'most {stored_fps:g}'
+                )
+            # Displacements are those from one stored frame to the next.
+            if modality == 'flow' and fps < stored_fps * (1 - 1e-6):
+                raise DataError(
+                    f'{where}.flow.fps is {fps:g} and {self.path} stores the flow between frames '
+                    f'at {stored_fps:g} per second; {again} --fps={fps:g}, or set the field to '
                     f'{stored_fps:g}'
                 )
-            size = inputs['video']['size']
-            stored_size = self.meta['size']
+            size = inputs[modality]['size']
             if size > stored_size:
                 raise DataError(
-                    f'{where}.video.size is {size} and {self.path} stores frames of {stored_size} '
-                    f'pixels; {again} --size={size} or more, or set the field to at most '
-                    f'{stored_size}'
+                    f'{where}.{modality}.size is {size} and {self.path} stores frames of '
+                    f'{stored_size} pixels; {again} --size={size} or more, or set the field to at '
+                    f'most {stored_size}'
                 )
         if 'audio' in inputs:
             rate = inputs['audio']['rate']
@@ -435,25 +456,27 @@ class Split:
         return raw, ''
 
     def clip(
-        self, number: int, frames: Sequence[int], seconds: Sequence[int]
-    ) -> tuple[list[bytes], list[bytes]]:
+        self, number: int, frames: Sequence[int], seconds: Sequence[int], flows: Sequence[int] = ()
+    ) -> tuple[list[bytes], list[bytes], list[bytes]]:
         """Read parts of one record.
 
         Args:
           number: of the record.
           frames: numbers of stored frames, ascending.
           seconds: numbers of the pieces of sound, of a second each, ascending.
+          flows: numbers of the optical flows, ascending.
 
         Returns:
-          The frames and the pieces of sound.
+          The frames, the pieces of sound and the flows.
 
         Raises:
           ValueError: one is damaged.
           OSError: the file cannot be read.
           StoreError: the object store cannot be read: nothing is known about the record.
         """
-        contents = self._pieces.read(self._row(number), frames, seconds)
-        return contents[: len(frames)], contents[len(frames) :]
+        contents = self._pieces.read(self._row(number), frames, seconds, flows)
+        first_flow = len(frames) + len(seconds)
+        return contents[: len(frames)], contents[len(frames) : first_flow], contents[first_flow:]
 
 
 def _with_fold_labels(index: Index, folds: np.ndarray) -> Index:

@@ -144,10 +144,15 @@ class PieceTables:
         """All pieces of record i."""
         rows = np.asarray(self._pieces[self._firsts[i] : self._firsts[i + 1]])
         num_frames = int(self._frames[i])
-        return record_messages.Pieces(rows[:num_frames], rows[num_frames:])
+        no_flows = rows[:0]
+        return record_messages.Pieces(rows[:num_frames], rows[num_frames:], no_flows)
 
-    def pieces(self, i: int, frames: Sequence[int], seconds: Sequence[int]) -> list[Piece]:
+    def pieces(
+        self, i: int, frames: Sequence[int], seconds: Sequence[int], flows: Sequence[int] = ()
+    ) -> list[Piece]:
         """See `piece_tables.PieceTables.pieces`."""
+        if len(flows):
+            raise ValueError('a dataset of version 1 has no optical flow')
         record = self.record(i)
         rows = [*record.frames[frames].tolist(), *record.seconds[seconds].tolist()]
         return [Piece(*row) for row in rows]

@@ -78,7 +78,7 @@ def test_records_of_a_file_and_any_part_of_them(tmp_path):
         for numbers in ([0, 1, 2], [2, 0], [1], []):
             assert pieces.read(i, numbers, []) == cut_out(record, tables[i][numbers])
 
-    opened._frame_crc = opened._frame_crc ^ np.uint16(1)
+    opened._frames._crc = opened._frames._crc ^ np.uint16(1)
     with pytest.raises(ValueError, match='crc32'):
         pieces.read(10, [1], [])
     with pytest.raises(DataError, match='has 44 records and its index 43; again'):

@@ -164,6 +164,6 @@ def test_full_disk_while_decoding_and_while_writing(tmp_path, monkeypatch, capsy
     assert len(split) == 4
     _, reasons = split.read(np.arange(4))
     assert not any(reasons)
-    frames, sound = split.clip(0, range(10), [0])
+    frames, sound, _ = split.clip(0, range(10), [0])
     assert len(frames) == 10
     chex.assert_shape(np.frombuffer(sound[0], '<i2'), (RATE,))

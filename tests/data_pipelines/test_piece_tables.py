@@ -68,7 +68,7 @@ def write_tables(folder, records, nesting, change=None):
     begin = 0
     with PiecesWriter(folder, 'train', [path], sample_bytes * RATE, nesting) as writer:
         for raw in records:
-            frames, seconds = find_pieces(raw, nesting)
+            frames, seconds, _ = find_pieces(raw, nesting)
             if change is not None:
                 frames = change(frames)
             writer.add(0, begin, len(raw), frames, seconds)
@@ -275,3 +275,45 @@ def test_processes_map_one_table(tmp_path):
     assert [queue.get(timeout=120) for _ in processes] == [expected] * 2
     for process in processes:
         process.join()
+
+
+def test_flows_come_back_beside_frames_and_sound(tmp_path):
+    """Also long ones, and of a record that has none."""
+    contents = [([3, 400, 5], [100, 70000, 7], 25), ([], [], 12), ([9], [130], 0)]
+    records, expected = [], []
+    for frame_sizes, flow_sizes, num_samples in contents:
+        raw, sound = example_of(frames_of(frame_sizes), num_samples)
+        message = tf.train.Example.FromString(raw)
+        flows = [bytes([200 + i]) * size for i, size in enumerate(flow_sizes)]
+        message.features.feature['flow'].bytes_list.value[:] = flows
+        records.append(message.SerializeToString(deterministic=True))
+        expected.append((frames_of(frame_sizes), seconds_of(sound, 2), flows))
+    path = tmp_path / 'records'
+    path.write_bytes(b''.join(records))
+    begin = 0
+    with PiecesWriter(tmp_path, 'train', [path], 2 * RATE, EXAMPLE, has_flow=True) as writer:
+        for raw in records:
+            _, pieces = record_messages.pieces_of_example(raw, RATE)
+            writer.add(0, begin, len(raw), *pieces)
+            begin += len(raw)
+    tables = open_tables(tmp_path, [3, 0, 1])
+    pieces = byte_offsets.Pieces(tables, LocalFiles([path]), False, 'split', 'again')
+    for i, (frames, seconds, flows) in enumerate(expected):
+        numbers = range(len(flows))
+        assert pieces.read(i, numbers, range(len(seconds)), numbers) == [
+            *frames,
+            *seconds,
+            *flows,
+        ]
+        for k in numbers:
+            assert pieces.read(i, [], [], [k]) == [flows[k]]
+
+
+def test_tables_without_flow_are_asked_for_it(tmp_path):
+    raw, _ = example_of(frames_of([3]), 0)
+    path = write_tables(tmp_path, [raw], EXAMPLE)
+    pieces = byte_offsets.Pieces(
+        open_tables(tmp_path, [1]), LocalFiles([path]), False, 'split', 'again'
+    )
+    with pytest.raises(ValueError, match='nothing of optical flow'):
+        pieces.read(0, [], [], [0])

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from vatt_jax.config import ConfigError, check_range, with_defaults
 from vatt_jax.inference.feature_extractor import FeatureExtractor, compute_features
-from vatt_jax.inputs import tokenizer
+from vatt_jax.inputs import optical_flow, tokenizer
 from vatt_jax.inputs.batch import modality_of
 
 
@@ -59,7 +59,11 @@ def single_frame(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Every frame of a clip replaced by its middle one: what is left without motion."""
     changed = dict(batch)
     for name, stream in batch.items():
-        if modality_of(name) == 'video':
+        modality = modality_of(name)
+        if modality == 'flow':
+            # One frame has no motion.
+            changed[name] = {**stream, 'data': np.full_like(stream['data'], optical_flow.ZERO)}
+        if modality == 'video':
             frames = stream['data']  # [B T H W C]
             middle = frames[:, frames.shape[1] // 2][:, None]  # [B 1 H W C]
             # A view with stride 0 over time: no copy, but read-only.

@@ -24,6 +24,7 @@ from vatt_jax.evals.base import (
 )
 from vatt_jax.evals.solvers import SEVERAL, SOLVERS, strengths_of
 from vatt_jax.inference.feature_extractor import gather_rows
+from vatt_jax.inputs.modalities import PICTURES, kind_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,8 +274,8 @@ class SimpleProbe(LinearProbe):
         for batch in batches:
             self._check_batch(batch)
             data = batch[c.stream]['data']
-            # `data` is uint8 [B T H W 3] or int16 [B S].
-            is_video = c.stream.startswith('video')
+            # `data` is uint8 [B T H W C] or int16 [B S].
+            is_video = kind_of(modality_of(c.stream)) == PICTURES
             columns = {
                 'x': mean_color(data) if is_video else mean_spectrum(data),
                 'valid': batch['valid'] & batch[c.stream]['valid'],
@@ -407,9 +408,9 @@ def _labelled(
     return x[is_used], y[is_used].astype(np.int64)
 
 
-def mean_color(frames: Shaped[np.ndarray, 'B T H W 3']) -> Float[np.ndarray, 'B 6']:
-    """Mean and deviation of each colour channel: uint8 [B T H W 3] -> float32 [B 6]."""
-    pixels = frames.astype(np.float32).reshape(len(frames), -1, 3)  # [B T·H·W 3]
+def mean_color(frames: Shaped[np.ndarray, 'B T H W C']) -> Float[np.ndarray, 'B 2*C']:
+    """Mean and deviation of each channel: uint8 [B T H W C] -> float32 [B 2C]."""
+    pixels = frames.astype(np.float32).reshape(len(frames), -1, frames.shape[-1])  # [B T·H·W C]
     return np.concatenate([pixels.mean(1), pixels.std(1)], -1)
 
 

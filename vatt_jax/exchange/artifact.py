@@ -27,7 +27,8 @@ from vatt_jax import models
 from vatt_jax.config import ConfigError
 from vatt_jax.exchange import model_card, standalone
 from vatt_jax.inference import classes
-from vatt_jax.inputs import preprocess
+from vatt_jax.inputs import optical_flow, preprocess
+from vatt_jax.inputs.modalities import PICTURES, kind_of
 from vatt_jax.models import attention
 from vatt_jax.rng import Rng
 
@@ -169,7 +170,7 @@ def describe_input(modality: str, config: ConfigDict) -> dict[str, Any]:
     """Shape, dtype and meaning of what an exported tower takes.
 
     Args:
-        modality: 'video', 'audio' or 'text'.
+        modality: one of the model's towers.
         config: the run's resolved config.
     """
     spec = config.model.inputs[modality]
@@ -179,6 +180,17 @@ def describe_input(modality: str, config: ConfigDict) -> dict[str, Any]:
             'dtype': 'uint8',
             'meaning': f'RGB frames at {spec.fps:g} a second, squares that are resized to '
             f'{spec.size} pixels',
+            'fps': spec.fps,
+            'size': spec.size,
+        }
+    if modality == 'flow':
+        return {
+            'shape': ['B', spec.frames, 'S', 'S', 2],
+            'dtype': 'uint8',
+            'meaning': f'horizontal and vertical displacement of every pixel until the next frame, '
+            f'{optical_flow.ZERO} + pixels · {optical_flow.STEPS} / {optical_flow.BOUND:g} within '
+            f'±{optical_flow.BOUND:g}, of frames at {spec.fps:g} a second; squares that are '
+            f'resized to {spec.size} pixels',
             'fps': spec.fps,
             'size': spec.size,
         }
@@ -202,7 +214,7 @@ def _export_tower(tower: _Tower, weights: Mapping[str, np.ndarray]) -> Any:
         heads = variables.pop('objective', None)
         batch_size = data.shape[0]
         stream = {'data': data, 'valid': jnp.ones(batch_size, bool)}
-        if modality == 'video':
+        if kind_of(modality) == PICTURES:
             # All of the frame, as it is.
             whole = jnp.array([0.0, 0.0, 1.0, 1.0])
             stream['box'] = jnp.broadcast_to(whole, (batch_size, 4))

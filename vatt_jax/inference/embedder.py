@@ -17,6 +17,7 @@ from vatt_jax.inference.item_windows import ItemReader, Piece, in_turn
 from vatt_jax.inference.notices import Notices, progress_bar, summary, warn
 from vatt_jax.inference.requests import TOWERS, Request
 from vatt_jax.inference.sentences import SentenceReader, list_texts
+from vatt_jax.inputs.modalities import PICTURES, kind_of
 
 # Features by name ('pooled', 'logits' or a common space): [N …].
 Features = dict[str, np.ndarray]
@@ -66,6 +67,7 @@ class Embedder:
         inputs: modality -> its description in `config.model.inputs`.
         tokenizer: None where the checkpoint carries none.
         notices: what the user is told.
+        flow: how optical flow is computed, see `ItemReader`.
     """
 
     def __init__(
@@ -74,9 +76,10 @@ class Embedder:
         inputs: Mapping[str, Any],
         tokenizer: Any,
         notices: Notices,
+        flow: Mapping[str, Any] | None = None,
     ):
         self._extractor, self._notices = extractor, notices
-        self._reader = ItemReader(inputs, notices.tell)
+        self._reader = ItemReader(inputs, notices.tell, flow)
         if 'text' in inputs:
             self._sentences = SentenceReader(tokenizer, inputs['text']['words'], notices.tell)
 
@@ -84,7 +87,7 @@ class Embedder:
         """Rows of every input; those of the sound of media files come as `audio`.
 
         Args:
-            given: 'video', 'audio', 'text' or 'image' -> what the user passed.
+            given: 'video', 'audio', 'text', 'image' or 'flow' -> what the user passed.
             request: how it is read.
 
         Raises:
@@ -114,7 +117,8 @@ class Embedder:
     def _check_towers(self, given: Mapping[str, Any], call: str) -> None:
         if not given:
             raise ConfigError(
-                f'{call}() was given nothing; name at least one of video=, audio=, text=, image='
+                f'{call}() was given nothing; name at least one of video=, audio=, text=, image=, '
+                'flow='
             )
         modalities = self._extractor.modalities
         for name in given:
@@ -129,7 +133,7 @@ class Embedder:
         """(items, whether a single one was given, the rate of a sound that came with it)."""
         where = request.where(name)
         rate = None
-        if name == 'video':
+        if name in ('video', 'flow'):
             items, is_single = arrays.list_videos(value, where)
         elif name == 'image':
             items, is_single = arrays.list_images(value, where)
@@ -322,7 +326,7 @@ def _stream(name: str, data: np.ndarray, rows: int) -> dict[str, np.ndarray]:
     is_valid = np.arange(rows) < len(data)
     data = np.concatenate([data, padding])
     stream = {'data': data, 'valid': is_valid}
-    if TOWERS.get(name, name) == 'video':
+    if kind_of(TOWERS.get(name, name)) == PICTURES:
         # The whole frame, as fractions: y0 x0 y1 x1.
         stream['box'] = np.tile(np.array([0, 0, 1, 1], np.float32), (rows, 1))
         stream['flip'] = np.zeros(rows, bool)

@@ -16,6 +16,7 @@ from vatt_jax.inference import arrays, media_files, sounds
 from vatt_jax.inference.arrays import FILES
 from vatt_jax.inference.read_ahead import read_ahead
 from vatt_jax.inference.requests import Request
+from vatt_jax.inputs import optical_flow
 
 # Files that are decoded side by side, where the machine has the cores.
 MOST_FILES = 4
@@ -42,10 +43,19 @@ class ItemReader:
     Args:
         inputs: modality -> its description in `config.model.inputs`.
         tell: warns once for each key.
+        flow: `method` of the optical flow that the model was trained on, and `size`, the short side
+            in pixels of the frames between which it was computed; None: dis, and the input's own.
     """
 
-    def __init__(self, inputs: Mapping[str, Any], tell: Callable[[str, str], None]):
+    def __init__(
+        self,
+        inputs: Mapping[str, Any],
+        tell: Callable[[str, str], None],
+        flow: Mapping[str, Any] | None = None,
+    ):
         self.inputs, self._tell = inputs, tell
+        if 'flow' in inputs:
+            self._flow = flow or {'method': 'dis', 'size': inputs['flow']['size']}
 
     def pieces(
         self, name: str, item: Any, request: Request, where: str, takes_sound: bool
@@ -54,6 +64,8 @@ class ItemReader:
         reader: Callable[..., Iterator[Piece]]
         if name == 'video':
             reader = functools.partial(self._video_pieces, takes_sound=takes_sound)
+        elif name == 'flow':
+            reader = self._flow_pieces
         elif name == 'audio':
             reader = self._audio_pieces
         else:
@@ -68,25 +80,34 @@ class ItemReader:
     def _video_pieces(
         self, item: Any, request: Request, where: str, takes_sound: bool
     ) -> Iterator[Piece]:
-        spec = self.inputs['video']
-        if not isinstance(item, FILES):
-            clip = arrays.frames(item, where)
-            scale = arrays.pixel_scale([clip], where)
-            begins = arrays.window_begins(
-                len(clip), spec['frames'], spec['fps'], request.windows, request.stride
-            )
-            for begin in begins:
-                frames = arrays.to_uint8(clip[begin : begin + spec['frames']], scale)
-                yield Piece(begin / spec['fps'], {'video': self._clip(list(frames))})
-            return
         audio = self.inputs['audio'] if takes_sound else None
-        for window in media_files.video_windows(
-            item, where, spec, audio, request.windows, request.stride
-        ):
+        for window in _windows(item, request, where, self.inputs['video'], audio):
             data: dict[str, np.ndarray] = {'video': self._clip(window.frames or [])}
             if window.samples is not None and len(window.samples):
                 data['audio'] = self._sound_window(window.samples)
             yield Piece(window.start, data)
+
+    def _flow_pieces(self, item: Any, request: Request, where: str) -> Iterator[Piece]:
+        spec = self.inputs['flow']
+        # The last flow of a window is the motion until the frame behind it.
+        frames = {**spec, 'size': self._flow['size'], 'frames': spec['frames'] + 1}
+        for window in _windows(item, request, where, frames):
+            yield Piece(window.start, {'flow': self._flow_window(window.frames or [])})
+
+    def _flow_window(
+        self, frames: list[UInt8[np.ndarray, '_ _ 3']]
+    ) -> UInt8[np.ndarray, 'T S S 2']:
+        """The flow between frames as the tower takes it: of the central square, as in passes."""
+        height, width = frames[0].shape[:2]
+        side = self._flow['size']
+        # As `prepare` stores them, so that displacements are in the same pixels.
+        scale = side / min(height, width)
+        height, width = round(height * scale), round(width * scale)
+        stored = [arrays.resized(frame, height, width) for frame in frames]
+        flow = optical_flow.of_frames(stored, self._flow['method'])
+        top, left = (height - side) // 2, (width - side) // 2
+        squares = flow[:, top : top + side, left : left + side]
+        return arrays.fill_window(squares, self.inputs['flow']['frames'])
 
     def _clip(self, frames: list[UInt8[np.ndarray, '_ _ 3']]) -> UInt8[np.ndarray, 'T H W 3']:
         """Frames of a window as the tower takes them."""
@@ -134,6 +155,36 @@ class ItemReader:
 
     def _sound_window(self, samples: Int16[np.ndarray, ' S']) -> Int16[np.ndarray, ' S2']:
         return arrays.fill_window(samples, self.inputs['audio']['samples'])
+
+
+def _windows(
+    item: Any,
+    request: Request,
+    where: str,
+    spec: Mapping[str, Any],
+    audio: Mapping[str, Any] | None = None,
+) -> Iterator[media_files.Window]:
+    """Windows of frames of a clip or file.
+
+    Args:
+        item: the clip or file.
+        request: which windows.
+        where: of the call and argument, for messages.
+        spec: `frames` of a window, `fps`, and the `size` of those of files.
+        audio: `config.model.inputs.audio` where the sound of a file is read too.
+    """
+    if isinstance(item, FILES):
+        yield from media_files.video_windows(
+            item, where, spec, audio, request.windows, request.stride
+        )
+        return
+    clip = arrays.frames(item, where)
+    scale = arrays.pixel_scale([clip], where)
+    for begin in arrays.window_begins(
+        len(clip), spec['frames'], spec['fps'], request.windows, request.stride
+    ):
+        frames = arrays.to_uint8(clip[begin : begin + spec['frames']], scale)
+        yield media_files.Window(begin / spec['fps'], list(frames), None)
 
 
 def in_turn(

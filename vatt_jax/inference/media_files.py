@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,8 +85,8 @@ def _advice(path: str) -> str:
 def video_windows(
     path: Any,
     where: str,
-    video: dict[str, Any],
-    audio: dict[str, Any] | None,
+    video: Mapping[str, Any],
+    audio: Mapping[str, Any] | None,
     windows: int | None = None,
     stride: float | None = None,
 ) -> Iterator[Window]:
@@ -121,8 +121,8 @@ class _Reading:
         media: Any,
         path: str,
         where: str,
-        video: dict[str, Any],
-        audio: dict[str, Any] | None,
+        video: Mapping[str, Any],
+        audio: Mapping[str, Any] | None,
     ):
         self.media, self.path, self.where = media, path, where
         self.fps, self.size, self.frames = float(video['fps']), video['size'], video['frames']

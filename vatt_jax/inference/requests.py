@@ -92,7 +92,7 @@ def only_input(given: Mapping[str, Any], call: str) -> str:
     """
     if len(given) != 1:
         raise ConfigError(
-            f'{call}(): expected one of video=, audio= and image=, '
+            f'{call}(): expected one of video=, audio=, image= and flow=, '
             f'got {" and ".join(given) or "none"}'
         )
     return next(iter(given))

@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vatt_jax.config import ConfigError
-from vatt_jax.inputs import augmentation, mirrored, spec_augment, spectrogram
+from vatt_jax.inputs import optical_flow, spectrogram
+from vatt_jax.inputs.modalities import PICTURES, kind_of
 from vatt_jax.rng import Rng
 
 
@@ -49,8 +50,9 @@ def device_stage(
         dtype: of the float streams that come out.
 
     Returns:
-        The batch with float streams: video [B T size size 3] in the model's own range, audio [B S]
-        in [-1, 1] or as log-mel [B T F]; text as it was. Rows that are not valid are zeros.
+        The batch with float streams: video [B T size size 3] in the model's own range, flow
+        [B T size size C] in [-1, 1], audio [B S] in [-1, 1] or as log-mel [B T F]; text as it was.
+        Rows that are not valid are zeros.
     """
     out = dict(batch)
     for name, stream in batch.items():
@@ -88,8 +90,9 @@ def abstract(inputs: Any, streams: Sequence[str], rows: int, dtype: str) -> dict
         shape: tuple[int, ...]
         if modality == 'text':
             shape = (spec['candidates'], spec['words'])
-        elif modality == 'video':
-            shape = (spec['frames'], spec['size'], spec['size'], 3)
+        elif kind_of(modality) == PICTURES:
+            # Of video 3 colours.
+            shape = (spec['frames'], spec['size'], spec['size'], spec.get('channels', 3))
         elif spec.get('mel'):
             shape = spectrogram.shape(spec)
         else:
@@ -132,14 +135,11 @@ def video(
     Raises:
         ConfigError: the range is not two rising numbers.
     """
-    data, size, box = stream['data'], spec['size'], stream['box'].astype(jnp.float32)
+    data, size = stream['data'], spec['size']
     num_clips = data.shape[0]
 
     def weights(height: int, width: int) -> tuple[jax.Array, jax.Array]:
-        columns = resample(box[:, 1], box[:, 3], width, size)  # [B size W]
-        rows = resample(box[:, 0], box[:, 2], height, size)  # [B size H]
-        mirrored = jnp.where(stream['flip'][:, None, None], columns[:, ::-1], columns)
-        return rows, mirrored
+        return _crop_weights(stream, height, width, size)
 
     def jitter(mean: jax.Array) -> tuple[jax.Array, jax.Array]:
         if augment:
@@ -154,6 +154,24 @@ def video(
     x = jnp.clip(x + jnp.tile(shift, size)[:, None, None], -1, 1)
     x = x.reshape(*data.shape[:2], size, size, 3)
     return _in_range(x, spec)
+
+
+def _crop_weights(
+    stream: Mapping[str, Any], height: int, width: int, size: int
+) -> tuple[Float[Array, 'B size height'], Float[Array, 'B size width']]:
+    """What cuts the box out of every frame, resizes it and mirrors it: weights of rows and columns.
+
+    Args:
+        stream: `box` [B 4]; `flip` [B].
+        height: of a frame, in pixels.
+        width: of a frame, in pixels.
+        size: of the result.
+    """
+    box = stream['box'].astype(jnp.float32)
+    columns = resample(box[:, 1], box[:, 3], width, size)
+    rows = resample(box[:, 0], box[:, 2], height, size)
+    mirrored = jnp.where(stream['flip'][:, None, None], columns[:, ::-1], columns)
+    return rows, mirrored
 
 
 def _from_pixels(
@@ -312,5 +330,38 @@ def audio(
     return y
 
 
+def flow(
+    stream: Mapping[str, Any], spec: Any, config: Any, rng: Rng, augment: bool
+) -> Float[Array, 'B T H W C']:
+    """The box cut out of every field of flow, resized, mirrored where `flip`.
+
+    A mirrored clip moves the other way: its horizontal displacements change sign. Resizing does not
+    change the values, as in public two-stream networks, which resize flow as if it were pictures:
+    they are displacements of stored pixels whatever the crop, and stay within [-1, 1].
+
+    Args:
+        stream: `data` uint8 [B T H W 2], horizontal and vertical (optical_flow.py); `box` [B 4];
+            `flip` [B].
+        spec: `config.model.inputs.flow`.
+        config: `config.augment`; nothing of it applies.
+        rng: of this stream; nothing is drawn.
+        augment: likewise.
+
+    Returns:
+        float32 [B T size size channels] in [-1, 1], of the bound. Channels behind the two are
+        zeros.
+    """
+    data, size = stream['data'], spec['size']
+    rows, columns = _crop_weights(stream, data.shape[2], data.shape[3], size)
+    # JPEG may turn the smallest value, 1, into 0.
+    x = jnp.maximum((data.astype(jnp.float32) - optical_flow.ZERO) / optical_flow.STEPS, -1)
+    # h, w a row and a column of the field, i and j of the output.
+    x = jnp.einsum('bih,bthwc,bjw->btijc', rows, x, columns)
+    sign = jnp.where(stream['flip'][:, None], jnp.array([-1.0, 1.0]), 1.0)  # [B 2]
+    x = x * sign[:, None, None, None]
+    missing = spec['channels'] - x.shape[-1]
+    return jnp.pad(x, ((0, 0),) * 4 + ((0, missing),))
+
+
 # Modality -> what its streams go through.
-STAGES: dict[str, Callable[..., jax.Array]] = {'video': video, 'audio': audio}
+STAGES: dict[str, Callable[..., jax.Array]] = {'video': video, 'flow': flow, 'audio': audio}

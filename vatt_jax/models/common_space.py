@@ -178,7 +178,14 @@ GRAPHS = {
         }
     ),
     # One space for all (official `joint` head).
-    'joint': Graph({'video': joint('video'), 'audio': joint('audio'), 'text': joint('text')}),
+    'joint': Graph(
+        {
+            'video': joint('video'),
+            'flow': joint('flow'),
+            'audio': joint('audio'),
+            'text': joint('text'),
+        }
+    ),
     # MMV's (its paper). Shared: one space for all. Disjoint: a space for each pair, with
     # heads of its own.
     'mmv_shared': Graph(

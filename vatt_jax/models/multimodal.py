@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from vatt_jax.config import LARGEST_COUNT, ConfigError, choose, with_defaults
 from vatt_jax.inputs import spectrogram
 from vatt_jax.inputs.batch import modality_of
+from vatt_jax.inputs.modalities import PICTURES, kind_of
 from vatt_jax.models.attention import IMPLEMENTATIONS
 from vatt_jax.models.common_space import CommonSpaces
 from vatt_jax.models.embeddings import LinearWords, Patches, Tokens, Words
@@ -524,7 +525,8 @@ def resolve_tower(modality: str, given: Mapping[str, Any], where: str) -> Config
     """
     name = choose(given['name'], TOWERS, f'{where}.name')
     tower_modality, defaults = TOWERS[name]
-    if tower_modality != modality:
+    # Towers for video read whatever consists of pictures.
+    if tower_modality != modality and kind_of(tower_modality) != kind_of(modality):
         raise ConfigError(f'{where}.name={given["name"]!r} is a tower for {tower_modality}')
     return with_defaults(given, defaults, where)
 
@@ -581,11 +583,11 @@ def extent(modality: str, inputs: Any) -> tuple[int, ...]:
     """Length of each patched axis of the inputs that a model is made for.
 
     Args:
-        modality: 'video' or 'audio'.
+        modality: one of pictures or sound.
         inputs: `config.model.inputs`, a dict or a ConfigDict.
     """
     spec = inputs[modality]
-    if modality == 'video':
+    if kind_of(modality) == PICTURES:
         # Clips are square: `size` is both height and width.
         return spec['frames'], spec['size'], spec['size']
     if spec.get('mel'):

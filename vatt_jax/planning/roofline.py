@@ -12,6 +12,8 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from vatt_jax import optim
+from vatt_jax.inputs.batch import modality_of
+from vatt_jax.inputs.modalities import PICTURES, kind_of
 from vatt_jax.objectives.base import stream_names
 from vatt_jax.performance import chips, hlo
 from vatt_jax.planning.compilation import Compiled
@@ -145,9 +147,12 @@ def _add_host_and_run(
     leaves = jax.tree.leaves(built.batch)
     # As they cross to the device, decoded; the files they come from are smaller.
     clip_bytes = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in leaves)
-    video_streams = [name for name in stream_names(built.batch) if name.split('.')[0] == 'video']
+    picture_streams = []
+    for name in stream_names(built.batch):
+        if kind_of(modality_of(name)) == PICTURES:
+            picture_streams.append(name)
     # Every view of a clip is decoded, so 'video.second' counts as well.  [B T H W C]
-    clip_frames = sum(built.batch[name]['data'].shape[1] for name in video_streams)
+    clip_frames = sum(built.batch[name]['data'].shape[1] for name in picture_streams)
     host: dict[str, Any] = {'bytes_per_clip': clip_bytes, 'frames_per_clip': clip_frames}
     roofline = result['roofline']
     if 'bound' in roofline:

@@ -16,6 +16,7 @@ from vatt_jax.models.towers.convolutions import ConvNorm
 from vatt_jax.models.towers.i3d import BLOCKS, trunk
 
 FOLD = (2, 2, 2)  # frames, rows and columns that space-to-depth puts into one pixel
+PIXEL_CHANNELS = (2, 3)  # of optical flow and of video, before they are folded
 
 
 def space_to_depth(
@@ -31,9 +32,9 @@ def space_to_depth(
     batch_size, frames, height, width, _ = x.shape
     if any(length % size for length, size in zip((frames, height, width), block)):
         raise ConfigError(
-            f'config.model.inputs.video: {frames} frames of {height}×{width} do not fold into '
-            f'blocks of {"×".join(map(str, block))}; choose even frames and size, or set '
-            'config.model.towers.video.space_to_depth=False'
+            f'config.model.inputs.video (or flow): {frames} frames of {height}×{width} do not fold '
+            f'into blocks of {"×".join(map(str, block))}; choose even frames and size, or set '
+            'space_to_depth=False of the tower'
         )
     cells, grid = fold(x, block)  # [B N 8C]
     return cells.reshape(batch_size, *grid, -1)
@@ -111,8 +112,9 @@ class S3D(nn.Module):
 
     Attributes:
         space_to_depth: whether blocks of 2×2×2 pixels become one of 24 channels and the first
-            kernel is 2×4×4 on these instead of 7×7×7 on pixels (what was trained and released).
-            Input that has 24 channels already is taken as it is.
+            kernel is 2×4×4 on these instead of 7×7×7 on pixels (what was trained and released). Of
+            flow of 2 channels the blocks are 16. Input that has more channels than pixels have is
+            taken as it is.
         multiplier: of all widths.
         pools: how many of the max pools there are (i3d.trunk); with 2, the map is
             [B T/2 H/8 W/8 …].
@@ -158,7 +160,7 @@ class S3D(nn.Module):
                 name=name,
             )
 
-        if self.space_to_depth and x.shape[-1] == 3:
+        if self.space_to_depth and x.shape[-1] in PIXEL_CHANNELS:
             # [B T/2 H/2 W/2 24], or for still images [B T H/2 W/2 12].
             x = space_to_depth(x, (1, *FOLD[1:]) if self.still else FOLD)
         if self.space_to_depth:
