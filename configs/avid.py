@@ -166,7 +166,7 @@ def published_config(published: Published, name: str) -> ConfigDict:
     c.data.train[name] = default.records(f'data/{name}/records')
     c.data.crop, c.data.aspect = (0.08, 1.0), (0.75, 4 / 3)
     a = c.augment
-    a.color, a.brightness, a.contrast = 1.0, 0.4, 0.4
+    a.color, a.brightness, a.gain, a.contrast = 1.0, 0.0, 0.4, 0.4
     a.saturation, a.hue = 0.4, 0.2
     a.audio_noise, a.volume = 0.0, 0.1
     c.checkpoint.every, c.checkpoint.keep, c.log_every = published.steps_per_pass, 5, 50

@@ -55,7 +55,11 @@ def get_config(arg: str = 'demo') -> ConfigDict:
 
 def set_objective(c: ConfigDict, options: list[str]) -> None:
     """The margin loss and its curriculum, in place."""
-    curriculum = ((0, EASY), (c.steps * EASY_EPOCHS // EPOCHS, QUARTER_HARD))
+    # (first step, shares of the kinds of negatives)
+    curriculum: tuple[tuple[int, tuple[float, ...]], ...] = (
+        (0, EASY),
+        (c.steps * EASY_EPOCHS // EPOCHS, QUARTER_HARD),
+    )
     if 'no_curriculum' in options:
         curriculum = ((0, EASY),)
     if 'hard_only' in options:

@@ -14,8 +14,9 @@ On the playground, video and sound, by towers of the demo's size:
         CoCLR alone, from these two
     python run.py --config=configs/coclr.py:demo,infonce,synthetic --workdir=runs/try
         no files, no TensorFlow
-    python run.py --config=configs/coclr.py:demo,flow --workdir=runs/coclr_flow
-        optical flow instead of sound, on data that were prepared with it (docs/data.md)
+    python run.py --config=configs/coclr.py:demo,flow --workdir=runs/coclr_flow \\
+        "--config.data.train={'mine': {'path': 'data/mine'}}"
+        optical flow instead of sound, on data that were prepared with --flow (docs/data.md)
 
 Published, video and optical flow:
 
@@ -271,7 +272,14 @@ def published_config(name: str) -> ConfigDict:
     # Our choice: area and shape of the crop.
     c.data.crop, c.data.aspect = (0.2, 1.0), (0.75, 1.33)
     a = c.augment
-    a.color, a.brightness, a.contrast, a.saturation, a.hue = 0.8, 0.5, 0.5, 0.5, 0.25
+    # A view takes the strong set three times in ten, else it is only cropped and mirrored.
+    a.strong, a.grey, a.blur = 0.3, 0.2, 0.5
+    # The strengths are our choice.
+    a.color, a.brightness, a.gain = 0.8, 0.0, 0.5
+    a.contrast, a.saturation, a.hue = 0.5, 0.5, 0.25
     a.audio_noise = 0.0
+    a.grey, a.blur = 0.2, 0.5
+    # With this probability a view takes all of these, else it is only cropped and mirrored.
+    a.strong = 0.3
     c.checkpoint.keep, c.log_every = 5, 50
     return c

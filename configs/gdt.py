@@ -124,9 +124,6 @@ def demo_config(options: list[str]) -> ConfigDict:
     c.evals.retrieval.pairs = (('audio', 'video', 'gdt'), ('video', 'audio', 'gdt'))
     c.evals.sync.space = 'gdt'
     c.evals.neighbours = {'type': 'neighbours', 'stream': 'video', 'windows': 1}
-    pairs = (('audio', 'video', 'gdt'), ('video', 'audio', 'gdt'))
-    c.evals.retrieval = {'type': 'retrieval', 'pairs': pairs}
-    c.evals.sync = {'type': 'sync', 'space': 'gdt'}
     return c
 
 
@@ -155,5 +152,6 @@ def published_config(name: str) -> ConfigDict:
         a.volume = 0.1
         a.spec_augment.update(MEDIUM)
     # Always on, without hue.
-    a.color, a.brightness, a.contrast, a.saturation, a.hue = 1.0, 0.4, 0.4, 0.4, 0.0
+    a.color, a.brightness, a.gain = 1.0, 0.0, 0.4
+    a.contrast, a.saturation, a.hue = 0.4, 0.4, 0.0
     return c

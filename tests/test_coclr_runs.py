@@ -12,14 +12,17 @@ from ml_collections import ConfigDict
 
 import data_pipelines
 import vatt_jax
+from configs import coclr, default
 from tests import tiny
 from tests.configs.coclr import MOMENTUM, QUEUE, coclr_config, infonce_config
 from tests.test_multiprocess import run_together
 from tests.test_train import log_lines, losses, run, state_of, stop_at
+from vatt_jax import config as configs
+from vatt_jax import phases
 from vatt_jax.config import ConfigError
 from vatt_jax.inference.feature_extractor import FeatureExtractor, place_on_mesh
 from vatt_jax.inputs import preprocess
-from vatt_jax.modes import embed
+from vatt_jax.modes import embed, train_phases
 from vatt_jax.objectives import Objective
 from vatt_jax.objectives.memory import teacher as teachers
 from vatt_jax.parallel import sharding
@@ -335,6 +338,73 @@ def test_a_teacher_of_a_part_is_evaluated_with_the_rest_of_the_student():
     found = train_state.evaluation_variables(state, WithPart({}), 'teacher')
     np.testing.assert_array_equal(found['params']['a'], 3)
     np.testing.assert_array_equal(found['params']['b'], 0)
+
+
+# ---- phases
+
+
+@pytest.mark.parametrize('other', ['audio', 'flow'])
+def test_the_chain_of_the_demo_is_infonce_twice_then_coclr_twice(other, tmp_path):
+    """Who starts from whom, and who mines for whom; each phase is a config without mistakes."""
+    found = phases.resolve(coclr.get_config(f'demo,synthetic,{other}'), tmp_path)
+    folders = {phase.name: str(phase.folder) for phase in found}
+    assert list(folders) == ['infonce_video', f'infonce_{other}', 'coclr_video', f'coclr_{other}']
+    names = {folder: name for name, folder in folders.items()}
+    origins, samplers = {}, {}
+    for phase in found:
+        loop.check(phase.config)
+        origins[phase.name] = names.get(phase.config.init_from, '')
+        samplers[phase.name] = names.get(phase.config.objective.get('sampler', ''), '')
+    assert origins == {
+        'infonce_video': '',
+        f'infonce_{other}': '',
+        'coclr_video': 'infonce_video',
+        f'coclr_{other}': f'infonce_{other}',
+    }
+    assert samplers == {
+        'infonce_video': '',
+        f'infonce_{other}': '',
+        'coclr_video': f'infonce_{other}',
+        # The newest network of the video.
+        f'coclr_{other}': 'coclr_video',
+    }
+
+
+def test_two_published_cycles_go_on_from_one_another():
+    config = coclr.get_config('ucf101')
+    found = {name: fields for name, fields in config.phases}
+    assert len(found) == 6
+    last = found['coclr_flow_2']
+    assert last['init_from'] == 'phase:coclr_flow_1'
+    assert last['objective']['sampler'] == 'phase:coclr_video_2'
+
+
+def test_a_phase_mines_by_the_one_before(tmp_path):
+    """The sampler is the first phase's network; the second goes on where it was stopped."""
+    config = configs.load('tests/configs/coclr.py:chain')
+    train_phases.run(config, tmp_path, data_pipelines.open, quiet=True)
+    sound, video = phases.resolve(config, tmp_path)
+    saved = checkpoint.read_model(checkpoint.find(sound.folder))
+    objective = jax.device_get(state_of(video.folder, video.config)[0].objective)
+    chex.assert_trees_all_equal(objective['sampler']['params'], saved['params'])
+    assert objective['queue']['is_full']
+
+    # Without its last checkpoint the second goes on from step 2, by the same command.
+    expected = json.loads((video.folder / 'done.json').read_text())
+    (video.folder / 'done.json').unlink()
+    shutil.rmtree(video.folder / 'checkpoints' / '4')
+    train_phases.run(config, tmp_path, data_pipelines.open, quiet=True)
+    assert json.loads((video.folder / 'done.json').read_text())['digests'] == expected['digests']
+
+    # It is moved, and the first is lost: a longer second phase needs its own alone.
+    moved = tmp_path / 'elsewhere'
+    shutil.copytree(video.folder, moved)
+    longer = configs.fill_missing(configs.stored(moved), default.get_config())
+    assert longer.objective.sampler_model
+    longer.steps = 5
+    loop.train(longer, data_pipelines.open(longer), moved, quiet=True)
+    later = jax.device_get(state_of(moved, longer)[0].objective)
+    chex.assert_trees_all_equal(later['sampler'], objective['sampler'])
 
 
 # ---- samplers of other kinds

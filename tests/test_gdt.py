@@ -13,7 +13,7 @@ from tests.test_microbatch import relative_distance
 from tests.test_train import losses, run, state_of, stop_at
 from vatt_jax.config import ConfigError
 from vatt_jax.inference import feature_extractor
-from vatt_jax.models import Encoded
+from vatt_jax.models import Encoded, layers
 from vatt_jax.objectives.base import select_streams
 from vatt_jax.objectives.gdt import GDT, needed_views
 from vatt_jax.objectives.transformations import HYPOTHESES

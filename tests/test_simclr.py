@@ -49,7 +49,8 @@ def test_the_head_is_its_definition(graph, hidden_layers):
             x = x @ params[layer]['kernel'] + params[layer]['bias']
             x = (x - stats[norm]['mean']) / np.sqrt(stats[norm]['var'] + 1e-5)
             x = np.maximum(x * params[norm]['scale'] + params[norm]['bias'], 0)
-        expected = x @ params['video']['kernel'] + params['video']['bias']
+        last = params['video_projection']
+        expected = x @ last['kernel'] + last['bias']
         np.testing.assert_allclose(got['video'][name], expected, rtol=1e-4, atol=1e-5)
     assert len(params) == 2 * hidden_layers + 1
 

@@ -117,8 +117,8 @@ def test_zero_shot_scores_are_cosines_with_the_mean_of_the_sentences(model):
 @pytest.mark.parametrize(
     'call, message',
     [
-        ({}, 'expected one of video=, audio= and image=, got none'),
-        ({'names': NAMES}, 'expected one of video=, audio= and image=, got none'),
+        ({}, 'expected one of video=, audio=, image= and flow=, got none'),
+        ({'names': NAMES}, 'expected one of video=, audio=, image= and flow=, got none'),
         (
             {'video': clips(1)[0], 'audio': np.zeros(100), 'names': NAMES},
             'got video and audio',

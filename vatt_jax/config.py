@@ -641,6 +641,7 @@ def check_values(config: ConfigDict) -> None:
     if not 0 < fps < float('inf'):
         raise ConfigError(f'config.model.inputs.video.fps={fps:g}: expected a positive number.')
     _check_profile(config.profile)
+    _check_augmented_views(config)
     # Configs of runs from before this field do not have it.
     flow = config.model.inputs.get('flow')
     if flow:
@@ -651,8 +652,7 @@ def check_values(config: ConfigDict) -> None:
             'set it to flow() of configs/default.py, or leave the tower out'
         )
     for modality in config.data.mismatch:
-        given = [name for name, spec in config.model.inputs.items() if spec]
-        choose(modality, given, 'config.data.mismatch')
+        choose(modality, _given_inputs(config), 'config.data.mismatch')
     for field, options in CHOICES.items():
         choose(_field(config, field), options, f'config.{field}')
 
@@ -722,6 +722,11 @@ def _check_interval(interval: tuple[Any, ...], upper: float, where: str) -> None
     )
 
 
+def _given_inputs(config: ConfigDict) -> list[str]:
+    """Names of the model's inputs that are described."""
+    return [name for name, spec in config.model.inputs.items() if spec]
+
+
 def _check_augmented_views(config: ConfigDict) -> None:
     """Check the sets of augmentation of single streams: their streams, fields and values."""
     where = 'config.augment.views'
@@ -730,7 +735,7 @@ def _check_augmented_views(config: ConfigDict) -> None:
         others = _pairs(
             config.data.views, 'config.data.views', "('video.second', {'kind': 'clip'})"
         )
-        choose(stream, (*config.model.inputs, *others), f'{where}: the stream')
+        choose(stream, (*_given_inputs(config), *others), f'{where}: the stream')
         changed = config.copy_and_resolve_references()
         changed.augment.views = ()
         # Unknown fields and other types are found here, values out of range below.

@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 
 from data_pipelines.errors import DataError
 from data_pipelines.loading.batch_plan import BatchPlanner
-from data_pipelines.loading.data_source import Rows
+from data_pipelines.loading.data_source import Rows, blank_stream
 from data_pipelines.loading.record_reader import RecordReader, RowPictures
+from data_pipelines.loading.views import View
 from vatt_jax import extras
 from vatt_jax.inputs import optical_flow
 from vatt_jax.object_store import StoreError
@@ -95,6 +96,7 @@ class RecordBatches(Iterator):
                     # Rows without flow stay zeros.
                     valid = stream['valid']
                     stream['data'][valid] = optical_flow.negative(stream['data'][valid])
+                _empty_missing_windows(view, stream)
         return batch
 
     def close(self) -> None:
@@ -256,6 +258,13 @@ class RecordBatches(Iterator):
 
         has_frames = tf.size(entry_packets) > 0
         return tf.cond(has_frames, decode_clip, lambda: tf.zeros(clip_shape, tf.uint8))
+
+
+def _empty_missing_windows(view: View, stream: dict[str, Any]) -> None:
+    """Zero what was read in place of windows that records do not have."""
+    # Other views have every window, and zeros already where a record lacks the modality.
+    if view.apart is not None:
+        blank_stream(stream, ~stream['valid'])
 
 
 def _decode_flow(packet: tf.Tensor, corner: tf.Tensor | None, shape: tuple[int, ...]) -> tf.Tensor:

@@ -156,6 +156,7 @@ class Synthetic(Data):
                 stream['valid'] = stream['mask'].any(axis=-1)
             if view.kind == 'reverse' and view.modality != 'text':
                 stream['data'] = _reversed(stream['data'], view.modality)
+            blank_stream(stream, ~has_window[view.suffix])
             batch[view.stream] = stream
         if request.segments and 'text' in self.inputs:
             batch['text.caption'] = self._captions(kind)

@@ -1,6 +1,6 @@
 """InfoNCE and CoCLR by networks of one layer, on the synthetic source.
 
-python run.py --config=tests/configs/coclr.py[:infonce|coclr] --workdir=DIR
+python run.py --config=tests/configs/coclr.py[:infonce|coclr|chain] --workdir=DIR
 """
 
 from ml_collections import ConfigDict
@@ -14,9 +14,27 @@ QUEUE, MOMENTUM = 40, 0.9
 
 def get_config(arg: str = 'infonce'):
     # The sampler is named on the command line.
-    config = infonce_config() if arg == 'infonce' else coclr_config('')
+    config = coclr_config('') if arg == 'coclr' else infonce_config()
     config.jax_platform = 'cpu'
+    if arg == 'chain':
+        config.steps = 4
+        config.phases = chain()
     return config
+
+
+def chain():
+    """InfoNCE on sound, then CoCLR on video with it."""
+    sound = infonce_config('audio')
+    mining = coclr_config('phase:sound')
+    found = []
+    for name, phase in (('sound', sound), ('video', mining)):
+        fields = {
+            'model.towers': phase.model.towers.to_dict(),
+            'data.views': phase.data.views,
+            'objective': phase.objective.to_dict(),
+        }
+        found.append((name, fields))
+    return tuple(found)
 
 
 def infonce_config(modality='video', normed=True, **overrides):

@@ -156,8 +156,8 @@ def test_decoded_files_that_are_shorter_than_they_say(tmp_path, monkeypatch):
     content = decoded_files.content
 
     def shortened(path):
-        frames, pcm = content(path)
-        return frames, pcm[:-10]
+        whole = content(path)
+        return whole._replace(pcm=whole.pcm[:-10])
 
     monkeypatch.setattr(decoded_files, 'content', shortened)
     with pytest.raises(DataError, match='bytes of records .* is the disk sound'):

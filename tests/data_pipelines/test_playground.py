@@ -385,6 +385,33 @@ def test_boxes_of_all_objects_in_every_frame():
         assert (boxes[:, :2] <= boxes[:, 2:]).all()
 
 
+def test_in_a_long_scene_things_may_leave_the_frame():
+    """Half a minute: more than one object drifts off by more than the margin around the frame."""
+    config = Config(train=12, seconds=30.0, episodes=1, fps=2.0, camera_noise=0.0)
+    num_gone = 0
+    for number in range(12):
+        (episode,) = world.video(config, 'train', number)
+        subject, size = episode.subject, config.size
+        pixels = drawing.scene(size, episode)
+        without = drawing.scene(size, dataclasses.replace(episode, subject=hidden(subject)))
+        is_seen = (pixels != without).any((1, 2, 3))
+        boxes = [box for box, *_ in drawing.boxes(config, [episode])]
+        # No shape goes further than this from its centre.
+        reach = drawing.FURTHEST * subject.radius[:, None]
+        is_outside = ((subject.center < -reach) | (subject.center > 1 + reach)).any(1)
+        assert not is_seen[is_outside].any()
+        assert not np.array(boxes)[is_outside].any()
+        num_gone += (
+            (subject.center < -drawing.MARGIN) | (subject.center > 1 + drawing.MARGIN)
+        ).any()
+    assert num_gone > 1
+
+
+def hidden(thing):
+    """The thing, too small to be shown."""
+    return dataclasses.replace(thing, radius=np.zeros_like(thing.radius))
+
+
 def test_a_scene_has_distractors_of_other_kinds(videos):
     counts = []
     for episode in episodes_of(videos):

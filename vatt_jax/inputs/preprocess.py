@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vatt_jax.config import ConfigError
-from vatt_jax.inputs import optical_flow, spectrogram
+from vatt_jax.inputs import augmentation, mirrored, optical_flow, spec_augment, spectrogram
 from vatt_jax.inputs.modalities import PICTURES, kind_of
 from vatt_jax.rng import Rng
 
@@ -170,8 +170,8 @@ def _crop_weights(
     box = stream['box'].astype(jnp.float32)
     columns = resample(box[:, 1], box[:, 3], width, size)
     rows = resample(box[:, 0], box[:, 2], height, size)
-    mirrored = jnp.where(stream['flip'][:, None, None], columns[:, ::-1], columns)
-    return rows, mirrored
+    flipped = jnp.where(stream['flip'][:, None, None], columns[:, ::-1], columns)
+    return rows, flipped
 
 
 def _from_pixels(

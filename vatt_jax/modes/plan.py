@@ -102,7 +102,7 @@ def _describe_phase(config: ConfigDict, workdir: pathlib.Path, data: Any) -> Non
         return
     from vatt_jax.training import loop
 
-    described = phase_folders.with_references(config, workdir).copy_and_resolve_references()
+    described = config.copy_and_resolve_references()
     loop.resolve(described, data)
     workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, configs.to_json(described))
+    write_atomically(file, configs.to_json(phase_folders.with_references(described, workdir)))

@@ -16,7 +16,7 @@ from vatt_jax.modes.stage_clock import StageClock
 from vatt_jax.parallel import distributed
 from vatt_jax.planning import preflight
 from vatt_jax.run_folder import RunFolder
-from vatt_jax.training import frozen_models, loop
+from vatt_jax.training import loop
 
 
 def run(
@@ -79,7 +79,6 @@ class Training:
         Returns:
             Whether it came to its end.
         """
-        frozen_models.recall(self.config, self.workdir)
         # Before the data are made, which may take minutes; the loop checks again, with the data's
         # fields.
         loop.check_run_folder(self.config, self.workdir)

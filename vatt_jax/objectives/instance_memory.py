@@ -22,6 +22,7 @@ from vatt_jax.models import Encoded
 from vatt_jax.objectives.base import Loss, Objective, RefreshResult, Spec, TrainingRecords
 from vatt_jax.objectives.heads import unit
 from vatt_jax.objectives.memory import agreement, negatives, table
+from vatt_jax.parallel import hosts
 
 DEFAULTS = {
     'name': 'instance_memory',
@@ -237,12 +238,15 @@ class InstanceMemory(Objective):
         self, variables: Any, params: Any, state: Any, step: int, records: TrainingRecords
     ) -> RefreshResult:
         memories = [state['memory'][view] for view in self.views]
-        found = _find_neighbours(memories, records.size, self.config.positives)
-        rows, cosines = (np.asarray(x)[: records.size] for x in (found.records, found.agreement))
+        # Memories are of the records of all hosts, `records` of this one's.
+        num_records = int(state['num_records'])
+        found = _find_neighbours(memories, num_records, self.config.positives)
+        cosines = np.asarray(found.agreement)[:num_records]
+        positives = np.asarray(found.records)[hosts.own_stretch(num_records)]
         return RefreshResult(
             params,
             state,
-            columns={'positives': rows},
+            columns={'positives': positives},
             metrics={'agreement': float(cosines.mean()), 'least_agreement': float(cosines.min())},
         )
 

@@ -161,6 +161,8 @@ class RecordEncoder:
         forward = self._compiled(function, augment)
         # Each record once, in a fixed order. The draw's name carries the step, so that windows
         # differ from refresh to refresh and a resumed run draws the same.
+        # Of one process the rows are all of them, and users' data objects need know no stretches.
+        stretches = {'in_stretches': True} if jax.process_count() > 1 else {}
         batches = self.data.one_pass(
             'train',
             self.config.batch_size,
@@ -168,7 +170,7 @@ class RecordEncoder:
             by='records',
             augment=augment,
             draw=f'{self.step}/{draw}',
-            in_stretches=True,
+            **stretches,
         )
         found = RecordRows(self.own.stop - self.own.start)
         for batch in batches:

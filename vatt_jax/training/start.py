@@ -301,6 +301,9 @@ def check_run_folder(config: ConfigDict, workdir: pathlib.Path, evaluating: bool
     stored = configs.stored(workdir)
     if stored is None:
         return
+    # A config that has yet to find out what its frozen models are does not differ in them.
+    config = config.copy_and_resolve_references()
+    frozen_models.recall(config, workdir)
     old_values, new_values = dict(configs.flatten(stored)), dict(configs.flatten(config))
     for field in configs.differing_fields(stored, config):
         # Rates, steps, batch size, data and mesh may change between two starts.

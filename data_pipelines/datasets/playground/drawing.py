@@ -105,8 +105,10 @@ def draw(canvas: np.ndarray, thing: Thing, size: int, margin: int) -> None:
     if num_frames == 0:
         return
     half = int(math.ceil(FURTHEST * float(thing.radius.max()) * size)) + 2
-    corner = np.floor(thing.center * size).astype(int) - half
     span = np.arange(2 * half + 1)
+    corner = np.floor(thing.center * size).astype(int) - half
+    # In a long scene a thing may drift off beyond the margin: its window stays behind, empty.
+    corner = np.clip(corner, -margin, size + margin - len(span))
     rows, columns = corner[:, :1] + span, corner[:, 1:] + span  # [T S]
 
     # u, v: pixel centres in the thing's own coordinates, in radii.
@@ -184,7 +186,9 @@ def boxes(config: Config, episodes: list[Episode]) -> list[list[list[float]]]:
         things = [episode.subject, *episode.distractors]
         around = [np.tile(x.center, 2) + x.radius[:, None] * extent(x) for x in things]
         tight = np.stack(around, 1)  # [T objects 4]
-        shown = np.stack([x.radius > SMALLEST for x in things], 1)  # [T objects]
         clipped = np.clip(tight, 0, 1).round(4)
+        large_enough = np.stack([x.radius > SMALLEST for x in things], 1)  # [T objects]
+        in_frame = (clipped[..., 2:] > clipped[..., :2]).all(-1)
+        shown = large_enough & in_frame
         by_frame += np.where(shown[..., None], clipped, 0.0).tolist()
     return by_frame
