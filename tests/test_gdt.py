@@ -266,6 +266,7 @@ def config(hypothesis=6, **overrides):
     return c
 
 
+@pytest.mark.slow
 def test_killed_and_continued_is_uninterrupted(tmp_path):
     whole, cut = tmp_path / 'whole', tmp_path / 'cut'
     expected = run(whole, config())
@@ -314,6 +315,7 @@ def whole_batch():
     return first_gradients()
 
 
+@pytest.mark.slow
 def test_towers_in_microbatches_have_the_gradient_of_the_whole_batch(whole_batch):
     """The loss reads the masks of the mirrored stream, which no microbatch is left with."""
     assert_same_gradients(first_gradients(accumulate=4, accumulation='exact'), whole_batch)

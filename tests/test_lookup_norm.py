@@ -101,6 +101,7 @@ def test_the_clip_takes_the_excess_of_the_paths_that_it_clips():
         np.testing.assert_allclose(updates['model'][name], expected['model'][name], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_step_clips_by_that_norm():
     """The whole step: what plain clipping by a norm made so much larger does to parameters."""
     config = tiny.config(optimizer__clip=0.5, optimizer__clip_lookups=True)

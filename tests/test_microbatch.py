@@ -131,6 +131,7 @@ def test_the_gradient_is_that_of_the_whole_batch(float64, whole_batch):
     )
 
 
+@pytest.mark.slow
 def test_the_gradient_on_eight_devices_that_share_the_parameters(float64, whole_batch):
     expected, _ = whole_batch
     config = make_config(accumulate=2, mesh__replica=2, mesh__fsdp=4, **float64)

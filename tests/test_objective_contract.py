@@ -139,7 +139,7 @@ class WithTeacher(Objective):
         return Loss(value, {}, variables['batch_stats'], {**state, 'record': batch['record']})
 
 
-@pytest.mark.parametrize('accumulate', [1, 4])
+@pytest.mark.parametrize('accumulate', [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_teacher_begins_where_the_run_begins(tmp_path, monkeypatch, accumulate):
     """Also after config.init_from, and its features are those of its own parameters."""
     monkeypatch.setitem(objectives.OBJECTIVES, 'with_teacher', WithTeacher)

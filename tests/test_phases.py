@@ -363,6 +363,7 @@ def test_a_signal_between_steps_ends_the_chain_and_not_one_phase_alone(tmp_path,
     assert phase_folders.last_finished(tmp_path).name == '1-audio'
 
 
+@pytest.mark.slow
 def test_data_are_opened_once_for_phases_that_read_the_same(tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(train_phases, '_train', lambda phase, data, *_: data.open(phase.config))
@@ -538,6 +539,7 @@ def remembered(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_an_objective_holds_the_frozen_model_of_an_earlier_phase(remembered):
     audio, mined, again = phase_folders.begun(remembered)
     for phase, source in ((mined, audio), (again, mined)):
@@ -545,6 +547,7 @@ def test_an_objective_holds_the_frozen_model_of_an_earlier_phase(remembered):
         chex.assert_trees_all_equal(sampler['params'], variables(source)['params'], strict=True)
 
 
+@pytest.mark.slow
 def test_a_phase_starts_from_what_an_earlier_one_remembers(remembered):
     _, mined, again = phase_folders.begun(remembered)
     first = variables(mined, objective=True, state=True)
@@ -575,6 +578,7 @@ def remembering(monkeypatch):
     monkeypatch.setitem(objectives.OBJECTIVES, 'remembering', Remembering)
 
 
+@pytest.mark.slow
 def test_only_the_trees_that_are_listed_are_taken(remembered, remembering):
     there = variables(remembered / 'phases' / '2-mined', objective=True, state=True)
     state = start_from(remembered, init_trees=('state',), init_skip=('^state/sampler',))
@@ -594,6 +598,7 @@ def test_only_the_trees_that_are_listed_are_taken(remembered, remembering):
         start_from(remembered, init_trees=('state',), init_skip=('^state/',))
 
 
+@pytest.mark.slow
 def test_trees_that_the_objective_lacks_and_shapes_that_differ_are_named(remembered, remembering):
     with pytest.raises(ConfigError, match='state/seen has shape .40,., this objective wants .48,.'):
         bigger = tiny_phases.get_config().data

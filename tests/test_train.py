@@ -246,6 +246,7 @@ def test_a_checkpoint_is_restored_on_any_number_of_devices(whole, devices, mesh)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_restored_between_scanned_and_unrolled_layers(whole, tmp_path):
     """Unrolled, continued scanned, and back: the state bit for bit, the next loss up to rounding.
 

@@ -61,6 +61,7 @@ def peak_bytes(root, count):
     return peak
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_videos(tmp_path, monkeypatch):
     # Columns of the index are written when so much has been collected.
     monkeypatch.setattr(columns, '_BUFFER', 1 << 10)

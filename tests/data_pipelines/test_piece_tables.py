@@ -260,6 +260,7 @@ def read_in_process(folder, path, queue):
     queue.put([pieces.read(i, [2], [1]) for i in range(2)])
 
 
+@pytest.mark.slow
 def test_processes_map_one_table(tmp_path):
     frames = frames_of([3, 4, 70000])
     raw, sound = example_of(frames, 15)
