@@ -737,7 +737,7 @@ def test_two_processes_train_phases_together(tmp_path):
     for phase in ('1-audio', '2-text'):
         expected = [line['loss'] for line in loss_lines(tmp_path / 'one' / 'phases' / phase)]
         losses = [line['loss'] for line in loss_lines(tmp_path / 'two' / 'phases' / phase)]
-        np.testing.assert_allclose(losses, expected, rtol=2e-4)
+        np.testing.assert_allclose(losses, expected, rtol=1e-3)
         assert (tmp_path / 'two' / 'phases' / phase / 'report' / 'index.html').exists()
     assert (tmp_path / 'two' / 'report' / 'index.html').exists()
 
