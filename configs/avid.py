@@ -177,12 +177,5 @@ def published_config(published: Published, name: str) -> ConfigDict:
 def set_probes(evals: ConfigDict, windows: int) -> None:
     """Linear probes of both towers and neighbours of videos, in place."""
     for stream in ('video', 'audio'):
-        evals[f'probe_{stream}'] = {
-            'type': 'linear_probe',
-            'stream': stream,
-            'label': 'class',
-            'train_limit': selavi.NO_LIMIT,
-            'test_limit': selavi.NO_LIMIT,
-            'windows': windows,
-        }
+        evals[f'probe_{stream}'] = selavi.whole_probe(stream, windows)
     evals.neighbours = {'type': 'neighbours', 'stream': 'video', 'windows': windows}

@@ -206,14 +206,7 @@ def evaluations(stream: str, windows: int) -> dict[str, Any]:
             'centre': True,
             'windows': windows,
         },
-        f'probe_{stream}': {
-            'type': 'linear_probe',
-            'stream': stream,
-            'label': 'class',
-            'train_limit': selavi.NO_LIMIT,
-            'test_limit': selavi.NO_LIMIT,
-            'windows': windows,
-        },
+        f'probe_{stream}': selavi.whole_probe(stream, windows),
     }
 
 

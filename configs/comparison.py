@@ -119,22 +119,8 @@ def evaluations(streams: tuple[str, ...], space: str) -> ConfigDict:
     """Linear probes, nearest neighbours, and in a common space retrieval and synchrony."""
     evals = ConfigDict()
     for stream in streams:
-        evals[f'probe_{stream}'] = {
-            'type': 'linear_probe',
-            'stream': stream,
-            'label': 'class',
-            'train_limit': selavi.NO_LIMIT,
-            'test_limit': selavi.NO_LIMIT,
-        }
-        # As CoCLR measures them.
-        evals[f'neighbours_{stream}'] = {
-            'type': 'neighbours',
-            'stream': stream,
-            'of': 'pooled',
-            'unit': 'mean',
-            'centre': True,
-            'windows': 1,
-        }
+        # A linear probe, and neighbours as CoCLR measures them.
+        evals.update(coclr.evaluations(stream, windows=1))
     if space:
         pairs = (('audio', 'video', space), ('video', 'audio', space))
         evals.retrieval = {'type': 'retrieval', 'pairs': pairs, 'limit': 768}

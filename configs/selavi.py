@@ -32,6 +32,7 @@ code has it where it departs from the paper.
 """
 
 import dataclasses
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -157,16 +158,22 @@ def set_evaluations(c: ConfigDict, windows: int) -> None:
     streams = tuple(c.model.towers)
     for stream in streams:
         evals[f'kmeans_{stream}'] = {**kmeans, 'streams': (stream,)}
-        evals[f'probe_{stream}'] = {
-            'type': 'linear_probe',
-            'stream': stream,
-            'label': 'class',
-            'train_limit': NO_LIMIT,
-            'test_limit': NO_LIMIT,
-        }
+        evals[f'probe_{stream}'] = whole_probe(stream)
     if len(streams) > 1:
         evals.kmeans = {**kmeans, 'streams': ('video', 'audio')}
     evals.neighbours = {'type': 'neighbours', 'stream': 'video', 'windows': windows}
+
+
+def whole_probe(stream: str, windows: int = 1) -> dict[str, Any]:
+    """A linear probe of the class on all examples of both splits."""
+    return {
+        'type': 'linear_probe',
+        'stream': stream,
+        'label': 'class',
+        'train_limit': NO_LIMIT,
+        'test_limit': NO_LIMIT,
+        'windows': windows,
+    }
 
 
 def demo_config(options: list[str]) -> ConfigDict:

@@ -20,6 +20,7 @@ import flax
 import jax
 import numpy as np
 
+from vatt_jax.objectives.forward import run_towers
 from vatt_jax.rng import Rng
 
 
@@ -381,38 +382,6 @@ class Objective:
         state.
         """
         raise NotImplementedError
-
-
-def run_towers(
-    model: Any, variables: Any, batch: Mapping[str, Any], rng: Rng
-) -> tuple[dict[str, jax.Array], Any]:
-    """The towers in training mode, without projections to common spaces.
-
-    These belong to `compute_loss`, since their batch norm takes statistics over all clips together.
-
-    Args:
-        model: the Linen module.
-        variables: {'params', 'batch_stats'} of the model, or of a teacher.
-        batch: the device batch; all of its streams are encoded.
-        rng: random bits of these clips.
-
-    Returns:
-        ({stream: pooled features [B(,K) D]}, new batch statistics).
-    """
-    pooled, updates = model.apply(
-        variables, batch, train=True, rng=rng, mutable=['batch_stats'], method=_pooled_features
-    )
-    # Flax leaves a mutable collection out of `updates` if no module has variables in it.
-    return pooled, updates.get('batch_stats', {})
-
-
-def _pooled_features(
-    model: Any, batch: Mapping[str, Any], *, train: bool, rng: Rng
-) -> dict[str, jax.Array]:
-    """stream -> pooled features [B(,K) D]; a method for `model.apply`."""
-    encoded = model.interact(model.encode_all(batch, train=train, rng=rng))
-    # Without token maps, which would otherwise be held for every microbatch.
-    return {name: stream.pooled for name, stream in encoded.items()}
 
 
 def stream_names(batch: Mapping[str, Any]) -> list[str]:

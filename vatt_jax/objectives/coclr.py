@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from vatt_jax.config import ConfigError, check_range, with_defaults
 from vatt_jax.inputs.batch import modality_of
 from vatt_jax.losses import nce
-from vatt_jax.models import Encoded
 from vatt_jax.objectives import heads
-from vatt_jax.objectives.base import Encoding, Loss, Objective, Spec, run_towers
+from vatt_jax.objectives.base import Encoding, Loss, Objective, Spec
+from vatt_jax.objectives.forward import project, run_towers
 from vatt_jax.objectives.memory import queue as queues
 from vatt_jax.objectives.memory import teacher as teachers
 from vatt_jax.objectives.online_codes import masked_mean
@@ -216,15 +216,8 @@ class CoCLR(Objective):
         self, model: Any, variables: Any, stream: str, pooled: jax.Array, valid: jax.Array
     ) -> tuple[Float[Array, 'B E'], Any]:
         """(embeddings in the common space, new batch statistics)."""
-        spaces, updates = model.apply(
-            variables,
-            {stream: Encoded(pooled)},
-            valid={stream: valid},
-            train=True,
-            mutable=['batch_stats'],
-            method='project',
-        )
-        return spaces[self.config.space][stream], updates.get('batch_stats', {})
+        spaces, batch_stats = project(model, variables, {stream: pooled}, {stream: valid})
+        return spaces[self.config.space][stream], batch_stats
 
     def _pushed(
         self,

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from vatt_jax.config import ConfigError, check_range, choose, with_defaults
 from vatt_jax.losses import dense, nce, similarity
-from vatt_jax.models import Encoded
 from vatt_jax.objectives.base import Loss, Objective, Spec
+from vatt_jax.objectives.forward import project
 
 # form -> its usual temperature. docs/losses.md says what each is and who trains with it.
 FORMS = {
@@ -140,14 +140,8 @@ class Contrastive(Objective):
     ) -> Loss:
         # The common spaces are part of the loss, not of `encode` (objectives/base.py): with
         # accumulation they see the whole batch, of which only pooled vectors are in memory.
-        spaces, updates = model.apply(
-            variables,
-            {stream: Encoded(features) for stream, features in pooled.items()},
-            valid={stream: batch[stream]['valid'] for stream in pooled},
-            train=True,
-            mutable=['batch_stats'],
-            method='project',
-        )
+        valid = {stream: batch[stream]['valid'] for stream in pooled}
+        spaces, batch_stats = project(model, variables, pooled, valid)
         total: Any = 0.0
         total_weight = 0.0
         metrics = {}
@@ -178,7 +172,7 @@ class Contrastive(Objective):
         # Divided by the sum of weights, so that adding a pair does not change the scale of the
         # loss.
         mean_loss = jnp.asarray(total / total_weight, jnp.float32)
-        return Loss(mean_loss, metrics, updates.get('batch_stats', {}), state)
+        return Loss(mean_loss, metrics, batch_stats, state)
 
     def _fixed_options(self) -> dict[str, Any]:
         """Arguments of the loss function that the config fixes."""

@@ -18,8 +18,8 @@ import numpy as np
 
 from vatt_jax.config import ConfigError, check_range, with_defaults
 from vatt_jax.losses.noise_contrastive import noise_contrastive
-from vatt_jax.models import Encoded
 from vatt_jax.objectives.base import Loss, Objective, RefreshResult, Spec, TrainingRecords
+from vatt_jax.objectives.forward import project
 from vatt_jax.objectives.heads import unit
 from vatt_jax.objectives.memory import agreement, negatives, table
 from vatt_jax.parallel import hosts
@@ -143,14 +143,7 @@ class InstanceMemory(Objective):
         rng: Any,
     ) -> Loss:
         is_present = {view: batch[view]['valid'] & batch['valid'] for view in self.views}
-        spaces, updates = model.apply(
-            variables,
-            {view: Encoded(pooled[view]) for view in self.views},
-            valid=is_present,
-            train=True,
-            mutable=['batch_stats'],
-            method='project',
-        )
+        spaces, batch_stats = project(model, variables, pooled, is_present)
         embeddings = {view: unit(self._embedding(spaces, view)) for view in self.views}  # [B E]
         scores = self._scores(state, embeddings, batch, rng)
 
@@ -176,7 +169,6 @@ class InstanceMemory(Objective):
             'embedding': jax.lax.stop_gradient(embeddings),
             'valid': is_present,
         }
-        batch_stats = updates.get('batch_stats', {})
         return Loss(total, metrics, batch_stats, {**state, **normalisation}, writes=writes)
 
     def _scores(

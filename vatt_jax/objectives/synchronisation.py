@@ -16,9 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vatt_jax.config import ConfigError, check_range, with_defaults
 from vatt_jax.losses import margin
-from vatt_jax.models import Encoded
 from vatt_jax.objectives import heads
 from vatt_jax.objectives.base import Loss, Objective, Spec
+from vatt_jax.objectives.forward import project
 from vatt_jax.objectives.online_codes import masked_mean
 from vatt_jax.rng import Rng
 
@@ -121,18 +121,11 @@ class Synchronisation(Objective):
         self, model: Any, variables: Any, pooled: Mapping[str, Any], valid: Mapping[str, Any]
     ) -> tuple[dict[str, Any], Any]:
         """(stream -> embedding [B E] in the space, the model's new batch statistics)."""
-        spaces, updates = model.apply(
-            variables,
-            {stream: Encoded(features) for stream, features in pooled.items()},
-            valid=valid,
-            train=True,
-            mutable=['batch_stats'],
-            method='project',
-        )
+        spaces, batch_stats = project(model, variables, pooled, valid)
         embeddings = spaces[self.config.space]
         if self.config.normalise:
             embeddings = {stream: heads.unit(x) for stream, x in embeddings.items()}
-        return embeddings, updates.get('batch_stats', {})
+        return embeddings, batch_stats
 
     def _negatives(
         self,

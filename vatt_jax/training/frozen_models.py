@@ -11,19 +11,17 @@ import os
 import pathlib
 from typing import Any
 
-import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from vatt_jax import config as configs
-from vatt_jax import models, objectives, optim
+from vatt_jax import models, objectives
 from vatt_jax.config import ConfigError
 from vatt_jax.inputs.batch import modality_of
 from vatt_jax.models import attention
 from vatt_jax.object_store import is_url
 from vatt_jax.objectives.base import Objective
 from vatt_jax.objectives.memory.frozen import FrozenModel
-from vatt_jax.training import checkpoint
+from vatt_jax.training import checkpoint, starting_values
 
 
 def resolve(config: ConfigDict, info: dict[str, Any]) -> None:
@@ -87,33 +85,17 @@ def read(name: str, run: str, variables: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: the checkpoint cannot be read or does not fit.
     """
-    where = f'config.objective.{name}={run}'
     try:
         saved = checkpoint.read_model(checkpoint.find_verified(run))
     except ConfigError as error:
         raise ConfigError(f'config.objective.{name}: {error}') from error
-    taken = {}
-    for group, tree in variables.items():
-        available = _by_path(saved[group])
-
-        def take(path: str, initial: jax.Array, available: Any = available) -> jax.Array:
-            value = available.get(path)
-            if value is None or value.shape != initial.shape:
-                found = 'none' if value is None else f'one of shape {value.shape}'
-                raise ConfigError(
-                    f'{where}: expected the parameter {path} of shape {initial.shape}, got {found};'
-                    f' its checkpoint does not fit config.objective.{name}_model, choose another '
-                    '--workdir'
-                )
-            return jax.device_put(np.asarray(value, initial.dtype), initial.sharding)
-
-        taken[group] = jax.tree.map(take, optim.paths(tree), tree)
-    return taken
-
-
-def _by_path(tree: Any) -> dict[str, np.ndarray]:
-    names = jax.tree.leaves(optim.paths(tree))
-    return dict(zip(names, jax.tree.leaves(tree), strict=True))
+    other = starting_values.OtherRun(
+        run,
+        saved,
+        field=f'config.objective.{name}',
+        remedy=f'; it does not fit config.objective.{name}_model, choose another --workdir',
+    )
+    return {group: other.take(group, tree) for group, tree in variables.items()}
 
 
 def _read_config(name: str, run: str) -> tuple[ConfigDict, dict[str, Any]]:

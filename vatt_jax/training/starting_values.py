@@ -39,7 +39,8 @@ class OtherRun:
         rename: Sequence[Any] = (),
         skip: Sequence[str] = (),
         field: str = 'config.init_from',
-        remedy: str = '; map it with config.init_rename or leave it out with config.init_skip',
+        remedy: str = '; map it with config.init_rename, leave it out with config.init_skip, or '
+        'change the config',
     ):
         """See `read`, which makes them.
 
@@ -50,7 +51,7 @@ class OtherRun:
                 the path in the other checkpoint.
             skip: regular expressions of the paths left at their initial values.
             field: that names the run, for messages.
-            remedy: for an array that is absent there, likewise.
+            remedy: what to try where an array is absent there or has another shape.
         """
         self.path = path
         self.skipped: list[str] = []
@@ -120,8 +121,7 @@ class OtherRun:
             owner = 'model' if group in TREES['model'] else 'objective'
             raise ConfigError(
                 f'{self._field}={self.path}: {source_name} has shape {value.shape}, this {owner} '
-                f'wants {shape}; leave it out with config.init_skip=({name!r},) or change the '
-                'config'
+                f'wants {shape}{self._remedy}'
             )
         return value
 
