@@ -55,7 +55,8 @@ class Encoding:
     """What the towers make of a batch.
 
     Attributes:
-      pooled: stream -> pooled features [B(,K) D]; those of a teacher have names of their own.
+      pooled: stream -> pooled features [B(,K) D]; those of a teacher, and maps, have names of
+        their own.
       batch_stats: the model's new batch statistics.
       state: the objective's new state: the batch statistics of a teacher.
     """

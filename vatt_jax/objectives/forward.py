@@ -7,12 +7,23 @@ from typing import Any
 
 import jax
 
+from vatt_jax.config import ConfigError
+from vatt_jax.inputs.batch import modality_of
 from vatt_jax.models import Encoded
 from vatt_jax.rng import Rng
 
 
+def map_of(stream: str) -> str:
+    """The name under which `run_towers` returns the map of a stream."""
+    return f'{stream}/map'
+
+
 def run_towers(
-    model: Any, variables: Any, batch: Mapping[str, Any], rng: Rng
+    model: Any,
+    variables: Any,
+    batch: Mapping[str, Any],
+    rng: Rng,
+    maps: tuple[str, ...] = (),
 ) -> tuple[dict[str, jax.Array], Any]:
     """The towers in training mode, without projections to common spaces.
 
@@ -23,24 +34,37 @@ def run_towers(
         variables: {'params', 'batch_stats'} of the model, or of a teacher.
         batch: the device batch; all of its streams are encoded.
         rng: random bits of these clips.
+        maps: streams whose features before pooling are returned too, as `map_of(stream)`.
 
     Returns:
-        ({stream: pooled features [B(,K) D]}, new batch statistics).
+        ({stream: pooled features [B(,K) D], map_of(stream): [B grid… D]}, new batch statistics).
+
+    Raises:
+        ConfigError: a tower of `maps` drops tokens, so that what is left is no grid.
     """
-    pooled, updates = model.apply(
-        variables, batch, train=True, rng=rng, mutable=['batch_stats'], method=_pooled_features
+    features, updates = model.apply(
+        variables, batch, train=True, rng=rng, maps=maps, mutable=['batch_stats'], method=_features
     )
     # Flax leaves a mutable collection out of `updates` if no module has variables in it.
-    return pooled, updates.get('batch_stats', {})
+    return features, updates.get('batch_stats', {})
 
 
-def _pooled_features(
-    model: Any, batch: Mapping[str, Any], *, train: bool, rng: Rng
+def _features(
+    model: Any, batch: Mapping[str, Any], *, train: bool, rng: Rng, maps: tuple[str, ...]
 ) -> dict[str, jax.Array]:
-    """stream -> pooled features [B(,K) D]; a method for `model.apply`."""
-    encoded = model.interact(model.encode_all(batch, train=train, rng=rng))
-    # Without token maps, which would otherwise be held for every microbatch.
-    return {name: stream.pooled for name, stream in encoded.items()}
+    """See `run_towers`; a method for `model.apply`."""
+    encoded = model.interact(model.encode_all(batch, train=train, rng=rng, features=bool(maps)))
+    features = {name: stream.pooled for name, stream in encoded.items()}
+    # Of these streams alone: maps would otherwise be held for every microbatch.
+    for name in maps:
+        if encoded[name].kept is not None:
+            raise ConfigError(
+                f'config.model.towers.{modality_of(name)}.drop_token: this objective reads the '
+                'whole grid of features, expected 0'
+            )
+        tokens = encoded[name].tokens  # [B N D]
+        features[map_of(name)] = tokens.reshape(len(tokens), *encoded[name].grid, -1)
+    return features
 
 
 def project(
