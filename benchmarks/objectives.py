@@ -7,8 +7,9 @@
 
 Every row of configs/comparison.py, with every seed. A run is kept in --runs and not repeated when
 it is finished; one that was stopped goes on. Rows of two stages give a result for each network.
-Writes benchmarks/results/objectives.json after each run and prints the table. CPU seconds are those
-of the whole run: reading, compiling, training and evaluation.
+Writes benchmarks/results/objectives.json after each run, in which rows and seeds that were not
+asked for stay as they are, and prints its table. CPU seconds are those of the whole run: reading,
+compiling, training and evaluation.
 """
 
 from __future__ import annotations
@@ -91,14 +92,26 @@ def entries(row: str, seed: int, folder: pathlib.Path) -> list[dict[str, Any]]:
     random = folder / 'evals' / 'random_init' / 'results.json'
     if random.exists():
         found.append({'row': RANDOM[row], 'seed': seed, 'scores': scores_of(random)})
-    return found
+    origin = {
+        'commit': json.loads((folder / 'provenance.json').read_text())['commit'],
+        'date': datetime.date.fromtimestamp((folder / 'done.json').stat().st_mtime).isoformat(),
+    }
+    return [entry | origin for entry in found]
+
+
+def earlier() -> list[dict[str, Any]]:
+    """Entries of the result file, of runs as long as those of today."""
+    if not RESULTS.exists():
+        return []
+    results = json.loads(RESULTS.read_text())
+    return results['entries'] if results['steps'] == comparison.STEPS else []
 
 
 def write(found: list[dict[str, Any]]) -> None:
-    """Writes the result file with these entries."""
+    """Writes the result file with these entries, in the order of the table."""
+    methods = [*RANDOM.values(), *comparison.METHODS]
+    found.sort(key=lambda entry: (methods.index(entry['row'].partition(':')[0]), entry['seed']))
     results = {
-        'commit': repository.commit('vatt_jax', 'configs', 'data_pipelines'),
-        'date': datetime.date.today().isoformat(),
         'hardware': f'{os.cpu_count()} CPU cores',
         'steps': comparison.STEPS,
         'entries': found,
@@ -140,13 +153,16 @@ def main() -> None:
     parser.add_argument('--runs', default='runs/comparison')
     args = parser.parse_args()
     runs = (repository.ROOT / args.runs).resolve()
-    found: list[dict[str, Any]] = []
-    for seed in args.seeds.split(','):
+    found = earlier()
+    for seed in map(int, args.seeds.split(',')):
         for row in args.only.split(','):
             folder = runs / f'{row}_seed{seed}'
             if not (folder / 'done.json').exists():
-                train(folder, row, int(seed))
-            found += entries(row, int(seed), folder)
+                train(folder, row, seed)
+            new = entries(row, seed, folder)
+            replaced = {(entry['row'], seed) for entry in new}
+            found = [entry for entry in found if (entry['row'], entry['seed']) not in replaced]
+            found += new
             write(found)
     print_table(found)
     print(f'written: {RESULTS.relative_to(repository.ROOT)}')

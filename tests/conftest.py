@@ -145,3 +145,28 @@ def object_store(store_server, tmp_path, monkeypatch):
     yield f's3://{BUCKET}/{tmp_path.name}', faults
     faults.unavailable = faults.cut = faults.hang = 0
     faults.latency = 0.0
+
+
+@pytest.fixture(scope='session')
+def google_server():
+    """URL of a local server that speaks Google's protocol."""
+    from gcp_storage_emulator.server import create_server
+
+    from tests import runs
+
+    port = runs.free_port()
+    server = create_server('localhost', port, in_memory=True, default_bucket='bucket')
+    with server:
+        yield f'http://localhost:{port}'
+
+
+@pytest.fixture
+def google_store(google_server, tmp_path, monkeypatch):
+    """gs:// URL of a new folder on a local server; local copies go below tmp_path."""
+    from vatt_jax.object_store import store
+
+    monkeypatch.setenv('STORAGE_EMULATOR_HOST', google_server)
+    monkeypatch.setenv('VATT_JAX_CACHE', str(tmp_path / 'cache'))
+    store._file_system.cache_clear()
+    yield f'gs://bucket/{tmp_path.name}'
+    store._file_system.cache_clear()

@@ -48,8 +48,17 @@ def test_urls():
     assert urls.last_name('s3://bucket/data/') == 'data'
 
 
-def test_files_go_there_and_come_back(object_store, tmp_path):
-    url, _ = object_store
+@pytest.fixture(params=['s3', 'gs'])
+def url_of_any_store(request):
+    """URL of a new folder on Amazon's and on Google's kind of store."""
+    if request.param == 's3':
+        url, _ = request.getfixturevalue('object_store')
+        return url
+    return request.getfixturevalue('google_store')
+
+
+def test_files_go_there_and_come_back(url_of_any_store, tmp_path):
+    url = url_of_any_store
     assert Store(url).files() == {}
     content = os.urandom(1000)
     (tmp_path / 'file').write_bytes(content)
@@ -366,6 +375,17 @@ def test_a_run_on_a_store_trains_resumes_and_is_evaluated(
     object_store, tmp_path, monkeypatch, capsys
 ):
     url, _ = object_store
+    check_a_run(url, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.slow  # the same code but for the package that speaks to the store
+def test_a_run_on_a_google_store_trains_resumes_and_is_evaluated(
+    google_store, tmp_path, monkeypatch, capsys
+):
+    check_a_run(google_store, tmp_path, monkeypatch, capsys)
+
+
+def check_a_run(url, tmp_path, monkeypatch, capsys):
     (tmp_path / 'tiny_config.py').write_text(TINY)
     config = f'--config={tmp_path / "tiny_config.py"}'
     local = tmp_path / 'local'
