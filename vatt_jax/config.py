@@ -97,6 +97,7 @@ SHARES = (
     'augment.color',
     'augment.grey',
     'augment.blur',
+    'augment.solarise',
     'augment.strong',
 )
 # Field -> smallest and largest value of the others; configs/default.py says what they mean. Those
