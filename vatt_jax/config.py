@@ -142,6 +142,7 @@ CHOICES = {
     'compute_dtype': ('float32', 'bfloat16'),
     'data.source': ('records', 'synthetic', 'npz'),
     'accumulation': ('plain', 'exact'),
+    'evaluated': ('student', 'teacher'),
 }
 
 
