@@ -199,6 +199,7 @@ def test_eval_embed_and_report(trained, cli):
     assert 'src="http' not in page
 
 
+@pytest.mark.slow
 def test_a_teacher_is_evaluated_and_embedded(cli, tmp_path, monkeypatch):
     """From the run folder alone; its embeddings lie in a file of their own beside the student's."""
     evaluator = {'type': 'neighbours', 'of': 'pooled', 'windows': 1, 'first': (1,)}
@@ -229,7 +230,7 @@ def test_a_teacher_is_evaluated_and_embedded(cli, tmp_path, monkeypatch):
     assert np.abs(pooled['teacher'] - pooled['student']).max() > 1e-5
 
     code, _, err = cli(f'--workdir={tmp_path}', '--mode=embed', '--config.evaluated=mean')
-    assert code == 1
+    assert code == 2
     assert "config.evaluated='mean': choose one of student, teacher" in err
 
 
