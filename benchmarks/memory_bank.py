@@ -1,21 +1,24 @@
-"""What memory banks cost: steps of AVID beside those of a plain contrastive objective, on a CPU.
+"""What objectives with memories, queues and several views cost beside a plain one, on a CPU.
 
-    # CPU seconds, interleaved
+    # CPU seconds, interleaved; half an hour of two busy cores
     python benchmarks/memory_bank.py
     # to see that it runs
-    python benchmarks/memory_bank.py --rounds=1 --rows=5000
+    python benchmarks/memory_bank.py --rounds=1 --rows=5000 --only=mmv,avid
     # one of both parts; the other keeps its former results
     python benchmarks/memory_bank.py --parts=objective
 
 Two comparisons. `objective`: embeddings [B 128] of both modalities in, gradients and new memories
 out, for 1024 negatives and tables of several sizes, beside NCE within the batch. `step`: whole
-training steps of configs/avid.py:demo,synthetic with either objective on the same towers. Each is
-the least of all rounds, in CPU seconds. Writes benchmarks/results/memory_bank.json.
+training steps of rows of configs/comparison.py, which has the same towers for all, on synthetic
+clips; AVID with the least and the greatest number of records. Times are the
+least of all rounds, in CPU seconds. Bytes are those of the compiled step: what it takes beside its
+arguments, and what the objective keeps as state. Writes benchmarks/results/memory_bank.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -23,6 +26,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -30,11 +34,13 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 from support import repository
 
 import data_pipelines
-from configs import avid
+from configs import comparison
+from vatt_jax import phases
 from vatt_jax.inference import feature_extractor
 from vatt_jax.losses import nce
 from vatt_jax.losses.noise_contrastive import noise_contrastive
@@ -102,28 +108,96 @@ def unit_embeddings(clips: int) -> list[jax.Array]:
     return [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in raw]
 
 
-def training_step(objective: ConfigDict | None, records: int) -> Callable[[], None]:
-    """One turn of the demo's training step; None: AVID's own objective."""
-    config = avid.get_config('demo,synthetic')
-    config.data.synthetic_size = records
+# Rows of configs/comparison.py; mmv is NCE within the batch, the plain one.
+ROWS = ('mmv', 'avid', 'cma', 'infonce', 'coclr', 'gdt_h1', 'gdt_h6', 'avts')
+
+
+@dataclasses.dataclass
+class Step:
+    """A compiled training step.
+
+    Attributes:
+      turn: takes one step.
+      streams: of each clip that are encoded, mirrored ones included.
+      temporary_bytes: taken beside arguments and results.
+      state_bytes: of the objective: tables, queues, teachers, models of other runs.
+    """
+
+    turn: Callable[[], None]
+    streams: int
+    temporary_bytes: int
+    state_bytes: int
+
+
+def step_config(row: str, records: int) -> ConfigDict:
+    """The config of a row on synthetic clips; of its last network, where it trains several."""
+    config = comparison.get_config(row)
+    config.evals = ConfigDict()
+    config.data.source, config.data.synthetic_size = 'synthetic', records
     config.mesh.replica = 1
-    if objective is not None:
-        config.objective = objective
+    if not config.phases:
+        return config
+    networks = [phase.config for phase in phases.resolve(config, pathlib.Path('.'))]
+    if row == 'coclr':
+        # CoCLR on video: its model in the sampler's place need not have been trained.
+        config, sampler = networks[2], networks[1]
+        config.objective.sampler_model = sampler.model
+    else:
+        config = networks[-1]
+    config.evals = ConfigDict()
+    return config
+
+
+def training_step(row: str, records: int) -> Step:
+    """The training step of a row."""
+    config = step_config(row, records)
     data = data_pipelines.open(config)
     built = loop.build(config, data)
+    batch = select_streams(next(data.train(0, config.batch_size)), built.objective.streams())
+    batch['record'] = batch['index']
+    for name, column in built.batch.get('columns', {}).items():
+        # Any records will do, here the next ones.
+        others = batch['index'][:, None] + 1 + np.arange(column.shape[-1])
+        batch.setdefault('columns', {})[name] = (others % records).astype(column.dtype)
     with jax.set_mesh(built.mesh):
         state = built.init()
-        batch = select_streams(next(data.train(0, config.batch_size)), built.objective.streams())
-        batch['record'] = batch['index']
         batch = feature_extractor.place_on_mesh(batch, built.mesh)
+        compiled = built.step.lower(state, batch).compile()
+    streams = built.objective.streams() or tuple(config.model.towers)
+    kept = jax.tree.leaves(state.objective)
 
-    def run() -> None:
+    def turn() -> None:
         nonlocal state
-        with jax.set_mesh(built.mesh):
-            state, metrics = built.step(state, batch)
-            jax.block_until_ready((state, metrics))
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready((state, metrics))
 
-    return run
+    return Step(
+        turn,
+        len(streams),
+        compiled.memory_analysis().temp_size_in_bytes,
+        sum(x.nbytes for x in kept),
+    )
+
+
+def measure_steps(rows: list[str], records: list[int], rounds: int) -> dict[str, dict[str, Any]]:
+    """Row -> what its step costs."""
+    cases = {row: (row, records[0]) for row in rows}
+    if 'avid' in rows and len(records) > 1:
+        cases[f'avid of {records[-1]} records'] = ('avid', records[-1])
+    steps = {}
+    for name, case in cases.items():
+        print(f'compiling {name}', flush=True)
+        steps[name] = training_step(*case)
+    seconds = least_seconds({name: step.turn for name, step in steps.items()}, rounds)
+    found = {}
+    for name, step in steps.items():
+        found[name] = {
+            'seconds': seconds[name],
+            'streams': step.streams,
+            'temporary_mb': round(step.temporary_bytes / 2**20, 1),
+            'state_mb': round(step.state_bytes / 2**20, 1),
+        }
+    return found
 
 
 def least_seconds(turns: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
@@ -140,41 +214,43 @@ def least_seconds(turns: dict[str, Callable[[], None]], rounds: int) -> dict[str
     return {name: round(seconds, 5) for name, seconds in least.items()}
 
 
+def conditions(rounds: int) -> dict[str, Any]:
+    """What the times of a part were measured with."""
+    return {
+        'date': datetime.date.today().isoformat(),
+        'commit': repository.commit('vatt_jax', 'configs', 'benchmarks/memory_bank.py'),
+        'processor': repository.processor(),
+        'cores': os.cpu_count(),
+        'load_average': [round(load, 1) for load in os.getloadavg()],
+        'jax': jax.__version__,
+        'rounds': rounds,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--rounds', type=int, default=15)
     parser.add_argument('--rows', default='10000,100000,1000000')
     parser.add_argument('--clips', type=int, default=64)
     parser.add_argument('--parts', default='objective,step')
+    parser.add_argument('--only', default=','.join(ROWS), help='rows of the part `step`')
     arguments = parser.parse_args()
     sizes = [int(rows) for rows in arguments.rows.split(',')]
 
-    former = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    result = {
-        **former,
-        'date': datetime.date.today().isoformat(),
-        'commit': repository.commit('vatt_jax', 'configs', 'benchmarks/memory_bank.py'),
-        'processor': repository.processor(),
-        'jax': jax.__version__,
-        'clips': arguments.clips,
-        'negatives': NEGATIVES,
-        'width': WIDTH,
-        'rounds': arguments.rounds,
-    }
+    result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if 'objective' in arguments.parts.split(','):
         turns = {'NCE within the batch': batch_objective(arguments.clips)}
         for rows in sizes:
             turns[f'memory of {rows} records'] = memory_objective(arguments.clips, rows)
+        result |= conditions(arguments.rounds)
+        result |= {'clips': arguments.clips, 'negatives': NEGATIVES, 'width': WIDTH}
         result['objective'] = least_seconds(turns, arguments.rounds)
         # Steps take minutes to compile; what is known by now is kept.
         RESULTS.write_text(json.dumps(result, indent=1) + '\n')
     if 'step' in arguments.parts.split(','):
-        pairs = (('video', 'audio', 'va', 1.0),)
-        contrastive = ConfigDict({'name': 'contrastive', 'pairs': pairs, 'form': 'symmetric'})
-        turns = {'NCE within the batch': training_step(contrastive, sizes[0])}
-        for rows in (sizes[0], sizes[-1]):
-            turns[f'memory of {rows} records'] = training_step(None, rows)
-        result['step'] = least_seconds(turns, arguments.rounds)
+        # Taken now: the sources may change while this runs.
+        result['step_conditions'] = conditions(arguments.rounds)
+        result['step'] = measure_steps(arguments.only.split(','), sizes, arguments.rounds)
         RESULTS.write_text(json.dumps(result, indent=1) + '\n')
     print(json.dumps(result, indent=1))
 

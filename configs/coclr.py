@@ -142,6 +142,8 @@ def phases(name: str, streams: tuple[str, str], cycles: int) -> tuple[Any, ...]:
             phase = f'coclr_{stream}' + (f'_{cycle}' if cycles > 1 else '')
             found.append((phase, fields))
             newest[stream] = phase
+    last = found[-1][1]
+    last['evals'].update(two_stream_evaluations(last['evals'], streams[0], newest[streams[0]]))
     return tuple(found)
 
 
@@ -169,7 +171,9 @@ def stage_fields(name: str, stage: str, stream: str, other: str) -> dict[str, An
     """
     is_demo = name == 'demo'
     second = f'{stream}.second'
-    views = [(second, {'kind': 'clip'})]
+    # Published: half of the clips are one window twice, with a crop and colours of its own each.
+    window = {'kind': 'clip'} if is_demo else {'kind': 'clip', 'same': 0.5}
+    views = [(second, window)]
     objective = {
         'name': 'coclr',
         'query': stream,
@@ -181,7 +185,7 @@ def stage_fields(name: str, stage: str, stream: str, other: str) -> dict[str, An
     }
     if stage == 'coclr':
         # The same window as the key's: views of one suffix share it.
-        views.append((f'{other}.second', {'kind': 'clip'}))
+        views.append((f'{other}.second', window))
         objective.update({'sampler_stream': f'{other}.second', 'nearest': 5})
         # The run folder of its network: --config.objective.sampler=… .
         objective['sampler'] = ''
@@ -208,6 +212,21 @@ def evaluations(stream: str, windows: int) -> dict[str, Any]:
         },
         f'probe_{stream}': selavi.whole_probe(stream, windows),
     }
+
+
+def two_stream_evaluations(evals: dict[str, Any], other: str, phase: str) -> dict[str, Any]:
+    """The evaluations of a network once more, averaged with the network of another phase.
+
+    Args:
+        evals: of this phase.
+        other: the stream that the other network reads.
+        phase: that trained it.
+    """
+    found = {}
+    for name, entry in evals.items():
+        kind, _ = name.split('_')
+        found[f'{kind}_both'] = {**entry, 'beside': (other,), 'beside_run': f'phase:{phase}'}
+    return found
 
 
 def demo_schedule(stage: str) -> dict[str, Any]:
@@ -262,16 +281,12 @@ def published_config(name: str) -> ConfigDict:
     c.data.train[name] = default.records(f'data/{name}/records')
     if name == 'ucf101':
         c.data.train[name].fold = 1
-    # Our choice: area and shape of the crop.
     c.data.crop, c.data.aspect = (0.2, 1.0), (0.75, 1.33)
     a = c.augment
-    # A view takes the strong set three times in ten, else it is only cropped and mirrored.
-    a.strong, a.grey, a.blur = 0.3, 0.2, 0.5
-    # The strengths are our choice.
-    a.color, a.brightness, a.gain = 0.8, 0.0, 0.5
-    a.contrast, a.saturation, a.hue = 0.5, 0.5, 0.25
-    a.audio_noise = 0.0
     a.grey, a.blur = 0.2, 0.5
+    a.color, a.brightness, a.gain = 0.8, 0.0, 0.4
+    a.contrast, a.saturation, a.hue = 0.4, 0.4, 0.1
+    a.audio_noise = 0.0
     # With this probability a view takes all of these, else it is only cropped and mirrored.
     a.strong = 0.3
     c.checkpoint.keep, c.log_every = 5, 50

@@ -259,6 +259,8 @@ def augment() -> ConfigDict:
     # Probability of Gaussian blur per clip; its standard deviation in pixels of the clip that the
     # model sees, uniform between these; width of its kernel, as a share of the picture.
     a.blur, a.blur_sigma, a.blur_width = 0.0, (0.1, 2.0), 0.1
+    # Probability that the brighter half of a clip's values is turned round, after the blur (BYOL).
+    a.solarise = 0.0
     # Probability that a clip takes all of the above at all; otherwise it is only cropped and
     # mirrored.
     a.strong = 1.0

@@ -67,13 +67,15 @@ def set_method(c: ConfigDict, is_cvrl: bool) -> None:
 
 
 def set_augmentation(c: ConfigDict, options: list[str]) -> None:
-    """SimCLR's strong set for both views, in place."""
+    """SimCLR's strong set for both views; CVRL's released code blurs and solarises by view."""
     c.data.crop, c.data.aspect = (0.3, 1.0), (0.5, 2.0)
     a = c.augment
     a.color, a.brightness, a.gain = 0.8, 0.0, 0.8
     a.contrast, a.saturation, a.hue = 0.8, 0.8, 0.2
     a.grey = 0.2
     a.blur, a.blur_sigma, a.blur_width = 0.5, (0.1, 2.0), 0.1
+    if 'cvrl' in options:
+        a.views = ((VIEWS[0], {'blur': 1.0}), (VIEWS[1], {'blur': 0.1, 'solarise': 0.2}))
     if 'coclr' in options:
         a.strong = 0.3
     if 'plain' in options:

@@ -31,6 +31,7 @@ OFF = {
     'blur': 0.0,
     'blur_sigma': (0.3, 2.0),
     'blur_width': 0.4,
+    'solarise': 0.0,
     'strong': 1.0,
     'views': (),
     'audio_noise': 0.0,
@@ -171,6 +172,21 @@ def test_jitter_comes_before_grey_and_grey_before_blur(source, request):
         np.testing.assert_allclose(out[b], blurred(grey, sigmas[b]), atol=5e-5)
 
 
+@pytest.mark.parametrize('source', ['clips', 'planes'])
+@pytest.mark.parametrize('pixel_range', [(-1.0, 1.0), (0.0, 1.0)], ids=['signed', 'unsigned'])
+def test_solarisation_turns_the_brighter_half_round(source, pixel_range, request):
+    """v and 1 - v of values in [0, 1], channel by channel; after the blur."""
+    data = request.getfixturevalue(source)
+    inputs = {'video': {**INPUTS['video'], 'range': pixel_range}}
+    config = {**OFF, 'blur': 1.0}
+    low, high = pixel_range
+    plain = (stage(data, config, inputs=inputs)['video'] - low) / (high - low)
+    out = (stage(data, {**config, 'solarise': 1.0}, inputs=inputs)['video'] - low) / (high - low)
+    assert 0.1 < (plain > 0.5).mean() < 0.9
+    expected = np.where(plain < 0.5, plain, 1 - plain)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
 def test_a_still_clip_stays_still(clips):
     """One draw holds for all frames."""
     still = np.repeat(clips[:, :1], T, axis=1)
@@ -186,7 +202,7 @@ def test_a_clip_takes_the_strong_set_or_nothing():
         'flips': np.zeros(n, bool),
         'inputs': {'video': {'frames': 1, 'size': 8, 'fps': 8.0}},
     }
-    strong = {**OFF, **MILD, 'grey': 1.0, 'blur': 0.5}
+    strong = {**OFF, **MILD, 'grey': 1.0, 'blur': 0.5, 'solarise': 0.5}
     plain = stage(data, OFF, **options)['video']
     always = stage(data, strong, **options)['video']
     sometimes = stage(data, {**strong, 'strong': 0.3}, **options)['video']
@@ -196,7 +212,7 @@ def test_a_clip_takes_the_strong_set_or_nothing():
     assert abs(is_strong.mean() - 0.3) < 4.5 * np.sqrt(0.3 * 0.7 / n)
 
 
-@pytest.mark.parametrize('field', ['grey', 'blur'])
+@pytest.mark.parametrize('field', ['grey', 'blur', 'solarise'])
 def test_the_configured_share_of_clips_is_changed(field):
     n = 400
     data = np.random.default_rng(3).integers(64, 192, (n, 1, 8, 8, 3), dtype=np.uint8)

@@ -17,9 +17,12 @@ import jax
 import numpy as np
 import pytest
 
+import data_pipelines
 import run
 from tests import runs, tiny
+from tests.configs.coclr import infonce_config
 from vatt_jax.modes import process
+from vatt_jax.training import loop, train_state
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = '--config=tests/configs/tiny.py'
@@ -194,6 +197,41 @@ def test_eval_embed_and_report(trained, cli):
     assert '<svg' in page
     assert 'data:image/png' in page
     assert 'src="http' not in page
+
+
+@pytest.mark.slow
+def test_a_teacher_is_evaluated_and_embedded(cli, tmp_path, monkeypatch):
+    """From the run folder alone; its embeddings lie in a file of their own beside the student's."""
+    evaluator = {'type': 'neighbours', 'of': 'pooled', 'windows': 1, 'first': (1,)}
+    config = infonce_config(steps=2, evals__neighbours=evaluator)
+    loop.train(config, data_pipelines.open(config), tmp_path, quiet=True)
+    evaluated = []
+    variables_of = train_state.evaluation_variables
+
+    def evaluation_variables(state, objective, which):
+        evaluated.append(which)
+        return variables_of(state, objective, which)
+
+    monkeypatch.setattr(train_state, 'evaluation_variables', evaluation_variables)
+    code, out, err = cli(f'--workdir={tmp_path}', '--mode=eval', '--config.evaluated=teacher')
+    assert code == 0, err
+    assert 'neighbours R@1' in out
+    # The trained network and the random one.
+    assert evaluated == ['teacher', 'teacher']
+
+    pooled = {}
+    for which in ('student', 'teacher'):
+        code, out, err = cli(f'--workdir={tmp_path}', '--mode=embed', f'--config.evaluated={which}')
+        assert code == 0, err
+        path = pathlib.Path(out.split(' → ')[1].strip())
+        with np.load(path) as written:
+            pooled[which] = written['pooled/video']
+    assert len(list((tmp_path / 'embeddings').iterdir())) == 2
+    assert np.abs(pooled['teacher'] - pooled['student']).max() > 1e-5
+
+    code, _, err = cli(f'--workdir={tmp_path}', '--mode=embed', '--config.evaluated=mean')
+    assert code == 2
+    assert "config.evaluated='mean': choose one of student, teacher" in err
 
 
 # Arguments beside --config and --workdir -> what the sentence must name: the field, the value, the

@@ -18,7 +18,7 @@ from tests.configs.coclr import MOMENTUM, QUEUE, coclr_config, infonce_config
 from tests.test_multiprocess import run_together
 from tests.test_train import log_lines, losses, run, state_of, stop_at
 from vatt_jax import config as configs
-from vatt_jax import phases
+from vatt_jax import evals, phases
 from vatt_jax.config import ConfigError
 from vatt_jax.inference.feature_extractor import FeatureExtractor, place_on_mesh
 from vatt_jax.inputs import preprocess
@@ -27,6 +27,7 @@ from vatt_jax.objectives import Objective
 from vatt_jax.objectives.memory import teacher as teachers
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
+from vatt_jax.run_folder import RunFolder
 from vatt_jax.training import checkpoint, frozen_models, loop, train_state
 
 # Batches of 16 that fill the queue.
@@ -306,6 +307,67 @@ def test_a_teacher_is_loaded_and_evaluated(mined, sampler, states, tmp_path):
     assert np.abs(by_which['teacher'] - by_which['student']).max() > 1e-4
 
 
+# ---- two streams of two runs
+
+# Of an entry of config.evals; the run is named by the test.
+BESIDE = {'type': 'neighbours', 'of': 'pooled', 'windows': 1, 'first': (1,), 'beside': ('audio',)}
+
+
+def test_the_networks_of_two_runs_are_evaluated_together(mined, sampler, tmp_path):
+    """The other run's network as it was saved; not beside the untrained one."""
+    folder, _ = mined
+    evaluators = {
+        'both': {**BESIDE, 'beside_run': str(sampler)},
+        'video': {**EVALS['neighbours'], 'query_limit': 32, 'gallery_limit': 64},
+        'probe': {'type': 'linear_probe', 'beside': ('audio',), 'beside_run': str(sampler)},
+    }
+    config = coclr_config(sampler, evals=ConfigDict(evaluators))
+    data = data_pipelines.open(config)
+    built = loop.build(config, data)
+    state, _, _ = state_of(folder, config)
+    with jax.set_mesh(built.mesh):
+        scalars = loop.evaluate(config, built, state, data, tmp_path, 6)
+        untrained = loop.evaluate(config, built, state, data, tmp_path, 0, tag='random_init')
+    saved = checkpoint.read_model(checkpoint.find(sampler))
+    other = built.others[str(sampler)]
+    chex.assert_trees_all_equal(jax.device_get(other.variables)['params'], saved['params'])
+    assert set(scalars) == {'both/R@1', 'video/R@1', 'probe/accuracy', 'probe/C'}
+    assert untrained == {}
+
+    results = evals.load(RunFolder(tmp_path).evaluation('step_000006'))
+    both, video = results['both'].artifacts, results['video'].artifacts
+    audio_width = saved['params']['nets_audio']['linear']['kernel'].shape[-1]
+    assert both['width'] == video['width'] + audio_width
+    assert both['queries'] == video['queries'] == 32
+    assert [name for name, _ in results['probe'].artifacts['accuracy/streams']] == [
+        'video',
+        'audio',
+    ]
+
+
+@pytest.mark.parametrize(
+    'fields, rate, message',
+    [
+        (
+            {'beside_run': 'no/such'},
+            2000,
+            r'config\.evals\.both\.beside_run: no/such holds no check',
+        ),
+        ({'beside': ('text',)}, 2000, 'with a tower for the stream .text., got one for audio'),
+        (
+            {},
+            4000,
+            r'model\.inputs\.audio\.rate: expected 2000, as the model of config\.evals\.both',
+        ),
+    ],
+)
+def test_a_second_run_that_does_not_fit_is_refused(sampler, fields, rate, message):
+    config = infonce_config(model__inputs__audio__rate=rate)
+    config.evals.both = {**BESIDE, 'beside_run': str(sampler), **fields}
+    with pytest.raises(ConfigError, match=message):
+        loop.build(config, data_pipelines.open(config))
+
+
 def test_a_run_without_a_teacher_says_so(plain_run):
     with pytest.raises(ConfigError, match='expected a run whose objective keeps a teacher'):
         vatt_jax.load(plain_run, which='teacher')
@@ -350,9 +412,11 @@ def test_the_chain_of_the_demo_is_infonce_twice_then_coclr_twice(other, tmp_path
     folders = {phase.name: str(phase.folder) for phase in found}
     assert list(folders) == ['infonce_video', f'infonce_{other}', 'coclr_video', f'coclr_{other}']
     names = {folder: name for name, folder in folders.items()}
-    origins, samplers = {}, {}
+    origins, samplers, others = {}, {}, {}
     for phase in found:
         loop.check(phase.config)
+        runs = {entry.get('beside_run', '') for entry in phase.config.evals.values()} - {''}
+        others[phase.name] = {names[run] for run in runs}
         origins[phase.name] = names.get(phase.config.init_from, '')
         samplers[phase.name] = names.get(phase.config.objective.get('sampler', ''), '')
     assert origins == {
@@ -368,6 +432,9 @@ def test_the_chain_of_the_demo_is_infonce_twice_then_coclr_twice(other, tmp_path
         # The newest network of the video.
         f'coclr_{other}': 'coclr_video',
     }
+    # The last one is evaluated by itself, and with the network of the video.
+    assert others.pop(f'coclr_{other}') == {'coclr_video'}
+    assert not any(others.values())
 
 
 def test_two_published_cycles_go_on_from_one_another():

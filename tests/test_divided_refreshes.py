@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests import runs, tiny_refreshes
+from tests import divided_refreshes, runs, tiny_refreshes
 from vatt_jax.objectives import self_labelling
 
 # Two minutes: two processes compile what one process compiles, and it does.
@@ -85,6 +85,12 @@ def test_metrics_of_two_processes_are_those_of_one(found):
         atol = 1e-4 if 'published_error' in name else 2e-6
         for one in both:
             np.testing.assert_allclose(one[name], expected[name], rtol, atol, err_msg=name)
+
+
+def test_each_process_gets_its_stretch_of_rows_that_lie_anywhere(found):
+    parts = [process['own stretch'] for process in found[0]]
+    assert [len(part) for part in parts] == [300, 301]
+    np.testing.assert_array_equal(np.concatenate(parts), divided_refreshes.rows_of_array()[:601])
 
 
 def test_both_name_the_row_that_is_wrong_in_one(found):

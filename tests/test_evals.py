@@ -351,6 +351,18 @@ def data_and_outputs():
             "config.evals.x.stream='text': the model encodes audio, video",
         ),
         (
+            {'type': 'linear_probe', 'beside': ('flow',)},
+            "config.evals.x.beside='flow': the model encodes audio, video",
+        ),
+        (
+            {'type': 'neighbours', 'stream': 'flow', 'beside': ('text',), 'beside_run': 'r'},
+            "config.evals.x.stream='flow': the model encodes audio, video",
+        ),
+        (
+            {'type': 'simple_probe', 'beside': ('audio',)},
+            r'config.evals.x.beside: expected none \(a simple probe sees one stream\)',
+        ),
+        (
             {'type': 'linear_probe', 'label': 'colour'},
             "config.evals.x.label='colour': the data have class",
         ),
@@ -788,6 +800,69 @@ def test_probe_averages_probabilities_over_windows_and_scores_over_folds():
         run_evaluator(view, 'p', **{**fields, 'folds': (('part', 'ten'),)})
 
 
+def two_streams(rng, counts):
+    """Windows {(split, window): features} of pictures and sound that tell apart other classes.
+
+    Pictures confuse the classes 0 and 1, sound the classes 1 and 2; one clip in six has no sound.
+    """
+    parts = {}
+    for split, num_windows, count in counts:
+        y = rng.integers(0, 3, count)
+        has_sound = rng.uniform(size=count) < 5 / 6
+        for w in range(num_windows):
+            corners = np.eye(3)
+            pictures = corners[np.maximum(y, 1)] + 0.3 * rng.normal(size=(count, 3))
+            sound = 4 * corners[np.minimum(y, 1)] + 0.9 * rng.normal(size=(count, 3))
+            part = labelled(pictures, y)
+            part['pooled']['audio'] = np.concatenate([sound, sound**2], 1)  # of another width
+            part['valid']['audio'] = has_sound
+            parts[(split, w, None) if num_windows > 1 else split] = part
+    return parts
+
+
+@pytest.mark.parametrize('run', ['', 'runs/sound'], ids=['one model', 'two models'])
+def test_a_two_stream_probe_averages_the_probabilities_of_two_classifiers(run):
+    """Class by class in float64, over windows and then over streams; of one model, or of two."""
+    parts = two_streams(np.random.default_rng(3), (('train', 1, 90), ('test', 2, 70)))
+    view = KnownFeatures(parts, labels=['a', 'b', 'c'])
+    asked = []
+    if run:
+        # Each model has its own stream alone.
+        other = {}
+        for key, part in parts.items():
+            other[key] = {**part, 'pooled': {'audio': part['pooled']['audio']}}
+            part['pooled'] = {'video': part['pooled']['video']}
+
+        def of_run(name):
+            asked.append(name)
+            return KnownFeatures(other)
+
+        view.of_run = of_run
+    fields = {'windows': 2, 'strengths': (0.3,), 'beside': ('audio',), 'beside_run': run}
+    result = run_evaluator(view, 'p', type='linear_probe', **fields)
+
+    has_sound = {key: part['valid']['audio'] for key, part in parts.items()}
+    sources = {'video': parts, 'audio': other if run else parts}
+    total, alone = 0, []
+    y_test = parts['test', 0, None]['labels']['class'][has_sound['test', 0, None]]
+    for stream, source in sources.items():
+        x = source['train']['pooled'][stream][has_sound['train']]
+        y = source['train']['labels']['class'][has_sound['train']]
+        probabilities = []
+        for w in range(2):
+            x_test = source['test', w, None]['pooled'][stream][has_sound['test', w, None]]
+            scores, _ = solve('logistic', x, y, x_test, (0.3,))
+            probabilities.append(scores[:, 0])
+        alone.append([stream, pytest.approx(accuracy_of(np.mean(probabilities, 0), y_test))])
+        total = total + np.mean(probabilities, 0) / 2
+    assert result.scalars['accuracy'] == pytest.approx(accuracy_of(total, y_test))
+    assert [list(pair) for pair in result.artifacts['accuracy/streams']] == alone
+    # Neither stream alone tells what both tell.
+    assert result.scalars['accuracy'] > max(pair[1].expected for pair in alone) + 0.1
+    assert result.artifacts['test'] == len(y_test)
+    assert set(asked) == ({run} if run else set())
+
+
 def head_init(width=7, num_classes=3):
     """Initial parameters of VATT's probe of four features."""
     return solvers._head_init(jax.random.key(3), 4, width, num_classes)
@@ -970,6 +1045,15 @@ def test_neighbours_of_centred_means_are_cosines_of_two_streams():
         result = run_evaluator(view, 'n', type='neighbours', beside=beside, **fields)
         assert result.scalars['R@3'] == pytest.approx(np.mean(hits))
         assert result.artifacts['queries'] == len(hits)
+        if beside:
+            # The same where the sound is another model's.
+            other = KnownFeatures(parts)
+            view.of_run = {'runs/sound': other}.get
+            of_two = run_evaluator(
+                view, 'n', type='neighbours', beside=beside, beside_run='runs/sound', **fields
+            )
+            chex.assert_trees_all_equal(of_two.scalars, result.scalars)
+            assert other.requests
         # Without centring the two splits would not lie over one another.
         apart = run_evaluator(
             view, 'n', type='neighbours', beside=beside, **{**fields, 'centre': False}
@@ -984,6 +1068,7 @@ def test_neighbours_of_centred_means_are_cosines_of_two_streams():
         ({'beside': ('flow',)}, "stream 'flow' is not among video"),
         ({'first': (1, 60)}, 'the gallery has 50 clips, fewer than the 60 neighbours'),
         ({'first': ()}, 'first: expected numbers of neighbours'),
+        ({'beside_run': 'runs/flow'}, "beside_run='runs/flow': expected the streams that its"),
         ({'stream': 'flow'}, "stream 'flow' is not among video"),
         ({'label': 'colour'}, "label 'colour' is not among"),
     ],

@@ -16,6 +16,7 @@ from tests.test_train import run, state_of, stop_at
 from vatt_jax import objectives
 from vatt_jax.config import ConfigError
 from vatt_jax.losses.noise_contrastive import noise_contrastive
+from vatt_jax.objectives import instance_memory
 from vatt_jax.objectives.base import Spec, TrainingRecords
 from vatt_jax.objectives.memory import negatives
 from vatt_jax.parallel import sharding
@@ -311,6 +312,30 @@ def test_refresh_finds_the_records_that_agree():
     agreement = np.minimum(*cosines)
     assert refreshed.metrics['agreement'] == pytest.approx(agreement.mean(), abs=1e-6)
     assert refreshed.metrics['least_agreement'] == pytest.approx(agreement.min(), abs=1e-6)
+
+
+def test_a_refresh_on_eight_devices_is_that_on_one():
+    """The same sets; each device returns the rows that it has, and no more of them."""
+    objective, state = make(positives=4, positive_negatives=4)
+    records = TrainingRecords(RECORDS, {}, encode=lambda *_: {})
+    found = []
+    for axes in ({'replica': 1}, {'replica': 4, 'fsdp': 2}):
+        with jax.set_mesh(sharding.make_mesh(axes)):
+            found.append(objective.refresh({}, {}, state, 0, records))
+    one, eight = found
+    np.testing.assert_array_equal(eight.columns['positives'], one.columns['positives'])
+    assert eight.metrics == pytest.approx(one.metrics, rel=1e-6)
+
+    mesh = sharding.make_mesh({'replica': 4, 'fsdp': 2})
+    rows = jax.NamedSharding(mesh, jax.P(('replica', 'fsdp')))
+    memory = jax.ShapeDtypeStruct((66 * 3072, WIDTH), jnp.float32, sharding=rows)
+    with jax.set_mesh(mesh):
+        search = instance_memory._find_neighbours.lower([memory, memory], 200_000, 32)
+    # 32 records of 4 bytes and two cosines, of an eighth of the rows.
+    expected = 66 * 3072 / 8 * (32 + 2) * 4
+    assert search.compile().memory_analysis().output_size_in_bytes == pytest.approx(
+        expected, rel=0.01
+    )
 
 
 def test_refreshes_of_cma_come_at_fixed_steps():

@@ -74,3 +74,16 @@ def test_blocks_of_all_are_the_rows(monkeypatch):
         joined[first : first + len(rows)] = rows
     assert firsts == [0, 2, 4, 6]
     np.testing.assert_array_equal(joined, part)
+
+
+def test_rows_are_exchanged_by_their_numbers(monkeypatch):
+    """In blocks; of every type, with rows of any shape; those that are not wanted are passed by."""
+    monkeypatch.setattr(hosts, 'EXCHANGED_BYTES', 200)
+    random = np.random.default_rng(0)
+    numbers = random.permutation(50)[:40]
+    missing = np.setdiff1d(np.arange(10, 20), numbers)
+    numbers = np.concatenate([numbers, missing])
+    for rows in (random.integers(0, 9, (50, 3), np.int32), random.random(50, np.float32)):
+        found = hosts.exchanged(numbers, rows[numbers], slice(10, 20))
+        np.testing.assert_array_equal(found, rows[10:20])
+        assert found.dtype == rows.dtype

@@ -14,6 +14,7 @@ from tests import tiny
 from vatt_jax import config as configs
 from vatt_jax import evals, models, objectives, optim
 from vatt_jax.config import ConfigError
+from vatt_jax.inputs import augmentation
 from vatt_jax.models.common_space import CommonSpaces
 from vatt_jax.training import loop
 
@@ -97,6 +98,12 @@ def test_the_published_values():
     assert (c.data.crop, c.data.aspect, c.data.flip) == ((0.3, 1.0), (0.5, 2.0), 0.5)
     assert dict(c.data.views) == {'video.second': {'kind': 'clip', 'interval': 'linear'}}
     assert c.model.head.to_dict() == {'name': 'cvrl', 'hidden': 2048, 'video': 128}
+    # The first view is always blurred, the second seldom, and solarised.
+    shares = []
+    for view in ('video', 'video.second'):
+        fields = augmentation.of_stream(c.augment, view)
+        shares.append([fields[name] for name in ('color', 'grey', 'blur', 'solarise')])
+    assert shares == [[0.8, 0.2, 1.0, 0.0], [0.8, 0.2, 0.1, 0.2]]
 
 
 @pytest.mark.parametrize('option, strong', [('coclr', 0.3), ('plain', 0.0), ('cvrl', 1.0)])

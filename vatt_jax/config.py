@@ -97,6 +97,7 @@ SHARES = (
     'augment.color',
     'augment.grey',
     'augment.blur',
+    'augment.solarise',
     'augment.strong',
 )
 # Field -> smallest and largest value of the others; configs/default.py says what they mean. Those
@@ -141,6 +142,7 @@ CHOICES = {
     'compute_dtype': ('float32', 'bfloat16'),
     'data.source': ('records', 'synthetic', 'npz'),
     'accumulation': ('plain', 'exact'),
+    'evaluated': ('student', 'teacher'),
 }
 
 

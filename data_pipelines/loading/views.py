@@ -18,16 +18,22 @@ from vatt_jax.inputs import modalities
 from vatt_jax.inputs.modalities import MODALITIES
 
 # Kind of view -> the fields of its entry, and those it may have besides.
-# clip: a window of its own, anywhere, or at an `interval` from the main one. shift: the main one,
-# moved; with `apart` so far that at least so many seconds lie between the two. reverse: the main
-# one, or that of the suffix `of`, read backwards. window: the `number`-th of `of`, evenly spaced.
+# clip: a window of its own, anywhere, or at an `interval` from the main one; for the share `same`
+# of the clips it is the main one itself. shift: the main one, moved; with `apart` so far that at
+# least so many seconds lie between the two. reverse: the main one, or that of the suffix `of`, read
+# backwards. window: the `number`-th of `of`, evenly spaced.
 KINDS = {
     'clip': {'kind'},
     'shift': {'kind', 'seconds'},
     'reverse': {'kind'},
     'window': {'kind', 'number', 'of'},
 }
-OPTIONAL = {'clip': {'interval'}, 'shift': {'apart'}, 'reverse': {'of'}, 'window': {'crop'}}
+OPTIONAL = {
+    'clip': {'interval', 'same'},
+    'shift': {'apart'},
+    'reverse': {'of'},
+    'window': {'crop'},
+}
 
 # Names of densities of the interval between two windows -> their power (frame_windows.interval).
 INTERVALS = {'uniform': 0.0, 'linear': 1.0}
@@ -82,6 +88,14 @@ class View:
         """
         given = dict(self.spec).get('interval')
         return INTERVALS[given] if isinstance(given, str) else given
+
+    @property
+    def same(self) -> float:
+        """Share of the clips whose window is the main one.
+
+        Crop and colours are drawn anew, so that these alone differ.
+        """
+        return dict(self.spec).get('same', 0.0)
 
     @property
     def apart(self) -> float | None:
@@ -203,6 +217,13 @@ def _check(where: str, spec: Mapping[str, Any]) -> None:
                 f'{where}.interval is {interval!r}; give {" or ".join(INTERVALS)}, or the power of '
                 'the density, a number of at least 0'
             )
+    if 'same' in spec:
+        same = spec['same']
+        if not (isinstance(same, (int, float)) and 0 <= same <= 1):
+            raise DataError(
+                f'{where}.same is {same!r}; give the share of clips that keep the main window, a '
+                'number from 0 to 1'
+            )
     if 'crop' in spec:
         crop = spec['crop']
         if not (isinstance(crop, (int, float)) and 0 <= crop <= 1):
@@ -226,7 +247,7 @@ def _check_apart(where: str, spec: Mapping[str, Any]) -> None:
 def _describe_kinds() -> str:
     descriptions = []
     for kind, required in KINDS.items():
-        optional = [f'{field} (optional)' for field in OPTIONAL.get(kind, ())]
+        optional = [f'{field} (optional)' for field in sorted(OPTIONAL.get(kind, ()))]
         descriptions.append(f'{kind}: {", ".join([*sorted(required), *optional])}')
     return '; '.join(descriptions)
 
@@ -305,6 +326,11 @@ def starts(
         else:  # reverse: a window of the others, which may come later
             continue
         result[view.suffix] = frame_windows.snap(start, step)
+    for view in views:
+        if view.same > 0:
+            # The streams of one suffix draw the same number.
+            is_same = draw(f'same.{view.suffix}') < view.same
+            result[view.suffix] = np.where(is_same, result[''], result[view.suffix])
     for view in views:
         if view.kind == 'reverse':
             result[view.suffix] = result[view.reversed_suffix]

@@ -144,6 +144,55 @@ def test_the_draw_is_that_of_the_pair():
     np.testing.assert_allclose(got['second'], second, atol=1e-9)
 
 
+# ---- one window twice (CoCLR)
+
+HALF = {'kind': 'clip', 'same': 0.5}
+
+
+@pytest.mark.parametrize('other', [{'kind': 'clip'}, LINEAR], ids=['clip', 'interval'])
+def test_a_share_of_the_clips_has_one_window_twice(other):
+    """By a draw of its own: the other clips have the windows that they had without it."""
+    position = np.arange(4000)
+    duration = np.full(len(position), 9.0)
+
+    def draw(site):
+        return order.uniform(0, position, site, 1)[:, 0]
+
+    def starts_with(spec):
+        views = streams({'video': {}}, {'video.second': spec})
+        return starts(views, WINDOW, duration, draw, None, STEP)
+
+    without, found = starts_with(other), starts_with({**other, 'same': 0.3})
+    is_same = draw('same.second') < 0.3
+    assert is_same.mean() == pytest.approx(0.3, abs=0.03)
+    np.testing.assert_array_equal(found[''], without[''])
+    expected = np.where(is_same, without[''], without['second'])
+    np.testing.assert_array_equal(found['second'], expected)
+    # Whether a clip is among them has nothing to do with where its window lies.
+    assert abs(np.corrcoef(is_same, found[''])[0, 1]) < 0.06
+    always = starts_with({**other, 'same': 1.0})
+    np.testing.assert_array_equal(always['second'], always[''])
+
+
+def test_one_window_twice_has_two_crops_and_holds_for_all_streams():
+    """The same on three hosts as on one."""
+    data = data_pipelines.open(config_with({'video.second': HALF, 'audio.second': HALF}))
+    whole = next(data.train(8, 12))
+    of_hosts = [next(data.train(8, 12, process=(i, 3))) for i in range(3)]
+    assert_equal(concatenate(of_hosts), whole)
+
+    batch = stack(data.train(0, 32), 2)
+    is_same = batch['video']['start'] == batch['video.second']['start']
+    assert 0.3 < is_same.mean() < 0.7
+    np.testing.assert_array_equal(batch['video.second']['start'], batch['audio.second']['start'])
+    np.testing.assert_array_equal(
+        batch['video']['data'][is_same], batch['video.second']['data'][is_same]
+    )
+    assert (batch['video']['box'] != batch['video.second']['box']).any(-1).all()
+    different = batch['video']['data'][~is_same] != batch['video.second']['data'][~is_same]
+    assert different.any((1, 2, 3, 4)).mean() > 0.9
+
+
 @pytest.mark.parametrize(
     'views, message',
     [
@@ -159,8 +208,11 @@ def test_the_draw_is_that_of_the_pair():
         ),
         (
             {'video.a': {'kind': 'reverse', 'interval': 'linear'}},
-            r'clip: kind, interval \(optional\)',
+            r'clip: kind, interval \(optional\), same \(optional\)',
         ),
+        ({'video.a': {'kind': 'clip', 'same': 1.5}}, r"'video.a'.same is 1.5; give the share of"),
+        ({'video.a': {'kind': 'clip', 'same': 'half'}}, "same is 'half'; give the share of"),
+        ({'video.a': {'kind': 'clip', 'same': float('nan')}}, 'same is nan; give the share of'),
     ],
 )
 def test_mistakes_are_named(views, message):

@@ -85,6 +85,7 @@ class FeatureView:
       batch_size: global.
       process: (index, count) of this host among all.
       seed: of everything that evaluators draw.
+      open_run: run folder -> the frozen model of that run.
     """
 
     def __init__(
@@ -94,14 +95,30 @@ class FeatureView:
         batch_size: int,
         process: tuple[int, int] = (0, 1),
         seed: int = 0,
+        open_run: Callable[[str], FeatureExtractor] | None = None,
     ) -> None:
         self.encoder = encoder
         self.data = data
         self.batch_size = batch_size
         self.process = process
         self.seed = seed
+        self.open_run = open_run
         # Never emptied: a FeatureView lives as long as one evaluation.
         self._computed: dict[str, dict[str, Any]] = {}
+        self._of_runs: dict[str, FeatureView] = {}
+
+    def of_run(self, run: str) -> FeatureView:
+        """The same data under the model of another run.
+
+        Args:
+          run: one of those that `Evaluator.other_runs` names.
+        """
+        if run not in self._of_runs:
+            assert self.open_run is not None, 'a view of one model alone'
+            self._of_runs[run] = FeatureView(
+                self.open_run(run), self.data, self.batch_size, self.process, self.seed
+            )
+        return self._of_runs[run]
 
     def features(
         self,
@@ -262,6 +279,10 @@ class Evaluator:
                 f'{self.where}.label={c.label!r}: the data have '
                 f'{", ".join(labels) or "no labels"}; {REMEDY}'
             )
+
+    def other_runs(self) -> dict[str, tuple[str, ...]]:
+        """Fields that name another run whose model is read too -> the streams that it encodes."""
+        return {}
 
     def run(self, view: FeatureView) -> Result:
         """Evaluate the encoder behind `view`."""

@@ -10,10 +10,9 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from vatt_jax.config import ConfigError, choose
-from vatt_jax.evals import statistics
+from vatt_jax.evals import several_streams, statistics
 from vatt_jax.evals.base import (
     CHANGES,
-    REMEDY,
     Evaluator,
     FeatureView,
     Result,
@@ -32,14 +31,16 @@ class Examples:
     """Features of a split.
 
     Attributes:
-      x: [N W D], features of each window.
+      x: [N W D], features of each window; those of several streams side by side.
       labels: name -> [N …].
-      valid: bool [N], the stream is there.
+      valid: bool [N], all streams are there.
+      widths: D of each stream; (): there is one.
     """
 
     x: np.ndarray
     labels: dict[str, np.ndarray]
     valid: np.ndarray
+    widths: tuple[int, ...] = ()
 
 
 class Fold(NamedTuple):
@@ -69,6 +70,8 @@ class LinearProbe(Evaluator):
         'type': 'linear_probe',
         # Whose pooled backbone feature (before the common spaces).
         'stream': 'video',
+        # Each stream has a classifier of its own; their probabilities are averaged.
+        **several_streams.BESIDE,
         'label': 'class',
         # Splits.
         'train': 'train',
@@ -100,9 +103,10 @@ class LinearProbe(Evaluator):
     }
 
     def __init__(self, config: Any, where: str = 'config.evals') -> None:
-        super().__init__(config, where)
+        super().__init__(several_streams.with_baseline(config), where)
         c = self.config
         choose(c.solver, SOLVERS, f'{where}.solver')
+        several_streams.check_entry(c, where)
         if c.passes < 0:
             raise ConfigError(
                 f'{where}.passes: expected a number of passes, or 0 for middle windows, got '
@@ -118,34 +122,36 @@ class LinearProbe(Evaluator):
 
     def check(self, data: Any, outputs: Any) -> None:
         super().check(data, outputs)
-        encoded = {modality_of(stream) for stream in outputs.encoded}
-        if modality_of(self.config.stream) not in encoded:
-            raise ConfigError(
-                f'{self.where}.stream={self.config.stream!r}: the model encodes '
-                f'{", ".join(sorted(encoded))}; {REMEDY}'
-            )
+        several_streams.check_encoded(self.config, outputs, self.where)
+
+    def other_runs(self) -> dict[str, tuple[str, ...]]:
+        return several_streams.other_runs(self.config)
 
     def examples(
         self, view: FeatureView, split: str, limit: int, windows: int, passes: int = 0
     ) -> Examples:
         """Features of `passes` augmented passes where it is not 0, else of `windows` windows."""
         c = self.config
-        if passes:
-            parts = [
-                # The name of the draw keys the random windows, so probes with equal passes share
-                # features.
-                view.features(split, limit=limit, change=c.change, draw=f'probe {i}')
-                for i in range(passes)
-            ]
-        else:
-            parts = features_over_windows(view, split, windows, limit=limit, change=c.change)
-        first_part = parts[0]
-        if c.stream not in first_part['pooled']:
-            raise ConfigError(
-                f'linear probe: stream {c.stream!r} is not among {", ".join(first_part["pooled"])}'
-            )
-        x = np.stack([part['pooled'][c.stream] for part in parts], 1)  # [N W D]
-        return Examples(x, first_part['labels'], first_part['valid'][c.stream])
+
+        def request(source: FeatureView, _: tuple[str, ...]) -> list[dict[str, Any]]:
+            if not passes:
+                return features_over_windows(source, split, windows, limit=limit, change=c.change)
+            # The name of the draw keys the random windows, so probes with equal passes share
+            # features.
+            draws = [f'probe {i}' for i in range(passes)]
+            return [source.features(split, limit=limit, change=c.change, draw=d) for d in draws]
+
+        found = several_streams.features(view, c, request)
+        several_streams.check_computed(found, 'pooled', 'linear probe')
+        by_stream = []
+        for stream, parts in found:
+            by_stream.append(np.stack([part['pooled'][stream] for part in parts], 1))  # [N W D]
+        return Examples(
+            np.concatenate(by_stream, -1),
+            found[0].windows[0]['labels'],
+            several_streams.all_valid(found),
+            tuple(x.shape[-1] for x in by_stream),
+        )
 
     def parts(self, view: FeatureView) -> tuple[Examples, Examples]:
         """The clips to learn from and those to test on, before any are left out."""
@@ -192,6 +198,7 @@ class LinearProbe(Evaluator):
         num_train = 0
         targets = []
         scores = []
+        scores_by_stream = []
         strengths: list[Any] = []
         train, test = self.parts(view)
         for fold in self.folds(view, train, test):
@@ -203,9 +210,11 @@ class LinearProbe(Evaluator):
             # Anew for each fold, from what it learns from: nothing of its test clips leaks in.
             if c.standardise:
                 x, x_test = _standardised(x, x_test)
-            solver = SOLVERS[c.solver]
-            window_scores, strength = solver(x, y, x_test, num_classes, c, view.seed)  # [M W P]
-            scores.append(window_scores.mean(1))  # [M P]
+            stream_scores, strength = self._solve(
+                Fold(x, y, x_test, y_test), train.widths, num_classes, view.seed
+            )
+            scores.append(stream_scores.mean(0))  # [M P]
+            scores_by_stream.append(stream_scores)
             targets.append(y_test)
             strengths.append(strength)
             # Examples, not clips: every pass counts.
@@ -222,10 +231,32 @@ class LinearProbe(Evaluator):
         if strengths[0] is not None:
             # The mean over folds, each of which chose for itself.
             scalars['C'] = float(np.mean(strengths))
+        if c.beside:
+            # What each stream reaches alone. Pairs: two networks may read streams of one name.
+            alone = _accuracies_alone(targets, scores_by_stream)
+            artifacts['accuracy/streams'] = list(zip((c.stream, *c.beside), alone, strict=True))
         artifacts['classes'] = view.data.info['labels'].get(c.label, [])
         artifacts['train'] = num_train
         artifacts['test'] = sum(len(y_test) for y_test in targets)
         return self._with_unlabelled(Result(scalars, artifacts), train, test)
+
+    def _solve(
+        self, fold: Fold, widths: tuple[int, ...], num_classes: int, seed: int
+    ) -> tuple[Float[np.ndarray, 'streams M P'], Any]:
+        """(scores of each stream's own classifier, the mean of their strengths or None)."""
+        c = self.config
+        ends = np.cumsum(widths)[:-1]
+        columns = zip(np.split(fold.x, ends, -1), np.split(fold.x_test, ends, -1), strict=True)
+        scores = []
+        strengths: list[Any] = []
+        for x, x_test in columns:
+            window_scores, strength = SOLVERS[c.solver](
+                x, fold.y, x_test, num_classes, c, seed
+            )  # [M W P]
+            scores.append(window_scores.mean(1))
+            strengths.append(strength)
+        mean_strength = None if strengths[0] is None else float(np.mean(strengths))
+        return np.stack(scores), mean_strength
 
     def _with_unlabelled(self, result: Result, train: Examples, test: Examples) -> Result:
         """The result with how many clips had no label."""
@@ -255,6 +286,11 @@ class SimpleProbe(LinearProbe):
             raise ConfigError(
                 f'{where}: expected windows=1 and passes=0 (a simple probe sees middle windows), '
                 f'got windows={c.windows} and passes={c.passes}.'
+            )
+        if c.beside:
+            raise ConfigError(
+                f'{where}.beside: expected none (a simple probe sees one stream), got '
+                f'{tuple(c.beside)}.'
             )
 
     def check(self, data: Any, outputs: Any) -> None:
@@ -332,6 +368,14 @@ def _accuracy(
         'confusion': confusion,
     }
     return scalars, artifacts
+
+
+def _accuracies_alone(targets: list[np.ndarray], scores: list[np.ndarray]) -> list[float]:
+    """The mean accuracy over folds of each stream's scores [streams M P]."""
+    by_fold = []
+    for y_test, stream_scores in zip(targets, scores, strict=True):
+        by_fold.append((stream_scores.argmax(-1) == y_test).mean(-1))  # [streams]
+    return [float(accuracy) for accuracy in np.mean(by_fold, 0)]
 
 
 def _fold(

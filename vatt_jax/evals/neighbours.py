@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from vatt_jax.config import ConfigError, choose
-from vatt_jax.evals import statistics
+from vatt_jax.evals import several_streams, statistics
 from vatt_jax.evals.base import (
     Evaluator,
     FeatureView,
@@ -37,9 +37,8 @@ class Neighbours(Evaluator):
     DEFAULTS = {
         'type': 'neighbours',
         'stream': 'video',
-        # Further streams, whose squared distances to a clip are averaged with those of `stream`:
-        # where features have unit length, the mean of cosines (two-stream).
-        'beside': (),
+        # Squared distances are averaged: where features have unit length, the mean of cosines.
+        **several_streams.BESIDE,
         'label': 'class',
         # Splits.
         'queries': 'test',
@@ -64,16 +63,23 @@ class Neighbours(Evaluator):
     }
 
     def __init__(self, config: Any, where: str = 'config.evals') -> None:
-        super().__init__(config, where)
+        super().__init__(several_streams.with_baseline(config), where)
         c = self.config
         choose(c.of, ('maps', 'pooled'), f'{where}.of')
         choose(c.unit, ('windows', 'mean'), f'{where}.unit')
-        self.streams = (c.stream, *c.beside)
+        several_streams.check_entry(c, where)
         if not c.first or min(c.first) < 1:
             raise ConfigError(
                 f'{where}.first: expected numbers of neighbours, such as (1, 5, 10), got '
                 f'{tuple(c.first)}.'
             )
+
+    def other_runs(self) -> dict[str, tuple[str, ...]]:
+        return several_streams.other_runs(self.config)
+
+    def check(self, data: Any, outputs: Any) -> None:
+        super().check(data, outputs)
+        several_streams.check_encoded(self.config, outputs, self.where)
 
     def examples(
         self, view: FeatureView, split: str, limit: int
@@ -84,24 +90,24 @@ class Neighbours(Evaluator):
           (features [N F], class [N], which of the clips with the streams have the label [M]).
         """
         c = self.config
-        maps = self.streams if c.of == 'maps' else ()
-        parts = features_over_windows(view, split, c.windows, limit=limit, maps=maps)
-        first_part = parts[0]
-        for stream in self.streams:
-            if stream not in first_part[c.of]:
-                raise ConfigError(
-                    f'neighbours: stream {stream!r} is not among {", ".join(first_part["pooled"])}'
-                )
-        labels = single_class_labels(first_part, c.label, 'neighbours')
-        is_valid = np.all([first_part['valid'][stream] for stream in self.streams], 0)
+
+        def request(source: FeatureView, streams: tuple[str, ...]) -> list[dict[str, Any]]:
+            maps = streams if c.of == 'maps' else ()
+            return features_over_windows(source, split, c.windows, limit=limit, maps=maps)
+
+        found = several_streams.features(view, c, request)
+        several_streams.check_computed(found, c.of, 'neighbours')
+        labels = single_class_labels(found[0].windows[0], c.label, 'neighbours')
+        is_valid = several_streams.all_valid(found)
         is_used = has_label(labels) & is_valid
         if not is_used.any():
+            streams = ' and '.join(repr(stream) for stream, _ in found)
             raise ConfigError(
                 f'neighbours: no clip of split {split!r} has label {c.label!r} and the stream '
-                f'{" and ".join(map(repr, self.streams))}'
+                f'{streams}'
             )
         by_stream = []
-        for stream in self.streams:
+        for stream, parts in found:
             windows = (part[c.of][stream][is_used] for part in parts)
             by_stream.append(self.features(windows))
         # Side by side, so that squared distances are summed over streams.

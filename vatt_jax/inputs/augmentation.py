@@ -1,7 +1,8 @@
-"""What is drawn for a clip: its colours, grey, blur. Everything is linear in the picture.
+"""What is drawn for a clip: its colours, grey, blur, solarisation.
 
 One draw holds for all frames of a clip, so that augmentation adds no motion (CVRL calls this
-temporally consistent). `preprocess.video` folds it all into the products that resample the frames.
+temporally consistent). All but the last is linear in the picture, and `preprocess.video` folds it
+into the products that resample the frames.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ YOUNGER_FIELDS = {
     'gain': 0.0,
     'grey': 0.0,
     'blur': 0.0,
+    'solarise': 0.0,
     'strong': 1.0,
     'views': (),
 }
@@ -78,7 +80,7 @@ def colors(
 
 
 def takes_strong_set(config: Mapping[str, Any], rng: Rng) -> Bool[Array, ' B']:
-    """Which clips are jittered, greyed and blurred at all; the others are cropped and mirrored."""
+    """Which clips are changed beyond crop and mirroring."""
     return _happens(config['strong'], rng.at('strong'))
 
 
@@ -114,6 +116,27 @@ def blur(size: int, config: Mapping[str, Any], rng: Rng) -> Float[Array, 'B size
     if config['strong'] < 1:
         is_blurred = is_blurred & takes_strong_set(config, rng)
     return jnp.where(is_blurred[:, None, None], weight, jnp.eye(size))
+
+
+def solarised(
+    x: Float[Array, 'B T H W'], config: Mapping[str, Any], rng: Rng
+) -> Float[Array, 'B T H W']:
+    """Values of the brighter half turned round its middle, with the probability `solarise`.
+
+    White becomes black and grey stays (BYOL, CVRL's code); it comes last, after the blur.
+
+    Args:
+        x: of -1 to 1; colours may lie side by side along an axis.
+        config: `config.augment` of the stream.
+        rng: of the stream.
+    """
+    if config['solarise'] == 0:
+        return x
+    is_solarised = _happens(config['solarise'], rng.at('solarise'))
+    if config['strong'] < 1:
+        is_solarised = is_solarised & takes_strong_set(config, rng)
+    # 1 - v of a value v in [0, 1] is -x of x in [-1, 1].
+    return jnp.where(is_solarised[:, None, None, None] & (x >= 0), -x, x)
 
 
 def blur_radius(size: int, width: float) -> int:

@@ -116,7 +116,7 @@ Weights = Callable[[int, int], tuple[jax.Array, jax.Array]]
 def video(
     stream: Mapping[str, Any], spec: Any, config: Any, rng: Rng, augment: bool
 ) -> Float[Array, 'B T H W 3']:
-    """The box cut out of every frame, resized, mirrored where `flip`, jittered and blurred.
+    """The box cut out of every frame, resized, mirrored where `flip`, and augmented.
 
     Two batched matrix products do it all: one over rows, one over columns and colour together.
     Colour jitter is affine in a pixel's channels, and so is the conversion of planes. Blur is
@@ -127,7 +127,7 @@ def video(
         spec: `config.model.inputs.video`.
         config: `config.augment` of this stream.
         rng: of this stream.
-        augment: False for neither jitter nor blur.
+        augment: False for neither jitter nor blur nor solarisation.
 
     Returns:
         float32 [B T size size 3] in `spec.range`.
@@ -152,6 +152,8 @@ def video(
     # Colours stay beside columns until the end: as a last axis of their own TPUs pad them from 3 to
     # 128.
     x = jnp.clip(x + jnp.tile(shift, size)[:, None, None], -1, 1)
+    if augment:
+        x = augmentation.solarised(x, config, rng)
     x = x.reshape(*data.shape[:2], size, size, 3)
     return _in_range(x, spec)
 

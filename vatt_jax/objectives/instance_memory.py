@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from vatt_jax.config import ConfigError, check_range, with_defaults
 from vatt_jax.losses.noise_contrastive import noise_contrastive
@@ -233,13 +234,18 @@ class InstanceMemory(Objective):
         # Memories are of the records of all hosts, `records` of this one's.
         num_records = int(state['num_records'])
         found = _find_neighbours(memories, num_records, self.config.positives)
-        cosines = np.asarray(found.agreement)[:num_records]
-        positives = np.asarray(found.records)[hosts.own_stretch(num_records)]
+        mean, least = (
+            hosts.own_stretch_of(cosines, num_records).astype(np.float64)
+            for cosines in (found.mean_agreement, found.least_agreement)
+        )
         return RefreshResult(
             params,
             state,
-            columns={'positives': positives},
-            metrics={'agreement': float(cosines.mean()), 'least_agreement': float(cosines.min())},
+            columns={'positives': hosts.own_stretch_of(found.records, num_records)},
+            metrics={
+                'agreement': float(hosts.total(mean.sum())) / num_records,
+                'least_agreement': float(hosts.gather(least.min(initial=np.inf)).min()),
+            },
         )
 
 
@@ -298,13 +304,25 @@ def _normalisation(state: Any, scores: jax.Array, valid: jax.Array) -> dict[str,
     }
 
 
+class _Agreeing(NamedTuple):
+    """The neighbours of all records, spread over the devices as the memories are.
+
+    Attributes:
+      records: their numbers.
+      mean_agreement: of a record with its neighbours.
+      least_agreement: the same with the farthest of them.
+    """
+
+    records: Int[Array, 'rows X']
+    mean_agreement: Float[Array, ' rows']
+    least_agreement: Float[Array, ' rows']
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _find_neighbours(
-    memories: list[jax.Array], num_records: int, count: int
-) -> agreement.Neighbours:
-    """`agreement.find_neighbours`, whole on every device."""
+def _find_neighbours(memories: list[jax.Array], num_records: int, count: int) -> _Agreeing:
+    """`agreement.find_neighbours`; of the agreement only what is reported."""
     found = agreement.find_neighbours(memories, num_records, count)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return found
-    return jax.lax.with_sharding_constraint(found, jax.P())
+    result = _Agreeing(found.records, found.agreement.mean(-1), found.agreement.min(-1))
+    axes = table.data_axes(memories[0])
+    # Rows stay where they are found: all of them would take as much as a memory on every device.
+    return jax.lax.with_sharding_constraint(result, jax.P(axes)) if axes else result

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 
 # Bytes that one exchange of `blocks_of_all` brings to a process.
 EXCHANGED_BYTES = 1 << 26
@@ -69,6 +69,46 @@ def own_rows(array: jax.Array) -> Shaped[np.ndarray, 'n ...']:
     # Rows may lie on several devices (where other mesh axes repeat them).
     shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(shards[first]) for first in sorted(shards)])
+
+
+def own_stretch_of(array: jax.Array, num_rows: int) -> Shaped[np.ndarray, 'n ...']:
+    """This process's stretch (`own_stretch`) of an array whose rows lie on the devices of all.
+
+    No process and no device holds more of the others' rows than one exchange brings.
+
+    Args:
+        array: [rows ...], divided along its first axis; its first `num_rows` rows are dealt.
+        num_rows: of the stretches of all processes together.
+    """
+    own = own_stretch(num_rows)
+    if array.is_fully_addressable:
+        return np.asarray(array)[own]
+    # Which rows lie on whose devices is the mesh's affair: rows travel with their numbers.
+    numbers = []
+    for shard in array.addressable_shards:
+        first = shard.index[0].start or 0
+        numbers.append(np.arange(first, first + len(shard.data)))
+    return exchanged(np.unique(np.concatenate(numbers)), own_rows(array), own)
+
+
+def exchanged(
+    numbers: Int[np.ndarray, ' n'], rows: Shaped[np.ndarray, 'n ...'], wanted: slice
+) -> Shaped[np.ndarray, 'm ...']:
+    """The wanted rows, whichever process has them.
+
+    Args:
+        numbers: of this process's rows.
+        rows: these rows.
+        wanted: a stretch of numbers, of which each is some process's.
+    """
+    kind = np.dtype([('number', np.int64), ('row', rows.dtype, rows.shape[1:])])
+    part = np.empty(len(rows), kind)
+    part['number'], part['row'] = numbers, rows
+    found = np.empty((wanted.stop - wanted.start, *rows.shape[1:]), rows.dtype)
+    for _, block in blocks_of_all(part):
+        is_wanted = (block['number'] >= wanted.start) & (block['number'] < wanted.stop)
+        found[block['number'][is_wanted] - wanted.start] = block['row'][is_wanted]
+    return found
 
 
 def blocks_of_all(

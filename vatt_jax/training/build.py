@@ -24,6 +24,7 @@ from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
 from vatt_jax.training import (
     frozen_models,
+    other_models,
     starting_values,
     trackers,
     train_state,
@@ -52,6 +53,7 @@ class Built:
         outputs: the model's Outputs of `inputs`; abstract.
         info: what the data say of themselves.
         encoder: of evaluations; made by the first one, and compiled once for all.
+        others: models of other runs that evaluators read; run folder -> its model.
         passes: of refreshes; (function, augment) -> compiled once for all.
     """
 
@@ -68,6 +70,7 @@ class Built:
     outputs: Any
     info: dict[str, Any]
     encoder: FeatureExtractor | None = None
+    others: dict[str, FeatureExtractor] = dataclasses.field(default_factory=dict)
     passes: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -83,6 +86,7 @@ def build(config: ConfigDict, data: Any) -> Built:
     """
     built = assemble(config, data, mesh_of(config))
     evals.check(config.evals, data, _evaluated_outputs(built))
+    other_models.check(config, data.info)
     return built
 
 

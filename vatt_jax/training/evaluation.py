@@ -14,7 +14,7 @@ from vatt_jax.evals import base as evals_base
 from vatt_jax.inference import feature_extractor
 from vatt_jax.parallel import distributed
 from vatt_jax.run_folder import RunFolder, evaluation_name
-from vatt_jax.training import tracked_evaluation, train_state
+from vatt_jax.training import other_models, tracked_evaluation, train_state
 from vatt_jax.training.build import Built, process_position
 from vatt_jax.training.metrics import Progress, Writer
 from vatt_jax.training.train_state import TrainState
@@ -73,8 +73,15 @@ def evaluate(
         )
     # The same compiled programs on this state's values.
     state_encoder = built.encoder.on(variables, state.params['objective'], state.objective)
+
+    # Read once, however many evaluations come.
+    def open_run(run: str) -> feature_extractor.FeatureExtractor:
+        if run not in built.others:
+            built.others[run] = other_models.open_model(run, built.mesh)
+        return built.others[run]
+
     view = evals_base.FeatureView(
-        state_encoder, data, config.batch_size, process_position(), config.seed
+        state_encoder, data, config.batch_size, process_position(), config.seed, open_run
     )
     # Every process takes part: a batch is encoded on the devices of all.
     results = evals.run_all(config.evals, view, baseline=bool(tag))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -37,9 +38,11 @@ def resolve(config: ConfigDict, info: dict[str, Any]) -> None:
     objective = objectives.build(config.objective)
     for name, run in objective.frozen_models().items():
         if not config.objective.get(f'{name}_model'):
+            where = f'config.objective.{name}'
             model_config, other_info = _read_config(name, run)
-            _check_inputs(name, run, model_config, config, objective)
-            _check_tokenizer(name, run, other_info, info, objective)
+            streams = objective.frozen_streams()
+            check_inputs(f'{where}={run}', model_config, config, streams)
+            check_tokenizer(f'{where}={run}', other_info, info, streams)
             config.objective[f'{name}_model'] = model_config
 
 
@@ -106,27 +109,57 @@ def _read_config(name: str, run: str) -> tuple[ConfigDict, dict[str, Any]]:
             f'set --config.objective.{name}=RUN_FOLDER'
         )
     try:
-        meta = checkpoint.read_meta(checkpoint.find_verified(run))
-    except ConfigError as error:
+        return read_config(f'config.objective.{name}', run)
+    except ConfigError:
         # A plan is made before that run has trained: its config is there alone.
         stored = None if is_url(run) else configs.stored(run)
         if stored is None:
-            raise ConfigError(f'config.objective.{name}: {error}') from error
+            raise
         return stored.model, {}
+
+
+def read_config(where: str, run: str) -> tuple[ConfigDict, dict[str, Any]]:
+    """`config.model` of a run that has a checkpoint, and what its data said of themselves.
+
+    Args:
+        where: the field that names the run.
+        run: its folder.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        meta = checkpoint.read_meta(checkpoint.find_verified(run))
+    except ConfigError as error:
+        raise ConfigError(f'{where}: {error}') from error
     return configs.from_json(json.dumps(meta['config'])).model, meta['info']
 
 
-def _check_inputs(
-    name: str, run: str, model_config: ConfigDict, config: ConfigDict, objective: Objective
+def check_inputs(
+    where: str, model_config: ConfigDict, config: ConfigDict, streams: Sequence[str]
 ) -> None:
-    """Checks that the frozen model has towers for its streams, and expects inputs as this run's."""
-    where = f'config.objective.{name}={run}'
-    for stream in objective.frozen_streams():
+    """Checks that another run's model has towers for streams, and expects inputs as this run's.
+
+    Args:
+        where: field=run, for the message.
+        model_config: `config.model` of the other run.
+        config: of this run.
+        streams: that it is to encode.
+
+    Raises:
+        ConfigError: naming the tower, or the first field that differs.
+    """
+    for stream in streams:
         modality = modality_of(stream)
         if modality not in model_config.towers:
             raise ConfigError(
                 f'{where}: expected a model with a tower for the stream {stream!r}, got one for '
                 f'{", ".join(model_config.towers)}'
+            )
+        if modality not in config.model.inputs:
+            raise ConfigError(
+                f'config.model.inputs: expected {modality!r}, which the model of {where} reads, '
+                f'got {", ".join(config.model.inputs)}'
             )
         own = dict(configs.flatten(config.model.inputs[modality]))
         expected = dict(configs.flatten(model_config.inputs[modality]))
@@ -138,21 +171,27 @@ def _check_inputs(
                 )
 
 
-def _check_tokenizer(
-    name: str,
-    run: str,
-    other_info: dict[str, Any],
-    info: dict[str, Any],
-    objective: Objective,
+def check_tokenizer(
+    where: str, other_info: dict[str, Any], info: dict[str, Any], streams: Sequence[str]
 ) -> None:
-    """Checks that words have the same numbers in both runs, where the frozen model reads text."""
-    reads_text = 'text' in [modality_of(stream) for stream in objective.frozen_streams()]
+    """Checks that words have the same numbers in both runs, where the other model reads text.
+
+    Args:
+        where: field=run, for the message.
+        other_info: what the data of the other run said of themselves; {}: unknown.
+        info: the same of this run.
+        streams: that the other model is to encode.
+
+    Raises:
+        ConfigError: the vocabularies differ.
+    """
+    reads_text = 'text' in [modality_of(stream) for stream in streams]
     if not reads_text or not other_info:
         return
     # As JSON, which a checkpoint went through: it turns tuples into lists.
     specs = [json.dumps(found.get('tokenizer'), sort_keys=True) for found in (other_info, info)]
     if specs[0] != specs[1]:
         raise ConfigError(
-            f'config.objective.{name}={run}: its model was trained with another vocabulary than '
+            f'{where}: its model was trained with another vocabulary than '
             'that of these data; train it on the same dataset'
         )
