@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vatt_jax.config import ConfigError, check_range, with_defaults
+from vatt_jax.config import ConfigError, check_range, choose, with_defaults
 from vatt_jax.losses.noise_contrastive import noise_contrastive
 from vatt_jax.objectives.base import Loss, Objective, RefreshResult, Spec, TrainingRecords
 from vatt_jax.objectives.forward import project
 from vatt_jax.objectives.heads import unit
-from vatt_jax.objectives.memory import agreement, negatives, table
+from vatt_jax.objectives.memory import agreement, host_agreement, negatives, table
 from vatt_jax.parallel import hosts
 
 DEFAULTS = {
@@ -36,6 +36,8 @@ DEFAULTS = {
     'temperature': 0.07,
     # Share of the old vector where a new one is written.
     'momentum': 0.5,
+    # Where the memories are: device, divided over all; host, for those that do not fit there.
+    'memory': 'device',
     # ---- CMA
     # Records that agree best with a clip's own, which it finds too (CMA: 32); 0: none.
     'positives': 0,
@@ -80,7 +82,8 @@ class Term(NamedTuple):
 class InstanceMemory(Objective):
     """Weighted mean of noise-contrastive losses of clips against memories.
 
-    state: {'memory': {view: [rows E]}, 'num_records': M, 'log_z', 'has_z'}. The constant Z of the
+    state: {'memory': {view: [rows E]}, 'num_records': M, 'log_z', 'has_z'}; on the host the memories
+    are the tables `memory/<view>`, and the state has none. The constant Z of the
     losses is the mean of exp(score) over the negatives of the first direction in the first batch,
     and stays so. A clip that lacks a direction's modality is left out of it, and is not written to
     the memory of that view.
@@ -88,6 +91,7 @@ class InstanceMemory(Objective):
     Attributes:
       terms: what the loss is the mean of, that of the first direction first.
       views: all that have a memory.
+      is_on_host: whether memories are tables of the host.
     """
 
     def __init__(self, config: Any) -> None:
@@ -95,6 +99,7 @@ class InstanceMemory(Objective):
         for field, (low, high) in RANGES.items():
             check_range(self.config[field], low, high, f'config.objective.{field}')
         _check(self.config)
+        self.is_on_host = self.config.memory == 'host'
         self.terms = _terms(self.config)
         views = [view for term in self.terms for view in (term.query, term.memory)]
         self.views = tuple(dict.fromkeys(views))  # each once, in the order of the terms
@@ -116,19 +121,53 @@ class InstanceMemory(Objective):
                 f'config.objective.positives: expected at most {spec.size - 2} for a training set '
                 f'of {spec.size} records, got {num_positives}.'
             )
-        memory = {}
-        for i, view in enumerate(self.views):
-            embedding = self._embedding(spec.outputs.spaces, view)  # [B E]
-            view_key = jax.random.fold_in(key, i)
-            memory[view] = table.init(view_key, spec.size, embedding.shape[-1])
-        state = {
-            'memory': memory,
+        state: dict[str, Any] = {
             # Tables have more rows than there are records.
             'num_records': jnp.asarray(spec.size, jnp.int32),
             'log_z': jnp.zeros(()),
             'has_z': jnp.zeros((), bool),
         }
+        if not self.is_on_host:
+            state['memory'] = {}
+            for view in self.views:
+                width = self._embedding(spec.outputs.spaces, view).shape[-1]
+                state['memory'][view] = table.init(self._key(key, view), spec.size, width)
         return {}, state
+
+    def _key(self, key: jax.Array, view: str) -> jax.Array:
+        """That of the first vectors of a view's memory."""
+        return jax.random.fold_in(key, self.views.index(view))
+
+    # ---- Memories on the host.
+
+    def tables(self, spec: Spec) -> dict[str, jax.ShapeDtypeStruct]:
+        if not self.is_on_host:
+            return {}
+        rows = {}
+        for view in self.views:
+            width = self._embedding(spec.outputs.spaces, view).shape[-1]
+            rows[_table_of(view)] = jax.ShapeDtypeStruct((width,), jnp.float32)
+        return rows
+
+    def first_rows(
+        self, key: jax.Array, name: str, row: jax.ShapeDtypeStruct, records: jax.Array
+    ) -> jax.Array:
+        (view,) = (view for view in self.views if _table_of(view) == name)
+        return table.first_rows(self._key(key, view), records, row.shape[0])
+
+    def new_rows(
+        self, batch: Mapping[str, Any], writes: Any, is_finite: jax.Array
+    ) -> dict[str, jax.Array]:
+        rows = {}
+        for view in self.views:
+            rows[_table_of(view)] = table.new_rows(
+                batch['tables'][_table_of(view)][:, 0],  # the clip's own record is looked up first
+                batch['record'],
+                writes['embedding'][view],
+                writes['valid'][view] & is_finite,
+                self.config.momentum,
+            )
+        return rows
 
     # ---- A step.
 
@@ -175,27 +214,34 @@ class InstanceMemory(Objective):
         self, state: Any, embeddings: Mapping[str, Any], batch: Mapping[str, Any], rng: Any
     ) -> list[jax.Array]:
         """Scores of each term, [B positives + negatives]."""
-        own, agreeing = self._positives(batch)
-        drawn = negatives.draw(
-            rng.at('negatives'),
-            state['num_records'],
-            self.config.negatives,
-            jnp.concatenate([own, agreeing], -1),
-        )  # [B K], the same for all terms, as in the authors' code
+        if not self.is_on_host:
+            rows = self.lookups(batch, rng, state['num_records'])  # [B 1+P+K]
         scores = []
         for term in self.terms:
-            positives = agreeing if term.num_positives else own
-            rows = jnp.concatenate([positives, drawn[:, : term.num_negatives]], -1)
-            cosines = table.scores(state['memory'][term.memory], embeddings[term.query], rows)
+            query, columns = embeddings[term.query], self._looked_up(term)
+            if self.is_on_host:
+                joined = batch['tables'][_table_of(term.memory)]  # [B 1+P+K E]
+                cosines = table.joined_scores(joined, query, columns)
+            else:
+                picked = rows[:, np.asarray(columns)]
+                cosines = table.scores(state['memory'][term.memory], query, picked)
             scores.append(cosines / self.config.temperature)
         return scores
 
-    def _positives(self, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-        """(each clip's own record [B 1], the records that agree with it [B P], P perhaps 0)."""
-        own = batch['record'][:, None]
+    def lookups(self, batch: Mapping[str, Any], rng: Any, num_records: Any) -> jax.Array:
+        """[B 1+P+K]: a clip's own record, those that agree with it, random others."""
+        known = batch['record'][:, None]
         if self.config.positives:
-            return own, batch['columns']['positives']
-        return own, own[:, :0]
+            known = jnp.concatenate([known, batch['columns']['positives']], -1)
+        # The same for all terms, as in the authors' code.
+        drawn = negatives.draw(rng.at('negatives'), num_records, self.config.negatives, known)
+        return jnp.concatenate([known, drawn], -1)
+
+    def _looked_up(self, term: Term) -> list[int]:
+        """Which columns of `lookups` are the positives and the negatives of a term, in order."""
+        first_negative = 1 + self.config.positives
+        positives = range(1, first_negative) if term.num_positives else range(1)
+        return [*positives, *range(first_negative, first_negative + term.num_negatives)]
 
     def _embedding(self, spaces: Mapping[str, Mapping[str, Any]], view: str) -> Any:
         """The view's embeddings [B E]."""
@@ -210,6 +256,8 @@ class InstanceMemory(Objective):
         return embedding
 
     def write_memory(self, state: Any, writes: Any, is_finite: jax.Array) -> Any:
+        if self.is_on_host:
+            return state
         memory = {}
         for view, rows in state['memory'].items():
             memory[view] = table.write(
@@ -229,22 +277,40 @@ class InstanceMemory(Objective):
     def refresh(
         self, variables: Any, params: Any, state: Any, step: int, records: TrainingRecords
     ) -> RefreshResult:
-        memories = [state['memory'][view] for view in self.views]
         # Memories are of the records of all hosts, `records` of this one's.
         num_records = int(state['num_records'])
-        found = _find_neighbours(memories, num_records, self.config.positives)
-        cosines = np.asarray(found.agreement)[:num_records]
-        positives = np.asarray(found.records)[hosts.own_stretch(num_records)]
+        own = hosts.own_stretch(num_records)
+        if self.is_on_host:
+            memories = [records.tables[_table_of(view)] for view in self.views]
+            found = host_agreement.find_neighbours(memories, own, self.config.positives)
+            cosines = found.agreement
+            positives = found.records
+        else:
+            memories = [state['memory'][view] for view in self.views]
+            found = _find_neighbours(memories, num_records, self.config.positives)
+            cosines = np.asarray(found.agreement)[own]
+            positives = np.asarray(found.records)[own]
+        total = hosts.total(cosines.sum(dtype=np.float64))
+        least = hosts.gather(cosines.min(initial=1)).min()
         return RefreshResult(
             params,
             state,
             columns={'positives': positives},
-            metrics={'agreement': float(cosines.mean()), 'least_agreement': float(cosines.min())},
+            metrics={
+                'agreement': float(total / (num_records * self.config.positives)),
+                'least_agreement': float(least),
+            },
         )
+
+
+def _table_of(view: str) -> str:
+    """The name of a view's memory on the host: that of its path in the state, on the devices."""
+    return f'memory/{view}'
 
 
 def _check(config: Any) -> None:
     """Raise ConfigError for values of `config.objective` that cannot work."""
+    choose(config.memory, ('device', 'host'), 'config.objective.memory')
     for field in ('directions', 'positive_directions'):
         directions = config[field]
         are_pairs = all(isinstance(d, tuple) and len(d) == 2 for d in directions)

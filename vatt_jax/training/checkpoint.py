@@ -26,7 +26,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,7 @@ from vatt_jax.object_store import is_url, run_mirror
 from vatt_jax.objectives.memory import teacher as teachers
 from vatt_jax.parallel import sharding
 from vatt_jax.run_folder import RunFolder, evaluation_name, free_space, readable_size
+from vatt_jax.training import columns as record_columns
 from vatt_jax.training.columns_handler import ColumnsRestore, ColumnsSave
 
 # Orbax logs every file it writes, warns of metadata that it does not need, and logs pages of every
@@ -736,6 +737,25 @@ def read_model(
     if state:
         variables['state'] = restored.get('objective', {})
     return variables
+
+
+def read_columns(path: pathlib.Path, names: Collection[str]) -> record_columns.Columns:
+    """Read some of a checkpoint's columns, those that there are.
+
+    Args:
+        path: A checkpoint folder.
+        names: Of the columns.
+
+    Raises:
+        ConfigError: The checkpoint cannot be read.
+    """
+    folder = path / 'columns'
+    try:
+        if not record_columns.has_pieces(folder):
+            return {}
+        return record_columns.read_pieces(folder, names)
+    except Exception as error:
+        raise _unreadable(path, error) from error
 
 
 def load_model(
