@@ -26,14 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Shaped
-from ml_collections import ConfigDict
 
 from vatt_jax.config import ConfigError
 from vatt_jax.inputs.batch import device_part, place_on_mesh
+from vatt_jax.objectives.base import Objective
 from vatt_jax.parallel import hosts, sharding
 from vatt_jax.rng import Rng
 from vatt_jax.training import columns, train_state
-from vatt_jax.training.build import Built
 from vatt_jax.training.columns import Columns
 from vatt_jax.training.metrics import Meter
 from vatt_jax.training.table_storage import Snapshot, StoredTable
@@ -44,24 +43,29 @@ READERS = 8
 MADE_AT_ONCE = 1 << 16
 
 
-def first(config: ConfigDict, built: Built) -> Columns:
+def first(objective: Objective, tables: Mapping[str, jax.ShapeDtypeStruct], seed: int) -> Columns:
     """The tables of a run that begins: name -> [M …].
 
-    To be called inside `jax.set_mesh(built.mesh)`. Each host makes the rows of its records, and they are joined, so that all have the same bits.
+    Each host makes the rows of its records, and they are joined, so that all have the same bits.
+
+    Args:
+        objective: whose tables they are.
+        tables: name -> [M …], abstract.
+        seed: of the run.
     """
     parts = {}
-    for name, table in built.tables.items():
+    for name, table in tables.items():
         own = hosts.own_stretch(len(table))
         shape = (own.stop - own.start, *table.shape[1:])
         parts[name] = columns.room_for(shape, np.dtype(table.dtype))
         row = jax.ShapeDtypeStruct(table.shape[1:], table.dtype)
         # Without optimisation, as the state is initialised: both give a record the same bits.
         make = jax.jit(
-            functools.partial(built.objective.first_rows, name=name, row=row),
+            functools.partial(objective.first_rows, name=name, row=row),
             compiler_options={'xla_backend_optimization_level': 0},
         )
         with _host_device():
-            key = train_state.objective_key(config.seed)
+            key = train_state.objective_key(seed)
             for begin in range(0, shape[0], MADE_AT_ONCE):
                 part = parts[name][begin : begin + MADE_AT_ONCE]
                 # One shape for all blocks: what is beyond the last one is thrown away.
@@ -75,19 +79,20 @@ class HostTables:
     """The tables of a run, between two steps.
 
     Args:
-        config: of the run.
-        built: of that config.
         arrays: name -> [M …], as the run goes on with them; they are written in place.
+        objective: whose tables they are.
+        mesh: of the run.
+        seed: of the run.
         meter: the time that steps wait for rows is added to it.
     """
 
-    def __init__(self, config: ConfigDict, built: Built, arrays: Columns, meter: Meter):
-        self.seed = config.seed
-        self.mesh = built.mesh
+    def __init__(self, arrays: Columns, objective: Objective, mesh: Mesh, seed: int, meter: Meter):
+        self.mesh = mesh
+        self.seed = seed
         self.meter = meter
         self._tables = {name: StoredTable(array) for name, array in arrays.items()}
-        self._lookups = jax.jit(functools.partial(_lookups, built.objective), static_argnums=2)
-        rows = sharding.batch_sharding(built.mesh)
+        self._lookups = jax.jit(functools.partial(_lookups, objective), static_argnums=2)
+        rows = sharding.batch_sharding(mesh)
         # The rows that were read are replaced in their own memory.
         self._overlay = jax.jit(_overlay, donate_argnums=0, out_shardings=rows)
         # What the newest step wrote, {'records': [B], 'rows': {name: [B …]}}, still to be computed.
@@ -151,7 +156,7 @@ class HostTables:
             rng = Rng.create(self.seed, np.int32(step), device_part(batch)['position'])
             return np.asarray(self._lookups(inputs, rng, num_records))
 
-    def _read(self, table: StoredTable, lookups: Int[np.ndarray, 'b K']) -> Shaped[np.ndarray, 'b K …']:
+    def _read(self, table: StoredTable, lookups: Int[np.ndarray, 'b K']) -> Shaped[np.ndarray, 'b K ...']:
         rows = np.empty((*lookups.shape, *table.array.shape[1:]), table.array.dtype)
         clips = np.array_split(np.arange(len(lookups)), min(READERS, len(lookups)))
         reads = []
@@ -184,15 +189,15 @@ def _host_device() -> Iterator[None]:
         yield
 
 
-def _lookups(objective: Any, batch: Mapping[str, Any], rng: Rng, num_records: int) -> jax.Array:
+def _lookups(objective: Objective, batch: Mapping[str, Any], rng: Rng, num_records: int) -> jax.Array:
     return objective.lookups(batch, rng, num_records)
 
 
 def _overlay(
-    tables: Mapping[str, Shaped[Array, 'B K …']],
+    tables: Mapping[str, Shaped[Array, 'B K ...']],
     lookups: Int[Array, 'B K'],
     written: Mapping[str, Any],
-) -> dict[str, Shaped[Array, 'B K …']]:
+) -> dict[str, Shaped[Array, 'B K ...']]:
     """The rows that were read, those of records that a step wrote by what it wrote."""
     records = written['records']
     order = jnp.argsort(records)

@@ -164,7 +164,7 @@ def open_session(
         batches=TrainBatches(config, data, built.objective, meter),
         metrics=LateMetrics(config, data, run, writer, progress, meter, bad_steps),
         profiler=Profiler(config.profile, folder.profile, is_main, progress),
-        tables=HostTables(config, built, run.tables, meter),
+        tables=HostTables(run.tables, built.objective, built.mesh, config.seed, meter),
         began=time.monotonic(),
     )
 

@@ -175,7 +175,7 @@ def _begin(config: ConfigDict, built: Built, data: Any) -> TrainingRun:
                 f'config.model.towers.{frozen[0]}.frozen_words is set)'
             )
     state = _with_copies_of_the_model(built, state)
-    tables = host_tables.first(config, built)
+    tables = host_tables.first(built.objective, built.tables, config.seed)
     if other is not None:
         # After the copies: where memories and teachers are taken too, they count.
         if 'state' in config.init_trees:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from vatt_jax.config import ConfigError
 from vatt_jax.objectives.heads import unit
@@ -60,7 +60,7 @@ def init(key: jax.Array, num_records: int, width: int) -> Any:
     return sharding.logical(unit_rows, 'memory', None)(key, (num_rows(num_records), width))
 
 
-def first_rows(key: jax.Array, records: Int[Array, ' n'], width: int) -> Float[Array, 'n E']:
+def first_rows(key: jax.Array, records: Integer[Array, ' n'], width: int) -> Float[Array, 'n E']:
     """Random unit vectors of some records: what `init` gives them.
 
     Args:
