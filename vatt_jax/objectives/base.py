@@ -377,6 +377,10 @@ class Objective:
         """
         return {}
 
+    def moves_to_host(self) -> str:
+        """The config change that makes tables of the host of what it remembers; '': none does."""
+        return ''
+
     def first_rows(
         self, key: jax.Array, name: str, row: jax.ShapeDtypeStruct, records: jax.Array
     ) -> jax.Array:

@@ -82,11 +82,11 @@ class Term(NamedTuple):
 class InstanceMemory(Objective):
     """Weighted mean of noise-contrastive losses of clips against memories.
 
-    state: {'memory': {view: [rows E]}, 'num_records': M, 'log_z', 'has_z'}; on the host the memories
-    are the tables `memory/<view>`, and the state has none. The constant Z of the
-    losses is the mean of exp(score) over the negatives of the first direction in the first batch,
-    and stays so. A clip that lacks a direction's modality is left out of it, and is not written to
-    the memory of that view.
+    state: {'memory': {view: [rows E]}, 'num_records': M, 'log_z', 'has_z'}. Memories on
+    the host are its tables `memory/<view>` instead. The constant Z of the losses is the mean of
+    exp(score) over the negatives of the first direction in the first batch, and stays so. A clip
+    that lacks a direction's modality is left out of it, and is not written to the memory of that
+    view.
 
     Attributes:
       terms: what the loss is the mean of, that of the first direction first.
@@ -148,6 +148,9 @@ class InstanceMemory(Objective):
             width = self._embedding(spec.outputs.spaces, view).shape[-1]
             rows[_table_of(view)] = jax.ShapeDtypeStruct((width,), jnp.float32)
         return rows
+
+    def moves_to_host(self) -> str:
+        return '' if self.is_on_host else "config.objective.memory='host'"
 
     def first_rows(
         self, key: jax.Array, name: str, row: jax.ShapeDtypeStruct, records: jax.Array

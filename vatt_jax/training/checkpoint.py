@@ -157,7 +157,7 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(
-        self, step: int, state: Any, meta: dict[str, Any], columns: dict[str, np.ndarray]
+        self, step: int, state: Any, meta: dict[str, Any], columns: record_columns.SavedColumns
     ) -> None:
         """Start an asynchronous save, after waiting for the previous one.
 
@@ -167,7 +167,8 @@ class Checkpoints:
             step: Optimizer steps taken.
             state: The TrainState.
             meta: JSON-able description, see the top of this file.
-            columns: Per-record host arrays of the objective, which are not changed any more.
+            columns: Per-record host arrays of the objective, which are not changed any more, or
+                snapshots of tables.
 
         Raises:
             CheckpointNotSaved: The previous or this checkpoint could not be written.

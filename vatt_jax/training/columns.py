@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from vatt_jax.parallel import hosts
+from vatt_jax.training.table_storage import Snapshot
 
 # Columns of fewer bytes stay in memory.
 MAPPED_BYTES = 1 << 26
@@ -30,6 +31,8 @@ WRITTEN_BYTES = 1 << 23
 DESCRIPTION = 'columns.json'
 
 Columns = dict[str, np.ndarray]
+# What a checkpoint is written of: columns, and tables of the host as they were at its step.
+SavedColumns = Mapping[str, np.ndarray | Snapshot]
 
 
 def keep(columns: Mapping[str, np.ndarray]) -> Columns:
@@ -151,7 +154,7 @@ def lookup(columns: Mapping[str, np.ndarray], records: np.ndarray) -> dict[str, 
 # ---- A checkpoint's pieces. `folder` is a pathlib.Path or one of etils.epath.
 
 
-def write_piece(folder: Any, columns: Mapping[str, np.ndarray], host: int, num_hosts: int) -> None:
+def write_piece(folder: Any, columns: SavedColumns, host: int, num_hosts: int) -> None:
     """Write one host's rows of all columns, and as host 0 their description.
 
     Args:
@@ -171,7 +174,7 @@ def write_piece(folder: Any, columns: Mapping[str, np.ndarray], host: int, num_h
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
 
 
-def _write_rows(file: Any, column: np.ndarray, first: int, last: int) -> None:
+def _write_rows(file: Any, column: np.ndarray | Snapshot, first: int, last: int) -> None:
     """Write rows as `np.save` would, block by block: a snapshot copies what it is asked for."""
     header = np.lib.format.header_data_from_array_1_0(column[first:first])
     header['shape'] = (last - first, *column.shape[1:])

@@ -156,7 +156,9 @@ class HostTables:
             rng = Rng.create(self.seed, np.int32(step), device_part(batch)['position'])
             return np.asarray(self._lookups(inputs, rng, num_records))
 
-    def _read(self, table: StoredTable, lookups: Int[np.ndarray, 'b K']) -> Shaped[np.ndarray, 'b K ...']:
+    def _read(
+        self, table: StoredTable, lookups: Int[np.ndarray, 'b K']
+    ) -> Shaped[np.ndarray, 'b K ...']:
         rows = np.empty((*lookups.shape, *table.array.shape[1:]), table.array.dtype)
         clips = np.array_split(np.arange(len(lookups)), min(READERS, len(lookups)))
         reads = []
@@ -189,7 +191,9 @@ def _host_device() -> Iterator[None]:
         yield
 
 
-def _lookups(objective: Objective, batch: Mapping[str, Any], rng: Rng, num_records: int) -> jax.Array:
+def _lookups(
+    objective: Objective, batch: Mapping[str, Any], rng: Rng, num_records: int
+) -> jax.Array:
     return objective.lookups(batch, rng, num_records)
 
 
@@ -201,7 +205,7 @@ def _overlay(
     """The rows that were read, those of records that a step wrote by what it wrote."""
     records = written['records']
     order = jnp.argsort(records)
-    # A clip of each record that is looked up, if there is one; all clips of a record wrote the same.
+    # A clip of each record that is looked up, if there is one. Clips of one record wrote the same.
     place = jnp.searchsorted(records[order], lookups)
     clip = order[jnp.minimum(place, len(records) - 1)]  # [B K]
     is_written = (records[clip] == lookups)[..., None]

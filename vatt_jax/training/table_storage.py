@@ -23,9 +23,7 @@ class StoredTable:
         # Those that somebody still holds: a snapshot that was dropped keeps no more rows.
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
 
-    def read(
-        self, records: Int[np.ndarray, 'b K'], rows: Shaped[np.ndarray, 'b K ...']
-    ) -> None:
+    def read(self, records: Int[np.ndarray, 'b K'], rows: Shaped[np.ndarray, 'b K ...']) -> None:
         """Copy the rows of records, all of which there are, into `rows`; several threads may."""
         # Other modes go by way of a buffer.
         np.take(self.array, records, axis=0, out=rows, mode='clip')

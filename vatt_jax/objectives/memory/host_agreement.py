@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -43,16 +43,17 @@ def find_neighbours(
         blocks = _round_up(math.ceil((own.stop - own.start) / size), num_devices)
         blocks = min(blocks, QUERY_BLOCKS * num_devices)
         for first in range(own.start, own.stop, blocks * size):
-            best = _find(tables, first, (blocks, size), count)
-            best = jax.tree.map(lambda x: np.asarray(x).reshape(-1, count), best)
-            found.append(jax.tree.map(lambda x: x[: own.stop - first], best))
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+            found.append(_find(tables, first, (blocks, size), count))
+    num_queries = own.stop - own.start
+    agreements, records = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    # What is beyond the last query is padding.
+    return Neighbours(agreements[:num_queries], records[:num_queries])
 
 
 def _find(
     tables: Sequence[np.ndarray], first: int, shape: tuple[int, int], count: int
 ) -> Neighbours:
-    """Neighbours [blocks q X] of the records from `first` on, of all records."""
+    """Neighbours [blocks·q X] of the records from `first` on, among all records."""
     num_records = len(tables[0])
     key_size = min(KEYS, num_records)
     key_blocks = min(KEY_BLOCKS, math.ceil(num_records / key_size))
@@ -65,7 +66,7 @@ def _find(
     for first_key in range(0, num_records, key_blocks * key_size):
         keys = tuple(_blocks(rows, first_key, (key_blocks, key_size)) for rows in tables)
         best = _visit(best, queries, _place(records), keys, np.int32(first_key), num_records)
-    return best
+    return Neighbours(*(np.asarray(part).reshape(-1, count) for part in best))
 
 
 def _blocks(rows: np.ndarray, first: int, shape: tuple[int, int]) -> np.ndarray:
@@ -86,7 +87,7 @@ def _visit(
     num_records: jax.Array,
 ) -> Neighbours:
     """The best of the old neighbours and of some blocks of keys [c k E]."""
-    axes = table.data_axes(query_records)
+    axes = table.spread_axes()
     visit: Any = _visit_here
     if axes:
         rows, whole = P(axes), P()
@@ -117,9 +118,7 @@ def _visit_here(
 
         def visit_queries(inputs: tuple) -> Neighbours:
             query, query_records, best = inputs
-            return agreement.update(
-                best, query, query_records, block_keys, records, num_records
-            )
+            return agreement.update(best, query, query_records, block_keys, records, num_records)
 
         return jax.lax.map(visit_queries, (queries, query_records, best)), None
 
@@ -131,21 +130,21 @@ def _visit_here(
 
 
 @contextlib.contextmanager
-def _own_devices() -> Any:
-    """This host's part of the mesh; gives the number of its devices that queries are spread over."""
+def _own_devices() -> Iterator[int]:
+    """Compute on this host's part of the mesh; yields over how many devices queries are spread."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         yield 1
         return
     with jax.set_mesh(mesh.local_mesh):
-        yield math.prod(mesh.local_mesh.shape[axis] for axis in table.data_axes(()))
+        yield math.prod(mesh.local_mesh.shape[axis] for axis in table.spread_axes())
 
 
 def _place(blocks: np.ndarray) -> jax.Array:
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jnp.asarray(blocks)
-    return jax.device_put(blocks, NamedSharding(mesh, P(table.data_axes(blocks) or None)))
+    return jax.device_put(blocks, NamedSharding(mesh, P(table.spread_axes() or None)))
 
 
 def _round_up(number: int, multiple: int) -> int:

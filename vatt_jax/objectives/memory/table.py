@@ -1,9 +1,9 @@
 """Memory banks: a unit vector for each training record, on the devices or on the host.
 
-On the devices, the rows of a table are spread over the data axes of the mesh. A step compares its clips with a few
-thousand rows that lie anywhere. Vectors of rows do not travel for that: queries and row numbers,
-which are small, go to all devices, each of them scores the rows that lie there, and the scores come
-back. Inside `jax.set_mesh` the mesh is found by itself.
+On the devices, the rows of a table are spread over the data axes of the mesh. A step compares its
+clips with a few thousand rows that lie anywhere. Vectors of rows do not travel for that: queries
+and row numbers, which are small, go to all devices, each of them scores the rows that lie there,
+and the scores come back. Inside `jax.set_mesh` the mesh is found by itself.
 
 On the host (training/host_tables.py) a step is given the rows that its clips look up, and returns
 those that it writes: `joined_scores` and `new_rows` are what `scores` and `write` are there.
@@ -181,10 +181,8 @@ def data_axes(table: Table) -> tuple[str, ...]:
     Raises:
       ConfigError: the devices do not divide the rows.
     """
+    axes = spread_axes()
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return ()
-    axes = tuple(axis for axis in sharding.RULES['memory'] or () if mesh.shape[axis] > 1)
     devices = math.prod(mesh.shape[axis] for axis in axes)
     if len(table) % devices:
         raise ConfigError(
@@ -192,6 +190,14 @@ def data_axes(table: Table) -> tuple[str, ...]:
             f'got {devices}. Use a divisor of {ROW_MULTIPLE} devices.'
         )
     return axes
+
+
+def spread_axes() -> tuple[str, ...]:
+    """The axes of the mesh that rows of any number are spread over; () on one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return ()
+    return tuple(axis for axis in sharding.RULES['memory'] or () if mesh.shape[axis] > 1)
 
 
 def _on_devices(
