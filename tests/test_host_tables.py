@@ -237,8 +237,7 @@ def test_tables_of_another_run_are_taken_from_its_host_or_its_devices():
 
 
 def on_the_host(**fields):
-    config = tiny.get_config('memory')
-    config.objective.memory = 'host'
+    config = tiny.get_config('host_memory')
     config.objective.update(fields)
     return config
 

@@ -794,5 +794,6 @@ def digest(tree: Any) -> str:
         array = np.asarray(jax.device_get(leaf))
         # Without shapes and dtypes, arrays of the same bytes would be taken for one another.
         tree_hash.update(f'{_path_name(key_path)}{array.shape}{array.dtype}'.encode())
-        tree_hash.update(np.ascontiguousarray(array).tobytes())
+        # As bytes without a copy: tables of the host may be larger than memory.
+        tree_hash.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return tree_hash.hexdigest()

@@ -77,6 +77,8 @@ class Session:
             if jax.process_count() == 1:
                 for group in ('params', 'batch_stats', 'opt_state', 'objective'):
                     digests[group] = checkpoint.digest(getattr(run.state, group))
+                if run.tables:
+                    digests['tables'] = checkpoint.digest(run.tables)
             summary = {
                 'step': run.step,
                 'consumed': run.consumed,
