@@ -284,10 +284,8 @@ class InstanceMemory(Objective):
         num_records = int(state['num_records'])
         own = hosts.own_stretch(num_records)
         if self.is_on_host:
-            memories = [records.tables[_table_of(view)] for view in self.views]
-            found = host_agreement.find_neighbours(memories, own, self.config.positives)
-            cosines = found.agreement
-            positives = found.records
+            tables = [records.tables[_table_of(view)] for view in self.views]
+            cosines, positives = host_agreement.find_neighbours(tables, own, self.config.positives)
         else:
             memories = [state['memory'][view] for view in self.views]
             found = _find_neighbours(memories, num_records, self.config.positives)

@@ -21,6 +21,7 @@ from vatt_jax.training import checkpoint
 from vatt_jax.training.batches import TrainBatches
 from vatt_jax.training.build import Built
 from vatt_jax.training.checkpoint import Checkpoints
+from vatt_jax.training.columns import SavedColumns
 from vatt_jax.training.host_tables import HostTables
 from vatt_jax.training.metrics import Meter, Progress, Writer
 from vatt_jax.training.start import TrainingRun
@@ -64,7 +65,7 @@ class Session:
         }
         # Arrays are copied off the device before this returns; the next step may then overwrite
         # them. Tables of the host are read as they are now, whatever later steps store.
-        columns = {**run.columns, **self.tables.snapshots()}
+        columns: SavedColumns = {**run.columns, **self.tables.snapshots()}
         self.checkpoints.save(run.step, run.state, meta, columns)
         self.meter.lost += time.monotonic() - began
 

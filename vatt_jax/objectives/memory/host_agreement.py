@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vatt_jax.objectives.memory import agreement, table
 from vatt_jax.objectives.memory.agreement import KEYS, QUERIES, Neighbours
@@ -23,7 +23,7 @@ QUERY_BLOCKS, KEY_BLOCKS = 256, 16
 
 def find_neighbours(
     tables: Sequence[Float[np.ndarray, 'M E']], own: slice, count: int
-) -> Neighbours:
+) -> tuple[Float[np.ndarray, 'n X'], Int[np.ndarray, 'n X']]:
     """The records that agree best with each record of this host, itself left out.
 
     Every host has whole tables: each finds those of its own records, on its own devices, and
@@ -35,7 +35,7 @@ def find_neighbours(
       count: neighbours X of each, fewer than M.
 
     Returns:
-      NumPy arrays [n X], as of `agreement.find_neighbours`.
+      (their agreement, their records), as of `agreement.find_neighbours`.
     """
     size = min(QUERIES, own.stop - own.start)
     found = []
@@ -47,13 +47,13 @@ def find_neighbours(
     num_queries = own.stop - own.start
     agreements, records = (np.concatenate(parts) for parts in zip(*found, strict=True))
     # What is beyond the last query is padding.
-    return Neighbours(agreements[:num_queries], records[:num_queries])
+    return agreements[:num_queries], records[:num_queries]
 
 
 def _find(
     tables: Sequence[np.ndarray], first: int, shape: tuple[int, int], count: int
-) -> Neighbours:
-    """Neighbours [blocks·q X] of the records from `first` on, among all records."""
+) -> list[np.ndarray]:
+    """(agreement, records) of the neighbours [blocks·q X] of the records from `first` on."""
     num_records = len(tables[0])
     key_size = min(KEYS, num_records)
     key_blocks = min(KEY_BLOCKS, math.ceil(num_records / key_size))
@@ -66,7 +66,7 @@ def _find(
     for first_key in range(0, num_records, key_blocks * key_size):
         keys = tuple(_blocks(rows, first_key, (key_blocks, key_size)) for rows in tables)
         best = _visit(best, queries, _place(records), keys, np.int32(first_key), num_records)
-    return Neighbours(*(np.asarray(part).reshape(-1, count) for part in best))
+    return [np.asarray(part).reshape(-1, count) for part in best]
 
 
 def _blocks(rows: np.ndarray, first: int, shape: tuple[int, int]) -> np.ndarray:
