@@ -7,12 +7,14 @@
     # one of both parts; the other keeps its former results
     python benchmarks/memory_bank.py --parts=objective
 
-Two comparisons. `objective`: embeddings [B 128] of both modalities in, gradients and new memories
-out, for 1024 negatives and tables of several sizes, beside NCE within the batch. `step`: whole
-training steps of rows of configs/comparison.py, which has the same towers for all, on synthetic
-clips; AVID with the least and the greatest number of records. Times are the
-least of all rounds, in CPU seconds. Bytes are those of the compiled step: what it takes beside its
-arguments, and what the objective keeps as state. Writes benchmarks/results/memory_bank.json.
+Three comparisons. `objective`: embeddings [B 128] of both modalities in, gradients and new memories
+out, for 1024 negatives and tables of several sizes, beside NCE within the batch. `host`: the same
+with tables on the host, drawing, reading and storing included, beside those on the device; and the
+bytes that either takes on the device. `step`: whole training steps of rows of
+configs/comparison.py, which has the same towers for all, on synthetic clips; AVID with the least
+and the greatest number of records. Times are the least of all rounds, in CPU seconds. Bytes of
+`step` are those of the compiled step: what it takes beside its arguments, and what the objective
+keeps as state. Writes benchmarks/results/memory_bank.json.
 """
 
 from __future__ import annotations
@@ -44,17 +46,20 @@ from vatt_jax import phases
 from vatt_jax.inference import feature_extractor
 from vatt_jax.losses import nce
 from vatt_jax.losses.noise_contrastive import noise_contrastive
-from vatt_jax.objectives.base import select_streams
+from vatt_jax.objectives.base import Objective, select_streams
 from vatt_jax.objectives.memory import negatives, table
+from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
-from vatt_jax.training import loop
+from vatt_jax.training import columns, loop
+from vatt_jax.training.host_tables import HostTables
+from vatt_jax.training.metrics import Meter
 
 RESULTS = repository.RESULTS / 'memory_bank.json'
 WIDTH, NEGATIVES, TEMPERATURE = 128, 1024, 0.07
 
 
-def memory_objective(clips: int, rows: int) -> Callable[[], None]:
-    """One turn of AVID's loss, its gradient and both writes; compiled."""
+def memory_objective(clips: int, rows: int) -> tuple[Callable[[], None], int]:
+    """(one turn of AVID's loss, its gradient and both writes, compiled; bytes on the device)."""
     records = jax.random.randint(jax.random.key(0), (clips,), 0, rows)
     rng = Rng.create(0, 0, jnp.arange(clips))
     valid = jnp.ones(clips, bool)
@@ -82,16 +87,82 @@ def memory_objective(clips: int, rows: int) -> Callable[[], None]:
         return written, gradients
 
     # The memory of the tables passed in becomes that of the new ones, as in training.
-    compiled = jax.jit(turn, donate_argnums=0)
     embeddings = unit_embeddings(clips)
     memories = [nn.unbox(table.init(jax.random.key(i), rows, WIDTH)) for i in range(2)]
+    compiled = jax.jit(turn, donate_argnums=0).lower(memories, embeddings).compile()
 
     def run() -> None:
         nonlocal memories
         memories, gradients = compiled(memories, embeddings)
         jax.block_until_ready((memories, gradients))
 
-    return run
+    return run, device_bytes(compiled)
+
+
+def device_bytes(compiled: Any) -> int:
+    """What a program takes: its arguments and temporaries."""
+    analysis = compiled.memory_analysis()
+    return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+
+
+class Drawn(Objective):
+    """What tables of the host are told by: each clip's own record and random others."""
+
+    def lookups(self, batch, rng, num_records):
+        own = batch['record'][:, None]
+        drawn = negatives.draw(rng, num_records, NEGATIVES, own)
+        return jnp.concatenate([own, drawn], -1)
+
+
+def host_objective(clips: int, rows: int) -> tuple[Callable[[], None], int]:
+    """(one turn of the same with both tables on the host, bytes on the device)."""
+    mesh = sharding.make_mesh({'replica': 1})
+    random = np.random.default_rng(0)
+    arrays = {}
+    for name in ('video', 'audio'):
+        arrays[name] = columns.room_for((rows, WIDTH), np.dtype(np.float32))
+        arrays[name][:] = random.random(WIDTH, np.float32)
+    tables = HostTables(arrays, Drawn(ConfigDict()), mesh, 0, Meter())
+    valid = jnp.ones(clips, bool)
+
+    def loss(embeddings, batch):
+        total = 0.0
+        memories = (batch['tables']['audio'], batch['tables']['video'])
+        for query, memory in zip(embeddings, memories, strict=True):
+            scores = table.joined_scores(memory, query, range(1 + NEGATIVES)) / TEMPERATURE
+            total += noise_contrastive(scores[:, :1], scores[:, 1:], log_z=1.0) / 2
+        return total
+
+    @jax.jit
+    def turn(embeddings, batch):
+        value, gradients = jax.value_and_grad(loss)(embeddings, batch)
+        norm = sum(jnp.sum(gradient**2) for gradient in gradients)
+        is_written = valid & jnp.isfinite(value + norm)
+        written = {}
+        for name, embedding in zip(('video', 'audio'), embeddings, strict=True):
+            old = batch['tables'][name][:, 0]
+            written[name] = table.new_rows(old, batch['record'], embedding, is_written, 0.5)
+        return gradients, {'records': batch['record'], 'rows': written}
+
+    embeddings = unit_embeddings(clips)
+    number = 0
+
+    def next_batch() -> dict[str, Any]:
+        records = random.integers(0, rows, clips).astype(np.int32)
+        batch = {'record': records, 'position': number * clips + np.arange(clips)}
+        return tables.place(batch, number)
+
+    def run() -> None:
+        nonlocal number
+        with jax.set_mesh(mesh):
+            gradients, written = turn(embeddings, next_batch())
+            tables.hold(written)
+            jax.block_until_ready(gradients)
+        number += 1
+
+    with jax.set_mesh(mesh):
+        compiled = turn.lower(embeddings, next_batch()).compile()
+    return run, device_bytes(compiled)
 
 
 def batch_objective(clips: int) -> Callable[[], None]:
@@ -232,7 +303,7 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=15)
     parser.add_argument('--rows', default='10000,100000,1000000')
     parser.add_argument('--clips', type=int, default=64)
-    parser.add_argument('--parts', default='objective,step')
+    parser.add_argument('--parts', default='objective,host,step')
     parser.add_argument('--only', default=','.join(ROWS), help='rows of the part `step`')
     arguments = parser.parse_args()
     sizes = [int(rows) for rows in arguments.rows.split(',')]
@@ -241,11 +312,20 @@ def main() -> None:
     if 'objective' in arguments.parts.split(','):
         turns = {'NCE within the batch': batch_objective(arguments.clips)}
         for rows in sizes:
-            turns[f'memory of {rows} records'] = memory_objective(arguments.clips, rows)
+            turns[f'memory of {rows} records'], _ = memory_objective(arguments.clips, rows)
         result |= conditions(arguments.rounds)
         result |= {'clips': arguments.clips, 'negatives': NEGATIVES, 'width': WIDTH}
         result['objective'] = least_seconds(turns, arguments.rounds)
         # Steps take minutes to compile; what is known by now is kept.
+        RESULTS.write_text(json.dumps(result, indent=1) + '\n')
+    if 'host' in arguments.parts.split(','):
+        turns, sizes_on_device = {}, {}
+        for rows in sizes:
+            for place, make in (('device', memory_objective), ('host', host_objective)):
+                name = f'{rows} records on the {place}'
+                turns[name], sizes_on_device[name] = make(arguments.clips, rows)
+        result['host'] = least_seconds(turns, arguments.rounds)
+        result['bytes on the device'] = sizes_on_device
         RESULTS.write_text(json.dumps(result, indent=1) + '\n')
     if 'step' in arguments.parts.split(','):
         # Taken now: the sources may change while this runs.

@@ -73,7 +73,7 @@ def test_columns_stay_in_memory_where_the_disk_has_no_room(always_mapped, monkey
 
 def test_room_for_a_column_is_in_memory_where_the_disk_has_none(always_mapped, monkeypatch):
     """What is exchanged between processes cannot be asked for twice, so room is taken before."""
-    room = columns._room_for((5, 2), np.dtype(np.int16))
+    room = columns.room_for((5, 2), np.dtype(np.int16))
     assert isinstance(room, np.memmap)
     assert not list(always_mapped.iterdir())
 
@@ -81,7 +81,7 @@ def test_room_for_a_column_is_in_memory_where_the_disk_has_none(always_mapped, m
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(tempfile, 'TemporaryFile', full)
-    room = columns._room_for((5, 2), np.dtype(np.int16))
+    room = columns.room_for((5, 2), np.dtype(np.int16))
     assert not isinstance(room, np.memmap)
     chex.assert_shape(room, (5, 2))
 

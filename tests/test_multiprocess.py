@@ -250,10 +250,11 @@ def test_columns_are_saved_in_pieces_and_restored_by_any_number_of_processes(tmp
 
 
 @pytest.mark.slow
-def test_memories_of_two_processes_are_those_of_one(tmp_path):
+@pytest.mark.parametrize('variant', ['memory', 'host_memory'])
+def test_memories_of_two_processes_are_those_of_one(tmp_path, variant):
     """AVID-CMA: what is scored, written and found over two processes."""
-    run_together(tmp_path, f'--workdir={tmp_path / "two"}', variant='memory')
-    config = tiny.get_config('memory')
+    run_together(tmp_path, f'--workdir={tmp_path / "two"}', variant=variant)
+    config = tiny.get_config(variant)
     loop.train(config, data_pipelines.open(config), tmp_path / 'one', quiet=True)
     state, _, columns = state_of(tmp_path / 'two', config)
     expected, _, expected_columns = state_of(tmp_path / 'one', config)
@@ -262,7 +263,10 @@ def test_memories_of_two_processes_are_those_of_one(tmp_path):
         np.testing.assert_allclose(
             [line[name] for line in lines], [line[name] for line in expected_lines], rtol=rtol
         )
-    assert np.mean(columns['positives'] != expected_columns['positives']) < 0.02
+    assert np.mean(columns.pop('positives') != expected_columns.pop('positives')) < 0.02
+    # Tables of the host: a piece by each process, read by one.
+    assert len(columns) == (2 if variant == 'host_memory' else 0)
+    chex.assert_trees_all_close(columns, expected_columns, atol=1e-4)
     chex.assert_trees_all_close(
         jax.device_get(state.objective), jax.device_get(expected.objective), atol=1e-4
     )

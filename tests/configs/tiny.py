@@ -2,14 +2,15 @@
 
 Smaller still, since what is tested starts many times.
 
-python run.py --config=tests/configs/tiny.py[:kmeans|plain|prime|labels|memory] --workdir=DIR
+python run.py --config=tests/configs/tiny.py[:kmeans|plain|prime|labels|memory|host_memory] \
+    --workdir=DIR
 """
 
 from ml_collections import ConfigDict
 
 from tests import tiny
 
-VARIANTS = ('', 'kmeans', 'plain', 'prime', 'labels', 'memory')
+VARIANTS = ('', 'kmeans', 'plain', 'prime', 'labels', 'memory', 'host_memory')
 RETRIEVAL = {
     'type': 'retrieval',
     'limit': 20,
@@ -71,12 +72,14 @@ def get_config(arg: str = ''):
         # refreshes before steps 0 and 2, the second from where the first ended
         c.objective = ConfigDict(SELF_LABELLING)
         c.evals = ConfigDict({'clusters': {'type': 'clustering', 'baseline': False}})
-    if arg == 'memory':
+    if arg in ('memory', 'host_memory'):
         # Every record comes more than once.
         c.steps, c.batch_size, c.eval_every = 6, 16, 0
         del c.model.towers['text']
         c.model.head = ConfigDict({'name': 'avid', 'hidden': 16, 'va': 8})
         c.objective = ConfigDict(INSTANCE_MEMORY)
+        if arg == 'host_memory':
+            c.objective.memory = 'host'
         c.evals = ConfigDict()
     if arg == 'kmeans':
         c.data.views = (('video.second', {'kind': 'clip'}),)

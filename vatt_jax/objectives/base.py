@@ -128,6 +128,8 @@ class TrainingRecords:
     Attributes:
       size: number of records m.
       columns: name -> array [m …] as the last refresh left them; empty at the first one.
+      tables: name -> array [M …], the tables of the host (`Objective.tables`) whole, of all records
+        of all hosts; read-only.
       encode: `encode(fn, augment=True, draw=0)` applies the traced
         `fn(model, variables, params, batch, rng) -> {name: [B …]}` to every record once, with
         batch statistics in evaluation mode. All hosts call it together, since batches are theirs
@@ -142,6 +144,7 @@ class TrainingRecords:
     columns: Mapping[str, np.ndarray]
     encode: Callable[..., dict[str, np.ndarray]]
     seed: int = 0
+    tables: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class Objective:
@@ -362,6 +365,68 @@ class Objective:
           is_finite: bool []; where it is False, the state must be returned as it is, bit by bit.
         """
         return state
+
+    # ---- Tables of the host, for memories that devices have no room for.
+
+    def tables(self, spec: Spec) -> dict[str, jax.ShapeDtypeStruct]:
+        """Tables that the host keeps: name -> shape and type of one training record's row.
+
+        Before a step the rows that its clips look up are joined to the batch, as
+        `batch['tables'][name]` [B K …], with all that earlier steps wrote; after it the rows of the
+        batch's records are what `new_rows` says. They are part of checkpoints.
+        """
+        return {}
+
+    def moves_to_host(self) -> str:
+        """The config change that makes tables of the host of what it remembers; '': none does."""
+        return ''
+
+    def first_rows(
+        self, key: jax.Array, name: str, row: jax.ShapeDtypeStruct, records: jax.Array
+    ) -> jax.Array:
+        """Rows of a table as a run begins. Pure.
+
+        Args:
+          key: the one that `init` was given.
+          name: of the table.
+          row: its entry of `tables`.
+          records: int32 [n].
+
+        Returns:
+          [n …], each row a function of the key and its record alone.
+        """
+        raise NotImplementedError
+
+    def lookups(self, batch: Mapping[str, Any], rng: Rng, num_records: Any) -> jax.Array:
+        """The records whose rows each clip is given, of every table. Pure.
+
+        It runs before the step, while the step before it is under way, on the host's own processor.
+
+        Args:
+          batch: `record` int32 [B], and `columns` where there are some.
+          rng: random bits of the step, as `compute_loss` is given them.
+          num_records: of the training set, M.
+
+        Returns:
+          int32 [B K].
+        """
+        raise NotImplementedError
+
+    def new_rows(
+        self, batch: Mapping[str, Any], writes: Any, is_finite: jax.Array
+    ) -> dict[str, jax.Array]:
+        """The rows of the batch's records after the step. Pure.
+
+        Args:
+          batch: the whole device batch, with its `record` and `tables`.
+          writes: `Loss.writes` of all clips of the step, microbatches joined.
+          is_finite: bool []; where it is False, rows must be returned as they were, bit by bit.
+
+        Returns:
+          table -> [B …], one row a clip; those of clips of one record are equal. A clip that
+          writes nothing has its record's old row, or what other clips of the record write.
+        """
+        raise NotImplementedError
 
     def running_losses(self, state: Any) -> dict[str, float]:
         """Running training loss of outputs of `predict` that compete (heads), where it exists."""

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vatt_jax.config import ConfigError, check_range, with_defaults
+from vatt_jax.config import ConfigError, check_range, choose, with_defaults
 from vatt_jax.losses.noise_contrastive import noise_contrastive
 from vatt_jax.objectives.base import Loss, Objective, RefreshResult, Spec, TrainingRecords
 from vatt_jax.objectives.forward import project
 from vatt_jax.objectives.heads import unit
-from vatt_jax.objectives.memory import agreement, negatives, table
+from vatt_jax.objectives.memory import agreement, host_agreement, negatives, table
 from vatt_jax.parallel import hosts
 
 DEFAULTS = {
@@ -37,6 +37,8 @@ DEFAULTS = {
     'temperature': 0.07,
     # Share of the old vector where a new one is written.
     'momentum': 0.5,
+    # Where the memories are: device, divided over all; host, for those that do not fit there.
+    'memory': 'device',
     # ---- CMA
     # Records that agree best with a clip's own, which it finds too (CMA: 32); 0: none.
     'positives': 0,
@@ -81,14 +83,16 @@ class Term(NamedTuple):
 class InstanceMemory(Objective):
     """Weighted mean of noise-contrastive losses of clips against memories.
 
-    state: {'memory': {view: [rows E]}, 'num_records': M, 'log_z', 'has_z'}. The constant Z of the
-    losses is the mean of exp(score) over the negatives of the first direction in the first batch,
-    and stays so. A clip that lacks a direction's modality is left out of it, and is not written to
-    the memory of that view.
+    state: {'memory': {view: [rows E]}, 'num_records': M, 'log_z', 'has_z'}. Memories on
+    the host are its tables `memory/<view>` instead. The constant Z of the losses is the mean of
+    exp(score) over the negatives of the first direction in the first batch, and stays so. A clip
+    that lacks a direction's modality is left out of it, and is not written to the memory of that
+    view.
 
     Attributes:
       terms: what the loss is the mean of, that of the first direction first.
       views: all that have a memory.
+      is_on_host: whether memories are tables of the host.
     """
 
     def __init__(self, config: Any) -> None:
@@ -96,6 +100,7 @@ class InstanceMemory(Objective):
         for field, (low, high) in RANGES.items():
             check_range(self.config[field], low, high, f'config.objective.{field}')
         _check(self.config)
+        self.is_on_host = self.config.memory == 'host'
         self.terms = _terms(self.config)
         views = [view for term in self.terms for view in (term.query, term.memory)]
         self.views = tuple(dict.fromkeys(views))  # each once, in the order of the terms
@@ -117,19 +122,56 @@ class InstanceMemory(Objective):
                 f'config.objective.positives: expected at most {spec.size - 2} for a training set '
                 f'of {spec.size} records, got {num_positives}.'
             )
-        memory = {}
-        for i, view in enumerate(self.views):
-            embedding = self._embedding(spec.outputs.spaces, view)  # [B E]
-            view_key = jax.random.fold_in(key, i)
-            memory[view] = table.init(view_key, spec.size, embedding.shape[-1])
-        state = {
-            'memory': memory,
+        state: dict[str, Any] = {
             # Tables have more rows than there are records.
             'num_records': jnp.asarray(spec.size, jnp.int32),
             'log_z': jnp.zeros(()),
             'has_z': jnp.zeros((), bool),
         }
+        if not self.is_on_host:
+            state['memory'] = {}
+            for view in self.views:
+                width = self._embedding(spec.outputs.spaces, view).shape[-1]
+                state['memory'][view] = table.init(self._key(key, view), spec.size, width)
         return {}, state
+
+    def _key(self, key: jax.Array, view: str) -> jax.Array:
+        """That of the first vectors of a view's memory."""
+        return jax.random.fold_in(key, self.views.index(view))
+
+    # ---- Memories on the host.
+
+    def tables(self, spec: Spec) -> dict[str, jax.ShapeDtypeStruct]:
+        if not self.is_on_host:
+            return {}
+        rows = {}
+        for view in self.views:
+            width = self._embedding(spec.outputs.spaces, view).shape[-1]
+            rows[_table_of(view)] = jax.ShapeDtypeStruct((width,), jnp.float32)
+        return rows
+
+    def moves_to_host(self) -> str:
+        return '' if self.is_on_host else "config.objective.memory='host'"
+
+    def first_rows(
+        self, key: jax.Array, name: str, row: jax.ShapeDtypeStruct, records: jax.Array
+    ) -> jax.Array:
+        (view,) = (view for view in self.views if _table_of(view) == name)
+        return table.first_rows(self._key(key, view), records, row.shape[0])
+
+    def new_rows(
+        self, batch: Mapping[str, Any], writes: Any, is_finite: jax.Array
+    ) -> dict[str, jax.Array]:
+        rows = {}
+        for view in self.views:
+            rows[_table_of(view)] = table.new_rows(
+                batch['tables'][_table_of(view)][:, 0],  # the clip's own record is looked up first
+                batch['record'],
+                writes['embedding'][view],
+                writes['valid'][view] & is_finite,
+                self.config.momentum,
+            )
+        return rows
 
     # ---- A step.
 
@@ -176,27 +218,34 @@ class InstanceMemory(Objective):
         self, state: Any, embeddings: Mapping[str, Any], batch: Mapping[str, Any], rng: Any
     ) -> list[jax.Array]:
         """Scores of each term, [B positives + negatives]."""
-        own, agreeing = self._positives(batch)
-        drawn = negatives.draw(
-            rng.at('negatives'),
-            state['num_records'],
-            self.config.negatives,
-            jnp.concatenate([own, agreeing], -1),
-        )  # [B K], the same for all terms, as in the authors' code
+        if not self.is_on_host:
+            rows = self.lookups(batch, rng, state['num_records'])  # [B 1+P+K]
         scores = []
         for term in self.terms:
-            positives = agreeing if term.num_positives else own
-            rows = jnp.concatenate([positives, drawn[:, : term.num_negatives]], -1)
-            cosines = table.scores(state['memory'][term.memory], embeddings[term.query], rows)
+            query, columns = embeddings[term.query], self._looked_up(term)
+            if self.is_on_host:
+                joined = batch['tables'][_table_of(term.memory)]  # [B 1+P+K E]
+                cosines = table.joined_scores(joined, query, columns)
+            else:
+                picked = rows[:, np.asarray(columns)]
+                cosines = table.scores(state['memory'][term.memory], query, picked)
             scores.append(cosines / self.config.temperature)
         return scores
 
-    def _positives(self, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-        """(each clip's own record [B 1], the records that agree with it [B P], P perhaps 0)."""
-        own = batch['record'][:, None]
+    def lookups(self, batch: Mapping[str, Any], rng: Any, num_records: Any) -> jax.Array:
+        """[B 1+P+K]: a clip's own record, those that agree with it, random others."""
+        known = batch['record'][:, None]
         if self.config.positives:
-            return own, batch['columns']['positives']
-        return own, own[:, :0]
+            known = jnp.concatenate([known, batch['columns']['positives']], -1)
+        # The same for all terms, as in the authors' code.
+        drawn = negatives.draw(rng.at('negatives'), num_records, self.config.negatives, known)
+        return jnp.concatenate([known, drawn], -1)
+
+    def _looked_up(self, term: Term) -> list[int]:
+        """Which columns of `lookups` are the positives and the negatives of a term, in order."""
+        first_negative = 1 + self.config.positives
+        positives = range(1, first_negative) if term.num_positives else range(1)
+        return [*positives, *range(first_negative, first_negative + term.num_negatives)]
 
     def _embedding(self, spaces: Mapping[str, Mapping[str, Any]], view: str) -> Any:
         """The view's embeddings [B E]."""
@@ -211,6 +260,8 @@ class InstanceMemory(Objective):
         return embedding
 
     def write_memory(self, state: Any, writes: Any, is_finite: jax.Array) -> Any:
+        if self.is_on_host:
+            return state
         memory = {}
         for view, rows in state['memory'].items():
             memory[view] = table.write(
@@ -230,27 +281,39 @@ class InstanceMemory(Objective):
     def refresh(
         self, variables: Any, params: Any, state: Any, step: int, records: TrainingRecords
     ) -> RefreshResult:
-        memories = [state['memory'][view] for view in self.views]
         # Memories are of the records of all hosts, `records` of this one's.
         num_records = int(state['num_records'])
-        found = _find_neighbours(memories, num_records, self.config.positives)
-        mean, least = (
-            hosts.own_stretch_of(cosines, num_records).astype(np.float64)
-            for cosines in (found.mean_agreement, found.least_agreement)
-        )
+        found = self._own_neighbours(state, num_records, records)
+        mean = hosts.total(found.mean_agreement.sum(dtype=np.float64)) / num_records
+        least = hosts.gather(found.least_agreement.min(initial=np.inf)).min()
         return RefreshResult(
             params,
             state,
-            columns={'positives': hosts.own_stretch_of(found.records, num_records)},
-            metrics={
-                'agreement': float(hosts.total(mean.sum())) / num_records,
-                'least_agreement': float(hosts.gather(least.min(initial=np.inf)).min()),
-            },
+            columns={'positives': found.records},
+            metrics={'agreement': float(mean), 'least_agreement': float(least)},
         )
+
+    def _own_neighbours(self, state: Any, num_records: int, records: TrainingRecords) -> _Agreeing:
+        """The neighbours of this host's records, as NumPy arrays."""
+        count = self.config.positives
+        if self.is_on_host:
+            tables = [records.tables[_table_of(view)] for view in self.views]
+            own = hosts.own_stretch(num_records)
+            agreements, positives = host_agreement.find_neighbours(tables, own, count)
+            return _Agreeing(positives, agreements.mean(-1), agreements.min(-1))
+        memories = [state['memory'][view] for view in self.views]
+        found = _find_neighbours(memories, num_records, count)
+        return _Agreeing(*(hosts.own_stretch_of(part, num_records) for part in found))
+
+
+def _table_of(view: str) -> str:
+    """The name of a view's memory on the host: that of its path in the state, on the devices."""
+    return f'memory/{view}'
 
 
 def _check(config: Any) -> None:
     """Raise ConfigError for values of `config.objective` that cannot work."""
+    choose(config.memory, ('device', 'host'), 'config.objective.memory')
     for field in ('directions', 'positive_directions'):
         directions = config[field]
         are_pairs = all(isinstance(d, tuple) and len(d) == 2 for d in directions)
@@ -305,7 +368,7 @@ def _normalisation(state: Any, scores: jax.Array, valid: jax.Array) -> dict[str,
 
 
 class _Agreeing(NamedTuple):
-    """The neighbours of all records, spread over the devices as the memories are.
+    """Neighbours of records: of all, spread over the devices as the memories are, or of a host's.
 
     Attributes:
       records: their numbers.
@@ -313,9 +376,9 @@ class _Agreeing(NamedTuple):
       least_agreement: the same with the farthest of them.
     """
 
-    records: Int[Array, 'rows X']
-    mean_agreement: Float[Array, ' rows']
-    least_agreement: Float[Array, ' rows']
+    records: Int[Array | np.ndarray, 'rows X']
+    mean_agreement: Float[Array | np.ndarray, ' rows']
+    least_agreement: Float[Array | np.ndarray, ' rows']
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

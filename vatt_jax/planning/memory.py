@@ -10,7 +10,7 @@ import jax
 
 from vatt_jax.performance import chips
 from vatt_jax.planning.compilation import Compiled
-from vatt_jax.training import loop
+from vatt_jax.training import checkpoint, loop
 
 
 def shares(shape: Any, shardings: Any) -> float:
@@ -57,6 +57,9 @@ def add_memory(
         'state': state,
         'objective': objective,
         'batch': batch,
+        # Not of a device: what each host keeps of all records, on its disk where memory is short.
+        'host_tables': checkpoint.size_of(built.tables),
+        'moves_to_host': built.objective.moves_to_host(),
     }
 
     if compiled is None:
@@ -100,7 +103,9 @@ def would_fit(result: Mapping[str, Any], memory: Mapping[str, Any]) -> list[str]
 
     Args:
         result: the plan; 'mesh', 'model', 'per_device_batch' and 'accumulate' are read.
-        memory: 'limit', 'state' and 'peak' in bytes on one device; peak may be None.
+        memory: 'limit', 'state' and 'peak' in bytes on one device; peak may be None. Of objectives
+            that remember also 'objective', bytes of it, and 'moves_to_host'
+            (`Objective.moves_to_host`).
 
     Returns:
         Config changes in sentences.
@@ -123,6 +128,12 @@ def would_fit(result: Mapping[str, Any], memory: Mapping[str, Any]) -> list[str]
         advice.append(
             f'config.mesh.fsdp={data_parallel}: parameters and optimizer over all data-parallel '
             f'devices, about {sharded_state / 1e9:.1f} GB each instead of {state / 1e9:.1f}'
+        )
+    remembered = memory.get('objective', 0.0)
+    if memory.get('moves_to_host') and remembered >= worthwhile:
+        advice.append(
+            f'{memory["moves_to_host"]}: memories of the objective on every host, '
+            f'{remembered / 1e9:.1f} GB less on each device'
         )
     # Only transformer encoders have layers that remat knows of.
     if result['model']['remat'] != 'full' and result['model']['layers']:

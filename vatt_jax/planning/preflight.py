@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import os
 import pathlib
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -55,6 +56,8 @@ def before_training(
     if reading_line:
         say(f'reading: {reading_line}')
     say(f'memory: {memory(config, built, say)}')
+    if built.tables:
+        say(f'tables of the host: {host_tables(built.tables)}')
     say(f'checkpoints: {room(config, built, workdir)}')
 
 
@@ -207,12 +210,41 @@ def _too_large(
         'per_device_batch': config.batch_size / (replica * fsdp),
         'accumulate': config.accumulate,
     }
-    advice = would_fit(layout, {'limit': limit, 'state': state, 'peak': needed})
+    memory = {
+        'limit': limit,
+        'state': state,
+        'peak': needed,
+        'objective': shares(built.shape.objective, built.shardings.objective),
+        'moves_to_host': built.objective.moves_to_host(),
+    }
+    advice = would_fit(layout, memory)
     return ConfigError(
         f'a training step takes {readable_size(needed or state + batch)} on each device, which '
         f'has {readable_size(limit)}; what would fit: {"; or ".join(advice)} (estimates; see '
         '--mode=plan)'
     )
+
+
+def host_tables(tables: Mapping[str, Any]) -> str:
+    """Return what this host keeps of all records beside what there is for it.
+
+    Args:
+        tables: Of `Built`.
+
+    Raises:
+        ConfigError: Neither its memory nor its folder of temporary files has room for it.
+    """
+    size = checkpoint.size_of(tables)
+    folder = pathlib.Path(tempfile.gettempdir())
+    free = free_space(folder)
+    total = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    if size > total and free is not None and size > free:
+        raise ConfigError(
+            f'tables of the host take {readable_size(size)} of each process; expected room in '
+            f'{folder}, which has {readable_size(free)}, or in memory, which is '
+            f'{readable_size(total)}. Set TMPDIR to a folder of a larger disk'
+        )
+    return f'{readable_size(size)}, in memory where it fits and mapped from {folder}'
 
 
 def room(config: ConfigDict, built: loop.Built, workdir: pathlib.Path) -> str:
@@ -221,7 +253,7 @@ def room(config: ConfigDict, built: loop.Built, workdir: pathlib.Path) -> str:
     Raises:
         ConfigError: One alone is clearly more than is free.
     """
-    size = checkpoint.size_of(built.shape)
+    size = checkpoint.size_of((built.shape, built.tables))
     # The oldest goes once the newest is complete.
     at_a_time = config.checkpoint.keep + 1
     free = free_space(RunFolder(workdir).checkpoints)

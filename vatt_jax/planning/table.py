@@ -146,6 +146,10 @@ def _show_memory(page: _Page, memory: Mapping[str, Any]) -> None:
         del labels['objective']
     rows = [[label, _amount(memory[field], 1e9)] for field, label in labels.items()]
     page.show('Memory of one device', ['', 'GB'], [*rows, ['', verdict]])
+    # Plans that were stored before there were any lack it.
+    if memory.get('host_tables'):
+        amount = _amount(memory['host_tables'], 1e9)
+        page.say(f'each host keeps tables of the objective: {amount} GB, mapped from its disk')
     for advice in memory.get('would_fit', ()):
         page.say(f'would fit, by estimate: {advice}')
 

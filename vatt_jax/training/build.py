@@ -52,6 +52,7 @@ class Built:
         inputs: what of it a loss sees, after the device stage; abstract.
         outputs: the model's Outputs of `inputs`; abstract.
         info: what the data say of themselves.
+        tables: name -> [M …], abstract: those that the host keeps (`Objective.tables`).
         encoder: of evaluations; made by the first one, and compiled once for all.
         others: models of other runs that evaluators read; run folder -> its model.
         passes: of refreshes; (function, augment) -> compiled once for all.
@@ -69,6 +70,7 @@ class Built:
     inputs: Any
     outputs: Any
     info: dict[str, Any]
+    tables: dict[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
     encoder: FeatureExtractor | None = None
     others: dict[str, FeatureExtractor] = dataclasses.field(default_factory=dict)
     passes: dict[Any, Any] = dataclasses.field(default_factory=dict)
@@ -226,6 +228,11 @@ def assemble(config: ConfigDict, data: Any, mesh: Any) -> Built:
         model, inputs, data.size('train'), labels, objective.frozen_streams()
     )
     train_step.check(config, model, objective, spec.batch_stats)
+    tables = {}
+    for name, row in objective.tables(spec).items():
+        tables[name] = jax.ShapeDtypeStruct((spec.size, *row.shape), row.dtype)
+    if tables:
+        batch['tables'] = _abstract_rows(objective, batch, tables)
     init, shape, shardings, tx = train_state.create(config, model, objective, spec, mesh)
     # The old state's memory is the new one's: two of them would not fit beside the activations.
     # Rows of the batch are split over both data axes. Metrics come back replicated: each process
@@ -250,6 +257,7 @@ def assemble(config: ConfigDict, data: Any, mesh: Any) -> Built:
         inputs=inputs,
         outputs=spec.outputs,
         info=data.info,
+        tables=tables,
     )
 
 
@@ -263,6 +271,21 @@ def _first_batch(data: Any, objective: Objective) -> dict[str, Any]:
         'train', num_processes, process=(process_id, num_processes), by='records', limit=1
     )
     return select_streams(next(iter(batches)), objective.streams())
+
+
+def _abstract_rows(
+    objective: Objective, batch: dict[str, Any], tables: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The rows of tables that a batch is joined with (`HostTables.place`): name -> [B K …]."""
+
+    def lookups(batch: dict[str, Any]) -> jax.Array:
+        return objective.lookups(batch, Rng.create(0, 0, batch['position']), np.int32(2))
+
+    num_clips, num_rows = jax.eval_shape(lookups, batch).shape
+    rows = {}
+    for name, table in tables.items():
+        rows[name] = jax.ShapeDtypeStruct((num_clips, num_rows, *table.shape[1:]), table.dtype)
+    return rows
 
 
 def _check_streams(objective: Objective, batch: dict[str, Any]) -> None:

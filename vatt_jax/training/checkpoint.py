@@ -26,7 +26,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,7 @@ from vatt_jax.object_store import is_url, run_mirror
 from vatt_jax.objectives.memory import teacher as teachers
 from vatt_jax.parallel import sharding
 from vatt_jax.run_folder import RunFolder, evaluation_name, free_space, readable_size
+from vatt_jax.training import columns as record_columns
 from vatt_jax.training.columns_handler import ColumnsRestore, ColumnsSave
 
 # Orbax logs every file it writes, warns of metadata that it does not need, and logs pages of every
@@ -156,7 +157,7 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(
-        self, step: int, state: Any, meta: dict[str, Any], columns: dict[str, np.ndarray]
+        self, step: int, state: Any, meta: dict[str, Any], columns: record_columns.SavedColumns
     ) -> None:
         """Start an asynchronous save, after waiting for the previous one.
 
@@ -166,7 +167,8 @@ class Checkpoints:
             step: Optimizer steps taken.
             state: The TrainState.
             meta: JSON-able description, see the top of this file.
-            columns: Per-record host arrays of the objective, which are not changed any more.
+            columns: Per-record host arrays of the objective, which are not changed any more, or
+                snapshots of tables.
 
         Raises:
             CheckpointNotSaved: The previous or this checkpoint could not be written.
@@ -738,6 +740,25 @@ def read_model(
     return variables
 
 
+def read_columns(path: pathlib.Path, names: Collection[str]) -> record_columns.Columns:
+    """Read some of a checkpoint's columns, those that there are.
+
+    Args:
+        path: A checkpoint folder.
+        names: Of the columns.
+
+    Raises:
+        ConfigError: The checkpoint cannot be read.
+    """
+    folder = path / 'columns'
+    try:
+        if not record_columns.has_pieces(folder):
+            return {}
+        return record_columns.read_pieces(folder, names)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
 def load_model(
     path: str | pathlib.Path, mesh: Mesh, objective: bool = False, which: str = 'student'
 ) -> tuple[ConfigDict, dict[str, Any], dict[str, Any]]:
@@ -773,5 +794,6 @@ def digest(tree: Any) -> str:
         array = np.asarray(jax.device_get(leaf))
         # Without shapes and dtypes, arrays of the same bytes would be taken for one another.
         tree_hash.update(f'{_path_name(key_path)}{array.shape}{array.dtype}'.encode())
-        tree_hash.update(np.ascontiguousarray(array).tobytes())
+        # As bytes without a copy: tables of the host may be larger than memory.
+        tree_hash.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return tree_hash.hexdigest()

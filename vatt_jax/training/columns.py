@@ -13,21 +13,26 @@ import json
 import math
 import tempfile
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from vatt_jax.parallel import hosts
+from vatt_jax.training.table_storage import Snapshot
 
 # Columns of fewer bytes stay in memory.
 MAPPED_BYTES = 1 << 26
 ZEROS = bytes(1 << 20)
+# Of a column at a time, as a checkpoint is written.
+WRITTEN_BYTES = 1 << 23
 # Describes the pieces of a checkpoint.
 DESCRIPTION = 'columns.json'
 
 Columns = dict[str, np.ndarray]
+# What a checkpoint is written of: columns, and tables of the host as they were at its step.
+SavedColumns = Mapping[str, np.ndarray | Snapshot]
 
 
 def keep(columns: Mapping[str, np.ndarray]) -> Columns:
@@ -54,14 +59,14 @@ def join(parts: Mapping[str, np.ndarray]) -> Columns:
 
 def _joined(part: np.ndarray) -> np.ndarray:
     shape = (int(hosts.total(np.int64(len(part)))), *part.shape[1:])
-    column = _room_for(shape, part.dtype)
+    column = room_for(shape, part.dtype)
     for first, rows in hosts.blocks_of_all(part):
         column[first : first + len(rows)] = rows
     column.setflags(write=False)
     return column
 
 
-def _room_for(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def room_for(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array to be filled, in memory or mapped from a nameless file."""
     size = math.prod(shape) * dtype.itemsize
     if size >= MAPPED_BYTES:
@@ -101,14 +106,27 @@ def _join(
 
 
 def _mapped(blocks: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Blocks of rows in a nameless file, mapped read-only."""
+    """Blocks of rows in a nameless file, mapped; they are not to be changed (but: `writable`)."""
     # Nameless, so that nothing stays behind however the process ends. Written and then mapped: of a
     # full disk a write is told, while storing into a mapping kills the process.
     with tempfile.TemporaryFile() as file:
         for block in blocks:
             file.write(np.ascontiguousarray(block).view(np.uint8).reshape(-1).data)
         file.flush()
-        return np.memmap(file, dtype, 'r', shape=shape)
+        column = np.memmap(file, dtype, 'r+', shape=shape)
+    column.setflags(write=False)
+    return column
+
+
+def writable(column: np.ndarray) -> np.ndarray:
+    """The column, for its only holder to write from now on; a copy where that cannot be."""
+    if not column.flags.writeable:
+        try:
+            column.setflags(write=True)
+        except ValueError:
+            # Its memory is another library's.
+            return np.array(column)
+    return column
 
 
 def as_declared(
@@ -136,7 +154,7 @@ def lookup(columns: Mapping[str, np.ndarray], records: np.ndarray) -> dict[str, 
 # ---- A checkpoint's pieces. `folder` is a pathlib.Path or one of etils.epath.
 
 
-def write_piece(folder: Any, columns: Mapping[str, np.ndarray], host: int, num_hosts: int) -> None:
+def write_piece(folder: Any, columns: SavedColumns, host: int, num_hosts: int) -> None:
     """Write one host's rows of all columns, and as host 0 their description.
 
     Args:
@@ -151,9 +169,21 @@ def write_piece(folder: Any, columns: Mapping[str, np.ndarray], host: int, num_h
         description['columns'][name] = {'shape': column.shape, 'dtype': column.dtype.name}
         first, last = hosts.stretch(len(column), host, num_hosts)
         with (folder / _piece_name(name, host, num_hosts)).open('wb') as file:
-            np.save(file, column[first:last])
+            _write_rows(file, column, first, last)
     if host == 0:
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
+
+
+def _write_rows(file: Any, column: np.ndarray | Snapshot, first: int, last: int) -> None:
+    """Write rows as `np.save` would, block by block: a snapshot copies what it is asked for."""
+    header = np.lib.format.header_data_from_array_1_0(column[first:first])
+    header['shape'] = (last - first, *column.shape[1:])
+    np.lib.format.write_array_header_1_0(file, header)
+    row_bytes = max(1, column.dtype.itemsize * math.prod(column.shape[1:]))
+    size = max(1, WRITTEN_BYTES // row_bytes)
+    for begin in range(first, last, size):
+        block = column[begin : min(begin + size, last)]
+        file.write(np.ascontiguousarray(block).view(np.uint8).reshape(-1).data)
 
 
 def has_pieces(folder: Any) -> bool:
@@ -161,8 +191,12 @@ def has_pieces(folder: Any) -> bool:
     return (folder / DESCRIPTION).exists()
 
 
-def read_pieces(folder: Any) -> Columns:
-    """Read all columns, whoever wrote the pieces; kept as `keep` does.
+def read_pieces(folder: Any, names: Collection[str] | None = None) -> Columns:
+    """Read columns, whoever wrote the pieces; kept as `keep` does.
+
+    Args:
+      folder: of the pieces.
+      names: of those to read that there are; None: all.
 
     Raises:
       OSError: a piece cannot be read.
@@ -171,6 +205,8 @@ def read_pieces(folder: Any) -> Columns:
     description = json.loads((folder / DESCRIPTION).read_text())
     columns = {}
     for name, about in description['columns'].items():
+        if names is not None and name not in names:
+            continue
         stored = _StoredColumn(
             folder, name, tuple(about['shape']), np.dtype(about['dtype']), description['pieces']
         )

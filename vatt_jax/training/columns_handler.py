@@ -62,7 +62,7 @@ class ColumnsSave(ocp.args.CheckpointArgs):
       columns: name -> [M …], the same on all hosts. They must not change while they are written.
     """
 
-    columns: pieces.Columns
+    columns: pieces.SavedColumns
 
 
 @ocp.args.register_with_handler(ColumnsHandler, for_restore=True)

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vatt_jax.inputs.batch import place_on_mesh
 from vatt_jax.parallel import distributed
 from vatt_jax.run_folder import write_atomically
 from vatt_jax.training import frozen_models
@@ -128,7 +127,7 @@ def _run_steps(
         session.profiler.before_step(run.step + 1)
         # The call (train_step.make, jitted) returns before the device is done: the host goes on to
         # the next batch, and state and metrics are arrays still to be computed.
-        run.state, metrics = built.step(run.state, place_on_mesh(batch, built.mesh))
+        run.state, metrics = built.step(run.state, session.tables.place(batch, run.step))
         run.step += 1
         # Examples of all processes: the position in the training order where a resumed run reads
         # on.
@@ -139,6 +138,7 @@ def _run_steps(
             session.progress.say(f'compiled in {duration(seconds)}')
             meter.reset()
         # Metrics are read one step late, so that the wait for a step overlaps with the next one.
+        session.tables.hold(metrics.pop('written', None))  # stores that of the step before
         session.metrics.settle()  # waits for the step before this one, and logs it
         session.metrics.hold(run.step, metrics)
         meter.clips += config.batch_size
@@ -187,6 +187,7 @@ def _evaluate(session: Session, run: TrainingRun, gallery: bool = False) -> dict
 
 def _refresh(session: Session, run: TrainingRun) -> None:
     session.metrics.settle()
+    session.tables.settle()
     session.progress.say(f'step {run.step}: refresh')
     refreshed = refresh(session.config, session.built, session.data, run)
     metrics = {f'refresh/{name}': value for name, value in refreshed.metrics.items()}

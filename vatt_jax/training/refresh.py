@@ -19,6 +19,7 @@ from vatt_jax.rng import Rng
 from vatt_jax.training import columns, train_state
 from vatt_jax.training.build import Built, process_position
 from vatt_jax.training.start import TrainingRun
+from vatt_jax.training.table_storage import read_only
 from vatt_jax.training.train_state import TrainState
 
 MOVED_AT_ONCE = 1 << 16  # rows
@@ -31,7 +32,7 @@ def refresh(config: ConfigDict, built: Built, data: Any, run: TrainingRun) -> Re
         config: of the run.
         built: of that config.
         data: the data object of docs/architecture.md.
-        run: as it stands; state, columns and weights are replaced.
+        run: as it stands, tables of the host settled; state, columns and weights are replaced.
 
     Returns:
         What the objective returned.
@@ -49,6 +50,7 @@ def refresh(config: ConfigDict, built: Built, data: Any, run: TrainingRun) -> Re
             {name: column[own] for name, column in run.columns.items()},
             encode,
             config.seed,
+            {name: read_only(table) for name, table in run.tables.items()},
         ),
     )
     run.state = _with_refreshed(built, state, refreshed)

@@ -21,6 +21,8 @@ from vatt_jax.training import checkpoint
 from vatt_jax.training.batches import TrainBatches
 from vatt_jax.training.build import Built
 from vatt_jax.training.checkpoint import Checkpoints
+from vatt_jax.training.columns import SavedColumns
+from vatt_jax.training.host_tables import HostTables
 from vatt_jax.training.metrics import Meter, Progress, Writer
 from vatt_jax.training.start import TrainingRun
 from vatt_jax.training.step_log import BadStepGuard, LateMetrics, Profiler
@@ -42,12 +44,14 @@ class Session:
     batches: TrainBatches
     metrics: LateMetrics
     profiler: Profiler
+    tables: HostTables
     # time.monotonic(), for the `seconds` of done.json: of this start, not of the whole run.
     began: float
 
     def save(self, run: TrainingRun) -> None:
         """Starts saving the run as it stands. No time of the steps' goes into it."""
         self.metrics.settle()  # the order of all records seen is saved too
+        self.tables.settle()
         began = time.monotonic()
         # All that a resumed run needs beside the arrays; the config and the data's info make the
         # folder enough to load the model elsewhere.
@@ -60,8 +64,9 @@ class Session:
             'info': self.built.info,
         }
         # Arrays are copied off the device before this returns; the next step may then overwrite
-        # them.
-        self.checkpoints.save(run.step, run.state, meta, run.columns)
+        # them. Tables of the host are read as they are now, whatever later steps store.
+        columns: SavedColumns = {**run.columns, **self.tables.snapshots()}
+        self.checkpoints.save(run.step, run.state, meta, columns)
         self.meter.lost += time.monotonic() - began
 
     def finish(self, run: TrainingRun) -> None:
@@ -73,6 +78,8 @@ class Session:
             if jax.process_count() == 1:
                 for group in ('params', 'batch_stats', 'opt_state', 'objective'):
                     digests[group] = checkpoint.digest(getattr(run.state, group))
+                if run.tables:
+                    digests['tables'] = checkpoint.digest(run.tables)
             summary = {
                 'step': run.step,
                 'consumed': run.consumed,
@@ -109,6 +116,7 @@ class Session:
         finally:
             self.profiler.close()
             self.batches.close()
+            self.tables.close()
             self.progress.close()
             self.writer.close()
             # A save under way is finished even when the run fails, so that what was written is
@@ -159,6 +167,7 @@ def open_session(
         batches=TrainBatches(config, data, built.objective, meter),
         metrics=LateMetrics(config, data, run, writer, progress, meter, bad_steps),
         profiler=Profiler(config.profile, folder.profile, is_main, progress),
+        tables=HostTables(run.tables, built.objective, built.mesh, config.seed, meter),
         began=time.monotonic(),
     )
 

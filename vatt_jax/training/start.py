@@ -19,10 +19,16 @@ from vatt_jax.inputs import word_vectors
 from vatt_jax.objectives.base import Objective
 from vatt_jax.parallel import distributed
 from vatt_jax.run_folder import RunFolder, write_atomically
-from vatt_jax.training import checkpoint, frozen_models, provenance, starting_values
+from vatt_jax.training import (
+    checkpoint,
+    frozen_models,
+    host_tables,
+    provenance,
+    starting_values,
+)
 from vatt_jax.training.build import Built
 from vatt_jax.training.checkpoint import Checkpoints
-from vatt_jax.training.columns import Columns, as_declared
+from vatt_jax.training.columns import Columns, as_declared, writable
 from vatt_jax.training.run_lock import RunLock
 from vatt_jax.training.starting_values import OtherRun
 from vatt_jax.training.train_state import TrainState
@@ -54,6 +60,7 @@ class TrainingRun:
         consumed: training examples consumed.
         order: digest of the records seen so far, in their order.
         columns: name -> [M ...], what the last refresh said of each training record.
+        tables: name -> [M ...], those of the host, which steps write (host_tables.py).
         weights: names of the columns by which records are drawn.
         origin: where the run started, in words.
     """
@@ -63,6 +70,7 @@ class TrainingRun:
     consumed: int = 0
     order: str = ''
     columns: Columns = dataclasses.field(default_factory=dict)
+    tables: Columns = dataclasses.field(default_factory=dict)
     weights: tuple[str, ...] = ()
     origin: str = ''
 
@@ -120,12 +128,15 @@ def _continue(
 ) -> TrainingRun:
     # Straight onto this run's mesh, which need not be the one that saved it.
     state, meta, columns = checkpoints.restore(saved_step, built.shape, built.shardings, config)
+    # In a checkpoint they are columns: arrays by record, a piece a host.
+    tables = {name: writable(columns.pop(name)) for name in built.tables}
     return TrainingRun(
         state,
         step=int(state.step),
         consumed=int(meta['consumed']),
         order=meta['order'],
         columns=as_declared(columns, built.objective.columns()),
+        tables=tables,
         weights=tuple(meta['weights']),
         origin=f'continuing from step {saved_step}',
     )
@@ -139,7 +150,11 @@ def _begin(config: ConfigDict, built: Built, data: Any) -> TrainingRun:
         starting_values.check_trees(config.init_trees, state.params['objective'], state.objective)
         starting_values.check_fields(config.init_trees, config.init_rename, config.init_skip)
         other = starting_values.read(
-            config.init_from, config.init_trees, rename=config.init_rename, skip=config.init_skip
+            config.init_from,
+            config.init_trees,
+            tables=built.tables,
+            rename=config.init_rename,
+            skip=config.init_skip,
         )
         # Optimizer slots and step stay fresh.
         state = _with_params(config, state, other)
@@ -160,15 +175,18 @@ def _begin(config: ConfigDict, built: Built, data: Any) -> TrainingRun:
                 f'config.model.towers.{frozen[0]}.frozen_words is set)'
             )
     state = _with_copies_of_the_model(built, state)
+    tables = host_tables.first(built.objective, built.tables, config.seed)
     if other is not None:
         # After the copies: where memories and teachers are taken too, they count.
         if 'state' in config.init_trees:
             state = _with_state(built, state, other)
+            for name, table in tables.items():
+                tables[name] = writable(other.take_table(name, table))
         other.check_taken()
         if other.skipped:
             origin += f', {len(other.skipped)} parameters fresh'
     state = _with_models_of_other_runs(built, state)
-    return TrainingRun(state, step=int(state.step), origin=origin)
+    return TrainingRun(state, step=int(state.step), tables=tables, origin=origin)
 
 
 def _with_params(config: ConfigDict, state: TrainState, other: OtherRun) -> TrainState:

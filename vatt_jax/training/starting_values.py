@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,12 +13,19 @@ from ml_collections import ConfigDict
 from vatt_jax import optim
 from vatt_jax.config import ConfigError, choose
 from vatt_jax.models.embeddings import spline_matrix
+from vatt_jax.objectives.memory.table import num_rows
 from vatt_jax.training import checkpoint
 
 # What config.init_trees may list -> its groups here: the name of a group in `read_model`.
 TREES = {'model': ('params', 'batch_stats'), 'objective': ('objective',), 'state': ('state',)}
 # Group -> what its paths begin with where patterns see them.
-_PREFIXES = {'params': '', 'batch_stats': '', 'objective': 'objective/', 'state': 'state/'}
+_PREFIXES = {
+    'params': '',
+    'batch_stats': '',
+    'objective': 'objective/',
+    'state': 'state/',
+    'tables': 'state/',
+}
 
 
 class OtherRun:
@@ -46,7 +53,7 @@ class OtherRun:
 
         Args:
             path: of the other run, for messages.
-            variables: of `checkpoint.read_model`.
+            variables: of `checkpoint.read_model`; perhaps `tables`, {name: [M …]}.
             rename: ((regex, replacement), …), applied in this order to a path of this run to get
                 the path in the other checkpoint.
             skip: regular expressions of the paths left at their initial values.
@@ -90,6 +97,27 @@ class OtherRun:
 
         return jax.tree.map(take_leaf, optim.paths(tree), tree)
 
+    def take_table(self, name: str, table: np.ndarray) -> np.ndarray:
+        """The other run's rows for a table of the host: of its own, or of the one on its devices.
+
+        Args:
+            name: of the table, which is its path in a state that has it on the devices.
+            table: [M …] of this run, which `skip` keeps.
+
+        Raises:
+            ConfigError: it is absent there or has another shape.
+        """
+        path = _PREFIXES['state'] + name
+        if optim.matches(path, self._skip):
+            self.skipped.append(path)
+            return table
+        self.num_taken += 1
+        if ('tables', path) in self._arrays:
+            return self._value('tables', path, table.shape)
+        # On devices there are rows of padding.
+        shape = (num_rows(len(table)), *table.shape[1:])
+        return self._value('state', path, shape)[: len(table)]
+
     def check(self, group: str, tree: Any) -> None:
         """Raises what `take` would of a tree of abstract arrays."""
         names = jax.tree.leaves(optim.paths(tree))
@@ -106,7 +134,7 @@ class OtherRun:
             source_name = re.sub(pattern, replacement, source_name)
         value = self._arrays.get((group, source_name))
         if value is None:
-            kind = 'array' if group == 'state' else 'parameter'
+            kind = 'array' if group in ('state', 'tables') else 'parameter'
             raise ConfigError(
                 f'{self._field}={self.path}: it has no {kind} {source_name!r} (for {name!r})'
                 f'{self._remedy}'
@@ -135,21 +163,27 @@ class OtherRun:
             )
 
 
-def read(path: str, trees: Sequence[str] = ('model',), **rules: Any) -> OtherRun:
+def read(
+    path: str, trees: Sequence[str] = ('model',), tables: Collection[str] = (), **rules: Any
+) -> OtherRun:
     """Reads trees of another run.
 
     Args:
         path: of the run, see `checkpoint.find`.
         trees: of TREES.
+        tables: names of this run's tables of the host, which belong to the state.
         rules: of OtherRun.
 
     Raises:
         ConfigError: the checkpoint cannot be read.
     """
+    folder = checkpoint.find_verified(path)
     # NumPy on the host: the other run's whole model need not fit on one device.
     variables = checkpoint.read_model(
-        checkpoint.find_verified(path), objective='objective' in trees, state='state' in trees
+        folder, objective='objective' in trees, state='state' in trees
     )
+    if 'state' in trees and tables:
+        variables['tables'] = checkpoint.read_columns(folder, tables)
     return OtherRun(path, variables, **rules)
 
 

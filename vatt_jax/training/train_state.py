@@ -105,7 +105,7 @@ def create(
     def variables(key: Array) -> tuple[dict[str, Any], Any, Any]:
         """(params, batch_stats, objective state), still boxed with their logical axes."""
         # jax.random here, not `Rng`: parameters belong to no example.
-        model_key, objective_key = jax.random.split(key)
+        model_key, objective_key = _split(key)
         # Flax initialises by a forward pass. Values depend on the key and on shapes alone, so zeros
         # will do, and under jit the pass itself is dead code that XLA removes.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec.batch)
@@ -154,6 +154,17 @@ def create(
         lambda: init(key), out_shardings=shardings, compiler_options=_init_options(mesh)
     )
     return jitted_init, shape, shardings, tx
+
+
+def objective_key(seed: int) -> Array:
+    """The key that `Objective.init` is given."""
+    return _split(jax.random.key(seed))[1]
+
+
+def _split(key: Array) -> tuple[Array, Array]:
+    """(key of the model's values, key of the objective's)."""
+    model_key, objective_key = jax.random.split(key)
+    return model_key, objective_key
 
 
 def _slot_shardings(

@@ -43,7 +43,7 @@ def make(
         step(state, batch) -> (state, metrics), to be jitted. batch: a device batch of global
         arrays, uint8 / int16 / int32. metrics: float32 scalars, and `index` and `source` [B]: the
         host reads metrics one step late, when it no longer has the batch whose records a bad step
-        names.
+        names. With tables of the host also `written`, {'records': [B], 'rows': {name: [B …]}}.
     """
     learning_rate = optim.schedule(config.optimizer.schedule, config.steps)
     compute_gradients = gradients(config, model, objective)
@@ -117,6 +117,10 @@ def make(
             'index': batch['index'],
             'source': batch['source'],
         }
+        if 'tables' in batch:
+            # Neither: for the tables of all hosts (host_tables.py), whole on each of them.
+            rows = objective.new_rows(batch, loss.writes, is_finite)
+            metrics['written'] = {'records': batch['record'], 'rows': rows}
         return new_state, metrics
 
     return step

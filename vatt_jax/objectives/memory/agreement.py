@@ -75,10 +75,7 @@ def _search_here(axes: tuple[str, ...], num_records: int, count: int, *tables: T
 
         def visit_queries(inputs: tuple) -> Neighbours:
             query, query_records, best = inputs
-            agreement = _agreement(query, keys)  # [q keys]
-            is_other = query_records[:, None] != records
-            is_allowed = is_other & (records < num_records)
-            return _best_of(best, jnp.where(is_allowed, agreement, -jnp.inf), records)
+            return update(best, query, query_records, keys, records, num_records)
 
         return jax.lax.map(visit_queries, (queries, query_records, best)), None
 
@@ -107,6 +104,30 @@ def _fetch(axes: tuple[str, ...], rows: Table, start: jax.Array, size: int) -> j
     is_here = (start >= 0) & (start < len(rows))
     # The sum of one block and zeros is the block.
     return jax.lax.psum(jnp.where(is_here, block, 0), axes)
+
+
+def update(
+    best: Neighbours,
+    queries: Sequence[Float[Array, 'q E']],
+    query_records: Int[Array, ' q'],
+    keys: Sequence[Float[Array, 'keys E']],
+    records: Int[Array, ' keys'],
+    num_records: int | Int[Array, ''],
+) -> Neighbours:
+    """The best of the old neighbours and of a block of keys.
+
+    Args:
+      best: [q X].
+      queries: of each memory.
+      query_records: their records, which are no neighbours of themselves.
+      keys: of each memory.
+      records: of the keys, above those of `best`.
+      num_records: M; keys of other records are padding.
+    """
+    agreement = _agreement(queries, keys)  # [q keys]
+    is_other = query_records[:, None] != records
+    is_allowed = is_other & (records < num_records)
+    return _best_of(best, jnp.where(is_allowed, agreement, -jnp.inf), records)
 
 
 def _agreement(queries: Sequence[jax.Array], keys: Sequence[jax.Array]) -> jax.Array:

@@ -1,22 +1,26 @@
-"""Memory banks: a unit vector for each training record, on the devices.
+"""Memory banks: a unit vector for each training record, on the devices or on the host.
 
-The rows of a table are spread over the data axes of the mesh. A step compares its clips with a few
-thousand rows that lie anywhere. Vectors of rows do not travel for that: queries and row numbers,
-which are small, go to all devices, each of them scores the rows that lie there, and the scores come
-back. Inside `jax.set_mesh` the mesh is found by itself.
+On the devices, the rows of a table are spread over the data axes of the mesh. A step compares its
+clips with a few thousand rows that lie anywhere. Vectors of rows do not travel for that: queries
+and row numbers, which are small, go to all devices, each of them scores the rows that lie there,
+and the scores come back. Inside `jax.set_mesh` the mesh is found by itself.
+
+On the host (training/host_tables.py) a step is given the rows that its clips look up, and returns
+those that it writes: `joined_scores` and `new_rows` are what `scores` and `write` are there.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from vatt_jax.config import ConfigError
 from vatt_jax.objectives.heads import unit
@@ -50,11 +54,21 @@ def init(key: jax.Array, num_records: int, width: int) -> Any:
 
     def unit_rows(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         records = jnp.arange(shape[0], dtype=jnp.uint32)
-        normal = Rng(jax.random.bits(key), records).normal(shape[1:])
         is_record = records < num_records
-        return jnp.where(is_record[:, None], unit(normal), 0).astype(dtype)
+        return jnp.where(is_record[:, None], first_rows(key, records, width), 0).astype(dtype)
 
     return sharding.logical(unit_rows, 'memory', None)(key, (num_rows(num_records), width))
+
+
+def first_rows(key: jax.Array, records: Integer[Array, ' n'], width: int) -> Float[Array, 'n E']:
+    """Random unit vectors of some records: what `init` gives them.
+
+    Args:
+      key: of all vectors.
+      records: their numbers.
+      width: of an embedding E.
+    """
+    return unit(Rng(jax.random.bits(key), records.astype(jnp.uint32)).normal((width,)))
 
 
 def scores(
@@ -107,6 +121,57 @@ def write(
     return _on_devices(write_here, axes, num_inputs=4)(table, records, vectors, valid)
 
 
+# ---- Rows of a table on the host, joined to the batch.
+
+
+def joined_scores(
+    rows: Float[Array, 'B K E'], queries: Float[Array, 'B E'], columns: Sequence[int]
+) -> Float[Array, 'B k']:
+    """Dot products of each query with some of the rows that its clip was given.
+
+    Every device has the rows of its own clips, so nothing crosses the network.
+
+    Args:
+      rows: carry no gradient.
+      queries: of the batch.
+      columns: which of the K rows, ascending.
+    """
+    first, last = columns[0], columns[-1]
+    # What lies between is scored too: picking vectors would copy them, picking scores costs little.
+    vectors = jax.lax.stop_gradient(rows)[:, first : last + 1]
+    found = jnp.einsum('bke,be->bk', vectors, queries, precision='highest')
+    if len(columns) == last + 1 - first:
+        return found
+    return found[:, np.asarray(columns) - first]
+
+
+def new_rows(
+    old: Float[Array, 'B E'],
+    records: Int[Array, ' B'],
+    vectors: Float[Array, 'B E'],
+    valid: Bool[Array, ' B'],
+    momentum: float,
+) -> Float[Array, 'B E']:
+    """The rows of the clips' records as `write` would leave them, the same on all devices.
+
+    Clips of one record have equal rows, also those that do not count.
+
+    Args:
+      old: the rows as they were.
+      records, vectors, valid, momentum: as of `write`.
+    """
+    # Whole everywhere: sums over clips of one record must not depend on where these lie.
+    old, records, vectors, valid = _replicated((old, records, vectors, valid))
+    new, counts = _mean_by_record(records, vectors, valid)
+    return jnp.where(counts[:, None] > 0, _moved(old, new, momentum), old)
+
+
+def _replicated(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    if jax.sharding.get_abstract_mesh().empty:
+        return arrays
+    return jax.lax.with_sharding_constraint(arrays, P())
+
+
 # ---- Where rows lie.
 
 
@@ -116,10 +181,8 @@ def data_axes(table: Table) -> tuple[str, ...]:
     Raises:
       ConfigError: the devices do not divide the rows.
     """
+    axes = spread_axes()
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return ()
-    axes = tuple(axis for axis in sharding.RULES['memory'] or () if mesh.shape[axis] > 1)
     devices = math.prod(mesh.shape[axis] for axis in axes)
     if len(table) % devices:
         raise ConfigError(
@@ -127,6 +190,14 @@ def data_axes(table: Table) -> tuple[str, ...]:
             f'got {devices}. Use a divisor of {ROW_MULTIPLE} devices.'
         )
     return axes
+
+
+def spread_axes() -> tuple[str, ...]:
+    """The axes of the mesh that rows of any number are spread over; () on one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return ()
+    return tuple(axis for axis in sharding.RULES['memory'] or () if mesh.shape[axis] > 1)
 
 
 def _on_devices(
@@ -191,24 +262,30 @@ def _write_here(
     valid: jax.Array,
 ) -> Table:
     records, vectors, valid = _gather(axes, records, vectors, valid)
-    new = _mean_by_record(records, vectors, valid)
+    new, _ = _mean_by_record(records, vectors, valid)
     local, is_here = _local_rows(axes, table, records)
     is_written = is_here & valid
     old = table[jnp.where(is_written, local, 0)]  # [B E]
-    updated = unit(momentum * old + (1 - momentum) * new)
+    updated = _moved(old, new, momentum)
     # What is not written goes to a row beyond the table, and is dropped there. Rows of one record
     # are equal, so it does not matter which of them is written last.
     target = jnp.where(is_written, local, len(table))
     return table.at[target].set(updated.astype(table.dtype), mode='drop')
 
 
+def _moved(
+    old: Float[Array, 'B E'], new: Float[Array, 'B E'], momentum: float
+) -> Float[Array, 'B E']:
+    return unit(momentum * old + (1 - momentum) * new)
+
+
 def _mean_by_record(
     records: Int[Array, ' B'], vectors: Float[Array, 'B E'], valid: Bool[Array, ' B']
-) -> Float[Array, 'B E']:
-    """For each clip the mean of the valid vectors of its record; 0 where there are none."""
+) -> tuple[Float[Array, 'B E'], Float[Array, ' B']]:
+    """For each clip the mean of the valid vectors of its record, 0 without one; their number."""
     size = len(records)
     # Clips of one record share a number below B: the place of its first one in sorted order.
     group = jnp.searchsorted(jnp.sort(records), records)
     sums = jax.ops.segment_sum(jnp.where(valid[:, None], vectors, 0), group, size)  # [B E]
     counts = jax.ops.segment_sum(valid.astype(vectors.dtype), group, size)  # [B]
-    return (sums / jnp.maximum(counts, 1)[:, None])[group]
+    return (sums / jnp.maximum(counts, 1)[:, None])[group], counts[group]
