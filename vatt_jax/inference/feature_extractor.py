@@ -126,6 +126,7 @@ class FeatureExtractor:
             augment=False,
             dtype=self.config.compute_dtype,
         )
+        reads_maps = self.objective is not None and self.objective.reads_maps
         # Stages are sown only where their collection is mutable.
         out: Any
         out, _ = self.model.apply(
@@ -134,7 +135,7 @@ class FeatureExtractor:
             train=False,
             rng=rng,
             # Tokens are made for feature maps alone; otherwise the last layer computes one token.
-            features=bool(maps),
+            features=bool(maps) or reads_maps,
             mutable=[tower_stages.COLLECTION] if stages else [],
         )
         features: dict[str, Any] = {

@@ -54,6 +54,7 @@ def abstract(
     size: int,
     labels: Mapping[str, int],
     frozen_streams: Sequence[str] = (),
+    features: bool = False,
 ) -> Spec:
     """What an objective may size itself by; nothing is computed.
 
@@ -64,6 +65,7 @@ def abstract(
         labels: name -> number of classes.
         frozen_streams: those of the batch that the model does not read
             (`Objective.frozen_streams`).
+        features: whether outputs hold every token (`Objective.reads_maps`).
     """
 
     def init(key: Array, batch: Any) -> tuple[Any, dict[str, Any]]:
@@ -72,7 +74,9 @@ def abstract(
         read = {name: value for name, value in batch.items() if name not in frozen_streams}
         # With the stages of towers, so that an evaluator which asks for one that is not there is
         # told so before the run.
-        outputs, variables = model.init_with_output(key, read, train=False, rng=rng, mutable=True)
+        outputs, variables = model.init_with_output(
+            key, read, train=False, rng=rng, features=features, mutable=True
+        )
         return outputs, {name: variables[name] for name in variables if name != stages.COLLECTION}
 
     # Jitted, so that all who ask for its shapes or values share one trace.
