@@ -69,7 +69,7 @@ def test_a_tower_hands_out_four_stages_of_which_the_last_is_its_map(name):
 
 
 class StagedNet(nn.Module):
-    """Video [B T H W C] -> (pooled [B D], map [B T H W D]) in two stages, each a Dense and a ReLU."""
+    """Video [B T H W C] -> (pooled [B D], map [B T H W D]) in two stages."""
 
     dtype: str = 'float32'
 
@@ -152,7 +152,9 @@ def test_bins_are_those_of_adaptive_pooling(length, parts):
     np.testing.assert_allclose(adaptive_means(length, parts), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize('size, channels, bins', [(56, 64, 12), (28, 128, 8), (14, 256, 6), (7, 512, 4)])
+@pytest.mark.parametrize(
+    'size, channels, bins', [(56, 64, 12), (28, 128, 8), (14, 256, 6), (7, 512, 4)]
+)
 def test_a_stage_has_the_published_number_of_bins(size, channels, bins):
     video = jax.ShapeDtypeStruct((2, 3, size, size, channels), jnp.float32)
     vector = jax.eval_shape(lambda x: max_to_width(x, 9216), video)

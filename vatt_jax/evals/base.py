@@ -154,9 +154,7 @@ class FeatureView:
             # After loading and before the device stage: frames are still uint8, sound int16.
             if change:
                 batches = map(CHANGES[change], batches)
-            self._computed[key] = compute_features(
-                self.encoder, batches, keep, maps, stages
-            )
+            self._computed[key] = compute_features(self.encoder, batches, keep, maps, stages)
         return self._computed[key]
 
     def sentences(self, texts: Sequence[str]) -> Sentences:

@@ -26,9 +26,7 @@ class Crop:
     name: str
 
 
-def draw_offsets(
-    rng: Rng, length: int, size: int, published: bool = False
-) -> Int[Array, 'B 1']:
+def draw_offsets(rng: Rng, length: int, size: int, published: bool = False) -> Int[Array, 'B 1']:
     """Where the window of each clip begins along an axis.
 
     Args:
@@ -89,4 +87,3 @@ def _window(offset: Int[Array, 'B 1'], length: int, size: int) -> Float[Array, '
     places = jnp.arange(length)
     is_inside = (places >= offset) & (places < offset + size)
     return is_inside.astype(jnp.float32) / size
-
