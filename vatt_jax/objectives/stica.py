@@ -233,7 +233,7 @@ class STiCA(Objective):
         """The vector of each row of moments."""
         *leading, num_moments, width = moments.shape
         rows = moments.reshape(-1, num_moments, width)
-        vectors = self.time_pooling.apply({'params': params['time_pooling']}, rows)
+        vectors: Any = self.time_pooling.apply({'params': params['time_pooling']}, rows)
         return jnp.reshape(vectors, (*leading, width))
 
     def _head(
