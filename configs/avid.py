@@ -187,5 +187,6 @@ def set_probes(evals: ConfigDict, windows: int) -> None:
         # Of a clip there are 35 thousand numbers: 5.6 GB.
         'train_limit': 40_000,
         'test_limit': 10_000,
+        'windows': 1,
     }
     evals.neighbours = {'type': 'neighbours', 'stream': 'video', 'windows': windows}
