@@ -440,6 +440,7 @@ def test_a_model_of_a_run_embeds_in_the_space_of_the_heads():
     features = extractor(next(iter(data.one_pass('test', 8))))
     assert {name: x.shape for name, x in features['spaces']['stica'].items()} == {
         'video': (8, 5),
+        'video.second': (8, 5),
         'audio': (8, 5),
     }
     chex.assert_tree_all_finite(features['spaces'])
