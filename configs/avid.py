@@ -140,6 +140,8 @@ def demo_config(options: list[str]) -> ConfigDict:
     pairs = (('audio', 'video', 'va'), ('video', 'audio', 'va'))
     evals.retrieval = {'type': 'retrieval', 'pairs': pairs}
     set_probes(evals, windows=1)
+    # Of few records, more passes.
+    evals.stages_video.epochs = 50
     return c
 
 
@@ -175,7 +177,16 @@ def published_config(published: Published, name: str) -> ConfigDict:
 
 
 def set_probes(evals: ConfigDict, windows: int) -> None:
-    """Linear probes of both towers and neighbours of videos, in place."""
+    """Linear probes of both towers and of the video's stages, neighbours of videos, in place."""
     for stream in ('video', 'audio'):
         evals[f'probe_{stream}'] = selavi.whole_probe(stream, windows)
+    evals.stages_video = {
+        'type': 'stage_probe',
+        'stream': 'video',
+        'label': 'class',
+        # Of a clip there are 35 thousand numbers: 5.6 GB.
+        'train_limit': 40_000,
+        'test_limit': 10_000,
+        'windows': 1,
+    }
     evals.neighbours = {'type': 'neighbours', 'stream': 'video', 'windows': windows}

@@ -20,6 +20,7 @@ from vatt_jax.evals.clustering import Clustering
 from vatt_jax.evals.linear_probe import LinearProbe, SimpleProbe
 from vatt_jax.evals.neighbours import Neighbours
 from vatt_jax.evals.retrieval import Retrieval
+from vatt_jax.evals.stage_probe import StageProbe
 from vatt_jax.evals.synchrony import Sync
 from vatt_jax.evals.zero_shot import ZeroShot
 from vatt_jax.run_folder import writing
@@ -29,6 +30,7 @@ from vatt_jax.run_folder import writing
 EVALUATORS: dict[str, type[Evaluator]] = {
     'retrieval': Retrieval,
     'linear_probe': LinearProbe,
+    'stage_probe': StageProbe,
     'simple_probe': SimpleProbe,
     'sync': Sync,
     'classification': Classification,

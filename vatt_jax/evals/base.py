@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from vatt_jax.config import ConfigError, check_range, with_defaults
-from vatt_jax.inference.feature_extractor import FeatureExtractor, compute_features
+from vatt_jax.inference.feature_extractor import FeatureExtractor, Stage, compute_features
 from vatt_jax.inputs import optical_flow, tokenizer
 from vatt_jax.inputs.batch import modality_of
 
@@ -130,6 +130,7 @@ class FeatureView:
         limit: int | None = None,
         keep: tuple[str, ...] = (),
         maps: tuple[str, ...] = (),
+        stages: tuple[Stage, ...] = (),
         window: Mapping[str, Any] | None = None,
         draw: str = '',
     ) -> dict[str, Any]:
@@ -143,6 +144,7 @@ class FeatureView:
           limit: number of examples, the first of the split; None: all.
           keep: see `feature_extractor.compute_features`.
           maps: see `feature_extractor.compute_features`.
+          stages: see `feature_extractor.compute_features`.
           window: see `one_pass` of the data object.
           draw: windows, crops and flips as in training, other ones for every name; '': the middle
             ones.
@@ -152,7 +154,7 @@ class FeatureView:
         """
         # JSON as key, because views and windows are dicts, which do not hash. `default=dict` is for
         # ConfigDicts; tuples and lists give the same key.
-        request = [split, by, views, change, limit, keep, maps, window, draw]
+        request = [split, by, views, change, limit, keep, maps, stages, window, draw]
         key = json.dumps(request, sort_keys=True, default=dict)
         if key not in self._computed:
             batches = self.data.one_pass(
@@ -169,7 +171,7 @@ class FeatureView:
             # After loading and before the device stage: frames are still uint8, sound int16.
             if change:
                 batches = map(CHANGES[change], batches)
-            self._computed[key] = compute_features(self.encoder, batches, keep, maps)
+            self._computed[key] = compute_features(self.encoder, batches, keep, maps, stages)
         return self._computed[key]
 
     def sentences(self, texts: Sequence[str]) -> Sentences:

@@ -165,14 +165,63 @@ def mlp(
     return statistics.softmax(logits), None
 
 
+def normed_linear(
+    x: Float[np.ndarray, 'N D'],
+    y: Shaped[np.ndarray, ' N'],
+    x_test: Float[np.ndarray, 'M W D'],
+    num_classes: int,
+    config: Any,
+    seed: int,
+    *,
+    batch: int = 128,
+    rate: float = 1e-4,
+) -> Scores:
+    """AVID's probe: batch norm and a linear layer.
+
+    Adam at 1e-4, a tenth of it after half of the `epochs` and a hundredth after three quarters, in
+    batches of 128 that are normalised by their own statistics; windows to test on, by those of all
+    that is learnt from, which running statistics would tend to since the features are frozen.
+    """
+    num_inputs = x.shape[1]
+    # PyTorch's default of linear layers: uniform within 1/sqrt(fan in) of 0.
+    bound = num_inputs**-0.5
+    kernel_key, bias_key, key = jax.random.split(jax.random.key(seed), 3)
+    shape = (num_inputs, num_classes)
+    params = {
+        'scale': jnp.ones(num_inputs),
+        'shift': jnp.zeros(num_inputs),
+        'kernel': jax.random.uniform(kernel_key, shape, jnp.float32, -bound, bound),
+        'bias': jax.random.uniform(bias_key, (num_classes,), jnp.float32, -bound, bound),
+    }
+    epochs = int(config.epochs)
+    drops = np.searchsorted([epochs / 2, epochs * 3 / 4], np.arange(epochs), side='right')
+    params = _normed_fit(
+        params,
+        key,
+        jnp.asarray(x, jnp.float32),
+        jnp.asarray(y),
+        min(batch, len(x)),
+        jnp.asarray(rate * 0.1**drops, jnp.float32),
+    )
+    # float32 sums over many rows lose digits.
+    mean, var = x.mean(0, dtype=np.float64), x.var(0, dtype=np.float64)
+    # On the host: the test set need not fit on the device.
+    params = jax.tree.map(np.asarray, params)
+    statistics_of_all = (mean.astype(np.float32), var.astype(np.float32))
+    logits = _normed_logits(params, np.asarray(x_test, np.float32), *statistics_of_all)
+    return statistics.softmax(logits), None
+
+
 SOLVERS: dict[str, Callable[..., Scores]] = {
     'logistic': logistic,
     'head': head,
     'svm': svm,
     'mlp': mlp,
+    'normed_linear': normed_linear,
 }
 # Solvers that take several labels an example.
 SEVERAL = ('mlp',)
+NORM_EPS = 1e-5  # added to variances, PyTorch's
 
 
 def _rows(x_test: np.ndarray) -> np.ndarray:
@@ -302,6 +351,26 @@ def _mlp_fit(params: Any, key: Any, x: Any, y: Any, batch: int, rate: Any, epoch
     return _fit(params, key, loss, len(x), batch, rate, epochs)
 
 
+def _normed_logits(params: Any, x: Any, mean: Any, var: Any) -> Any:
+    normalised = (x - mean) / (var + NORM_EPS) ** 0.5
+    return (normalised * params['scale'] + params['shift']) @ params['kernel'] + params['bias']
+
+
+# Static: `batch`, as above.
+@functools.partial(jax.jit, static_argnums=4)
+def _normed_fit(params: Any, key: Any, x: Any, y: Any, batch: int, rates: Any) -> Any:
+    def loss(p: Any, rows: Any, weight: Any, key: Any) -> Any:
+        features = x[rows]  # [batch D]
+        share = (weight / jnp.sum(weight))[:, None]
+        mean = jnp.sum(share * features, 0)
+        var = jnp.sum(share * (features - mean) ** 2, 0)
+        logits = _normed_logits(p, features, mean, var)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y[rows])
+        return jnp.sum(losses * weight) / jnp.sum(weight)
+
+    return _fit(params, key, loss, len(x), batch, rates, len(rates), optax.scale_by_adam())
+
+
 def _fit(
     params: Any,
     key: Any,
@@ -310,8 +379,9 @@ def _fit(
     batch: int,
     rate: Any,
     epochs: int,
+    optimizer: Any = None,
 ) -> Any:
-    """Keras's Adam over epochs in a new order each; an epoch's last batch may be smaller.
+    """Adam over epochs in a new order each; an epoch's last batch may be smaller.
 
     Args:
       params: where to start.
@@ -319,15 +389,16 @@ def _fit(
       loss: loss(params, rows [batch], weight 0 or 1 [batch], key).
       count: number of examples.
       batch: examples of one step.
-      rate: learning rate.
+      rate: learning rate, or one for each pass.
       epochs: number of passes.
+      optimizer: None: Keras's Adam.
     """
     steps = -(-count // batch)  # rounded up
     num_padding = steps * batch - count
-    optimizer = scale_by_keras_adam()
+    optimizer = optimizer or scale_by_keras_adam()
 
     def step(carry: Any, number: Any) -> Any:
-        p, state, order, key = carry
+        p, state, order, key, rate = carry
         # `number` is traced, where `order[a:b]` would need static bounds.
         rows = jax.lax.dynamic_slice(order, (number * batch,), (batch,))
         step_key = jax.random.fold_in(key, number)
@@ -335,17 +406,20 @@ def _fit(
         gradients = jax.grad(loss)(p, jnp.maximum(rows, 0), rows >= 0, step_key)
         direction, state = optimizer.update(gradients, state)
         p = jax.tree.map(lambda w, d: w - rate * d, p, direction)
-        return (p, state, order, key), None
+        return (p, state, order, key, rate), None
 
-    def epoch(carry: Any, key: Any) -> Any:
+    def epoch(carry: Any, key_and_rate: Any) -> Any:
+        key, rate = key_and_rate
         order_key, loss_key = jax.random.split(key)
         order = jax.random.permutation(order_key, count)
         # A scan needs batches of one shape.
         order = jnp.pad(order, (0, num_padding), constant_values=-1)
-        (p, state, _, _), _ = jax.lax.scan(step, (*carry, order, loss_key), jnp.arange(steps))
+        start = (*carry, order, loss_key, rate)
+        (p, state, *_), _ = jax.lax.scan(step, start, jnp.arange(steps))
         return (p, state), None
 
     # Nested scans: the size of the program does not grow with epochs or batches.
     start = (params, optimizer.init(params))
-    (params, _), _ = jax.lax.scan(epoch, start, jax.random.split(key, epochs))
+    rates = jnp.broadcast_to(jnp.asarray(rate, jnp.float32), (epochs,))
+    (params, _), _ = jax.lax.scan(epoch, start, (jax.random.split(key, epochs), rates))
     return params

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,17 +25,39 @@ from vatt_jax.inputs.batch import (
     stream_names,
 )
 from vatt_jax.models import attention
+from vatt_jax.models.pooling import max_to_width
+from vatt_jax.models.towers import stages as tower_stages
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
 
 __all__ = [
     'FeatureExtractor',
+    'Stage',
     'coarse',
     'device_part',
     'compute_features',
     'gather_rows',
     'place_on_mesh',
 ]
+
+
+class Stage(NamedTuple):
+    """The features after a stage of a tower, as a vector (pooling.max_to_width).
+
+    Attributes:
+        stream: whose tower.
+        number: of the stage, from 1.
+        width: of the vector, at most.
+    """
+
+    stream: str
+    number: int
+    width: int
+
+    @property
+    def name(self) -> str:
+        """Under which its features are returned."""
+        return f'{self.stream}/stage_{self.number}'
 
 
 class FeatureExtractor:
@@ -67,9 +89,9 @@ class FeatureExtractor:
         params = variables['params']
         self.modalities = tuple(m for m in config.model.towers if self.model.has_tower(params, m))
         # Replicated results: every host can read all rows, whichever devices computed them. `maps`
-        # is static since it decides what the program returns.
+        # and `stages` are static since they decide what the program returns.
         self._forward = jax.jit(
-            self._features, static_argnums=3, out_shardings=sharding.replicated(mesh)
+            self._features, static_argnums=(3, 4), out_shardings=sharding.replicated(mesh)
         )
 
     def on(
@@ -86,7 +108,12 @@ class FeatureExtractor:
         return other
 
     def _features(
-        self, variables: Any, heads: tuple[Any, Any], batch: Any, maps: tuple[str, ...]
+        self,
+        variables: Any,
+        heads: tuple[Any, Any],
+        batch: Any,
+        maps: tuple[str, ...],
+        stages: tuple[Stage, ...],
     ) -> dict[str, Any]:
         """The traced forward pass; see `__call__`."""
         # Nothing is drawn in evaluation mode, but modules take an Rng.
@@ -99,8 +126,18 @@ class FeatureExtractor:
             augment=False,
             dtype=self.config.compute_dtype,
         )
-        # Tokens are made for feature maps alone; otherwise the last layer computes one token.
-        out: Any = self.model.apply(variables, batch, train=False, rng=rng, features=bool(maps))
+        reads_maps = self.objective is not None and self.objective.reads_maps
+        # Stages are sown only where their collection is mutable.
+        out: Any
+        out, _ = self.model.apply(
+            variables,
+            batch,
+            train=False,
+            rng=rng,
+            # Tokens are made for feature maps alone; otherwise the last layer computes one token.
+            features=bool(maps) or reads_maps,
+            mutable=[tower_stages.COLLECTION] if stages else [],
+        )
         features: dict[str, Any] = {
             'predictions': {},
             # [B D] or [B K D], float32 whatever the towers compute in
@@ -121,22 +158,36 @@ class FeatureExtractor:
                 features['lengths'][space][stream] = length
         if maps:
             features['maps'] = {s: coarse(out.encoded[s]) for s in maps if s in out.encoded}
+        if stages:
+            features['stages'] = {
+                stage.name: _stage_vector(out.encoded[stage.stream], stage) for stage in stages
+            }
         return features
 
-    def __call__(self, batch: Mapping[str, Any], maps: tuple[str, ...] = ()) -> dict[str, Any]:
+    def __call__(
+        self,
+        batch: Mapping[str, Any],
+        maps: tuple[str, ...] = (),
+        stages: tuple[Stage, ...] = (),
+    ) -> dict[str, Any]:
         """Features of *all* hosts' rows, in global order, as NumPy arrays.
 
         Args:
             batch: this host's rows of a host batch. Streams of a modality without a tower are
                 passed over.
             maps: streams whose feature maps to return as well.
+            stages: of towers, whose features to return as well.
 
         Returns:
             {'pooled': {stream: [B D] or [B K D]},
              'spaces': {space: {stream: [B(,K) E], unit length}},
              'lengths': {space: {stream: [B(,K)]}}, of the embeddings before,
              'predictions': {name: [B P]},
-             'maps': {stream: [B F], unit length}, see `coarse`; only where asked for}
+             'maps': {stream: [B F], unit length}, see `coarse`; only where asked for,
+             'stages': {name of a Stage: [B F]}; only where asked for}
+
+        Raises:
+            ConfigError: the stream's tower has no such stage or makes no map.
         """
         encoded = {}
         for name, value in batch.items():
@@ -145,7 +196,7 @@ class FeatureExtractor:
         # The sharding constraints in the model read this mesh while the program is traced.
         with jax.set_mesh(self.mesh):
             features = self._forward(
-                self.variables, self.heads, place_on_mesh(encoded, self.mesh), maps
+                self.variables, self.heads, place_on_mesh(encoded, self.mesh), maps, stages
             )
         # device_get starts all copies before it waits for the first.
         return jax.tree.map(np.asarray, jax.device_get(features))
@@ -181,11 +232,22 @@ def coarse(encoded: Any) -> Float[Array, 'B F']:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
 
 
+def _stage_vector(encoded: Any, stage: Stage) -> Float[Array, 'B F']:
+    """The features of a stage, pooled."""
+    if stage.number not in encoded.stages:
+        raise ConfigError(
+            f'expected a stage of the tower of {stage.stream!r}, '
+            f'{", ".join(map(str, encoded.stages)) or "which has none"}, got {stage.number}'
+        )
+    return max_to_width(encoded.stages[stage.number].astype(jnp.float32), stage.width)
+
+
 def compute_features(
     encoder: FeatureExtractor,
     batches: Iterable[Mapping[str, Any]],
     keep: tuple[str, ...] = (),
     maps: tuple[str, ...] = (),
+    stages: tuple[Stage, ...] = (),
 ) -> dict[str, Any]:
     """Features of a whole pass, in the order of the pass, without padding rows.
 
@@ -195,6 +257,7 @@ def compute_features(
         keep: streams whose data to return as well; in a single process only, as they are for
             pictures.
         maps: streams whose feature maps to return as well.
+        stages: of towers, whose features to return as well.
 
     Returns:
         What `FeatureExtractor.__call__` returns, of N examples, and
@@ -213,7 +276,7 @@ def compute_features(
         local = _flat(batch)
         arrays = gather_rows(local, tuple(local))
         is_real = arrays.pop('is_real')
-        part = {'arrays': arrays, **encoder(batch, maps)}
+        part = {'arrays': arrays, **encoder(batch, maps, stages)}
         if keep and jax.process_count() == 1:
             part['data'] = {s: np.asarray(batch[s]['data']) for s in keep if s in batch}
         parts.append(jax.tree.map(lambda x, rows=is_real: x[rows], part))

@@ -28,6 +28,8 @@ INITS: dict[str, Callable[..., jax.Array]] = {
     'kaiming': jax.nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
     # PyTorch's default of linear layers: uniform within 1/sqrt(fan in) of 0.
     'torch': jax.nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform'),
+    # BERT's, whatever the fan-in.
+    'bert': jax.nn.initializers.normal(0.02),
 }
 
 # Kinds of batch norm. eps is added to the variance; momentum is how much of the running statistics

@@ -32,6 +32,7 @@ from vatt_jax.models.towers.mixed_convolutions import MixedConvolutions
 from vatt_jax.models.towers.r2plus1d import R2Plus1D
 from vatt_jax.models.towers.r3d import R3D
 from vatt_jax.models.towers.s3d import S3D
+from vatt_jax.models.towers.stages import sown_stages
 from vatt_jax.models.towers.tsm_resnet import TSMResNet
 from vatt_jax.models.towers.vggish import VGGish
 from vatt_jax.models.transformer import REMAT, Encoder, pack, unpack
@@ -52,6 +53,8 @@ class Encoded:
         mask: bool [B N], which tokens are words, for text only.
         grid: number of tokens along each axis.
         kept: int [N'] or [B N'], the tokens that DropToken left, or None.
+        stages: {number: [B grid… D]}, features after each stage of a convolutional tower; empty
+            unless the pass lets them be sown (towers/stages.py).
     """
 
     pooled: Any
@@ -59,6 +62,7 @@ class Encoded:
     mask: Any = None
     grid: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     kept: Any = None
+    stages: Any = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass
@@ -367,7 +371,8 @@ class MultimodalEncoder(nn.Module):
             mask = None
             if modality == 'text':
                 mask = restore_leading(rows != 0, leading)  # [B K L]; id 0 is padding
-            return Encoded(restore_leading(pooled, leading), tokens, mask, grid)
+            stages = sown_stages(self.nets[modality].variables)
+            return Encoded(restore_leading(pooled, leading), tokens, mask, grid, stages=stages)
 
         front_tokens = self.fronts[modality](rows, row_rng, train)  # x [R N D], R = B or B·K
         encoder = self.shared_encoder if self.config['shared'] else self.encoders[modality]

@@ -14,6 +14,7 @@ from vatt_jax.objectives.instance_memory import InstanceMemory
 from vatt_jax.objectives.kmeans_labels import KMeansLabels
 from vatt_jax.objectives.online_codes import OnlineCodes
 from vatt_jax.objectives.self_labelling import SelfLabelling
+from vatt_jax.objectives.stica import STiCA
 from vatt_jax.objectives.synchronisation import Synchronisation
 
 # The key is the value of config.objective.name.
@@ -26,6 +27,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'coclr': CoCLR,
     'classification': Classification,
     'gdt': GDT,
+    'stica': STiCA,
     'instance_memory': InstanceMemory,
 }
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax
 import jax
@@ -152,7 +152,11 @@ class Objective:
 
     Attributes:
       config: the resolved `config.objective`.
+      reads_maps: whether `init`, `predict` and `embed` read `Encoded.tokens`, the features before
+        pooling.
     """
+
+    reads_maps: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config

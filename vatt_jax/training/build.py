@@ -161,7 +161,9 @@ def check(config: ConfigDict) -> dict[str, Any]:
     # Only traced for its shapes, so any number of rows will do; neither the number of records nor
     # the labels matter to what is checked here.
     batch = preprocess.abstract(config.model.inputs, streams, 2, config.compute_dtype)
-    spec = train_state.abstract(model, batch, 0, {}, objective.frozen_streams())
+    spec = train_state.abstract(
+        model, batch, 0, {}, objective.frozen_streams(), objective.reads_maps
+    )
     train_step.check(config, model, objective, spec.batch_stats)
     assert spec.init is not None
     _, variables = jax.eval_shape(spec.init, jax.eval_shape(lambda: jax.random.key(0)), batch)
@@ -225,7 +227,12 @@ def assemble(config: ConfigDict, data: Any, mesh: Any) -> Built:
     # Objectives with labels size their classifiers by the number of classes.
     labels = {name: len(classes) for name, classes in data.info.get('labels', {}).items()}
     spec = train_state.abstract(
-        model, inputs, data.size('train'), labels, objective.frozen_streams()
+        model,
+        inputs,
+        data.size('train'),
+        labels,
+        objective.frozen_streams(),
+        objective.reads_maps,
     )
     train_step.check(config, model, objective, spec.batch_stats)
     tables = {}

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax import optim
 from vatt_jax.config import ConfigError, choose
+from vatt_jax.models.towers import stages
 from vatt_jax.objectives.base import Objective, Spec
 from vatt_jax.objectives.memory import teacher as teachers
 from vatt_jax.parallel import sharding
@@ -53,6 +54,7 @@ def abstract(
     size: int,
     labels: Mapping[str, int],
     frozen_streams: Sequence[str] = (),
+    features: bool = False,
 ) -> Spec:
     """What an objective may size itself by; nothing is computed.
 
@@ -63,14 +65,19 @@ def abstract(
         labels: name -> number of classes.
         frozen_streams: those of the batch that the model does not read
             (`Objective.frozen_streams`).
+        features: whether outputs hold every token (`Objective.reads_maps`).
     """
 
     def init(key: Array, batch: Any) -> tuple[Any, dict[str, Any]]:
         # train=False draws nothing; the rng only has to have the right shape.
         rng = Rng.create(0, 0, jnp.zeros(batch['index'].shape, jnp.uint32))
         read = {name: value for name, value in batch.items() if name not in frozen_streams}
-        outputs, variables = model.init_with_output(key, read, train=False, rng=rng)
-        return outputs, dict(variables)
+        # With the stages of towers, so that an evaluator which asks for one that is not there is
+        # told so before the run.
+        outputs, variables = model.init_with_output(
+            key, read, train=False, rng=rng, features=features, mutable=True
+        )
+        return outputs, {name: variables[name] for name in variables if name != stages.COLLECTION}
 
     # Jitted, so that all who ask for its shapes or values share one trace.
     jitted_init = jax.jit(init)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from vatt_jax.models.towers.convolutions import ConvNorm, max_pool
 from vatt_jax.models.towers.resnet_v2 import ResNetV2
+from vatt_jax.models.towers.stages import sow_stage
 
 
 class Bottleneck(nn.Module):
@@ -86,6 +87,7 @@ class ResNet2D(nn.Module):
                     dtype=self.dtype,
                     name=f'group_{group + 1}_block_{block + 1}',
                 )(x, valid, train)
+            sow_stage(self, group + 1, x)
         return x.mean((1, 2)), x  # [B D], [B T' F' D]
 
 
@@ -172,4 +174,5 @@ class ResNet9(nn.Module):
             y = conv(x, width, 3, stride, f'{name}_conv_1')
             y = conv(y, width, 3, 1, f'{name}_conv_2', relu=False)
             x = jax.nn.relu(y + shortcut)
+            sow_stage(self, group + 1, x)
         return x.mean((1, 2)), x

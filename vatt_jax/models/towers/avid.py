@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from vatt_jax.models.layers import BatchNorm
 from vatt_jax.models.towers.convolutions import Conv, ConvNorm, max_pool
 from vatt_jax.models.towers.r2plus1d import Factorised
+from vatt_jax.models.towers.stages import sow_stage
 
 # Even padding and PyTorch's default initial values.
 OPTIONS: dict[str, Any] = {'padding': 'FIXED', 'init': 'torch'}
@@ -61,6 +62,7 @@ class AVIDVideo(nn.Module):
                     dtype=self.dtype,
                     name=f'layer_{layer + 1}_block_{block}',
                 )(x, valid, train)
+            sow_stage(self, layer + 1, x)
         return x.max((1, 2, 3)), x
 
 
@@ -144,4 +146,5 @@ class AVIDAudio(nn.Module):
             stride = 1 if block == 3 else 2
             x = conv(x, 64 << block, 3, stride, f'block_{block + 1}_conv_1')
             x = conv(x, 64 << block, 3, 1, f'block_{block + 1}_conv_2')
+            sow_stage(self, block + 1, x)
         return x.max((1, 2)), x

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from vatt_jax.config import ConfigError
 from vatt_jax.models.towers.convolutions import ConvNorm, max_pool
+from vatt_jax.models.towers.stages import sow_stage
 
 # Widths of a Mixed block's four branches:
 #       1×1×1, (1×1×1 before 3×3×3, 3×3×3), (1×1×1 before 3×3×3, 3×3×3), 1×1×1 after the max pool
@@ -72,6 +73,7 @@ class Mixed(nn.Module):
 
 
 def trunk(
+    net: nn.Module,
     x: Float[Array, 'B T H W C'],
     unit: Callable,
     valid: Any,
@@ -86,6 +88,7 @@ def trunk(
     gradients grow towards the first layer with every block (docs/mmv.md).
 
     Args:
+        net: the network, which hands out its stages.
         x: the map of the first layer.
         unit: makes a convolutional unit; see Mixed.
         valid: bool [B], the rows that count in batch statistics.
@@ -102,6 +105,7 @@ def trunk(
         x = max_pool(x, (1, 3, 3), (1, 2, 2))
     x = unit(64, (1, 1, 1), name='conv_2b')(x, valid, train)  # [B T/2 H/4 W/4 64]
     x = unit(192, (3, 3, 3), name='conv_2c')(x, valid, train)
+    sow_stage(net, 1, x)
     for (stage, pool), num_blocks in zip(STAGE_POOLS.items(), blocks):
         # Stage 3 has the second pool, stage 4 the third, stage 5 the fourth.
         if pools > stage - 2:
@@ -110,6 +114,7 @@ def trunk(
         names = [name for name in MIXED if name.startswith(f'mixed_{stage}')]
         for name in names[:num_blocks]:
             x = Mixed(MIXED[name], unit, name=name)(x, valid, train)
+        sow_stage(net, stage - 1, x)
     return x
 
 
@@ -152,5 +157,5 @@ class I3D(nn.Module):
             return ConvNorm(features, kernel, strides, dtype=self.dtype, name=name)
 
         x = unit(64, (7, 7, 7), (2, 2, 2), name='conv_1a')(x, valid, train)
-        x = trunk(x, unit, valid, train, self.pools, self.blocks)
+        x = trunk(self, x, unit, valid, train, self.pools, self.blocks)
         return x.mean((1, 2, 3)), x

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from vatt_jax.config import check_range
 from vatt_jax.models.towers.convolutions import ConvNorm
 from vatt_jax.models.towers.r2plus1d import conv_options
+from vatt_jax.models.towers.stages import sow_stage
 
 NUM_GROUPS = 5  # conv1, which is the stem, to conv5
 
@@ -73,4 +74,5 @@ class MixedConvolutions(nn.Module):
                     width, kernel, (1, 1, 1), relu=False, name=f'{name}_conv_2', **options
                 )(y, valid, train)
                 x = jax.nn.relu(y + shortcut)  # [B T' H' W' width]
+            sow_stage(self, group - 1, x)  # conv2 is the first
         return x.mean((1, 2, 3)), x

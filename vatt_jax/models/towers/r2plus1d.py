@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from vatt_jax.config import choose
 from vatt_jax.models.towers.convolutions import ConvNorm
+from vatt_jax.models.towers.stages import sow_stage
 
 MIDS = ('block', 'conv')
 
@@ -118,4 +119,5 @@ class R2Plus1D(nn.Module):
                     width, second_mid, 1, False, self.norm, self.dtype, name=f'{name}_conv_2'
                 )(y, valid, train)
                 x = jax.nn.relu(y + shortcut)  # [B T' H' W' width]
+            sow_stage(self, layer + 1, x)
         return x.mean((1, 2, 3)), x  # [B D], [B T/8 H/16 W/16 D]

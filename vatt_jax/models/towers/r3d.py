@@ -12,6 +12,7 @@ import jax
 from jaxtyping import Array, Float
 
 from vatt_jax.models.towers.convolutions import ConvNorm, max_pool
+from vatt_jax.models.towers.stages import sow_stage
 
 # Frames that the first kernel of a block sees, by group.
 TEMPORAL_KERNELS = (1, 1, 3, 3)
@@ -94,4 +95,5 @@ class R3D(nn.Module):
                     name=f'group_{group + 1}_block_{block}',
                     **options,
                 )(x, valid, train)
+            sow_stage(self, group + 1, x)
         return x.mean((1, 2, 3)), x  # [B D], [B T/2 H/32 W/32 D]

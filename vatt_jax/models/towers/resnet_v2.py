@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from vatt_jax.config import choose
 from vatt_jax.models.layers import BatchNorm
 from vatt_jax.models.towers.convolutions import Conv, max_pool
+from vatt_jax.models.towers.stages import sow_stage
 
 # depth -> (blocks of the four units, whether these are bottlenecks, widths of the units' results)
 DEPTHS: dict[int, Any] = {
@@ -25,7 +26,7 @@ DEPTHS: dict[int, Any] = {
 
 
 def identity(x: jax.Array) -> jax.Array:
-    """Return x: nothing is mixed into the branch."""
+    """Return x: nothing is mixed into a branch, and a map stays as it is."""
     return x
 
 
@@ -88,6 +89,7 @@ class ResNetV2(nn.Module):
         depth: entry of DEPTHS.
         multiplier: of every width.
         mix: see Block.
+        to_map: what the features after a stage are handed out as; frames become a video.
         norm: entry of layers.NORMS.
         dtype: of activations.
     """
@@ -95,6 +97,7 @@ class ResNetV2(nn.Module):
     depth: int = 50
     multiplier: float = 1.0
     mix: Callable[[jax.Array], jax.Array] = identity
+    to_map: Callable[[jax.Array], jax.Array] = identity
     norm: str = 'debiased'
     dtype: str = 'float32'
 
@@ -123,6 +126,7 @@ class ResNetV2(nn.Module):
                     dtype=self.dtype,
                     name=f'unit_{unit}_block_{block}',
                 )(x, valid, train)
+            sow_stage(self, unit + 1, self.to_map(x))
         # The last sum has had no norm and no ReLU yet.
         normalised = BatchNorm(self.norm, name='norm')(x, valid, train)
         return x, jax.nn.relu(normalised).astype(self.dtype)

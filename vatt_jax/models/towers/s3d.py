@@ -170,5 +170,5 @@ class S3D(nn.Module):
         else:
             stem = unit(64, (7, 7, 7), (2, 2, 2), separable=False, name='conv_1a')
         x = stem(x, valid, train)
-        x = trunk(x, unit, valid, train, self.pools, self.blocks)
+        x = trunk(self, x, unit, valid, train, self.pools, self.blocks)
         return x.mean((1, 2, 3)), x  # [B D], [B T/8 H/32 W/32 D]

@@ -80,6 +80,7 @@ class TSMResNet(nn.Module):
             depth=self.depth,
             multiplier=self.multiplier,
             mix=shift_frames,
+            to_map=to_video,
             norm=self.norm,
             dtype=self.dtype,
             name='resnet',

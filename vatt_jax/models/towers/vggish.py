@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from vatt_jax.models.layers import Dense
 from vatt_jax.models.towers.convolutions import Conv, ConvNorm, max_pool
+from vatt_jax.models.towers.stages import sow_stage
 from vatt_jax.parallel.sharding import logical
 
 # Widths of the 3×3 convolutions; a 2×2 max pool ends each stage.
@@ -46,6 +47,7 @@ class VGGish(nn.Module):
                 scaled = max(1, round(width * self.multiplier))
                 x = self._convolution(x, scaled, f'conv_{stage}_{i}', valid, train)
             x = max_pool(x, (2, 2), (2, 2), 'SAME')
+            sow_stage(self, stage, x)
         if not self.dense:
             return x.mean((1, 2)), x
         # Row-major as TensorFlow flattens [T' F' D].
