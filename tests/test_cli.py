@@ -41,7 +41,9 @@ def shell(*argv: str) -> Finished:
     environment = {
         'JAX_COMPILATION_CACHE_DIR': str(runs.CACHE),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+        # Compiling costs more here than running: see conftest.py.
         'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+        'XLA_FLAGS': '--xla_cpu_use_fusion_emitters=false',
     }
     for name, value in os.environ.items():
         if not name.startswith(('XLA_', 'JAX_', 'VATT_')):
