@@ -142,9 +142,7 @@ def play_backwards(data: Float[Array, 'B time ...'], modality: str) -> Float[Arr
     return data[:, ::-1]
 
 
-def shuffle(
-    data: Float[Array, 'B time ...'], parts: int, rng: Rng
-) -> Float[Array, 'B time ...']:
+def shuffle(data: Float[Array, 'B time ...'], parts: int, rng: Rng) -> Float[Array, 'B time ...']:
     """The clips in parts of equal length, in an order drawn for each; never the one they had.
 
     Args:
