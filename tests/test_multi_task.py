@@ -306,8 +306,8 @@ def test_initial_parameters_of_a_task_are_its_own():
     outputs = types.SimpleNamespace(encoded=pooled)
     spec = Spec(model=None, outputs=outputs, batch=batch, size=4, labels={})
     found = []
-    for names in (['arrow'], ['taught', 'arrow', 'taught_back']):
-        objective = build({name: TASKS[name] for name in names})
+    for others in ({}, {'another': TASKS['taught'], 'more': TASKS['taught_back']}):
+        objective = build({'arrow': TASKS['arrow'], **others})
         params, _ = objective.init(jax.random.key(0), spec)
         found.append(nn.meta.unbox(params['arrow']))
     np.testing.assert_array_equal(found[0]['kernel'], found[1]['kernel'])
