@@ -42,16 +42,9 @@ UNREAD = (
 _built = {}
 
 
-# JAX's caches keep the objects of every trace. With Python's own thresholds the collector searches
-# all of them again and again: late in the suite that took a seventh of the time and more.
+# JAX's caches keep the objects of every trace, which the collector would search again and again
+# with Python's own thresholds.
 gc.set_threshold(20_000, 10, 10)
-
-
-@pytest.fixture(autouse=True, scope='module')
-def search_no_older_objects():
-    """What is alive when a file of tests begins is not searched for garbage any more."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope='session')

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vatt_jax import cli, evolve
-from vatt_jax.config import ConfigError, to_json
+from vatt_jax.config import ConfigError, from_json, to_json
 from vatt_jax.evals import cluster_sizes as evaluator
 from vatt_jax.evolve import Individual
 from vatt_jax.modes.flags import parse
@@ -95,6 +95,13 @@ def test_children_are_near_the_best_parents():
 
 
 # ---- the search over pretended runs
+def searched_weights(objective):
+    """Those of pairs, or of the tasks `a` and `b`."""
+    if 'weights' in objective:
+        return objective.weights.a, objective.weights.b
+    return [pair[3] for pair in objective.pairs]
+
+
 @pytest.fixture
 def runs(monkeypatch):
     """Runs that take no time; their divergence is the distance of the weights from (1, 0.3).
@@ -113,7 +120,7 @@ def runs(monkeypatch):
         folder.config.write_text(to_json(config))
         if len(state.started) == state.die_at:
             return subprocess.CompletedProcess(command, -9)
-        weights = [pair[3] for pair in config.objective.pairs]
+        weights = searched_weights(config.objective)
         divergence = float(np.hypot(weights[0] - 1, weights[1] - 0.3))
         results = folder.results(evaluation_name(config.steps))
         results.parent.mkdir(parents=True)
@@ -149,6 +156,25 @@ def test_the_search_improves_and_writes_what_it_found(runs, tmp_path, capsys):
     )
 
 
+def test_weights_of_tasks_are_searched(runs, tmp_path):
+    """A task of weight 0 stays left out."""
+    task = {'name': 'temporal_order'}
+    tasks = {'a': task, 'b': {**task, 'change': 'shuffled'}, 'off': {**task, 'stream': 'audio'}}
+    objective = {'name': 'multi_task', 'tasks': tasks, 'weights': {'a': 0.5, 'b': 1.0, 'off': 0.0}}
+    evolve.main([f'--workdir={tmp_path}', *FLAGS, f'--config.objective={objective}'])
+    rows = table(tmp_path)
+    assert len(rows) == 9
+    assert list(rows[0]) == ['generation', 'individual', 'divergence', 'a', 'b']
+    (own,) = [row for row in rows if (row['generation'], row['individual']) == ('0', '0')]
+    assert (own['a'], own['b']) == ('0.5', '1.0')
+    for row in rows:
+        expected = np.hypot(float(row['a']) - 1, float(row['b']) - 0.3)
+        assert float(row['divergence']) == pytest.approx(expected)
+    stored = from_json(runs.started[-1].joinpath('config.json').read_text()).objective
+    assert stored.weights.off == 0
+    assert stored.tasks.b.parts == 4
+
+
 @pytest.mark.parametrize('die_at', [1, 4, 9])
 def test_a_killed_search_continues_as_if_it_had_not_been(die_at, runs, tmp_path):
     evolve.main([f'--workdir={tmp_path / "whole"}', *FLAGS])
@@ -180,6 +206,10 @@ def test_an_objective_without_two_pairs_is_refused(tmp_path):
     labels = "--config.objective={'name': 'kmeans_labels'}"
     with pytest.raises(ConfigError, match='expected two pairs or more'):
         evolve.main([f'--workdir={tmp_path}', *FLAGS, labels])
+    task = {'a': {'name': 'temporal_order'}}
+    alone = f'--config.objective={ {"name": "multi_task", "tasks": task} }'
+    with pytest.raises(ConfigError, match='two tasks or more .*, got multi_task with 1'):
+        evolve.main([f'--workdir={tmp_path}', *FLAGS, alone])
 
 
 @pytest.mark.parametrize('flag', ['--population=0', '--generations=0', '--spread=0'])

@@ -1,17 +1,17 @@
-"""Weights of the tasks of a contrastive objective, found by evolution without labels (ELo).
+"""Weights of the tasks of an objective, found by evolution without labels (ELo).
 
     python -m vatt_jax.evolve --workdir=runs/elo --population=8 --generations=5 \\
-        --config=demo --config.steps=200
+        --config=elo --config.steps=100
 
-Every individual is one short run of its own weights of config.objective.pairs, in
-<workdir>/generation-G/individual-I; its fitness is how near the sizes of clusters of its features
-come to Zipf's law (the evaluator cluster_sizes; the lower the better). A generation's weights are
-those of the winners of tournaments among all runs so far, with Gaussian noise. All that is known so
-far stands in <workdir>/search.csv, best first.
+Every individual is one short run of its own weights of config.objective, of the tasks of a
+multi_task or of the pairs of a contrastive, in <workdir>/generation-G/individual-I; its fitness is
+how near the sizes of clusters of its features come to Zipf's law (the evaluator cluster_sizes; the
+lower the better). A generation's weights are those of the winners of tournaments among all runs so
+far, with Gaussian noise. All that is known so far stands in <workdir>/search.csv, best first.
 
 Killed at any instant, the same command goes on: runs that are finished are read, not repeated, and
 the others continue from their checkpoints. After Piergiovanni et al., "Evolving Losses for
-Unsupervised Video Representation Learning" (2020); docs/simclr.md says what is left out.
+Unsupervised Video Representation Learning" (2020); docs/elo.md says what is left out.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from vatt_jax.modes import process
 from vatt_jax.modes.flags import parse
 from vatt_jax.run_folder import RunFolder, evaluation_name, write_atomically
 
-# Weights lie between this and 1 (ELo: 0 and 1). The mean over pairs is weighted, so that a common
-# factor means nothing; and an objective wants weights above 0.
+# Weights lie between this and 1 (ELo: 0 and 1). Pairs want weights above 0; their mean is weighted,
+# so that a common factor means nothing. Tasks are summed: a factor is one of the loss.
 LEAST_WEIGHT = 0.01
 # Name of the entry of config.evals that individuals are judged by.
 FITNESS = 'fitness'
 
-Weights = Float[np.ndarray, ' W']  # of the pairs
+Weights = Float[np.ndarray, ' W']  # of the tasks or pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Individual:
     Attributes:
         generation: its number.
         number: in its generation.
-        weights: of the pairs.
+        weights: of the tasks or pairs.
         divergence: from Zipf's law; the lower the better.
     """
 
@@ -99,6 +99,58 @@ def next_generation(
     return children
 
 
+@dataclasses.dataclass(frozen=True)
+class Searched:
+    """What of an objective is searched.
+
+    Attributes:
+        objective: `config.objective`, completed.
+        field: `weights`, by names of tasks, or `pairs`.
+        names: of the weights.
+        own: the weights that the config gives.
+    """
+
+    objective: ConfigDict
+    field: str
+    names: tuple[str, ...]
+    own: Weights
+
+    @classmethod
+    def of(cls, objective: ConfigDict) -> Searched:
+        """Find the weights of an objective.
+
+        Raises:
+            ConfigError: it has fewer than two.
+        """
+        if 'weights' in objective:
+            field = 'weights'
+            # A task of weight 0 was left out on purpose.
+            entries = [(name, weight) for name, weight in objective.weights.items() if weight > 0]
+        else:
+            field = 'pairs'
+            pairs = objective.get('pairs', ())
+            entries = [(f'{first}-{second}', weight) for first, second, _, weight in pairs]
+        if len(entries) < 2:
+            raise ConfigError(
+                'config.objective: expected two pairs or more (contrastive), or two tasks or more '
+                f'(multi_task), whose weights are searched, got {objective.name} with '
+                f'{len(entries)}.'
+            )
+        names = tuple(name for name, _ in entries)
+        return cls(objective, field, names, np.array([weight for _, weight in entries], float))
+
+    def with_weights(self, weights: Weights) -> dict[str, Any]:
+        """config.objective with these weights, as a run stores it."""
+        fields = self.objective.to_dict()
+        values = [float(weight) for weight in weights]
+        if self.field == 'weights':
+            fields['weights'].update(zip(self.names, values, strict=True))
+        else:
+            pairs = zip(fields['pairs'], values, strict=True)
+            fields['pairs'] = tuple((*pair[:3], weight) for pair, weight in pairs)
+        return fields
+
+
 class Search:
     """The search in a folder: what is asked for, and the runs that are there."""
 
@@ -109,13 +161,7 @@ class Search:
         run_flags, overrides = parse([*arguments, f'--workdir={flags.workdir}'])
         self.config = cli.read_config(run_flags, overrides, flags.workdir)
         # The objective fills in what the config leaves out.
-        self.objective: ConfigDict = objectives.build(self.config.objective).config
-        self.pairs: tuple[Any, ...] = self.objective.get('pairs', ())
-        if len(self.pairs) < 2:
-            raise ConfigError(
-                f'config.objective.pairs: expected two pairs or more, whose weights are searched, '
-                f'got {self.pairs}.'
-            )
+        self.searched = Searched.of(objectives.build(self.config.objective).config)
 
     def run(self) -> list[Individual]:
         """All generations, each individual run or read; returns them all."""
@@ -126,8 +172,7 @@ class Search:
             # killed finds the same ones again.
             rng = np.random.default_rng([flags.seed, generation])
             if generation == 0:
-                own = np.array([pair[3] for pair in self.pairs], float)
-                children = first_generation(own, flags.population, rng)
+                children = first_generation(self.searched.own, flags.population, rng)
             else:
                 children = next_generation(
                     so_far, flags.population, flags.tournament, flags.spread, rng
@@ -141,7 +186,7 @@ class Search:
         """The individual of these weights, from its run folder if its run is finished."""
         name = f'generation-{generation}/individual-{number}'
         folder = RunFolder(self.flags.workdir / name)
-        objective = self.objective_of(weights)
+        objective = self.searched.with_weights(weights)
         if not folder.done.exists():
             folder.path.mkdir(parents=True, exist_ok=True)
             code = subprocess.run(self.command(folder, objective), check=False).returncode
@@ -164,13 +209,6 @@ class Search:
         print(f'{name}: divergence {divergence:.4f}, weights {_text(weights)}', flush=True)
         return Individual(generation, number, weights, divergence)
 
-    def objective_of(self, weights: Weights) -> dict[str, Any]:
-        """config.objective with these weights, as a run stores it."""
-        pairs = []
-        for pair, weight in zip(self.pairs, weights, strict=True):
-            pairs.append((*pair[:3], float(weight)))
-        return {**self.objective.to_dict(), 'pairs': tuple(pairs)}
-
     def command(self, folder: RunFolder, objective: dict[str, Any]) -> list[str]:
         """What starts or continues an individual's run."""
         fitness = {
@@ -189,8 +227,7 @@ class Search:
 
     def write_table(self, so_far: Sequence[Individual]) -> None:
         """search.csv: a line for each individual, the best first."""
-        names = [f'{pair[0]}-{pair[1]}' for pair in self.pairs]
-        lines = [','.join(['generation', 'individual', 'divergence', *names])]
+        lines = [','.join(['generation', 'individual', 'divergence', *self.searched.names])]
         for one in sorted(so_far, key=lambda individual: individual.divergence):
             numbers = [one.generation, one.number, one.divergence, *one.weights]
             lines.append(','.join(str(number) for number in numbers))

@@ -9,13 +9,16 @@ from vatt_jax.objectives.base import Encoding, Loss, Objective, RefreshResult, S
 from vatt_jax.objectives.classification import Classification
 from vatt_jax.objectives.coclr import CoCLR
 from vatt_jax.objectives.contrastive import Contrastive
+from vatt_jax.objectives.distillation import Distillation
 from vatt_jax.objectives.gdt import GDT
 from vatt_jax.objectives.instance_memory import InstanceMemory
 from vatt_jax.objectives.kmeans_labels import KMeansLabels
+from vatt_jax.objectives.multi_task import MultiTask
 from vatt_jax.objectives.online_codes import OnlineCodes
 from vatt_jax.objectives.self_labelling import SelfLabelling
 from vatt_jax.objectives.stica import STiCA
 from vatt_jax.objectives.synchronisation import Synchronisation
+from vatt_jax.objectives.temporal_order import TemporalOrder
 
 # The key is the value of config.objective.name.
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -29,6 +32,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'gdt': GDT,
     'stica': STiCA,
     'instance_memory': InstanceMemory,
+    'temporal_order': TemporalOrder,
+    'distillation': Distillation,
+    'multi_task': MultiTask,
 }
 
 __all__ = [
@@ -57,4 +63,8 @@ def build(config: Any) -> Objective:
     """
     # All other fields are checked by the class: each objective has its own DEFAULTS.
     name = choose(config.name, OBJECTIVES, 'config.objective.name')
-    return OBJECTIVES[name](config)
+    objective = OBJECTIVES[name]
+    if issubclass(objective, MultiTask):
+        # Its tasks are objectives in turn, and its file cannot import this one.
+        return objective(config, build)
+    return objective(config)
