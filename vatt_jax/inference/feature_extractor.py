@@ -100,7 +100,10 @@ class FeatureExtractor:
             dtype=self.config.compute_dtype,
         )
         # Tokens are made for feature maps alone; otherwise the last layer computes one token.
-        out: Any = self.model.apply(variables, batch, train=False, rng=rng, features=bool(maps))
+        needs_maps = bool(maps)
+        if self.objective is not None:
+            needs_maps |= bool(self.objective.map_streams())
+        out: Any = self.model.apply(variables, batch, train=False, rng=rng, features=needs_maps)
         features: dict[str, Any] = {
             'predictions': {},
             # [B D] or [B K D], float32 whatever the towers compute in

@@ -9,6 +9,7 @@ from vatt_jax.objectives.base import Encoding, Loss, Objective, RefreshResult, S
 from vatt_jax.objectives.classification import Classification
 from vatt_jax.objectives.coclr import CoCLR
 from vatt_jax.objectives.contrastive import Contrastive
+from vatt_jax.objectives.detection import Detection
 from vatt_jax.objectives.gdt import GDT
 from vatt_jax.objectives.instance_memory import InstanceMemory
 from vatt_jax.objectives.kmeans_labels import KMeansLabels
@@ -25,6 +26,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'synchronisation': Synchronisation,
     'coclr': CoCLR,
     'classification': Classification,
+    'detection': Detection,
     'gdt': GDT,
     'instance_memory': InstanceMemory,
 }

@@ -300,6 +300,10 @@ class Objective:
         """
         return {}
 
+    def map_streams(self) -> tuple[str, ...]:
+        """Streams whose features before pooling `predict` reads: towers return them for it."""
+        return ()
+
     def teacher(self, state: Any) -> dict[str, Any] | None:
         """The momentum copy of the model, {'params', 'batch_stats'}; None where there is none.
 
