@@ -29,13 +29,11 @@ from data_pipelines.loading.record_reader import ReadProblems
 from data_pipelines.loading.texts import Texts
 from data_pipelines.storage.records import read_entries
 from vatt_jax.config import ConfigError
-from vatt_jax.detection import coco
+from vatt_jax.detection import coco, squares
 from vatt_jax.inputs import tokenizer as tokenizers
 
 # The label that names the classes of boxes.
 LABEL = 'object'
-# Of the square around a picture: the middle of the range, whatever that is for the model.
-GREY = 128
 # A box of which a crop shows less is no example of its class, and no background.
 LEAST_SHOWN = 0.5
 
@@ -244,14 +242,13 @@ class Coco(Data):
         """(a picture in its square, why it could not be read)."""
         image = source.document['images'][index]
         path = source.folder / image['file_name']
-        canvas = np.full((self._canvas, self._canvas, 3), GREY, np.uint8)
         try:
             with PIL.Image.open(path) as stored:
                 picture = stored.convert('RGB')
         # Of damaged files PIL raises several types, all of these kinds.
         except (OSError, ValueError, SyntaxError) as error:
-            return canvas, f'{path}: {error}'
-        return in_square(picture, canvas), ''
+            return np.zeros((self._canvas, self._canvas, 3), np.uint8), f'{path}: {error}'
+        return squares.in_square(picture, self._canvas), ''
 
     def _count(self, opened: list[Pictures], rows: Rows, reasons: list[str]) -> None:
         total = sum(len(source) for source in opened)
@@ -298,20 +295,6 @@ class Coco(Data):
         rows, places = rows[is_known[rows]], places[is_known[rows]]
         labels[rows, boxes['class'][rows, places]] = 1
         return labels
-
-
-def in_square(
-    picture: PIL.Image.Image, canvas: UInt8[np.ndarray, 'S S 3']
-) -> UInt8[np.ndarray, 'S S 3']:
-    """The canvas with a picture in its upper left corner, as large as it fits."""
-    side = len(canvas)
-    scale = side / max(picture.size)
-    width = max(1, round(picture.width * scale))
-    height = max(1, round(picture.height * scale))
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), PIL.Image.Resampling.BILINEAR)
-    canvas[:height, :width] = np.asarray(picture)
-    return canvas
 
 
 def crop_boxes(

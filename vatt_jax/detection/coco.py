@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, Int64
 
 from vatt_jax.config import ConfigError
+from vatt_jax.detection import squares
 
 # Fields that every entry of a list must have.
 REQUIRED = {
@@ -217,10 +218,7 @@ def results_of(
         identifiers = sorted(category['id'] for category in document['categories'])
     results = []
     for image, corners, of_image, kinds in zip(document['images'], boxes, scores, classes):
-        side = max(image['width'], image['height'])
-        limit = np.array([image['width'], image['height']] * 2)
-        # What reaches into the grey beside the picture is cut off.
-        pixels = np.minimum(corners.astype(np.float64) * side, limit)
+        pixels = squares.to_pixels(corners, image['width'], image['height'])
         for box, score, kind in zip(from_corners(pixels), of_image, kinds):
             if score > 0 and min(box[2:]) > 0:
                 results.append(

@@ -232,7 +232,9 @@ def _charts(run: FinishedRun, beside: Sequence[FinishedRun]) -> list[Chart]:
         # Runs that are evaluated once have a point, not a curve.
         prefix = f'eval/{name}/'
         lines = [line for line in _lines(run, '', prefix) if len(line[1]) > 1]
-        shown = [line for line in lines if line[0].endswith(('R@10', 'accuracy', 'NMI', 'mAP'))]
+        shown = [
+            line for line in lines if line[0].endswith(('R@10', 'accuracy', 'NMI', 'mAP', 'AP50'))
+        ]
         drawn.append(charts.line_chart(f'Evaluation: {name.replace("_", " ")}', shown))
     titles = {
         'lr': 'Learning rate',
