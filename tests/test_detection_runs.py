@@ -19,6 +19,7 @@ from vatt_jax.config import ConfigError
 from vatt_jax.detection import coco
 from vatt_jax.evals.detection import shown_pictures
 from vatt_jax.reporting import report
+from vatt_jax.reporting.detections import detections
 from vatt_jax.training import loop
 
 
@@ -72,7 +73,7 @@ def test_a_run(folder, tmp_path):
         np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-4)
 
     page = report.build(tmp_path / 'whole').read_text()
-    assert 'detection' in page
+    assert 'Found boxes in the colour of their class' in page
     model = vatt_jax.load(tmp_path / 'whole')
     file = folder / 'images' / 'test_00000.png'
     found = model.detect(image=file, min_score=0.0)
@@ -161,6 +162,14 @@ def test_a_detector_of_clusters_is_named_before_it_is_measured(folder):
                 'disc': 'square',
                 'square': 'triangle',
             }
+        shown = detections('x', result.artifacts)
+        assert shown['names']['disc'] == 'square'
+        assert [bar['AP50'] for bar in shown['bars']] == pytest.approx([1, 1, 1], abs=0.02)
+        num_boxes = [len(picture['boxes']) for picture in shown['pictures']]
+        counts = [len(p['true']) + len(p['found']) for p in result.artifacts['pictures']]
+        assert num_boxes == counts and min(counts) >= 2
+        pixels = result.artifacts.pop('pixels')
+        assert pixels.shape[0] == len(counts)
         json.dumps(result.artifacts)
 
 

@@ -90,8 +90,8 @@ def openimages(
     descriptions = _find(folder, 'class-descriptions-boxable.csv', '*class-descriptions*.csv')
     name_of = {}
     with descriptions.open(newline='') as file:
-        for row in csv.reader(file):
-            name_of[row[0]] = row[1]
+        for identifier, name in csv.reader(file):
+            name_of[identifier] = name
     names = list(classes) or list(INSTRUMENTS)
     unknown = sorted(set(names) - set(name_of.values()))
     if unknown:
@@ -102,11 +102,12 @@ def openimages(
         name = name_of.get(row['LabelName'], '')
         if name not in names:
             continue
-        corners = tuple(float(row[column]) for column in ('XMin', 'YMin', 'XMax', 'YMax'))
+        low = float(row['XMin']), float(row['YMin'])
+        high = float(row['XMax']), float(row['YMax'])
         # -1: unknown.
         flags = {field: int(row.get(column) or -1) for column, field in FLAGS.items()}
         picture = pictures.setdefault(row['ImageID'], Picture(f'{row["ImageID"]}.jpg', []))
-        picture.boxes.append(Box(name, corners, flags['group_of'] == 1, flags))
+        picture.boxes.append(Box(name, (*low, *high), flags['group_of'] == 1, flags))
     return list(pictures.values()), names
 
 

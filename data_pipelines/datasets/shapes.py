@@ -52,7 +52,8 @@ def _make_split(
     folder: pathlib.Path, split: str, count: int, size: int, rng: np.random.Generator
 ) -> coco.Document:
     (folder / coco.IMAGES).mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number in range(count):
         picture, boxes, classes = draw(rng, size)
         name = f'{split}_{number:05d}.png'

@@ -142,6 +142,10 @@ class Coco(Data):
         """
         return self._split(split).document
 
+    def picture(self, split: str, place: int) -> UInt8[np.ndarray, 'S S 3']:
+        """A picture of the evaluation dataset in its square; grey where it cannot be read."""
+        return self._read(self._split(split), place)[0]
+
     def _split(self, split: str) -> Pictures:
         if split not in self._splits:
             raise DataError(

@@ -123,7 +123,8 @@ class Detector(nn.Module):
         centre_output = _Output(1, name='centre')
         scales = self.param('scales', logical(nn.initializers.ones, None), (len(self.levels),))
 
-        where = places(feature_map.shape[1:3], self.levels)
+        rows, columns = feature_map.shape[1:3]
+        where = places((rows, columns), self.levels)
         class_logits, distances, centre_logits = [], [], []
         for number, exponent in enumerate(self.levels):
             level = self._level(x, exponent)

@@ -61,7 +61,7 @@ class Detection(Evaluator):
         clusters = view.data.info['labels']['object']
         if not c.naming:
             results = self._results(view, c.split, None)
-            return _result(truth, results, average_precision(truth, results))
+            return self._result(view, truth, results)
         numbers = dict(zip(range(len(clusters)), range(len(clusters)), strict=True))
         identifiers = list(numbers)
         labelled = c.naming_split or c.split
@@ -73,11 +73,22 @@ class Detection(Evaluator):
         class_identifiers = sorted(category['id'] for category in truth['categories'])
         found = self._results(view, c.split, identifiers)
         results = naming.rename(found, numbers, names, class_identifiers)
-        result = _result(truth, results, average_precision(truth, results))
+        result = self._result(view, truth, results)
         result.artifacts['names'] = {
             cluster: class_names[name] if name >= 0 else ''
             for cluster, name in zip(clusters, names.tolist(), strict=True)
         }
+        return result
+
+    def _result(
+        self, view: FeatureView, truth: coco.Document, results: list[dict[str, Any]]
+    ) -> Result:
+        """Numbers, and the pictures of the report with their pixels."""
+        result = _result(truth, results, average_precision(truth, results))
+        pictures = result.artifacts['pictures']
+        if pictures:
+            pixels = [view.data.picture(self.config.split, shown['place']) for shown in pictures]
+            result.artifacts['pixels'] = np.stack(pixels)  # [n S S 3]
         return result
 
     def _truth(self, view: FeatureView, split: str) -> coco.Document:

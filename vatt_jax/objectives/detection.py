@@ -5,6 +5,7 @@ docs/detector.md has the method, and how it differs from the published Faster R-
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -117,7 +118,8 @@ class Detection(Objective):
         pictures = feature_map.astype(jnp.float32).mean(axis=1)  # [B h w D]
         num_classes = params['classes']['bias'].shape[0]
         predictions = self._detector(num_classes).apply({'params': params}, pictures)
-        return predictions, pictures.shape[1:3]
+        rows, columns = pictures.shape[1:3]
+        return predictions, (rows, columns)
 
     def encode(
         self,
@@ -158,7 +160,7 @@ class Detection(Objective):
         )
         # A picture that could not be read says nothing about background either.
         is_shown = batch[c.stream]['valid'][:, None]
-        assigned = assigned.replace(counted=assigned.counted & is_shown)
+        assigned = dataclasses.replace(assigned, counted=assigned.counted & is_shown)
         value, metrics = targets.detection_loss(predictions, assigned, c)
         return Loss(value, metrics, variables['batch_stats'], state)
 
