@@ -145,6 +145,13 @@ def test_constructed_cases(boxes, results, expected):
     assert got.ap50[0] == pytest.approx(expected)
 
 
+def test_a_loose_box_counts_at_the_loose_threshold_alone():
+    # Boxes of the same size, moved by half their width: IoU 1/3.
+    moved = [20.0, 10.0, 20.0, 20.0]
+    got = check(document([(0, 3, WHOLE, False)]), [detection(0, 3, moved, 0.9)])
+    assert (got.ap30[0], got.ap50[0]) == (pytest.approx(1), 0)
+
+
 def test_without_boxes_there_is_no_ap():
     got = average_precision(document([]), [detection(0, 3, WHOLE, 0.9)])
     assert np.isnan(got.ap50).all() and np.isnan(got.means()['ap50_95'])

@@ -73,6 +73,7 @@ def test_a_run(folder, tmp_path):
         np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-4)
 
     page = report.build(tmp_path / 'whole').read_text()
+    assert 'detection AP50' in page
     assert 'Found boxes in the colour of their class' in page
     model = vatt_jax.load(tmp_path / 'whole')
     file = folder / 'images' / 'test_00000.png'

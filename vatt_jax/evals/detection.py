@@ -132,7 +132,13 @@ def _result(
         }
     means = precision.means()
     scalars = {'AP50': means['ap50'], 'AP30': means['ap30'], 'AP50:95': means['ap50_95']}
-    return Result(scalars, {'by_class': by_class, 'pictures': shown_pictures(truth, results)})
+    artifacts = {
+        'by_class': by_class,
+        'pictures': shown_pictures(truth, results),
+        # AP of guesses is next to nothing, so the table has no chance level to show.
+        'shown': list(scalars),
+    }
+    return Result(scalars, artifacts)
 
 
 def _or_none(value: float) -> float | None:
