@@ -191,7 +191,7 @@ def optimizer() -> ConfigDict:
 def data() -> ConfigDict:
     """Where examples come from and how they are read."""
     d = ConfigDict()
-    # records | synthetic | npz
+    # records | synthetic | npz | coco (pictures with boxes: docs/detector.md)
     d.source = 'records'
     # records: the training mixture, name -> {path, split, weight, share, fold}; see records().
     # path '': what `make` makes. With {label: 'class', per_class: 20} all labels but those of 20

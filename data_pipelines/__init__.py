@@ -44,7 +44,13 @@ def open(config: ConfigDict) -> Any:
         from data_pipelines.loading.synthetic import Npz
 
         return Npz(config)
-    raise DataError(f'config.data.source: expected one of records, synthetic, npz, got {source!r}.')
+    if source == 'coco':
+        from data_pipelines.loading.coco_source import Coco
+
+        return Coco(config)
+    raise DataError(
+        f'config.data.source: expected one of records, synthetic, npz, coco, got {source!r}.'
+    )
 
 
 def open_or_make(config: ConfigDict, check: Callable[[ConfigDict], None]) -> Any:

@@ -1,5 +1,5 @@
 """What a user of trained encoders calls: vatt_jax.load(checkpoint).embed(video=…, audio=…,
-text=…), and on the same model `similarity`, `classify` and `predict`."""
+text=…), and on the same model `similarity`, `classify`, `predict` and `detect`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from vatt_jax import objectives, optim
 from vatt_jax.config import ConfigError
 from vatt_jax.importers import safetensors_folder
 from vatt_jax.inference import classes, feature_extractor, similarity, zero_shot
+from vatt_jax.inference.detector import PictureDetector
 from vatt_jax.inference.embedder import Embedder
 from vatt_jax.inference.notices import Notices
 from vatt_jax.inference.requests import Request, given_inputs, only_input
@@ -117,6 +118,9 @@ class Model:
         self._encoder = feature_extractor.FeatureExtractor(
             config, variables, mesh, self._classifier, heads, {}
         )
+        self._detector = None
+        if heads and config.objective.name == 'detection':
+            self._detector = PictureDetector(config, variables, info, mesh, heads)
         # What the user has been told: once is enough.
         self._told = Notices()
         self._embedder = Embedder(
@@ -385,6 +389,29 @@ class Model:
         given = given_inputs(video=video, audio=audio, image=image, flow=flow)
         request = Request('predict', rate, batch_size, windows, stride, on_error, quiet)
         return self._predict(given, request)
+
+    def detect(self, image: Any, *, batch_size: int = 32, min_score: float = 0.3) -> Any:
+        """Objects in pictures, found by a trained detector (docs/detector.md).
+
+        Args:
+            image: pixels [H W 3], a batch [B H W 3], a list of pictures (arrays, PIL) or paths.
+            batch_size: pictures looked at together.
+            min_score: less sure detections are left out; the run's own limit holds as well.
+
+        Returns:
+            {'boxes': float32 [N 4], x0 y0 x1 y1 in pixels of the picture, 'scores': float32 [N],
+            descending, 'classes': int32 [N], 'names': of these classes}; a list of such where
+            several pictures were given.
+
+        Raises:
+            ConfigError: the model is no detector, or a picture cannot be read.
+        """
+        if self._detector is None:
+            raise ConfigError(
+                'detect(image=…): this model is no detector, it was trained with the objective '
+                f'{self.config.objective.name!r}; load a run of configs/detector.py'
+            )
+        return self._detector.detect(image, batch_size, min_score)
 
     def _predict(self, given: Mapping[str, Any], request: Request) -> dict[str, Any]:
         name = only_input(given, request.call)

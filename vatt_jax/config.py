@@ -140,7 +140,7 @@ INTERVALS = {
 CHOICES = {
     'jax_platform': ('', 'cpu', 'cuda', 'tpu'),
     'compute_dtype': ('float32', 'bfloat16'),
-    'data.source': ('records', 'synthetic', 'npz'),
+    'data.source': ('records', 'synthetic', 'npz', 'coco'),
     'accumulation': ('plain', 'exact'),
     'evaluated': ('student', 'teacher'),
 }

@@ -17,6 +17,7 @@ from vatt_jax.evals.base import CHANGES, Evaluator, FeatureView, Result
 from vatt_jax.evals.classification import Classification
 from vatt_jax.evals.cluster_sizes import ClusterSizes
 from vatt_jax.evals.clustering import Clustering
+from vatt_jax.evals.detection import Detection
 from vatt_jax.evals.linear_probe import LinearProbe, SimpleProbe
 from vatt_jax.evals.neighbours import Neighbours
 from vatt_jax.evals.retrieval import Retrieval
@@ -38,6 +39,7 @@ EVALUATORS: dict[str, type[Evaluator]] = {
     'cluster_sizes': ClusterSizes,
     'neighbours': Neighbours,
     'zero_shot': ZeroShot,
+    'detection': Detection,
 }
 
 __all__ = [

@@ -126,16 +126,18 @@ class FeatureExtractor:
             augment=False,
             dtype=self.config.compute_dtype,
         )
-        reads_maps = self.objective is not None and self.objective.reads_maps
-        # Stages are sown only where their collection is mutable.
+        # Tokens are made for feature maps alone; otherwise the last layer computes one token.
+        needs_maps = bool(maps)
+        if self.objective is not None:
+            needs_maps |= bool(self.objective.map_streams())
         out: Any
         out, _ = self.model.apply(
             variables,
             batch,
             train=False,
             rng=rng,
-            # Tokens are made for feature maps alone; otherwise the last layer computes one token.
-            features=bool(maps) or reads_maps,
+            features=needs_maps,
+            # Stages are sown only where their collection is mutable.
             mutable=[tower_stages.COLLECTION] if stages else [],
         )
         features: dict[str, Any] = {

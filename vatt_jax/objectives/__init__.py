@@ -9,6 +9,7 @@ from vatt_jax.objectives.base import Encoding, Loss, Objective, RefreshResult, S
 from vatt_jax.objectives.classification import Classification
 from vatt_jax.objectives.coclr import CoCLR
 from vatt_jax.objectives.contrastive import Contrastive
+from vatt_jax.objectives.detection import Detection
 from vatt_jax.objectives.distillation import Distillation
 from vatt_jax.objectives.gdt import GDT
 from vatt_jax.objectives.instance_memory import InstanceMemory
@@ -29,6 +30,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'synchronisation': Synchronisation,
     'coclr': CoCLR,
     'classification': Classification,
+    'detection': Detection,
     'gdt': GDT,
     'stica': STiCA,
     'instance_memory': InstanceMemory,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import flax
 import jax
@@ -152,11 +152,7 @@ class Objective:
 
     Attributes:
       config: the resolved `config.objective`.
-      reads_maps: whether `init`, `predict` and `embed` read `Encoded.tokens`, the features before
-        pooling.
     """
-
-    reads_maps: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -306,6 +302,11 @@ class Objective:
           name -> [B P].
         """
         return {}
+
+    def map_streams(self) -> tuple[str, ...]:
+        """Streams of which `init`, `predict` and `embed` read `Encoded.tokens`, features before
+        pooling."""
+        return ()
 
     def teacher(self, state: Any) -> dict[str, Any] | None:
         """The momentum copy of the model, {'params', 'batch_stats'}; None where there is none.

@@ -103,8 +103,6 @@ class STiCA(Objective):
     first, which alone is a key.
     """
 
-    reads_maps = True
-
     def __init__(self, config: Any) -> None:
         super().__init__(with_defaults(config, DEFAULTS, 'config.objective'))
         c = self.config
@@ -121,6 +119,9 @@ class STiCA(Objective):
 
     def streams(self) -> tuple[str, ...]:
         return (*self.config.views, self.config.sound)
+
+    def map_streams(self) -> tuple[str, ...]:
+        return tuple(self.config.views)
 
     @property
     def pictures(self) -> str:

@@ -17,6 +17,7 @@ from jaxtyping import Shaped, UInt8
 
 from vatt_jax.config import ConfigError
 from vatt_jax.reporting import charts, clips, confusions, data_uris, headline
+from vatt_jax.reporting import detections as found_boxes
 from vatt_jax.reporting.charts import Chart
 from vatt_jax.reporting.confusions import Confusion
 from vatt_jax.reporting.finished_run import DAMAGE, FinishedRun
@@ -165,6 +166,7 @@ def _context(
         'clusters': _clusters(run, sources.get('cluster')),
         'similarities': _similarities(run),
         'confusions': _confusions(run),
+        'detections': _detections(run),
         'timings': run.timings,
         'config': json.dumps(run.config, indent=1),
         'can_encode_films': clips.can_encode_films(),
@@ -232,7 +234,9 @@ def _charts(run: FinishedRun, beside: Sequence[FinishedRun]) -> list[Chart]:
         # Runs that are evaluated once have a point, not a curve.
         prefix = f'eval/{name}/'
         lines = [line for line in _lines(run, '', prefix) if len(line[1]) > 1]
-        shown = [line for line in lines if line[0].endswith(('R@10', 'accuracy', 'NMI', 'mAP'))]
+        shown = [
+            line for line in lines if line[0].endswith(('R@10', 'accuracy', 'NMI', 'mAP', 'AP50'))
+        ]
         drawn.append(charts.line_chart(f'Evaluation: {name.replace("_", " ")}', shown))
     titles = {
         'lr': 'Learning rate',
@@ -439,3 +443,12 @@ def _confusions(run: FinishedRun) -> list[Confusion]:
         if shown is not None:
             found.append(shown)
     return found
+
+
+def _detections(run: FinishedRun) -> list[dict[str, Any]]:
+    shown = []
+    for name, result in run.results.items():
+        # Pixels are in a file of their own, which may be lost.
+        if run.is_plain(name, ('detection',)) and 'pixels' in result.artifacts:
+            shown.append(found_boxes.detections(name.replace('_', ' '), result.artifacts))
+    return shown

@@ -17,7 +17,8 @@ Table = tuple[list[str], list[list[str]]]
 def rows(run: FinishedRun, beside: Sequence[FinishedRun] = ()) -> Table:
     """Header and rows of the results table.
 
-    Shown is every scalar that has an interval or a chance level.
+    Shown is every scalar that has an interval or a chance level, or that its evaluator names in the
+    artifact `shown`.
 
     Args:
         run: whose results they are.
@@ -77,6 +78,8 @@ def table(
 
 
 def _is_shown(key: str, result: Result) -> bool:
+    if key in result.artifacts.get('shown', ()):
+        return True
     return f'{key}/interval' in result.artifacts or f'{key}/chance' in result.artifacts
 
 

@@ -162,7 +162,7 @@ def check(config: ConfigDict) -> dict[str, Any]:
     # the labels matter to what is checked here.
     batch = preprocess.abstract(config.model.inputs, streams, 2, config.compute_dtype)
     spec = train_state.abstract(
-        model, batch, 0, {}, objective.frozen_streams(), objective.reads_maps
+        model, batch, 0, {}, objective.frozen_streams(), bool(objective.map_streams())
     )
     train_step.check(config, model, objective, spec.batch_stats)
     assert spec.init is not None
@@ -232,7 +232,7 @@ def assemble(config: ConfigDict, data: Any, mesh: Any) -> Built:
         data.size('train'),
         labels,
         objective.frozen_streams(),
-        objective.reads_maps,
+        bool(objective.map_streams()),
     )
     train_step.check(config, model, objective, spec.batch_stats)
     tables = {}

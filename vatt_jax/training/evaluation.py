@@ -20,7 +20,7 @@ from vatt_jax.training.metrics import Progress, Writer
 from vatt_jax.training.train_state import TrainState
 
 # The scalars that are worth a place on the terminal, by the last part of their names.
-HEADLINES = ('R@10', 'accuracy', 'top1', 'divergence')
+HEADLINES = ('R@10', 'accuracy', 'top1', 'divergence', 'AP50')
 
 
 def evaluate(

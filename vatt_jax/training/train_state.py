@@ -65,7 +65,7 @@ def abstract(
         labels: name -> number of classes.
         frozen_streams: those of the batch that the model does not read
             (`Objective.frozen_streams`).
-        features: whether outputs hold every token (`Objective.reads_maps`).
+        features: whether outputs hold every token (`Objective.map_streams`).
     """
 
     def init(key: Array, batch: Any) -> tuple[Any, dict[str, Any]]:
