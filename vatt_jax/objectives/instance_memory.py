@@ -289,7 +289,7 @@ class InstanceMemory(Objective):
         return RefreshResult(
             params,
             state,
-            columns={'positives': found.records},
+            columns={'positives': np.asarray(found.records)},
             metrics={'agreement': float(mean), 'least_agreement': float(least)},
         )
 
