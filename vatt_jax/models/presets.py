@@ -312,7 +312,7 @@ def _clip_model(
     return {'shared': False, 'encoder': {}, 'towers': towers, 'head': head, 'inputs': inputs}
 
 
-def _siglip(size: dict[str, int], patch: int, pixels: int) -> dict[str, Any]:
+def _siglip(size: dict[str, int], patch: int, pixels: int, words: int = 64) -> dict[str, Any]:
     """A SigLIP: both transformers of one size, the text's without its causal mask."""
     side = pixels // patch
     video = {
@@ -331,7 +331,7 @@ def _siglip(size: dict[str, int], patch: int, pixels: int) -> dict[str, Any]:
         **size,
         **SIGLIP,
         'vocab': 32_000,
-        'positions': 64,
+        'positions': words,
         'pool': 'last',
         'causal': False,
         'spreads': (spread, spread),
@@ -340,7 +340,7 @@ def _siglip(size: dict[str, int], patch: int, pixels: int) -> dict[str, Any]:
     fields['inputs']['video'].update(
         {'range': (-1.0, 1.0), 'mean': (), 'deviation': (), 'resize': 'bilinear'}
     )
-    fields['inputs']['text'].update({'words': 64, 'tokenizer': 'siglip'})
+    fields['inputs']['text'].update({'words': words, 'tokenizer': 'siglip'})
     return fields
 
 
@@ -357,7 +357,7 @@ CLIPS: dict[str, Callable[[], dict[str, Any]]] = {
     'siglip_b16': functools.partial(_siglip, CLIP_B, 16, 224),
     'siglip_b16_256': functools.partial(_siglip, CLIP_B, 16, 256),
     'siglip_l16_256': functools.partial(_siglip, CLIP_L, 16, 256),
-    'siglip_so400m_224': functools.partial(_siglip, SO400M, 14, 224),
+    'siglip_so400m_224': functools.partial(_siglip, SO400M, 14, 224, 16),
     'siglip_so400m_384': functools.partial(_siglip, SO400M, 14, 384),
 }
 # The objective that learns from pictures and sentences in CLIP's common space.
