@@ -428,10 +428,14 @@ def from_file(kind: str, path: str | os.PathLike) -> Tokenizer:
     text = content.decode('utf-8')
     if text.lstrip().startswith('{'):
         return ClipBPE(text)
+    pairs: list[tuple[str, str]] = []
     # The first line says what the file is.
-    pairs = [tuple(line.split()) for line in text.split('\n')[1 : 1 + CLIP_MERGES] if line.strip()]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError('expected a line of the version, and lines of two pieces')
+    for line in text.split('\n')[1 : 1 + CLIP_MERGES]:
+        pieces = line.split()
+        if len(pieces) == 2:
+            pairs.append((pieces[0], pieces[1]))
+        elif pieces:
+            raise ValueError('expected a line of the version, and lines of two pieces')
     return ClipBPE.from_merges(pairs)
 
 
