@@ -1,5 +1,7 @@
 """configs/clip.py: every name, what it trains, and a tiny run of it."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -70,7 +72,7 @@ def test_what_is_decayed_and_what_is_locked():
 def test_a_tiny_run(tmp_path, options):
     c = clip.get_config(f'demo,synthetic{options}')
     c.steps, c.batch_size, c.report, c.log_every = 3, 8, False, 1
-    c.optimizer.schedule.warmup = 1
+    c.optimizer.schedule.warmup = 0
     c.evals = {}
     c.data.synthetic_size = 32
     loop.train(c, data_pipelines.open(c), tmp_path / 'run', quiet=True)
@@ -85,3 +87,28 @@ def test_a_tiny_run(tmp_path, options):
     for path, value in ours.items():
         is_locked = path[1].endswith('_video')
         assert np.array_equal(value, before[path]) == is_locked, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('option', ['flip', 'siglip'])
+def test_one_device_is_eight_and_microbatches_are_the_batch(tmp_path, option):
+    def losses(name, mesh, accumulate):
+        c = clip.get_config(f'demo,synthetic,{option}')
+        c.steps, c.batch_size, c.report, c.log_every = 2, 16, False, 1
+        c.optimizer.schedule.warmup = 0
+        c.evals = {}
+        c.data.synthetic_size = 32
+        c.accumulate, c.accumulation = accumulate, 'exact'
+        c.mesh.update(mesh)
+        # Whose compiled program takes a while.
+        c.model.towers.video.layers = c.model.towers.text.layers = 2
+        loop.train(c, data_pipelines.open(c), tmp_path / name, quiet=True)
+        lines = (tmp_path / name / 'metrics.jsonl').read_text().splitlines()
+        return [json.loads(line)['loss'] for line in lines if 'loss' in line]
+
+    alone = losses('alone', {'replica': 1}, 1)
+    eight = losses('eight', {'replica': 2, 'fsdp': 2, 'model': 2}, 1)
+    parts = losses('parts', {'replica': 1}, 2)
+    assert len(alone) == 2
+    np.testing.assert_allclose(eight, alone, rtol=2e-4)
+    np.testing.assert_allclose(parts, alone, rtol=2e-4)
