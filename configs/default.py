@@ -122,13 +122,29 @@ def model() -> ConfigDict:
 def model_inputs() -> ConfigDict:
     """The preprocessing that the model expects. It is stored in the model's checkpoints."""
     inputs = ConfigDict()
-    # range: of pixels, black to white (VATT -1 to 1, MMV 0 to 1).
-    inputs.video = ConfigDict({'frames': 32, 'size': 224, 'fps': 10.0, 'range': (-1.0, 1.0)})
+    inputs.video = ConfigDict(
+        {
+            'frames': 32,
+            'size': 224,
+            'fps': 10.0,
+            # Of pixels, black to white (VATT -1 to 1, MMV 0 to 1).
+            'range': (-1.0, 1.0),
+            # Of each colour within that range: mean, and standard deviation that the rest is
+            # divided by (CLIP). (): neither.
+            'mean': (),
+            'deviation': (),
+            # linear: a triangle, wider where the picture shrinks
+            # bicubic: Pillow's, likewise (CLIP)
+            # bilinear: of the four nearest pixels whatever the size (SigLIP)
+            'resize': 'linear',
+        }
+    )
     # Optical flow, of data that were prepared with it (docs/data.md). Empty: none. Else flow().
     inputs.flow = ConfigDict()
     # mel: empty for waveforms, else the log-mel fields of vatt_jax/inputs/spectrogram.py.
     inputs.audio = ConfigDict({'samples': 153600, 'rate': 48000, 'mel': ConfigDict()})
-    # tokenizer: words | wordpiece | sentencepiece, with the vocabulary of the data.
+    # tokenizer: words | wordpiece | sentencepiece | clip | siglip, with the vocabulary of the data;
+    # or the whole description of one (docs/clip.md).
     inputs.text = ConfigDict({'candidates': 5, 'words': 16, 'tokenizer': 'words'})
     return inputs
 

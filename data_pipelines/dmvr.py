@@ -257,9 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         '--vocabulary', type=int, default=65536, help='size of the vocabulary, at most'
     )
-    parser.add_argument(
-        '--tokenizer', default='words', choices=('words', 'wordpiece', 'sentencepiece')
-    )
+    parser.add_argument('--tokenizer', default='words', choices=record_contents.TOKENIZERS)
     parser.add_argument('--overwrite', action='store_true', help='replace an index')
     parser.add_argument('--quiet', action='store_true', help='print errors only')
     try:

@@ -575,7 +575,7 @@ def _parser(dataset: str) -> argparse.ArgumentParser:
     )
     add('--name', default='', help='name of the dataset; default: from --out')
     add('--vocabulary', type=int, default=65536, help='size of the vocabulary, at most')
-    add('--tokenizer', default='words', choices=('words', 'wordpiece', 'sentencepiece'))
+    add('--tokenizer', default='words', choices=record_contents.TOKENIZERS)
     add(
         '--encoding',
         default='',

@@ -60,13 +60,16 @@ def test_training_is_the_same_dense_gathered_and_in_a_ring(tmp_path, fields):
         assert dense['temperature/video-text'] != initial
 
 
-def test_the_learnt_scale_stops_at_a_hundred():
-    objective = Contrastive({'form': 'clip', 'learn_temperature': True})
-    before = {'log_scale': jnp.array([9.0, 1.0])}
+@pytest.mark.parametrize(
+    'fields, expected',
+    [({}, (np.log(100), 1.0, -1.0)), ({'scales': (1.0, 1e3)}, (np.log(1e3), 1.0, 0.0))],
+)
+def test_the_learnt_scale_stops_at_its_bounds(fields, expected):
+    objective = Contrastive({'form': 'clip', 'learn_temperature': True, **fields})
+    before = {'log_scale': jnp.array([9.0, 1.0, -1.0])}
     _, params, _ = objective.after_update({}, before, {}, 0)
     chex.assert_trees_all_equal_shapes_and_dtypes(params, before)
-    expected = {'log_scale': np.array([np.log(100), 1.0], np.float32)}
-    chex.assert_trees_all_close(params, expected, rtol=1e-6)
+    chex.assert_trees_all_close(params, {'log_scale': np.float32(expected)}, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +85,7 @@ def test_the_learnt_scale_stops_at_a_hundred():
         ),
         ({'dtype': 'float16'}, "config.objective.dtype='float16': choose one of float32, bfloat16"),
         ({'temperature': -1.0}, 'config.objective.temperature=-1: expected a number of at least 0'),
+        ({'scales': (2.0, 1.0)}, 'config.objective.scales: expected two rising numbers'),
         ({'replicas': 0}, 'config.objective.replicas: expected a positive number, got 0'),
         ({'blok': 3}, "config.objective.blok=3: no such field; did you mean 'block'"),
         ({'pairs': ()}, 'config.objective.pairs: expected at least one pair'),

@@ -1,15 +1,20 @@
 """The device stage against its definition, written out pixel by pixel in float64."""
 
 import colorsys
+import re
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from configs import default
 from vatt_jax.config import ConfigError
+from vatt_jax.inference import arrays
 from vatt_jax.inputs import augmentation, preprocess
+from vatt_jax.models import presets
 from vatt_jax.rng import Rng
 
 B, T, H, W, SIZE = 4, 3, 20, 26, 8
@@ -379,3 +384,64 @@ def test_a_clip_is_jittered_alike_in_any_batch(clips):
     third_clip = jax.tree.map(lambda x: x[2:3], video_batch(clips))
     alone = stage(third_clip, config)
     np.testing.assert_allclose(alone['video']['data'][0], out['video']['data'][2], atol=1e-6)
+
+
+@pytest.mark.parametrize('shape', [(40, 61), (53, 30), (9, 12)])
+def test_clips_pictures_are_those_of_pillow_on_host_and_device(shape):
+    # Far from black and white, where Pillow clips what the first of its two passes overshoots.
+    noise = np.random.default_rng(0).integers(60, 196, (*shape, 3)).astype(np.uint8)
+    size, short = 16, min(shape)
+    whole = [int(size * side / short) for side in shape]  # torchvision's Resize
+    picture = Image.fromarray(noise).resize(whole[::-1], Image.Resampling.BICUBIC)
+    top, left = (round((side - size) / 2) for side in whole)
+    expected = np.asarray(picture)[top : top + size, left : left + size]
+    host = arrays.short_side_square(noise, size)
+    np.testing.assert_array_equal(host, expected)
+
+    spec = presets.clip('clip_b32').inputs.video
+    spec.size = size
+    mean, deviation = np.array(spec.mean), np.array(spec.deviation)
+    box = [top / whole[0], left / whole[1], (top + size) / whole[0], (left + size) / whole[1]]
+    # Of the picture as it is, and of the square that the host made.
+    for data, part in ((noise, box), (host, [0, 0, 1, 1])):
+        stream = {
+            'data': jnp.asarray(data[None, None]),
+            'box': jnp.array([part], jnp.float32),
+            'flip': jnp.zeros(1, bool),
+            'valid': np.ones(1, bool),
+        }
+        rng = Rng.create(0, 0, jnp.zeros(1))
+        augment = default.get_config().augment
+        got = preprocess.video(stream, spec, augment, rng, False)[0, 0]
+        pixels = np.asarray(got, np.float64) * deviation + mean
+        # Pillow rounds to bytes twice; the device does not.
+        tolerance = 1e-5 if data is host else 1.6 / 255
+        np.testing.assert_allclose(pixels, expected / 255, rtol=0, atol=tolerance)
+
+
+def test_bilinear_reads_the_nearest_pixels_alone():
+    weights = preprocess.resample(jnp.zeros(1), jnp.ones(1), 12, 3, 'bilinear')[0]
+    expected = np.zeros((3, 12))
+    for row in range(3):  # each output lies between two pixels in the middle of its four
+        expected[row, 4 * row + 1 : 4 * row + 3] = 0.5
+    np.testing.assert_allclose(weights, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    'fields, message',
+    [
+        ({'resize': 'lanczos'}, "config.model.inputs.video.resize='lanczos': choose one of linear"),
+        ({'deviation': ()}, 'expected mean and deviation of three colours'),
+    ],
+)
+def test_a_mistake_in_the_pixels_of_a_model_is_named(fields, message):
+    spec = presets.clip('clip_b32').inputs.video
+    spec.update({'size': 4, **fields})
+    stream = {
+        'data': jnp.zeros((1, 1, 4, 4, 3), jnp.uint8),
+        'box': jnp.array([[0.0, 0.0, 1.0, 1.0]]),
+        'flip': jnp.zeros(1, bool),
+    }
+    augment = default.get_config().augment
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        preprocess.video(stream, spec, augment, Rng.create(0, 0, jnp.zeros(1)), False)

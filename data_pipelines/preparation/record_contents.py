@@ -204,9 +204,19 @@ def _to_multi_hot(value: int | list[int], num_classes: int) -> list[int]:
     return [int(i in classes) for i in range(num_classes)]
 
 
+# Kind of tokenizer -> optional modules that train it.
+TOKENIZERS: dict[str, tuple[str, ...]] = {
+    'words': (),
+    'wordpiece': ('tokenizers',),
+    'sentencepiece': ('sentencepiece',),
+    'clip': ('tokenizers',),
+    'siglip': ('sentencepiece',),
+}
+
+
 def tokenizer_modules(kind: str) -> tuple[str, ...]:
     """Optional modules that train a kind of tokenizer, to be looked for before long work."""
-    return {'wordpiece': ('tokenizers',), 'sentencepiece': ('sentencepiece',)}.get(kind, ())
+    return TOKENIZERS.get(kind, ())
 
 
 def train_tokenizer(
@@ -216,7 +226,7 @@ def train_tokenizer(
 
     Args:
         records: with their splits.
-        kind: words, wordpiece or sentencepiece.
+        kind: key of TOKENIZERS.
         size: of the vocabulary, at most.
         stage_dir: folder of the file.
 

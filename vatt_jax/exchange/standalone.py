@@ -138,10 +138,22 @@ class Artifact:
         if isinstance(sentences, str):
             sentences = [sentences]
         length = self.inputs['text']['shape'][1]
-        rows = np.zeros((len(sentences), length), np.int32)
+        begin, end, padding = _marks(spec)
+        rows = np.full((len(sentences), length), padding, np.int32)
         for row, numbers in zip(rows, _word_numbers(spec, list(sentences))):
-            row[: len(numbers)] = numbers[:length]
+            room = length - len(begin) - len(end)
+            numbers = [*begin, *numbers[:room], *end]
+            row[: len(numbers)] = numbers
         return rows
+
+
+def _marks(spec: dict[str, Any]) -> tuple[list[int], list[int], int]:
+    """What stands before and behind the words of a sentence, and what fills it up."""
+    if spec['kind'] == 'clip':
+        return [spec['size'] - 2], [spec['size'] - 1], 0
+    if spec['kind'] == 'siglip':
+        return [], [1], 1
+    return [], [], 0
 
 
 def _word_numbers(spec: dict[str, Any], sentences: list[str]) -> Any:
@@ -155,8 +167,13 @@ def _word_numbers(spec: dict[str, Any], sentences: list[str]) -> Any:
             words = sentence.translate(_PUNCTUATION).lower().split()
             numbers.append([number.get(word, unknown) for word in words])
         return numbers
-    if kind == 'wordpiece':
+    if kind in ('wordpiece', 'clip'):
+        import html
+
         import tokenizers
+
+        if kind == 'clip':
+            sentences = [html.unescape(html.unescape(text)).strip() for text in sentences]
 
         model = tokenizers.Tokenizer.from_str(spec['model'])
         encodings = model.encode_batch(sentences, add_special_tokens=False)
@@ -165,5 +182,7 @@ def _word_numbers(spec: dict[str, Any], sentences: list[str]) -> Any:
 
     import sentencepiece
 
+    if kind == 'siglip':
+        sentences = [sentence.lower() for sentence in sentences]
     pieces = sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(spec['model']))
     return pieces.encode(sentences)

@@ -9,15 +9,18 @@
     # MMV
     python -m vatt_jax.importers --format=mmv --checkpoint=mmv_s3d.pkl \\
         --config=configs/mmv.py:s3d_fac_vat --out=runs/mmv_s3d
+    # CLIP and SigLIP: openai_clip (.pt), open_clip, hf_clip (safetensors), big_vision (.npz)
+    python -m vatt_jax.importers --format=openai_clip --checkpoint=ViT-B-32.pt \\
+        --vocabulary=bpe_simple_vocab_16e6.txt.gz --out=runs/clip_b32
     # any model of ours for other tools, and back; vatt_jax.load takes that folder, too
     python -m vatt_jax.importers --format=safetensors --export=runs/vatt --out=shared/vatt
     python -m vatt_jax.importers --format=safetensors --checkpoint=shared/vatt --out=runs/again
 
 --out is then a run folder: vatt_jax.load(DIR), vatt-jax --mode=eval --workdir=DIR,
 --config.init_from=DIR, or further training in it.
-A pickle (mmv) is read without running anything that it asks for.
---vocabulary=FILE (a word a line, <pad> first) makes embed(text=…) work; --classes=FILE names a
-fine-tuned model's classes.
+A pickle (mmv, openai_clip) is read without running anything that it asks for.
+--vocabulary=FILE (a word a line, <pad> first; of CLIP its merges or tokenizer.json, of SigLIP its
+SentencePiece model) makes embed(text=…) work; --classes=FILE names a fine-tuned model's classes.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ from vatt_jax.command_line import expand_home
 
 # TensorFlow reads this when it is imported; 3: errors alone.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-FORMATS = ('vatt_tf', 'mmv', 'safetensors')
+CLIP_FORMATS = ('openai_clip', 'open_clip', 'hf_clip', 'big_vision')
+FORMATS = ('vatt_tf', 'mmv', 'safetensors', *CLIP_FORMATS)
 MOST_LINES = 40  # names of one kind that are printed; the others are counted
 
 
@@ -66,14 +70,18 @@ def main(argv: list[str]) -> None:
         return
 
     # Only vatt_tf's importer takes `classes`.
-    names = {'vocabulary': _lines(flags.vocabulary)}
+    names: dict[str, Any] = {'vocabulary': _lines(flags.vocabulary)}
+    if flags.format in CLIP_FORMATS:
+        # No list of words but the file of a library.
+        names = {'tokenizer_file': flags.vocabulary}
     if flags.classes:
         if flags.format != 'vatt_tf':
             reasons = {
                 'mmv': 'MMV checkpoints have no classifier',
                 'safetensors': 'the names of classes are stored beside the model',
             }
-            raise ConfigError(f'--classes: {reasons[flags.format]}; leave it out')
+            reason = reasons.get(flags.format, 'CLIP has no classifier')
+            raise ConfigError(f'--classes: {reason}; leave it out')
         names['classes'] = _lines(flags.classes)
     config, base = None, None
     # The config of a safetensors folder lies in it.
@@ -129,8 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--checkpoint',
         default='',
-        help='what to import: the file, (vatt_tf) its path without .index, or (safetensors) the '
-        'folder',
+        help='what to import: the file, (vatt_tf) its path without .index, or (safetensors, '
+        'open_clip, hf_clip) the folder',
     )
     parser.add_argument('--export', default='', help='a run folder, to be written in this format')
     parser.add_argument(
@@ -161,8 +169,10 @@ def _default_config() -> Any:
 
 def _importer(name: str) -> Any:
     """The module of a format: import_checkpoint and export_checkpoint."""
-    from vatt_jax.importers import mmv, safetensors_folder, vatt_tf
+    from vatt_jax.importers import clip, mmv, safetensors_folder, vatt_tf
 
+    if name in CLIP_FORMATS:
+        return clip.FORMATS[name]
     return {'vatt_tf': vatt_tf, 'mmv': mmv, 'safetensors': safetensors_folder}[name]
 
 

@@ -47,6 +47,8 @@ def check(path: str | os.PathLike, wanted: str) -> None:
     has_index = wanted == TENSORFLOW and path.with_name(f'{path.name}.index').is_file()
     has_model = wanted == SAFETENSORS and (path / 'model.safetensors').is_file()
     found = _kind_of_folder(path) or _kind_of_file(path)
+    if wanted not in (PICKLE, TENSORFLOW, SAFETENSORS) and _is_of_clip(path):
+        return
     if not found or has_index or has_model:
         return
     importer, description = found
@@ -56,6 +58,14 @@ def check(path: str | os.PathLike, wanted: str) -> None:
             f'--checkpoint={path}: expected a checkpoint for --format={wanted}, got '
             f'{description}{advice}'
         )
+
+
+def _is_of_clip(path: pathlib.Path) -> bool:
+    """Whether a path may be weights of CLIP or SigLIP, whose names alone tell the formats apart."""
+    if path.is_dir():
+        return any(path.glob('*model.safetensors'))
+    found = _kind_of_file(path)
+    return path.suffix in ('.npz', '.safetensors') or (found is not None and found[0] == PICKLE)
 
 
 def _kind_of_folder(path: pathlib.Path) -> tuple[str, str] | None:

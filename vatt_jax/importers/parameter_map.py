@@ -46,6 +46,11 @@ class Entry:
         theirs: key in their file.
         shape: of their variable.
         fields: the config field behind each of its dimensions, '' where there is none.
+        order: theirs is ours, cut into the axes `axes`, with these axes in this order; (): a
+            reshape alone.
+        axes: lengths of these axes.
+        part: (i, n): theirs holds n variables of ours end to end along its first axis, of which
+            this is the i-th.
     """
 
     ours: Path
@@ -53,6 +58,29 @@ class Entry:
     theirs: str
     shape: tuple[int, ...]
     fields: tuple[str, ...]
+    order: tuple[int, ...] = ()
+    axes: tuple[int, ...] = ()
+    part: tuple[int, int] = (0, 1)
+
+    def from_theirs(self, value: np.ndarray) -> np.ndarray:
+        """Return what of their array is this variable, in our order of numbers."""
+        part, num_parts = self.part
+        if num_parts > 1:
+            length = len(value) // num_parts
+            value = value[part * length : (part + 1) * length]
+        if not self.order:
+            return value
+        value = value.reshape([self.axes[axis] for axis in self.order])
+        return value.transpose(np.argsort(self.order))
+
+    def to_theirs(self, value: np.ndarray) -> np.ndarray:
+        """Return our array as (their part of) their variable."""
+        if self.order:
+            value = value.reshape(self.axes).transpose(self.order)
+        _, num_parts = self.part
+        if num_parts == 1:
+            return value.reshape(self.shape)
+        return value.reshape(self.shape[0] // num_parts, *self.shape[1:])
 
 
 @dataclasses.dataclass
@@ -136,7 +164,8 @@ def to_ours(
             matrix = spline_matrix(shape[0], entry.shape[0])
             value = (matrix @ value.astype(np.float64)).astype(like.dtype)
             resized.append(f'{entry.theirs}: {shape[0]} → {entry.shape[0]} rows')
-        # The layouts differ by reshapes alone (heads and their width, axes of length 1).
+        # What is left are reshapes (heads and their width, axes of length 1).
+        value = entry.from_theirs(value)
         if entry.layer is None:
             arrays[entry.ours] = value.reshape(like.shape)
         else:
@@ -238,12 +267,16 @@ def _misfit(entry: Entry, shape: tuple[int, ...]) -> str:
 
 def to_theirs(ours: Mapping[Path, np.ndarray], entries: list[Entry]) -> dict[str, np.ndarray]:
     """Return {their key: array}: the inverse of `to_ours`."""
-    theirs = {}
+    parts: dict[str, dict[int, np.ndarray]] = {}
     for entry in entries:
-        value = ours[entry.ours]
+        value = np.asarray(ours[entry.ours])
         if entry.layer is not None:
             value = value[entry.layer]
-        theirs[entry.theirs] = np.asarray(value).reshape(entry.shape)
+        parts.setdefault(entry.theirs, {})[entry.part[0]] = entry.to_theirs(value)
+    theirs = {}
+    for key, by_number in parts.items():
+        values = [by_number[number] for number in sorted(by_number)]
+        theirs[key] = values[0] if len(values) == 1 else np.concatenate(values)
     return theirs
 
 

@@ -364,6 +364,24 @@ def central_square(
     return resized(frame[top : top + n, left : left + n], side, side)
 
 
+def short_side_square(
+    frame: UInt8[np.ndarray, 'H W 3'], side: int
+) -> UInt8[np.ndarray, '{side} {side} 3']:
+    """The short side resized to `side` by Pillow's bicubic, then the square in the middle.
+
+    As CLIP's pictures are published (torchvision's Resize and CenterCrop).
+    """
+    from PIL import Image
+
+    height, width = frame.shape[:2]
+    short = min(height, width)
+    # Cut, not rounded.
+    new_height, new_width = int(side * height / short), int(side * width / short)
+    picture = Image.fromarray(frame).resize((new_width, new_height), Image.Resampling.BICUBIC)
+    top, left = round((new_height - side) / 2), round((new_width - side) / 2)
+    return np.asarray(picture)[top : top + side, left : left + side]
+
+
 # ---- Windows.
 
 

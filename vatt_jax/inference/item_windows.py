@@ -121,7 +121,10 @@ class ItemReader:
             if frame.shape[:2] != (height, width):
                 # The resolution changes in the middle.
                 frame = arrays.resized(frame, height, width)
-            if (height, width) != (size, size):
+            if self.inputs['video'].get('resize') == 'bicubic':
+                # As these models are published; the device leaves what has its size as it is.
+                frame = arrays.short_side_square(frame, size)
+            elif (height, width) != (size, size):
                 frame = arrays.central_square(frame, side)
             squares.append(frame)
         return arrays.fill_window(np.stack(squares), self.inputs['video']['frames'])

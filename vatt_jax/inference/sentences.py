@@ -55,10 +55,9 @@ class SentenceReader:
                 f'{where}: this checkpoint carries no tokenizer; import it again with '
                 '--vocabulary=FILE'
             )
-        # One more, to see whether any is cut off.
-        numbers = self._tokenizer.encode(list(sentences), self._length + 1)
-        self._tell_cut(sentences, numbers[:, self._length] != tokenizers.PAD, where)
-        numbers = numbers[:, : self._length]
+        is_cut = self._tokenizer.is_cut(list(sentences), self._length)
+        self._tell_cut(sentences, is_cut, where)
+        numbers = self._tokenizer.encode(list(sentences), self._length)
         self._tell_unknown(sentences, numbers, where)
         return numbers[:, None]
 

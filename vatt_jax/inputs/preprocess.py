@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vatt_jax.config import ConfigError
+from vatt_jax.config import ConfigError, choose
 from vatt_jax.inputs import augmentation, mirrored, optical_flow, spec_augment, spectrogram
 from vatt_jax.inputs.modalities import PICTURES, kind_of
 from vatt_jax.rng import Rng
@@ -130,16 +130,16 @@ def video(
         augment: False for neither jitter nor blur nor solarisation.
 
     Returns:
-        float32 [B T size size 3] in `spec.range`.
+        float32 [B T size size 3] in `spec.range`, standardised where `spec` has mean and deviation.
 
     Raises:
-        ConfigError: the range is not two rising numbers.
+        ConfigError: the range is not two rising numbers, or there is no such way to resize.
     """
     data, size = stream['data'], spec['size']
     num_clips = data.shape[0]
 
     def weights(height: int, width: int) -> tuple[jax.Array, jax.Array]:
-        return _crop_weights(stream, height, width, size)
+        return _crop_weights(stream, height, width, size, spec.get('resize', 'linear'))
 
     def jitter(mean: jax.Array) -> tuple[jax.Array, jax.Array]:
         if augment:
@@ -155,11 +155,11 @@ def video(
     if augment:
         x = augmentation.solarised(x, config, rng)
     x = x.reshape(*data.shape[:2], size, size, 3)
-    return _in_range(x, spec)
+    return _standardised(_in_range(x, spec), spec)
 
 
 def _crop_weights(
-    stream: Mapping[str, Any], height: int, width: int, size: int
+    stream: Mapping[str, Any], height: int, width: int, size: int, kernel: str = 'linear'
 ) -> tuple[Float[Array, 'B size height'], Float[Array, 'B size width']]:
     """What cuts the box out of every frame, resizes it and mirrors it: weights of rows and columns.
 
@@ -168,10 +168,12 @@ def _crop_weights(
         height: of a frame, in pixels.
         width: of a frame, in pixels.
         size: of the result.
+        kernel: entry of KERNELS.
     """
+    choose(kernel, KERNELS, 'config.model.inputs.video.resize')
     box = stream['box'].astype(jnp.float32)
-    columns = resample(box[:, 1], box[:, 3], width, size)
-    rows = resample(box[:, 0], box[:, 2], height, size)
+    columns = resample(box[:, 1], box[:, 3], width, size, kernel)
+    rows = resample(box[:, 0], box[:, 2], height, size, kernel)
     flipped = jnp.where(stream['flip'][:, None, None], columns[:, ::-1], columns)
     return rows, flipped
 
@@ -256,6 +258,19 @@ def _in_range(x: jax.Array, spec: Any) -> jax.Array:
     return (x + 1) * ((high - low) / 2) + low
 
 
+def _standardised(x: jax.Array, spec: Any) -> jax.Array:
+    """Pixels without their mean, divided by their standard deviation, where the model has these."""
+    mean, deviation = tuple(spec.get('mean', ())), tuple(spec.get('deviation', ()))
+    if not mean and not deviation:
+        return x
+    if len(mean) != 3 or len(deviation) != 3 or min(deviation) <= 0:
+        raise ConfigError(
+            'config.model.inputs.video: expected mean and deviation of three colours, the latter '
+            f'positive, or neither, got {mean} and {deviation}'
+        )
+    return (x - jnp.array(mean)) / jnp.array(deviation)
+
+
 # Y, U, V of 0 to 255 (ITU-R BT.601, Y from 16 to 235: what data_pipelines stores) -> R, G, B of -1
 # to 1.
 _BT_601 = np.array(
@@ -269,30 +284,53 @@ _FROM_PLANES = np.float32(_BT_601 * 2)
 _FROM_PLANES_SHIFT = np.float32(-1 - _FROM_PLANES @ np.array([16, 128, 128]))
 
 
+def _triangle(distance: jax.Array) -> jax.Array:
+    return jnp.maximum(0.0, 1.0 - distance)
+
+
+def _keys_cubic(distance: jax.Array) -> jax.Array:
+    """Keys's cubic with a = -1/2, which Pillow's bicubic is."""
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    return jnp.where(distance < 1, near, jnp.where(distance < 2, far, 0.0))
+
+
+# Name -> the weight of a pixel at a distance of so many steps, and whether a step is that of the
+# output where this is the larger one, so that nothing aliases.
+KERNELS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
+    'linear': (_triangle, True),
+    'bicubic': (_keys_cubic, True),
+    'bilinear': (_triangle, False),
+}
+
+
 def resample(
     low: Float[Array, ' B'],
     high: Float[Array, ' B'],
     length: int,
     size: int,
+    kernel: str = 'linear',
 ) -> Float[Array, 'B size length']:
-    """Weights that read `size` pixels linearly from the part low..high of `length` pixels.
+    """Weights that read `size` pixels from the part low..high of `length` pixels.
 
-    Pixel centres are half-integers. When shrinking, the triangle widens to the step, so nothing
-    aliases. Rows sum to 1. The whole axis at its own size gives the identity.
+    Pixel centres are half-integers. When shrinking, the kernel widens to the step, but for
+    `bilinear`. Rows sum to 1. The whole axis at its own size gives the identity.
 
     Args:
         low: where the part begins, as a fraction of the axis.
         high: where it ends.
         length: of the axis, in pixels.
         size: pixels to make.
+        kernel: entry of KERNELS.
     """
+    weigh, widens = KERNELS[kernel]
     # Source pixels from one output pixel to the next.
     step = (high - low) * length / size  # [B]
     centre = low[:, None] * length + (jnp.arange(size) + 0.5) * step[:, None]  # [B size]
-    reach = jnp.maximum(step, 1.0)[:, None, None]
+    reach = jnp.maximum(step, 1.0)[:, None, None] if widens else 1.0
     distance = jnp.abs(centre[:, :, None] - (jnp.arange(length) + 0.5))  # [B size length]
-    weight = jnp.maximum(0.0, 1.0 - distance / reach)
-    # At the edge of the axis part of the triangle lies outside; what is inside counts for all of
+    weight = weigh(distance / reach)
+    # At the edge of the axis part of the kernel lies outside; what is inside counts for all of
     # it.
     return weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-6)
 

@@ -1,22 +1,28 @@
-"""Sentences -> word numbers. Three kinds, one interface; 0 is padding and 1 the unknown word.
+"""Sentences -> word numbers. Five kinds, one interface.
 
 `words` is the tokenizer of VATT: ASCII punctuation deleted, lower case, split at white space,
-vocabulary look-up, no begin or end marks. It needs nothing but Python; the other two import their
-libraries when made.
+vocabulary look-up, no begin or end marks. It needs nothing but Python; the others import their
+libraries when made. Of `words`, `wordpiece` and `sentencepiece` 0 is padding and 1 the unknown
+word. `clip` and `siglip` number as the released models do, with marks of begin and end.
 """
 
 from __future__ import annotations
 
 import base64
+import gzip
+import html
 import importlib
 import io
 import itertools
+import json
+import os
+import pathlib
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from vatt_jax import extras
 from vatt_jax.inputs.word_counts import WordCounts
@@ -49,6 +55,11 @@ class Tokenizer:
         for row, numbers in zip(out, self._numbers(texts)):
             row[: len(numbers)] = numbers[:words]
         return out
+
+    def is_cut(self, texts: Sequence[str], words: int) -> Bool[np.ndarray, ' N']:
+        """Return which sentences lose something when they are encoded in `words` numbers."""
+        # One more, to see whether there is a next one.
+        return self.encode(texts, words + 1)[:, words] != PAD
 
     def _numbers(self, texts: Sequence[str]) -> Iterable[Sequence[int]]:
         raise NotImplementedError
@@ -211,11 +222,221 @@ class SentencePiece(Tokenizer):
         }
 
 
+START, END = '<|startoftext|>', '<|endoftext|>'
+# The words of CLIP's pattern: English contractions, letters, single digits, everything else.
+_CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# Of the released file, which holds more merges than its vocabulary of 49,408 has room for.
+CLIP_MERGES = 49_152 - 256 - 2
+
+
+class ClipBPE(Tokenizer):
+    """CLIP's byte-level pairs, lower-cased: begin, pieces, end, then 0.
+
+    The end has the largest number of all. A sentence that is too long loses pieces, never its end.
+    HTML entities are resolved as in the released code, twice; what ftfy repairs beyond Unicode's
+    normal form (text decoded in a wrong encoding) is left as it is.
+    """
+
+    kind = 'clip'
+    # Every byte has a number, so no word is unknown.
+    unknown = -1
+
+    def __init__(self, model: str):
+        """Load the JSON text of a `tokenizers` tokenizer, such as a `tokenizer.json`."""
+        self._model = _library('tokenizers', self.kind).Tokenizer.from_str(model)
+        self._json = model
+        self.size = self._model.get_vocab_size()
+        self._start, self._end = self._model.token_to_id(START), self._model.token_to_id(END)
+        if (self._start, self._end) != (self.size - 2, self.size - 1):
+            raise ValueError(
+                f'expected a clip tokenizer that numbers {START} and {END} last; this one of '
+                f'{self.size} numbers has {self._start} and {self._end}'
+            )
+
+    @classmethod
+    def from_merges(cls, merges: Sequence[tuple[str, str]]) -> ClipBPE:
+        """Number bytes, bytes that end a word, merges and the two marks, as CLIP does."""
+        library = _library('tokenizers', cls.kind)
+        alphabet = _byte_characters()
+        pieces = [*alphabet, *(f'{character}</w>' for character in alphabet)]
+        pieces += [first + second for first, second in merges]
+        # Two merges may make one piece.
+        pieces = list(dict.fromkeys([*pieces, START, END]))
+        vocabulary = {piece: number for number, piece in enumerate(pieces)}
+        model = library.Tokenizer(
+            library.models.BPE(
+                vocab=vocabulary, merges=list(merges), end_of_word_suffix='</w>', unk_token=END
+            )
+        )
+        _set_clip_steps(library, model)
+        return cls(model.to_str())
+
+    @classmethod
+    def train(cls, texts: Iterable[str], size: int) -> ClipBPE:
+        """Train with at most `size` numbers, of which 514 are bytes and marks.
+
+        Raises:
+            ValueError: the size leaves no room for a merge.
+        """
+        num_fixed = 2 * 256 + 2
+        if size <= num_fixed:
+            raise ValueError(f'a clip tokenizer needs more than {num_fixed} numbers, got {size}')
+        library = _library('tokenizers', cls.kind)
+        model = library.Tokenizer(library.models.BPE(end_of_word_suffix='</w>'))
+        _set_clip_steps(library, model)
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=size - 2,
+            end_of_word_suffix='</w>',
+            initial_alphabet=_byte_characters(),
+            show_progress=False,
+        )
+        model.train_from_iterator(texts, trainer)
+        merges = [tuple(pair) for pair in json.loads(model.to_str())['model']['merges']]
+        return cls.from_merges(merges[: size - num_fixed])
+
+    def encode(self, texts: Sequence[str], words: int) -> Int32[np.ndarray, 'N L']:
+        """Return the numbers of N sentences: begin, pieces, end, 0 to the length `words`."""
+        out = np.zeros((len(texts), words), np.int32)
+        for row, numbers in zip(out, self._numbers(texts)):
+            marked = [self._start, *numbers[: words - 2], self._end][:words]
+            row[: len(marked)] = marked
+        return out
+
+    def _numbers(self, texts: Sequence[str]) -> Iterable[Sequence[int]]:
+        cleaned = [html.unescape(html.unescape(text)).strip() for text in texts]
+        encodings = self._model.encode_batch(cleaned, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def to_spec(self) -> dict[str, Any]:
+        return {'kind': self.kind, 'size': self.size, 'model': self._json}
+
+
+def _byte_characters() -> list[str]:
+    """A printable character for each byte, in the order of CLIP's (GPT-2's) vocabulary.
+
+    Bytes that are printable stand for themselves and come first.
+    """
+    printable = [*range(ord('!'), ord('~') + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def _set_clip_steps(library: Any, model: Any) -> None:
+    """What comes before the pairs: one space for white space, lower case, words, bytes."""
+    steps = library.normalizers
+    model.normalizer = steps.Sequence(
+        [steps.NFC(), steps.Replace(library.Regex(r'\s+'), ' '), steps.Lowercase()]
+    )
+    splits = library.pre_tokenizers
+    model.pre_tokenizer = splits.Sequence(
+        [
+            splits.Split(library.Regex(_CLIP_WORDS), behavior='removed', invert=True),
+            splits.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    model.decoder = library.decoders.ByteLevel()
+
+
+class Siglip(Tokenizer):
+    """SigLIP's SentencePiece, lower-cased: pieces, end, and the end again as padding.
+
+    As in big_vision (`eos="sticky", pad_value=1`): the last number of every sentence is the end.
+    """
+
+    kind = 'siglip'
+    END = 1
+
+    def __init__(self, model: bytes):
+        """Load a `sentencepiece` model whose mark of the end has the number 1 (c4_en)."""
+        self._bytes = model
+        self._model = _library('sentencepiece', self.kind).SentencePieceProcessor(model_proto=model)
+        self.size = self._model.get_piece_size()
+        self.unknown = self._model.unk_id()
+        if self._model.eos_id() != self.END:
+            raise ValueError(
+                f'expected a siglip tokenizer whose end has the number {self.END}, got '
+                f'{self._model.eos_id()}'
+            )
+
+    @classmethod
+    def train(cls, texts: Iterable[str], size: int) -> Siglip:
+        """Train a model with at most `size` pieces: a small corpus gives fewer."""
+        writer = io.BytesIO()
+        _library('sentencepiece', cls.kind).SentencePieceTrainer.train(
+            sentence_iterator=(text.lower() for text in texts),
+            model_writer=writer,
+            vocab_size=size,
+            hard_vocab_limit=False,
+            pad_id=PAD,
+            eos_id=cls.END,
+            unk_id=2,
+            bos_id=-1,
+            # Errors only.
+            minloglevel=2,
+        )
+        return cls(writer.getvalue())
+
+    def encode(self, texts: Sequence[str], words: int) -> Int32[np.ndarray, 'N L']:
+        """Return the numbers of N sentences, each cut to `words` - 1 and filled with the end."""
+        out = np.full((len(texts), words), self.END, np.int32)
+        for row, numbers in zip(out, self._numbers(texts)):
+            pieces = numbers[: words - 1]
+            row[: len(pieces)] = pieces
+        return out
+
+    def is_cut(self, texts: Sequence[str], words: int) -> Bool[np.ndarray, ' N']:
+        # Padding has the number of the end, so the next piece is looked at.
+        return self.encode(texts, words + 1)[:, words - 1] != self.END
+
+    def _numbers(self, texts: Sequence[str]) -> Iterable[Sequence[int]]:
+        return self._model.encode([text.lower() for text in texts])
+
+    def to_spec(self) -> dict[str, Any]:
+        return {
+            'kind': self.kind,
+            'size': self.size,
+            'model': base64.b64encode(self._bytes).decode(),
+        }
+
+
 KINDS: dict[str, Any] = {
     Words.kind: Words,
     WordPiece.kind: WordPiece,
     SentencePiece.kind: SentencePiece,
+    ClipBPE.kind: ClipBPE,
+    Siglip.kind: Siglip,
 }
+
+
+def from_file(kind: str, path: str | os.PathLike) -> Tokenizer:
+    """Return the tokenizer of a released model.
+
+    Args:
+        kind: `clip` or `siglip`.
+        path: of clip a `tokenizer.json`, or the merges (`bpe_simple_vocab_16e6.txt.gz`,
+            `merges.txt`); of siglip a SentencePiece model.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is of another kind.
+    """
+    content = pathlib.Path(path).read_bytes()
+    if kind == Siglip.kind:
+        return Siglip(content)
+    if content[:2] == b'\x1f\x8b':
+        content = gzip.decompress(content)
+    text = content.decode('utf-8')
+    if text.lstrip().startswith('{'):
+        return ClipBPE(text)
+    pairs: list[tuple[str, str]] = []
+    # The first line says what the file is.
+    for line in text.split('\n')[1 : 1 + CLIP_MERGES]:
+        pieces = line.split()
+        if len(pieces) == 2:
+            pairs.append((pieces[0], pieces[1]))
+        elif pieces:
+            raise ValueError('expected a line of the version, and lines of two pieces')
+    return ClipBPE.from_merges(pairs)
 
 
 def train(kind: str, texts: Iterable[str], size: int) -> Tokenizer:
@@ -259,8 +480,10 @@ def from_spec(spec: Mapping[str, Any]) -> Tokenizer:
         return Words(spec['vocabulary'], spec.get('first', 2), spec.get('unknown', UNKNOWN))
     if kind == WordPiece.kind:
         return WordPiece(spec['model'])
-    if kind == SentencePiece.kind:
-        return SentencePiece(base64.b64decode(spec['model']))
+    if kind == ClipBPE.kind:
+        return ClipBPE(spec['model'])
+    if kind in (SentencePiece.kind, Siglip.kind):
+        return KINDS[kind](base64.b64decode(spec['model']))
     raise ValueError(f'tokenizer spec of kind {kind!r} is unknown; kinds are {", ".join(KINDS)}')
 
 

@@ -76,6 +76,11 @@ def linear(name: str, space: str) -> Path:
     return (('dense_bias', name, space), ('emit', space))
 
 
+def matrix(name: str, space: str) -> Path:
+    """One matrix into a space."""
+    return (('dense', name, space), ('emit', space))
+
+
 def projection(modality: str, space: str, hidden_layers: int, norm: bool) -> Path:
     """A head of views of one modality: hidden layers of one width, and a last one without norm.
 
@@ -223,6 +228,15 @@ GRAPHS = {
         init='torch',
         hidden=('hidden',),
     ),
+    # CLIP's: one matrix from each of picture and sentence; of its ResNets the picture's, the last
+    # of their attention pooling, has a bias. SigLIP's picture is in the space as it is pooled.
+    'clip': Graph(
+        {'video': matrix('video_vt', 'vt'), 'text': matrix('text_vt', 'vt')}, init='normal'
+    ),
+    'clip_resnet': Graph(
+        {'video': linear('video_vt', 'vt'), 'text': matrix('text_vt', 'vt')}, init='normal'
+    ),
+    'siglip': Graph({'video': (('emit', 'vt'),), 'text': linear('text_vt', 'vt')}, init='normal'),
     # Encoders alone (fine-tuning).
     'none': Graph({}),
 }

@@ -31,12 +31,18 @@ class Tokens:
         mask: bool [R N], or None where all tokens are real.
         grid: number of tokens along each axis.
         kept: int32 [N'] or [B N'], which grid tokens DropToken left, or None.
+        read: int32 [R], the token of each row that is its vector, where there is no aggregate one.
+        words: bool [R N], which tokens are words, where attention sees the others as well.
+        frames: pictures of a clip that are rows of their own: R = B·frames.
     """
 
     x: Any
     mask: Any
     grid: tuple[int, ...]
     kept: Any = None
+    read: Any = None
+    words: Any = None
+    frames: int = 1
 
 
 # Collection of scalars, one for each position table, whose "gradients" `spread_counting` makes.
@@ -324,7 +330,14 @@ def prepend(
     return jnp.concatenate([repeated, x], axis=1)
 
 
-def look_up(module: nn.Module, ids: jax.Array, vocab: int, width: int, frozen: bool) -> jax.Array:
+def look_up(
+    module: nn.Module,
+    ids: jax.Array,
+    vocab: int,
+    width: int,
+    frozen: bool,
+    spread: float = 0.0,
+) -> jax.Array:
     """Rows of the word table, ids [...] -> [... width].
 
     Args:
@@ -333,8 +346,10 @@ def look_up(module: nn.Module, ids: jax.Array, vocab: int, width: int, frozen: b
         vocab: number of rows.
         width: of the table.
         frozen: whether no gradient reaches the table (the official word2vec table).
+        spread: deviation of the initial table; 0: width^-1/2.
     """
-    init = logical(jax.nn.initializers.normal(width**-0.5), 'vocab', 'word')
+    deviation = spread or width**-0.5
+    init = logical(jax.nn.initializers.normal(deviation), 'vocab', 'word')
     table = module.param('word_table', init, (vocab, width), jnp.float32)
     if frozen:
         table = jax.lax.stop_gradient(table)  # its gradient is zero, not absent

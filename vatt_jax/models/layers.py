@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,21 @@ INITS: dict[str, Callable[..., jax.Array]] = {
     'torch': jax.nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform'),
     # BERT's, whatever the fan-in.
     'bert': jax.nn.initializers.normal(0.02),
+    # CLIP's projections: normal, variance 1 / fan-in.
+    'normal': jax.nn.initializers.variance_scaling(1.0, 'fan_in', 'normal'),
+}
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x · sigmoid(1.702 x), which OpenAI's CLIP has in the place of GELU."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+# Between the two matrices of a feed-forward part. gelu: exact, VATT's. gelu_tanh: SigLIP's.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    'gelu': functools.partial(jax.nn.gelu, approximate=False),
+    'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
+    'quick_gelu': quick_gelu,
 }
 
 # Kinds of batch norm. eps is added to the variance; momentum is how much of the running statistics

@@ -1,7 +1,8 @@
-"""Towers and common spaces: the model of VATT, MMV and SeLaVi.
+"""Towers and common spaces: the model of VATT, MMV, SeLaVi and CLIP.
 
 Either one transformer for each modality, or one for all of them, over raw video, waveform and words
-(VATT, Akbari et al. 2021); or networks that take a modality whole (MMV, Alayrac et al. 2020).
+(VATT, Akbari et al. 2021); or networks that take a modality whole (MMV, Alayrac et al. 2020); or
+transformers over pictures and sentences (CLIP, Radford et al. 2021).
 """
 
 from __future__ import annotations
@@ -24,9 +25,17 @@ from vatt_jax.inputs.modalities import PICTURES, kind_of
 from vatt_jax.models.attention import IMPLEMENTATIONS
 from vatt_jax.models.common_space import CommonSpaces
 from vatt_jax.models.embeddings import LinearWords, Patches, Tokens, Words
-from vatt_jax.models.layers import INITS, NORMS, Dense
+from vatt_jax.models.layers import ACTIVATIONS, INITS, NORMS, Dense
 from vatt_jax.models.towers.audio_resnet import ResNet2D, ResNet2DV2, ResNet9
 from vatt_jax.models.towers.avid import AVIDAudio, AVIDVideo
+from vatt_jax.models.towers.clip_resnet import CLIPResNet
+from vatt_jax.models.towers.clip_transformers import (
+    PICTURE_POOLS,
+    TEXT_POOLS,
+    AttentionPooling,
+    PictureTokens,
+    SentenceTokens,
+)
 from vatt_jax.models.towers.i3d import I3D
 from vatt_jax.models.towers.mixed_convolutions import MixedConvolutions
 from vatt_jax.models.towers.r2plus1d import R2Plus1D
@@ -35,7 +44,7 @@ from vatt_jax.models.towers.s3d import S3D
 from vatt_jax.models.towers.stages import sown_stages
 from vatt_jax.models.towers.tsm_resnet import TSMResNet
 from vatt_jax.models.towers.vggish import VGGish
-from vatt_jax.models.transformer import REMAT, Encoder, pack, unpack
+from vatt_jax.models.transformer import BLOCK_INITS, REMAT, Encoder, pack, take_token, unpack
 from vatt_jax.rng import Packed, Rng
 
 # The fields stay `Any`: JAX rebuilds these dataclasses with specs, None or booleans as leaves.
@@ -49,7 +58,7 @@ class Encoded:
         pooled: [B D], for text [B K D]: a transformer's output at the aggregate token, or what a
             network pools.
         tokens: [B N D] without the aggregate token, for text [B K L D]. None unless features were
-            asked for.
+            asked for. CLIP's words include the marks of begin and end.
         mask: bool [B N], which tokens are words, for text only.
         grid: number of tokens along each axis.
         kept: int [N'] or [B N'], the tokens that DropToken left, or None.
@@ -107,6 +116,16 @@ WORDS = {
     'position_dropout': 0.1,
     'post': 0,
 }
+# Fields of CLIP's transformers. They have no dropout.
+CLIP = {
+    'layers': 12,
+    'width': 768,
+    'mlp': 3072,
+    'heads': 12,
+    'head_width': 64,
+    'activation': 'quick_gelu',  # entry of layers.ACTIVATIONS
+    'eps': 1e-5,  # of all norms, added to the variance
+}
 # Towers that are one network: name -> (modality, module).
 # module(data, valid [B], train) -> (pooled, map); its attributes are the tower's config fields.
 NETS: dict[str, tuple[str, Any]] = {
@@ -121,6 +140,7 @@ NETS: dict[str, tuple[str, Any]] = {
     'resnet2d_v2': ('audio', ResNet2DV2),
     'resnet9': ('audio', ResNet9),
     'vggish': ('audio', VGGish),
+    'clip_resnet': ('video', CLIPResNet),
     'avid_video': ('video', AVIDVideo),
     'avid_audio': ('audio', AVIDAudio),
 }
@@ -148,7 +168,37 @@ TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
         'text',
         {'name': 'bert', **SIZE, **WORDS, 'positions': 16, 'pre_norm': True, 'extra': False},
     ),
+    'clip_vit': (
+        'video',
+        {
+            'name': 'clip_vit',
+            **CLIP,
+            'patch': 32,  # side in pixels
+            'positions': (),  # rows and columns of the position table; (): those of the inputs
+            'pool': 'class',  # entry of PICTURE_POOLS
+            'token_norm': True,  # of tokens before the layers
+            'patch_bias': False,
+            'drop_token': 0.0,
+            'per_example': True,
+            'init': 'torch',  # entry of transformer.BLOCK_INITS
+        },
+    ),
+    'clip_text': (
+        'text',
+        {
+            'name': 'clip_text',
+            **CLIP,
+            'vocab': 49408,
+            'positions': 0,  # rows of the position table; 0: the words of a sentence
+            'pool': 'end',  # entry of TEXT_POOLS
+            'causal': True,
+            'spreads': (0.02, 0.01),  # deviation of initial words and of initial positions
+            'init': 'clip',
+        },
+    ),
 }
+# Towers of CLIP's kind: what reads their vector off is a field.
+CLIP_TOWERS = {'clip_vit': PICTURE_POOLS, 'clip_text': TEXT_POOLS}
 
 
 def register_net(name: str, modality: str, module: Any) -> None:
@@ -211,6 +261,7 @@ class MultimodalEncoder(nn.Module):
         fronts: dict[str, nn.Module] = {}
         encoders: dict[str, nn.Module] = {}
         posts: dict[str, nn.Module] = {}
+        pools: dict[str, nn.Module] = {}
         nets: dict[str, nn.Module] = {}
         for modality, given in config['towers'].items():
             where = f'config.model.towers.{modality}'
@@ -219,6 +270,12 @@ class MultimodalEncoder(nn.Module):
                 nets[modality] = self._make_net(tower, where)
                 continue
             check_sizes(tower, where)
+            if tower['name'] in CLIP_TOWERS:
+                fronts[modality] = self._make_clip_front(modality, tower, where)
+                encoders[modality] = self._make_encoder(tower, **encoder_options(tower))
+                if tower['pool'] == 'map':
+                    pools[modality] = self._make_pool(tower)
+                continue
             # Tokens must have the width of the encoder that reads them.
             width = shared_sizes['width'] if is_shared else tower['width']
             if modality == 'text':
@@ -234,6 +291,7 @@ class MultimodalEncoder(nn.Module):
         self.fronts = fronts
         self.encoders = encoders
         self.posts = posts
+        self.pools = pools
         self.nets = nets
         self.head = CommonSpaces(config['head'])
 
@@ -248,8 +306,8 @@ class MultimodalEncoder(nn.Module):
             mlp=sizes['mlp'],
             heads=sizes['heads'],
             head_width=sizes['head_width'],
-            dropout=sizes['dropout'],
-            attention_dropout=sizes['attention_dropout'],
+            dropout=sizes.get('dropout', 0.0),
+            attention_dropout=sizes.get('attention_dropout', 0.0),
             scan=config['scan'],
             remat=config['remat'],
             implementation=config['attention'],
@@ -331,6 +389,66 @@ class MultimodalEncoder(nn.Module):
             dtype=self.dtype,
         )
 
+    def _make_clip_front(self, modality: str, tower: ConfigDict, where: str) -> nn.Module:
+        """The front of CLIP's transformer over pictures, or over sentences."""
+        if self.config['shared']:
+            raise ConfigError(
+                f'{where}.name={tower["name"]!r} has layers of its own kind; set '
+                'config.model.shared=False'
+            )
+        check_clip(tower, where)
+        if modality == 'text':
+            context = tower['positions'] or self.config['inputs']['text']['words']
+            if context < self.config['inputs']['text']['words']:
+                raise ConfigError(
+                    f'{where}.positions={context}: expected at least config.model.inputs.text.words'
+                    f'={self.config["inputs"]["text"]["words"]}, or 0 for that number'
+                )
+            return SentenceTokens(
+                vocab=tower['vocab'],
+                context=context,
+                width=tower['width'],
+                pool=tower['pool'],
+                spreads=tuple(tower['spreads']),
+                dtype=self.dtype,
+            )
+        size = self.config['inputs'][modality]['size']
+        if not 1 <= tower['patch'] <= size:
+            raise ConfigError(
+                f'{where}.patch: expected a number from 1 to {size}, the size of the inputs, got '
+                f'{tower["patch"]}.'
+            )
+        side = size // tower['patch']
+        table = tuple(tower['positions']) or (side, side)
+        if int((1 - tower['drop_token']) * side * side) < 1:
+            raise ConfigError(
+                f'{where}.drop_token={tower["drop_token"]:g} leaves none of {side * side} tokens; '
+                'lower it'
+            )
+        return PictureTokens(
+            patch=tower['patch'],
+            table=table,
+            width=tower['width'],
+            class_token=tower['pool'] == 'class',
+            norm=tower['token_norm'],
+            eps=tower['eps'],
+            bias=tower['patch_bias'],
+            drop_token=tower['drop_token'],
+            per_example=tower['per_example'],
+            dtype=self.dtype,
+        )
+
+    def _make_pool(self, tower: ConfigDict) -> AttentionPooling:
+        """What reads a picture off its tokens where no class token does."""
+        return AttentionPooling(
+            width=tower['width'],
+            mlp=tower['mlp'],
+            heads=tower['heads'],
+            eps=tower['eps'],
+            activation=tower['activation'],
+            dtype=self.dtype,
+        )
+
     def has_tower(self, params: Mapping[str, Any], modality: str) -> bool:
         """Return whether these parameters hold the tower of a modality.
 
@@ -376,7 +494,14 @@ class MultimodalEncoder(nn.Module):
 
         front_tokens = self.fronts[modality](rows, row_rng, train)  # x [R N D], R = B or B·K
         encoder = self.shared_encoder if self.config['shared'] else self.encoders[modality]
-        encoded = encoder(front_tokens.x, front_tokens.mask, row_rng.at('encoder'), train, features)
+        encoded = encoder(
+            front_tokens.x,
+            front_tokens.mask,
+            row_rng.at('encoder'),
+            train,
+            features or modality in self.pools,
+            read=front_tokens.read,
+        )
         return self._finish(modality, front_tokens, encoded, leading, features)
 
     def _finish(
@@ -391,14 +516,35 @@ class MultimodalEncoder(nn.Module):
         if modality in self.posts:
             # The exact GELU is TensorFlow's default; JAX's is the tanh approximation.
             x = jax.nn.gelu(self.posts[modality](x), approximate=False)
+        vector, tokens, mask = self._read(modality, front_tokens, x, features)
+        if front_tokens.frames > 1:
+            # Pictures of one clip: their tokens one after the other, the mean of their vectors.
+            vector = vector.reshape(*leading, -1, vector.shape[-1]).mean(1)
+            tokens = tokens.reshape(*leading, -1, tokens.shape[-1])
+        pooled = restore_leading(vector, leading)  # [B D] or [B K D]
+        if mask is not None:
+            mask = restore_leading(mask, leading)
+        return Encoded(
+            pooled,
+            restore_leading(tokens, leading) if features else None,
+            mask,
+            front_tokens.grid,
+            front_tokens.kept,
+        )
+
+    def _read(
+        self, modality: str, front_tokens: Tokens, x: jax.Array, features: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """The vector [R D] of each row, its tokens [R N D] and which of them are words [R N]."""
+        if modality in self.pools:
+            return self.pools[modality](x), x, None
+        if front_tokens.read is not None:
+            # Without features the encoder returns that token alone.
+            vector = take_token(x, front_tokens.read) if features else x
+            return vector[:, 0], x, front_tokens.words
         # The first token is the aggregate one.
-        pooled = restore_leading(x[:, 0], leading)  # [B D] or [B K D]
-        # Without features the encoder returns the first token alone, and this would be empty.
-        tokens = restore_leading(x[:, 1:], leading) if features else None
-        mask = None
-        if front_tokens.mask is not None:
-            mask = restore_leading(front_tokens.mask[:, 1:], leading)
-        return Encoded(pooled, tokens, mask, front_tokens.grid, front_tokens.kept)
+        mask = None if front_tokens.mask is None else front_tokens.mask[:, 1:]
+        return x[:, 0], x[:, 1:], mask
 
     def encode_all(
         self, batch: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False
@@ -552,7 +698,30 @@ def encoder_options(tower: ConfigDict) -> dict[str, Any]:
         return {'bias': False}
     if name == 'bert':
         return {'pre_norm': tower['pre_norm']}
+    if name in CLIP_TOWERS:
+        return {
+            'eps': tower['eps'],
+            'activation': tower['activation'],
+            'kernel_init': tower['init'],
+            'causal': tower.get('causal', False),
+        }
     return {}
+
+
+def check_clip(tower: ConfigDict, where: str) -> None:
+    """Check the names that a tower of CLIP's kind has.
+
+    Raises:
+        ConfigError: one of them is not known.
+    """
+    choose(tower['pool'], CLIP_TOWERS[tower['name']], f'{where}.pool')
+    choose(tower['activation'], ACTIVATIONS, f'{where}.activation')
+    choose(tower['init'], BLOCK_INITS, f'{where}.init')
+    if tower['pool'] == 'map' and tower['width'] % tower['heads']:
+        raise ConfigError(
+            f'{where}.heads: expected a divisor of width={tower["width"]} for pool="map", got '
+            f'{tower["heads"]}.'
+        )
 
 
 def check_sizes(fields: ConfigDict, where: str) -> None:

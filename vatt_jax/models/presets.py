@@ -1,9 +1,10 @@
-"""Named sizes: towers and models of the releases of VATT and MMV, as fields of `config.model`.
+"""Named sizes: towers and models of VATT, MMV, CLIP and SigLIP, as fields of `config.model`.
 
     m.towers.video = presets.tower('vit_base')        # a dict; change what you like
     m.update(presets.model('mbs'))                    # a published model: its towers, shared,
                                                       # encoder, head and inputs
     fields, pairs = presets.mmv('s3d', 'fac', 'vat')  # of MMV: the same, and the objective's pairs
+    fields = presets.clip('clip_b32')                 # of CLIP or SigLIP: the same as model()
 
 Parameter counts (in millions, backbone alone, without the frozen 19.66 M word table) stand beside
 the names; tests/test_presets.py checks them.
@@ -254,3 +255,144 @@ def mmv(
     }
     fields = {'shared': False, 'encoder': {}, 'towers': towers, 'head': head, 'inputs': inputs}
     return ConfigDict(fields), tuple(pairs)
+
+
+# CLIP and SigLIP, by name -> (towers, size of the pictures, width of the common space).
+CLIP_B = {'layers': 12, 'width': 768, 'mlp': 3072, 'heads': 12}
+CLIP_L = {'layers': 24, 'width': 1024, 'mlp': 4096, 'heads': 16}
+SO400M = {'layers': 27, 'width': 1152, 'mlp': 4304, 'heads': 16, 'head_width': 72}
+CLIP_PIXELS = {
+    'mean': (0.48145466, 0.4578275, 0.40821073),
+    'deviation': (0.26862954, 0.26130258, 0.27577711),
+}
+# What SigLIP's transformers have in common (big_vision).
+SIGLIP = {'activation': 'gelu_tanh', 'eps': 1e-6, 'init': 'glorot'}
+
+
+def clip_text(width: int) -> dict[str, Any]:
+    """CLIP's text transformer: all have 12 layers, and heads of 64."""
+    size = {'layers': 12, 'width': width, 'mlp': 4 * width, 'heads': width // 64}
+    return {'name': 'clip_text', **size, 'vocab': 49_408, 'positions': 77}
+
+
+def _clip_vit(
+    size: dict[str, int], patch: int, pixels: int, text: int, space: int
+) -> dict[str, Any]:
+    """A CLIP with a transformer over pictures."""
+    side = pixels // patch
+    video = {'name': 'clip_vit', **size, 'patch': patch, 'positions': (side, side)}
+    return _clip_model(video, clip_text(text), pixels, {'name': 'clip', 'vt': space})
+
+
+def _clip_resnet(
+    blocks: tuple[int, ...], features: int, pixels: int, text: int, space: int
+) -> dict[str, Any]:
+    """A CLIP with a ResNet over pictures."""
+    video = {'name': 'clip_resnet', 'blocks': blocks, 'features': features, 'size': pixels}
+    return _clip_model(video, clip_text(text), pixels, {'name': 'clip_resnet', 'vt': space})
+
+
+def _clip_model(
+    video: dict[str, Any], text: dict[str, Any], pixels: int, head: dict[str, Any]
+) -> dict[str, Any]:
+    """Fields of `config.model` of a CLIP, pictures and sentences as it was trained with."""
+    pictures = {
+        'frames': 1,
+        'size': pixels,
+        'fps': 1.0,
+        'range': (0.0, 1.0),
+        'resize': 'bicubic',
+        **CLIP_PIXELS,
+    }
+    inputs = {
+        'video': pictures,
+        'text': {'candidates': 1, 'words': 77, 'tokenizer': 'clip'},
+    }
+    towers = {'video': video, 'text': text}
+    return {'shared': False, 'encoder': {}, 'towers': towers, 'head': head, 'inputs': inputs}
+
+
+def _siglip(size: dict[str, int], patch: int, pixels: int, words: int = 64) -> dict[str, Any]:
+    """A SigLIP: both transformers of one size, the text's without its causal mask."""
+    side = pixels // patch
+    video = {
+        'name': 'clip_vit',
+        **size,
+        **SIGLIP,
+        'patch': patch,
+        'positions': (side, side),
+        'pool': 'map',
+        'token_norm': False,
+        'patch_bias': True,
+    }
+    spread = size['width'] ** -0.5
+    text = {
+        'name': 'clip_text',
+        **size,
+        **SIGLIP,
+        'vocab': 32_000,
+        'positions': words,
+        'pool': 'last',
+        'causal': False,
+        'spreads': (spread, spread),
+    }
+    fields = _clip_model(video, text, pixels, {'name': 'siglip', 'vt': size['width']})
+    fields['inputs']['video'].update(
+        {'range': (-1.0, 1.0), 'mean': (), 'deviation': (), 'resize': 'bilinear'}
+    )
+    fields['inputs']['text'].update({'words': words, 'tokenizer': 'siglip'})
+    return fields
+
+
+CLIPS: dict[str, Callable[[], dict[str, Any]]] = {
+    'clip_b32': functools.partial(_clip_vit, CLIP_B, 32, 224, 512, 512),  # 151.277
+    'clip_b16': functools.partial(_clip_vit, CLIP_B, 16, 224, 512, 512),  # 149.621
+    'clip_l14': functools.partial(_clip_vit, CLIP_L, 14, 224, 768, 768),  # 427.617
+    'clip_l14_336': functools.partial(_clip_vit, CLIP_L, 14, 336, 768, 768),
+    'clip_rn50': functools.partial(_clip_resnet, (3, 4, 6, 3), 64, 224, 512, 1024),
+    'clip_rn101': functools.partial(_clip_resnet, (3, 4, 23, 3), 64, 224, 512, 512),
+    'clip_rn50x4': functools.partial(_clip_resnet, (4, 6, 10, 6), 80, 288, 640, 640),
+    'clip_rn50x16': functools.partial(_clip_resnet, (6, 8, 18, 8), 96, 384, 768, 768),
+    'clip_rn50x64': functools.partial(_clip_resnet, (3, 15, 36, 10), 128, 448, 1024, 1024),
+    'siglip_b16': functools.partial(_siglip, CLIP_B, 16, 224),
+    'siglip_b16_256': functools.partial(_siglip, CLIP_B, 16, 256),
+    'siglip_l16_256': functools.partial(_siglip, CLIP_L, 16, 256),
+    'siglip_so400m_224': functools.partial(_siglip, SO400M, 14, 224, 16),
+    'siglip_so400m_384': functools.partial(_siglip, SO400M, 14, 384),
+}
+# The objective that learns from pictures and sentences in CLIP's common space.
+CLIP_PAIRS = (('video', 'text', 'vt', 1.0),)
+CLIP_OBJECTIVES: dict[str, dict[str, Any]] = {
+    'clip': {
+        'name': 'contrastive',
+        'pairs': CLIP_PAIRS,
+        'form': 'clip',
+        'learn_temperature': True,
+        'scales': (1.0, 100.0),
+    },
+    'siglip': {
+        'name': 'contrastive',
+        'pairs': CLIP_PAIRS,
+        'form': 'siglip',
+        'learn_temperature': True,
+        # Its released models are beyond CLIP's bound of 100.
+        'scales': (0.0, 1e6),
+    },
+}
+
+
+def clip(name: str) -> ConfigDict:
+    """Fields of `config.model` of a CLIP or SigLIP.
+
+    Replace `config.model.inputs` by those of the result rather than update it: there is no sound.
+
+    Args:
+        name: key of CLIPS.
+
+    Returns:
+        `towers`, `encoder`, `shared`, `head` and `inputs`.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    return ConfigDict(CLIPS[choose(name, CLIPS, 'presets.clip')]())

@@ -1,4 +1,4 @@
-"""The transformer encoder of VATT: pre-LN, or post-LN as an option.
+"""The transformer encoder of VATT: pre-LN, or post-LN as an option; with T5's and CLIP's options.
 
 Its layers are stacked in one parameter tree, whether they are scanned or unrolled.
 """
@@ -12,15 +12,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vatt_jax.models.attention import attention
-from vatt_jax.models.layers import LayerNorm
+from vatt_jax.models.layers import ACTIVATIONS, LayerNorm
 from vatt_jax.parallel.sharding import as_rows, constrain, logical
 from vatt_jax.rng import Packed, Rng
 
 REMAT = ('none', 'dots', 'full')
 Layout = tuple[tuple[int, int], ...]  # of each stream (K, n): K rows of n tokens for every example
+Spread = tuple[str, float]  # ('uniform', the limit) or ('normal', the deviation), around 0
 
 
 def pack(parts: Sequence[jax.Array], examples: int) -> jax.Array:
@@ -58,6 +59,77 @@ def first_tokens(layout: Layout) -> Int[np.ndarray, ' R']:
     return np.cumsum([0, *row_lengths[:-1]])
 
 
+def take_token(x: Shaped[Array, 'B N D'], column: Int[Array, ' B']) -> Shaped[Array, 'B 1 D']:
+    """One token of each row."""
+    return jnp.take_along_axis(x, column[:, None, None], axis=1)
+
+
+def causal_mask(num_tokens: int, mask: jax.Array | None) -> Bool[Array, '_ N N']:
+    """Which keys each query sees: its own token, those before it, and of these what `mask` has.
+
+    Args:
+        num_tokens: N.
+        mask: bool [B N], the keys that are there, or None.
+
+    Returns:
+        [query, key] of all rows, or of each.
+    """
+    seen = jnp.tril(jnp.ones((num_tokens, num_tokens), bool))[None]
+    return seen if mask is None else seen & mask[:, None]
+
+
+def _mask_of_token(mask: jax.Array | None, column: jax.Array) -> jax.Array | None:
+    """What one query of each row sees: [1|B N N] -> [B 1 N]; [B N], of keys alone, as it is."""
+    if mask is None or mask.ndim == 2:
+        return mask
+    shared = jnp.broadcast_to(mask, (len(column), *mask.shape[1:]))
+    return take_token(shared, column)
+
+
+def glorot_spreads(width: int, heads_width: int, mlp: int, layers: int) -> dict[str, Spread]:
+    """Keras's default: uniform, variance 2 / (fan in + fan out)."""
+    attention = ('uniform', (6 / (width + heads_width)) ** 0.5)
+    feed_forward = ('uniform', (6 / (width + mlp)) ** 0.5)
+    spreads: dict[str, Spread] = {name: attention for name in ('query', 'key', 'value', 'out')}
+    return {**spreads, 'mlp_in': feed_forward, 'mlp_out': feed_forward}
+
+
+def torch_spreads(width: int, heads_width: int, mlp: int, layers: int) -> dict[str, Spread]:
+    """PyTorch's defaults, with which CLIP's image transformer begins.
+
+    The three projections of MultiheadAttention are one matrix there, glorot uniform as a whole.
+    """
+    projected = ('uniform', (6 / (width + 3 * heads_width)) ** 0.5)
+    spreads: dict[str, Spread] = {name: projected for name in ('query', 'key', 'value')}
+    return {
+        **spreads,
+        'out': ('uniform', heads_width**-0.5),
+        'mlp_in': ('uniform', width**-0.5),
+        'mlp_out': ('uniform', mlp**-0.5),
+    }
+
+
+def clip_spreads(width: int, heads_width: int, mlp: int, layers: int) -> dict[str, Spread]:
+    """CLIP's text transformer (its released code): what adds to the residual is scaled by depth."""
+    residual = ('normal', width**-0.5 * (2 * layers) ** -0.5)
+    attention = ('normal', width**-0.5)
+    spreads: dict[str, Spread] = {name: attention for name in ('query', 'key', 'value')}
+    return {
+        **spreads,
+        'out': residual,
+        'mlp_in': ('normal', (2 * width) ** -0.5),
+        'mlp_out': residual,
+    }
+
+
+# Initial values of a block's kernels: (width, heads · head_width, mlp, layers) -> {kernel: Spread}.
+BLOCK_INITS: dict[str, Callable[[int, int, int, int], dict[str, Spread]]] = {
+    'glorot': glorot_spreads,
+    'torch': torch_spreads,
+    'clip': clip_spreads,
+}
+
+
 class Projection(nn.Module):
     """An einsum with a kernel of several dimensions, kept so that each can be sharded.
 
@@ -65,7 +137,7 @@ class Projection(nn.Module):
         equation: of [B N …] with the kernel; B and N are its `...`.
         shape: of the kernel.
         axes: logical names of the kernel's dimensions.
-        fan: (in, out), for the glorot initialiser.
+        spread: of the initial values.
         bias: whether to add one.
         dtype: to compute in.
     """
@@ -73,18 +145,20 @@ class Projection(nn.Module):
     equation: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    fan: tuple[int, int]
+    spread: Spread
     bias: bool = True
     dtype: str = 'float32'
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Glorot uniform. JAX's own would read fans off the last two axes, [heads kv] of [D heads
-        # kv], and take the first for the size of a receptive field.
-        limit = (6 / sum(self.fan)) ** 0.5
+        # JAX's own initialisers would read fans off the last two axes, [heads kv] of [D heads kv],
+        # and take the first for the size of a receptive field.
+        kind, size = self.spread
 
         def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-            return jax.random.uniform(key, shape, dtype, -limit, limit)
+            if kind == 'normal':
+                return size * jax.random.normal(key, shape, dtype)
+            return jax.random.uniform(key, shape, dtype, -size, size)
 
         kernel = self.param('kernel', logical(init, *self.axes), self.shape, jnp.float32)
         y = jnp.einsum(self.equation, as_rows(x), kernel.astype(self.dtype))  # [B·N …] or [B N …]
@@ -103,7 +177,7 @@ class Projection(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer (VATT paper), with T5's options.
+    """One layer (VATT paper), with T5's and CLIP's options.
 
         x += drop(MHA(norm(x)));  x += drop(W2 drop(gelu(W1 norm(x))))
 
@@ -116,6 +190,10 @@ class Block(nn.Module):
             LayerNorm all the same).
         scaled: whether logits are divided by sqrt(head_width) (False: T5).
         pre_norm: whether norms come before each part or after it.
+        eps: of all norms, added to the variance.
+        activation: entry of layers.ACTIVATIONS.
+        kernel_init: entry of BLOCK_INITS.
+        depth: number of layers, for initial values that depend on it.
         implementation: of attention, see `attention.IMPLEMENTATIONS`.
     """
 
@@ -129,6 +207,10 @@ class Block(nn.Module):
     rms: bool = False
     scaled: bool = True
     pre_norm: bool = True
+    eps: float = 1e-6
+    activation: str = 'gelu'
+    kernel_init: str = 'glorot'
+    depth: int = 1
     implementation: str = 'dense'
     dtype: str = 'float32'
 
@@ -142,25 +224,27 @@ class Block(nn.Module):
         train: bool,
         first_only: bool = False,
         layout: Layout | None = None,
+        read: jax.Array | None = None,
     ) -> Float[Array, 'B Nq D']:
         """Apply the layer.
 
         Args:
             x: tokens.
-            mask: bool [B N] or None; with a layout, a tuple of these.
+            mask: bool [B N] or [1|B N N] (queries, keys) or None; with a layout, a tuple of [B N].
             bias: added to the attention logits, [1 heads N N], or None.
             rng: of the layer; with a layout, an rng.Packed.
             train: whether dropout is on.
             first_only: whether to compute the first token of each row alone. It attends to all
                 tokens, so keys and values are computed for all.
             layout: of several streams packed into one; see Encoder.
+            read: int [B], with first_only, the token to compute in the place of the first.
 
         Returns:
             [B N D], or with first_only [B 1 D] (with a layout [B ΣK D]).
         """
         # Both norms are made here so that a layer's parameters keep their order.
-        attention_norm = LayerNorm(self.rms, name='attention_norm')
-        mlp_norm = LayerNorm(name='mlp_norm')
+        attention_norm = LayerNorm(self.rms, self.eps, name='attention_norm')
+        mlp_norm = LayerNorm(eps=self.eps, name='mlp_norm')
 
         y = attention_norm(x) if self.pre_norm else x
         first: slice | np.ndarray = slice(0, 1)
@@ -168,7 +252,11 @@ class Block(nn.Module):
             first = first_tokens(layout)
         # In the last layer queries, residual and feed-forward part are of the first token alone.
         query_input = y
-        if first_only:
+        if first_only and read is not None:
+            x = take_token(x, read)
+            query_input = take_token(y, read)
+            mask = _mask_of_token(mask, read)
+        elif first_only:
             x = x[:, first]
             query_input = y[:, first]
         query = self._qkv_projection('query')(query_input)  # [B Nq heads kv]
@@ -209,7 +297,7 @@ class Block(nn.Module):
             equation='...hk,hkd->...d',
             shape=(self.heads, self.head_width, self.width),
             axes=('heads', 'kv', 'embed'),
-            fan=(self.heads * self.head_width, self.width),
+            spread=self._spread('out'),
             bias=self.bias,
             dtype=self.dtype,
             name='out',
@@ -224,20 +312,20 @@ class Block(nn.Module):
             equation='...d,df->...f',
             shape=(self.width, self.mlp),
             axes=('embed', 'mlp'),
-            fan=(self.width, self.mlp),
+            spread=self._spread('mlp_in'),
             bias=self.bias,
             dtype=self.dtype,
             name='mlp_in',
         )(y)  # [B Nq mlp]
         # `mlp` is split over the mesh between the two matrices (one sum over devices, after the
-        # second). The exact GELU is TensorFlow's default; JAX's is the tanh approximation.
-        y = jax.nn.gelu(constrain(y, 'batch', 'length', 'mlp'), approximate=False)
+        # second).
+        y = ACTIVATIONS[self.activation](constrain(y, 'batch', 'length', 'mlp'))
         y = self._drop(y, rng, 'hidden', train)
         y = Projection(
             equation='...f,fd->...d',
             shape=(self.mlp, self.width),
             axes=('mlp', 'embed'),
-            fan=(self.mlp, self.width),
+            spread=self._spread('mlp_out'),
             bias=self.bias,
             dtype=self.dtype,
             name='mlp_out',
@@ -248,13 +336,20 @@ class Block(nn.Module):
         # Tokens over `seq` and the width whole: the layout in which the next layer begins.
         return constrain(x, 'batch', 'length', None)
 
+    def _spread(self, kernel: str) -> Spread:
+        """Of the initial values of a kernel."""
+        spreads = BLOCK_INITS[self.kernel_init](
+            self.width, self.heads * self.head_width, self.mlp, self.depth
+        )
+        return spreads[kernel]
+
     def _qkv_projection(self, name: str) -> Projection:
         """The projection to queries, keys or values."""
         return Projection(
             equation='...d,dhk->...hk',
             shape=(self.width, self.heads, self.head_width),
             axes=('embed', 'heads', 'kv'),
-            fan=(self.width, self.heads * self.head_width),
+            spread=self._spread(name),
             bias=self.bias,
             dtype=self.dtype,
             name=name,
@@ -297,6 +392,7 @@ class Encoder(nn.Module):
     were scanned or unrolled. Random bits are keyed by the layer's number, so both draw the same.
 
     Attributes:
+        causal: whether a token attends to itself and those before it alone (CLIP's text).
         buckets: if positive, T5's relative-position bias, one table for all layers.
         max_distance: from which on all distances share a bucket.
         scan: whether layers are a `lax.scan` (one compiled layer) or unrolled.
@@ -317,6 +413,10 @@ class Encoder(nn.Module):
     rms: bool = False
     scaled: bool = True
     pre_norm: bool = True
+    eps: float = 1e-6
+    activation: str = 'gelu'
+    kernel_init: str = 'glorot'
+    causal: bool = False
     buckets: int = 0
     max_distance: int = 64
     scan: bool = False
@@ -333,6 +433,7 @@ class Encoder(nn.Module):
         train: bool,
         features: bool = False,
         layout: Layout | None = None,
+        read: jax.Array | None = None,
     ) -> Float[Array, 'B Nq D']:
         """Encode tokens.
 
@@ -347,6 +448,8 @@ class Encoder(nn.Module):
             layout: of several streams in one pass, their rows end to end along N (`pack`), each
                 attending to itself; mask is then a tuple of theirs and rng an rng.Packed.
                 Everything but attention reads the weights once for all of them.
+            read: int [B], the token that is read without features; None: the first one. For
+                encoders without dropout, whose random bits are numbered from the first.
 
         Returns:
             [B N D], or without features [B 1 D] (with a layout [B ΣK D]).
@@ -363,10 +466,16 @@ class Encoder(nn.Module):
             rms=self.rms,
             scaled=self.scaled,
             pre_norm=self.pre_norm,
+            eps=self.eps,
+            activation=self.activation,
+            kernel_init=self.kernel_init,
+            depth=self.layers,
             implementation=self.implementation,
             dtype=self.dtype,
             parent=None,
         )
+        if self.causal:
+            mask = causal_mask(x.shape[1], mask)
         # Made once: every layer adds the same table (T5).
         bias = self._relative_bias(x.shape[1]) if self.buckets else None
         stacked = self.param('layers', self._stacked_init(block))
@@ -375,7 +484,7 @@ class Encoder(nn.Module):
             x: jax.Array, params: Any, layer: int | jax.Array, first_only: bool
         ) -> jax.Array:
             y: Any = block.apply(
-                {'params': params}, x, mask, bias, rng.at(layer), train, first_only, layout
+                {'params': params}, x, mask, bias, rng.at(layer), train, first_only, layout, read
             )
             return y
 
@@ -388,7 +497,7 @@ class Encoder(nn.Module):
             return x
 
         # Post-LN layers end in a norm; pre-LN leaves the plain sum of all residuals.
-        x = LayerNorm(self.rms, name='final_norm')(x)
+        x = LayerNorm(self.rms, self.eps, name='final_norm')(x)
         if not train:
             return x
         rng = rng.at('final')  # apart from the layers, whose sites are numbers

@@ -43,8 +43,10 @@ DEFAULTS = {
     'form': 'asymmetric',
     # 0: the form's usual one (FORMS); initial value when learnt.
     'temperature': 0.0,
-    # One per pair, as exp(log_scale), at or above 0.01 (CLIP).
+    # One per pair, as exp(-log_scale).
     'learn_temperature': False,
+    # Smallest and largest value of a learnt 1/temperature (CLIP: 1 and 100).
+    'scales': (0.0, 100.0),
     # siglip; learnt with the temperature.
     'bias': -10.0,
     # True: sentences that are all padding count as candidates too, as in the official code.
@@ -196,11 +198,12 @@ class Contrastive(Objective):
     def after_update(
         self, model_params: Any, params: Any, state: Any, step: Any
     ) -> tuple[Any, Any, Any]:
-        """Hold learnt temperatures at or above 0.01 (CLIP)."""
+        """Hold learnt temperatures within their bounds (CLIP)."""
         if params:
+            low, high = self.config.scales
             # Clipped after the update instead of in the loss: a clip in the loss would have zero
             # gradient beyond the bound, so the scale could never return.
-            log_scale = jnp.minimum(params['log_scale'], jnp.log(100.0))
+            log_scale = jnp.clip(params['log_scale'], jnp.log(low), jnp.log(high))
             params = {**params, 'log_scale': log_scale}
         return model_params, params, state
 
@@ -225,6 +228,11 @@ def _check(config: Any) -> None:
         raise ConfigError(
             'config.objective.each_mask: expected False unless form="symmetric", got True with '
             f'form={config.form!r}.'
+        )
+    if len(config.scales) != 2 or not 0 <= config.scales[0] < config.scales[1]:
+        raise ConfigError(
+            'config.objective.scales: expected two rising numbers of at least 0, such as '
+            f'(1.0, 100.0), got {config.scales}.'
         )
     if config.replicas < 1:
         raise ConfigError(

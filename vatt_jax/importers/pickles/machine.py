@@ -25,6 +25,7 @@ from vatt_jax.importers.pickles.stand_ins import (
     DType,
     Fixed,
     Mapping,
+    Module,
     Name,
     Storage,
     Unhashed,
@@ -38,8 +39,9 @@ LITERALS = frozenset(
 )
 CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False}
 # What protocols 2 to 5 need for arrays and containers. Left out, among others: EXT1… (names by
-# number, from a registry of the process), INST, OBJ and NEWOBJ (make instances of classes), PERSID
-# (names of things outside the file; PyTorch's storages alone use BINPERSID).
+# number, from a registry of the process), INST, OBJ and NEWOBJ (make instances of classes; modules
+# of TorchScript alone use NEWOBJ), PERSID (names of things outside the file; PyTorch's storages
+# alone use BINPERSID).
 OPCODES = (
     LITERALS
     | frozenset(CONSTANTS)
@@ -51,6 +53,8 @@ OPCODES = (
         MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET""".split()
     )
 )
+# What the names of TorchScript's classes begin with.
+TORCHSCRIPT = '__torch__.'
 # Bounds far above what checkpoints need, so that no value costs more than its bytes in the file.
 MOST_BITS = 2048  # of an integer
 # Bytes of an argument that ends with its line.
@@ -152,8 +156,8 @@ class Machine:
 
     def _check(self, name: str, argument: Any, offset: int | None, number: int) -> None:
         """Check one opcode before it is executed; `number` counts those before it."""
-        is_storage = name == 'BINPERSID' and self.storages is not None
-        if name not in OPCODES and not is_storage:
+        is_torch = name in ('BINPERSID', 'NEWOBJ') and self.storages is not None
+        if name not in OPCODES and not is_torch:
             argument_shown = '' if argument is None else f' {shown(argument)}'
             raise Refused(
                 f'{self.path}: opcode {name}{argument_shown} at byte {offset} is refused; NumPy '
@@ -209,6 +213,8 @@ class Machine:
             self._build()
         elif name == 'BINPERSID':
             stack.append(self._storage(stack.pop()))
+        elif name == 'NEWOBJ':
+            stack.append(self._module())
         elif name not in ('PROTO', 'FRAME'):
             self._contain(name)
 
@@ -288,6 +294,9 @@ class Machine:
         if module == '__builtin__':  # protocol 2 has the names of Python 2
             module = 'builtins'
         make = table.get(f'{module}.{name}')
+        # The classes of a TorchScript archive: their code lies in it, and is not looked at.
+        if self.storages is not None and f'{module}.'.startswith(TORCHSCRIPT):
+            make = Module
         if make is None:
             raise Refused(
                 f'{self.path} refers to {escaped(module, 80)}.{escaped(name, 80)}, which is '
@@ -308,10 +317,17 @@ class Machine:
             made = made.make()
         return made
 
+    def _module(self) -> Module:
+        """A module of TorchScript, without its attributes."""
+        kind, arguments = self._pop_last(2)
+        if type(kind) is not Name or kind.make is not Module or arguments != ():
+            raise Unsupported(f'an instance of {shown(kind)} with {shown(arguments)}')
+        return Module()
+
     def _build(self) -> None:
         state = self.stack.pop()
         value = self.stack[-1]
-        if not isinstance(value, (Fixed, Mapping, DType, Array)):
+        if not isinstance(value, (Fixed, Mapping, Module, DType, Array)):
             raise Unsupported(f'{shown(value)} with a state')
         self._count_copies(state)
         value.set_state(state)

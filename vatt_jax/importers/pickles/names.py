@@ -118,7 +118,10 @@ def _constructor(kind: type, *sources: type) -> Callable:
 
 
 def _parameter(tensor: Any, *others: Any) -> Any:
-    """PyTorch's _rebuild_parameter: the tensor; requires_grad and hooks are ignored."""
+    """The first argument: PyTorch's _rebuild_parameter and restore_type_tag.
+
+    requires_grad, hooks and the names of types are ignored.
+    """
     return tensor
 
 
@@ -170,5 +173,11 @@ TORCH: dict[str, Any] = {
     'torch._utils._rebuild_tensor': Tensor,
     'torch._utils._rebuild_parameter': _parameter,
     'torch.Size': _constructor(tuple, list, tuple),
+    # Lists and tagged values of TorchScript archives.
+    'torch.jit._pickle.build_intlist': _constructor(list, list),
+    'torch.jit._pickle.build_doublelist': _constructor(list, list),
+    'torch.jit._pickle.build_boollist': _constructor(list, list),
+    'torch.jit._pickle.build_tensorlist': _constructor(list, list),
+    'torch.jit._pickle.restore_type_tag': _parameter,
     **{f'torch.{name}Storage': _torch_dtype(code) for name, code in TORCH_STORAGES.items()},
 }

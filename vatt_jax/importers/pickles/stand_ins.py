@@ -58,6 +58,18 @@ class Mapping(dict):
         pass
 
 
+class Module(dict):
+    """A module of a TorchScript archive: its attributes by name, tensors and modules among them."""
+
+    __slots__ = ()
+
+    def set_state(self, state: Any) -> None:
+        # Keys of a dict were checked when they were put into it.
+        if type(state) is not dict or self:
+            raise Unsupported(f'a module with the state {shown(state)}')
+        self.update(state)
+
+
 class DType:
     """A NumPy type. BUILD sets its byte order."""
 
