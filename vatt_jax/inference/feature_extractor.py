@@ -121,6 +121,8 @@ class FeatureExtractor:
                 features['lengths'][space][stream] = length
         if maps:
             features['maps'] = {s: coarse(out.encoded[s]) for s in maps if s in out.encoded}
+        if maps and self.objective is not None:
+            features['heat_maps'] = self.objective.heat_maps(*heads, out.encoded)
         return features
 
     def __call__(self, batch: Mapping[str, Any], maps: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -136,7 +138,8 @@ class FeatureExtractor:
              'spaces': {space: {stream: [B(,K) E], unit length}},
              'lengths': {space: {stream: [B(,K)]}}, of the embeddings before,
              'predictions': {name: [B P]},
-             'maps': {stream: [B F], unit length}, see `coarse`; only where asked for}
+             'maps': {stream: [B F], unit length}, see `coarse`; only where asked for,
+             'heat_maps': {name: [B T h w]}, `Objective.heat_maps`; where maps are asked for}
         """
         encoded = {}
         for name, value in batch.items():

@@ -12,6 +12,7 @@ from vatt_jax.objectives.contrastive import Contrastive
 from vatt_jax.objectives.gdt import GDT
 from vatt_jax.objectives.instance_memory import InstanceMemory
 from vatt_jax.objectives.kmeans_labels import KMeansLabels
+from vatt_jax.objectives.localisation import Localisation
 from vatt_jax.objectives.online_codes import OnlineCodes
 from vatt_jax.objectives.self_labelling import SelfLabelling
 from vatt_jax.objectives.synchronisation import Synchronisation
@@ -22,6 +23,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'kmeans_labels': KMeansLabels,
     'self_labelling': SelfLabelling,
     'online_codes': OnlineCodes,
+    'localisation': Localisation,
     'synchronisation': Synchronisation,
     'coclr': CoCLR,
     'classification': Classification,
