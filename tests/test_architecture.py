@@ -26,6 +26,7 @@ FLOORS = (
     ('vatt_jax.inputs',),
     ('vatt_jax.losses', 'vatt_jax.clustering'),
     ('vatt_jax.models',),
+    ('vatt_jax.detection',),
     ('vatt_jax.objectives',),
     ('vatt_jax.optim', 'vatt_jax.inference', 'vatt_jax.performance'),
     ('vatt_jax.evals',),

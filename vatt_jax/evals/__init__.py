@@ -18,6 +18,7 @@ from vatt_jax.evals.classification import Classification
 from vatt_jax.evals.cluster_sizes import ClusterSizes
 from vatt_jax.evals.clustering import Clustering
 from vatt_jax.evals.linear_probe import LinearProbe, SimpleProbe
+from vatt_jax.evals.localisation import Localisation
 from vatt_jax.evals.neighbours import Neighbours
 from vatt_jax.evals.retrieval import Retrieval
 from vatt_jax.evals.synchrony import Sync
@@ -35,6 +36,7 @@ EVALUATORS: dict[str, type[Evaluator]] = {
     'clustering': Clustering,
     'cluster_sizes': ClusterSizes,
     'neighbours': Neighbours,
+    'localisation': Localisation,
     'zero_shot': ZeroShot,
 }
 

@@ -205,6 +205,8 @@ def compute_features(
          'labels': {name: [N ...]},
          'valid': {stream: bool [N]},
          'mask': {text stream: bool [N K]},
+         'start': {picture stream: [N]}, seconds; 'crop': {picture stream: [N 4]}, what is seen,
+         y0 x0 y1 x1 as shares of the frame,
          'data': {stream: [N ...]}, of the streams in `keep`}
 
     Raises:
@@ -235,7 +237,7 @@ def compute_features(
     num_repeated = len(index) - len(np.unique(index))
     if num_repeated:
         raise RuntimeError(f'{num_repeated} examples came more than once in one pass')
-    features.update(index=index, labels={}, valid={}, mask={})
+    features.update(index=index, labels={}, valid={}, mask={}, start={}, crop={})
     for key, value in arrays.items():
         group, name = key.split('/', 1)  # once: names of labels may hold a slash
         features[group][name] = value
@@ -250,6 +252,9 @@ def _flat(batch: Mapping[str, Any]) -> dict[str, Any]:
         arrays[f'valid/{stream}'] = batch[stream]['valid']
         if 'mask' in batch[stream]:
             arrays[f'mask/{stream}'] = batch[stream]['mask']
+        if 'box' in batch[stream] and 'start' in batch[stream]:
+            arrays[f'start/{stream}'] = batch[stream]['start']
+            arrays[f'crop/{stream}'] = batch[stream]['box']
     for name, value in batch.get('labels', {}).items():
         arrays[f'labels/{name}'] = value
     return arrays

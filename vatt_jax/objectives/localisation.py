@@ -152,6 +152,10 @@ class Localisation(SelfLabelling):
 
     # ---- Evaluation.
 
+    def predict(self, params: Any, state: Any, encoded: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """See SelfLabelling. A loaded model has no statistics of the heads, and no clusters."""
+        return super().predict(params, state, encoded) if 'norm' in state else {}
+
     def heat_maps(
         self, params: Any, state: Any, encoded: Mapping[str, Any]
     ) -> dict[str, jax.Array]:
