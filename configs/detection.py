@@ -71,7 +71,7 @@ def get_config(arg: str = 'demo') -> ConfigDict:
 def demo_config(is_synthetic: bool) -> ConfigDict:
     """A run of the playground's size."""
     c = demo.get_config('synthetic' if is_synthetic else '')
-    c.steps = 600
+    c.steps = 800
     m = c.model
     m.inputs.video.update({'frames': 1, 'size': 64, 'fps': 8.0, 'range': (0.0, 1.0)})
     m.inputs.audio.update({'samples': 8000, 'rate': 8000})
@@ -79,8 +79,9 @@ def demo_config(is_synthetic: bool) -> ConfigDict:
     m.inputs.video.update({'frames': 1, 'size': 64, 'fps': 8.0})
     m.inputs.audio.update({'samples': 8000, 'rate': 8000})
     mmv.shrink_towers(m, None)
-    # A map of 8 × 8, of pictures that know no other frames.
-    m.towers.video.update({'share': 0.0, 'stride': 8})
+    # A map of 8 × 8, of pictures that know no other frames. Deeper networks see the whole picture
+    # from every position, and put what they know anywhere.
+    m.towers.video.update({'depth': 10, 'share': 0.0, 'stride': 8})
     c.objective = ConfigDict(
         {
             'name': 'localisation',

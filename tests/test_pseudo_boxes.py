@@ -57,7 +57,7 @@ def fake_view(heat):
     }
     inputs = ConfigDict({'audio': {'samples': 1000, 'rate': 1000}})
     encoder = types.SimpleNamespace(config=ConfigDict({'model': {'inputs': inputs}}))
-    data = types.SimpleNamespace(texts=lambda split, by: [{'ground_truth': TRUTH}] * 3)
+    data = types.SimpleNamespace(texts=lambda split, by: [{'ground_truth': json.dumps(TRUTH)}] * 3)
     return types.SimpleNamespace(
         features=lambda *args, **kwargs: features, encoder=encoder, data=data, seed=0
     )

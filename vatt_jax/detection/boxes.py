@@ -88,7 +88,7 @@ def box_iou(a: Float[np.ndarray, 'N 4'], b: Float[np.ndarray, 'M 4']) -> Float[n
     """Intersection over union of every box of one set with every box of the other."""
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    shared = (high - low).prod(-1)
+    shared = np.clip(high - low, 0, None).prod(-1)
     union = _area(a)[:, None] + _area(b)[None] - shared
     return shared / np.maximum(union, 1e-12)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -106,7 +107,8 @@ class Localisation(Evaluator):
         sound_seconds = inputs.audio.samples / inputs.audio.rate
         rows, true_boxes = [], []
         for row, place in enumerate(features['index']):
-            truth = texts[place].get('ground_truth', {})
+            # JSON, as records hold it.
+            truth = json.loads(texts[place].get('ground_truth') or '{}')
             if not features['valid'][stream][row] or 'sounds' not in truth:
                 continue
             start = float(features['start'][stream][row])

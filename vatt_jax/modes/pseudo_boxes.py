@@ -20,7 +20,8 @@ from ml_collections import ConfigDict
 from vatt_jax.config import ConfigError
 from vatt_jax.detection.boxes import find_boxes, upsample
 from vatt_jax.inference.feature_extractor import FeatureExtractor
-from vatt_jax.objectives.localisation import HEAT, Localisation
+from vatt_jax.objectives import Objective
+from vatt_jax.objectives.localisation import HEAT
 from vatt_jax.run_folder import RunFolder, writing
 from vatt_jax.training import checkpoint, loop, train_state
 
@@ -107,10 +108,12 @@ def _new_folder(out: str) -> pathlib.Path:
 
 def _restored(
     config: ConfigDict, data: Any, workdir: pathlib.Path
-) -> tuple[FeatureExtractor, Localisation]:
+) -> tuple[FeatureExtractor, Objective]:
     """The newest model of a run with its heads, which need the objective's state."""
     built = loop.build(config, data)
     step = loop.newest_sound(workdir)
+    if step is None:
+        raise ConfigError(f'--workdir={workdir} holds no checkpoint; train first')
     checkpoints = checkpoint.Checkpoints(RunFolder(workdir).checkpoints, config.checkpoint)
     with jax.set_mesh(built.mesh):
         state, _, _ = checkpoints.restore(step, built.shape, built.shardings, config)
@@ -124,7 +127,7 @@ def _restored(
 def write(
     folder: pathlib.Path,
     encoder: FeatureExtractor,
-    objective: Localisation,
+    objective: Objective,
     batches: Iterator[Mapping[str, Any]],
     options: Options,
 ) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class Localisation(SelfLabelling):
             **labelling.metrics,
         }
         # Before the first labels self-labelling keeps all parameters; the contrast needs none.
-        return labelling.replace(value=value, metrics=metrics, apply_update=True)
+        return Loss(value, metrics, labelling.batch_stats, labelling.state, apply_update=True)
 
     def project(
         self, params: Any, name: str, features: Float[Array, 'B *grid D']
@@ -145,7 +145,8 @@ class Localisation(SelfLabelling):
         """
         rows = features.reshape(-1, features.shape[-1])
         rng = Rng.create(0, 0, jnp.zeros(len(rows), jnp.uint32))  # nothing is drawn
-        (_, projected) = self.projection.apply(
+        projected: Any
+        _, projected = self.projection.apply(
             {'params': params[PROJECTIONS][name]}, rows, jnp.ones(len(rows), bool), rng, False
         )
         return projected.reshape(*features.shape[:-1], -1)

@@ -18,6 +18,8 @@ from vatt_jax.models.towers.convolutions import Conv, max_pool
 
 # depth -> (blocks of the four units, whether these are bottlenecks, widths of the units' results)
 DEPTHS: dict[int, Any] = {
+    # Small enough that a position of a map of small pictures does not see them whole.
+    10: ((1, 1, 1, 1), False, (64, 128, 256, 512)),
     18: ((2, 2, 2, 2), False, (64, 128, 256, 512)),
     34: ((3, 4, 6, 3), False, (64, 128, 256, 512)),
     50: ((3, 4, 6, 3), True, (256, 512, 1024, 2048)),
