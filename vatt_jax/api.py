@@ -402,7 +402,7 @@ class Model:
         size: Any = None,
         rate: Any = None,
         batch_size: Any = 32,
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Any]:
         """Where in a picture is what is heard: heat maps of a model trained to localise.
 
         Args:

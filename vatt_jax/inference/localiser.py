@@ -40,7 +40,7 @@ class Localiser:
 
     def heat_maps(
         self, given: Mapping[str, Any], request: Request, size: tuple[int, int] | None
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Any]:
         """See `vatt_jax.api.Model.localise`.
 
         Args:
