@@ -1,5 +1,5 @@
 """What a user of trained encoders calls: vatt_jax.load(checkpoint).embed(video=…, audio=…,
-text=…), and on the same model `similarity`, `classify`, `predict` and `detect`."""
+text=…), and on the same model `similarity`, `classify`, `predict`, `detect` and `localise`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from vatt_jax.importers import safetensors_folder
 from vatt_jax.inference import classes, feature_extractor, similarity, zero_shot
 from vatt_jax.inference.detector import PictureDetector
 from vatt_jax.inference.embedder import Embedder
+from vatt_jax.inference.localiser import Localiser
 from vatt_jax.inference.notices import Notices
 from vatt_jax.inference.requests import Request, given_inputs, only_input
 from vatt_jax.inputs import tokenizer
@@ -123,6 +124,12 @@ class Model:
             self._detector = PictureDetector(config, variables, info, mesh, heads)
         # What the user has been told: once is enough.
         self._told = Notices()
+        self._localiser = None
+        if heads and config.objective.name == 'localisation':
+            finder = feature_extractor.FeatureExtractor(
+                config, variables, mesh, objectives.build(config.objective), heads, {}
+            )
+            self._localiser = Localiser(finder, self.inputs, self._told)
         self._embedder = Embedder(
             self._encoder, self.inputs, self.tokenizer, self._told, info.get('flow')
         )
@@ -413,6 +420,48 @@ class Model:
             )
         return self._detector.detect(image, batch_size, min_score)
 
+    def localise(
+        self,
+        video: Any = None,
+        audio: Any = None,
+        image: Any = None,
+        *,
+        size: Any = None,
+        rate: Any = None,
+        batch_size: Any = 32,
+    ) -> dict[str, Any]:
+        """Where in a picture is what is heard: heat maps of a model trained to localise.
+
+        Args:
+            video: clips or media files, see `embed`; of a longer one the middle is taken, from a
+                file with its sound. One of `video` and `image` is given.
+            audio: see `embed`; a sound for each picture, unless these are media files with sound.
+            image: pictures, see `embed`.
+            size: (height, width) of the maps, interpolated; None: of the model's own grid.
+            rate: see `embed`.
+            batch_size: see `embed`.
+
+        Returns:
+            {'heat': float32 [B T h w], cosines of every position and the sound, 'score': float32
+            [B], the highest of each}, without B where a single item was given. The map covers what
+            the model sees of a picture: its central square.
+
+        Raises:
+            ConfigError: the model was not trained by config.objective.name='localisation', a
+                picture has no sound, or an input is of another kind or shape.
+        """
+        if self._localiser is None:
+            raise ConfigError(
+                'localise(): this model has no heat maps, it was trained with the objective '
+                f"{self.config.objective.name!r}; train one with 'localisation' "
+                '(docs/detection.md)'
+            )
+        if size is not None:
+            size = _checked_size(size)
+        given = given_inputs(video=video, audio=audio, image=image)
+        request = Request('localise', rate, batch_size, None, None, 'raise', True)
+        return self._localiser.heat_maps(given, request, size)
+
     def _predict(self, given: Mapping[str, Any], request: Request) -> dict[str, Any]:
         name = only_input(given, request.call)
         where = request.where(name)
@@ -429,3 +478,12 @@ class Model:
             )
         objective = self._classifier.config
         return classes.by_classifier(self._embedder, given, request, objective, self.info)
+
+
+def _checked_size(size: Any) -> tuple[int, int]:
+    """(height, width) in pixels. Raises ConfigError where it is none."""
+    values = np.asarray(size)
+    if values.shape != (2,) or values.dtype.kind not in 'iu' or values.min() < 1:
+        raise ConfigError(f'localise(size={size!r}): expected (height, width) in pixels')
+    height, width = values.tolist()
+    return height, width

@@ -74,7 +74,7 @@ def run_mode(flags: argparse.Namespace, config: ConfigDict, workdir: pathlib.Pat
     elif flags.mode == 'embed':
         from vatt_jax.modes import embed
 
-        embed.run(config, workdir, open_data, flags.split)
+        embed.run(config, workdir, open_data, flags.split or 'test')
     elif flags.mode == 'index':
         from vatt_jax.modes import index
 
@@ -87,6 +87,11 @@ def run_mode(flags: argparse.Namespace, config: ConfigDict, workdir: pathlib.Pat
         from vatt_jax.modes import export
 
         export.run(workdir, flags.out, flags.licence)
+    elif flags.mode == 'pseudo_boxes':
+        from vatt_jax.modes import pseudo_boxes
+
+        options = pseudo_boxes.Options(flags.split or 'train', flags.beta, flags.boxes, flags.score)
+        pseudo_boxes.run(config, workdir, open_data, flags.out, options)
     else:
         from vatt_jax.modes import deflate
 

@@ -19,6 +19,7 @@ from vatt_jax.evals.cluster_sizes import ClusterSizes
 from vatt_jax.evals.clustering import Clustering
 from vatt_jax.evals.detection import Detection
 from vatt_jax.evals.linear_probe import LinearProbe, SimpleProbe
+from vatt_jax.evals.localisation import Localisation
 from vatt_jax.evals.neighbours import Neighbours
 from vatt_jax.evals.retrieval import Retrieval
 from vatt_jax.evals.stage_probe import StageProbe
@@ -38,6 +39,7 @@ EVALUATORS: dict[str, type[Evaluator]] = {
     'clustering': Clustering,
     'cluster_sizes': ClusterSizes,
     'neighbours': Neighbours,
+    'localisation': Localisation,
     'zero_shot': ZeroShot,
     'detection': Detection,
 }

@@ -217,7 +217,7 @@ class Embedder:
     def _encode_batch(self, name: str, items: list[np.ndarray], batch_size: int) -> Features:
         """The same, of no more items than the program takes."""
         tower = TOWERS.get(name, name)
-        stream = _stream(name, np.stack(items), batch_size)
+        stream = as_stream(name, np.stack(items), batch_size)
         batch = {tower: stream, 'position': np.arange(batch_size), 'valid': stream['valid']}
         features = self._extractor(batch)
         named = {'pooled': features['pooled'][tower]}
@@ -320,7 +320,7 @@ def _joined(parts: Sequence[Part]) -> tuple[Features, np.ndarray] | None:
     return all_features, np.concatenate(valid)
 
 
-def _stream(name: str, data: np.ndarray, rows: int) -> dict[str, np.ndarray]:
+def as_stream(name: str, data: np.ndarray, rows: int) -> dict[str, np.ndarray]:
     """The stream of a batch of `rows` examples, the last ones padding."""
     padding = np.zeros((rows - len(data), *data.shape[1:]), data.dtype)
     is_valid = np.arange(rows) < len(data)

@@ -164,6 +164,8 @@ class FeatureExtractor:
             features['stages'] = {
                 stage.name: _stage_vector(out.encoded[stage.stream], stage) for stage in stages
             }
+        if maps and self.objective is not None:
+            features['heat_maps'] = self.objective.heat_maps(*heads, out.encoded)
         return features
 
     def __call__(
@@ -186,7 +188,8 @@ class FeatureExtractor:
              'lengths': {space: {stream: [B(,K)]}}, of the embeddings before,
              'predictions': {name: [B P]},
              'maps': {stream: [B F], unit length}, see `coarse`; only where asked for,
-             'stages': {name of a Stage: [B F]}; only where asked for}
+             'stages': {name of a Stage: [B F]}; only where asked for,
+             'heat_maps': {name: [B T h w]}, `Objective.heat_maps`; where maps are asked for}
 
         Raises:
             ConfigError: the stream's tower has no such stage or makes no map.
@@ -267,6 +270,8 @@ def compute_features(
          'labels': {name: [N ...]},
          'valid': {stream: bool [N]},
          'mask': {text stream: bool [N K]},
+         'start': {picture stream: [N]}, seconds; 'crop': {picture stream: [N 4]}, what is seen,
+         y0 x0 y1 x1 as shares of the frame,
          'data': {stream: [N ...]}, of the streams in `keep`}
 
     Raises:
@@ -297,7 +302,7 @@ def compute_features(
     num_repeated = len(index) - len(np.unique(index))
     if num_repeated:
         raise RuntimeError(f'{num_repeated} examples came more than once in one pass')
-    features.update(index=index, labels={}, valid={}, mask={})
+    features.update(index=index, labels={}, valid={}, mask={}, start={}, crop={})
     for key, value in arrays.items():
         group, name = key.split('/', 1)  # once: names of labels may hold a slash
         features[group][name] = value
@@ -312,6 +317,9 @@ def _flat(batch: Mapping[str, Any]) -> dict[str, Any]:
         arrays[f'valid/{stream}'] = batch[stream]['valid']
         if 'mask' in batch[stream]:
             arrays[f'mask/{stream}'] = batch[stream]['mask']
+        if 'box' in batch[stream] and 'start' in batch[stream]:
+            arrays[f'start/{stream}'] = batch[stream]['start']
+            arrays[f'crop/{stream}'] = batch[stream]['box']
     for name, value in batch.get('labels', {}).items():
         arrays[f'labels/{name}'] = value
     return arrays

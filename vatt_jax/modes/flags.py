@@ -10,7 +10,18 @@ from vatt_jax import named_configs
 from vatt_jax.command_line import expand_home
 from vatt_jax.config import ConfigError
 
-MODES = ('train', 'eval', 'embed', 'report', 'deflate', 'plan', 'index', 'search', 'export')
+MODES = (
+    'train',
+    'eval',
+    'embed',
+    'report',
+    'deflate',
+    'plan',
+    'index',
+    'search',
+    'export',
+    'pseudo_boxes',
+)
 
 # COMMAND stands for what the user typed.
 DESCRIPTION = """\
@@ -38,6 +49,8 @@ COMMAND --mode=search --index=INDEX --query="a dog barks"
     the stretches that match; --serve shows a web page
 COMMAND --mode=export --workdir=runs/demo --out=FOLDER
     programs that JAX alone runs: docs/export.md
+COMMAND --mode=pseudo_boxes --workdir=runs/localisation --out=FOLDER
+    pictures with boxes that sound found, for a detector: docs/detection.md
 
 The same command again continues a run from its newest checkpoint."""
 
@@ -99,8 +112,8 @@ def _parser(command: str) -> Parser:
     add = parser.add_argument_group('--mode=embed').add_argument
     add(
         '--split',
-        default='test',
-        help='which split of config.data.eval; default: test',
+        default='',
+        help='which split of config.data.eval; default: test, of pseudo_boxes train',
         metavar='SPLIT',
     )
 
@@ -115,6 +128,7 @@ def _parser(command: str) -> Parser:
     _add_deflate_flags(parser)
     _add_plan_flags(parser)
     _add_search_flags(parser)
+    _add_box_flags(parser)
     add = parser.add_argument_group('--mode=export (and --out)').add_argument
     add('--licence', default='', metavar='NAME', help='of the weights, for the model card')
     return parser
@@ -230,6 +244,25 @@ def _add_search_flags(parser: Parser) -> None:
         type=int,
         metavar='PORT',
         help='of the page; 0: any that is free; default: 8000',
+    )
+
+
+def _add_box_flags(parser: Parser) -> None:
+    add = parser.add_argument_group('--mode=pseudo_boxes (and --out, --split)').add_argument
+    add(
+        '--beta',
+        default=0.5,
+        type=float,
+        metavar='SHARE',
+        help='of the threshold beta * maximum + (1 - beta) * mean of a heat map; default: 0.5',
+    )
+    add('--boxes', default=1, type=int, metavar='N', help='of a picture at most; default: 1')
+    add(
+        '--score',
+        default=-1.0,
+        type=float,
+        metavar='COSINE',
+        help='boxes of lower scores are left out; default: none is',
     )
 
 

@@ -331,6 +331,21 @@ class Objective:
         """
         return {}
 
+    def heat_maps(
+        self, params: Any, state: Any, encoded: Mapping[str, Any]
+    ) -> dict[str, jax.Array]:
+        """Where in a picture something is, as heads of the objective see it.
+
+        Args:
+          params: the objective's parameters.
+          state: the objective's state.
+          encoded: {stream: Encoded} in evaluation mode, with tokens.
+
+        Returns:
+          name -> float32 [B T h w]; {} where a stream it takes is missing.
+        """
+        return {}
+
     def columns(self) -> dict[str, jax.ShapeDtypeStruct]:
         """What refreshes join to every record: name -> shape and type of one record's entry."""
         return {}

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -103,10 +103,15 @@ class SelfLabelling(Objective):
     params and state['norm'] are {modality: {head: …}}; views of a modality share its heads. The
     column `label` is [M heads], -1 for records that no refresh could read. A record that lacks
     modalities is labelled by those it has.
+
+    Attributes:
+      DEFAULTS: the fields of config.objective, of a subclass with its own.
     """
 
+    DEFAULTS: ClassVar[Mapping[str, Any]] = DEFAULTS
+
     def __init__(self, config: Any) -> None:
-        super().__init__(with_defaults(config, DEFAULTS, 'config.objective'))
+        super().__init__(with_defaults(config, self.DEFAULTS, 'config.objective'))
         for field, (low, high) in RANGES.items():
             check_range(self.config[field], low, high, f'config.objective.{field}')
         _check(self.config)

@@ -100,10 +100,12 @@ def claim_folder(path: pathlib.Path, config: Config) -> None:
         temporary.write_text(json.dumps(asked, indent=1))
         os.replace(temporary, note)
         return
-    found = json.loads(note.read_text())
+    # A playground older than some fields: their defaults are what it was made with.
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    found = {**defaults, **json.loads(note.read_text())}
     for field, value in asked.items():
-        if found.get(field) != value:
+        if found[field] != value:
             raise DataError(
-                f'{path} holds a playground with {field}={found.get(field)!r}, got {value!r}; '
+                f'{path} holds a playground with {field}={found[field]!r}, got {value!r}; '
                 'name another path'
             )

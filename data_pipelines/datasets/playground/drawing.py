@@ -42,7 +42,8 @@ def scene(size: int, episode: Episode) -> np.ndarray:
     margin = math.ceil(MARGIN * size)
     around = ((0, 0), (margin, margin), (margin, margin), (0, 0))
     canvas = np.pad(backdrop(size, episode), around)
-    for thing in [*episode.distractors, episode.subject]:
+    # The subject in front.
+    for thing in [*episode.distractors, *episode.bystanders, episode.subject]:
         draw(canvas, thing, size, margin)
     return canvas[:, margin:-margin, margin:-margin]
 
@@ -179,11 +180,11 @@ def extent(thing: Thing) -> np.ndarray:
 def boxes(config: Config, episodes: list[Episode]) -> list[list[list[float]]]:
     """[frame][object] -> y0 x0 y1 x1 as shares of the frame, clipped to it.
 
-    The subject comes first; the box of what is not there is [0 0 0 0].
+    In the order of `Episode.things`; the box of what is not there is [0 0 0 0].
     """
     by_frame: list[list[list[float]]] = []
     for episode in episodes:
-        things = [episode.subject, *episode.distractors]
+        things = episode.things
         around = [np.tile(x.center, 2) + x.radius[:, None] * extent(x) for x in things]
         tight = np.stack(around, 1)  # [T objects 4]
         clipped = np.clip(tight, 0, 1).round(4)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.datasets.playground import drawing, narration, sound, world
+from data_pipelines.datasets.playground import boxes, drawing, narration, sound, world
 from data_pipelines.datasets.playground.world import Config
 from data_pipelines.preparation import worker_processes
 
@@ -18,6 +18,8 @@ def render(
     config: Config, out: str | os.PathLike, processes: int = 2, quiet: bool = False
 ) -> pathlib.Path:
     """Writes <out>/media/<split>/NNNNNN.mp4, <out>/captions.json and <out>/annotations.json.
+
+    With `config.pictures` also <out>/images/<split>/NNNNNN_FFFF.png and <out>/boxes_<split>.json.
 
     Files that are there stay: each is written under another name first, so a file that exists is
     whole.
@@ -45,6 +47,9 @@ def render(
         'color': list(world.COLORS),
         'size': list(world.SIZES),
     }
+    if config.pictures:
+        for split in world.SPLITS:
+            boxes.write(config, out, split)
     _write_json(out / 'captions.json', captions)
     _write_json(out / 'annotations.json', {'labels': labels, 'videos': videos})
     return out / 'media'
@@ -76,6 +81,8 @@ def write(config: Config, out: pathlib.Path, job: tuple[str, int]) -> None:
     path = path_of(out, *job)
     temporary = path.with_suffix('.tmp.mp4')
     frames, audio = content(config, *job)
+    # Before the video: where that is, its pictures are too.
+    boxes.write_pictures(config, out, *job, frames)
     write_mp4(temporary, frames, config.fps, audio, config.rate)
     os.replace(temporary, path)
 
@@ -109,7 +116,7 @@ def truth(config: Config, episodes: list[world.Episode]) -> dict[str, Any]:
             heard = round(float(max(time, episode.begin)), 4)
             events.append({'time': heard, 'sound': event, 'object': subject.kind})
         looks = []
-        for thing in (subject, *episode.distractors):
+        for thing in episode.things:
             looks.append(
                 {
                     'kind': thing.kind,
@@ -119,11 +126,15 @@ def truth(config: Config, episodes: list[world.Episode]) -> dict[str, Any]:
                 }
             )
         objects.append(looks)
-    ground_truth = {
+    ground_truth: dict[str, Any] = {
         'events': events,
         'objects': objects,
         'boxes': drawing.boxes(config, episodes),
     }
+    # Not in every playground: the files of those that are there stay what they are.
+    if config.tells_sounding:
+        ground_truth['fps'] = config.fps
+        ground_truth['sounds'] = boxes.sounding(episodes)
     return {'segments': segments, 'ground_truth': ground_truth}
 
 

@@ -46,6 +46,8 @@ RISE = 0.4
 GLIDE = 0.8
 # Least seconds from one post to the other, so that a sound is over before the next.
 SHORTEST_CROSSING = 0.42
+# Places that are tried for a silent thing of a subject's size.
+BYSTANDER_PLACES = 6
 SPLITS = ('train', 'validation', 'test')
 
 # (seconds since the scene began, kind of sound, strength)
@@ -68,6 +70,9 @@ class Config:
         distractors: most silent objects per scene.
         camera_noise: standard deviation in 8-bit levels.
         sound_noise: standard deviation as a share of full scale.
+        silent: most silent things of a subject's size per scene.
+        mute: kinds that are never heard, with commas; of their subjects there is no sound.
+        pictures: per scene that are written as files, with boxes.
 
     Raises:
         ValueError: a number is of the wrong type or outside its range, or the scenes would be too
@@ -87,6 +92,19 @@ class Config:
     distractors: int = 2
     camera_noise: float = 3.0
     sound_noise: float = 0.01
+    silent: int = 0
+    mute: str = ''
+    pictures: int = 0
+
+    @property
+    def mute_kinds(self) -> tuple[str, ...]:
+        """`mute` as kinds."""
+        return tuple(kind.strip() for kind in self.mute.split(',') if kind.strip())
+
+    @property
+    def tells_sounding(self) -> bool:
+        """Whether the truth says which object is heard; else it is always the subject."""
+        return bool(self.silent or self.mute or self.pictures)
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -111,7 +129,8 @@ class Config:
             # `not >` also refuses NaN.
             if not value > 0:
                 raise ValueError(f'playground {name}: expected a positive number, got {value}')
-        for name in ('seed', 'distractors', 'camera_noise', 'sound_noise'):
+        not_negative = ('seed', 'distractors', 'camera_noise', 'sound_noise', 'silent', 'pictures')
+        for name in not_negative:
             value = getattr(self, name)
             if not value >= 0:
                 raise ValueError(f'playground {name}: expected 0 or more, got {value}')
@@ -119,6 +138,12 @@ class Config:
             raise ValueError(
                 'playground held_out: expected a share from 0 to 0.5 of the (colour, kind) pairs, '
                 f'got {self.held_out}'
+            )
+        unknown = [kind for kind in self.mute_kinds if kind not in KINDS]
+        if unknown or set(self.mute_kinds) == set(KINDS):
+            raise ValueError(
+                f'playground mute: expected some of {", ".join(KINDS)}, with commas, not all of '
+                f'them, got {self.mute!r}'
             )
         if self.rate < 5000:
             raise ValueError(
@@ -172,6 +197,7 @@ class Episode:
         sounds: with times in the video; a little before `begin` where a sound is under way as the
             scene starts.
         times: [T] of its frames, seconds in the video.
+        bystanders: silent things of a subject's size.
     """
 
     begin: float
@@ -182,6 +208,12 @@ class Episode:
     background: np.ndarray
     sounds: list[Sound]
     times: np.ndarray
+    bystanders: list[Thing] = dataclasses.field(default_factory=list)
+
+    @property
+    def things(self) -> list[Thing]:
+        """All objects, the subject first."""
+        return [self.subject, *self.bystanders, *self.distractors]
 
     @property
     def label(self) -> str:
@@ -282,8 +314,16 @@ def episode(
     if config.distractors:
         for _ in range(rng.integers(1, config.distractors + 1)):
             distractors.append(drifting(rng, t, kind, held))
+    bystanders = []
+    if config.silent:
+        for _ in range(rng.integers(1, config.silent + 1)):
+            bystanders.append(bystander(rng, t, length, subject, held))
+    if kind in config.mute_kinds:
+        sounds = []
     in_video = [(begin + time, sound, strength) for time, sound, strength in sounds]
-    return Episode(begin, end, event, subject, distractors, backdrop(rng), in_video, times)
+    return Episode(
+        begin, end, event, subject, distractors, backdrop(rng), in_video, times, bystanders
+    )
 
 
 def backdrop(rng: np.random.Generator) -> np.ndarray:
@@ -391,6 +431,24 @@ def swell(
     starts = np.arange(-phase + offset, length, period)
     # A change that is half over as the scene begins, or has no time left, is not heard.
     return scale, [float(s) for s in starts if -GLIDE * 0.5 < s < length - 0.1]
+
+
+def bystander(
+    rng: np.random.Generator, t: np.ndarray, length: float, subject: Thing, held: set[Look]
+) -> Thing:
+    """A silent object as large as a subject, of another kind, that drifts apart from it."""
+    kind = str(rng.choice([k for k in KINDS if k != subject.kind]))
+    color = str(rng.choice([c for c in COLORS if (c, kind) not in held]))
+    texture, size = str(rng.choice(TEXTURES)), str(rng.choice(list(SIZES)))
+    angle = float(rng.uniform(-TILT, TILT))
+    drift = rng.uniform(-0.08, 0.08, 2)
+    # Of several places the one that is furthest from the subject: it should hide little of it.
+    middles = rng.uniform(0.2, 0.8, (BYSTANDER_PLACES, 2))
+    paths = middles[:, None] + drift * (t - length / 2)[:, None]  # [places T 2]
+    distances = np.linalg.norm(paths - subject.center, axis=-1).sum(-1)  # [places]
+    center = paths[int(distances.argmax())]
+    radius = np.full(len(t), SIZES[size] * rng.uniform(0.93, 1.07))
+    return Thing(kind, color, texture, size, angle, center, radius)
 
 
 def drifting(rng: np.random.Generator, t: np.ndarray, kind: str, held: set[Look]) -> Thing:

@@ -19,10 +19,15 @@ from vatt_jax.models.towers.stages import sow_stage
 
 # depth -> (blocks of the four units, whether these are bottlenecks, widths of the units' results)
 DEPTHS: dict[int, Any] = {
+    # Small enough that a position of a map of small pictures does not see them whole.
+    10: ((1, 1, 1, 1), False, (64, 128, 256, 512)),
     18: ((2, 2, 2, 2), False, (64, 128, 256, 512)),
     34: ((3, 4, 6, 3), False, (64, 128, 256, 512)),
     50: ((3, 4, 6, 3), True, (256, 512, 1024, 2048)),
 }
+
+# Of the map after none, one, two or three units that halve it.
+STRIDES = (4, 8, 16, 32)
 
 
 def identity(x: jax.Array) -> jax.Array:
@@ -83,13 +88,15 @@ class Block(nn.Module):
 class ResNetV2(nn.Module):
     """Pictures [N H W C] -> (map before the last batch norm, map after it and ReLU).
 
-    Both maps are [N H/32 W/32 D].
+    Both maps are [N H/32 W/32 D], of another `stride` accordingly.
 
     Attributes:
         depth: entry of DEPTHS.
         multiplier: of every width.
         mix: see Block.
         to_map: what the features after a stage are handed out as; frames become a video.
+        stride: pixels from one position of the map to the next. 4, 8 or 16: the last units do not
+            halve the map any more, whose positions show where things are.
         norm: entry of layers.NORMS.
         dtype: of activations.
     """
@@ -98,6 +105,7 @@ class ResNetV2(nn.Module):
     multiplier: float = 1.0
     mix: Callable[[jax.Array], jax.Array] = identity
     to_map: Callable[[jax.Array], jax.Array] = identity
+    stride: int = 32
     norm: str = 'debiased'
     dtype: str = 'float32'
 
@@ -106,6 +114,7 @@ class ResNetV2(nn.Module):
         self, x: Float[Array, 'N H W C'], valid: Any, train: bool
     ) -> tuple[jax.Array, jax.Array]:
         choose(self.depth, DEPTHS, 'config.model.towers depth')
+        choose(self.stride, STRIDES, 'config.model.towers stride')
         num_blocks, bottleneck, widths = DEPTHS[self.depth]
 
         def scaled(width: int) -> int:
@@ -115,11 +124,12 @@ class ResNetV2(nn.Module):
         x = Conv(scaled(64), (7, 7), (2, 2), init='fan_in', dtype=self.dtype, name='stem')(x)
         x = max_pool(x, (3, 3), (2, 2), 'SAME')  # [N H/4 W/4 64]
         for unit, (count, width) in enumerate(zip(num_blocks, widths)):
+            # Every unit but the first halves the map, in its first block.
+            halves = 0 < unit <= STRIDES.index(self.stride)
             for block in range(count):
-                # Every unit but the first halves the map, in its first block.
                 x = Block(
                     width=scaled(width),
-                    stride=2 if unit > 0 and block == 0 else 1,
+                    stride=2 if halves and block == 0 else 1,
                     bottleneck=bottleneck,
                     mix=self.mix,
                     norm=self.norm,

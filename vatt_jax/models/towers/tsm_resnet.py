@@ -41,12 +41,13 @@ def shift(x: Float[Array, 'B T H W C'], share: float) -> Float[Array, 'B T H W C
 class TSMResNet(nn.Module):
     """Video [B T H W 3] -> (pooled [B 2048·w], map [B T H/32 W/32 2048·w]), w = `multiplier`.
 
-    The map is that after the last ReLU.
+    The map is that after the last ReLU. Without a shift (`share` 0) it is a ResNet over pictures.
 
     Attributes:
         depth: entry of resnet_v2.DEPTHS.
         multiplier: of all widths (published: 1 and 2).
         share: of the channels that are shifted, each way.
+        stride: of the map, see resnet_v2.ResNetV2.
         norm: entry of layers.NORMS.
         dtype: of activations.
     """
@@ -54,6 +55,7 @@ class TSMResNet(nn.Module):
     depth: int = 50
     multiplier: float = 1.0
     share: float = 0.125
+    stride: int = 32
     norm: str = 'debiased'
     dtype: str = 'float32'
 
@@ -81,6 +83,7 @@ class TSMResNet(nn.Module):
             multiplier=self.multiplier,
             mix=shift_frames,
             to_map=to_video,
+            stride=self.stride,
             norm=self.norm,
             dtype=self.dtype,
             name='resnet',

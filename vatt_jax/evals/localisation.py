@@ -1,0 +1,174 @@
+"""Localisation without a detector: do boxes of heat maps hold the object that is heard?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from vatt_jax.config import ConfigError, check_range
+from vatt_jax.detection import boxes as measures
+from vatt_jax.evals import statistics
+from vatt_jax.evals.base import Evaluator, FeatureView, Result
+
+# Boxes that a model's must beat: the middle of every picture, and one that is drawn.
+CENTRE, RANDOM = 'centre_box', 'random_box'
+
+
+class Localisation(Evaluator):
+    """Shares of pictures in which the object that is heard is found.
+
+    For the maps `heat` (of picture and sound) and `saliency` (of the picture alone), and for a
+    centre box and a random one: `<name>/IoU`, the box reaches `overlap` with a true one;
+    `<name>/cIoU`, so do the pixels above the threshold with those of all true boxes; `<name>/AUC`,
+    the area under the latter's success curve. Of the network before training (the report's
+    baseline), `saliency` says what can be had for nothing.
+
+    True boxes are `ground_truth` of the data: `boxes` [frame][object] y0 x0 y1 x1 as shares of the
+    frame, `fps` of these frames and `sounds` [frame][object]. Pictures in which nothing is heard
+    are left out.
+    """
+
+    DEFAULTS = {
+        'type': 'localisation',
+        'split': 'test',
+        'limit': 1 << 20,
+        'stream': 'video',
+        # β of the threshold: β · maximum + (1 - β) · mean.
+        'beta': 0.5,
+        # From which IoU on an object is found.
+        'overlap': 0.5,
+        # Sides of the centre box, as shares of the picture's.
+        'centre': 0.5,
+        # Pixels to a side of the map that boxes are taken of.
+        'size': 64,
+        'baseline': True,
+    }
+
+    def __init__(self, config: Any, where: str = 'config.evals') -> None:
+        super().__init__(config, where)
+        c = self.config
+        check_range(c.beta, 0, 1, f'{where}.beta')
+        check_range(c.overlap, 0, 1, f'{where}.overlap')
+        check_range(c.centre, 0, 1, f'{where}.centre')
+        check_range(c.size, 1, 1 << 14, f'{where}.size')
+
+    def run(self, view: FeatureView) -> Result:
+        c = self.config
+        features = view.features(c.split, limit=c.limit, maps=(c.stream,))
+        maps = features.get('heat_maps', {})
+        if not maps:
+            raise ConfigError(
+                f'{self.where}: the objective makes no heat maps of {c.stream!r}; leave this '
+                "evaluator out, or train config.objective.name='localisation'"
+            )
+        texts = view.data.texts(c.split, by='segments')
+        rows, true_boxes = self._sounding(features, texts, view)
+        if not rows:
+            raise ConfigError(
+                f'{self.where}: no picture of split {c.split!r} has boxes of an object that is '
+                'heard (ground_truth with boxes, fps and sounds)'
+            )
+        found = {}
+        for name, heat in maps.items():
+            # Of several frames, the first.
+            found[name] = [
+                self._overlaps(heat[row, 0], true) for row, true in zip(rows, true_boxes)
+            ]
+        rng = np.random.default_rng(view.seed)
+        margin = (1 - c.centre) / 2
+        middle = np.array([[margin, margin, 1 - margin, 1 - margin]])
+        found[CENTRE] = [self._box_overlaps(middle, true) for true in true_boxes]
+        found[RANDOM] = [self._box_overlaps(_random_box(rng), true) for true in true_boxes]
+        return self._result(found, view.seed)
+
+    def _result(self, found: Mapping[str, Sequence[tuple[float, float]]], seed: int) -> Result:
+        scalars: dict[str, float] = {}
+        artifacts: dict[str, Any] = {}
+        for name, overlaps in found.items():
+            box_ious, pixel_ious = np.array(overlaps).T  # [N] each
+            is_found = (box_ious >= self.config.overlap).astype(float)
+            scalars[f'{name}/IoU'] = float(is_found.mean())
+            scalars[f'{name}/cIoU'] = float((pixel_ious >= self.config.overlap).mean())
+            scalars[f'{name}/AUC'] = measures.success_area(pixel_ious)
+            artifacts[f'{name}/IoU/interval'] = statistics.bootstrap(is_found, seed=seed)
+        artifacts['pictures'] = len(next(iter(found.values())))
+        return Result(scalars, artifacts)
+
+    def _sounding(
+        self, features: Mapping[str, Any], texts: Sequence[Mapping[str, Any]], view: FeatureView
+    ) -> tuple[list[int], list[Float[np.ndarray, 'N 4']]]:
+        """(rows of pictures in which something is heard, true boxes in what the model sees)."""
+        stream = self.config.stream
+        inputs = view.encoder.config.model.inputs
+        sound_seconds = inputs.audio.samples / inputs.audio.rate
+        rows, true_boxes = [], []
+        for row, place in enumerate(features['index']):
+            # JSON, as records hold it.
+            truth = json.loads(texts[place].get('ground_truth') or '{}')
+            if not features['valid'][stream][row] or 'sounds' not in truth:
+                continue
+            start = float(features['start'][stream][row])
+            true = sounding_boxes(truth, start, sound_seconds)
+            if len(true):
+                rows.append(row)
+                true_boxes.append(inside(true, features['crop'][stream][row]))
+        return rows, true_boxes
+
+    def _overlaps(
+        self, heat: Float[np.ndarray, 'h w'], true: Float[np.ndarray, 'N 4']
+    ) -> tuple[float, float]:
+        """(IoU of the map's box, cIoU of its pixels)."""
+        c = self.config
+        large = measures.upsample(heat.astype(np.float64), c.size, c.size)
+        found = measures.find_boxes(large, c.beta)
+        by_box = measures.box_iou(found.boxes, true).max(initial=0.0)
+        pixels = measures.above_threshold(large, c.beta)
+        return float(by_box), measures.consensus_iou(pixels, self._mask(true))
+
+    def _box_overlaps(
+        self, box: Float[np.ndarray, '1 4'], true: Float[np.ndarray, 'N 4']
+    ) -> tuple[float, float]:
+        by_pixel = measures.consensus_iou(self._mask(box), self._mask(true))
+        return float(measures.box_iou(box, true).max()), by_pixel
+
+    def _mask(self, boxes: Float[np.ndarray, 'N 4']) -> np.ndarray:
+        return measures.mask_of(boxes, self.config.size, self.config.size)
+
+
+def sounding_boxes(
+    truth: Mapping[str, Any], start: float, seconds: float
+) -> Float[np.ndarray, 'N 4']:
+    """Boxes of the objects in the frame at `start` that are heard in the sound from there on.
+
+    Args:
+        truth: see `Localisation`.
+        start: of the picture and of its sound, in seconds.
+        seconds: of sound.
+    """
+    last = len(truth['boxes']) - 1
+    frame = min(round(start * truth['fps']), last)
+    # `sounds` is of the moments around a frame, so that of the middle of the sound counts.
+    middle = min(round((start + seconds / 2) * truth['fps']), last)
+    boxes, heard = truth['boxes'][frame], truth['sounds'][middle]
+    if len(boxes) != len(heard):
+        # Another scene has begun, with other objects.
+        return np.zeros((0, 4))
+    shown = [box for box, is_heard in zip(boxes, heard) if is_heard and any(box)]
+    return np.array(shown, float).reshape(-1, 4)
+
+
+def inside(
+    boxes: Float[np.ndarray, 'N 4'], crop: Float[np.ndarray, ' 4']
+) -> Float[np.ndarray, 'N 4']:
+    """Boxes of the frame as shares of a crop of it, cut off at its edges."""
+    low, size = np.tile(crop[:2], 2), np.tile(crop[2:] - crop[:2], 2)
+    return np.clip((boxes - low) / size, 0, 1)
+
+
+def _random_box(rng: np.random.Generator) -> Float[np.ndarray, '1 4']:
+    """Two corners anywhere in the picture."""
+    return np.sort(rng.uniform(size=(2, 2)), axis=0).reshape(1, 4)

@@ -1,0 +1,178 @@
+"""Localisation from sound, beside self-labelling: where a thing is, and which kind of thing it is.
+
+Afouras, Asano, Fagan, Vedaldi and Metze (CVPR 2022): every position of a picture's map and the
+sound of its moment go into a common space. How well they fit is a heat map; its maximum is the
+score of picture and sound, by which a picture must find its own sound among those of the batch, and
+a sound its picture. On the same towers, SeLaVi's self-labelling finds classes. Boxes of heat maps
+with these classes are what a detector learns from (docs/detection.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vatt_jax.config import ConfigError, check_range, choose
+from vatt_jax.losses import max_over_positions
+from vatt_jax.losses.blockwise import How
+from vatt_jax.objectives import heads, self_labelling
+from vatt_jax.objectives.base import Encoding, Loss, Spec, select_streams
+from vatt_jax.objectives.forward import map_of, run_towers
+from vatt_jax.objectives.self_labelling import SelfLabelling
+from vatt_jax.rng import Rng
+
+DEFAULTS = {
+    # Fields of self-labelling: views, clusters, heads, prior, refreshes … Its `warmup` steps, which
+    # come before the first labels, learn to localise alone.
+    **self_labelling.DEFAULTS,
+    'name': 'localisation',
+    # Streams that are compared: the map of the first, the pooled feature of the second.
+    'picture': 'video',
+    'sound': 'audio',
+    # λ: share of the contrast in the loss; the other is that of the labels.
+    'contrast': 0.5,
+    # Of the common space.
+    'width': 256,
+    'temperature': 0.07,
+    # blockwise | dense: the same loss, with all products in memory.
+    'method': 'blockwise',
+}
+METHODS = {
+    'blockwise': max_over_positions.max_over_positions,
+    'dense': max_over_positions.dense,
+}
+# Entry of the parameters beside those of the labels' heads, which are named by modality.
+PROJECTIONS = 'projections'
+# Names of what `heat_maps` returns.
+HEAT, SALIENCY = 'heat', 'saliency'
+
+
+class Localisation(SelfLabelling):
+    """λ · contrast of maps and sounds + (1 - λ) · self-labelling.
+
+    A clip that lacks a picture or its sound is left out of the contrast. Parameters are those of
+    self-labelling, and 'projections': {'picture', 'sound'} into the common space.
+    """
+
+    DEFAULTS = DEFAULTS
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        c = self.config
+        check_range(c.contrast, 0, 1, 'config.objective.contrast')
+        check_range(c.width, 1, 1 << 20, 'config.objective.width')
+        check_range(c.temperature, 1e-6, 1e6, 'config.objective.temperature')
+        choose(c.method, METHODS, 'config.objective.method')
+        if c.picture == c.sound:
+            raise ConfigError(
+                'config.objective.sound: expected another stream than that of picture, got '
+                f'{c.sound!r} for both'
+            )
+        # Of every position by itself: a convolution of 1 × 1.
+        self.projection = heads.Head(c.width)
+
+    def streams(self) -> tuple[str, ...]:
+        c = self.config
+        return tuple(dict.fromkeys((*c.views, c.picture, c.sound)))
+
+    def init(self, key: jax.Array, spec: Spec) -> tuple[Any, Any]:
+        params, state = super().init(key, spec)
+        projections = {}
+        for i, name in enumerate(('picture', 'sound')):
+            width = heads.width_of(spec, self.config[name])
+            # Beyond the keys of self-labelling.
+            own_key = jax.random.fold_in(key, 5000 + i)
+            projections[name], _ = heads.init(self.projection, own_key, width)
+        return {**params, PROJECTIONS: projections}, state
+
+    # ---- A step.
+
+    def encode(
+        self,
+        model: Any,
+        variables: Any,
+        params: Any,
+        state: Any,
+        batch: Mapping[str, Any],
+        rng: Rng,
+    ) -> Encoding:
+        streams = select_streams(batch, self.streams())
+        pooled, batch_stats = run_towers(model, variables, streams, rng, (self.config.picture,))
+        return Encoding(pooled, batch_stats, state)
+
+    def compute_loss(
+        self,
+        model: Any,
+        variables: Any,
+        params: Any,
+        state: Any,
+        pooled: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        rng: Any,
+    ) -> Loss:
+        c = self.config
+        labelling = super().compute_loss(model, variables, params, state, pooled, batch, rng)
+        contrast = METHODS[c.method](
+            self.project(params, 'picture', pooled[map_of(c.picture)]),
+            self.project(params, 'sound', pooled[c.sound]),
+            x_valid=batch[c.picture]['valid'] & batch['valid'],
+            y_valid=batch[c.sound]['valid'] & batch['valid'],
+            temperature=c.temperature,
+            how=How(),
+        )
+        value = c.contrast * contrast + (1 - c.contrast) * labelling.value
+        metrics = {
+            'loss/contrast': contrast,
+            'loss/labels': labelling.value,
+            **labelling.metrics,
+        }
+        # Before the first labels self-labelling keeps all parameters; the contrast needs none.
+        return Loss(value, metrics, labelling.batch_stats, labelling.state, apply_update=True)
+
+    def project(
+        self, params: Any, name: str, features: Float[Array, 'B *grid D']
+    ) -> Float[Array, 'B *grid E']:
+        """Features in the common space, un-normalised.
+
+        Args:
+          params: the objective's parameters.
+          name: picture or sound.
+          features: of every position, or of the whole.
+        """
+        rows = features.reshape(-1, features.shape[-1])
+        rng = Rng.create(0, 0, jnp.zeros(len(rows), jnp.uint32))  # nothing is drawn
+        projected: Any
+        _, projected = self.projection.apply(
+            {'params': params[PROJECTIONS][name]}, rows, jnp.ones(len(rows), bool), rng, False
+        )
+        return projected.reshape(*features.shape[:-1], -1)
+
+    # ---- Evaluation.
+
+    def predict(self, params: Any, state: Any, encoded: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """See SelfLabelling. A loaded model has no statistics of the heads, and no clusters."""
+        return super().predict(params, state, encoded) if 'norm' in state else {}
+
+    def heat_maps(
+        self, params: Any, state: Any, encoded: Mapping[str, Any]
+    ) -> dict[str, jax.Array]:
+        """'heat': cosines of every position and the sound; 'saliency': lengths of features.
+
+        The latter needs no sound and, of a network before training, is a baseline.
+        """
+        c = self.config
+        if c.picture not in encoded or encoded[c.picture].tokens is None:
+            return {}
+        picture = encoded[c.picture]
+        tokens = picture.tokens.astype(jnp.float32)
+        grid = tokens.reshape(len(tokens), *picture.grid, -1)  # [B T h w D]
+        maps = {SALIENCY: jnp.linalg.norm(grid, axis=-1)}
+        if c.sound in encoded:
+            positions = heads.unit(self.project(params, 'picture', grid))
+            sound = heads.unit(self.project(params, 'sound', encoded[c.sound].pooled))
+            maps[HEAT] = jnp.einsum('b...e,be->b...', positions, sound, precision='highest')
+        return maps
