@@ -201,6 +201,19 @@ class Frozen(Noting):
         return {'sampler': 'runs/other'}
 
 
+class OnHost(Noting):
+    def tables(self, spec):
+        return {'memory': jax.ShapeDtypeStruct((D,), jnp.float32)}
+
+
+class ReadsMaps(Noting):
+    def map_streams(self):
+        return ('video',)
+
+    def heat_maps(self, params, state, encoded):
+        return {f'heat_{params["w"]}': encoded['video']}
+
+
 class OwnLoss(Noting):
     def loss(self, *args):
         raise NotImplementedError
@@ -213,7 +226,7 @@ class Everything(Noting):
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
-    for kind in (Noting, Refreshing, Mixing, Frozen, OwnLoss, Everything):
+    for kind in (Noting, Refreshing, Mixing, Frozen, OnHost, ReadsMaps, OwnLoss, Everything):
         monkeypatch.setitem(objectives.OBJECTIVES, kind.__name__, kind)
 
 
@@ -353,6 +366,20 @@ def test_what_init_refuses_names_the_task():
     spec = Spec(model=None, outputs=outputs, batch={}, size=4, labels={})
     with pytest.raises(ConfigError, match="objective.tasks.taught.projection: expected 'linear'"):
         build({'taught': TASKS['taught']}).init(jax.random.key(0), spec)
+
+
+def test_memories_on_the_host_are_refused():
+    spec = Spec(model=None, outputs=None, batch={}, size=4, labels={})
+    with pytest.raises(ConfigError, match="objective.tasks.a.memory: expected 'device'"):
+        build({'a': toy(OnHost)}).init(jax.random.key(0), spec)
+
+
+def test_tasks_read_maps():
+    objective = build({'a': toy(ReadsMaps), 'b': toy(ReadsMaps), 'c': toy()})
+    assert objective.map_streams() == ('video',)
+    params = {'a': {'w': 1}, 'b': {'w': 2}, 'c': {'w': 3}}
+    maps = objective.heat_maps(params, {'a': {}, 'b': {}, 'c': {}}, {'video': 5})
+    assert maps == {'heat_1': 5, 'heat_2': 5}
 
 
 def test_one_name_of_two_tasks_is_refused():

@@ -81,6 +81,11 @@ class MultiTask(Objective):
             # By name: what a task begins with does not depend on which others there are.
             own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
             with _fields_of(name):
+                if task.tables(spec):
+                    raise ConfigError(
+                        "config.objective.memory: expected 'device' for one of several tasks, got "
+                        "'host'"
+                    )
                 params[name], state[name] = task.init(own_key, spec)
         return params, state
 
@@ -163,6 +168,16 @@ class MultiTask(Objective):
         for name, task in self.tasks.items():
             found[name] = task.predict(params[name], state[name], encoded)
         return _join(found, 'predictions')
+
+    def map_streams(self) -> tuple[str, ...]:
+        names = [stream for task in self.tasks.values() for stream in task.map_streams()]
+        return tuple(dict.fromkeys(names))
+
+    def heat_maps(self, params: Any, state: Any, encoded: Mapping[str, Any]) -> dict[str, Any]:
+        found = {}
+        for name, task in self.tasks.items():
+            found[name] = task.heat_maps(params[name], state[name], encoded)
+        return _join(found, 'heat maps')
 
     def embed(
         self, params: Any, state: Any, encoded: Mapping[str, Any]
