@@ -5,7 +5,7 @@ Method, boxes and published numbers: docs/detection.md.
 On the playground, in a world of two large things of which one is heard:
 
     python run.py --config=configs/detection.py:demo --workdir=runs/localisation
-        pictures of 64 pixels, maps of 8 × 8, sounds of one second
+        pictures of 128 pixels, maps of 8 × 8, sounds of one second
     python run.py --config=configs/detection.py:demo,contrast --workdir=runs/contrast
         the contrast alone, without self-labelling
     python run.py --config=configs/detection.py:demo,synthetic --workdir=runs/try
@@ -71,17 +71,15 @@ def get_config(arg: str = 'demo') -> ConfigDict:
 def demo_config(is_synthetic: bool) -> ConfigDict:
     """A run of the playground's size."""
     c = demo.get_config('synthetic' if is_synthetic else '')
-    c.steps = 800
+    c.steps = 1000
     m = c.model
-    m.inputs.video.update({'frames': 1, 'size': 64, 'fps': 8.0, 'range': (0.0, 1.0)})
-    m.inputs.audio.update({'samples': 8000, 'rate': 8000})
     mmv.set_model(c, 'tsm50', 'fac', 'va')
-    m.inputs.video.update({'frames': 1, 'size': 64, 'fps': 8.0})
+    m.inputs.video.update({'frames': 1, 'size': 128, 'fps': 8.0})
     m.inputs.audio.update({'samples': 8000, 'rate': 8000})
     mmv.shrink_towers(m, None)
-    # A map of 8 × 8, of pictures that know no other frames. Deeper networks see the whole picture
-    # from every position, and put what they know anywhere.
-    m.towers.video.update({'depth': 10, 'share': 0.0, 'stride': 8})
+    # A map of 8 × 8, of pictures that know no other frames. Deeper networks, or smaller pictures,
+    # see the whole picture from every position, and put what they know anywhere.
+    m.towers.video.update({'depth': 10, 'share': 0.0, 'stride': 16})
     c.objective = ConfigDict(
         {
             'name': 'localisation',
@@ -91,7 +89,7 @@ def demo_config(is_synthetic: bool) -> ConfigDict:
             'temperature': 0.1,
             'hidden': 64,
             'refreshes': 6,
-            'warmup': 200,
+            'warmup': 500,
         }
     )
     o = c.optimizer
@@ -111,6 +109,7 @@ def demo_config(is_synthetic: bool) -> ConfigDict:
                 'silent': 1,
                 'distractors': 0,
                 'pictures': 1,
+                'size': 128,
             }
         )
     return c
@@ -127,6 +126,7 @@ def published_config(name: str, is_synthetic: bool) -> ConfigDict:
     m = c.model
     m.inputs.video.update({'frames': 1, 'size': 224, 'fps': 8.0, 'range': (0.0, 1.0)})
     m.inputs.audio.update({'samples': 16_000, 'rate': 16_000})
+    m.inputs.audio.mel.update({'window': 512, 'hop': 160})
     # A ResNet-50 over pictures, with a map of 14 × 14.
     m.towers.video.update({'share': 0.0, 'stride': 16})
     c.objective = ConfigDict(

@@ -79,3 +79,10 @@ def test_measures_are_their_definitions():
     # All at one value v: the curve is 1 up to v, and falls to 0 within a step of 0.05.
     np.testing.assert_allclose(boxes.success_area(np.full(3, 0.5)), 0.525)
     np.testing.assert_allclose(boxes.success_area(np.array([0.0, 1.0])), (1 + 0.025) / 2)
+
+
+@pytest.mark.parametrize('box, is_hit', [([0, 0.5, 0.25, 0.75], True), ([0.25, 0.5, 1, 1], False)])
+def test_a_map_points_where_it_is_highest(box, is_hit):
+    heat = np.zeros((4, 4))
+    heat[0, 2] = 1
+    assert boxes.points_at(heat, np.array([box], float)) == is_hit

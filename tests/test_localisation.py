@@ -8,9 +8,11 @@ import pytest
 from flax.core import meta
 from ml_collections import ConfigDict
 
+from configs import default
 from tests import tiny
 from tests.test_train import losses, run
-from vatt_jax import objectives
+from vatt_jax import config as configs
+from vatt_jax import objectives, optim
 from vatt_jax.config import ConfigError
 from vatt_jax.models.multimodal import Encoded
 from vatt_jax.models.towers.tsm_resnet import TSMResNet
@@ -138,3 +140,29 @@ def test_trains_alike_on_one_and_eight_devices(tmp_path):
     alone = losses(tmp_path / '1')
     chex.assert_trees_all_close(losses(tmp_path / '8'), alone, rtol=1e-3)
     assert len(alone) == 4
+
+
+@pytest.mark.parametrize(
+    'arg, clusters, prior',
+    [
+        ('demo', 8, 'uniform'),
+        ('demo,contrast,synthetic', 8, 'uniform'),
+        ('vggsound', 39, 'uniform'),
+        ('audioset', 30, 'gaussian'),
+        ('general,contrast', 300, 'uniform'),
+    ],
+)
+def test_named_configs_pass_the_checks(arg, clusters, prior):
+    c = configs.load(f'configs/detection.py:{arg}')
+    configs.check_fields(c, default.get_config())
+    configs.check_values(c)
+    optim.check(c.optimizer, c.steps)
+    objective = objectives.build(c.objective).config
+    assert (objective.clusters, objective.prior) == (clusters, prior)
+    assert objective.contrast == (1.0 if 'contrast' in arg else 0.5)
+
+
+@pytest.mark.parametrize('arg', ['demo,fast', 'kinetics'])
+def test_unknown_settings_are_named(arg):
+    with pytest.raises(ConfigError, match=r'configs/detection\.py.*choose one of'):
+        configs.load(f'configs/detection.py:{arg}')

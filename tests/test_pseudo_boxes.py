@@ -75,6 +75,8 @@ def test_the_evaluator_finds_what_is_there():
     result = evaluated(heat)
     assert result.artifacts['pictures'] == 2
     assert result.scalars['heat/IoU'] == result.scalars['heat/cIoU'] == 0.5
+    assert result.scalars['heat/pointing'] == 0.5
+    assert result.scalars['centre_box/pointing'] == 0
     # A box of a quarter of the sides' product shares a quarter of itself with the true one.
     assert result.scalars['centre_box/IoU'] == 0
     # IoU 1/7: found at the thresholds 0, 0.05 and 0.1, and half way to 0.15.
@@ -123,6 +125,13 @@ def test_pseudo_boxes_are_a_coco_file(tmp_path):
     too_sure = pseudo_boxes.Options(score=0.95)
     with typecheck.off(), pytest.raises(ConfigError, match='try a lower --score'):
         pseudo_boxes.write(tmp_path, encoder, objective, [batch], too_sure)
+
+
+def test_a_box_points_at_its_middle():
+    evaluator = evals.build('boxes', ConfigDict({'type': 'localisation'}))
+    box, other = np.array([[0.0, 0.0, 0.5, 0.5]]), np.array([[0.5, 0.0, 1.0, 0.5]])
+    assert evaluator._box_overlaps(box, box) == (1, 1, True)
+    assert evaluator._box_overlaps(box, other) == (0, 0, False)
 
 
 @pytest.mark.parametrize(

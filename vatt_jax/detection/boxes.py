@@ -97,6 +97,13 @@ def _area(boxes: Float[np.ndarray, 'N 4']) -> Float[np.ndarray, ' N']:
     return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(-1)
 
 
+def points_at(heat: Float[np.ndarray, 'H W'], boxes: Float[np.ndarray, 'N 4']) -> bool:
+    """Whether the maximum of a map lies in any of the boxes (the pointing game)."""
+    height, width = heat.shape
+    row, column = np.unravel_index(heat.argmax(), heat.shape)
+    return bool(mask_of(boxes, height, width)[row, column])
+
+
 def mask_of(boxes: Float[np.ndarray, 'N 4'], height: int, width: int) -> Bool[np.ndarray, 'H W']:
     """Pixels whose centre lies in any of the boxes."""
     y = ((np.arange(height) + 0.5) / height)[:, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -18,13 +18,22 @@ from vatt_jax.evals.base import Evaluator, FeatureView, Result
 CENTRE, RANDOM = 'centre_box', 'random_box'
 
 
+class Overlap(NamedTuple):
+    """How well one picture's object is found: IoU of boxes, cIoU of pixels, whether it is hit."""
+
+    box: float
+    pixels: float
+    is_hit: bool
+
+
 class Localisation(Evaluator):
     """Shares of pictures in which the object that is heard is found.
 
     For the maps `heat` (of picture and sound) and `saliency` (of the picture alone), and for a
     centre box and a random one: `<name>/IoU`, the box reaches `overlap` with a true one;
     `<name>/cIoU`, so do the pixels above the threshold with those of all true boxes; `<name>/AUC`,
-    the area under the latter's success curve. Of the network before training (the report's
+    the area under the latter's success curve; `<name>/pointing`, the maximum of the map, or the
+    middle of the box, lies in a true box. Of the network before training (the report's
     baseline), `saliency` says what can be had for nothing.
 
     True boxes are `ground_truth` of the data: `boxes` [frame][object] y0 x0 y1 x1 as shares of the
@@ -85,15 +94,17 @@ class Localisation(Evaluator):
         found[RANDOM] = [self._box_overlaps(_random_box(rng), true) for true in true_boxes]
         return self._result(found, view.seed)
 
-    def _result(self, found: Mapping[str, Sequence[tuple[float, float]]], seed: int) -> Result:
+    def _result(self, found: Mapping[str, Sequence[Overlap]], seed: int) -> Result:
         scalars: dict[str, float] = {}
         artifacts: dict[str, Any] = {}
         for name, overlaps in found.items():
-            box_ious, pixel_ious = np.array(overlaps).T  # [N] each
+            box_ious, pixel_ious, is_hit = np.array(overlaps, float).T  # [N] each
             is_found = (box_ious >= self.config.overlap).astype(float)
             scalars[f'{name}/IoU'] = float(is_found.mean())
             scalars[f'{name}/cIoU'] = float((pixel_ious >= self.config.overlap).mean())
             scalars[f'{name}/AUC'] = measures.success_area(pixel_ious)
+            scalars[f'{name}/pointing'] = float(is_hit.mean())
+            artifacts[f'{name}/pointing/interval'] = statistics.bootstrap(is_hit, seed=seed)
             artifacts[f'{name}/IoU/interval'] = statistics.bootstrap(is_found, seed=seed)
         artifacts['pictures'] = len(next(iter(found.values())))
         return Result(scalars, artifacts)
@@ -118,22 +129,22 @@ class Localisation(Evaluator):
                 true_boxes.append(inside(true, features['crop'][stream][row]))
         return rows, true_boxes
 
-    def _overlaps(
-        self, heat: Float[np.ndarray, 'h w'], true: Float[np.ndarray, 'N 4']
-    ) -> tuple[float, float]:
-        """(IoU of the map's box, cIoU of its pixels)."""
+    def _overlaps(self, heat: Float[np.ndarray, 'h w'], true: Float[np.ndarray, 'N 4']) -> Overlap:
         c = self.config
         large = measures.upsample(heat.astype(np.float64), c.size, c.size)
         found = measures.find_boxes(large, c.beta)
         by_box = measures.box_iou(found.boxes, true).max(initial=0.0)
         pixels = measures.above_threshold(large, c.beta)
-        return float(by_box), measures.consensus_iou(pixels, self._mask(true))
+        by_pixel = measures.consensus_iou(pixels, self._mask(true))
+        return Overlap(float(by_box), by_pixel, measures.points_at(large, true))
 
     def _box_overlaps(
         self, box: Float[np.ndarray, '1 4'], true: Float[np.ndarray, 'N 4']
-    ) -> tuple[float, float]:
+    ) -> Overlap:
         by_pixel = measures.consensus_iou(self._mask(box), self._mask(true))
-        return float(measures.box_iou(box, true).max()), by_pixel
+        y, x = (box[0, :2] + box[0, 2:]) / 2
+        is_hit = ((true[:, :2] <= [y, x]) & (true[:, 2:] > [y, x])).all(1).any()
+        return Overlap(float(measures.box_iou(box, true).max()), by_pixel, bool(is_hit))
 
     def _mask(self, boxes: Float[np.ndarray, 'N 4']) -> np.ndarray:
         return measures.mask_of(boxes, self.config.size, self.config.size)
