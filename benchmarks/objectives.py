@@ -85,18 +85,23 @@ def entries(row: str, seed: int, folder: pathlib.Path) -> list[dict[str, Any]]:
     for run in phases or [folder]:
         name = f'{row}: {run.name[2:]}' if phases else row
         newest = max((run / 'evals').glob('step_*/results.json'))
-        found.append({'row': name, 'seed': seed, 'scores': scores_of(newest)})
+        found.append({'row': name, 'seed': seed, 'scores': scores_of(newest)} | origin_of(run))
     cost = folder / 'cost.json'
     if cost.exists():
         found[-1].update(json.loads(cost.read_text()))
     random = folder / 'evals' / 'random_init' / 'results.json'
     if random.exists():
-        found.append({'row': RANDOM[row], 'seed': seed, 'scores': scores_of(random)})
-    origin = {
-        'commit': json.loads((folder / 'provenance.json').read_text())['commit'],
-        'date': datetime.date.fromtimestamp((folder / 'done.json').stat().st_mtime).isoformat(),
+        scores = scores_of(random)
+        found.append({'row': RANDOM[row], 'seed': seed, 'scores': scores} | origin_of(folder))
+    return found
+
+
+def origin_of(run: pathlib.Path) -> dict[str, str]:
+    """Of which code and when a finished run is."""
+    return {
+        'commit': json.loads((run / 'provenance.json').read_text())['commit'],
+        'date': datetime.date.fromtimestamp((run / 'done.json').stat().st_mtime).isoformat(),
     }
-    return [entry | origin for entry in found]
 
 
 def earlier() -> list[dict[str, Any]]:
