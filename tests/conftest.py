@@ -1,6 +1,5 @@
 """Eight simulated CPU devices and a compilation cache for every test."""
 
-import gc
 import json
 import os
 import pathlib
@@ -40,11 +39,6 @@ UNREAD = (
     'max_bad_steps',
 )
 _built = {}
-
-
-# JAX's caches keep the objects of every trace, which the collector would search again and again
-# with Python's own thresholds.
-gc.set_threshold(20_000, 10, 10)
 
 
 @pytest.fixture(autouse=True, scope='session')

@@ -493,6 +493,8 @@ def test_published_values():
     assert rate(500_000) < 1e-9
     assert config.model.head.to_dict() == {'name': 'mmv_fac_relu', 'va': 512, 'vat': 256}
     video = {'frames': 32, 'size': 200, 'fps': 10.0, 'range': (0.0, 1.0)}
+    # Pictures as the decoder scales them, not normalised.
+    video |= {'resize': 'linear', 'mean': (), 'deviation': ()}
     assert config.model.inputs.video.to_dict() == video
     shares = {name: source.share for name, source in config.data.train.items()}
     assert shares == {'howto100m': 0.5, 'audioset': 0.5}

@@ -225,6 +225,7 @@ POSITIVE_FIELDS = (
     'crops',
     'epochs',
     'iterations',
+    'shots',
 )
 
 
