@@ -2,6 +2,7 @@
 
     python benchmarks/prepare_scale.py memory --videos=10000    # some minutes
     python benchmarks/prepare_scale.py memory --videos=100000 --sentences=3
+    python benchmarks/prepare_scale.py whole --videos=1000000 --sentences=3     # an hour or two
     python benchmarks/prepare_scale.py kills                    # some twenty minutes
 
 `memory` prepares a folder whose videos count as decoded already: their staged files are written
@@ -10,11 +11,15 @@ is left is all that data_pipelines.prepare does besides decoding. Written are th
 memory of its process in MB, the part of it that is no page of a file (sampled), and its seconds.
 `--cache_mb` gives the catalog's database another page cache than its own.
 
+`whole` leaves nothing out: files are decoded too, by two processes. Each is a link to one of a few
+sounds of a third of a second, so that a million of them take an hour and no room. Memory is that of
+the command itself, without its workers.
+
 `kills` prepares small real videos with four workers, and kills the command (SIGKILL) at random
 moments until it has been killed often enough. What comes out in the end has to be the files of a
 run that nobody killed, byte for byte.
 
-Both write benchmarks/results/prepare_scale.json.
+All write benchmarks/results/prepare_scale.json.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import wave
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -47,6 +53,10 @@ SETTINGS = decoded_files.Settings(fps=10.0, size=32, rate=8000, quality=90, min_
 NUM_SENTENCES = 113
 WORDS = tuple(f'word{number}' for number in range(20000))
 VIDEOS_PER_FOLDER = 1000
+# A file has at most 65,000 names on ext4.
+LINKS_PER_FILE = 50_000
+# Of the files of `whole`, in seconds.
+SOUND_LENGTH = 0.3
 # In a process of its own, whose memory is nothing but that of the preparation. RUSAGE_SELF leaves
 # worker processes out.
 MEASURED_PROGRAM = """
@@ -86,15 +96,37 @@ def write_names(folder: pathlib.Path, count: int) -> list[str]:
     return names
 
 
-def write_captions(path: pathlib.Path, names: list[str], num_sentences: int) -> None:
-    """Write a table of captions, some seconds each."""
+def write_sounds(folder: pathlib.Path, count: int) -> list[str]:
+    """Make links to short sounds; returns their paths below the folder."""
+    rate = int(SETTINGS.rate)
+    noise = np.random.default_rng(0).integers(-999, 999, int(rate * SOUND_LENGTH))
+    names = []
+    for number in range(count):
+        source = folder.parent / f'sound{number // LINKS_PER_FILE}.wav'
+        if not source.exists():
+            with wave.open(str(source), 'wb') as file:
+                file.setparams((1, 2, rate, 0, 'NONE', ''))
+                file.writeframes(noise.astype('<i2').tobytes())
+        name = f'{number // VIDEOS_PER_FOLDER:04d}/sound{number:07d}.wav'
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.hardlink_to(source)
+        names.append(name)
+    return names
+
+
+def write_captions(
+    path: pathlib.Path, names: list[str], num_sentences: int, length: float = 1.0
+) -> None:
+    """Write a table of captions, `length` seconds each, one after another."""
     draw = random.Random(0)
     with path.open('w') as table:
         table.write('video,start,end,text\n')
         for name in names:
-            for second in range(num_sentences):
+            for number in range(num_sentences):
+                begin, end = number * length, (number + 1) * length
                 text = ' '.join(draw.choices(WORDS, k=8))
-                table.write(f'{name},{second},{second + 1},{text}\n')
+                table.write(f'{name},{begin:g},{end:g},{text}\n')
 
 
 def write_staged(videos: pathlib.Path, stage_dir: pathlib.Path, seconds: int) -> None:
@@ -136,8 +168,7 @@ def measure_memory(num_videos: int, num_sentences: int, cache_mb: int) -> dict[s
         cache_mb: page cache of the catalog's database; 0 for its own.
 
     Returns:
-        'videos', 'sentences' of each, 'peak_mb' of resident memory, 'anonymous_mb' of it that are
-        no pages of files, 'seconds'.
+        'videos', 'sentences' of each, and see `measure`.
     """
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
@@ -145,25 +176,46 @@ def measure_memory(num_videos: int, num_sentences: int, cache_mb: int) -> dict[s
         names = write_names(root / 'videos', num_videos)
         write_captions(root / 'captions.csv', names, num_sentences)
         write_staged(root / 'videos', out / '.staging', num_sentences)
-        started = time.monotonic()
-        done = subprocess.run(
-            [
-                *(sys.executable, '-c', MEASURED_PROGRAM, str(cache_mb)),
-                *command_line(root, out, '--processes=1'),
-            ],
-            cwd=repository.ROOT,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise SystemExit(f'the preparation failed:\n{done.stdout}\n{done.stderr}')
-        seconds = time.monotonic() - started
-        with (out / 'prepare.json').open() as file:
-            splits = json.load(file)['summary']['splits']
-        assert sum(split['records'] for split in splits.values()) == num_videos
+        found = measure(root, out, num_videos, cache_mb, processes=1)
+    return {'videos': num_videos, 'sentences': num_sentences, **found}
+
+
+def measure_whole(num_videos: int, num_sentences: int, cache_mb: int) -> dict[str, Any]:
+    """Prepare a folder of sounds, decoding included; see `measure_memory`."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
+        names = write_sounds(root / 'videos', num_videos)
+        length = SOUND_LENGTH / num_sentences
+        write_captions(root / 'captions.csv', names, num_sentences, length)
+        found = measure(root, root / 'out', num_videos, cache_mb, processes=2)
+    return {'videos': num_videos, 'sentences': num_sentences, **found}
+
+
+def measure(
+    root: pathlib.Path, out: pathlib.Path, num_videos: int, cache_mb: int, processes: int
+) -> dict[str, Any]:
+    """Prepare `root` in a process of its own.
+
+    Returns:
+        'peak_mb' of resident memory, 'anonymous_mb' of it that are no pages of files, 'seconds'.
+    """
+    started = time.monotonic()
+    done = subprocess.run(
+        [
+            *(sys.executable, '-c', MEASURED_PROGRAM, str(cache_mb)),
+            *command_line(root, out, f'--processes={processes}'),
+        ],
+        cwd=repository.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f'the preparation failed:\n{done.stdout}\n{done.stderr}')
+    seconds = time.monotonic() - started
+    with (out / 'prepare.json').open() as file:
+        splits = json.load(file)['summary']['splits']
+    assert sum(split['records'] for split in splits.values()) == num_videos
     return {
-        'videos': num_videos,
-        'sentences': num_sentences,
         'peak_mb': int(done.stdout.split('peak_mb')[1]),
         'anonymous_mb': int(done.stdout.split('anonymous_mb')[1].split()[0]),
         'seconds': round(seconds, 1),
@@ -274,19 +326,20 @@ def measure_kills(num_videos: int, num_kills: int, processes: int, seed: int) ->
 def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('part', choices=('memory', 'kills'))
+    parser.add_argument('part', choices=('memory', 'whole', 'kills'))
     parser.add_argument('--videos', type=int, default=0, help='number of videos')
     parser.add_argument(
-        '--sentences', type=int, default=NUM_SENTENCES, help='of each video, of `memory`'
+        '--sentences', type=int, default=NUM_SENTENCES, help='of each video, not of `kills`'
     )
-    parser.add_argument('--cache_mb', type=int, default=0, help='of the catalog, of `memory`')
+    parser.add_argument('--cache_mb', type=int, default=0, help='of the catalog, not of `kills`')
     parser.add_argument('--kills', type=int, default=20)
     parser.add_argument('--processes', type=int, default=4, help='of the runs that are killed')
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
     flags = parser.parse_args()
-    if flags.part == 'memory':
-        result = measure_memory(flags.videos or 10000, flags.sentences, flags.cache_mb)
-        key = f'memory, {result["videos"]} videos'
+    if flags.part != 'kills':
+        measured = measure_memory if flags.part == 'memory' else measure_whole
+        result = measured(flags.videos or 10000, flags.sentences, flags.cache_mb)
+        key = f'{flags.part}, {result["videos"]} videos'
         if flags.cache_mb:
             key = f'{key}, cache of {flags.cache_mb} MB'
     else:
