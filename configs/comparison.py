@@ -56,7 +56,8 @@ def get_config(arg: str = 'mmv') -> ConfigDict:
     # Transformers on waveforms are what VATT is.
     if row != 'vatt':
         set_towers(c)
-    c.evals = evaluations(tuple(c.model.towers), SPACES.get(row, ''))
+    streams = tuple(stream for stream in c.model.towers if stream != 'text')
+    c.evals = evaluations(streams, SPACES.get(row, ''))
     c.phases = tuple(
         (name, with_setting(c, fields, name, SPACES.get(row, ''))) for name, fields in c.phases
     )

@@ -387,6 +387,16 @@ def test_what_data_and_model_lack_is_an_error_before_anything_is_computed(
         evals.check(ConfigDict({'x': entry}), *data_and_outputs)
 
 
+@pytest.mark.parametrize('kind', ['linear_probe', 'neighbours'])
+def test_sentences_are_not_probed(kind, data_and_outputs):
+    data, outputs = data_and_outputs
+    encoded = {**outputs.encoded, 'text': outputs.encoded['video']}
+    outputs = types.SimpleNamespace(encoded=encoded, spaces=outputs.spaces)
+    evaluator = evals.build('x', ConfigDict({'type': kind, 'stream': 'text'}))
+    with pytest.raises(ConfigError, match='config.evals.x.stream: .* one for each sentence'):
+        evaluator.check(data, outputs)
+
+
 def test_entries_that_data_and_model_can_answer_pass_the_check(data_and_outputs):
     entries = {
         'a': {'type': 'retrieval', 'pairs': (('audio.shifted', 'video', 'va'),)},
@@ -1584,6 +1594,7 @@ def test_perfect_multi_label_scores_are_finite():
     chex.assert_tree_all_finite(result.scalars)
 
 
+@pytest.mark.slow  # as test_importers does from imported weights
 def test_fine_tuning_from_a_run_trains_and_classifies(tiny_run, tmp_path):
     """The objective's head, trained a little from the run's tower, is what the evaluator reads."""
     folder, _, _ = tiny_run

@@ -312,9 +312,9 @@ def unrolled(reference):
 @pytest.mark.parametrize(
     'option',
     [
-        {'model__scan': True},
-        {'model__remat': 'full'},
         {'model__scan': True, 'model__remat': 'dots'},
+        pytest.param({'model__scan': True}, marks=pytest.mark.slow),
+        pytest.param({'model__remat': 'full'}, marks=pytest.mark.slow),
     ],
 )
 def test_scan_and_remat_change_neither_loss_nor_gradient(option, reference, unrolled):

@@ -61,7 +61,7 @@ def own_streams(config: Any) -> tuple[str, ...]:
 
 
 def check_encoded(config: Any, outputs: Any, where: str) -> None:
-    """Raise ConfigError for a stream that the evaluated model does not encode.
+    """Raise ConfigError for a stream that the evaluated model does not encode, and for text.
 
     Args:
       config: the entry.
@@ -75,6 +75,12 @@ def check_encoded(config: Any, outputs: Any, where: str) -> None:
             raise ConfigError(
                 f'{where}.{field}={stream!r}: the model encodes {", ".join(sorted(encoded))}; '
                 f'{REMEDY}'
+            )
+    for stream in (config.stream, *config.beside):
+        if modality_of(stream) == 'text':
+            raise ConfigError(
+                f'{where}.stream: expected pictures or sound, which have one feature a clip, got '
+                f'{stream!r}, which has one for each sentence; {REMEDY}'
             )
 
 
