@@ -76,7 +76,7 @@ def check_encoded(config: Any, outputs: Any, where: str) -> None:
                 f'{where}.{field}={stream!r}: the model encodes {", ".join(sorted(encoded))}; '
                 f'{REMEDY}'
             )
-    for stream in (config.stream, *config.beside):
+    for stream in own_streams(config):
         if modality_of(stream) == 'text':
             raise ConfigError(
                 f'{where}.stream: expected pictures or sound, which have one feature a clip, got '
