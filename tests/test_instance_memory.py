@@ -426,7 +426,7 @@ def test_a_run_that_is_continued_has_the_same_bits(whole, tmp_path):
 
 
 @pytest.mark.parametrize('mesh', [{'replica': 4, 'fsdp': 2}, {'fsdp': 8}], ids=str)
-@pytest.mark.slow  # losses and writes on eight devices are in test_host_tables and above
+@pytest.mark.slow  # tables on every mesh are in test_memory; here, whole runs
 def test_memories_are_equal_on_any_mesh(whole, tmp_path, mesh):
     """Begun on one device and continued on eight, after the second refresh."""
     folder, state, columns = whole
