@@ -36,8 +36,10 @@ RESULTS = repository.RESULTS / 'objectives.json'
 COLUMNS = {
     'probe, video': 'probe_video/accuracy',
     'probe, audio': 'probe_audio/accuracy',
+    'probe, flow': 'probe_flow/accuracy',
     'NN@1, video': 'neighbours_video/R@1',
     'NN@1, audio': 'neighbours_audio/R@1',
+    'NN@1, flow': 'neighbours_flow/R@1',
     'audio → video, R@10': 'retrieval/audio_to_video/R@10',
     'synchrony': 'sync/accuracy',
 }

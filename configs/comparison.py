@@ -37,7 +37,10 @@ METHODS: dict[str, Callable[[], ConfigDict]] = {
     'avts_easy': functools.partial(avts.get_config, 'demo,no_curriculum'),
     'simclr': functools.partial(simclr.get_config, 'demo'),
     'infonce': functools.partial(coclr.get_config, 'demo,infonce'),
+    'infonce_audio': functools.partial(coclr.get_config, 'demo,infonce,other'),
+    'infonce_flow': functools.partial(coclr.get_config, 'demo,infonce,other,flow'),
     'coclr': functools.partial(coclr.get_config, 'demo'),
+    'coclr_flow': functools.partial(coclr.get_config, 'demo,flow'),
 }
 # Rows whose embeddings of video and sound are compared with each other -> in which space.
 SPACES = {'vatt': 'va', 'mmv': 'va', 'avid': 'va', 'cma': 'va', 'avts': 'va', 'avts_easy': 'va'}
@@ -52,10 +55,13 @@ def get_config(arg: str = 'mmv') -> ConfigDict:
     c.checkpoint.every = 100
     # Of the random initialisation of each kind of towers, which the report evaluates too.
     c.report = row in ('vatt', 'mmv')
-    set_data(c)
+    reads_flow = row.endswith('_flow')
+    set_data(c, reads_flow)
     # Transformers on waveforms are what VATT is.
     if row != 'vatt':
         set_towers(c)
+    if reads_flow:
+        coclr.describe_flow(c.model.inputs)
     streams = tuple(stream for stream in c.model.towers if stream != 'text')
     c.evals = evaluations(streams, SPACES.get(row, ''))
     c.phases = tuple(
@@ -71,17 +77,19 @@ def get_config(arg: str = 'mmv') -> ConfigDict:
     return c
 
 
-def set_data(c: ConfigDict) -> None:
-    """Videos of one long scene, in place."""
+def set_data(c: ConfigDict, reads_flow: bool) -> None:
+    """Videos of one long scene, in place, with their optical flow or without it."""
     scenes = {
-        'path': DATA,
+        'path': f'{DATA}_flow' if reads_flow else DATA,
+        'flow': 'dis' if reads_flow else '',
         'train': 1200,
         'validation': 64,
         'test': 768,
         'seconds': 8.0,
         'episodes': 1,
         'size': 64,
-        'fps': 8.0,
+        # Flow is stored at the rate at which the model reads it.
+        'fps': 4.0 if reads_flow else 8.0,
         'rate': 8000,
         'seed': 0,
     }
@@ -91,10 +99,16 @@ def set_data(c: ConfigDict) -> None:
 
 def set_towers(c: ConfigDict) -> None:
     """MMV's towers of the demo's size and their inputs, in place."""
-    m = mmv.get_config('demo_fac_va').model
-    c.model.inputs = m.inputs
-    c.model.towers = ConfigDict({stream: m.towers[stream] for stream in c.model.towers})
+    c.model.inputs = mmv.get_config('demo_fac_va').model.inputs
+    c.model.towers = towers_of(tuple(c.model.towers))
     c.compiler_options = demo.get_config().compiler_options
+
+
+def towers_of(streams: tuple[str, ...]) -> ConfigDict:
+    """MMV's towers of the demo's size; flow is read by one like video's."""
+    towers = mmv.get_config('demo_fac_va').model.towers
+    towers.flow = towers.video.copy_and_resolve_references()
+    return ConfigDict({stream: towers[stream] for stream in streams})
 
 
 def with_setting(c: ConfigDict, fields: dict[str, Any], phase: str, space: str) -> dict[str, Any]:
@@ -110,8 +124,7 @@ def with_setting(c: ConfigDict, fields: dict[str, Any], phase: str, space: str) 
     fields = {**fields, 'steps': SECOND_STAGE if is_second else c.steps - SECOND_STAGE}
     streams = tuple(fields.get('model.towers', c.model.towers))
     if 'model.towers' in fields:
-        towers = mmv.get_config('demo_fac_va').model.towers
-        fields['model.towers'] = {stream: towers[stream].to_dict() for stream in streams}
+        fields['model.towers'] = towers_of(streams).to_dict()
     fields['evals'] = evaluations(streams, space).to_dict()
     return fields
 

@@ -651,6 +651,15 @@ def test_what_is_there_stays_and_another_world_is_refused(small_playground):
     assert {file: file.stat().st_mtime_ns for file in path.rglob('*')} == before
 
 
+def test_optical_flow_is_prepared_where_it_is_asked_for(small_playground, tmp_path):
+    def features_of(records):
+        return set(json.loads((records / 'features.json').read_text())['featuresDict']['features'])
+
+    fields = {**SMALL, 'train': 1, 'validation': 1, 'test': 1, 'flow': 'dis'}
+    with_flow = playground.make(tmp_path / 'f', processes=1, quiet=True, **fields)
+    assert features_of(with_flow) - features_of(small_playground[1]) == {'flow'}
+
+
 def test_killed_just_before_the_records_were_finished(small_playground, tmp_path):
     """Everything is there but the file that says so, which is written last."""
     shutil.copytree(small_playground[0], tmp_path / 'small')
@@ -682,6 +691,7 @@ def test_killed_just_before_the_records_were_finished(small_playground, tmp_path
         ({'held_out': 0.7}, 'playground held_out: expected a share from 0 to 0.5'),
         ({'distractors': -1}, 'playground distractors: expected 0 or more, got -1'),
         ({'camera_noise': -0.1}, 'playground camera_noise: expected 0 or more, got -0.1'),
+        ({'flow': 'disc'}, r"flow='disc': choose one of dis, tvl1"),
     ],
 )
 def test_config_mistakes_are_sentences(tmp_path, fields, message):

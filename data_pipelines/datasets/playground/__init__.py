@@ -44,8 +44,10 @@ def make(
 
     Raises:
         DataError: a field is wrong, or <path> holds another playground.
+        MissingExtra: flow is asked for, and OpenCV is not installed.
     """
     # Imported here: it imports TensorFlow, which is not needed to render a playground alone.
+    from data_pipelines.preparation.arguments import flow_method
     from data_pipelines.prepare import prepare
 
     config = checked_config(fields)
@@ -55,6 +57,8 @@ def make(
             'path=runs/data/playground'
         )
     path = pathlib.Path(path)
+    if not is_made(path):
+        flow_method(config.flow)  # before minutes of rendering
     claim_folder(path, config)
     records = path / 'records'
     if not is_made(path):
@@ -70,6 +74,7 @@ def make(
             processes=processes,
             name='playground',
             quiet=quiet,
+            flow=config.flow,
         )
     return records
 

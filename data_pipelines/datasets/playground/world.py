@@ -73,6 +73,7 @@ class Config:
         silent: most silent things of a subject's size per scene.
         mute: kinds that are never heard, with commas; of their subjects there is no sound.
         pictures: per scene that are written as files, with boxes.
+        flow: method of the optical flow that is prepared too, dis or tvl1; '' for none.
 
     Raises:
         ValueError: a number is of the wrong type or outside its range, or the scenes would be too
@@ -95,6 +96,7 @@ class Config:
     silent: int = 0
     mute: str = ''
     pictures: int = 0
+    flow: str = ''
 
     @property
     def mute_kinds(self) -> tuple[str, ...]:
