@@ -29,6 +29,13 @@ def test_every_name_is_a_config(name):
     assert c.model.head.name.startswith('siglip' if is_siglip else 'clip')
 
 
+@pytest.mark.parametrize('name', ['b32_laion400m', 'siglip_b16_cc12m'])
+def test_a_recipe_opens_without_its_data(name):
+    c = clip.get_config(f'{name},synthetic')
+    # Rows of the word table are enough for the words of the synthetic source.
+    assert 0 < data_pipelines.open(c).tokenizer.size <= c.model.towers.text.vocab
+
+
 def test_a_recipe_sees_its_set_as_often_as_published():
     c = clip.get_config('b32_laion400m')
     assert (c.batch_size, c.optimizer.weight_decay, c.optimizer.b2) == (32_768, 0.2, 0.98)
