@@ -246,7 +246,7 @@ def test_preparing_shards_goes_on_where_it_stopped(tmp_path, monkeypatch):
 def test_shards_without_pictures_or_captions(read, tmp_path):
     with pytest.raises(DataError, match='tar shards below .* hold no picture'):
         read('webdataset', {'0.tar': layouts.tar_of([('a.txt', b'1')])}, 'texts')
-    with pytest.raises(DataError, match='no media file below .* looked for .tar'):
+    with pytest.raises(DataError, match='no media file below .* found 1 .zip; unpack 0.zip first'):
         read('webdataset', {'0.zip': b''}, 'none')
 
 
