@@ -41,7 +41,7 @@ class CocoCaptions(Dataset):
         if not paths:
             # Raises: there is none.
             folder.find_one('captions_train2017.json', 'captions_val2017.json')
-        clips = []
+        clips: list[Clip] = []
         for path in paths:
             split = 'train' if path.stem.startswith('captions_train') else 'validation'
             pictures = path.stem.removeprefix('captions_')  # the folder: train2017

@@ -182,9 +182,7 @@ def _compare(
     query: tuple[Float[np.ndarray, 'Q E'], Int[np.ndarray, ' Q']],
     gallery: tuple[Float[np.ndarray, 'M E'], Int[np.ndarray, ' M']],
     clips: np.ndarray,
-) -> tuple[
-    Int[np.ndarray, ' Q'], Int[np.ndarray, ' Q'], Int[np.ndarray, ' Q'], dict[str, np.ndarray]
-]:
+) -> tuple[Int[np.ndarray, ' Q'], Int[np.ndarray, ' Q'], Int[np.ndarray, ' Q'], dict[str, Any]]:
     """`statistics.compare_with_own` of all queries, and what is shown of them.
 
     That is one row a clip and one column a clip: the first of its queries, and the best of its
@@ -217,7 +215,7 @@ def _compare(
         # Half precision, as no score is computed from them.
         matrix.append(shown[:, :MATRIX_CLIPS].astype(np.float16))
     better, equal, tied = (np.concatenate(column) for column in zip(*counts))
-    artifacts = {
+    artifacts: dict[str, Any] = {
         'similarity': np.concatenate(matrix)[:MATRIX_CLIPS],
         'top': np.concatenate(top),
     }
