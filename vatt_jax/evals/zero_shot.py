@@ -83,18 +83,9 @@ class ZeroShot(Evaluator):
         names = self._names(view.data)
         parts = features_over_windows(view, c.split, c.windows, c.crops, limit=c.limit)
         classes_by_space, is_known = self._classes(view, names)
-        members = {}
-        for space, streams in parts[0]['spaces'].items():
-            members[space] = {modality_of(stream) for stream in streams}
-            if space in classes_by_space:
-                members[space].add('text')
-        space = self._space(members)
-        classes = classes_by_space[space]  # [P E]
-        cosines = [part['spaces'][space][c.stream] @ classes.T for part in parts]
-        scores = np.mean(cosines, 0)  # [N P]
+        scores = self._scores(parts, classes_by_space)  # [N P]
 
         targets = parts[0]['labels'][c.label]  # [N], or multi-hot [N P]
-        is_multi_label = targets.ndim > 1
         is_valid = parts[0]['valid'][c.stream]
         is_used = has_label(targets) & is_valid
         if not is_used.any():
@@ -102,11 +93,10 @@ class ZeroShot(Evaluator):
                 f'{self.where}: none of {len(targets)} clips of split {c.split!r} has the label '
                 f'{c.label!r} and {c.stream}.'
             )
-        scores, targets = scores[is_used], targets[is_used]
-        if is_multi_label:
-            result = Result(*statistics.multi_label(scores, targets, view.seed))
+        if targets.ndim > 1:
+            result = Result(*statistics.multi_label(scores[is_used], targets[is_used], view.seed))
         else:
-            result = single_label(scores, targets, view.seed)
+            result = single_label(scores[is_used], targets[is_used], view.seed)
         # The same number for every clip: which of them wins says nothing.
         unknown = [name for name, known in zip(names, is_known) if not known]
         result.artifacts['names_without_known_words'] = unknown
@@ -115,10 +105,25 @@ class ZeroShot(Evaluator):
         repeats = zero_shot.repeated(names)
         if repeats:
             result.remarks.append(
-                f'{len(repeats)} names stand for several classes each, which cannot be told apart: '
-                f'{", ".join(repeats[:5])}'
+                f'classes of one name cannot be told apart: {", ".join(map(repr, repeats[:5]))}'
             )
         return result
+
+    def _scores(
+        self,
+        parts: list[dict[str, Any]],
+        classes_by_space: dict[str, Float[np.ndarray, 'P E']],
+    ) -> Float[np.ndarray, 'N P']:
+        """Cosines of clips and classes, averaged over windows and crops."""
+        members = {}
+        for space, streams in parts[0]['spaces'].items():
+            members[space] = {modality_of(stream) for stream in streams}
+            if space in classes_by_space:
+                members[space].add('text')
+        space = self._space(members)
+        classes = classes_by_space[space]
+        cosines = [part['spaces'][space][self.config.stream] @ classes.T for part in parts]
+        return np.mean(cosines, axis=0)
 
     def _classes(
         self, view: FeatureView, names: list[str]
