@@ -134,8 +134,34 @@ def demo_config(options: list[str]) -> ConfigDict:
     evals = c.evals
     del evals.sync, evals.probe_audio
     evals.retrieval.pairs = (('text', 'video', 'vt'), ('video', 'text', 'vt'))
+    if 'synthetic' not in options:
+        evals.update(zero_shot_evaluations())
     c.checkpoint.every = 400
     return c
+
+
+def zero_shot_evaluations() -> dict[str, ConfigDict]:
+    """Kinds and colours of the playground by their names, alone and in templates.
+
+    One frame shows both; what happens in a scene, and with it the label `class`, it does not.
+    """
+    templates = {
+        'object': (
+            'a {}',
+            'the {}',
+            'a red {}',
+            'a small {}',
+            'a large blue {}',
+            'this striped {}',
+        ),
+        'color': ('a {} disc', 'a {} ring', 'the {} plank', 'this {} pole', 'a large {} thing'),
+    }
+    evals = {}
+    for label, sentences in templates.items():
+        names = {'type': 'zero_shot', 'label': label, 'limit': 768}
+        evals[f'zero_shot_{label}'] = ConfigDict(names)
+        evals[f'zero_shot_{label}_templates'] = ConfigDict({**names, 'templates': sentences})
+    return evals
 
 
 def demo_model(options: list[str]) -> str:

@@ -27,7 +27,7 @@ with extras.needed('video', 'reading and writing media files'):
     import av
     from av.sidedata.sidedata import Type as SideDataType
     from av.video.reformatter import VideoReformatter
-    from PIL import Image, ImageOps, ImageSequence
+    from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
     from data_pipelines import deinterlacing
 
@@ -102,6 +102,9 @@ IMAGES = (
     '.tif',
     '.tiff',
 )
+# How image files are scaled: by the average of the pixels that fall into one, from a JPEG decoded
+# at a part of its size; or by Pillow's bicubic filter, as models of pictures are evaluated.
+RESIZES = ('area', 'bicubic')
 # Formats of Pillow whose further frames are an animation; of others they are thumbnails or pages.
 _ANIMATED = ('WEBP', 'PNG', 'GIF', 'AVIF')
 # (start, end) in seconds of a part that is all of the file.
@@ -109,6 +112,8 @@ WHOLE = (0.0, float('inf'))
 # Frames from one keyframe to the next in records that store video.
 GOP = 10
 
+# Seconds above which time stamps are taken for corrupt.
+_LONGEST = 4 * 3600.0
 # Share of packets that may fail to decode before a file counts as corrupt.
 _MAX_BAD_SHARE = 0.05
 # Seconds between the end of one piece of audio and the next from which on they are placed apart.
@@ -184,8 +189,9 @@ def read(
     fps: float,
     size: int,
     rate: int,
-    longest: float = 4 * 3600.0,
+    longest: float = _LONGEST,
     part: tuple[float, float] = WHOLE,
+    resize: str = 'area',
 ) -> Media:
     """Open a media file. An image is a video of one frame.
 
@@ -197,13 +203,14 @@ def read(
         longest: seconds above which time stamps are taken for corrupt.
         part: (start, end) in seconds that are read. A file that is as long as the part (to a
             second), or that ends before it, is read whole: it was cut out before.
+        resize: entry of RESIZES, of image files.
 
     Raises:
         MediaError: here for files that do not open, and while frames are read for pictures that do
             not decode.
     """
     if os.fsdecode(path).lower().endswith(IMAGES):
-        return _read_image(path, fps, size, longest)
+        return read_image(path, fps, size, longest, resize)
     try:
         with _open(path) as container:
             # Opened briefly to look at the tracks, so that a file with neither is reported as
@@ -291,23 +298,46 @@ def duration(path: str | os.PathLike, kind: str) -> float | None:
         raise MediaError(_reason(error, path)) from None
 
 
-def _read_image(path: str | os.PathLike, fps: float, size: int, longest: float) -> Media:
-    """An image file as a video of one frame; an animated one, as a video."""
-    _check_is_no_pipe(path)
+def read_image(
+    source: str | os.PathLike | io.BytesIO,
+    fps: float,
+    size: int,
+    longest: float = _LONGEST,
+    resize: str = 'area',
+) -> Media:
+    """An image as a video of one frame; an animated one, as a video.
+
+    Args:
+        source: an image file, or its bytes as a stream.
+        fps: as of `read`.
+        size: as of `read`.
+        longest: as of `read`.
+        resize: as of `read`.
+
+    Raises:
+        MediaError: it does not decode.
+    """
+    path = source if isinstance(source, str | os.PathLike) else ''
+    if path:
+        _check_is_no_pipe(path)
     try:
         # The type of the frames is left open: libraries have one class for each format.
-        with Image.open(os.fspath(path)) as file:
+        with Image.open(source) as file:
             is_animated = getattr(file, 'n_frames', 1) > 1 and file.format in _ANIMATED
             if not is_animated:
-                return Media(iter([_image(file, size)]), None)
-            frames = _animation(file, fps, size, longest)
+                return Media(iter([_image(file, size, resize)]), None)
+            frames = _animation(file, fps, size, longest, resize)
+    except UnidentifiedImageError as error:
+        # Of a stream, the message has its address in memory.
+        reason = _reason(error, path) if path else 'corrupt: no picture in a known format'
+        raise MediaError(reason) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MediaError(_reason(error, path)) from None
     return Media(iter(frames), None)
 
 
 def _animation(
-    file: Image.Image, fps: float, size: int, longest: float
+    file: Image.Image, fps: float, size: int, longest: float, resize: str
 ) -> list[UInt8[np.ndarray, 'H W 3']]:
     """The picture of an animation on display at 0, 1/fps, 2/fps, …, until its last one ends."""
     frames: list[np.ndarray] = []
@@ -319,14 +349,15 @@ def _animation(
             raise MediaError(f'corrupt: time stamps jump to {end:.0f} s')
         num_frames = max(1, round(end * fps))
         if num_frames > len(frames):
-            frames += [_image(picture, size)] * (num_frames - len(frames))
+            frames += [_image(picture, size, resize)] * (num_frames - len(frames))
     return frames
 
 
-def _image(image: Image.Image, size: int) -> UInt8[np.ndarray, 'H W 3']:
+def _image(image: Image.Image, size: int, resize: str) -> UInt8[np.ndarray, 'H W 3']:
     """An opened image, upright, with short side `size`."""
-    # A JPEG is decoded at an eighth, quarter or half of its size if that is enough.
-    image.draft('RGB', (size, size))
+    if resize == 'area':
+        # A JPEG is decoded at an eighth, quarter or half of its size if that is enough.
+        image.draft('RGB', (size, size))
     # Cameras store the sensor's orientation and note the rotation in EXIF.
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith('F'):
@@ -340,8 +371,11 @@ def _image(image: Image.Image, size: int) -> UInt8[np.ndarray, 'H W 3']:
     scale = size / min(width, height)
     # At least `size`: rounding must not make the short side a pixel too short.
     new_size = (max(size, round(width * scale)), max(size, round(height * scale)))
-    # The average of the pixels that fall into one, which does not alias.
-    method = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR
+    if resize == 'bicubic':
+        method = Image.Resampling.BICUBIC
+    else:
+        # The average of the pixels that fall into one, which does not alias.
+        method = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR
     return np.asarray(image.resize(new_size, method))
 
 

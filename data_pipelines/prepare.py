@@ -152,6 +152,7 @@ def prepare(
     store: str = 'jpeg',
     crf: int = 23,
     flow: str = '',
+    resize: str = 'area',
     processes: int = 2,
     min_seconds: float | None = None,
     name: str = '',
@@ -184,6 +185,7 @@ def prepare(
         store: 'jpeg', or 'h264' for short pieces of video.
         crf: quality of h264, 1 (best) to 51.
         flow: method of optical flow between the stored frames, 'dis' or 'tvl1'; '' for none.
+        resize: how image files are scaled, 'area' or 'bicubic'.
         processes: number of files decoded side by side.
         min_seconds: shorter files are skipped; None means 1, and 0 for named datasets.
         name: of the result; '' derives it from `out`.
@@ -229,6 +231,7 @@ def prepare(
         min_seconds=float(min_seconds),
         crf=arguments.stored_crf(store, crf),
         flow=arguments.flow_method(flow),
+        resize=arguments.resize_method(resize),
     )
     name = name or arguments.dataset_name(target)
     arguments.check_arguments(settings, name, vocabulary, validation, test, processes)
@@ -557,6 +560,12 @@ def _parser(dataset: str) -> argparse.ArgumentParser:
         const='dis',
         metavar='METHOD',
         help='optical flow between the stored frames as well, by dis (the default) or tvl1',
+    )
+    add(
+        '--resize',
+        default='area',
+        choices=('area', 'bicubic'),
+        help='how image files are scaled; bicubic: as published results of CLIP have it',
     )
     # How the work is done.
     add('--processes', type=int, default=2, help='files decoded side by side')

@@ -168,3 +168,28 @@ def test_intervals_are_over_clips():
     assert copies == pytest.approx(once)
     low, high = statistics.bootstrap(np.repeat(hits, 20))
     assert high - low < 0.5 * (once[1] - once[0])
+
+
+@pytest.mark.parametrize('max_captions', [1, 2])
+def test_a_part_of_the_captions_counts(max_captions):
+    """COCO's pictures have five to seven captions, of which some count five."""
+    video, captions, mask = noisy_captions(30, 4, seed=2)
+    limited = retrieve(features(video, captions, mask), captions=max_captions)
+    expected = retrieve(features(video, captions, mask & (np.arange(4) < max_captions)))
+    assert limited.scalars == expected.scalars
+    whole = retrieve(features(video, captions, mask))
+    assert limited.scalars['text_to_video/R@1'] != whole.scalars['text_to_video/R@1']
+
+
+def test_large_galleries_show_a_part(monkeypatch):
+    """The scores are of all; the matrix of the report is of the first clips."""
+    known = features(*noisy_captions(20, 3, seed=4))
+    whole = retrieve(known)
+    monkeypatch.setattr(retrieval, 'MATRIX_CLIPS', 6)
+    monkeypatch.setattr(retrieval, 'QUERIES_AT_ONCE', 4)
+    part = retrieve(known)
+    assert part.scalars == whole.scalars
+    for name in ('text_to_video', 'video_to_text'):
+        matrix = whole.artifacts[f'{name}/similarity']
+        np.testing.assert_array_equal(part.artifacts[f'{name}/similarity'], matrix[:6, :6])
+        np.testing.assert_array_equal(part.artifacts[f'{name}/top'], whole.artifacts[f'{name}/top'])

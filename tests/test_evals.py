@@ -106,6 +106,18 @@ def recalls(result, direction):
 # ---- ranks
 
 
+def ranks(similarity):
+    """0-based rank of the diagonal in each row."""
+    is_own = np.eye(len(similarity), dtype=bool)
+    return statistics.ranks_of_best(*statistics.compare_with_own(similarity, is_own))
+
+
+def hits(similarity, k):
+    """How far the diagonal of each row is among the first k."""
+    is_own = np.eye(len(similarity), dtype=bool)
+    return statistics.hits_of_best(*statistics.compare_with_own(similarity, is_own), k)
+
+
 def test_ranks_and_hits_with_ties():
     similarity = np.array(
         [
@@ -116,30 +128,30 @@ def test_ranks_and_hits_with_ties():
         ],
         float,
     )
-    np.testing.assert_array_equal(statistics.ranks(similarity), [2, 1.5, 1.5, 0])
-    np.testing.assert_allclose(statistics.hits(similarity, 1), [0, 0, 1 / 4, 1])
-    np.testing.assert_allclose(statistics.hits(similarity, 2), [0, 1 / 2, 2 / 4, 1])
-    np.testing.assert_allclose(statistics.hits(similarity, 3), [1, 1, 3 / 4, 1])
-    np.testing.assert_allclose(statistics.hits(similarity, 10), 1)
+    np.testing.assert_array_equal(ranks(similarity), [2, 1.5, 1.5, 0])
+    np.testing.assert_allclose(hits(similarity, 1), [0, 0, 1 / 4, 1])
+    np.testing.assert_allclose(hits(similarity, 2), [0, 1 / 2, 2 / 4, 1])
+    np.testing.assert_allclose(hits(similarity, 3), [1, 1, 3 / 4, 1])
+    np.testing.assert_allclose(hits(similarity, 10), 1)
 
 
 def test_hits_are_what_random_tie_breaking_gives():
     """Of a few levels, so that ties abound: the mean over random orders of the ties."""
     rng = np.random.default_rng(0)
     similarity = rng.integers(0, 4, (12, 12)).astype(float)
-    ranks = []
+    drawn = []
     for _ in range(4000):
-        ranks.append(statistics.ranks(similarity + 1e-6 * rng.random(similarity.shape)))
-    ranks = np.stack(ranks)
+        drawn.append(ranks(similarity + 1e-6 * rng.random(similarity.shape)))
+    drawn = np.stack(drawn)
     for k in (1, 3, 5):
-        np.testing.assert_allclose(statistics.hits(similarity, k), (ranks < k).mean(0), atol=0.04)
-    np.testing.assert_allclose(statistics.ranks(similarity), ranks.mean(0), atol=0.2)
+        np.testing.assert_allclose(hits(similarity, k), (drawn < k).mean(0), atol=0.04)
+    np.testing.assert_allclose(ranks(similarity), drawn.mean(0), atol=0.2)
 
 
 def test_not_a_number_never_ranks_first():
     similarity = np.array([[np.nan, 1, 2], [0, 5, np.nan], [np.nan] * 3])
-    np.testing.assert_array_equal(statistics.ranks(similarity), [2, 1, 2])
-    np.testing.assert_array_equal(statistics.hits(similarity, 1), 0)
+    np.testing.assert_array_equal(ranks(similarity), [2, 1, 2])
+    np.testing.assert_array_equal(hits(similarity, 1), 0)
 
 
 def test_bootstrap_interval_of_a_share():
@@ -1493,7 +1505,11 @@ DISTANCE_LOGITS = -np.abs(np.arange(8.0)[None] - np.array([[0], [0], [0], [7]]))
 def test_classification_top1_and_top5():
     # The clip without a label does not count.
     result = classify(DISTANCE_LOGITS, np.array([0, 4, 5, -1]))
-    assert result.scalars == {'accuracy': pytest.approx(1 / 3), 'top5': pytest.approx(2 / 3)}
+    assert result.scalars == {
+        'accuracy': pytest.approx(1 / 3),
+        'top5': pytest.approx(2 / 3),
+        'mean_class_accuracy': pytest.approx(1 / 3),
+    }
     assert result.artifacts['accuracy/chance'] == 1 / 8
     assert result.artifacts['top5/chance'] == 5 / 8
 

@@ -63,7 +63,7 @@ def test_prompts_are_every_template_of_every_name():
         'c{',
         'see c{ {',
     ]
-    assert zero_shot.prompts(('a', 'b'), 'only {}', 'x') == ['only a', 'only b']
+    assert zero_shot.prompts(('a', 'b'), 'only {c}', 'x') == ['only a', 'only b']
 
 
 @pytest.mark.parametrize(

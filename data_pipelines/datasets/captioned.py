@@ -6,7 +6,13 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from data_pipelines.datasets.named_dataset import AnnotationFolder, Dataset, numbered, segment
+from data_pipelines.datasets.named_dataset import (
+    AnnotationFolder,
+    Dataset,
+    described,
+    numbered,
+    segment,
+)
 from data_pipelines.errors import DataError
 from data_pipelines.preparation.media_catalog import Clip
 from data_pipelines.preparation.store import StoredDict
@@ -143,16 +149,7 @@ class MSRVTT(Dataset):
                 split = 'train'
             # -1, unknown, in files without categories.
             labels = {'category': int(video.get('category', -1))}
-            # Sentences describe all of the clip, so none has a time of its own.
-            whole_clip = segment(labels, caption=captions[0] if captions else '')
-            clips.append(
-                Clip(
-                    [video_id],
-                    split,
-                    [whole_clip],
-                    [{'text': text, 'start': 0.0, 'end': float('inf')} for text in captions],
-                )
-            )
+            clips.append(described([video_id], split, captions, labels))
         return clips, {
             'category': [category_names.get(i, f'category {i}') for i in range(num_categories)]
         }

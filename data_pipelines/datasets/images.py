@@ -1,4 +1,4 @@
-"""Named datasets of still images: ImageNet."""
+"""Named datasets of still images with classes: ImageNet, and any folders of classes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ImageNet(Dataset):
                 '--dataset=imagenet --help says what to place there'
             )
         number_of = numbered(wnids)
-        class_names = self._read_class_names(folder)
+        class_names = read_class_names(folder)
         clips = (
             Clip([path], split, [segment({'class': number_of[wnid]})])
             for path, split, wnid in self._images(folder, listed_wnids)
@@ -90,19 +90,70 @@ class ImageNet(Dataset):
             wnids[row['imageid']] = row['predictionstring'].split(' ')[0]
         return wnids
 
-    def _read_class_names(self, folder: AnnotationFolder) -> dict[str, str]:
-        """WordNet id -> line with id and names; empty without the file."""
-        path = folder.find_optional('LOC_synset_mapping.txt')
-        if path is None:
-            return {}
-        # 'n01440764 tench, Tinca tinca'; with the id, as classes may share a name (crane).
-        return {line.split(' ')[0]: line for _, line in folder.lines(path)}
+
+class ClassFolders(Dataset):
+    """Pictures in folders of classes: the robustness sets of ImageNet, or one's own. A picture is a
+    record of one frame. Label `class`: the folders that hold pictures, in alphabetical order, or by
+    number where all are numbers (ImageNet-V2 has 0 to 999). A set with a part of ImageNet's classes
+    has these alone; the evaluator zero_shot finds their names by id (docs/clip.md). Split test;
+    pictures below folders train, val and test are in these splits.
+
+        anywhere: CLASS/*.JPEG (or jpg, png, webp)     imagenet-r/WNID, imagenet-a/WNID,
+                                                       sketch/WNID, imagenetv2-…-format-val/NUMBER
+        LOC_synset_mapping.txt                         optional: names of the classes
+    """
+
+    name = 'class_folders'
+    title = 'Pictures in folders of classes: ImageNet-R, -A, -Sketch, -V2, and your own'
+    suffixes = media.IMAGES
+
+    def clips(self, folder: AnnotationFolder) -> tuple[Iterable[Clip], dict[str, list[str]]]:
+        classes: set[str] = set()
+        for path in folder.files.ids():
+            parts = path.split('/')
+            if len(parts) > 1:
+                classes.add(parts[-2])
+            else:
+                folder.skipped[path] = 'in no class folder'
+        if not classes:
+            raise DataError(
+                f'class_folders: no picture of {folder.media_root} is in a folder of its class'
+            )
+        names = sorted(classes)
+        if all(name.isdecimal() and name.isascii() for name in names):
+            names.sort(key=int)
+        number_of = numbered(names)
+        class_names = read_class_names(folder)
+        clips = (
+            Clip([path], split_of(path), [segment({'class': number_of[path.split('/')[-2]]})])
+            for path in folder.files.ids()
+            if '/' in path
+        )
+        return clips, {'class': [class_names.get(name, name) for name in names]}
 
 
-def _split_folder_depth(folders: list[str]) -> int | None:
+def split_of(path: str) -> str:
+    """The split of a picture below its folder; test where no folder above its class says it."""
+    folders = path.split('/')[:-2]
+    depth = _split_folder_depth(folders, (*_SPLIT_FOLDERS, 'test'))
+    if depth is None or folders[depth] == 'test':
+        return 'test'
+    return 'train' if folders[depth] == 'train' else 'validation'
+
+
+def read_class_names(folder: AnnotationFolder) -> dict[str, str]:
+    """WordNet id -> line with id and names of LOC_synset_mapping.txt; empty without the file."""
+    path = folder.find_optional('LOC_synset_mapping.txt')
+    if path is None:
+        return {}
+    # 'n01440764 tench, Tinca tinca'; with the id, as classes may share a name (crane).
+    return {line.split(' ')[0]: line for _, line in folder.lines(path)}
+
+
+def _split_folder_depth(folders: list[str], names: tuple[str, ...] = _SPLIT_FOLDERS) -> int | None:
     """Position of the first folder that is named like a split."""
     # From the top: a class folder below may have any name.
     for depth, name in enumerate(folders):
-        if name in _SPLIT_FOLDERS:
+        if name in names:
             return depth
     return None

@@ -2,10 +2,11 @@
 
     python -m data_pipelines.prepare --dataset=NAME --manual_dir=FOLDER --out=data/NAME/records
 
-Nothing is downloaded. The datasets are classes in `actions`, `sounds`, `captioned` and `images`;
-the docstring of a class is its page in docs/datasets.md, which
-`python -m data_pipelines.datasets.named` prints, and of `prepare --dataset=NAME --help`. A new
-dataset is a class in one of these files and a line in DATASETS below.
+Nothing is downloaded. The datasets are classes in `actions`, `sounds`, `captioned`, `images`,
+`captioned_images`, `image_lists` and `shards`; the docstring of a class is its page in
+docs/datasets.md, which `python -m data_pipelines.datasets.named` prints, and of
+`prepare --dataset=NAME --help`. A new dataset is a class in one of these files and a line in
+DATASETS below.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import pathlib
 
 from data_pipelines.datasets.actions import HMDB51, UCF101, Kinetics, MomentsInTime
 from data_pipelines.datasets.captioned import MSRVTT, HowTo100M, YouCook2
-from data_pipelines.datasets.images import ImageNet
+from data_pipelines.datasets.captioned_images import CocoCaptions, Flickr30k, Karpathy
+from data_pipelines.datasets.image_lists import ImageLists
+from data_pipelines.datasets.images import ClassFolders, ImageNet
 from data_pipelines.datasets.named_dataset import AnnotationFolder, Dataset
+from data_pipelines.datasets.shards import WebDataset
 from data_pipelines.datasets.sounds import AVE, ESC50, AudioSet, VGGSound
 from data_pipelines.errors import DataError
 from data_pipelines.preparation import media_catalog
@@ -46,6 +50,12 @@ DATASETS: dict[str, Dataset] = {
         MSRVTT(official=True),
         HowTo100M(),
         ImageNet(),
+        ClassFolders(),
+        CocoCaptions(),
+        Karpathy(),
+        Flickr30k(),
+        ImageLists(),
+        WebDataset(),
     )
 }
 
@@ -78,10 +88,11 @@ def read(
         )
     # Also files that no annotation names: they are counted as unused.
     store = store or Store()
-    files = media_catalog.scan(pathlib.Path(videos or manual_dir), dataset.suffixes, store)
+    media_root = pathlib.Path(videos or manual_dir)
+    files = dataset.files(media_root, store)
     # Shared: a dataset may ask it which files are there (HowTo100M).
     resolver = NameResolver(files.ids(), store=store)
-    folder = AnnotationFolder(name, root, files, resolver, encoding)
+    folder = AnnotationFolder(name, root, files, resolver, encoding, media_root)
     clips, classes = dataset.clips(folder)
     catalog, num_clips = media_catalog.match_clips(clips, files, resolver, classes, dataset.folds)
     if not num_clips:
@@ -95,6 +106,7 @@ def read(
             f'{files[0].id!r})'
         )
     # After `clips`: the folder notes the hash of each annotation file as it is read.
+    catalog.skipped |= folder.skipped
     catalog.identity = {'dataset': name, 'annotations': _digest_of_annotations(folder)}
     return catalog
 

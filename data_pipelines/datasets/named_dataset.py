@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 from data_pipelines import media
 from data_pipelines.errors import DataError
-from data_pipelines.preparation import json_files, text_files
+from data_pipelines.preparation import json_files, media_catalog, text_files
 from data_pipelines.preparation.file_list import FileList
 from data_pipelines.preparation.file_names import NameResolver
 from data_pipelines.preparation.media_catalog import Clip
-from data_pipelines.preparation.store import StoredDict
+from data_pipelines.preparation.store import Store, StoredDict
 
 Value = TypeVar('Value')
 
@@ -43,6 +43,8 @@ class AnnotationFolder:
         files: the media files that are there.
         resolver: which media file a name means.
         encoding: of annotation files that are neither UTF-8 nor UTF-16, '' to refuse them.
+        media_root: the folder of the media files.
+        skipped: what datasets find that cannot be used -> the reason.
         digests: annotation file -> hash of its contents, for each that was read; a file is named by
             the parts of its path below the folder, with zeros between them.
     """
@@ -54,9 +56,12 @@ class AnnotationFolder:
         files: FileList,
         resolver: NameResolver,
         encoding: str = '',
+        media_root: pathlib.Path | None = None,
     ):
         self.dataset = dataset
         self.root = root
+        self.media_root = media_root or root
+        self.skipped: dict[str, str] = {}
         self.files = files
         self.resolver = resolver
         self.encoding = encoding
@@ -115,15 +120,18 @@ class AnnotationFolder:
 
     def open(self, path: pathlib.Path) -> text_files.TextFile:
         """Open an annotation file, whose hash is noted."""
-        # Sorted, these names are in the order of the paths: a slash comes behind other characters.
-        name = '\0'.join(path.relative_to(self.root).parts)
-        if name not in self.digests:
-            # What `prepare` was made from: a changed annotation file makes another dataset.
-            self.digests[name] = self._digest(path)
+        self.note_digest(path)
         try:
             return text_files.TextFile(path, self.encoding)
         except DataError as error:
             raise DataError(f'{self.dataset}: {error}') from None
+
+    def note_digest(self, path: pathlib.Path) -> None:
+        """Note the hash of an annotation file: a changed one makes another dataset."""
+        # Sorted, these names are in the order of the paths: a slash comes behind other characters.
+        name = '\0'.join(path.relative_to(self.root).parts)
+        if name not in self.digests:
+            self.digests[name] = self._digest(path)
 
     def _digest(self, path: pathlib.Path) -> str:
         try:
@@ -294,6 +302,18 @@ class Dataset:
     folds: int = 0
     suffixes: tuple[str, ...] = media.SUFFIXES
 
+    def files(self, root: pathlib.Path, store: Store) -> FileList:
+        """List the media files.
+
+        Args:
+            root: folder of the media files.
+            store: where the list is kept.
+
+        Raises:
+            DataError: if there is none.
+        """
+        return media_catalog.scan(root, self.suffixes, store)
+
     def clips(self, folder: AnnotationFolder) -> tuple[Iterable[Clip], dict[str, list[str]]]:
         """Read the annotation files.
 
@@ -325,6 +345,27 @@ def segment(
 ) -> dict[str, Any]:
     """A segment of a clip, by default all of it, as `media_catalog.Clip` has them."""
     return {'start': start, 'end': end, 'caption': caption, 'labels': dict(labels)}
+
+
+def described(
+    names: Sequence[str],
+    split: str,
+    captions: Sequence[str],
+    labels: Mapping[str, int | list[int]] | None = None,
+    ground_truth: Mapping[str, Any] | None = None,
+) -> Clip:
+    """A clip whose captions describe all of it, so that none has a time of its own.
+
+    Args:
+        names: as of `media_catalog.Clip`.
+        split: likewise.
+        captions: any number. The first is that of the segment; evaluation takes all.
+        labels: of the segment.
+        ground_truth: as of `media_catalog.Clip`.
+    """
+    whole = segment(labels or {}, caption=captions[0] if captions else '')
+    sentences = [{'text': text, 'start': 0.0, 'end': float('inf')} for text in captions]
+    return Clip(names, split, [whole], sentences, dict(ground_truth or {}))
 
 
 def numbered(names: Sequence[str]) -> dict[str, int]:

@@ -7,6 +7,7 @@ import pathlib
 import re
 from typing import Any
 
+from data_pipelines import media
 from data_pipelines.errors import DataError
 from data_pipelines.preparation import decoded_files
 from vatt_jax import extras
@@ -101,6 +102,13 @@ def flow_method(flow: str) -> str:
         except ConfigError as error:
             raise DataError(f'--{error}') from None
     return flow
+
+
+def resize_method(resize: str) -> str:
+    """How image files are scaled; DataError for what is no way to do so."""
+    if resize not in media.RESIZES:
+        raise DataError(f'--resize={resize}: expected {" or ".join(media.RESIZES)}')
+    return resize
 
 
 def dataset_name(out: pathlib.Path) -> str:

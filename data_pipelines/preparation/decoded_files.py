@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -47,6 +48,7 @@ class Settings:
         min_seconds: shorter files are skipped.
         crf: quality of H.264, which then takes the place of JPEG; 0 for JPEG.
         flow: method of optical flow, '' for none.
+        resize: entry of `media.RESIZES`, of image files.
     """
 
     fps: float
@@ -56,15 +58,18 @@ class Settings:
     min_seconds: float
     crf: int = 0
     flow: str = ''
+    resize: str = media.RESIZES[0]
 
     def words(self) -> list[Any]:
         """The values of all fields that decide what comes out, for keys of files and runs."""
-        *values, crf, flow = dataclasses.astuple(self)
-        # Without what is not stored: keys from before H.264 and flow could be stored remain valid.
+        *values, crf, flow, resize = dataclasses.astuple(self)
+        # Without what is usual: keys from before there was a choice remain valid.
         if crf:
             values.append(crf)
         if flow:
             values += ['flow', flow, optical_flow.BOUND]
+        if resize != media.RESIZES[0]:
+            values += ['resize', resize]
         return values
 
 
@@ -75,10 +80,11 @@ class File:
 
     Attributes:
         id: path below the folder, with forward slashes; of a part, followed by its seconds.
-        path: where the file is.
+        path: where the file is, or the tar archive that it is in.
         bytes: its size.
-        modified: time of its last change, in nanoseconds.
+        modified: time of its last change (of the archive's, if it is in one), in nanoseconds.
         part: (start, end) in seconds.
+        offset: byte of the archive at which it begins; 0 of a file of its own.
     """
 
     id: str
@@ -86,6 +92,7 @@ class File:
     bytes: int
     modified: int
     part: tuple[float, float] = media.WHOLE
+    offset: int = 0
 
     def key(self, settings: Settings) -> str:
         """A hash of everything that the staged file depends on; it is the name of that file."""
@@ -95,6 +102,8 @@ class File:
         # Nothing for a whole file: keys from before files could have parts remain valid.
         if self.part != media.WHOLE:
             hashed += self.part
+        if self.offset:
+            hashed += ['offset', self.offset]
         # 32 hexadecimal digits are 128 bits: enough against collisions among billions of files.
         return hashlib.sha256(json.dumps(hashed).encode()).hexdigest()[:32]
 
@@ -132,7 +141,7 @@ def _decode(file: File, settings: Settings) -> tuple[dict[str, Any], list[bytes]
     # Filled in as decoding goes on (`pictures` runs while the frames are encoded): size and lengths
     # are known only then.
     header: dict[str, Any] = {'id': file.id, 'height': 0, 'width': 0, 'samples': 0, 'lengths': []}
-    decoded = media.read(file.path, settings.fps, settings.size, settings.rate, part=file.part)
+    decoded = _open(file, settings)
     flows = _FlowEncoder(settings) if settings.flow else None
 
     def pictures() -> Iterator[UInt8[np.ndarray, 'H W 3']]:
@@ -180,14 +189,36 @@ def _decode(file: File, settings: Settings) -> tuple[dict[str, Any], list[bytes]
     return header, [*frames, *stored_flows, pcm]
 
 
+def _open(file: File, settings: Settings) -> media.Media:
+    """The pictures and sound of a file, or the picture of a member of an archive."""
+    if not file.offset:
+        return media.read(
+            file.path,
+            settings.fps,
+            settings.size,
+            settings.rate,
+            part=file.part,
+            resize=settings.resize,
+        )
+    with open(file.path, 'rb') as stream:
+        stream.seek(file.offset)
+        content = stream.read(file.bytes)
+    if len(content) < file.bytes:
+        raise media.MediaError('truncated: the archive ends within it')
+    source = io.BytesIO(content)
+    return media.read_image(source, settings.fps, settings.size, resize=settings.resize)
+
+
 def _check_unchanged(file: File) -> None:
     """Raise MediaError for a file that is another one now than when the folder was listed.
 
     A copy or a download that still goes on would count as whole.
     """
     status = os.stat(file.path)
+    # Of a member of an archive, the size of the archive is not noted.
+    size = file.bytes if file.offset else status.st_size
     # 0 where nobody noted the time.
-    if file.modified and (status.st_size, status.st_mtime_ns) != (file.bytes, file.modified):
+    if file.modified and (size, status.st_mtime_ns) != (file.bytes, file.modified):
         raise media.MediaError(
             'changed: it was written to meanwhile; prepare again when it is whole'
         )

@@ -13,7 +13,7 @@ from jaxtyping import Int64
 from data_pipelines.preparation.decoded_files import File
 from data_pipelines.preparation.store import Store, to_bytes, to_text
 
-_FIELDS = 'id, path, bytes, modified, part_start, part_end'
+_FIELDS = 'id, path, bytes, modified, part_start, part_end, offset'
 
 
 class FileList(Sequence[File]):
@@ -23,7 +23,7 @@ class FileList(Sequence[File]):
         self._connection = store.connection
         self._table = store.new_table(
             '(number INTEGER PRIMARY KEY, id BLOB UNIQUE, stem BLOB, path BLOB, bytes INTEGER, '
-            'modified INTEGER, part_start REAL, part_end REAL)'
+            'modified INTEGER, part_start REAL, part_end REAL, offset INTEGER)'
         )
         self._length = 0
         self._has_stems = False
@@ -39,8 +39,10 @@ class FileList(Sequence[File]):
             file.bytes,
             file.modified,
             *file.part,
+            file.offset,
         )
-        self._connection.execute(f'INSERT INTO {self._table} VALUES (?, ?, ?, ?, ?, ?, ?, ?)', row)
+        places = ', '.join('?' * len(row))
+        self._connection.execute(f'INSERT INTO {self._table} VALUES ({places})', row)
         self._length += 1
 
     def __len__(self) -> int:
@@ -127,5 +129,5 @@ class Selection(Sequence[File]):
 
 
 def _file(row: tuple[Any, ...]) -> File:
-    file_id, path, size, modified, start, end = row
-    return File(to_text(file_id), os.fsdecode(path), size, modified, (start, end))
+    file_id, path, size, modified, start, end, offset = row
+    return File(to_text(file_id), os.fsdecode(path), size, modified, (start, end), offset)

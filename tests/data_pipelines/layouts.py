@@ -5,9 +5,13 @@ Each function of LAYOUTS gets the example files by suffix (`encode_examples`) an
 """
 
 import fractions
+import hashlib
+import io
 import json
 import os
 import pathlib
+import tarfile
+import zlib
 
 import av
 import numpy as np
@@ -403,6 +407,136 @@ def imagenet(files):
     }
 
 
+def class_folders(files):
+    """ImageNet-R: folders of WordNet ids, and a file beside them."""
+    return {
+        'imagenet-r/n01443537/art_0.jpg': files['JPEG'],
+        'imagenet-r/n01484850/sketch_3.jpg': files['JPEG'],
+        'imagenet-r/n01443537/tattoo_1.jpg': files['JPEG'],
+        'imagenet-r/README.txt': 'n01443537 goldfish',
+    }
+
+
+def coco_captions(files):
+    """Two pictures for training, one for validation; a caption has a line end in it."""
+
+    def annotations(*images):
+        """Of (number, captions) each."""
+        entries = []
+        for number, captions in images:
+            for caption in captions:
+                entry = {'image_id': number, 'id': len(entries), 'caption': caption}
+                entries.append(entry)
+        return {
+            'info': {'year': 2017},
+            'licenses': [],
+            'images': [
+                {'id': number, 'file_name': f'{number:012d}.jpg', 'height': 40, 'width': 60}
+                for number, _ in images
+            ],
+            'annotations': entries,
+        }
+
+    return {
+        'annotations/captions_train2017.json': annotations(
+            (9, [f'sentence {k} about 9' for k in range(5)]), (25, ['A giraffe\n'])
+        ),
+        'annotations/captions_val2017.json': annotations((42, ['a shoe', 'shoes on a rack'])),
+        'annotations/instances_val2017.json': {},
+        'train2017/000000000009.jpg': files['JPEG'],
+        'train2017/000000000025.jpg': files['JPEG'],
+        'val2017/000000000042.jpg': files['JPEG'],
+    }
+
+
+def karpathy_image(name, split, num_sentences=5, **fields):
+    """The entry of a picture; its sentences are about its name."""
+    sentences = []
+    for k in range(num_sentences):
+        raw = f'Sentence {k} about {name}.'
+        sentences.append({'tokens': raw.lower().strip('.').split(), 'raw': raw, 'sentid': k})
+    return {'filename': name, 'split': split, 'sentences': sentences, **fields}
+
+
+def coco_karpathy(files):
+    """A picture of each of the four splits; one has seven sentences."""
+    folders = {'a': 'train2014', 'b': 'val2014', 'c': 'val2014', 'd': 'val2014'}
+    images = [
+        karpathy_image('a.jpg', 'train', filepath='train2014', cocoid=1, imgid=0),
+        karpathy_image('b.jpg', 'restval', filepath='val2014', cocoid=2, imgid=1),
+        karpathy_image('c.jpg', 'val', filepath='val2014', cocoid=3, imgid=2),
+        karpathy_image('d.jpg', 'test', 7, filepath='val2014', cocoid=4, imgid=3),
+    ]
+    layout = {'caption_datasets/dataset_coco.json': {'images': images, 'dataset': 'coco'}}
+    for name, folder in folders.items():
+        layout[f'{folder}/{name}.jpg'] = files['JPEG']
+    return layout
+
+
+def flickr30k(files):
+    """A picture of each split; there are no folders."""
+    splits = {'1000092795.jpg': 'train', '10002456.jpg': 'val', '1000268201.jpg': 'test'}
+    images = [karpathy_image(name, split, imgid=0) for name, split in splits.items()]
+    layout = {'dataset_flickr30k.json': {'images': images, 'dataset': 'flickr30k'}}
+    for name in splits:
+        layout[f'flickr30k-images/{name}'] = files['JPEG']
+    return layout
+
+
+def image_lists(files):
+    """CC3M: captions and addresses, pictures called by the addresses in three ways."""
+    addresses = [f'http://example.org/{name}' for name in 'abcd']
+    names = [
+        hashlib.md5(addresses[0].encode()).hexdigest(),
+        f'1_{zlib.crc32(addresses[1].encode())}',
+        hashlib.sha256(addresses[3].encode()).hexdigest(),
+    ]
+    return {
+        'Train_GCC-training.tsv': lines(
+            f'a very typical "bus" station\t{addresses[0]}',
+            f'sierra looked stunning\t{addresses[1]}',
+            f'a picture that is gone\t{addresses[2]}',
+        ),
+        'Validation_GCC-1.1.0-Validation.tsv': f'author : a life in photography\t{addresses[3]}',
+        f'pictures/{names[0]}.jpg': files['JPEG'],
+        f'pictures/{names[1]}.jpg': files['JPEG'],
+        f'pictures/{names[2]}.jpg': files['JPEG'],
+    }
+
+
+def tar_of(members):
+    """A tar archive of (name, bytes), in this order."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode='w') as archive:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def shard_sample(key, picture, caption):
+    """The members of one sample as img2dataset writes them."""
+    metadata = {'caption': caption, 'url': f'http://example.org/{key}', 'key': key, 'width': 60}
+    return [
+        (f'{key}.jpg', picture),
+        (f'{key}.json', json.dumps(metadata, indent=4).encode()),
+        (f'{key}.txt', caption.encode()),
+    ]
+
+
+def webdataset(files):
+    """Two shards for training, one for validation."""
+    picture = files['JPEG'].read_bytes()
+    first = shard_sample('000000000', picture, 'a dog') + shard_sample('000000003', picture, 'two')
+    return {
+        'train/00000.tar': tar_of(first),
+        'train/00001.tar': tar_of(shard_sample('000010000', picture, 'a cat')),
+        'train/00000_stats.json': {'count': 2},
+        'val/00000.tar': tar_of(shard_sample('000000000', picture, 'a bird')),
+    }
+
+
 LAYOUTS = {
     'ucf101': ucf101,
     'hmdb51': hmdb51,
@@ -419,4 +553,10 @@ LAYOUTS = {
     'msrvtt_full': msrvtt,
     'howto100m': howto100m,
     'imagenet': imagenet,
+    'class_folders': class_folders,
+    'coco_captions': coco_captions,
+    'coco_karpathy': coco_karpathy,
+    'flickr30k': flickr30k,
+    'image_lists': image_lists,
+    'webdataset': webdataset,
 }

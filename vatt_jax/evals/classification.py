@@ -108,7 +108,12 @@ class Classification(Evaluator):
 
 
 def single_label(scores: Float[np.ndarray, 'N P'], targets: np.ndarray, seed: int) -> Result:
-    """Top-1 and top-5 accuracy of scores against the one class of each example."""
+    """Accuracy of scores against the one class of each example: top-1, top-5, and top-1 by class.
+
+    `mean_class_accuracy` is the mean over the classes that have examples of the share of each
+    class that is right.
+    """
+    num_classes = scores.shape[-1]
     # Stable: equal scores go to the lower class, whatever sort NumPy would choose.
     order = np.argsort(-scores, -1, kind='stable')
     scalars = {}
@@ -118,5 +123,12 @@ def single_label(scores: Float[np.ndarray, 'N P'], targets: np.ndarray, seed: in
         scalars[name] = float(is_correct.mean())
         artifacts[f'{name}/interval'] = statistics.bootstrap(is_correct, seed=seed)
         # Of uniform guesses without repetition.
-        artifacts[f'{name}/chance'] = min(1.0, k / scores.shape[-1])
+        artifacts[f'{name}/chance'] = min(1.0, k / num_classes)
+
+    counts = np.bincount(targets, minlength=num_classes)
+    num_correct = np.bincount(targets[order[:, 0] == targets], minlength=num_classes)
+    has_examples = counts > 0
+    accuracies = num_correct[has_examples] / counts[has_examples]
+    scalars['mean_class_accuracy'] = float(accuracies.mean())
+    artifacts['mean_class_accuracy/chance'] = 1 / num_classes
     return Result(scalars, artifacts)

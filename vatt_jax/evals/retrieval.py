@@ -14,7 +14,8 @@ from vatt_jax.evals.base import Evaluator, FeatureView, Result, check_spaces, fe
 
 POOLS = ('embeddings', 'similarities')
 SHOWN_CLIPS = 5  # of each query, in the report's gallery
-QUERIES_AT_ONCE = 1024  # whose similarities are in memory, where clips have several captions
+MATRIX_CLIPS = 1024  # the first, whose similarities to each other are kept for the report
+QUERIES_AT_ONCE = 1024  # whose similarities are in memory
 
 
 class Retrieval(Evaluator):
@@ -26,10 +27,11 @@ class Retrieval(Evaluator):
     ranks. With several windows both sides are pooled over those that have the modality, in either
     of VATT's ways.
 
-    Where clips have several captions (MSR-VTT's full split has 20), all count, as published results
-    have it: from text, every caption is a query whose one right answer is its clip; to text, the
-    gallery is all captions, and the first of the clip's own counts. Intervals are over clips then,
-    since captions of one clip are not independent; the scalar `captions` says how many there are.
+    Where clips have several captions (pictures of Flickr30k have 5, MSR-VTT's full split 20), all
+    count, as published results have it (Karpathy & Fei-Fei 2015, section 4.1): from text, every
+    caption is a query whose one right answer is its clip; to text, the gallery is all captions, and
+    the first of the clip's own counts. Intervals are over clips then, since captions of one clip
+    are not independent; the scalar `captions` says how many there are.
     """
 
     DEFAULTS = {
@@ -44,6 +46,9 @@ class Retrieval(Evaluator):
             ('audio', 'video', 'va'),
             ('video', 'audio', 'va'),
         ),
+        # Captions of a clip that count, the first of them; 0: all. (COCO has 5 to 7, of which some
+        # count 5.)
+        'captions': 0,
         # A change of the input, such as single_frame (evals/base.py).
         'change': '',
         # Extra streams, as config.data.views:
@@ -93,82 +98,53 @@ class Retrieval(Evaluator):
                     f'retrieval {query} → {gallery}: only {len(rows)} of {len(query_valid)} clips '
                     f'of split {c.split!r} have both'
                 )
-            query_captions = _captions(parts[0], space, query, rows)
-            gallery_captions = _captions(parts[0], space, gallery, rows)
-            if query_captions is None and gallery_captions is None:
-                similarity = query_embeddings[rows] @ gallery_embeddings[rows].T  # [n n]
-                pair_scalars, pair_artifacts = _scores(similarity, clips[rows], view.seed)
-            else:
-                alone = np.arange(len(rows))
-                pair_scalars, pair_artifacts = _scores_of_captions(
-                    query_captions or (query_embeddings[rows], alone),
-                    gallery_captions or (gallery_embeddings[rows], alone),
-                    clips[rows],
-                    view.seed,
-                )
+            pair_scalars, pair_artifacts = _scores(
+                _candidates(parts[0], space, query, query_embeddings, rows, c.captions),
+                _candidates(parts[0], space, gallery, gallery_embeddings, rows, c.captions),
+                clips[rows],
+                view.seed,
+            )
             scalars.update({f'{name}/{key}': value for key, value in pair_scalars.items()})
             artifacts.update({f'{name}/{key}': value for key, value in pair_artifacts.items()})
         return Result(scalars, artifacts)
 
 
-def _scores(
-    similarity: np.ndarray, clips: np.ndarray, seed: int
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """(scalars, artifacts) of the similarities [N N] of queries and gallery, both of `clips`."""
-    num_clips = len(clips)
-    scalars = {}
-    artifacts: dict[str, Any] = {}
-    for k in (1, 5, 10):
-        hits = statistics.hits(similarity, k)
-        scalars[f'R@{k}'] = float(hits.mean())
-        artifacts[f'R@{k}/interval'] = statistics.bootstrap(hits, seed=seed)
-        artifacts[f'R@{k}/chance'] = min(1.0, k / num_clips)
+def _candidates(
+    features: Mapping[str, Any],
+    space: str,
+    stream: str,
+    pooled: Float[np.ndarray, 'N E'],
+    rows: Int[np.ndarray, ' n'],
+    max_captions: int,
+) -> tuple[Float[np.ndarray, 'Q E'], Int[np.ndarray, ' Q']]:
+    """Unit embeddings that stand for the clips, and the row of each one's clip, ascending.
 
-    rank = statistics.ranks(similarity)
-    # Ranks are counted from 0, the median rank is reported from 1.
-    scalars['median_rank'] = float(np.median(rank) + 1)
-    artifacts['median_rank/interval'] = statistics.bootstrap(rank + 1, np.median, seed)
-    artifacts['median_rank/chance'] = (num_clips + 1) / 2
-
-    # Only for show: here ties go to the earlier clip, in the scores above they are shared.
-    nearest = np.argsort(-similarity, 1, kind='stable')[:, :SHOWN_CLIPS]
-    # Half precision: N² numbers, for the report. No score is computed from them.
-    artifacts['similarity'] = similarity.astype(np.float16)
-    artifacts['clips'] = clips
-    artifacts['top'] = clips[nearest]
-    artifacts['rank'] = rank + 1
-    scalars['clips'] = float(num_clips)
-    return scalars, artifacts
-
-
-def _captions(
-    features: Mapping[str, Any], space: str, stream: str, rows: Int[np.ndarray, ' n']
-) -> tuple[Float[np.ndarray, 'Q E'], Int[np.ndarray, ' Q']] | None:
-    """Unit embeddings of all captions of the clips, and the row of each one's clip.
-
-    They are the same in every window. None if no clip has several, or the stream is no caption.
+    Args:
+      features: of one window; captions are the same in all.
+      space: common space.
+      stream: whose embeddings: one a clip, or all its captions.
+      pooled: one embedding a clip.
+      rows: of the n clips in the pass.
+      max_captions: of a clip; 0: all.
     """
     name = _stored_name(features['spaces'].get(space, {}), stream)
     if name != 'text.caption':
-        return None
+        return pooled[rows], np.arange(len(rows))
     embeddings = features['spaces'][space][name][rows]  # [n K E]
     mask = features['mask'][name][rows]  # [n K]
-    if mask.sum(1).max() < 2:
-        return None
+    if max_captions:
+        mask = mask & (np.cumsum(mask, axis=1) <= max_captions)
     owners, _ = np.nonzero(mask)  # by clip, then by caption
     return embeddings[mask], owners
 
 
-def _scores_of_captions(
+def _scores(
     query: tuple[Float[np.ndarray, 'Q E'], Int[np.ndarray, ' Q']],
     gallery: tuple[Float[np.ndarray, 'M E'], Int[np.ndarray, ' M']],
     clips: np.ndarray,
     seed: int,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """As `_scores`, where a clip has several rows on one side.
-
-    What is shown is one row a clip and one column a clip: the first of its queries, and the best of
-    its answers.
+    """(scalars, artifacts) of queries and gallery, both of `clips`.
 
     Args:
       query: embeddings, and the clip of each.
@@ -176,48 +152,79 @@ def _scores_of_captions(
       clips: index of each clip in the pass.
       seed: of the intervals.
     """
-    query_embeddings, query_owners = query
-    gallery_embeddings, gallery_owners = gallery
-    # Owners ascend: where each clip's rows begin.
-    first_query = np.searchsorted(query_owners, np.arange(len(clips)))
-    first_answer = np.searchsorted(gallery_owners, np.arange(len(clips)))
-    counts = []
-    shown = []
-    # In blocks: 59,800 captions by 2,990 clips are 0.7 GB.
-    for begin in range(0, len(query_owners), QUERIES_AT_ONCE):
-        block = slice(begin, begin + QUERIES_AT_ONCE)
-        similarity = query_embeddings[block] @ gallery_embeddings.T  # [q M]
-        is_own = query_owners[block, None] == gallery_owners[None]
-        counts.append(statistics.compare_with_own(similarity, is_own))
-        is_first = np.isin(np.arange(begin, begin + len(similarity)), first_query)
-        shown.append(np.maximum.reduceat(similarity[is_first], first_answer, axis=1))
-    better, equal, tied = (np.concatenate(column) for column in zip(*counts))
-
-    scalars: dict[str, float] = {}
+    query_owners, gallery_owners = query[1], gallery[1]
+    better, equal, tied, artifacts = _compare(query, gallery, clips)
     num_own = np.bincount(gallery_owners)[query_owners]  # right answers of each query
-    artifacts: dict[str, Any] = {}
+    scalars: dict[str, float] = {}
     for k in (1, 5, 10):
         hits = statistics.hits_of_best(better, equal, tied, k)
         scalars[f'R@{k}'] = float(hits.mean())
         artifacts[f'R@{k}/interval'] = statistics.bootstrap_groups(hits, query_owners, seed=seed)
         artifacts[f'R@{k}/chance'] = float(_chance(num_own, len(gallery_owners), k).mean())
 
-    rank = statistics.ranks_of_best(better, equal, tied)
-    scalars['median_rank'] = float(np.median(rank) + 1)
+    # Ranks are counted from 0, the median rank is reported from 1.
+    rank = statistics.ranks_of_best(better, equal, tied) + 1
+    scalars['median_rank'] = float(np.median(rank))
     artifacts['median_rank/interval'] = statistics.bootstrap_groups(
-        rank + 1, query_owners, np.median, seed
+        rank, query_owners, np.median, seed
     )
     artifacts['median_rank/chance'] = _median_chance(num_own, len(gallery_owners))
-
-    similarity = np.concatenate(shown)  # [n n]
-    nearest = np.argsort(-similarity, 1, kind='stable')[:, :SHOWN_CLIPS]
-    artifacts['similarity'] = similarity.astype(np.float16)
     artifacts['clips'] = clips
-    artifacts['top'] = clips[nearest]
-    artifacts['rank'] = rank[first_query] + 1
+    artifacts['rank'] = rank[_first_of_each(query_owners, len(clips))]
     scalars['clips'] = float(len(clips))
-    scalars['captions'] = float(max(len(query_owners), len(gallery_owners)))
+    num_captions = max(len(query_owners), len(gallery_owners))
+    if num_captions > len(clips):
+        scalars['captions'] = float(num_captions)
     return scalars, artifacts
+
+
+def _compare(
+    query: tuple[Float[np.ndarray, 'Q E'], Int[np.ndarray, ' Q']],
+    gallery: tuple[Float[np.ndarray, 'M E'], Int[np.ndarray, ' M']],
+    clips: np.ndarray,
+) -> tuple[Int[np.ndarray, ' Q'], Int[np.ndarray, ' Q'], Int[np.ndarray, ' Q'], dict[str, Any]]:
+    """`statistics.compare_with_own` of all queries, and what is shown of them.
+
+    That is one row a clip and one column a clip: the first of its queries, and the best of its
+    answers. Queries are compared in blocks: 25,010 captions by 5,000 pictures are 0.5 GB.
+
+    Args:
+      query: embeddings, and the clip of each.
+      gallery: embeddings, and the clip of each.
+      clips: index of each clip in the pass.
+
+    Returns:
+      Counts of better, equal and tied answers, and the artifacts `similarity` (of the first clips)
+      and `top`.
+    """
+    query_embeddings, query_owners = query
+    gallery_embeddings, gallery_owners = gallery
+    first_query = _first_of_each(query_owners, len(clips))
+    first_answer = _first_of_each(gallery_owners, len(clips))
+    counts, matrix, top = [], [], []
+    for begin in range(0, len(query_owners), QUERIES_AT_ONCE):
+        block = slice(begin, begin + QUERIES_AT_ONCE)
+        similarity = query_embeddings[block] @ gallery_embeddings.T  # [q M]
+        is_own = query_owners[block, None] == gallery_owners[None]
+        counts.append(statistics.compare_with_own(similarity, is_own))
+        is_first = np.isin(np.arange(begin, begin + len(similarity)), first_query)
+        shown = np.maximum.reduceat(similarity[is_first], first_answer, axis=1)
+        # Ties go to the earlier clip here; in the scores they are shared.
+        nearest = np.argsort(-shown, 1, kind='stable')[:, :SHOWN_CLIPS]
+        top.append(clips[nearest])
+        # Half precision, as no score is computed from them.
+        matrix.append(shown[:, :MATRIX_CLIPS].astype(np.float16))
+    better, equal, tied = (np.concatenate(column) for column in zip(*counts))
+    artifacts: dict[str, Any] = {
+        'similarity': np.concatenate(matrix)[:MATRIX_CLIPS],
+        'top': np.concatenate(top),
+    }
+    return better, equal, tied, artifacts
+
+
+def _first_of_each(owners: Int[np.ndarray, ' Q'], num_clips: int) -> Int[np.ndarray, ' n']:
+    """Where each clip's rows begin, of owners that ascend."""
+    return np.searchsorted(owners, np.arange(num_clips))
 
 
 def _chance(num_own: Int[np.ndarray, ' Q'], size: int, k: int) -> Float[np.ndarray, ' Q']:

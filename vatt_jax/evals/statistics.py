@@ -26,54 +26,12 @@ def sigmoid(x: Float[np.ndarray, ' ...']) -> Float[np.ndarray, ' ...']:
     return 0.5 * (1 + np.tanh(0.5 * x))
 
 
-def better_and_equal(
-    similarity: Shaped[np.ndarray, 'N N'],
-) -> tuple[Int[np.ndarray, ' N'], Int[np.ndarray, ' N']]:
-    """Count in each row what scores higher than the diagonal, and what exactly as much.
-
-    What is not a number counts against its query, so a broken model never ranks first.
-
-    Returns:
-      (better, equal), int64 [N] each, without the diagonal itself.
-    """
-    diagonal = np.diagonal(similarity)[:, None]  # [N 1]
-    is_nan = np.isnan(diagonal[:, 0])
-    # Written with `<=` because every comparison with NaN is false: NaN counts as better. Where the
-    # diagonal is NaN all N entries do, itself among them.
-    better = (~(similarity <= diagonal)).sum(1) - is_nan
-    # The diagonal equals itself, hence - 1.
-    equal = (similarity == diagonal).sum(1) - 1
-    return better, np.where(is_nan, 0, equal)
-
-
-def ranks(similarity: Shaped[np.ndarray, 'N N']) -> Float[np.ndarray, ' N']:
-    """0-based rank of the diagonal in each row, ties sharing their ranks.
-
-    Half of the others that score exactly as much count as better. A constant matrix thus gives
-    (N-1)/2, chance.
-    """
-    better, equal = better_and_equal(similarity)
-    return better + 0.5 * equal
-
-
-def hits(similarity: Shaped[np.ndarray, 'N N'], k: int) -> Float[np.ndarray, ' N']:
-    """How far the diagonal of each row is among the first k.
-
-    Of the ranks that the diagonal may take, its ties in any order, the share that lies within the
-    first k. A constant matrix gives k/N, chance.
-    """
-    better, equal = better_and_equal(similarity)
-    # The diagonal takes ranks better … better + equal with equal odds; k - better of them are below
-    # k.
-    return np.clip((k - better) / (equal + 1), 0, 1)
-
-
 def compare_with_own(
     similarity: Shaped[np.ndarray, 'Q M'], is_own: Bool[np.ndarray, 'Q M']
 ) -> tuple[Int[np.ndarray, ' Q'], Int[np.ndarray, ' Q'], Int[np.ndarray, ' Q']]:
     """Compare the best of several right answers with all wrong ones.
 
-    What is not a number counts against its query, as in `better_and_equal`.
+    What is not a number counts against its query, so a broken model never ranks first.
 
     Args:
       similarity: of queries and gallery.

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int, Shaped
 from ml_collections import ConfigDict
 
 from vatt_jax.inference import feature_extractor
+from vatt_jax.modes.own_tokenizer import with_own_tokenizer
 from vatt_jax.parallel import distributed, sharding
 from vatt_jax.run_folder import RunFolder, writing
 from vatt_jax.training import checkpoint
@@ -49,7 +50,7 @@ def run(
     mesh = sharding.make_mesh(dict(config.mesh))
     # The encoder follows the stored config, whatever model the given one names.
     stored_config, variables, _ = checkpoint.load_model(workdir, mesh, which=config.evaluated)
-    data = open_data(config)
+    data = open_data(with_own_tokenizer(config, workdir))
     batches = data.one_pass(
         split,
         config.batch_size,

@@ -10,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vatt_jax.config import ConfigError
+from vatt_jax.modes.own_tokenizer import with_own_tokenizer
 from vatt_jax.parallel import distributed
 from vatt_jax.reporting import report
 from vatt_jax.run_folder import RANDOM_INIT, RunFolder, evaluation_name
@@ -29,7 +30,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, open_data: Callable[[ConfigDi
     """
     checkpoint.find(workdir)  # before the data are made
     frozen_models.recall(config, workdir)
-    compare(config, open_data(config), workdir, again=True)
+    data = open_data(with_own_tokenizer(config, workdir))
+    compare(config, data, workdir, again=True)
     if distributed.is_main():
         print(report.table(workdir), flush=True)
 
