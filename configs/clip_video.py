@@ -86,16 +86,16 @@ def objective(options: list[str]) -> ConfigDict:
 
 
 def demo_config(options: list[str]) -> ConfigDict:
-    """The demo of configs/clip.py with four frames and two seconds of sound."""
+    """The demo of configs/clip.py with two frames and two seconds of sound."""
     c = clip.demo_config(['synthetic'] if 'synthetic' in options else [])
     with_sound = demo.get_config()
     c.model.towers.audio = with_sound.model.towers.audio
-    c.model.inputs.video.update({'frames': 4, 'fps': 2.0})
+    c.model.inputs.video.update({'frames': 2, 'fps': 1.0})
     c.init_from = 'runs/clip'
-    c.steps = 600
-    c.optimizer.schedule.update({'peak': 1e-3, 'warmup': 60, 'end': 0.0})
+    c.steps = 400
+    c.optimizer.schedule.update({'peak': 1e-3, 'warmup': 40, 'end': 0.0})
     c.optimizer.decay_skip = (*clip.DECAY_SKIP, *with_sound.optimizer.decay_skip)
-    c.checkpoint.every = 300
+    c.checkpoint.every = 200
     c.evals = evaluations()
     return c
 

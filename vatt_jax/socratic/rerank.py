@@ -22,7 +22,7 @@ COMBINATIONS = ('product', 'standard')
 
 def rerank(
     base: Float[np.ndarray, 'Q N'],
-    second: Float[np.ndarray, 'Q N'],
+    second: Float[np.ndarray, '...'],
     has_second: Bool[np.ndarray, ' Q'] | None = None,
     keep: int = KEPT,
     combination: str = 'product',
@@ -31,7 +31,7 @@ def rerank(
 
     Args:
         base: cosines that the ranking begins with.
-        second: cosines with the summaries.
+        second: cosines with the summaries, [Q N].
         has_second: the queries that are ranked anew; the others keep their base scores. None: all.
         keep: number of the first candidates that are ordered anew. The others stay behind them, in
             their order.

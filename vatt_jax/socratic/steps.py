@@ -31,11 +31,10 @@ def score(name: str, scorer: Scorer, clip: str, texts: str, keep: int = 1) -> St
         keep: number of the best that remain.
 
     Raises:
-        ConfigError: `keep` is no positive number, or `scorer` cannot be called.
+        ConfigError: `keep` is no positive number.
     """
     if keep < 1:
         raise ConfigError(f'step {name!r}: keep expects a positive number, got {keep}')
-    _check_callable(name, 'scorer', scorer)
 
     def run(clip: Any, texts: Any) -> Ranking:
         candidates = texts_of(texts)
@@ -69,7 +68,6 @@ def generate(
     Raises:
         ConfigError: the template names other values than `reads`, or `makes` is another kind.
     """
-    _check_callable(name, 'generator', generator)
     named = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
     if named != set(reads):
         raise ConfigError(
@@ -104,7 +102,6 @@ def function(
         makes: kind of the result.
         **reads: argument -> input or step.
     """
-    _check_callable(name, 'run', run)
     kinds = {argument: (kind,) for argument, kind in takes.items()}
     return Step(name, 'function', reads, kinds, makes, run)
 
@@ -122,8 +119,3 @@ def lines_of(answer: str) -> list[str]:
     """Lines of an answer that say something, each once, without the marks of a list."""
     lines = [BULLET.sub('', line).strip() for line in answer.splitlines()]
     return list(dict.fromkeys(line for line in lines if line))
-
-
-def _check_callable(step: str, argument: str, value: Any) -> None:
-    if not callable(value):
-        raise ConfigError(f'step {step!r}: {argument} expects a function, got {value!r}')
