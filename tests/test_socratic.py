@@ -341,12 +341,13 @@ def test_the_six_steps_hear_what_the_pictures_do_not_show():
 
 def test_retrieval_gains_by_what_is_heard():
     see, hear = ModelScorer(Words(), 'video'), ModelScorer(Words(), 'audio')
-    _, logs = playground.run_hearing(hear, clips())
+    logs = playground.run_hearing(hear, clips())
     assert [log.output for log in logs] == [
         'a disc bounces on the floor',
         'a ring appears',
         'a disc appears',
     ]
+    assert playground.hearing_shares(logs, clips())['object'].value == 1
     shares = playground.retrieval_shares(logs, see, hear, clips())
     assert shares['video → text, base']['R@1'].value == pytest.approx(2 / 3)  # two discs tie
     assert shares['video → text, words, product']['R@1'].value == 1

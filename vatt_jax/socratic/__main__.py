@@ -52,9 +52,10 @@ def main(argv: list[str]) -> None:
     data = open_data(flags.workdir)
     clips = encode(seeing, listening, data, flags.split, flags.limit, flags.examples)
     activity = playground.run_activity(see, hear, clips)
-    _, heard = playground.run_hearing(hear, clips)
+    heard = playground.run_hearing(hear, clips)
     tables = [
         activity_table(playground.activity_shares(activity, see, clips), clips),
+        hearing_table(playground.hearing_shares(heard, clips)),
         retrieval_table(playground.retrieval_shares(heard, see, hear, clips), clips),
     ]
     print_tables(tables)
@@ -144,6 +145,15 @@ def activity_table(shares: Mapping[str, Mapping[str, Share]], clips: Clips) -> p
         found = [by_label[label] for by_label in shares.values()]
         rows.append([label, *map(_text, found), f'{100 * found[0].chance:.1f} %'])
     return page.Table('Six steps to an activity', hint, ['', *shares, 'chance'], rows)
+
+
+def hearing_table(shares: Mapping[str, Share]) -> page.Table:
+    """Right answers of the ear alone."""
+    hint = 'Share of clips whose summary of the sound names the right one.'
+    rows = []
+    for label, share in shares.items():
+        rows.append([label, _text(share), f'{100 * share.chance:.1f} %'])
+    return page.Table('What is heard', hint, ['', 'summary', 'chance'], rows)
 
 
 def retrieval_table(shares: Mapping[str, Mapping[str, Share]], clips: Clips) -> page.Table:

@@ -17,7 +17,7 @@ from vatt_jax.config import ConfigError
 from vatt_jax.evals import statistics
 from vatt_jax.socratic import pipelines
 from vatt_jax.socratic.generators import TemplateGenerator
-from vatt_jax.socratic.graph import Graph, Log
+from vatt_jax.socratic.graph import Log
 from vatt_jax.socratic.rerank import rerank
 from vatt_jax.socratic.scorers import ModelScorer
 
@@ -128,14 +128,18 @@ def activity_shares(
     sentences = [f'{entity} {verb}' for entity in entities for verb in VERBS.values()]
     alone = [sentences[int(np.argmax(see(clip, sentences)))] for clip in clips.embedded]
     found = {'six steps': [log.output for log in logs], 'pictures alone': alone}
-    shares: dict[str, dict[str, Share]] = {}
-    for way, answers in found.items():
-        shares[way] = {}
-        for label in LABELS:
-            is_right = np.array(
-                [_says(text, name) for text, name in zip(answers, clips.labels[label], strict=True)]
-            )
-            shares[way][label] = _share(is_right, 1 / len(clips.names[label]), seed)
+    return {way: _shares(answers, LABELS, clips, seed) for way, answers in found.items()}
+
+
+def _shares(
+    sentences: Sequence[str], labels: Sequence[str], clips: Clips, seed: int
+) -> dict[str, Share]:
+    """How often sentences, one of each clip, say its class of each label."""
+    shares = {}
+    for label in labels:
+        pairs = zip(sentences, clips.labels[label], strict=True)
+        is_right = np.array([_says(sentence, name) for sentence, name in pairs])
+        shares[label] = _share(is_right, 1 / len(clips.names[label]), seed)
     return shares
 
 
@@ -147,11 +151,16 @@ def _says(sentence: str, name: str) -> bool:
 # ---- re-ranking
 
 
-def run_hearing(hear: ModelScorer, clips: Clips) -> tuple[Graph, list[Log]]:
-    """The graph of what is heard, and its log on every clip."""
+def run_hearing(hear: ModelScorer, clips: Clips) -> list[Log]:
+    """The log of what is heard, on every clip."""
     graph = pipelines.hearing(hear, generator())
     sounds = sound_names(clips.names)
-    return graph, [graph.run(clip=clip, sounds=sounds) for clip in clips.embedded]
+    return [graph.run(clip=clip, sounds=sounds) for clip in clips.embedded]
+
+
+def hearing_shares(logs: Sequence[Log], clips: Clips, seed: int = 0) -> dict[str, Share]:
+    """How often the summaries of sounds name the right event and kind."""
+    return _shares([log.output for log in logs], ('event', 'object'), clips, seed)
 
 
 def retrieval_shares(
@@ -165,7 +174,7 @@ def retrieval_shares(
     Returns:
         {'text → video, base' …: {'R@1' …: Share}}.
     """
-    captions = [{'captions': see.embed(clips.captions)}]
+    captions = see.embed(clips.captions)
     base = np.stack([see(clip, clips.captions) for clip in clips.embedded])  # [videos captions]
     by_sound = np.stack([hear(clip, clips.captions) for clip in clips.embedded])
     summaries = [log.output for log in logs]
@@ -175,10 +184,10 @@ def retrieval_shares(
         for kind, event in zip(clips.labels['object'], clips.labels['event'], strict=True)
     ]
     seconds = {
-        'words': _text_cosines(see, summaries, captions[0]['captions']),
+        'words': _text_cosines(see, summaries, captions),
         'direct': by_sound,
-        'others': _text_cosines(see, [summaries[i] for i in others], captions[0]['captions']),
-        'truth': _text_cosines(see, truth, captions[0]['captions']),
+        'others': _text_cosines(see, [summaries[i] for i in others], captions),
+        'truth': _text_cosines(see, truth, captions),
     }
     shares: dict[str, dict[str, Share]] = {}
     for direction in ('video → text', 'text → video'):
