@@ -221,7 +221,7 @@ class Words:
     def __init__(self):
         self.calls = []
 
-    def embed(self, quiet, **given):
+    def embed(self, quiet, batch_size=32, **given):
         ((modality, items),) = given.items()
         self.calls.append(modality)
         many = [items] if isinstance(items, str) else items
@@ -330,7 +330,7 @@ def test_the_six_steps_hear_what_the_pictures_do_not_show():
     ]
     assert [log.output for log in logs] == clips().captions
     assert logs[0].values['entities'].texts[0] == 'a red disc'
-    assert logs[0].values['sound'].texts == ('a disc bounces on the floor',)
+    assert logs[0].values['sound'].texts == ('something bounces on the floor',)
     shares = playground.activity_shares(logs, see, clips())
     assert shares['six steps']['event'].value == 1
     assert shares['six steps']['event'].chance == 0.25
@@ -465,7 +465,7 @@ class Coded(Words):
 
     config = types.SimpleNamespace(name='coded')
 
-    def embed(self, quiet, **given):
+    def embed(self, quiet, batch_size=32, **given):
         ((modality, items),) = given.items()
         if isinstance(items, np.ndarray):
             items = [self.phrases[clip.flat[0]] for clip in items]

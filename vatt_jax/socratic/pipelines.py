@@ -16,7 +16,7 @@ SUMMARY_PROMPT = (
     'A video shows {entities}. One hears: {sound}. Likely activities, the likeliest first: '
     '{activities}. Say in one sentence what happens.'
 )
-HEARD_PROMPT = 'One hears: {heard}. Say in one sentence what is heard.'
+HEARD_PROMPT = 'It sounds like {thing}. One hears: {sound}. Say in one sentence what is heard.'
 
 
 def activity(
@@ -61,15 +61,17 @@ def activity(
 def hearing(hear: Scorer, generator: Generator) -> Graph:
     """What is said of a clip's sound; `rerank` compares it with captions.
 
-    In the paper it is a transcript that the language model summarises. Inputs: `clip`, and
-    `sounds`, the names of all that may be heard.
+    In the paper it is a transcript that the language model summarises. Inputs: `clip`, `things`
+    that may be heard, and `sounds` that they make. Each is asked for by itself: among all pairs of
+    them a scorer mostly minds the thing.
 
     Args:
         hear: scores texts by the sound of a clip.
         generator: the language model.
     """
     steps = [
-        score('heard', hear, clip='clip', texts='sounds'),
-        generate('summary', generator, HEARD_PROMPT, heard='heard'),
+        score('thing', hear, clip='clip', texts='things'),
+        score('sound', hear, clip='clip', texts='sounds'),
+        generate('summary', generator, HEARD_PROMPT, thing='thing', sound='sound'),
     ]
-    return Graph({'clip': CLIP, 'sounds': TEXTS}, steps)
+    return Graph({'clip': CLIP, 'things': TEXTS, 'sounds': TEXTS}, steps)

@@ -28,6 +28,7 @@ VERBS = {
     'appear': 'appears',
     'vanish': 'vanishes',
 }
+SOUNDS = tuple(f'something {verb}' for verb in VERBS.values())
 LABELS = ('event', 'object', 'color')
 
 
@@ -63,23 +64,17 @@ class Share:
 
 def generator() -> TemplateGenerator:
     """What a language model would know of the playground."""
-    sounds = re.compile(r'an? \w+ (\w+)')
-
-    def possible_sounds(match: re.Match[str]) -> str:
-        # Of what is seen, whatever its colour: sounds have none.
-        things = dict.fromkeys(sounds.findall(match[1]))
-        return '\n'.join(f'a {thing} {verb}' for thing in things for verb in VERBS.values())
 
     def possible_activities(match: re.Match[str]) -> str:
-        verb = match[2].split(' ', 2)[2]
-        return '\n'.join(f'{entity} {verb}' for entity in match[1].split(', '))
+        return '\n'.join(f'{entity} {match[2]}' for entity in match[1].split(', '))
 
     return TemplateGenerator(
         (
-            (r'A video shows (.+)\. Which sounds', possible_sounds),
-            (r'A video shows (.+)\. One hears: (.+)\. What could', possible_activities),
+            # Whatever is seen: any kind of thing may do all of it.
+            (r'Which sounds could be heard', '\n'.join(SOUNDS)),
+            (r'shows (.+)\. One hears: something (.+)\. What could', possible_activities),
             (r'likeliest first: ([^,]+?)(?:,.*)?\. Say in one sentence what happens', r'\1'),
-            (r'One hears: (.+)\. Say in one sentence what is heard', r'\1'),
+            (r'sounds like (.+)\. One hears: something (.+)\. Say in one sentence', r'\1 \2'),
         )
     )
 
@@ -87,11 +82,6 @@ def generator() -> TemplateGenerator:
 def entity_names(names: Mapping[str, Sequence[str]]) -> list[str]:
     """'a red disc' of every colour and kind."""
     return [f'a {color} {kind}' for kind in names['object'] for color in names['color']]
-
-
-def sound_names(names: Mapping[str, Sequence[str]]) -> list[str]:
-    """'a disc bounces on the floor' of every kind and event."""
-    return [f'a {kind} {VERBS[event]}' for kind in names['object'] for event in names['event']]
 
 
 def check_names(names: Mapping[str, Sequence[str]]) -> None:
@@ -154,8 +144,8 @@ def _says(sentence: str, name: str) -> bool:
 def run_hearing(hear: ModelScorer, clips: Clips) -> list[Log]:
     """The log of what is heard, on every clip."""
     graph = pipelines.hearing(hear, generator())
-    sounds = sound_names(clips.names)
-    return [graph.run(clip=clip, sounds=sounds) for clip in clips.embedded]
+    things = [f'a {kind}' for kind in clips.names['object']]
+    return [graph.run(clip=clip, things=things, sounds=list(SOUNDS)) for clip in clips.embedded]
 
 
 def hearing_shares(logs: Sequence[Log], clips: Clips, seed: int = 0) -> dict[str, Share]:

@@ -13,6 +13,8 @@ from vatt_jax.config import ConfigError
 
 # Lists of texts whose embeddings are kept: pipelines ask the same names of every clip.
 MOST_LISTS = 64
+# Texts that are encoded at a time.
+AT_ONCE = 32
 
 
 class ModelScorer:
@@ -65,7 +67,10 @@ class ModelScorer:
                 self._texts.pop(next(iter(self._texts)))
             # `replace`, not `format`: a text may hold braces.
             sentences = [self.template.replace('{}', text) for text in texts]
-            self._texts[key] = self.model.embed(text=sentences, quiet=True)['text']
+            # Filled up, so that lists of all lengths run the same compiled program.
+            filled = sentences + sentences[-1:] * (-len(sentences) % AT_ONCE)
+            embedded = self.model.embed(text=filled, batch_size=AT_ONCE, quiet=True)['text']
+            self._texts[key] = {space: rows[: len(texts)] for space, rows in embedded.items()}
         return self._texts[key]
 
     def _embedded(self, clip: Any) -> Mapping[str, Any]:
