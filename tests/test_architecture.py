@@ -38,6 +38,7 @@ FLOORS = (
         'vatt_jax.planning',
         'vatt_jax.api',
         'vatt_jax.search',
+        'vatt_jax.socratic',
     ),
     ('vatt_jax.modes', 'vatt_jax.launch'),
     ('vatt_jax.cli', 'vatt_jax.evolve', 'vatt_jax.__main__'),

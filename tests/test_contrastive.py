@@ -91,8 +91,12 @@ def test_the_learnt_scale_stops_at_its_bounds(fields, expected):
         ({'pairs': ()}, 'config.objective.pairs: expected at least one pair'),
         (
             {'pairs': (('video', 'audio', 'va'),)},
-            'config.objective.pairs: expected (stream, stream, space, weight above 0), got '
+            'config.objective.pairs: expected (stream, stream, space, weight of at least 0), got '
             "('video', 'audio', 'va')",
+        ),
+        (
+            {'pairs': (('video', 'audio', 'va', 0.0),)},
+            'config.objective.pairs: expected a pair with a weight above 0, got none',
         ),
     ],
 )
@@ -198,6 +202,17 @@ class TestLossOfGivenEmbeddings:
                 )
             )
         np.testing.assert_allclose(got, (3 * losses[0] + losses[1]) / 4, rtol=1e-6)
+
+    def test_a_pair_of_weight_0_is_logged_and_teaches_nothing(self):
+        pairs = (self.pairs[0], ('video', 'text', 'vat', 0.0))
+        watched = self.objective(pairs=pairs, learn_temperature=True)
+        alone = self.objective(pairs=pairs[:1], learn_temperature=True)
+        params = {'log_scale': jnp.log(jnp.array([10.0, 20.0]))}
+        loss = self.loss(watched, params)
+        np.testing.assert_allclose(loss.value, self.loss(alone, params).value, rtol=1e-6)
+        assert loss.metrics['loss/video-text'] != loss.metrics['loss/video-audio']
+        other = {'log_scale': params['log_scale'] + jnp.array([0.0, 1.0])}
+        assert self.loss(watched, other).value == loss.value
 
     def test_the_scale_of_each_mask_is_the_official_one(self):
         # By the clips that have both: 1 / 2; by each modality's: 4 / 3 · 4 / 3 · 1 / 4.

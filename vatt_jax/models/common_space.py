@@ -230,13 +230,31 @@ GRAPHS = {
     ),
     # CLIP's: one matrix from each of picture and sentence; of its ResNets the picture's, the last
     # of their attention pooling, has a bias. SigLIP's picture is in the space as it is pooled.
+    # Sound comes to such a space later (configs/clip_video.py).
     'clip': Graph(
-        {'video': matrix('video_vt', 'vt'), 'text': matrix('text_vt', 'vt')}, init='normal'
+        {
+            'video': matrix('video_vt', 'vt'),
+            'text': matrix('text_vt', 'vt'),
+            'audio': linear('audio_vt', 'vt'),
+        },
+        init='normal',
     ),
     'clip_resnet': Graph(
-        {'video': linear('video_vt', 'vt'), 'text': matrix('text_vt', 'vt')}, init='normal'
+        {
+            'video': linear('video_vt', 'vt'),
+            'text': matrix('text_vt', 'vt'),
+            'audio': linear('audio_vt', 'vt'),
+        },
+        init='normal',
     ),
-    'siglip': Graph({'video': (('emit', 'vt'),), 'text': linear('text_vt', 'vt')}, init='normal'),
+    'siglip': Graph(
+        {
+            'video': (('emit', 'vt'),),
+            'text': linear('text_vt', 'vt'),
+            'audio': linear('audio_vt', 'vt'),
+        },
+        init='normal',
+    ),
     # Encoders alone (fine-tuning).
     'none': Graph({}),
 }

@@ -33,6 +33,7 @@ from vatt_jax.models.towers.clip_transformers import (
     PICTURE_POOLS,
     TEXT_POOLS,
     AttentionPooling,
+    FrameMixing,
     PictureTokens,
     SentenceTokens,
 )
@@ -181,6 +182,8 @@ TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
             'drop_token': 0.0,
             'per_example': True,
             'init': 'torch',  # entry of transformer.BLOCK_INITS
+            # Over the vectors of a clip's frames, before their mean (FrameMixing); 0: the mean.
+            'time_layers': 0,
         },
     ),
     'clip_text': (
@@ -262,6 +265,7 @@ class MultimodalEncoder(nn.Module):
         encoders: dict[str, nn.Module] = {}
         posts: dict[str, nn.Module] = {}
         pools: dict[str, nn.Module] = {}
+        times: dict[str, nn.Module] = {}
         nets: dict[str, nn.Module] = {}
         for modality, given in config['towers'].items():
             where = f'config.model.towers.{modality}'
@@ -275,6 +279,8 @@ class MultimodalEncoder(nn.Module):
                 encoders[modality] = self._make_encoder(tower, **encoder_options(tower))
                 if tower['pool'] == 'map':
                     pools[modality] = self._make_pool(tower)
+                if tower.get('time_layers', 0):
+                    times[modality] = self._make_frame_mixing(modality, tower, where)
                 continue
             # Tokens must have the width of the encoder that reads them.
             width = shared_sizes['width'] if is_shared else tower['width']
@@ -292,6 +298,7 @@ class MultimodalEncoder(nn.Module):
         self.encoders = encoders
         self.posts = posts
         self.pools = pools
+        self.times = times
         self.nets = nets
         self.head = CommonSpaces(config['head'])
 
@@ -449,6 +456,26 @@ class MultimodalEncoder(nn.Module):
             dtype=self.dtype,
         )
 
+    def _make_frame_mixing(self, modality: str, tower: ConfigDict, where: str) -> FrameMixing:
+        """Layers over the frames of a clip."""
+        frames = self.config['inputs'][modality]['frames']
+        if tower['time_layers'] < 0 or frames < 2:
+            raise ConfigError(
+                f'{where}.time_layers={tower["time_layers"]}: expected a positive number for clips '
+                f'of several frames (config.model.inputs.{modality}.frames={frames}), or 0'
+            )
+        return FrameMixing(
+            layers=tower['time_layers'],
+            width=tower['width'],
+            mlp=tower['mlp'],
+            heads=tower['heads'],
+            head_width=tower['head_width'],
+            frames=frames,
+            eps=tower['eps'],
+            activation=tower['activation'],
+            dtype=self.dtype,
+        )
+
     def has_tower(self, params: Mapping[str, Any], modality: str) -> bool:
         """Return whether these parameters hold the tower of a modality.
 
@@ -519,7 +546,8 @@ class MultimodalEncoder(nn.Module):
         vector, tokens, mask = self._read(modality, front_tokens, x, features)
         if front_tokens.frames > 1:
             # Pictures of one clip: their tokens one after the other, the mean of their vectors.
-            vector = vector.reshape(*leading, -1, vector.shape[-1]).mean(1)
+            vector = vector.reshape(*leading, -1, vector.shape[-1])  # [B T D]
+            vector = self.times[modality](vector) if modality in self.times else vector.mean(1)
             tokens = tokens.reshape(*leading, -1, tokens.shape[-1])
         pooled = restore_leading(vector, leading)  # [B D] or [B K D]
         if mask is not None:

@@ -29,7 +29,8 @@ FORMS = {
 
 DEFAULTS = {
     'name': 'contrastive',
-    # (stream, stream, space, weight)
+    # (stream, stream, space, weight). Of weight 0: its loss is logged and its towers are part of
+    # the model, as of a frozen tower that only evaluations read; nothing is learnt from the pair.
     'pairs': (
         ('video', 'audio', 'va', 1.0),
         ('video', 'text', 'vat', 1.0),
@@ -169,8 +170,9 @@ class Contrastive(Objective):
                 **options,
             )
             metrics[f'loss/{first}-{second}'] = pair_loss
-            total = total + weight * pair_loss
-            total_weight = total_weight + weight
+            if weight:  # else there is nothing to derive
+                total = total + weight * pair_loss
+                total_weight = total_weight + weight
         # Divided by the sum of weights, so that adding a pair does not change the scale of the
         # loss.
         mean_loss = jnp.asarray(total / total_weight, jnp.float32)
@@ -218,9 +220,14 @@ def _check(config: Any) -> None:
     for pair in config.pairs:
         if not _is_pair(pair):
             raise ConfigError(
-                'config.objective.pairs: expected (stream, stream, space, weight above 0), got '
-                f'{pair!r}. Write it like {EXAMPLE}.'
+                'config.objective.pairs: expected (stream, stream, space, weight of at least 0), '
+                f'got {pair!r}. Write it like {EXAMPLE}.'
             )
+    if not any(weight for *_, weight in config.pairs):
+        raise ConfigError(
+            'config.objective.pairs: expected a pair with a weight above 0, got none; nothing '
+            'would be learnt'
+        )
     choose(config.form, FORMS, 'config.objective.form')
     choose(config.method, (*similarity.METHODS, 'dense'), 'config.objective.method')
     choose(config.dtype, ('float32', 'bfloat16'), 'config.objective.dtype')
@@ -241,11 +248,11 @@ def _check(config: Any) -> None:
 
 
 def _is_pair(pair: Any) -> bool:
-    """Whether this is (stream, stream, space, weight above 0)."""
+    """Whether this is (stream, stream, space, weight of at least 0)."""
     if not isinstance(pair, tuple) or len(pair) != 4:
         return False
     weight = pair[3]
-    return isinstance(weight, (int, float)) and weight > 0
+    return isinstance(weight, (int, float)) and weight >= 0
 
 
 def _embedding(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from vatt_jax.models.attention import attention
 from vatt_jax.models.embeddings import Tokens, fold, look_up
 from vatt_jax.models.layers import ACTIVATIONS, Dense, LayerNorm
+from vatt_jax.models.transformer import Encoder
 from vatt_jax.parallel.sharding import logical
 from vatt_jax.rng import Rng
 
@@ -198,3 +199,57 @@ class AttentionPooling(nn.Module):
     def _dense(self, name: str, axes: tuple[str, str]) -> Dense:
         """One of the four projections of the attention."""
         return Dense(self.width, axes, dtype=self.dtype, name=name)
+
+
+class FrameMixing(nn.Module):
+    """Vectors of a clip's frames [B T D] -> [B D]: the mean after layers over frames.
+
+    CLIP4Clip's sequential transformer (Luo et al. 2021, section 3.3): learnt positions, layers as
+    CLIP's, and each frame's own vector added to what comes out. Here that is scaled by a gate which
+    begins at 0, so that a clip begins as the mean of its frames, in whose space others may be.
+    There is no dropout.
+
+    Attributes:
+        layers: of the transformer.
+        width: D.
+        mlp: hidden width of the feed-forward part.
+        heads: of the attention.
+        head_width: of each.
+        frames: T, rows of the position table.
+        eps: of all norms.
+        activation: entry of layers.ACTIVATIONS.
+        dtype: of activations.
+    """
+
+    layers: int
+    width: int
+    mlp: int
+    heads: int
+    head_width: int
+    frames: int
+    eps: float = 1e-5
+    activation: str = 'quick_gelu'
+    dtype: str = 'float32'
+
+    @nn.compact
+    def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B D']:
+        init = logical(jax.nn.initializers.normal(0.01), 'buckets', 'embed')
+        positions = self.param('position_table', init, (self.frames, self.width), jnp.float32)
+        gate = self.param('gate', logical(jax.nn.initializers.zeros), (), jnp.float32)
+        layers = Encoder(
+            layers=self.layers,
+            width=self.width,
+            mlp=self.mlp,
+            heads=self.heads,
+            head_width=self.head_width,
+            dropout=0.0,
+            attention_dropout=0.0,
+            eps=self.eps,
+            activation=self.activation,
+            kernel_init='clip',
+            dtype=self.dtype,
+            name='encoder',
+        )
+        nothing_drawn = Rng.create(0, 0, jnp.zeros(len(x), jnp.uint32))
+        mixed = layers(x + positions.astype(x.dtype), None, nothing_drawn, False, features=True)
+        return (x + gate.astype(x.dtype) * mixed).mean(1)
