@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from vatt_jax.config import ConfigError, check_range
 from vatt_jax.detection import boxes as measures
+from vatt_jax.detection.true_objects import inside, objects_at
 from vatt_jax.evals import statistics
 from vatt_jax.evals.base import REMEDY, Evaluator, FeatureView, Result
 
@@ -50,9 +51,8 @@ class Localisation(Evaluator):
     middle of the box, lies in a true box. Of the network before training (the report's
     baseline), `saliency` says what can be had for nothing. `<name>/beta` is the threshold.
 
-    True boxes are `ground_truth` of the data: `boxes` [frame][object] y0 x0 y1 x1 as shares of the
-    frame, `fps` of these frames and `sounds` [frame][object]. Pictures in which nothing is heard
-    are left out.
+    True boxes are `ground_truth` of the data (detection.true_objects). Pictures in which nothing is
+    heard are left out.
     """
 
     DEFAULTS = {
@@ -157,10 +157,10 @@ class Localisation(Evaluator):
             if not features['valid'][c.stream][row] or 'sounds' not in truth:
                 continue
             start = float(features['start'][c.stream][row])
-            true = sounding_boxes(truth, start, sound_seconds)
-            if len(true):
+            heard = objects_at(truth, start, sound_seconds).heard()
+            if len(heard.boxes):
                 rows.append(row)
-                true_boxes.append(inside(true, features['crop'][c.stream][row]))
+                true_boxes.append(inside(heard.boxes, features['crop'][c.stream][row]))
         if not rows:
             raise ConfigError(
                 f'{self.where}: no picture of split {split!r} has boxes of an object that is '
@@ -189,36 +189,6 @@ class Localisation(Evaluator):
 
     def _mask(self, boxes: Float[np.ndarray, 'N 4']) -> np.ndarray:
         return measures.mask_of(boxes, self.config.size, self.config.size)
-
-
-def sounding_boxes(
-    truth: Mapping[str, Any], start: float, seconds: float
-) -> Float[np.ndarray, 'N 4']:
-    """Boxes of the objects in the frame at `start` that are heard in the sound from there on.
-
-    Args:
-        truth: see `Localisation`.
-        start: of the picture and of its sound, in seconds.
-        seconds: of sound.
-    """
-    last = len(truth['boxes']) - 1
-    frame = min(round(start * truth['fps']), last)
-    # `sounds` is of the moments around a frame, so that of the middle of the sound counts.
-    middle = min(round((start + seconds / 2) * truth['fps']), last)
-    boxes, heard = truth['boxes'][frame], truth['sounds'][middle]
-    if len(boxes) != len(heard):
-        # Another scene has begun, with other objects.
-        return np.zeros((0, 4))
-    shown = [box for box, is_heard in zip(boxes, heard) if is_heard and any(box)]
-    return np.array(shown, float).reshape(-1, 4)
-
-
-def inside(
-    boxes: Float[np.ndarray, 'N 4'], crop: Float[np.ndarray, ' 4']
-) -> Float[np.ndarray, 'N 4']:
-    """Boxes of the frame as shares of a crop of it, cut off at its edges."""
-    low, size = np.tile(crop[:2], 2), np.tile(crop[2:] - crop[:2], 2)
-    return np.clip((boxes - low) / size, 0, 1)
 
 
 def _random_box(rng: np.random.Generator) -> Float[np.ndarray, '1 4']:
