@@ -18,6 +18,7 @@ from vatt_jax.config import ConfigError
 from vatt_jax.detection.boxes import find_boxes, upsample
 from vatt_jax.detection.true_objects import inside, objects_at
 from vatt_jax.modes import pseudo_boxes
+from vatt_jax.reporting.heat_maps import covered, heat_maps
 from vatt_jax.training import loop
 
 # Two frames a second; the first object sounds around the frames 2 and 3.
@@ -71,9 +72,23 @@ def fake_view(heat):
     }
     inputs = ConfigDict({'audio': {'samples': 1000, 'rate': 1000}})
     encoder = types.SimpleNamespace(config=ConfigDict({'model': {'inputs': inputs}}))
-    data = types.SimpleNamespace(texts=lambda split, by: [{'ground_truth': json.dumps(TRUTH)}] * 3)
+    stream = {
+        'data': np.random.default_rng(1).integers(0, 255, (3, 1, 20, 20, 3)).astype(np.uint8),
+        'box': features['crop']['video'],
+        'valid': np.ones(3, bool),
+    }
+    batch = {'video': stream, 'valid': np.array([True, True, False]), 'position': np.arange(3)}
+    data = types.SimpleNamespace(
+        texts=lambda split, by: [{'ground_truth': json.dumps(TRUTH)}] * 3,
+        one_pass=lambda *args, **kwargs: [batch],
+    )
     return types.SimpleNamespace(
-        features=lambda *args, **kwargs: features, encoder=encoder, data=data, seed=0
+        features=lambda *args, **kwargs: features,
+        encoder=encoder,
+        data=data,
+        seed=0,
+        batch_size=3,
+        process=(0, 1),
     )
 
 
@@ -96,6 +111,17 @@ def test_the_evaluator_finds_what_is_there():
     # IoU 1/7: found at the thresholds 0, 0.05 and 0.1, and half way to 0.15.
     np.testing.assert_allclose(result.scalars['centre_box/AUC'], 0.125)
     assert evaluated(heat, centre=1.0, overlap=0.25).scalars['centre_box/IoU'] == 1
+    # The report shows the worst first.
+    shown = heat_maps('boxes', result.artifacts)['pictures']
+    assert [picture['iou'] for picture in shown] == sorted(picture['iou'] for picture in shown)
+    assert [picture['iou'] >= 0.5 for picture in shown] == [False, True]
+    assert shown[0]['boxes'][0] == {
+        'x': 0.0,
+        'y': 0.0,
+        'width': 64.0,
+        'height': 64.0,
+        'is_true': True,
+    }
     with pytest.raises(ConfigError, match='makes no heat maps'):
         evaluated(None)
 
@@ -139,6 +165,15 @@ def written(folder, heat, **fields):
     options = pseudo_boxes.Options(**fields)
     with typecheck.off():
         return pseudo_boxes.write(folder, 'train', Encoder(), objective, data, options)
+
+
+def test_heat_covers_a_picture_most_where_it_is_hottest():
+    grey = np.full((8, 8, 3), 100, np.uint8)
+    got = covered(grey, peaked(0, 0)[0, 0])
+    np.testing.assert_array_equal(got[7, 7], grey[7, 7])
+    # 0.7 of orange, 0.3 of grey.
+    np.testing.assert_allclose(got[1, 1], 0.3 * 100 + 0.7 * np.array([255, 60, 0]), atol=0.5)
+    np.testing.assert_array_equal(covered(grey, np.ones((8, 8), np.float32)), grey)
 
 
 def test_pseudo_boxes_are_a_coco_file(tmp_path):

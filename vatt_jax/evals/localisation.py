@@ -7,14 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from vatt_jax.config import ConfigError, check_range
 from vatt_jax.detection import boxes as measures
 from vatt_jax.detection.true_objects import inside, objects_at
 from vatt_jax.evals import statistics
 from vatt_jax.evals.base import REMEDY, Evaluator, FeatureView, Result
+from vatt_jax.objectives.localisation import HEAT
 
+# Pictures of which the report shows the worst and the best, how many it shows, and their pixels to
+# a side.
+LOOKED_AT, SHOWN, SHOWN_SIDE = 64, 12, 128
 # Boxes that a model's must beat: the middle of every picture, and one that is drawn.
 CENTRE, RANDOM = 'centre_box', 'random_box'
 
@@ -112,7 +116,50 @@ class Localisation(Evaluator):
         found[RANDOM] = [self._box_overlaps(_random_box(rng), true) for true in seen.true_boxes]
         result = self._result(found, view.seed)
         result.scalars.update({f'{name}/beta': beta for name, beta in betas.items()})
+        if HEAT in seen.maps:
+            result.artifacts.update(self._shown(view, seen, found[HEAT], betas[HEAT]))
         return result
+
+    def _shown(
+        self, view: FeatureView, seen: Sounding, overlaps: Sequence[Overlap], beta: float
+    ) -> dict[str, Any]:
+        """Pictures of the report with their maps and boxes, the worst first, then the best.
+
+        Of several processes each looks at pictures of its own.
+        """
+        pixels = self._pixels(view)
+        known = [place for place, row in enumerate(seen.rows) if row in pixels]
+        known.sort(key=lambda place: overlaps[place].box)
+        if len(known) > SHOWN:
+            known = [*known[: SHOWN // 2], *known[-SHOWN // 2 :]]
+        if not known:
+            return {}
+        shown = []
+        for place in known:
+            found = self._found(seen.maps[HEAT][place], beta)
+            boxes = {'true': seen.true_boxes[place].tolist(), 'found': found.boxes.tolist()}
+            shown.append({**boxes, 'iou': round(overlaps[place].box, 4)})
+        return {
+            'heat_pictures': shown,
+            'heat_pixels': np.stack([pixels[seen.rows[place]] for place in known]),  # [n S S 3]
+            'heat_values': seen.maps[HEAT][known],  # [n h w]
+        }
+
+    def _pixels(self, view: FeatureView) -> dict[int, UInt8[np.ndarray, 'S S 3']]:
+        """Row of the features -> what the model sees of its picture, of the first pictures."""
+        c = self.config
+        limit = min(c.limit, LOOKED_AT)
+        pixels = {}
+        for batch in view.data.one_pass(
+            c.split, view.batch_size, process=view.process, by='segments', limit=limit
+        ):
+            stream = batch[c.stream]
+            for row in np.flatnonzero(batch['valid'] & stream['valid']):
+                # Of several frames, the first.
+                pixels[int(batch['position'][row])] = _seen(
+                    stream['data'][row, 0], stream['box'][row]
+                )
+        return pixels
 
     def _best_beta(self, seen: Sounding, name: str) -> float:
         """The threshold whose boxes have the highest mean IoU; of equal ones the first."""
@@ -172,12 +219,17 @@ class Localisation(Evaluator):
     def _overlaps(
         self, heat: Float[np.ndarray, 'h w'], true: Float[np.ndarray, 'N 4'], beta: float
     ) -> Overlap:
-        large = measures.upsample(heat.astype(np.float64), self.config.size, self.config.size)
-        found = measures.find_boxes(large, beta)
-        by_box = measures.box_iou(found.boxes, true).max(initial=0.0)
+        large = self._upsampled(heat)
+        by_box = measures.box_iou(self._found(heat, beta).boxes, true).max(initial=0.0)
         pixels = measures.above_threshold(large, beta)
         by_pixel = measures.consensus_iou(pixels, self._mask(true))
         return Overlap(float(by_box), by_pixel, measures.points_at(large, true))
+
+    def _found(self, heat: Float[np.ndarray, 'h w'], beta: float) -> measures.Found:
+        return measures.find_boxes(self._upsampled(heat), beta)
+
+    def _upsampled(self, heat: Float[np.ndarray, 'h w']) -> Float[np.ndarray, 'S S']:
+        return measures.upsample(heat.astype(np.float64), self.config.size, self.config.size)
 
     def _box_overlaps(
         self, box: Float[np.ndarray, '1 4'], true: Float[np.ndarray, 'N 4']
@@ -189,6 +241,18 @@ class Localisation(Evaluator):
 
     def _mask(self, boxes: Float[np.ndarray, 'N 4']) -> np.ndarray:
         return measures.mask_of(boxes, self.config.size, self.config.size)
+
+
+def _seen(
+    picture: UInt8[np.ndarray, 'H W 3'], crop: Float[np.ndarray, ' 4']
+) -> UInt8[np.ndarray, 'S S 3']:
+    """What the model sees of a picture, at the size that the report shows."""
+    import PIL.Image
+
+    height, width = picture.shape[:2]
+    y0, x0, y1, x1 = np.round(crop * [height, width, height, width]).astype(int)
+    square = PIL.Image.fromarray(picture[y0:y1, x0:x1])
+    return np.asarray(square.resize((SHOWN_SIDE, SHOWN_SIDE)))
 
 
 def _random_box(rng: np.random.Generator) -> Float[np.ndarray, '1 4']:
