@@ -255,7 +255,16 @@ def call(command: Sequence[str], reads: bool = False) -> str:
     """Prints and runs a command; returns what it printed where that is read."""
     print(shlex.join(['python', *command[1:]]), flush=True)
     output = subprocess.PIPE if reads else None
-    done = subprocess.run(command, cwd=repository.ROOT, check=True, stdout=output, text=True)
+    # The runs differ in little, so most of what one compiles serves the next.
+    cache = {'JAX_COMPILATION_CACHE_DIR': str(repository.ROOT / 'runs' / 'compiled_detection')}
+    done = subprocess.run(
+        command,
+        cwd=repository.ROOT,
+        check=True,
+        stdout=output,
+        text=True,
+        env={**os.environ, **cache},
+    )
     return done.stdout or ''
 
 
