@@ -172,7 +172,7 @@ def write(
         features = encoder(batch, (c.picture,))
         found = features['predictions']['cluster/0'].argmax(-1)  # [B]
         is_pair = batch['valid'] & batch[c.picture]['valid'] & batch[c.sound]['valid']
-        for row in np.flatnonzero(is_pair):
+        for row in np.flatnonzero(is_pair).tolist():
             # Of several frames, the first.
             seen = _seen(batch[c.picture]['data'][row, 0], batch[c.picture]['box'][row])
             heat, cluster = features['heat_maps'][HEAT][row, 0], int(found[row])
