@@ -109,7 +109,6 @@ QUICK_DETECTOR = {
     'checkpoint.every': 4,
     'log_every': 1,
     'model.inputs.video.size': 64,
-    'objective.min_score': 0.001,
 }
 
 
