@@ -86,6 +86,8 @@ def demo_config(is_synthetic: bool) -> ConfigDict:
             'name': 'localisation',
             'clusters': 8,
             'contrast': 0.5,
+            # Without it the loss does not move in the steps of this run.
+            'pooled_share': 0.5,
             'width': 64,
             'temperature': 0.1,
             'hidden': 64,
