@@ -182,6 +182,8 @@ class Localisation(Evaluator):
             artifacts[f'{name}/pointing/interval'] = statistics.bootstrap(is_hit, seed=seed)
             artifacts[f'{name}/IoU/interval'] = statistics.bootstrap(is_found, seed=seed)
         artifacts['pictures'] = len(next(iter(found.values())))
+        # Boxes of no model stand beside; there is no other chance level.
+        artifacts['shown'] = list(scalars)
         return Result(scalars, artifacts)
 
     def _sounding(self, view: FeatureView, split: str) -> Sounding:
