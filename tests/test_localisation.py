@@ -168,6 +168,14 @@ def test_named_configs_pass_the_checks(arg, clusters, prior):
     assert objective.contrast == (1.0 if 'contrast' in arg else 0.5)
 
 
+def test_the_playground_detector_continues_the_demo():
+    """Same pictures, same tower: config.init_from finds every parameter of it."""
+    localisation = configs.load('configs/detection.py:demo').model
+    detector = configs.load('configs/detector.py:playground').model
+    assert detector.towers.video == localisation.towers.video
+    assert detector.inputs.video == localisation.inputs.video
+
+
 @pytest.mark.parametrize('arg', ['demo,fast', 'kinetics'])
 def test_unknown_settings_are_named(arg):
     with pytest.raises(ConfigError, match=r'configs/detection\.py.*choose one of'):
