@@ -35,12 +35,12 @@ class Sounding(NamedTuple):
     """Pictures in which something is heard.
 
     Attributes:
-        rows: of the features.
+        places: in the pass.
         maps: name -> [N h w].
         true_boxes: of what is heard, in what the model sees.
     """
 
-    rows: list[int]
+    places: list[int]
     maps: dict[str, Float[np.ndarray, 'N h w']]
     true_boxes: list[Float[np.ndarray, 'n 4']]
 
@@ -128,25 +128,25 @@ class Localisation(Evaluator):
         Of several processes each looks at pictures of its own.
         """
         pixels = self._pixels(view)
-        known = [place for place, row in enumerate(seen.rows) if row in pixels]
-        known.sort(key=lambda place: overlaps[place].box)
+        known = [row for row, place in enumerate(seen.places) if place in pixels]
+        known.sort(key=lambda row: overlaps[row].box)
         if len(known) > SHOWN:
             known = [*known[: SHOWN // 2], *known[-SHOWN // 2 :]]
         if not known:
             return {}
         shown = []
-        for place in known:
-            found = self._found(seen.maps[HEAT][place], beta)
-            boxes = {'true': seen.true_boxes[place].tolist(), 'found': found.boxes.tolist()}
-            shown.append({**boxes, 'iou': round(overlaps[place].box, 4)})
+        for row in known:
+            found = self._found(seen.maps[HEAT][row], beta)
+            boxes = {'true': seen.true_boxes[row].tolist(), 'found': found.boxes.tolist()}
+            shown.append({**boxes, 'iou': round(overlaps[row].box, 4)})
         return {
             'heat_pictures': shown,
-            'heat_pixels': np.stack([pixels[seen.rows[place]] for place in known]),  # [n S S 3]
+            'heat_pixels': np.stack([pixels[seen.places[row]] for row in known]),  # [n S S 3]
             'heat_values': seen.maps[HEAT][known],  # [n h w]
         }
 
     def _pixels(self, view: FeatureView) -> dict[int, UInt8[np.ndarray, 'S S 3']]:
-        """Row of the features -> what the model sees of its picture, of the first pictures."""
+        """Place in the pass -> what the model sees of its picture, of the first pictures."""
         c = self.config
         limit = min(c.limit, LOOKED_AT)
         pixels = {}
@@ -199,7 +199,7 @@ class Localisation(Evaluator):
         inputs = view.encoder.config.model.inputs
         sound_seconds = inputs.audio.samples / inputs.audio.rate
         texts = view.data.texts(split, by='segments')
-        rows, true_boxes = [], []
+        rows, places, true_boxes = [], [], []
         for row, place in enumerate(features['index']):
             # JSON, as records hold it.
             truth = json.loads(texts[place].get('ground_truth') or '{}')
@@ -209,6 +209,7 @@ class Localisation(Evaluator):
             heard = objects_at(truth, start, sound_seconds).heard()
             if len(heard.boxes):
                 rows.append(row)
+                places.append(int(place))
                 true_boxes.append(inside(heard.boxes, features['crop'][c.stream][row]))
         if not rows:
             raise ConfigError(
@@ -216,7 +217,7 @@ class Localisation(Evaluator):
                 'heard (ground_truth with boxes, fps and sounds)'
             )
         # Of several frames, the first.
-        return Sounding(rows, {name: heat[rows, 0] for name, heat in maps.items()}, true_boxes)
+        return Sounding(places, {name: heat[rows, 0] for name, heat in maps.items()}, true_boxes)
 
     def _overlaps(
         self, heat: Float[np.ndarray, 'h w'], true: Float[np.ndarray, 'N 4'], beta: float
