@@ -5,7 +5,7 @@ Method, boxes and published numbers: docs/detection.md.
 On the playground, in a world of two large things of which one is heard:
 
     python run.py --config=configs/detection.py:demo --workdir=runs/localisation
-        pictures of 128 pixels, maps of 8 × 8, sounds of one second
+        pictures of 128 pixels, maps of 16 × 16, sounds of one second
     python run.py --config=configs/detection.py:demo,contrast --workdir=runs/contrast
         the contrast alone, without self-labelling
     python run.py --config=configs/detection.py:demo,synthetic --workdir=runs/try
@@ -64,7 +64,7 @@ def get_config(arg: str = 'demo') -> ConfigDict:
     # Synthetic data have no boxes, nor do the published training sets.
     if name == 'demo' and not is_synthetic:
         c.evals.clusters.label = 'object'
-        c.evals.boxes = {'type': 'localisation'}
+        c.evals.boxes = {'type': 'localisation', 'beta_split': 'validation'}
     return c
 
 
@@ -77,14 +77,17 @@ def demo_config(is_synthetic: bool) -> ConfigDict:
     m.inputs.video.update({'frames': 1, 'size': 128, 'fps': 8.0})
     m.inputs.audio.update({'samples': 8000, 'rate': 8000})
     mmv.shrink_towers(m, None)
-    # A map of 8 × 8, of pictures that know no other frames. Deeper networks, or smaller pictures,
-    # see the whole picture from every position, and put what they know anywhere.
-    m.towers.video.update({'depth': 10, 'share': 0.0, 'stride': 16})
+    # A map of 16 × 16, of pictures that know no other frames; each position sees 59 pixels, about
+    # as much as a thing is large. Deeper networks, or smaller pictures, see the whole picture from
+    # every position, and put what they know anywhere.
+    m.towers.video.update({'depth': 10, 'share': 0.0, 'stride': 8, 'multiplier': 0.125})
     c.objective = ConfigDict(
         {
             'name': 'localisation',
             'clusters': 8,
             'contrast': 0.5,
+            # Without it the loss does not move in the steps of this run.
+            'pooled_share': 0.5,
             'width': 64,
             'temperature': 0.1,
             'hidden': 64,
@@ -101,8 +104,8 @@ def demo_config(is_synthetic: bool) -> ConfigDict:
         c.data.make.update(
             {
                 'path': 'runs/data/boxes',
-                'train': 1000,
-                'validation': 16,
+                'train': 1200,
+                'validation': 128,
                 'test': 256,
                 'seconds': 3.0,
                 'episodes': 1,

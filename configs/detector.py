@@ -11,6 +11,16 @@ On boxes of one's own, true ones or pseudo-boxes, with the tower of an earlier r
         "--config.data.train={'mine': {'path': 'data/pseudo.json'}}" \\
         --config.data.eval.path=data/true --config.init_from=runs/localisation
 
+On what configs/detection.py:demo found by sound (the chain: benchmarks/detection.py):
+
+    python run.py --mode=pseudo_boxes --workdir=runs/localisation --out=runs/pseudo_boxes
+    python run.py --mode=pseudo_boxes --workdir=runs/localisation --out=runs/true_boxes \\
+        --split=validation,test --true=all
+    python run.py --config=configs/detector.py:playground --workdir=runs/detector \\
+        "--config.data.train={'pseudo': {'path': 'runs/pseudo_boxes'}}" \\
+        --config.data.eval.path=runs/true_boxes --config.init_from=runs/localisation \\
+        --config.evals.detection.naming=hungarian
+
 With the published sizes, ResNet-50 on pictures of 224 pixels:
 
     python run.py --config=configs/detector.py:published --workdir=runs/detector
@@ -20,9 +30,9 @@ from ml_collections import ConfigDict
 
 from vatt_jax.config import choose
 
-from . import default
+from . import default, detection
 
-VARIANTS = ('shapes', 'boxes', 'published')
+VARIANTS = ('shapes', 'boxes', 'playground', 'published')
 
 
 def get_config(arg: str = 'shapes') -> ConfigDict:
@@ -42,6 +52,8 @@ def get_config(arg: str = 'shapes') -> ConfigDict:
         set_published(c)
     else:
         set_small(c)
+    if arg == 'playground':
+        set_playground(c)
     if arg == 'shapes':
         c.data.train.shapes = default.records('runs/data/shapes')
     return c
@@ -79,6 +91,18 @@ def set_small(c: ConfigDict) -> None:
     c.optimizer.schedule.update({'peak': 2e-3, 'warmup': 50, 'end': 1e-5})
     c.checkpoint.every, c.log_every = 200, 25
     c.eval_every = 300
+
+
+def set_playground(c: ConfigDict) -> None:
+    """The tower and the pictures of configs/detection.py:demo, in place."""
+    localisation = detection.get_config('demo,synthetic').model
+    c.model.inputs.video = localisation.inputs.video
+    c.model.towers.video = localisation.towers.video
+    # Of a map of 16 × 16: things are five to nine of its cells large.
+    c.objective.levels = (0, -1)
+    # The tower knows the pictures already.
+    c.optimizer.rates = ((r'^model/', 0.3),)
+    c.eval_every = 0
 
 
 def set_published(c: ConfigDict) -> None:

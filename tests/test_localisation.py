@@ -65,8 +65,9 @@ def features(num_clips=3):
     return grid, sound
 
 
-def test_loss_is_the_weighted_sum_of_both():
-    objective, params, state = made(contrast=0.3, temperature=0.2)
+@pytest.mark.parametrize('share', [0.0, 0.25])
+def test_loss_is_the_weighted_sum_of_both(share):
+    objective, params, state = made(contrast=0.3, temperature=0.2, pooled_share=share)
     grid, sound = features()
     pooled = {'video': jnp.asarray(grid.mean((1, 2, 3))), 'audio': jnp.asarray(sound)}
     pooled[map_of('video')] = jnp.asarray(grid)
@@ -77,10 +78,14 @@ def test_loss_is_the_weighted_sum_of_both():
     def loss(batch):
         return objective.compute_loss(None, {'batch_stats': {}}, params, state, pooled, batch, rng)
 
-    scores = cosines(objective, params, grid, sound).max(-1) / 0.2
-    own = np.diag(scores)
-    rows, columns = np.log(np.exp(scores).sum(1)), np.log(np.exp(scores).sum(0))
-    contrast = np.mean((rows + columns) / 2 - own)
+    def info_nce(scores):
+        rows, columns = np.log(np.exp(scores).sum(1)), np.log(np.exp(scores).sum(0))
+        return np.mean((rows + columns) / 2 - np.diag(scores))
+
+    of_best = info_nce(cosines(objective, params, grid, sound).max(-1) / 0.2)
+    whole = grid.mean((1, 2, 3))
+    of_whole = info_nce(cosines(objective, params, whole, sound)[..., 0] / 0.2)
+    contrast = (1 - share) * of_best + share * of_whole
     # No labels yet: the contrast alone, which moves parameters.
     first = loss(batch)
     np.testing.assert_allclose(first.value, 0.3 * contrast, rtol=1e-5)
@@ -109,6 +114,7 @@ def test_heat_maps_are_cosines():
     [
         ({'contrast': 1.5}, r'config\.objective\.contrast'),
         ({'temperature': 0.0}, r'config\.objective\.temperature'),
+        ({'pooled_share': -0.1}, r'config\.objective\.pooled_share'),
         ({'method': 'ring'}, r'config\.objective\.method'),
         ({'sound': 'video'}, r'config\.objective\.sound: expected another stream'),
         ({'heat': 1}, r'config\.objective'),
@@ -160,6 +166,14 @@ def test_named_configs_pass_the_checks(arg, clusters, prior):
     objective = objectives.build(c.objective).config
     assert (objective.clusters, objective.prior) == (clusters, prior)
     assert objective.contrast == (1.0 if 'contrast' in arg else 0.5)
+
+
+def test_the_playground_detector_continues_the_demo():
+    """Same pictures, same tower: config.init_from finds every parameter of it."""
+    localisation = configs.load('configs/detection.py:demo').model
+    detector = configs.load('configs/detector.py:playground').model
+    assert detector.towers.video == localisation.towers.video
+    assert detector.inputs.video == localisation.inputs.video
 
 
 @pytest.mark.parametrize('arg', ['demo,fast', 'kinetics'])

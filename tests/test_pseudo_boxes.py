@@ -16,8 +16,9 @@ from tests.test_localisation import config
 from vatt_jax import evals
 from vatt_jax.config import ConfigError
 from vatt_jax.detection.boxes import find_boxes, upsample
-from vatt_jax.evals.localisation import inside, sounding_boxes
+from vatt_jax.detection.true_objects import inside, objects_at
 from vatt_jax.modes import pseudo_boxes
+from vatt_jax.reporting.heat_maps import covered, heat_maps
 from vatt_jax.training import loop
 
 # Two frames a second; the first object sounds around the frames 2 and 3.
@@ -25,6 +26,7 @@ TRUTH = {
     'fps': 2.0,
     'boxes': [[[0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]]] * 6,
     'sounds': [[number in (2, 3), False] for number in range(6)],
+    'kinds': [['disc', 'pole']] * 6,
 }
 
 
@@ -39,12 +41,25 @@ def peaked(row, column):
 def test_true_boxes_are_those_that_the_sound_holds(start, heard):
     """The sound of a second from `start` on; its middle counts."""
     expected = [[0, 0, 0.5, 0.5]] if heard else np.zeros((0, 4))
-    np.testing.assert_allclose(sounding_boxes(TRUTH, start, 1.0), expected)
+    np.testing.assert_allclose(objects_at(TRUTH, start, 1.0).heard().boxes, expected)
 
 
 def test_boxes_of_a_crop_are_shares_of_it():
     got = inside(np.array([[0.0, 0.25, 0.5, 0.75]]), np.array([0.25, 0.25, 0.75, 0.75], np.float32))
     np.testing.assert_allclose(got, [[0, 0, 0.5, 1]])
+
+
+def test_the_threshold_is_chosen_on_another_split():
+    """A blob of 2 × 2 on a plateau of 4 × 4, which is the object."""
+    heat = np.zeros((3, 1, 8, 8), np.float32)
+    heat[:, :, :4, :4] = 0.7
+    heat[:, :, 1:3, 1:3] = 1.0
+    result = evaluated(heat, beta=0.9, beta_split='validation', betas=(0.9, 0.3))
+    assert result.scalars['heat/beta'] == 0.3
+    assert result.scalars['heat/IoU'] == 1
+    assert evaluated(heat, beta=0.9).scalars['heat/IoU'] == 0
+    with pytest.raises(ConfigError, match='betas: expected numbers from 0 to 1, got none'):
+        evals.build('boxes', ConfigDict({'type': 'localisation', 'betas': ()}))
 
 
 def fake_view(heat):
@@ -57,9 +72,23 @@ def fake_view(heat):
     }
     inputs = ConfigDict({'audio': {'samples': 1000, 'rate': 1000}})
     encoder = types.SimpleNamespace(config=ConfigDict({'model': {'inputs': inputs}}))
-    data = types.SimpleNamespace(texts=lambda split, by: [{'ground_truth': json.dumps(TRUTH)}] * 3)
+    stream = {
+        'data': np.random.default_rng(1).integers(0, 255, (3, 1, 20, 20, 3)).astype(np.uint8),
+        'box': features['crop']['video'],
+        'valid': np.ones(3, bool),
+    }
+    batch = {'video': stream, 'valid': np.array([True, True, False]), 'position': np.arange(3)}
+    data = types.SimpleNamespace(
+        texts=lambda split, by: [{'ground_truth': json.dumps(TRUTH)}] * 3,
+        one_pass=lambda *args, **kwargs: [batch],
+    )
     return types.SimpleNamespace(
-        features=lambda *args, **kwargs: features, encoder=encoder, data=data, seed=0
+        features=lambda *args, **kwargs: features,
+        encoder=encoder,
+        data=data,
+        seed=0,
+        batch_size=3,
+        process=(0, 1),
     )
 
 
@@ -82,49 +111,113 @@ def test_the_evaluator_finds_what_is_there():
     # IoU 1/7: found at the thresholds 0, 0.05 and 0.1, and half way to 0.15.
     np.testing.assert_allclose(result.scalars['centre_box/AUC'], 0.125)
     assert evaluated(heat, centre=1.0, overlap=0.25).scalars['centre_box/IoU'] == 1
+    # The report shows the worst first.
+    shown = heat_maps('boxes', result.artifacts)['pictures']
+    assert [picture['iou'] for picture in shown] == sorted(picture['iou'] for picture in shown)
+    assert [picture['iou'] >= 0.5 for picture in shown] == [False, True]
+    assert shown[0]['boxes'][0] == {
+        'x': 0.0,
+        'y': 0.0,
+        'width': 64.0,
+        'height': 64.0,
+        'is_true': True,
+    }
     with pytest.raises(ConfigError, match='makes no heat maps'):
         evaluated(None)
 
 
-def test_pseudo_boxes_are_a_coco_file(tmp_path):
-    rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 255, (3, 1, 24, 32, 3)).astype(np.uint8)
+PICTURES = np.random.default_rng(0).integers(0, 255, (3, 1, 24, 32, 3)).astype(np.uint8)
+
+
+def written(folder, heat, **fields):
+    """What `pseudo_boxes.write` makes of three pictures, the last of which has no sound."""
     # The central square is seen.
     crop = np.tile(np.array([0, 0.125, 1, 0.875], np.float32), (3, 1))
     valid = np.ones(3, bool)
     batch = {
-        'video': {'data': pictures, 'box': crop, 'valid': valid},
+        'video': {'data': PICTURES, 'box': crop, 'valid': valid, 'start': np.array([0.5, 1.0, 2])},
         'audio': {'valid': np.array([True, True, False])},
         'position': np.array([5, 6, 7]),
+        'index': np.arange(3),
         'valid': valid,
     }
-    heat = np.concatenate([0.3 * peaked(0, 0), 0.9 * peaked(2, 4), peaked(0, 0)])
-    clusters = np.eye(4)[[3, 1, 0]]
-    outputs = {'predictions': {'cluster/0': clusters}, 'heat_maps': {'heat': heat}}
-    fields = {'picture': 'video', 'sound': 'audio', 'clusters': 4}
-    objective = types.SimpleNamespace(config=ConfigDict(fields))
-    options = pseudo_boxes.Options(score=0.5)
+    outputs = {
+        'predictions': {'cluster/0': np.eye(4)[[3, 1, 0]]},
+        'heat_maps': {'heat': heat},
+    }
+    inputs = {'audio': {'samples': 1000, 'rate': 1000}}
+    run_config = ConfigDict({'batch_size': 3, 'model': {'inputs': inputs}})
 
-    def encoder(batch, maps):
-        return outputs
+    class Encoder:
+        config = run_config
 
+        def __call__(self, batch, maps):
+            return outputs
+
+    data = types.SimpleNamespace(
+        one_pass=lambda *args, **kwargs: [batch],
+        texts=lambda split, by: [{'ground_truth': json.dumps(TRUTH)}] * 3,
+        info={'labels': {'object': ['ring', 'disc', 'pole']}},
+    )
+    objective = types.SimpleNamespace(
+        config=ConfigDict({'picture': 'video', 'sound': 'audio', 'clusters': 4})
+    )
+    options = pseudo_boxes.Options(**fields)
     with typecheck.off():
-        document = pseudo_boxes.write(tmp_path, encoder, objective, [batch], options)
-    assert document == json.loads((tmp_path / 'pseudo_boxes.json').read_text())
+        return pseudo_boxes.write(folder, 'train', Encoder(), objective, data, options)
+
+
+def test_heat_covers_a_picture_most_where_it_is_hottest():
+    grey = np.full((8, 8, 3), 100, np.uint8)
+    got = covered(grey, peaked(0, 0)[0, 0])
+    np.testing.assert_array_equal(got[7, 7], grey[7, 7])
+    # 0.7 of orange, 0.3 of grey.
+    np.testing.assert_allclose(got[1, 1], 0.3 * 100 + 0.7 * np.array([255, 60, 0]), atol=0.5)
+    np.testing.assert_array_equal(covered(grey, np.ones((8, 8), np.float32)), grey)
+
+
+def test_pseudo_boxes_are_a_coco_file(tmp_path):
+    heat = np.concatenate([0.3 * peaked(0, 0), 0.9 * peaked(2, 4), peaked(0, 0)])
+    document = written(tmp_path, heat, score=0.5)
+    assert document == json.loads((tmp_path / 'train.json').read_text())
     # The first is not sure enough, the third has no sound.
     (image,) = document['images']
     name = 'train_00000006.png'
     assert image == {'id': 1, 'file_name': name, 'width': 24, 'height': 24, 'example': 6}
-    np.testing.assert_array_equal(Image.open(tmp_path / 'images' / name), pictures[1, 0, :, 4:28])
+    np.testing.assert_array_equal(Image.open(tmp_path / 'images' / name), PICTURES[1, 0, :, 4:28])
     (annotation,) = document['annotations']
     y0, x0, y1, x1 = find_boxes(upsample(heat[1, 0].astype(float), 24, 24), 0.5).boxes[0] * 24
     np.testing.assert_allclose(annotation['bbox'], [x0, y0, x1 - x0, y1 - y0])
     assert annotation['category_id'] == 2 and annotation['image_id'] == 1
     assert annotation['score'] == 0.9 and annotation['iscrowd'] == 0
     assert document['categories'][1] == {'id': 2, 'name': 'cluster 1'}
-    too_sure = pseudo_boxes.Options(score=0.95)
-    with typecheck.off(), pytest.raises(ConfigError, match='try a lower --score'):
-        pseudo_boxes.write(tmp_path, encoder, objective, [batch], too_sure)
+    with pytest.raises(ConfigError, match='try a lower --score'):
+        written(tmp_path / 'none', heat, score=0.95)
+
+
+def test_true_boxes_and_classes_take_the_place_of_found_ones(tmp_path):
+    heat = np.concatenate([0.3 * peaked(0, 0), 0.9 * peaked(2, 4), peaked(0, 0)])
+    found = written(tmp_path / 'found', heat)
+    classes = written(tmp_path / 'classes', heat, true='classes')
+    boxes = written(tmp_path / 'boxes', heat, true='boxes')
+    everything = written(tmp_path / 'all', heat, true='all')
+    # The first object, a disc, is heard in both pictures.
+    for document in (found, classes):
+        assert [box['category_id'] for box in document['annotations']] == (
+            [4, 2] if document is found else [2, 2]
+        )
+    np.testing.assert_allclose(
+        [box['bbox'] for box in classes['annotations']],
+        [box['bbox'] for box in found['annotations']],
+    )
+    assert [box['category_id'] for box in boxes['annotations']] == [4, 2]
+    assert [box['category_id'] for box in everything['annotations']] == [2, 3, 2, 3]
+    assert [box['sounds'] for box in everything['annotations']] == [True, False, True, False]
+    # The frame's left half, without the eighth that is cut off.
+    edge = 24 * (0.5 - 0.125) / 0.75
+    np.testing.assert_allclose(boxes['annotations'][0]['bbox'], [0, 0, edge, 12], atol=1e-3)
+    np.testing.assert_allclose(everything['annotations'][1]['bbox'], [edge, 12, 12, 12], atol=1e-3)
+    assert [entry['name'] for entry in classes['categories']] == ['ring', 'disc', 'pole']
 
 
 def test_a_box_points_at_its_middle():
@@ -140,6 +233,8 @@ def test_a_box_points_at_its_middle():
         ({'beta': 1.0}, '--beta: expected a share from 0 to below 1, got 1'),
         ({'most': 0}, '--boxes: expected a positive number, got 0'),
         ({'score': 2.0}, '--score: expected a cosine from -1 to 1, got 2'),
+        ({'true': 'class'}, "--true='class'"),
+        ({'splits': ('test', 'test')}, "each once, got 'test,test'"),
     ],
 )
 def test_mistakes_are_named(fields, message):
@@ -176,8 +271,8 @@ def test_a_run_localises_and_makes_boxes(tmp_path, plain_run):
     out = tmp_path / 'boxes'
     run = tmp_path / 'run'
     pseudo_boxes.run(c, run, data_pipelines.open, str(out), pseudo_boxes.Options())
-    document = json.loads((out / 'pseudo_boxes.json').read_text())
+    document = json.loads((out / 'train.json').read_text())
     assert len(document['images']) == len(list((out / 'images').iterdir())) > 0
     with pytest.raises(ConfigError, match='expected a new or empty folder'):
         pseudo_boxes.run(c, run, data_pipelines.open, str(out), pseudo_boxes.Options())
-    assert pathlib.Path(out / 'pseudo_boxes.json').exists()
+    assert pathlib.Path(out / 'train.json').exists()

@@ -90,7 +90,8 @@ def run_mode(flags: argparse.Namespace, config: ConfigDict, workdir: pathlib.Pat
     elif flags.mode == 'pseudo_boxes':
         from vatt_jax.modes import pseudo_boxes
 
-        options = pseudo_boxes.Options(flags.split or 'train', flags.beta, flags.boxes, flags.score)
+        splits = tuple((flags.split or 'train').split(','))
+        options = pseudo_boxes.Options(splits, flags.beta, flags.boxes, flags.score, flags.true)
         pseudo_boxes.run(config, workdir, open_data, flags.out, options)
     else:
         from vatt_jax.modes import deflate

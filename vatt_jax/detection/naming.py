@@ -24,7 +24,7 @@ from jaxtyping import Float, Int, Int64
 
 from vatt_jax.command_line import expand_home
 from vatt_jax.config import ConfigError, choose
-from vatt_jax.detection import coco
+from vatt_jax.detection import coco, finding
 from vatt_jax.detection.average_precision import average_precision
 
 METHODS = ('hungarian', 'argmax', 'manual', 'few_shot')
@@ -270,8 +270,20 @@ def main(argv: list[str]) -> None:
     renamed = rename(results, numbers, names, class_identifiers)
     if flags.out:
         pathlib.Path(flags.out).write_text(json.dumps(renamed))
-    for measure, value in average_precision(truth, renamed).means().items():
+    for measure, value in _measures(truth, results, renamed).items():
         print(f'{measure}: {100 * value:.1f}')
+
+
+def _measures(
+    truth: coco.Document, results: list[dict[str, Any]], renamed: list[dict[str, Any]]
+) -> dict[str, float]:
+    """AP of the classes, and what is found whatever it is called (detection.finding)."""
+    measures = average_precision(truth, renamed).means()
+    boxes = average_precision(*finding.without_classes(truth, results))
+    measures['ap50 any class'] = boxes.means()['ap50']
+    for kind, share in finding.found_shares(truth, results).items():
+        measures[f'found {kind}'] = share
+    return measures
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vatt_jax.config import ConfigError, choose
-from vatt_jax.detection import coco, naming
+from vatt_jax.detection import coco, finding, naming
 from vatt_jax.detection.average_precision import AveragePrecision, average_precision
 from vatt_jax.evals.base import REMEDY, Evaluator, FeatureView, Result
 
@@ -19,7 +19,8 @@ class Detection(Evaluator):
     """Average precision by COCO's rules (pycocotools, extra `detection`).
 
     With `naming` the detector's classes are clusters, which first get the names of true classes
-    (detection.naming). Artifacts: AP of every class, and detections of some pictures.
+    (detection.naming). `AP50/any_class` and `found/…` are of boxes alone, whatever their classes
+    (detection.finding). Artifacts: AP of every class, and detections of some pictures.
     """
 
     DEFAULTS = {
@@ -61,7 +62,7 @@ class Detection(Evaluator):
         clusters = view.data.info['labels']['object']
         if not c.naming:
             results = self._results(view, c.split, None)
-            return self._result(view, truth, results)
+            return self._result(view, truth, results, results)
         numbers = dict(zip(range(len(clusters)), range(len(clusters)), strict=True))
         identifiers = list(numbers)
         labelled = c.naming_split or c.split
@@ -73,7 +74,8 @@ class Detection(Evaluator):
         class_identifiers = sorted(category['id'] for category in truth['categories'])
         found = self._results(view, c.split, identifiers)
         results = naming.rename(found, numbers, names, class_identifiers)
-        result = self._result(view, truth, results)
+        # Clusters without a name find things too.
+        result = self._result(view, truth, results, found)
         result.artifacts['names'] = {
             cluster: class_names[name] if name >= 0 else ''
             for cluster, name in zip(clusters, names.tolist(), strict=True)
@@ -81,10 +83,27 @@ class Detection(Evaluator):
         return result
 
     def _result(
-        self, view: FeatureView, truth: coco.Document, results: list[dict[str, Any]]
+        self,
+        view: FeatureView,
+        truth: coco.Document,
+        results: list[dict[str, Any]],
+        found: list[dict[str, Any]],
     ) -> Result:
-        """Numbers, and the pictures of the report with their pixels."""
+        """Numbers, and the pictures of the report with their pixels.
+
+        Args:
+            view: of the evaluation.
+            truth: true boxes.
+            results: detections of true classes.
+            found: the same of any class or cluster.
+        """
         result = _result(truth, results, average_precision(truth, results))
+        boxes = average_precision(*finding.without_classes(truth, found))
+        result.scalars['AP50/any_class'] = boxes.means()['ap50']
+        for kind, share in finding.found_shares(truth, found).items():
+            result.scalars[f'found/{kind}'] = share
+        # AP of guesses is next to nothing, so the table has no chance level to show.
+        result.artifacts['shown'] = list(result.scalars)
         pictures = result.artifacts['pictures']
         if pictures:
             pixels = [view.data.picture(self.config.split, shown['place']) for shown in pictures]
@@ -135,8 +154,6 @@ def _result(
     artifacts = {
         'by_class': by_class,
         'pictures': shown_pictures(truth, results),
-        # AP of guesses is next to nothing, so the table has no chance level to show.
-        'shown': list(scalars),
     }
     return Result(scalars, artifacts)
 

@@ -113,7 +113,8 @@ def _parser(command: str) -> Parser:
     add(
         '--split',
         default='',
-        help='which split of config.data.eval; default: test, of pseudo_boxes train',
+        help='which split of config.data.eval; default: test, of pseudo_boxes train, which takes '
+        'several with commas',
         metavar='SPLIT',
     )
 
@@ -263,6 +264,12 @@ def _add_box_flags(parser: Parser) -> None:
         type=float,
         metavar='COSINE',
         help='boxes of lower scores are left out; default: none is',
+    )
+    add(
+        '--true',
+        default='',
+        metavar='PART',
+        help='classes | boxes | all: what comes from the truth of the data instead',
     )
 
 

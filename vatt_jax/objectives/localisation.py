@@ -35,6 +35,10 @@ DEFAULTS = {
     'sound': 'audio',
     # λ: share of the contrast in the loss; the other is that of the labels.
     'contrast': 0.5,
+    # Share of the contrast in which the score is that of the pooled picture. The maximum has its
+    # gradient at one position, which before training is an arbitrary one: from scratch, the loss
+    # may stay where it began for hundreds of steps. 0: the maximum alone, as published.
+    'pooled_share': 0.0,
     # Of the common space.
     'width': 256,
     'temperature': 0.07,
@@ -64,6 +68,7 @@ class Localisation(SelfLabelling):
         super().__init__(config)
         c = self.config
         check_range(c.contrast, 0, 1, 'config.objective.contrast')
+        check_range(c.pooled_share, 0, 1, 'config.objective.pooled_share')
         check_range(c.width, 1, 1 << 20, 'config.objective.width')
         check_range(c.temperature, 1e-6, 1e6, 'config.objective.temperature')
         choose(c.method, METHODS, 'config.objective.method')
@@ -116,14 +121,12 @@ class Localisation(SelfLabelling):
     ) -> Loss:
         c = self.config
         labelling = super().compute_loss(model, variables, params, state, pooled, batch, rng)
-        contrast = METHODS[c.method](
-            self.project(params, 'picture', pooled[map_of(c.picture)]),
-            self.project(params, 'sound', pooled[c.sound]),
-            x_valid=batch[c.picture]['valid'] & batch['valid'],
-            y_valid=batch[c.sound]['valid'] & batch['valid'],
-            temperature=c.temperature,
-            how=How(),
-        )
+        contrast = self._contrast(params, pooled[map_of(c.picture)], pooled, batch)
+        if c.pooled_share:
+            # A map of one position: the whole picture.
+            whole = pooled[c.picture][:, None]  # [B 1 D]
+            of_whole = self._contrast(params, whole, pooled, batch)
+            contrast = (1 - c.pooled_share) * contrast + c.pooled_share * of_whole
         value = c.contrast * contrast + (1 - c.contrast) * labelling.value
         metrics = {
             'loss/contrast': contrast,
@@ -132,6 +135,24 @@ class Localisation(SelfLabelling):
         }
         # Before the first labels self-labelling keeps all parameters; the contrast needs none.
         return Loss(value, metrics, labelling.batch_stats, labelling.state, apply_update=True)
+
+    def _contrast(
+        self,
+        params: Any,
+        feature_map: Float[Array, 'B *grid D'],
+        pooled: Mapping[str, Any],
+        batch: Mapping[str, Any],
+    ) -> Float[Array, '']:
+        """InfoNCE of maps and the sounds of the batch."""
+        c = self.config
+        return METHODS[c.method](
+            self.project(params, 'picture', feature_map),
+            self.project(params, 'sound', pooled[c.sound]),
+            x_valid=batch[c.picture]['valid'] & batch['valid'],
+            y_valid=batch[c.sound]['valid'] & batch['valid'],
+            temperature=c.temperature,
+            how=How(),
+        )
 
     def project(
         self, params: Any, name: str, features: Float[Array, 'B *grid D']

@@ -18,6 +18,7 @@ from jaxtyping import Shaped, UInt8
 from vatt_jax.config import ConfigError
 from vatt_jax.reporting import charts, clips, confusions, data_uris, headline
 from vatt_jax.reporting import detections as found_boxes
+from vatt_jax.reporting import heat_maps as found_heat
 from vatt_jax.reporting.charts import Chart
 from vatt_jax.reporting.confusions import Confusion
 from vatt_jax.reporting.finished_run import DAMAGE, FinishedRun
@@ -166,6 +167,7 @@ def _context(
         'clusters': _clusters(run, sources.get('cluster')),
         'similarities': _similarities(run),
         'confusions': _confusions(run),
+        'heat_maps': _heat_maps(run),
         'detections': _detections(run),
         'timings': run.timings,
         'config': json.dumps(run.config, indent=1),
@@ -443,6 +445,16 @@ def _confusions(run: FinishedRun) -> list[Confusion]:
         if shown is not None:
             found.append(shown)
     return found
+
+
+def _heat_maps(run: FinishedRun) -> list[dict[str, Any]]:
+    shown = []
+    for name, result in run.results.items():
+        # Pixels and values are in files of their own, which may be lost.
+        is_there = {'heat_pictures', 'heat_pixels', 'heat_values'} <= set(result.artifacts)
+        if run.is_plain(name, ('localisation',)) and is_there:
+            shown.append(found_heat.heat_maps(name.replace('_', ' '), result.artifacts))
+    return shown
 
 
 def _detections(run: FinishedRun) -> list[dict[str, Any]]:

@@ -31,6 +31,15 @@ def sounding(episodes: list[Episode]) -> list[list[bool]]:
     return by_frame
 
 
+def kinds(episodes: list[Episode]) -> list[list[str]]:
+    """[frame][object]: the kind of each object, in the order of `sounding`."""
+    by_frame = []
+    for episode in episodes:
+        of_scene = [thing.kind for thing in episode.things]
+        by_frame += [of_scene] * len(episode.times)
+    return by_frame
+
+
 def _is_heard(episode: Episode, time: float) -> bool:
     for start, kind, _ in episode.sounds:
         seconds = sound.IMPACT if kind == 'impact' else world.GLIDE

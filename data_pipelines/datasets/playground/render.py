@@ -135,6 +135,7 @@ def truth(config: Config, episodes: list[world.Episode]) -> dict[str, Any]:
     if config.tells_sounding:
         ground_truth['fps'] = config.fps
         ground_truth['sounds'] = boxes.sounding(episodes)
+        ground_truth['kinds'] = boxes.kinds(episodes)
     return {'segments': segments, 'ground_truth': ground_truth}
 
 
