@@ -22,6 +22,7 @@ from vatt_jax.config import LARGEST_COUNT, ConfigError, choose, with_defaults
 from vatt_jax.inputs import spectrogram
 from vatt_jax.inputs.batch import modality_of
 from vatt_jax.inputs.modalities import PICTURES, kind_of
+from vatt_jax.models import adapters
 from vatt_jax.models.attention import IMPLEMENTATIONS
 from vatt_jax.models.common_space import CommonSpaces
 from vatt_jax.models.embeddings import LinearWords, Patches, Tokens, Words
@@ -244,10 +245,13 @@ class MultimodalEncoder(nn.Module):
     Attributes:
         config: `config.model` as a plain (frozen) dict.
         dtype: of activations; parameters are float32.
+        frozen: whether towers and common spaces compute in training as in evaluation: no dropout,
+            no DropToken, no statistics of the batch. Adapters do not.
     """
 
     config: Mapping[str, Any]
     dtype: str = 'float32'
+    frozen: bool = False
 
     def setup(self) -> None:
         config = self.config
@@ -263,9 +267,12 @@ class MultimodalEncoder(nn.Module):
         posts: dict[str, nn.Module] = {}
         pools: dict[str, nn.Module] = {}
         nets: dict[str, nn.Module] = {}
+        adaptable: dict[str, adapters.Tower] = {}
         for modality, given in config['towers'].items():
             where = f'config.model.towers.{modality}'
             tower = resolve_tower(modality, given, where)
+            sizes = shared_sizes if is_shared else tower
+            adaptable[modality] = describe_tower(modality, tower, sizes, config['inputs'])
             if tower['name'] in NETS:
                 nets[modality] = self._make_net(tower, where)
                 continue
@@ -294,6 +301,12 @@ class MultimodalEncoder(nn.Module):
         self.pools = pools
         self.nets = nets
         self.head = CommonSpaces(config['head'])
+        self.adapters = adapters.build(config.get('adapter', {}), adaptable, self.dtype)
+        if self.adapters and is_shared and config['packed']:
+            raise ConfigError(
+                'config.model.packed=True: adapters are of one modality, and the shared encoder '
+                'takes all in one pass; set config.model.packed=False'
+            )
 
     def _make_encoder(self, sizes: ConfigDict, **options: Any) -> Encoder:
         """A transformer of the given sizes."""
@@ -478,6 +491,7 @@ class MultimodalEncoder(nn.Module):
         """
         modality = modality_of(name)
         rows, leading, row_rng = flatten_sentences(name, stream, rng)
+        train = train and not self.frozen
         if modality in self.nets:
             # [R D], [R grid… D]
             pooled, feature_map = self.nets[modality](rows, stream.get('valid'), train)
@@ -501,6 +515,7 @@ class MultimodalEncoder(nn.Module):
             train,
             features or modality in self.pools,
             read=front_tokens.read,
+            adapter=self.adapters[modality].layers() if modality in self.adapters else None,
         )
         return self._finish(modality, front_tokens, encoded, leading, features)
 
@@ -630,7 +645,7 @@ class MultimodalEncoder(nn.Module):
         pooled = {name: stream.pooled for name, stream in encoded.items()}
         if valid is None:
             valid = {name: jnp.ones(x.shape[0], bool) for name, x in pooled.items()}
-        return self.head(pooled, valid, train)
+        return self.head(pooled, valid, train and not self.frozen)
 
     def __call__(
         self, batch: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False
@@ -680,6 +695,39 @@ def resolve_tower(modality: str, given: Mapping[str, Any], where: str) -> Config
     if tower_modality != modality and kind_of(tower_modality) != kind_of(modality):
         raise ConfigError(f'{where}.name={given["name"]!r} is a tower for {tower_modality}')
     return with_defaults(given, defaults, where)
+
+
+def describe_tower(
+    modality: str, tower: ConfigDict, sizes: Mapping[str, Any], inputs: Any
+) -> adapters.Tower:
+    """A tower as adapters see it.
+
+    Args:
+        modality: of the tower.
+        tower: its fields.
+        sizes: of its encoder, which may be shared.
+        inputs: `config.model.inputs`.
+    """
+    is_picture = kind_of(modality) == PICTURES
+    size = inputs[modality]['size'] if is_picture else 0
+    if tower['name'] in NETS:
+        return adapters.Tower(modality, size=size)
+    patch_values = 0
+    if modality != 'text':
+        patch = patch_of(tower)
+        # CLIP's is the side of a square.
+        is_square = tower['name'] in CLIP_TOWERS
+        patch_values = math.prod(patch) ** (2 if is_square else 1) * (3 if is_picture else 1)
+    return adapters.Tower(
+        modality,
+        layers=sizes['layers'],
+        width=sizes['width'],
+        mlp=sizes['mlp'],
+        heads=sizes['heads'],
+        head_width=sizes['head_width'],
+        patch_values=patch_values,
+        size=size,
+    )
 
 
 def encoder_options(tower: ConfigDict) -> dict[str, Any]:
