@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.core import unfreeze
+from flax.linen import meta
 from flax.traverse_util import flatten_dict
 
 from tests import tiny, tiny_clip
 from tests.test_clip_towers import B, layer_norm, openai_block, openai_patches, theirs, variables_of
 from vatt_jax import models
 from vatt_jax.config import ConfigError
+from vatt_jax.importers import clip_layouts
 from vatt_jax.models import adapters
 from vatt_jax.rng import Rng
 
@@ -30,8 +31,8 @@ def clip_variables(m, batch):
     """(variables of noise, those of the towers by their released names, those of the adapters)."""
     variables = variables_of(models.build(m), batch)
     new, base = adapters.split(variables['params'])
-    sizes = m.copy_and_resolve_references()
-    weights = theirs('openai_clip', {'params': unfreeze(base)}, sizes)
+    sizes = clip_layouts.Sizes(tiny_clip.SIZE['head_width'], tiny_clip.SIZE['heads'])
+    weights = theirs('openai', {'params': base}, sizes)
     float64 = {path: np.asarray(x, np.float64) for path, x in flatten_dict(new, sep='/').items()}
     return variables, weights, float64
 
@@ -113,16 +114,18 @@ def test_lora_in_clip_is_the_sum_of_two_matrices():
 
 
 def test_lora_begins_as_the_model_without_it():
-    m, batch = adapted_clip(name='lora')
-    rng = Rng.create(0, 0, jnp.arange(B))
-    initial = models.build(m).init(jax.random.key(0), batch, train=False, rng=rng)
-    adapted = models.build(m).apply(initial, batch, train=False, rng=rng).spaces['vt']
-    assert set(initial['params']) > {'adapters_video', 'adapters_text'}
+    m, batch = adapted_clip(name='lora', modalities=('video',))
+    variables = variables_of(models.build(m), batch)
+    new, base = adapters.split(variables['params'])
+    tower = adapters.Tower('video', LAYERS, 16, 24, HEADS, 8)
+    module = adapters.build(m.adapter, {'video': tower}, 'float32')['video']
+    initial = meta.unbox(module.init(jax.random.key(0), method='layers'))['params']
+    assert jax.tree.structure(initial) == jax.tree.structure(new['adapters_video'])
+    begun = {'params': {**base, 'adapters_video': initial}}
+    adapted = encode(m, begun, batch, 'video').pooled
     m.adapter = {}
-    _, base = adapters.split(initial['params'])
-    alone = models.build(m).apply({'params': base}, batch, train=False, rng=rng).spaces['vt']
-    for stream in alone:
-        np.testing.assert_array_equal(adapted[stream], alone[stream])
+    alone = encode(m, {'params': base}, batch, 'video').pooled
+    np.testing.assert_array_equal(adapted, alone)
 
 
 # ---- VATT's layers
@@ -194,10 +197,10 @@ def test_vpt_in_vatts_towers_is_its_definition(modality):
 
 
 def test_initial_prompts_are_uniform_within_the_papers_bound():
-    m, batch = adapted_clip(name='vpt', prompts=200, modalities=('video',))
-    rng = Rng.create(0, 0, jnp.arange(B))
-    initial = models.build(m).init(jax.random.key(0), batch, train=False, rng=rng)
-    prompts = initial['params']['adapters_video']['prompts'].value
+    tower = adapters.Tower('video', layers=2, width=16, patch_values=3 * 8 * 8)
+    fields = {'name': 'vpt', 'prompts': 200}
+    module = adapters.build(fields, {'video': tower}, 'float32')['video']
+    prompts = meta.unbox(module.init(jax.random.key(0), method='layers'))['params']['prompts']
     bound = math.sqrt(6 / (3 * 8 * 8 + 16))
     assert 0.99 * bound < np.abs(prompts).max() <= bound
     assert abs(np.std(prompts) - bound / math.sqrt(3)) < 0.02 * bound
@@ -225,5 +228,7 @@ def test_a_mistake_is_a_sentence(fields, message):
 def test_a_network_without_layers_is_refused():
     m = tiny_clip.model('resnet')
     m.adapter = {'name': 'vpt'}
-    with pytest.raises(ConfigError, match='vpt.* can adapt no tower .*video: it has no transformer'):
+    with pytest.raises(
+        ConfigError, match='vpt.* can adapt no tower .*video: it has no transformer'
+    ):
         variables_of(models.build(m), tiny_clip.batch(m, B))

@@ -472,9 +472,13 @@ class MultimodalEncoder(nn.Module):
 
     def batch_normed(self, batch_stats: Mapping[str, Any]) -> list[str]:
         """Return the modalities whose tower takes statistics of the batch in training."""
-        return sorted(
-            name.removeprefix('nets_') for name in batch_stats if name.startswith('nets_')
-        )
+        modalities = set()
+        for name in batch_stats:
+            kind, _, modality = name.partition('_')
+            # Those of a frozen tower stay; an adapter's own do not.
+            if kind == 'adapters' or (kind == 'nets' and not self.frozen):
+                modalities.add(modality)
+        return sorted(modalities)
 
     def encode(
         self, name: str, stream: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False
@@ -491,7 +495,11 @@ class MultimodalEncoder(nn.Module):
         """
         modality = modality_of(name)
         rows, leading, row_rng = flatten_sentences(name, stream, rng)
-        train = train and not self.frozen
+        adapter = self.adapters.get(modality)
+        if adapter is not None:
+            rows = adapter.pixels(rows, row_rng.at('adapter'))
+        # Of adapters' own layers; those of the tower may be frozen.
+        adapter_trains, train = train, train and not self.frozen
         if modality in self.nets:
             # [R D], [R grid… D]
             pooled, feature_map = self.nets[modality](rows, stream.get('valid'), train)
@@ -506,18 +514,33 @@ class MultimodalEncoder(nn.Module):
             stages = sown_stages(self.nets[modality].variables)
             return Encoded(restore_leading(pooled, leading), tokens, mask, grid, stages=stages)
 
-        front_tokens = self.fronts[modality](rows, row_rng, train)  # x [R N D], R = B or B·K
+        inserted: dict[str, Any] = {}
+        if adapter is not None:
+            inserted = self._inserted(adapter, rows, adapter_trains)
+        # x [R N D], R = B or B·K
+        front_tokens = self.fronts[modality](rows, row_rng, train, **inserted)
         encoder = self.shared_encoder if self.config['shared'] else self.encoders[modality]
+        needs_all = features or modality in self.pools
         encoded = encoder(
             front_tokens.x,
             front_tokens.mask,
             row_rng.at('encoder'),
             train,
-            features or modality in self.pools,
+            needs_all,
             read=front_tokens.read,
-            adapter=self.adapters[modality].layers() if modality in self.adapters else None,
+            adapter=None if adapter is None else adapter.layers(),
         )
+        if 'extra' in inserted and needs_all:
+            # They are not of the input.
+            encoded = encoded[:, : -inserted['extra'].shape[1]]
         return self._finish(modality, front_tokens, encoded, leading, features)
+
+    def _inserted(self, adapter: Any, rows: jax.Array, train: bool) -> dict[str, Any]:
+        """What the front of a tower is given beside its input, by an adapter."""
+        if adapter.tower.context:
+            return {'arrange': adapter.words}
+        extra = adapter.tokens(rows, train)
+        return {} if extra is None else {'extra': extra}
 
     def _finish(
         self,
@@ -532,9 +555,11 @@ class MultimodalEncoder(nn.Module):
             # The exact GELU is TensorFlow's default; JAX's is the tanh approximation.
             x = jax.nn.gelu(self.posts[modality](x), approximate=False)
         vector, tokens, mask = self._read(modality, front_tokens, x, features)
+        adapter = self.adapters.get(modality)
         if front_tokens.frames > 1:
             # Pictures of one clip: their tokens one after the other, the mean of their vectors.
-            vector = vector.reshape(*leading, -1, vector.shape[-1]).mean(1)
+            vectors = vector.reshape(*leading, -1, vector.shape[-1])
+            vector = vectors.mean(1) if adapter is None else adapter.frames(vectors)
             tokens = tokens.reshape(*leading, -1, tokens.shape[-1])
         pooled = restore_leading(vector, leading)  # [B D] or [B K D]
         if mask is not None:
@@ -710,8 +735,14 @@ def describe_tower(
     """
     is_picture = kind_of(modality) == PICTURES
     size = inputs[modality]['size'] if is_picture else 0
+    frames = inputs[modality]['frames'] if is_picture else 1
     if tower['name'] in NETS:
-        return adapters.Tower(modality, size=size)
+        return adapters.Tower(modality, size=size, frames=frames)
+    context, marks = 0, 0
+    if tower['name'] == 'clip_text':
+        context = inputs['text']['words']
+        # Tokenizers without marks go with `last_word`.
+        marks = 0 if tower['pool'] == 'last_word' else 1
     patch_values = 0
     if modality != 'text':
         patch = patch_of(tower)
@@ -727,6 +758,10 @@ def describe_tower(
         head_width=sizes['head_width'],
         patch_values=patch_values,
         size=size,
+        context=context,
+        marks=marks,
+        frames=frames,
+        by_frame=tower['name'] == 'clip_vit',
     )
 
 

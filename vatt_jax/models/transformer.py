@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from vatt_jax.models.adapters.base import (
+from vatt_jax.models.attention import attention
+from vatt_jax.models.layer_inputs import (
     LayerInputs,
     LowRank,
     add_prompts,
     replace_prompts,
     without_prompts,
 )
-from vatt_jax.models.attention import attention
 from vatt_jax.models.layers import ACTIVATIONS, LayerNorm
 from vatt_jax.parallel.sharding import as_rows, constrain, logical
 from vatt_jax.rng import Packed, Rng

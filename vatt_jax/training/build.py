@@ -237,6 +237,7 @@ def assemble(config: ConfigDict, data: Any, mesh: Any) -> Built:
         objective.frozen_streams(),
         bool(objective.map_streams()),
     )
+    spec = dataclasses.replace(spec, info=data.info)
     train_step.check(config, model, objective, spec.batch_stats)
     tables = {}
     for name, row in objective.tables(spec).items():

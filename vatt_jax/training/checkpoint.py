@@ -480,6 +480,22 @@ def _saved_tree(path: pathlib.Path) -> Any:
         raise _unreadable(path, error) from error
 
 
+def saved_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of every array of a checkpoint's state, 'params/model/…' for example.
+
+    Raises:
+        ConfigError: The checkpoint cannot be read.
+    """
+    return _shapes(_saved_tree(path))
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        _path_name(key_path): tuple(leaf.shape)
+        for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
 def _check_fits(
     path: pathlib.Path, saved: Any, target: Any, config: ConfigDict | None = None
 ) -> None:
@@ -491,26 +507,19 @@ def _check_fits(
         target: Abstract state of this run.
         config: Of this run, for the message; None: not known.
     """
-    saved_shapes = {
-        _path_name(key_path): tuple(metadata.shape)
-        for key_path, metadata in jax.tree_util.tree_leaves_with_path(saved)
-    }
-    shapes = {
-        _path_name(key_path): leaf.shape
-        for key_path, leaf in jax.tree_util.tree_leaves_with_path(target)
-    }
+    saved_by_name, shapes = _shapes(saved), _shapes(target)
     # Optimizer and objective state follow from the parameters, whose names say more.
     for name in sorted(shapes, key=lambda name: (not name.startswith('params'), name)):
-        if name not in saved_shapes:
+        if name not in saved_by_name:
             raise _misfit(path, f'has no {name}', config)
-        if saved_shapes[name] != shapes[name]:
+        if saved_by_name[name] != shapes[name]:
             raise _misfit(
                 path,
-                f'has {name} of shape {saved_shapes[name]}, and this config makes {shapes[name]}',
+                f'has {name} of shape {saved_by_name[name]}, and this config makes {shapes[name]}',
                 config,
             )
     # What the checkpoint has beyond it would be lost with the next save.
-    for name in sorted(saved_shapes):
+    for name in sorted(saved_by_name):
         if name not in shapes:
             raise _misfit(path, f'has {name}, which this config does not keep', config)
 

@@ -8,15 +8,19 @@ from typing import Any
 from flax.core import freeze
 
 from vatt_jax.config import ConfigError, choose, with_defaults
-from vatt_jax.models.adapters import lora, vpt
-from vatt_jax.models.adapters.base import Adapter, LayerInputs, Tower
+from vatt_jax.models.adapters import coop, lora, pgn, video_prompting, visual_prompt, vpt
+from vatt_jax.models.adapters.base import Adapter, Tower
 
-__all__ = ['ADAPTERS', 'Adapter', 'LayerInputs', 'Tower', 'build', 'merge', 'split']
+__all__ = ['ADAPTERS', 'Adapter', 'Tower', 'build', 'merge', 'split']
 
 # config.model.adapter.name -> (its page, module).
 ADAPTERS: dict[str, tuple[Any, type[Adapter]]] = {
     'lora': (lora, lora.LoRA),
     'vpt': (vpt, vpt.VPT),
+    'visual_prompt': (visual_prompt, visual_prompt.VisualPrompt),
+    'coop': (coop, coop.CoOp),
+    'pgn': (pgn, pgn.PGN),
+    'video_prompting': (video_prompting, video_prompting.VideoPrompting),
 }
 WHERE = 'config.model.adapter'
 # What the names of adapters' parameters begin with, in those of a model.

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from vatt_jax.config import ConfigError, check_range, choose
-from vatt_jax.models.adapters.base import Adapter, LayerInputs, LowRank, Tower
+from vatt_jax.models.adapters.base import Adapter, Tower
+from vatt_jax.models.layer_inputs import LayerInputs, LowRank
 from vatt_jax.parallel.sharding import logical
 
 DEFAULTS: dict[str, Any] = {

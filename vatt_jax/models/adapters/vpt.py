@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from vatt_jax.config import check_range
-from vatt_jax.models.adapters.base import Adapter, LayerInputs, Tower
+from vatt_jax.models.adapters.base import Adapter, Tower
+from vatt_jax.models.layer_inputs import LayerInputs
 from vatt_jax.models.layers import Dense
 from vatt_jax.parallel.sharding import logical
 
