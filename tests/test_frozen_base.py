@@ -267,3 +267,26 @@ def test_an_adapted_model_is_no_base(adapted):
     config = adapted_config(folder, name='lora', rank=2)
     with pytest.raises(ConfigError, match="without adapters, got one with 'lora'"):
         frozen_base.check(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'mesh.replica': 2, 'mesh.fsdp': 2, 'mesh.model': 2},
+        {'accumulate': 2, 'accumulation': 'exact'},
+    ],
+)
+def test_on_a_mesh_and_in_microbatches_it_is_the_same(base, adapted, tmp_path, changes):
+    config, folder, _ = adapted
+
+    def losses(run):
+        lines = map(json.loads, (run / 'metrics.jsonl').read_text().splitlines())
+        return [line['loss'] for line in lines if 'loss' in line]
+
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(changes)
+    train(changed, tmp_path / 'run')
+    np.testing.assert_allclose(losses(tmp_path / 'run'), losses(folder), rtol=2e-4)
+    state, _ = restored(changed, tmp_path / 'run')
+    assert_same_bits(state.frozen['params'], checkpoint.read_model(checkpoint.find(base))['params'])

@@ -267,12 +267,9 @@ class MultimodalEncoder(nn.Module):
         posts: dict[str, nn.Module] = {}
         pools: dict[str, nn.Module] = {}
         nets: dict[str, nn.Module] = {}
-        adaptable: dict[str, adapters.Tower] = {}
         for modality, given in config['towers'].items():
             where = f'config.model.towers.{modality}'
             tower = resolve_tower(modality, given, where)
-            sizes = shared_sizes if is_shared else tower
-            adaptable[modality] = describe_tower(modality, tower, sizes, config['inputs'])
             if tower['name'] in NETS:
                 nets[modality] = self._make_net(tower, where)
                 continue
@@ -301,12 +298,7 @@ class MultimodalEncoder(nn.Module):
         self.pools = pools
         self.nets = nets
         self.head = CommonSpaces(config['head'])
-        self.adapters = adapters.build(config.get('adapter', {}), adaptable, self.dtype)
-        if self.adapters and is_shared and config['packed']:
-            raise ConfigError(
-                'config.model.packed=True: adapters are of one modality, and the shared encoder '
-                'takes all in one pass; set config.model.packed=False'
-            )
+        self.adapters = self._make_adapters()
 
     def _make_encoder(self, sizes: ConfigDict, **options: Any) -> Encoder:
         """A transformer of the given sizes."""
@@ -327,6 +319,24 @@ class MultimodalEncoder(nn.Module):
             dtype=self.dtype,
             **options,
         )
+
+    def _make_adapters(self) -> dict[str, adapters.Adapter]:
+        """The adapter of each tower that has one."""
+        config = self.config
+        if not config.get('adapter'):
+            return {}
+        if config['shared'] and config['packed']:
+            raise ConfigError(
+                'config.model.packed=True: adapters are of one modality, and the shared encoder '
+                'takes all in one pass; set config.model.packed=False'
+            )
+        towers = {}
+        for modality, given in config['towers'].items():
+            tower = resolve_tower(modality, given, f'config.model.towers.{modality}')
+            sizes = config['encoder'] if config['shared'] else tower
+            sizes = {**SIZE, **sizes}
+            towers[modality] = describe_tower(modality, tower, sizes, config['inputs'])
+        return adapters.build(config['adapter'], towers, self.dtype)
 
     def _make_net(self, tower: ConfigDict, where: str) -> nn.Module:
         """A tower that is one network."""
@@ -733,9 +743,10 @@ def describe_tower(
         sizes: of its encoder, which may be shared.
         inputs: `config.model.inputs`.
     """
-    is_picture = kind_of(modality) == PICTURES
-    size = inputs[modality]['size'] if is_picture else 0
-    frames = inputs[modality]['frames'] if is_picture else 1
+    size, frames, channels = 0, 1, 1
+    if kind_of(modality) == PICTURES:
+        size, frames = inputs[modality]['size'], inputs[modality]['frames']
+        channels = inputs[modality].get('channels', 3)
     if tower['name'] in NETS:
         return adapters.Tower(modality, size=size, frames=frames)
     context, marks = 0, 0
@@ -748,7 +759,7 @@ def describe_tower(
         patch = patch_of(tower)
         # CLIP's is the side of a square.
         is_square = tower['name'] in CLIP_TOWERS
-        patch_values = math.prod(patch) ** (2 if is_square else 1) * (3 if is_picture else 1)
+        patch_values = math.prod(patch) ** (2 if is_square else 1) * channels
     return adapters.Tower(
         modality,
         layers=sizes['layers'],

@@ -692,6 +692,9 @@ def _read_variables(
         parts['objective'] = {'teacher': _teacher_of(path, saved)}
     # Orbax cannot restore a tree without leaves.
     parts = {name: tree for name, tree in parts.items() if _has_leaves(tree)}
+    if not parts:
+        # Of a run beside a frozen model in which nothing of the model is new.
+        return {}
     # Scalars as placeholders: only the tree and the dtypes of the target count, shapes are the
     # saved ones.
     target = jax.tree.map(lambda metadata: np.zeros((), metadata.dtype), parts)
@@ -750,9 +753,10 @@ def read_model(
         raise
     except Exception as error:
         raise _unreadable(path, error) from error
+    params = restored.get('params', {})
     variables = {
         # Averages where there are some: they are what evaluation uses.
-        'params': restored.get('ema') or restored['params'].get('model', {}),
+        'params': restored.get('ema') or params.get('model', {}),
         'batch_stats': restored.get('batch_stats', {}),
     }
     identity = read_meta(path).get('base')
@@ -766,7 +770,7 @@ def read_model(
         saved_teacher = {'batch_stats': {}, **restored['objective']['teacher']}
         variables = teachers.variables(saved_teacher, variables['params'])
     if objective:
-        variables['objective'] = restored['params'].get('objective', {})
+        variables['objective'] = params.get('objective', {})
     if state:
         variables['state'] = restored.get('objective', {})
     return variables

@@ -31,7 +31,7 @@ def build(config: Mapping[str, Any], towers: Mapping[str, Tower], dtype: str) ->
     """Build the adapters of a model.
 
     Args:
-        config: config.model.adapter; {}: none.
+        config: config.model.adapter.
         towers: of the model, by modality.
         dtype: of activations.
 
@@ -41,8 +41,6 @@ def build(config: Mapping[str, Any], towers: Mapping[str, Tower], dtype: str) ->
     Raises:
         ConfigError: a field is wrong, or no tower, or none of those named, can be adapted so.
     """
-    if not config:
-        return {}
     page, module = ADAPTERS[choose(config['name'], ADAPTERS, f'{WHERE}.name')]
     fields = with_defaults(config, page.DEFAULTS, WHERE)
     page.check(fields, WHERE)
