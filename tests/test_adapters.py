@@ -155,7 +155,7 @@ def vatt_block(layer, x):
     return x + hidden @ layer['mlp_out/kernel'] + layer['mlp_out/bias']
 
 
-@pytest.mark.parametrize('modality', ['video', 'audio'])
+@pytest.mark.parametrize('modality', ['video', pytest.param('audio', marks=pytest.mark.slow)])
 def test_vpt_in_vatts_towers_is_its_definition(modality):
     c = tiny.config()
     c.model.adapter = {'name': 'vpt', 'prompts': 2, 'bottleneck': 5}

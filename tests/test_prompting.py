@@ -115,7 +115,11 @@ def test_learnt_vectors_stand_around_the_name(prefix, postfix, end):
 
 
 @pytest.mark.parametrize(
-    'name, fields', [('coop', {'context': 2}), ('video_prompting', {'prefix': 1, 'postfix': 1})]
+    'name, fields',
+    [
+        ('coop', {'context': 2}),
+        pytest.param('video_prompting', {'prefix': 1, 'postfix': 1}, marks=pytest.mark.slow),
+    ],
 )
 def test_learnt_words_in_clips_text_tower(name, fields):
     m, batch = adapted_clip(name=name, modalities=('text',), **fields)
