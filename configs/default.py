@@ -55,6 +55,10 @@ def get_config(arg: str = '') -> ConfigDict:
     c.init_rename = ()
     # Such paths (regex) to leave at their initial values.
     c.init_skip = ()
+    # Run folder or checkpoint whose model stays as it is: only what is new beside it
+    # (model.adapter, the objective) is trained and saved (docs/adaptation.md). '': none, all of the
+    # model is trained.
+    c.base = ''
     # File of word vectors (word2vec, text or binary) for the word table of a run that starts from
     # scratch. '': random ones.
     c.init_words = ''
@@ -105,6 +109,9 @@ def model() -> ConfigDict:
     m.encoder = ConfigDict()
     # Graph of common spaces (vatt_jax/models/common_space.py) and the width of each space.
     m.head = ConfigDict({'name': 'fac', 'va': 512, 'vat': 256})
+    # New parameters inside the towers: entry of vatt_jax.models.adapters.ADAPTERS and its own
+    # fields. Empty: none.
+    m.adapter = ConfigDict()
     # dense: the definition, and the only one with dropout on attention probabilities
     # xla | cudnn, triton (GPU) | splash (TPU): that kernel
     # auto: the machine's kernel in towers without attention_dropout, else dense

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tests.test_evals import run_evaluator
 from tests.test_zero_shot import KnownSentences, features_of
 from vatt_jax.config import ConfigError
-from vatt_jax.inference import prompt_files, zero_shot
+from vatt_jax.inference import prompt_files
 from vatt_jax.inference.prompt_files import ClassNames
+from vatt_jax.inputs import class_sentences
 
 NAMES = ('great white shark', "jack-o'-lantern", 'T-shirt')
 IDS = ('n01484850', 'n03590841', 'n04370456')
@@ -166,7 +167,7 @@ def test_broken_files_of_templates(write):
 
 
 def test_both_marks_stand_for_the_name():
-    assert zero_shot.fill(['a {}', 'two {c} and {c}', '{d} {}'], r'\1 {c}') == [
+    assert class_sentences.fill(['a {}', 'two {c} and {c}', '{d} {}'], r'\1 {c}') == [
         r'a \1 {c}',
         r'two \1 {c} and \1 {c}',
         r'{d} \1 {c}',

@@ -19,7 +19,8 @@ from vatt_jax.evals import FeatureView
 from vatt_jax.evals.base import Sentences
 from vatt_jax.exchange import hub, standalone
 from vatt_jax.importers import safetensors_folder
-from vatt_jax.inference import feature_extractor, zero_shot
+from vatt_jax.inference import feature_extractor
+from vatt_jax.inputs import class_sentences
 from vatt_jax.training import loop
 
 NAMES = ['red left', 'green_right', 'BlueUp']
@@ -53,17 +54,17 @@ def clips(count):
     ],
 )
 def test_words_of_class_names(name, words):
-    assert zero_shot.class_words(name) == words
+    assert class_sentences.class_words(name) == words
 
 
 def test_prompts_are_every_template_of_every_name():
-    assert zero_shot.prompts(['a_b', 'c{'], ('{}', 'see {} {'), 'x') == [
+    assert class_sentences.prompts(['a_b', 'c{'], ('{}', 'see {} {'), 'x') == [
         'a b',
         'see a b {',
         'c{',
         'see c{ {',
     ]
-    assert zero_shot.prompts(('a', 'b'), 'only {c}', 'x') == ['only a', 'only b']
+    assert class_sentences.prompts(('a', 'b'), 'only {c}', 'x') == ['only a', 'only b']
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_prompts_are_every_template_of_every_name():
 )
 def test_names_and_templates_that_are_none(names, templates, message):
     with pytest.raises(ConfigError, match=message):
-        zero_shot.prompts(names, templates, 'x')
+        class_sentences.prompts(names, templates, 'x')
 
 
 # ---- Model.classify

@@ -18,13 +18,13 @@ from vatt_jax import config as configs
 from vatt_jax import objectives, optim
 from vatt_jax.config import ConfigError
 from vatt_jax.importers import safetensors_folder
-from vatt_jax.inference import classes, feature_extractor, similarity, zero_shot
+from vatt_jax.inference import classes, feature_extractor, similarity
 from vatt_jax.inference.detector import PictureDetector
 from vatt_jax.inference.embedder import Embedder
 from vatt_jax.inference.localiser import Localiser
 from vatt_jax.inference.notices import Notices
 from vatt_jax.inference.requests import Request, given_inputs, only_input
-from vatt_jax.inputs import tokenizer
+from vatt_jax.inputs import class_sentences, tokenizer
 from vatt_jax.inputs.modalities import described
 from vatt_jax.object_store import is_url, run_mirror
 from vatt_jax.parallel import sharding
@@ -39,7 +39,7 @@ DESCRIPTIONS = {
 }
 
 
-def load(path: str | os.PathLike, which: str = 'student') -> Model:
+def load(path: str | os.PathLike, which: str = 'student', base: str | os.PathLike = '') -> Model:
     """The newest model of a run folder, or that of one checkpoint or safetensors folder.
 
     Averaged parameters where the run kept them. The checkpoint carries config, tokenizer and class
@@ -50,9 +50,12 @@ def load(path: str | os.PathLike, which: str = 'student') -> Model:
             hf://owner/name[@revision] for a repository of the Hugging Face hub.
         which: student, the model that was trained, or teacher, its momentum copy, where the
             objective keeps one.
+        base: of a run that was trained beside a frozen model (config.base): where that is now; '':
+            where it was then.
 
     Raises:
-        ConfigError: no model can be read there, or no teacher.
+        ConfigError: no model can be read there, or no teacher; or its frozen model is another one
+            or not there.
         StoreError: the object store cannot be read.
     """
     if os.fspath(path).startswith('hf://'):
@@ -68,7 +71,9 @@ def load(path: str | os.PathLike, which: str = 'student') -> Model:
             raise ConfigError(f'{path} holds one model, expected which="student", got {which!r}')
         config, variables, info = safetensors_folder.load_model(path, mesh)
     else:
-        config, variables, info = checkpoint.load_model(path, mesh, objective=True, which=which)
+        config, variables, info = checkpoint.load_model(
+            path, mesh, objective=True, which=which, base=os.fspath(base)
+        )
     heads = variables.pop('objective')
     return Model(config, variables, info, mesh, heads, path)
 
@@ -308,7 +313,7 @@ class Model:
         flow: Any = None,
         *,
         names: Any = None,
-        templates: Any = zero_shot.TEMPLATES,
+        templates: Any = class_sentences.TEMPLATES,
         space: str | None = None,
         rate: Any = None,
         batch_size: Any = 32,

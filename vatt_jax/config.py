@@ -44,6 +44,8 @@ OPEN = (
     'model.towers',
     'model.encoder',
     'model.head',
+    # {} for none.
+    'model.adapter',
     'objective',
     'data.train',
     'data.eval',

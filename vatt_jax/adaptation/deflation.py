@@ -56,7 +56,7 @@ def still_config(config: ConfigDict) -> ConfigDict:
     still.name = f'{config.name} deflated'
     # The new folder holds a finished model: nothing is to be started from or reported when it is
     # opened.
-    still.init_from = ''
+    still.init_from = still.base = ''
     still.report = False
     return still
 

@@ -19,6 +19,7 @@ from vatt_jax.evals.base import (
 )
 from vatt_jax.evals.classification import single_label
 from vatt_jax.inference import prompt_files, zero_shot
+from vatt_jax.inputs import class_sentences
 from vatt_jax.inputs.batch import modality_of
 
 # Whose embeddings are in memory: 1000 classes of 80 templates are 80,000.
@@ -49,7 +50,7 @@ class ZeroShot(Evaluator):
         # Common space of the stream and text; '': the only one.
         'space': '',
         # Sentences in which {} or {c} stands for the name of a class.
-        'templates': zero_shot.TEMPLATES,
+        'templates': class_sentences.TEMPLATES,
         # Or a file of them: a line each, a JSON list, or FILE.json:KEY of an object of lists.
         'templates_file': '',
         # Of the classes, in the order of the label, as they are written; (): those of the data,
@@ -102,7 +103,7 @@ class ZeroShot(Evaluator):
         result.artifacts['names_without_known_words'] = unknown
         result.scalars['clips'] = float(is_used.sum())
         count_unlabelled(result, c.label, {c.split: is_used[is_valid]})
-        repeats = zero_shot.repeated(names)
+        repeats = class_sentences.repeated(names)
         if repeats:
             result.remarks.append(
                 f'classes of one name cannot be told apart: {", ".join(map(repr, repeats[:5]))}'
@@ -135,7 +136,7 @@ class ZeroShot(Evaluator):
         is_known = []
         for begin in range(0, len(names), num_classes):
             block = names[begin : begin + num_classes]
-            prompts = [text for name in block for text in zero_shot.fill(templates, name)]
+            prompts = [text for name in block for text in class_sentences.fill(templates, name)]
             sentences = view.sentences(prompts)
             for space, embeddings in sentences.embeddings.items():
                 classes = zero_shot.class_embeddings(embeddings, len(block))
@@ -154,11 +155,11 @@ class ZeroShot(Evaluator):
         classes = list(data.info['labels'][c.label])
         given = self._given_names()
         if given is None:
-            classes = zero_shot.check_names(classes, self.where)
-            return [zero_shot.class_words(name) for name in classes]
+            classes = class_sentences.check_names(classes, self.where)
+            return [class_sentences.class_words(name) for name in classes]
         field = 'names_file' if c.names_file else 'names'
         names = prompt_files.match_classes(classes, given, f'{self.where}.{field}')
-        return zero_shot.check_names(names, self.where, may_repeat=True)
+        return class_sentences.check_names(names, self.where, may_repeat=True)
 
     def _given_names(self) -> prompt_files.ClassNames | None:
         """Names of the config, with their ids; None where there are none."""
@@ -181,12 +182,12 @@ class ZeroShot(Evaluator):
     def _templates(self) -> list[str]:
         c = self.config
         if not c.templates_file:
-            return zero_shot.check_templates(c.templates, self.where)
-        if tuple(c.templates) != zero_shot.TEMPLATES:
+            return class_sentences.check_templates(c.templates, self.where)
+        if tuple(c.templates) != class_sentences.TEMPLATES:
             raise ConfigError(
                 f'{self.where}: templates and templates_file are given; leave one out'
             )
         where = f'{self.where}.templates_file'
-        return zero_shot.check_templates(
+        return class_sentences.check_templates(
             prompt_files.read_templates(c.templates_file, where), where
         )

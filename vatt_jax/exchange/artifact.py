@@ -112,7 +112,7 @@ class _Tower:
     def weights(self) -> dict[str, np.ndarray]:
         """Flat variables that the tower may read: its own, those of all, and the classifier's."""
         # Modules of one modality alone are called `fronts_video`, `encoders_audio`, ….
-        own = ('fronts', 'encoders', 'posts', 'nets')
+        own = ('fronts', 'encoders', 'posts', 'nets', 'adapters')
         groups = dict(self.variables)
         if self.heads is not None:
             groups['objective'] = self.heads

@@ -75,6 +75,12 @@ def push(
         raise ConfigError(f'push_to_hub: expected owner/name, got {repository!r}')
     if model.path is None:
         raise ConfigError('push_to_hub: expected a model that was loaded from a folder')
+    if model.config.get('base'):
+        raise ConfigError(
+            'push_to_hub: expected a model whose folder holds all of it, got what was trained '
+            f'beside {model.config.base}; write it as safetensors (python -m vatt_jax.importers '
+            '--format=safetensors --export=RUN --out=FOLDER) and push that folder'
+        )
     hub = _library(address)
     files, run = _files_of(model.path)
     card = model_card.text(model.config, model.variables, model.info, run, licence)

@@ -481,7 +481,10 @@ def read_run(run: str | os.PathLike) -> tuple[ConfigDict, dict[str, Any], dict[P
     model = checkpoint.read_model(path, objective=True)
     ours = _flat({group: model[group] for group in ('params', 'batch_stats', 'objective')})
     # Through JSON, which is where the tuples of a config and its renamed fields are restored.
-    return from_json(json.dumps(meta['config'])), meta['info'], ours
+    config = from_json(json.dumps(meta['config']))
+    # What was read is the whole model.
+    config.base = ''
+    return config, meta['info'], ours
 
 
 def check_same(run: str | os.PathLike, ours: Mapping[Path, Any], entries: list[Entry]) -> None:

@@ -13,6 +13,7 @@ from vatt_jax.config import ConfigError
 from vatt_jax.inference import zero_shot
 from vatt_jax.inference.embedder import Embedder, Rows
 from vatt_jax.inference.requests import TOWERS, Request, only_input
+from vatt_jax.inputs import class_sentences
 
 
 def by_names(
@@ -38,8 +39,8 @@ def by_names(
     """
     name = only_input(given, request.call)
     # First, since it reads an iterator to its end.
-    names = zero_shot.check_names(names, request.call)
-    sentences = zero_shot.prompts(names, templates, request.call)
+    names = class_sentences.check_names(names, request.call)
+    sentences = class_sentences.prompts(names, templates, request.call)
     rows = embedder.rows(given, request)[name]
     texts = embedder.encode_text(sentences, request, request.where('names'))
     tower = TOWERS.get(name, name)

@@ -14,16 +14,17 @@ MODELS = {'vatt': MultimodalEncoder}  # config.model.name -> module
 __all__ = ['MODELS', 'Encoded', 'Outputs', 'build']
 
 
-def build(config: Any, dtype: str = 'float32') -> MultimodalEncoder:
+def build(config: Any, dtype: str = 'float32', frozen: bool = False) -> MultimodalEncoder:
     """Build the module of a model config.
 
     Args:
         config: `config.model`, a ConfigDict.
         dtype: of activations.
+        frozen: whether it computes in training as in evaluation, but for adapters.
 
     Raises:
         ConfigError: for an unknown name or field.
     """
     name = choose(config.name, MODELS, 'config.model.name')
     # Linen modules are hashed by their attributes, so the config must be immutable.
-    return MODELS[name](freeze(config.to_dict()), dtype)
+    return MODELS[name](freeze(config.to_dict()), dtype, frozen)

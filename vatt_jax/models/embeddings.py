@@ -240,8 +240,10 @@ class Patches(nn.Module):
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, data: jax.Array, rng: Rng, train: bool) -> Tokens:
-        """Turn data, [B T H W C], [B S] or [B T F], into tokens."""
+    def __call__(
+        self, data: jax.Array, rng: Rng, train: bool, extra: jax.Array | None = None
+    ) -> Tokens:
+        """Turn data, [B T H W C], [B S] or [B T F], into tokens; `extra` [B K D] come last."""
         has_channels = data.ndim != len(self.patch) + 1
         x, grid = fold(data if has_channels else data[..., None], self.patch)
         num_patches = x.shape[1]
@@ -277,6 +279,7 @@ class Patches(nn.Module):
         )
         x = positions(x, grid, kept, rng, train)
         x = prepend(self, 'agg', x, self.width)
+        x = append(x, extra)
         return Tokens(x, None, grid, kept)  # x [B 1+N' D]
 
 
@@ -328,6 +331,13 @@ def prepend(
     token = module.param(name, init, (width,), jnp.float32)
     repeated = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, width))
     return jnp.concatenate([repeated, x], axis=1)
+
+
+def append(x: Float[Array, 'R N D'], extra: jax.Array | None) -> Float[Array, 'R M D']:
+    """Put further tokens [R K D] behind the others, if there are some."""
+    if extra is None:
+        return x
+    return jnp.concatenate([x, extra.astype(x.dtype)], axis=1)
 
 
 def look_up(

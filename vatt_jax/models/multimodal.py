@@ -22,6 +22,7 @@ from vatt_jax.config import LARGEST_COUNT, ConfigError, choose, with_defaults
 from vatt_jax.inputs import spectrogram
 from vatt_jax.inputs.batch import modality_of
 from vatt_jax.inputs.modalities import PICTURES, kind_of
+from vatt_jax.models import adapters
 from vatt_jax.models.attention import IMPLEMENTATIONS
 from vatt_jax.models.common_space import CommonSpaces
 from vatt_jax.models.embeddings import LinearWords, Patches, Tokens, Words
@@ -247,10 +248,13 @@ class MultimodalEncoder(nn.Module):
     Attributes:
         config: `config.model` as a plain (frozen) dict.
         dtype: of activations; parameters are float32.
+        frozen: whether towers and common spaces compute in training as in evaluation: no dropout,
+            no DropToken, no statistics of the batch. Adapters do not.
     """
 
     config: Mapping[str, Any]
     dtype: str = 'float32'
+    frozen: bool = False
 
     def setup(self) -> None:
         config = self.config
@@ -301,6 +305,7 @@ class MultimodalEncoder(nn.Module):
         self.times = times
         self.nets = nets
         self.head = CommonSpaces(config['head'])
+        self.adapters = self._make_adapters()
 
     def _make_encoder(self, sizes: ConfigDict, **options: Any) -> Encoder:
         """A transformer of the given sizes."""
@@ -321,6 +326,24 @@ class MultimodalEncoder(nn.Module):
             dtype=self.dtype,
             **options,
         )
+
+    def _make_adapters(self) -> dict[str, adapters.Adapter]:
+        """The adapter of each tower that has one."""
+        config = self.config
+        if not config.get('adapter'):
+            return {}
+        if config['shared'] and config['packed']:
+            raise ConfigError(
+                'config.model.packed=True: adapters are of one modality, and the shared encoder '
+                'takes all in one pass; set config.model.packed=False'
+            )
+        towers = {}
+        for modality, given in config['towers'].items():
+            tower = resolve_tower(modality, given, f'config.model.towers.{modality}')
+            sizes = config['encoder'] if config['shared'] else tower
+            sizes = {**SIZE, **sizes}
+            towers[modality] = describe_tower(modality, tower, sizes, config['inputs'])
+        return adapters.build(config['adapter'], towers, self.dtype)
 
     def _make_net(self, tower: ConfigDict, where: str) -> nn.Module:
         """A tower that is one network."""
@@ -486,9 +509,13 @@ class MultimodalEncoder(nn.Module):
 
     def batch_normed(self, batch_stats: Mapping[str, Any]) -> list[str]:
         """Return the modalities whose tower takes statistics of the batch in training."""
-        return sorted(
-            name.removeprefix('nets_') for name in batch_stats if name.startswith('nets_')
-        )
+        modalities = set()
+        for name in batch_stats:
+            kind, _, modality = name.partition('_')
+            # Those of a frozen tower stay; an adapter's own do not.
+            if kind == 'adapters' or (kind == 'nets' and not self.frozen):
+                modalities.add(modality)
+        return sorted(modalities)
 
     def encode(
         self, name: str, stream: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False
@@ -505,6 +532,11 @@ class MultimodalEncoder(nn.Module):
         """
         modality = modality_of(name)
         rows, leading, row_rng = flatten_sentences(name, stream, rng)
+        adapter = self.adapters.get(modality)
+        if adapter is not None:
+            rows = adapter.pixels(rows, row_rng.at('adapter'))
+        # Of adapters' own layers; those of the tower may be frozen.
+        adapter_trains, train = train, train and not self.frozen
         if modality in self.nets:
             # [R D], [R grid… D]
             pooled, feature_map = self.nets[modality](rows, stream.get('valid'), train)
@@ -519,17 +551,41 @@ class MultimodalEncoder(nn.Module):
             stages = sown_stages(self.nets[modality].variables)
             return Encoded(restore_leading(pooled, leading), tokens, mask, grid, stages=stages)
 
-        front_tokens = self.fronts[modality](rows, row_rng, train)  # x [R N D], R = B or B·K
+        inserted: dict[str, Any] = {}
+        if adapter is not None:
+            inserted = self._inserted(adapter, rows, adapter_trains)
+        # x [R N D], R = B or B·K
+        front_tokens = self.fronts[modality](rows, row_rng, train, **inserted)
         encoder = self.shared_encoder if self.config['shared'] else self.encoders[modality]
+        needs_all = features or modality in self.pools
         encoded = encoder(
             front_tokens.x,
             front_tokens.mask,
             row_rng.at('encoder'),
             train,
-            features or modality in self.pools,
+            needs_all,
             read=front_tokens.read,
+            adapter=None if adapter is None else adapter.layers(),
         )
+        if 'extra' in inserted and needs_all:
+            # They are not of the input.
+            encoded = encoded[:, : -inserted['extra'].shape[1]]
         return self._finish(modality, front_tokens, encoded, leading, features)
+
+    def _inserted(self, adapter: Any, rows: jax.Array, train: bool) -> dict[str, Any]:
+        """What the front of a tower is given beside its input, by an adapter."""
+        if adapter.tower.context:
+            return {'arrange': adapter.words}
+        extra = adapter.tokens(rows, train)
+        return {} if extra is None else {'extra': extra}
+
+    def _joined_frames(self, modality: str, vectors: jax.Array) -> jax.Array:
+        """The vector [B D] of clips whose frames are pictures by themselves: [B T D]."""
+        if modality in self.times:
+            return self.times[modality](vectors)
+        if modality in self.adapters:
+            return self.adapters[modality].frames(vectors)
+        return vectors.mean(1)
 
     def _finish(
         self,
@@ -545,9 +601,9 @@ class MultimodalEncoder(nn.Module):
             x = jax.nn.gelu(self.posts[modality](x), approximate=False)
         vector, tokens, mask = self._read(modality, front_tokens, x, features)
         if front_tokens.frames > 1:
-            # Pictures of one clip: their tokens one after the other, the mean of their vectors.
-            vector = vector.reshape(*leading, -1, vector.shape[-1])  # [B T D]
-            vector = self.times[modality](vector) if modality in self.times else vector.mean(1)
+            # Pictures of one clip: their tokens one after the other, one of their vectors.
+            vectors = vector.reshape(*leading, -1, vector.shape[-1])  # [B T D]
+            vector = self._joined_frames(modality, vectors)
             tokens = tokens.reshape(*leading, -1, tokens.shape[-1])
         pooled = restore_leading(vector, leading)  # [B D] or [B K D]
         if mask is not None:
@@ -658,7 +714,7 @@ class MultimodalEncoder(nn.Module):
         pooled = {name: stream.pooled for name, stream in encoded.items()}
         if valid is None:
             valid = {name: jnp.ones(x.shape[0], bool) for name, x in pooled.items()}
-        return self.head(pooled, valid, train)
+        return self.head(pooled, valid, train and not self.frozen)
 
     def __call__(
         self, batch: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False
@@ -708,6 +764,51 @@ def resolve_tower(modality: str, given: Mapping[str, Any], where: str) -> Config
     if tower_modality != modality and kind_of(tower_modality) != kind_of(modality):
         raise ConfigError(f'{where}.name={given["name"]!r} is a tower for {tower_modality}')
     return with_defaults(given, defaults, where)
+
+
+def describe_tower(
+    modality: str, tower: ConfigDict, sizes: Mapping[str, Any], inputs: Any
+) -> adapters.Tower:
+    """A tower as adapters see it.
+
+    Args:
+        modality: of the tower.
+        tower: its fields.
+        sizes: of its encoder, which may be shared.
+        inputs: `config.model.inputs`.
+    """
+    size, frames, channels = 0, 1, 1
+    if kind_of(modality) == PICTURES:
+        size, frames = inputs[modality]['size'], inputs[modality]['frames']
+        channels = inputs[modality].get('channels', 3)
+    if tower['name'] in NETS:
+        return adapters.Tower(modality, size=size, frames=frames)
+    context, marks = 0, 0
+    if tower['name'] == 'clip_text':
+        context = inputs['text']['words']
+        # Tokenizers without marks go with `last_word`.
+        marks = 0 if tower['pool'] == 'last_word' else 1
+    patch_values = 0
+    if modality != 'text':
+        patch = patch_of(tower)
+        # CLIP's is the side of a square.
+        is_square = tower['name'] in CLIP_TOWERS
+        patch_values = math.prod(patch) ** (2 if is_square else 1) * channels
+    return adapters.Tower(
+        modality,
+        layers=sizes['layers'],
+        width=sizes['width'],
+        mlp=sizes['mlp'],
+        heads=sizes['heads'],
+        head_width=sizes['head_width'],
+        patch_values=patch_values,
+        size=size,
+        context=context,
+        marks=marks,
+        frames=frames,
+        by_frame=tower['name'] == 'clip_vit',
+        mixes_frames=tower.get('time_layers', 0) > 0,
+    )
 
 
 def encoder_options(tower: ConfigDict) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Its layers are stacked in one parameter tree, whether they are scanned or unroll
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,12 +15,21 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vatt_jax.models.attention import attention
+from vatt_jax.models.layer_inputs import (
+    LayerInputs,
+    LowRank,
+    add_prompts,
+    replace_prompts,
+    without_prompts,
+)
 from vatt_jax.models.layers import ACTIVATIONS, LayerNorm
 from vatt_jax.parallel.sharding import as_rows, constrain, logical
 from vatt_jax.rng import Packed, Rng
 
 REMAT = ('none', 'dots', 'full')
 Layout = tuple[tuple[int, int], ...]  # of each stream (K, n): K rows of n tokens for every example
+# Parameters, deep prompts and low-rank parts of an adapter; of all layers [layers …], or of one.
+LayerTree = tuple[Any, Any, Any]
 Spread = tuple[str, float]  # ('uniform', the limit) or ('normal', the deviation), around 0
 
 
@@ -150,7 +159,8 @@ class Projection(nn.Module):
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, low_rank: LowRank | None = None) -> jax.Array:
+        """Project x [B N …]; `low_rank` is added to the kernel, without being multiplied out."""
         # JAX's own initialisers would read fans off the last two axes, [heads kv] of [D heads kv],
         # and take the first for the size of a receptive field.
         kind, size = self.spread
@@ -173,7 +183,9 @@ class Projection(nn.Module):
             zeros = logical(jax.nn.initializers.zeros, *output_axes)
             bias = self.param('bias', zeros, output_shape, jnp.float32)
             y = y + bias.astype(self.dtype)
-        return y
+        if low_rank is None:
+            return y
+        return y + low_rank.apply(x, num_inputs=len(self.shape) - len(output_dims))
 
 
 class Block(nn.Module):
@@ -225,6 +237,7 @@ class Block(nn.Module):
         first_only: bool = False,
         layout: Layout | None = None,
         read: jax.Array | None = None,
+        low_rank: Mapping[str, LowRank] | None = None,
     ) -> Float[Array, 'B Nq D']:
         """Apply the layer.
 
@@ -238,10 +251,12 @@ class Block(nn.Module):
                 tokens, so keys and values are computed for all.
             layout: of several streams packed into one; see Encoder.
             read: int [B], with first_only, the token to compute in the place of the first.
+            low_rank: projection -> what an adapter adds to its kernel.
 
         Returns:
             [B N D], or with first_only [B 1 D] (with a layout [B ΣK D]).
         """
+        low_rank = low_rank or {}
         # Both norms are made here so that a layer's parameters keep their order.
         attention_norm = LayerNorm(self.rms, self.eps, name='attention_norm')
         mlp_norm = LayerNorm(eps=self.eps, name='mlp_norm')
@@ -259,9 +274,9 @@ class Block(nn.Module):
         elif first_only:
             x = x[:, first]
             query_input = y[:, first]
-        query = self._qkv_projection('query')(query_input)  # [B Nq heads kv]
-        key = self._qkv_projection('key')(y)  # [B N heads kv]
-        value = self._qkv_projection('value')(y)  # [B N heads kv]
+        query = self._qkv_projection('query')(query_input, low_rank.get('query'))  # [B Nq heads kv]
+        key = self._qkv_projection('key')(y, low_rank.get('key'))  # [B N heads kv]
+        value = self._qkv_projection('value')(y, low_rank.get('value'))  # [B N heads kv]
 
         if layout is None:
             if bias is not None and first_only:
@@ -301,7 +316,7 @@ class Block(nn.Module):
             bias=self.bias,
             dtype=self.dtype,
             name='out',
-        )(attended)  # [B Nq D]
+        )(attended, low_rank.get('out'))  # [B Nq D]
         # Draws stay the same on unpacked rows too: bits are numbered from the first token.
         x = x + self._drop(attended, rng, 'attention', train)
         if not self.pre_norm:
@@ -316,7 +331,7 @@ class Block(nn.Module):
             bias=self.bias,
             dtype=self.dtype,
             name='mlp_in',
-        )(y)  # [B Nq mlp]
+        )(y, low_rank.get('mlp_in'))  # [B Nq mlp]
         # `mlp` is split over the mesh between the two matrices (one sum over devices, after the
         # second).
         y = ACTIVATIONS[self.activation](constrain(y, 'batch', 'length', 'mlp'))
@@ -329,7 +344,7 @@ class Block(nn.Module):
             bias=self.bias,
             dtype=self.dtype,
             name='mlp_out',
-        )(y)  # [B Nq D]
+        )(y, low_rank.get('mlp_out'))  # [B Nq D]
         x = x + self._drop(y, rng, 'mlp', train)
         if not self.pre_norm:
             x = mlp_norm(x)
@@ -434,6 +449,7 @@ class Encoder(nn.Module):
         features: bool = False,
         layout: Layout | None = None,
         read: jax.Array | None = None,
+        adapter: LayerInputs | None = None,
     ) -> Float[Array, 'B Nq D']:
         """Encode tokens.
 
@@ -450,6 +466,7 @@ class Encoder(nn.Module):
                 Everything but attention reads the weights once for all of them.
             read: int [B], the token that is read without features; None: the first one. For
                 encoders without dropout, whose random bits are numbered from the first.
+            adapter: what the layers are given beside the tokens; not with a layout.
 
         Returns:
             [B N D], or without features [B 1 D] (with a layout [B ΣK D]).
@@ -474,6 +491,9 @@ class Encoder(nn.Module):
             dtype=self.dtype,
             parent=None,
         )
+        adapter = adapter or LayerInputs()
+        if adapter.prompts is not None:
+            x = add_prompts(x, adapter.prompts)
         if self.causal:
             mask = causal_mask(x.shape[1], mask)
         # Made once: every layer adds the same table (T5).
@@ -481,18 +501,33 @@ class Encoder(nn.Module):
         stacked = self.param('layers', self._stacked_init(block))
 
         def apply_layer(
-            x: jax.Array, params: Any, layer: int | jax.Array, first_only: bool
+            x: jax.Array, stacked: LayerTree, layer: int | jax.Array, first_only: bool
         ) -> jax.Array:
+            params, deep_prompts, low_rank = stacked
+            if deep_prompts is not None:
+                x = replace_prompts(x, deep_prompts)
             y: Any = block.apply(
-                {'params': params}, x, mask, bias, rng.at(layer), train, first_only, layout, read
+                {'params': params},
+                x,
+                mask,
+                bias,
+                rng.at(layer),
+                train,
+                first_only,
+                layout,
+                read,
+                low_rank,
             )
             return y
 
         run_layer = self._rematerialised(apply_layer)
+        layers = (stacked, adapter.deep_prompts, adapter.low_rank)
         if self.scan:
-            x = self._scan_layers(run_layer, stacked, x, features)
+            x = self._scan_layers(run_layer, layers, x, features)
         else:
-            x = self._unroll_layers(run_layer, stacked, x, features)
+            x = self._unroll_layers(run_layer, layers, x, features)
+        if adapter.prompts is not None and features:
+            x = without_prompts(x, adapter.prompts)
         if not self.pre_norm:
             return x
 
@@ -542,14 +577,14 @@ class Encoder(nn.Module):
         )
 
     def _scan_layers(
-        self, run_layer: Callable[..., jax.Array], stacked: Any, x: jax.Array, features: bool
+        self, run_layer: Callable[..., jax.Array], stacked: LayerTree, x: jax.Array, features: bool
     ) -> jax.Array:
         """Scan all layers but the last one, which may compute the first token alone."""
 
         def without_last(path: Any, param: jax.Array) -> jax.Array:
             # Kernels are cast before the loop, so that their gradients, stacked by it, are of the
             # compute type and half as large.
-            if path[-1].key == 'kernel':
+            if getattr(path[-1], 'key', None) == 'kernel':
                 return param[:-1].astype(self.dtype)
             return param[:-1]
 
@@ -564,7 +599,7 @@ class Encoder(nn.Module):
         return run_layer(x, last_params, self.layers - 1, not features)
 
     def _unroll_layers(
-        self, run_layer: Callable[..., jax.Array], stacked: Any, x: jax.Array, features: bool
+        self, run_layer: Callable[..., jax.Array], stacked: LayerTree, x: jax.Array, features: bool
     ) -> jax.Array:
         """Apply the layers one after another; the last may compute the first token alone."""
         # split, not indexing: its transpose is one concatenation where indexing's is a padded sum

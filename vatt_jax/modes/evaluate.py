@@ -14,7 +14,7 @@ from vatt_jax.modes.own_tokenizer import with_own_tokenizer
 from vatt_jax.parallel import distributed
 from vatt_jax.reporting import report
 from vatt_jax.run_folder import RANDOM_INIT, RunFolder, evaluation_name
-from vatt_jax.training import checkpoint, frozen_models, loop
+from vatt_jax.training import checkpoint, frozen_base, frozen_models, loop
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, open_data: Callable[[ConfigDict], Any]) -> None:
@@ -75,7 +75,7 @@ def compare(
         if is_due(evaluation_name(step)):
             # Restored onto the mesh of this config, which need not be that of the training.
             checkpoints = checkpoint.Checkpoints(folder.checkpoints, config.checkpoint)
-            state, _, _ = checkpoints.restore(step, built.shape, built.shardings, config)
+            state, _, _ = frozen_base.restore(checkpoints, step, built, config)
             checkpoints.close()
             loop.evaluate(config, built, state, data, workdir, step, gallery=True, again=again)
         if is_due(RANDOM_INIT):

@@ -26,7 +26,7 @@ from vatt_jax.inference.feature_extractor import FeatureExtractor
 from vatt_jax.objectives import Objective
 from vatt_jax.objectives.localisation import HEAT
 from vatt_jax.run_folder import RunFolder, writing
-from vatt_jax.training import checkpoint, loop, train_state
+from vatt_jax.training import checkpoint, frozen_base, loop, train_state
 
 # The label of the data whose classes true objects have.
 LABEL = 'object'
@@ -134,7 +134,7 @@ def _restored(
         raise ConfigError(f'--workdir={workdir} holds no checkpoint; train first')
     checkpoints = checkpoint.Checkpoints(RunFolder(workdir).checkpoints, config.checkpoint)
     with jax.set_mesh(built.mesh):
-        state, _, _ = checkpoints.restore(step, built.shape, built.shardings, config)
+        state, _, _ = frozen_base.restore(checkpoints, step, built, config)
     checkpoints.close()
     variables = train_state.evaluation_variables(state, built.objective, config.evaluated)
     heads = (state.params['objective'], state.objective)

@@ -6,6 +6,7 @@ from typing import Any
 
 from vatt_jax.config import choose
 from vatt_jax.objectives.base import Encoding, Loss, Objective, RefreshResult, Spec, TrainingRecords
+from vatt_jax.objectives.class_names import ClassNames
 from vatt_jax.objectives.classification import Classification
 from vatt_jax.objectives.coclr import CoCLR
 from vatt_jax.objectives.contrastive import Contrastive
@@ -32,6 +33,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'synchronisation': Synchronisation,
     'coclr': CoCLR,
     'classification': Classification,
+    'class_names': ClassNames,
     'detection': Detection,
     'gdt': GDT,
     'stica': STiCA,

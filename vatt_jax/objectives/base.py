@@ -82,6 +82,7 @@ class Spec:
       model_params: the model's initial parameters, boxed with logical axes, in the call of
         `Objective.init` that makes the run's values: what a copy of the model is shaped and
         sharded like. config.init_from replaces the model's own later, see `Objective.begin`.
+      info: what the data say of themselves: tokenizer, names of classes.
     """
 
     model: Any
@@ -92,6 +93,7 @@ class Spec:
     batch_stats: Any = dataclasses.field(default_factory=dict)
     init: Callable[..., Any] | None = None
     model_params: Any = None
+    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass

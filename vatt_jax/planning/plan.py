@@ -228,7 +228,7 @@ def describe(
         examples: size of the training set.
     """
     replica, fsdp = built.mesh.axis_sizes[:2]  # the axes that rows are sharded over
-    model_params = built.shape.params['model']
+    model_params = built.shape.variables()['params']
     has_layers = any(name.startswith('encoder') for name in model_params)
     return {
         'config': config.name,
@@ -261,10 +261,12 @@ def _count_parameters(config: ConfigDict, built: loop.Built) -> dict[str, Any]:
         # As the optimizer does it: patterns are searched for, not matched from the start.
         if any(re.search(pattern, name) for pattern in config.optimizer.frozen):
             frozen += size
-    total = _num_elements(built.shape.params)
+    base_params = built.shape.frozen.get('params', {})
+    frozen += _num_elements(base_params)
+    total = _num_elements(built.shape.params) + _num_elements(base_params)
     # Scalars are counters.
     slots = [leaf for leaf in jax.tree.leaves(built.shape.opt_state) if leaf.ndim]
-    parts = sorted(built.shape.params['model'].items())
+    parts = sorted(built.shape.variables()['params'].items())
     return {
         'total': total,
         'trained': total - frozen,
@@ -279,8 +281,7 @@ def _count_flops(config: ConfigDict, built: loop.Built) -> dict[str, Any]:
     dense = ConfigDict(config.model.to_dict() | {'attention': 'dense'})
     model = models.build(dense, config.compute_dtype)
     # ShapeDtypeStructs all of them: FLOPs are counted by tracing, nothing is computed.
-    variables = {'params': built.shape.params['model'], 'batch_stats': built.shape.batch_stats}
-    forward = flops.by_tower(model, variables, two_rows(built.inputs))
+    forward = flops.by_tower(model, built.shape.variables(), two_rows(built.inputs))
     per_clip = {kind: flops.model_flops(forward, kind) for kind in ('needed', 'all_tokens')}
     return {
         'forward_per_clip': forward,

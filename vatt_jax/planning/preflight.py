@@ -65,7 +65,7 @@ def parameters(config: ConfigDict, built: loop.Built) -> str:
     """Return the number of parameters of each tower, and of the rest."""
     towers = dict.fromkeys(config.model.towers, 0)
     shared = 0
-    for module, tree in built.shape.params['model'].items():
+    for module, tree in built.shape.variables()['params'].items():
         owners = [name for name in towers if module == name or module.endswith(f'_{name}')]
         if owners:
             towers[owners[0]] += _count(tree)
@@ -86,8 +86,7 @@ def work(config: ConfigDict, built: loop.Built) -> str:
 
 
 def _flops_per_clip(config: ConfigDict, built: loop.Built) -> float:
-    variables = {'params': built.shape.params['model'], 'batch_stats': built.shape.batch_stats}
-    return flops.per_clip(config, built.inputs, variables)
+    return flops.per_clip(config, built.inputs, built.shape.variables())
 
 
 def epochs(config: ConfigDict, data: Any) -> str:
@@ -205,7 +204,7 @@ def _too_large(
         'mesh': dict(zip(sharding.MESH_AXES, built.mesh.axis_sizes)),
         'model': {
             'remat': config.model.remat,
-            'layers': any(name.startswith('encoder') for name in built.shape.params['model']),
+            'layers': any(name.startswith('encoder') for name in built.shape.variables()['params']),
         },
         'per_device_batch': config.batch_size / (replica * fsdp),
         'accumulate': config.accumulate,

@@ -23,6 +23,7 @@ from vatt_jax.objectives.base import Objective, select_streams, stream_names
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng
 from vatt_jax.training import (
+    frozen_base,
     frozen_models,
     other_models,
     starting_values,
@@ -153,7 +154,8 @@ def check(config: ConfigDict) -> dict[str, Any]:
             tower.vocab = 2  # any size will do: nothing is computed
     mesh_of(config)
     starting_values.check_fields(config.init_trees, config.init_rename, config.init_skip)
-    model = models.build(config.model, config.compute_dtype)
+    frozen_base.check_fields(config)
+    model = models.build(config.model, config.compute_dtype, frozen=bool(config.base))
     objective = objectives.build(config.objective)
     train_state.check_evaluated(config.evaluated, objective)
     optim.check(config.optimizer, config.steps)
@@ -201,7 +203,8 @@ def assemble(config: ConfigDict, data: Any, mesh: Any) -> Built:
         ConfigError: the data lack a stream, or the objective cannot be cut into microbatches.
     """
     resolve(config, data)
-    model = models.build(config.model, config.compute_dtype)
+    frozen_base.check(config)
+    model = models.build(config.model, config.compute_dtype, frozen=bool(config.base))
     objective = objectives.build(config.objective)
     train_state.check_evaluated(config.evaluated, objective)
     objective.frozen = frozen_models.build(config, objective)
@@ -234,6 +237,7 @@ def assemble(config: ConfigDict, data: Any, mesh: Any) -> Built:
         objective.frozen_streams(),
         bool(objective.map_streams()),
     )
+    spec = dataclasses.replace(spec, info=data.info)
     train_step.check(config, model, objective, spec.batch_stats)
     tables = {}
     for name, row in objective.tables(spec).items():

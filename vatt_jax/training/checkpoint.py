@@ -4,12 +4,14 @@ Only this file and columns_handler.py know orbax. Layout of a run folder:
 
     checkpoints/<step>/state          parameters, statistics, optimizer and objective state
     checkpoints/<step>/meta           JSON: examples consumed, digest of the order so far, the
-                                      resolved config, the data's info (tokenizer, class names)
+                                      resolved config, the data's info (tokenizer, class names),
+                                      name and digest of the model of config.base
     checkpoints/<step>/columns        per-record arrays of the objective, a piece a host
     checkpoints/<step>/manifest.json  digests of these files, without which flipped bits would be
                                       read as parameters
 
-A checkpoint folder alone is therefore enough to load a model.
+A checkpoint folder alone is therefore enough to load a model, unless config.base names the one that
+it was trained beside: of that it holds no values.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from vatt_jax import phases
 from vatt_jax.config import ConfigError, choose, differing_fields, flatten, from_json
+from vatt_jax.models import adapters
 from vatt_jax.object_store import is_url, run_mirror
 from vatt_jax.objectives.memory import teacher as teachers
 from vatt_jax.parallel import sharding
@@ -152,6 +155,10 @@ class Checkpoints:
         )
         self.manager = ocp.CheckpointManager(folder, options=options, item_names=ITEMS)
 
+    def folder(self, step: int) -> pathlib.Path:
+        """Return the folder of a step."""
+        return pathlib.Path(self.manager.directory) / str(step)
+
     def latest(self) -> int | None:
         """Return the newest step, None without a checkpoint."""
         return self.manager.latest_step()
@@ -250,7 +257,7 @@ class Checkpoints:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf_sharding)
 
         target = jax.tree.map(abstract_leaf, shape, shardings)
-        path = pathlib.Path(self.manager.directory) / str(step)
+        path = self.folder(step)
         # Before the restore, whose own message would be about the first mismatch of its internals.
         saved = _saved_tree(path)
         _check_fits(path, saved, target, config)
@@ -473,6 +480,22 @@ def _saved_tree(path: pathlib.Path) -> Any:
         raise _unreadable(path, error) from error
 
 
+def saved_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of every array of a checkpoint's state, 'params/model/…' for example.
+
+    Raises:
+        ConfigError: The checkpoint cannot be read.
+    """
+    return _shapes(_saved_tree(path))
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        _path_name(key_path): tuple(leaf.shape)
+        for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
 def _check_fits(
     path: pathlib.Path, saved: Any, target: Any, config: ConfigDict | None = None
 ) -> None:
@@ -484,26 +507,19 @@ def _check_fits(
         target: Abstract state of this run.
         config: Of this run, for the message; None: not known.
     """
-    saved_shapes = {
-        _path_name(key_path): tuple(metadata.shape)
-        for key_path, metadata in jax.tree_util.tree_leaves_with_path(saved)
-    }
-    shapes = {
-        _path_name(key_path): leaf.shape
-        for key_path, leaf in jax.tree_util.tree_leaves_with_path(target)
-    }
+    saved_by_name, shapes = _shapes(saved), _shapes(target)
     # Optimizer and objective state follow from the parameters, whose names say more.
     for name in sorted(shapes, key=lambda name: (not name.startswith('params'), name)):
-        if name not in saved_shapes:
+        if name not in saved_by_name:
             raise _misfit(path, f'has no {name}', config)
-        if saved_shapes[name] != shapes[name]:
+        if saved_by_name[name] != shapes[name]:
             raise _misfit(
                 path,
-                f'has {name} of shape {saved_shapes[name]}, and this config makes {shapes[name]}',
+                f'has {name} of shape {saved_by_name[name]}, and this config makes {shapes[name]}',
                 config,
             )
     # What the checkpoint has beyond it would be lost with the next save.
-    for name in sorted(saved_shapes):
+    for name in sorted(saved_by_name):
         if name not in shapes:
             raise _misfit(path, f'has {name}, which this config does not keep', config)
 
@@ -660,18 +676,25 @@ def _read_variables(
     """Read the parts of a checkpoint that a model needs, as NumPy, and leave the rest on disk."""
     with ocp.StandardCheckpointer() as reader:
         saved = dict(reader.metadata(path / 'state').item_metadata)
-    params = {'model': saved['params']['model']}
+    params = {'model': saved['params'].get('model') or {}}
     if with_heads:
         for name, tree in saved['params'].items():
             if name == 'model' or _has_leaves(tree):
                 params[name] = tree
-    parts = {'params': params, 'batch_stats': saved['batch_stats'], 'ema': saved['ema'] or {}}
+    parts = {
+        'params': {name: tree for name, tree in params.items() if _has_leaves(tree)},
+        'batch_stats': saved['batch_stats'],
+        'ema': saved['ema'] or {},
+    }
     if with_state:
         parts['objective'] = saved['objective']
     elif with_teacher:
         parts['objective'] = {'teacher': _teacher_of(path, saved)}
     # Orbax cannot restore a tree without leaves.
     parts = {name: tree for name, tree in parts.items() if _has_leaves(tree)}
+    if not parts:
+        # Of a run beside a frozen model in which nothing of the model is new.
+        return {}
     # Scalars as placeholders: only the tree and the dtypes of the target count, shapes are the
     # saved ones.
     target = jax.tree.map(lambda metadata: np.zeros((), metadata.dtype), parts)
@@ -698,7 +721,11 @@ def _teacher_of(path: pathlib.Path, saved: dict[str, Any]) -> Any:
 
 
 def read_model(
-    path: pathlib.Path, objective: bool = False, state: bool = False, which: str = 'student'
+    path: pathlib.Path,
+    objective: bool = False,
+    state: bool = False,
+    which: str = 'student',
+    base: str | pathlib.Path = '',
 ) -> dict[str, Any]:
     """Read the model of a checkpoint as NumPy arrays.
 
@@ -707,13 +734,15 @@ def read_model(
         objective: Also read the parameters of the objective's heads.
         state: Also read the objective's state.
         which: student, or teacher: the momentum copy, where the objective keeps one.
+        base: Where the model of config.base is now, if the run has one; '': where it was.
 
     Returns:
         'params' (the averaged ones where the run averaged them) and 'batch_stats' of the model;
         with `objective` also 'objective', the heads' parameters; with `state` also 'state'.
 
     Raises:
-        ConfigError: The checkpoint cannot be read, or has no teacher.
+        ConfigError: The checkpoint cannot be read, or has no teacher; or the model that it was
+            trained beside is not to be found, or another one.
     """
     choose(which, ('student', 'teacher'), 'which')
     try:
@@ -724,19 +753,79 @@ def read_model(
         raise
     except Exception as error:
         raise _unreadable(path, error) from error
+    params = restored.get('params', {})
     variables = {
         # Averages where there are some: they are what evaluation uses.
-        'params': restored.get('ema') or restored['params']['model'],
+        'params': restored.get('ema') or params.get('model', {}),
         'batch_stats': restored.get('batch_stats', {}),
     }
+    identity = read_meta(path).get('base')
+    if identity:
+        frozen = read_base(path, identity, base)
+        variables = {
+            group: adapters.merge(tree, frozen[group]) for group, tree in variables.items()
+        }
     if which == 'teacher':
         # A teacher without batch norm has no statistics, and so no such entry in the checkpoint.
         saved_teacher = {'batch_stats': {}, **restored['objective']['teacher']}
         variables = teachers.variables(saved_teacher, variables['params'])
     if objective:
-        variables['objective'] = restored['params'].get('objective', {})
+        variables['objective'] = params.get('objective', {})
     if state:
         variables['state'] = restored.get('objective', {})
+    return variables
+
+
+def describe_base(run: str, folder: pathlib.Path, variables: dict[str, Any]) -> dict[str, Any]:
+    """Return what the checkpoints of a run say of the model that it is trained beside.
+
+    Args:
+        run: config.base.
+        folder: The checkpoint that was found there.
+        variables: Its model, {'params', 'batch_stats'}.
+    """
+    meta = read_meta(folder)
+    return {
+        'run': run,
+        'name': meta['config']['name'],
+        'step': meta['step'],
+        'digest': digest({group: variables[group] for group in ('params', 'batch_stats')}),
+    }
+
+
+def read_base(
+    path: pathlib.Path, identity: dict[str, Any], run: str | pathlib.Path = ''
+) -> dict[str, Any]:
+    """Read the model that a run was trained beside.
+
+    Args:
+        path: A checkpoint of the run, for messages.
+        identity: What it says of that model (`describe_base`).
+        run: Where the model is now; '': where it was.
+
+    Raises:
+        ConfigError: There is no checkpoint, or it holds another model.
+    """
+    expected = f'{identity["name"]!r} of step {identity["step"]}'
+    remedy = (
+        f'{path} was trained beside the model {expected} (digest {identity["digest"][:12]}); name '
+        'its run folder with --config.base=FOLDER, or vatt_jax.load(…, base=FOLDER)'
+    )
+    try:
+        folder = find_verified(run or identity['run'])
+        # That run may have gone on since.
+        same_step = folder.parent / str(identity['step'])
+        if same_step.is_dir():
+            folder = find_verified(same_step)
+        variables = read_model(folder)
+        found = describe_base(os.fspath(run), folder, variables)
+    except ConfigError as error:
+        raise ConfigError(f'{error}. {remedy}') from error
+    if found['digest'] != identity['digest']:
+        raise ConfigError(
+            f'{folder} holds the model {found["name"]!r} of step {found["step"]} (digest '
+            f'{found["digest"][:12]}). {remedy}'
+        )
     return variables
 
 
@@ -760,7 +849,11 @@ def read_columns(path: pathlib.Path, names: Collection[str]) -> record_columns.C
 
 
 def load_model(
-    path: str | pathlib.Path, mesh: Mesh, objective: bool = False, which: str = 'student'
+    path: str | pathlib.Path,
+    mesh: Mesh,
+    objective: bool = False,
+    which: str = 'student',
+    base: str | pathlib.Path = '',
 ) -> tuple[ConfigDict, dict[str, Any], dict[str, Any]]:
     """Load the model of a run folder or a checkpoint folder.
 
@@ -769,6 +862,7 @@ def load_model(
         mesh: The variables are replicated over it.
         objective: Also read the parameters of the objective's heads, as `read_model` does.
         which: See `read_model`.
+        base: See `read_model`.
 
     Returns:
         The run's config, the variables of the model, and `info`, what the data object said about
@@ -779,7 +873,8 @@ def load_model(
     """
     path = find_verified(path)
     meta = read_meta(path)
-    variables = jax.device_put(read_model(path, objective, which=which), sharding.replicated(mesh))
+    variables = read_model(path, objective, which=which, base=base)
+    variables = jax.device_put(variables, sharding.replicated(mesh))
     # By way of JSON, as a stored config is read: tuples are restored and renamed fields moved.
     return from_json(json.dumps(meta['config'])), variables, meta['info']
 

@@ -143,7 +143,7 @@ class RecordEncoder:
         self.step = step
         self.own = hosts.own_stretch(data.size('train'))
         self.objective_params = state.params['objective']
-        self.variables = {'params': state.params['model'], 'batch_stats': state.batch_stats}
+        self.variables = state.variables()
 
     def __call__(
         self, function: Callable[..., dict[str, jax.Array]], augment: bool = True, draw: int = 0

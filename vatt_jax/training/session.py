@@ -62,11 +62,13 @@ class Session:
             'weights': list(run.weights),
             'config': self.config.to_dict(),
             'info': self.built.info,
+            'base': run.base,
         }
         # Arrays are copied off the device before this returns; the next step may then overwrite
         # them. Tables of the host are read as they are now, whatever later steps store.
         columns: SavedColumns = {**run.columns, **self.tables.snapshots()}
-        self.checkpoints.save(run.step, run.state, meta, columns)
+        # The frozen model is named in `meta`, and not written again.
+        self.checkpoints.save(run.step, run.state.replace(frozen={}), meta, columns)
         self.meter.lost += time.monotonic() - began
 
     def finish(self, run: TrainingRun) -> None:
@@ -180,6 +182,9 @@ def _greeting(config: ConfigDict, data: Any, run: TrainingRun) -> str:
         num_params += array.size
         if optim.matches(path, config.optimizer.frozen):
             num_frozen += array.size
+    for array in jax.tree.leaves(run.state.frozen.get('params', {})):
+        num_params += array.size
+        num_frozen += array.size
     frozen = f' ({num_frozen / 1e6:.2f} M of them frozen)' if num_frozen else ''
     return (
         f'{config.name}: {run.origin}; {num_params / 1e6:.2f} M parameters{frozen}, '
@@ -194,5 +199,4 @@ def _meter(config: ConfigDict, built: Built) -> Meter:
     if not peak:
         # A chip that is not in the table: FLOPs need not be counted, which traces the towers.
         return Meter(None, peak)
-    variables = {'params': built.shape.params['model'], 'batch_stats': built.shape.batch_stats}
-    return Meter(flops.per_clip(config, built.inputs, variables), peak)
+    return Meter(flops.per_clip(config, built.inputs, built.shape.variables()), peak)

@@ -21,6 +21,7 @@ from vatt_jax.parallel import distributed
 from vatt_jax.run_folder import RunFolder, write_atomically
 from vatt_jax.training import (
     checkpoint,
+    frozen_base,
     frozen_models,
     host_tables,
     provenance,
@@ -63,6 +64,7 @@ class TrainingRun:
         tables: name -> [M ...], those of the host, which steps write (host_tables.py).
         weights: names of the columns by which records are drawn.
         origin: where the run started, in words.
+        base: what checkpoints say of the frozen model (`checkpoint.describe_base`); {}: none.
     """
 
     state: TrainState
@@ -73,6 +75,7 @@ class TrainingRun:
     tables: Columns = dataclasses.field(default_factory=dict)
     weights: tuple[str, ...] = ()
     origin: str = ''
+    base: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def start(
@@ -127,7 +130,7 @@ def _continue(
     config: ConfigDict, checkpoints: Checkpoints, saved_step: int, built: Built
 ) -> TrainingRun:
     # Straight onto this run's mesh, which need not be the one that saved it.
-    state, meta, columns = checkpoints.restore(saved_step, built.shape, built.shardings, config)
+    state, meta, columns = frozen_base.restore(checkpoints, saved_step, built, config)
     # In a checkpoint they are columns: arrays by record, a piece a host.
     tables = {name: writable(columns.pop(name)) for name in built.tables}
     return TrainingRun(
@@ -139,6 +142,7 @@ def _continue(
         tables=tables,
         weights=tuple(meta['weights']),
         origin=f'continuing from step {saved_step}',
+        base=meta.get('base') or {},
     )
 
 
@@ -146,6 +150,10 @@ def _begin(config: ConfigDict, built: Built, data: Any) -> TrainingRun:
     state = built.init()
     origin = 'starting from scratch'
     other = None
+    base: dict[str, Any] = {}
+    if config.base:
+        state, base = frozen_base.begin(config, state)
+        origin = f'beside the model of {config.base}'
     if config.init_from:
         starting_values.check_trees(config.init_trees, state.params['objective'], state.objective)
         starting_values.check_fields(config.init_trees, config.init_rename, config.init_skip)
@@ -167,7 +175,7 @@ def _begin(config: ConfigDict, built: Built, data: Any) -> TrainingRun:
         )
         state = _with_model_params(config, state, params)
         origin += f', {message}'
-    elif not config.init_from:
+    elif not config.init_from and not config.base:
         frozen = [name for name, t in config.model.towers.items() if t.get('frozen_words')]
         if frozen:
             origin += (
@@ -186,7 +194,7 @@ def _begin(config: ConfigDict, built: Built, data: Any) -> TrainingRun:
         if other.skipped:
             origin += f', {len(other.skipped)} parameters fresh'
     state = _with_models_of_other_runs(built, state)
-    return TrainingRun(state, step=int(state.step), tables=tables, origin=origin)
+    return TrainingRun(state, step=int(state.step), tables=tables, origin=origin, base=base)
 
 
 def _with_params(config: ConfigDict, state: TrainState, other: OtherRun) -> TrainState:
@@ -208,7 +216,8 @@ def _with_copies_of_the_model(built: Built, state: TrainState) -> TrainState:
         return state
 
     def begin(state: TrainState) -> Any:
-        begun = objective.begin(state.params['model'], state.batch_stats, state.objective)
+        whole = state.variables()
+        begun = objective.begin(whole['params'], whole['batch_stats'], state.objective)
         # Copies: jit hands an input that it returns unchanged on as it is, and a buffer that occurs
         # twice in the state cannot be donated to the step.
         return jax.tree.map(jnp.copy, begun)

@@ -79,13 +79,13 @@ class OtherRun:
 
         Args:
             group: params, batch_stats, objective or state.
-            tree: arrays with shardings; those that `skip` names keep their values.
+            tree: arrays with shardings, or abstract ones; those that `skip` names stay as they are.
 
         Raises:
             ConfigError: an array is absent there or has another shape.
         """
 
-        def take_leaf(path: str, initial: jax.Array) -> jax.Array:
+        def take_leaf(path: str, initial: Any) -> Any:
             name = _PREFIXES[group] + path
             if optim.matches(name, self._skip):
                 self.skipped.append(name)

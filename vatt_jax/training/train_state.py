@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax import optim
 from vatt_jax.config import ConfigError, choose
+from vatt_jax.models import adapters
 from vatt_jax.models.towers import stages
 from vatt_jax.objectives.base import Objective, Spec
 from vatt_jax.objectives.memory import teacher as teachers
@@ -28,13 +29,16 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
         step: int32 [], optimizer steps taken; skipped ones count.
-        params: {'model', 'objective'}, trees of parameters.
-        batch_stats: the model's running statistics.
+        params: {'model', 'objective'}, trees of parameters. With config.base those of the model
+            are the new ones alone.
+        batch_stats: the model's running statistics; with config.base the new ones alone.
         opt_state: the optimizer's slots.
         objective: the objective's untrained arrays.
         ema: averaged parameters of the model; {} where none are kept.
         bad: int32 [], non-finite steps in a row.
         skipped: int32 [], non-finite steps so far.
+        frozen: {'params', 'batch_stats'} of the model of config.base, which no step changes and no
+            checkpoint holds; {} without it.
     """
 
     # Any: the same class holds arrays, ShapeDtypeStructs and NamedShardings.
@@ -46,6 +50,17 @@ class TrainState(flax.struct.PyTreeNode):
     ema: Any
     bad: Any
     skipped: Any
+    frozen: Any = flax.struct.field(default_factory=dict)
+
+    def variables(self) -> dict[str, Any]:
+        """{'params', 'batch_stats'} of the whole model."""
+        new = {'params': self.params['model'], 'batch_stats': self.batch_stats}
+        return whole_model(new, self.frozen)
+
+
+def whole_model(new: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """{'params', 'batch_stats'} of a model, of its new part and the frozen one ({}: none)."""
+    return {group: adapters.merge(tree, frozen.get(group, {})) for group, tree in new.items()}
 
 
 def abstract(
@@ -109,8 +124,8 @@ def create(
         one jitted call.
     """
 
-    def variables(key: Array) -> tuple[dict[str, Any], Any, Any]:
-        """(params, batch_stats, objective state), still boxed with their logical axes."""
+    def variables(key: Array) -> tuple[dict[str, Any], Any, Any, Any]:
+        """(params, batch_stats, objective state, frozen), boxed with their logical axes."""
         # jax.random here, not `Rng`: parameters belong to no example.
         model_key, objective_key = _split(key)
         # Flax initialises by a forward pass. Values depend on the key and on shapes alone, so zeros
@@ -121,17 +136,21 @@ def create(
         batch_stats = boxed.get('batch_stats', {})
         full_spec = dataclasses.replace(spec, model_params=boxed['params'], batch_stats=batch_stats)
         objective_params, objective_state = objective.init(objective_key, full_spec)
-        params = {'model': boxed['params'], 'objective': objective_params}
-        return params, batch_stats, objective_state
+        model_params, frozen = boxed['params'], {}
+        if config.get('base'):
+            model_params, frozen['params'] = adapters.split(model_params)
+            batch_stats, frozen['batch_stats'] = adapters.split(batch_stats)
+        params = {'model': model_params, 'objective': objective_params}
+        return params, batch_stats, objective_state, frozen
 
     key = jax.random.key(config.seed)
     # Traced once with the boxes, which carry the logical axes, and below once without: optax and
     # the objectives work on plain arrays.
-    boxed_params, boxed_stats, boxed_state = jax.eval_shape(variables, key)
+    boxed_params, boxed_stats, boxed_state, boxed_frozen = jax.eval_shape(variables, key)
     tx = optim.build(config.optimizer, config.steps, nn.meta.unbox(boxed_params))
 
     def init(key: Array) -> TrainState:
-        params, batch_stats, objective_state = nn.meta.unbox(variables(key))
+        params, batch_stats, objective_state, frozen = nn.meta.unbox(variables(key))
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -142,6 +161,7 @@ def create(
             ema=jax.tree.map(jnp.copy, params['model']) if config.optimizer.ema else {},
             bad=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
+            frozen=frozen,
         )
 
     shape = jax.eval_shape(init, key)
@@ -156,6 +176,7 @@ def create(
         ema=param_shardings['model'] if config.optimizer.ema else {},
         bad=replicated,
         skipped=replicated,
+        frozen=sharding.tree_shardings(boxed_frozen, mesh),
     )
     jitted_init = jax.jit(
         lambda: init(key), out_shardings=shardings, compiler_options=_init_options(mesh)
@@ -220,12 +241,13 @@ def evaluation_variables(
             momentum copy (`check_evaluated`).
     """
     # An empty dict is false: no average is kept.
-    params = state.ema or state.params['model']
+    new = {'params': state.ema or state.params['model'], 'batch_stats': state.batch_stats}
+    variables = whole_model(new, state.frozen)
     if which == 'teacher':
         momentum_copy = objective.teacher(state.objective)
         assert momentum_copy is not None
-        return teachers.variables(momentum_copy, params)
-    return {'params': params, 'batch_stats': state.batch_stats}
+        return teachers.variables(momentum_copy, variables['params'])
+    return variables
 
 
 def check_evaluated(which: str, objective: Objective) -> None:

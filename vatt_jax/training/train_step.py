@@ -15,14 +15,16 @@ from ml_collections import ConfigDict
 from vatt_jax import optim
 from vatt_jax.config import ConfigError
 from vatt_jax.inputs import mirrored, preprocess
+from vatt_jax.models import adapters
 from vatt_jax.models.embeddings import LOOKUP_PROBES
 from vatt_jax.objectives.base import Loss, Objective
 from vatt_jax.rng import Rng
-from vatt_jax.training.train_state import TrainState
+from vatt_jax.training.train_state import TrainState, whole_model
 
-# (params, batch_stats, objective state, device batch, rng) -> (gradients of params, Loss).
-# params: {'model': …, 'objective': …}, and the probes of `probes` where they are on.
-GradientFunction = Callable[[Any, Any, Any, dict[str, Any], Rng], tuple[Any, Loss]]
+# (params, batch_stats, frozen, objective state, device batch, rng) -> (gradients of params, Loss).
+# params: {'model': …, 'objective': …}, and the probes of `probes` where they are on. frozen: of the
+# TrainState; nothing is differentiated by it, so no gradient of a frozen kernel is computed.
+GradientFunction = Callable[[Any, Any, Any, Any, dict[str, Any], Rng], tuple[Any, Loss]]
 
 
 def make(
@@ -55,7 +57,7 @@ def make(
         rng = Rng.create(config.seed, state.step, batch['position'])
         params_and_probes = {**state.params, **probes(config, state.params)}
         grads, loss = compute_gradients(
-            params_and_probes, state.batch_stats, state.objective, batch, rng
+            params_and_probes, state.batch_stats, state.frozen, state.objective, batch, rng
         )
         lookup_excess = grads.pop(LOOKUP_PROBES, {})
         # Before clipping, which is part of `tx`. One non-finite gradient anywhere makes the norm
@@ -82,8 +84,13 @@ def make(
         # After the guard: what an objective derives from parameters (a momentum encoder) must come
         # from those that stay.
         model_params, objective_params, new_objective_state = objective.after_update(
-            params['model'], params['objective'], objective_state, state.step
+            adapters.merge(params['model'], state.frozen.get('params', {})),
+            params['objective'],
+            objective_state,
+            state.step,
         )
+        if state.frozen:
+            model_params, _ = adapters.split(model_params)
         constrained = {'model': model_params, 'objective': objective_params}
         # Its constraints round. Parameters that were not updated stay what they were, bit by bit.
         params = _select_changes(is_applied, constrained, params)
@@ -102,6 +109,7 @@ def make(
             ema=moving_average(state.ema, params['model'], decay) if decay else {},
             bad=jnp.where(is_finite, 0, state.bad + 1),
             skipped=state.skipped + jnp.where(is_finite, 0, 1),
+            frozen=state.frozen,
         )
         metrics = {
             **loss.metrics,
@@ -204,6 +212,7 @@ class WholeBatch:
         self,
         params: Any,
         batch_stats: Any,
+        frozen: Any,
         objective_state: Any,
         batch: dict[str, Any],
         rng: Rng,
@@ -212,7 +221,7 @@ class WholeBatch:
         batch = self.device_stage(batch, rng)
 
         def loss_of(params: Any) -> tuple[Array, Loss]:
-            variables = {'params': params['model'], 'batch_stats': batch_stats}
+            variables = whole_model({'params': params['model'], 'batch_stats': batch_stats}, frozen)
             if LOOKUP_PROBES in params:
                 variables[LOOKUP_PROBES] = params[LOOKUP_PROBES]
             loss = self.objective.loss(
@@ -223,7 +232,7 @@ class WholeBatch:
         # `value` is differentiated. The whole Loss comes back beside it, for the new statistics and
         # the objective's new state, through which no gradient flows.
         (_, loss), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-        return grads, loss
+        return grads, _of_new_part(loss, frozen)
 
 
 class MeanOfMicrobatches:
@@ -237,6 +246,7 @@ class MeanOfMicrobatches:
         self,
         params: Any,
         batch_stats: Any,
+        frozen: Any,
         objective_state: Any,
         batch: dict[str, Any],
         rng: Rng,
@@ -246,7 +256,7 @@ class MeanOfMicrobatches:
             examples, part_batch = part
             part_rng = _for_examples(rng, examples)
             grads, loss = self.whole.gradients(
-                params, batch_stats, objective_state, part_batch, part_rng
+                params, batch_stats, frozen, objective_state, part_batch, part_rng
             )
             # The mean, not the sum: the learning rate need not follow the number of microbatches.
             total = jax.tree.map(lambda t, g: t + g / self.num_parts, total, grads)
@@ -294,6 +304,7 @@ class GradCache:
         self,
         params: Any,
         batch_stats: Any,
+        frozen: Any,
         objective_state: Any,
         batch: dict[str, Any],
         rng: Rng,
@@ -306,7 +317,7 @@ class GradCache:
         def towers(params: Any, part: Any) -> dict[str, Array]:
             examples, part_batch = part
             part_rng = _for_examples(rng, examples)
-            variables = {'params': params['model'], 'batch_stats': batch_stats}
+            variables = whole_model({'params': params['model'], 'batch_stats': batch_stats}, frozen)
             part_batch = self.whole.device_stage(part_batch, part_rng)
             encoding = objective.encode(
                 model, variables, params['objective'], objective_state, part_batch, part_rng
@@ -321,7 +332,7 @@ class GradCache:
 
         # Pass 2: heads and loss on the whole batch, with gradients of its own parameters and of h.
         def loss_of(params: Any, pooled: dict[str, Array]) -> tuple[Array, Loss]:
-            variables = {'params': params['model'], 'batch_stats': batch_stats}
+            variables = whole_model({'params': params['model'], 'batch_stats': batch_stats}, frozen)
             loss = objective.compute_loss(
                 model, variables, params['objective'], objective_state, pooled, whole_batch, rng
             )
@@ -344,7 +355,16 @@ class GradCache:
         pooled_grads = jax.tree.map(lambda x: _split(x, self.num_parts), pooled_grads)
         # The carry begins at dL/dw at fixed h, the first term of the formula.
         grads, _ = jax.lax.scan(backward, grads, (parts, pooled_grads))
-        return grads, loss
+        return grads, _of_new_part(loss, frozen)
+
+
+def _of_new_part(loss: Loss, frozen: Any) -> Loss:
+    """The loss with statistics of what the state holds outside of `frozen`, which stay."""
+    if not frozen:
+        return loss
+    new_stats, _ = adapters.split(loss.batch_stats)
+    # Flax adds `replace` where type checkers do not see it.
+    return loss.replace(batch_stats=new_stats)  # type: ignore[attr-defined]
 
 
 def split_batch(

@@ -7,6 +7,7 @@ CLIP (Radford et al. 2021) reads a picture at a class token and a sentence at it
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vatt_jax.models.attention import attention
-from vatt_jax.models.embeddings import Tokens, fold, look_up
+from vatt_jax.models.embeddings import Tokens, append, fold, look_up
 from vatt_jax.models.layers import ACTIVATIONS, Dense, LayerNorm
 from vatt_jax.models.transformer import Encoder
 from vatt_jax.parallel.sharding import logical
@@ -59,8 +60,17 @@ class PictureTokens(nn.Module):
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, data: Float[Array, 'B T H W 3'], rng: Rng, train: bool) -> Tokens:
-        """Turn every frame into tokens [B·T N D]; `frames` of the result is T."""
+    def __call__(
+        self,
+        data: Float[Array, 'B T H W 3'],
+        rng: Rng,
+        train: bool,
+        extra: jax.Array | None = None,
+    ) -> Tokens:
+        """Turn every frame into tokens [B·T N D]; `frames` of the result is T.
+
+        Further tokens, `extra` [B·T K D], come last and are normalised with the others.
+        """
         num_frames = data.shape[1]
         pictures = data.reshape(-1, *data.shape[2:])  # [R H W 3], R = B·T
         x, grid = fold(pictures, (self.patch, self.patch))  # [R N patch·patch·3]
@@ -89,6 +99,7 @@ class PictureTokens(nn.Module):
         x = patches(x) + positions.astype(self.dtype)  # [R N' D]
         if self.class_token:
             x = self._prepend_class_token(x, class_position)
+        x = append(x, extra)
         if self.norm:
             x = LayerNorm(eps=self.eps, name='norm')(x)
         return Tokens(x, None, (num_frames, *grid), kept, frames=num_frames)
@@ -137,15 +148,32 @@ class SentenceTokens(nn.Module):
     dtype: str = 'float32'
 
     @nn.compact
-    def __call__(self, ids: Int[Array, 'R L'], rng: Rng, train: bool) -> Tokens:
+    def __call__(
+        self,
+        ids: Int[Array, 'R L'],
+        rng: Rng,
+        train: bool,
+        arrange: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
+    ) -> Tokens:
+        """Turn sentences into tokens.
+
+        Args:
+            ids: numbers of words.
+            rng: of the sentences.
+            train: whether the model trains; nothing depends on it.
+            arrange: (words [R L D], which is read [R]) -> the same of other words.
+        """
         word_spread, position_spread = self.spreads
         x = look_up(self, ids, self.vocab, self.width, frozen=False, spread=word_spread)
+        read, words = self._column(ids), ids != 0  # 0 is padding
+        if arrange is not None:
+            x, read = arrange(x, read)
+            words = jnp.arange(ids.shape[1]) <= read[:, None]
         init = logical(jax.nn.initializers.normal(position_spread), 'buckets', 'embed')
         shape = (self.context, self.width)
         positions = self.param('position_table', init, shape, jnp.float32)
         x = (x + positions[: ids.shape[1]]).astype(self.dtype)
-        words = ids != 0  # 0 is padding
-        return Tokens(x, None, (ids.shape[1],), read=self._column(ids), words=words)
+        return Tokens(x, None, (ids.shape[1],), read=read, words=words)
 
     def _column(self, ids: Int[Array, 'R L']) -> Int[Array, ' R']:
         """The token of each sentence that stands for it."""
