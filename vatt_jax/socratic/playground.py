@@ -203,8 +203,9 @@ def _text_cosines(
 
 def _recalls(scores: Float[np.ndarray, 'N N'], seed: int) -> dict[str, Share]:
     recalls = {}
+    compared = statistics.compare_with_own(scores, np.eye(len(scores), dtype=bool))
     for k in (1, 5, 10):
-        hits = statistics.hits(scores, k)
+        hits = statistics.hits_of_best(*compared, k)
         recalls[f'R@{k}'] = _share(hits, min(1.0, k / len(scores)), seed)
     return recalls
 
