@@ -75,14 +75,14 @@ def get_config(arg: str = 'demo') -> ConfigDict:
 
 def objective(options: list[str]) -> ConfigDict:
     """Frames and sound; frames and sentences where something of theirs is trained."""
-    pairs = (
+    pairs = [
         ('video', 'audio', 'vt', 1.0),
         # Of weight 0 the sentences' tower is there, for evaluations alone.
         ('video', 'text', 'vt', 1.0 if 'temporal' in options else 0.0),
-    )
+    ]
     if 'sentences' in options:
-        pairs = (*pairs, ('audio', 'text', 'vt', 1.0))
-    return ConfigDict({**presets.CLIP_OBJECTIVES['clip'], 'pairs': pairs})
+        pairs.append(('audio', 'text', 'vt', 1.0))
+    return ConfigDict({**presets.CLIP_OBJECTIVES['clip'], 'pairs': tuple(pairs)})
 
 
 def demo_config(options: list[str]) -> ConfigDict:
