@@ -38,8 +38,8 @@ FROZEN = (
     r'^model/head/(video|text)_vt/',
 )
 NEW = (r'^(fronts|encoders|nets)_audio/', r'^head/audio_vt/', r'^times_video/')
-# Videos of the balanced and the unbalanced part.
-AUDIOSET_CLIPS = 2_063_839
+# Of the balanced and the unbalanced part together (recalled).
+AUDIOSET_CLIPS = 2_063_949
 # ImageBind's sound: 128 bands of 25 ms every 10 ms.
 FILTERBANK = {
     'form': 'filterbank',
@@ -123,7 +123,7 @@ def evaluations() -> ConfigDict:
 
 
 def published_config(name: str) -> ConfigDict:
-    """A model of configs/clip.py on AudioSet, by ImageBind's recipe as far as it is remembered."""
+    """A model of configs/clip.py on AudioSet. ImageBind's recipe, recalled: docs/clip_video.md."""
     model, _, dataset = name.rpartition('_')
     choose(dataset, ('audioset',), f'configs/clip_video.py:{name} dataset')
     if not model.startswith('siglip'):
