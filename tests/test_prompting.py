@@ -171,6 +171,14 @@ def test_frames_meet_in_a_transformer_before_they_are_averaged():
         np.testing.assert_allclose(found[row], x.mean(0), rtol=1e-4, atol=1e-4)
 
 
+def test_heads_that_do_not_divide_the_width_are_refused():
+    tower = adapters.Tower('video', layers=2, width=8, frames=3, by_frame=True)
+    fields = {'name': 'video_prompting', 'heads': 3}
+    module = adapters.build(fields, {'video': tower}, 'float32')['video']
+    with pytest.raises(ConfigError, match='adapter.heads: expected a divisor of the width 8'):
+        module.init(jax.random.key(1), jnp.zeros((2, 3, 8)), method='frames')
+
+
 # ---- PGN
 def small_resnet(flat, picture, num_groups):
     """The network in evaluation: kernels [h w I O] by their names in the adapter."""

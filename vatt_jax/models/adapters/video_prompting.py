@@ -8,8 +8,8 @@ and the name of the class at a fixed place among them:
 In the picture tower a small Transformer in the manner of CLIP sees the vectors of all frames, with
 learnt times added, before these are averaged.
 
-Theirs sees the frames in the common space; here, as all of the tower, before the matrix into it.
-That matrix is linear and as good as square, and what a tower is stays what its adapter may change.
+Theirs sees the frames in the common space; here it is part of the tower, before the matrix into
+that space.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vatt_jax.config import check_range
+from vatt_jax.config import ConfigError, check_range
 from vatt_jax.models.adapters.base import Adapter, Tower
 from vatt_jax.models.adapters.coop import arrange, check_room
 from vatt_jax.models.transformer import Block
@@ -69,6 +69,11 @@ class VideoPrompting(Adapter):
             shape = (tower.context, tower.width)
             self.slots = self.param('slots', logical(init, None, 'embed'), shape, jnp.float32)
             return
+        if tower.width % c['heads']:
+            raise ConfigError(
+                f'config.model.adapter.heads: expected a divisor of the width {tower.width} of the '
+                f'tower, got {c["heads"]}'
+            )
         shape = (tower.frames, tower.width)
         self.times = self.param('times', logical(init, None, 'embed'), shape, jnp.float32)
         self.blocks = [
