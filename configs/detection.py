@@ -88,6 +88,8 @@ def demo_config(is_synthetic: bool) -> ConfigDict:
             'contrast': 0.5,
             # Without it the loss does not move in the steps of this run.
             'pooled_share': 0.5,
+            # Two of sixteen positions: where padding and the world's floor and posts are.
+            'margin': 2,
             'width': 64,
             'temperature': 0.1,
             'hidden': 64,

@@ -96,6 +96,33 @@ def test_loss_is_the_weighted_sum_of_both(share):
     np.testing.assert_allclose(labelled.value, 0.3 * contrast + 0.7 * labels, rtol=1e-5)
 
 
+def test_a_margin_is_left_out():
+    """Of maps of 4 × 3 the two positions in the middle: whatever the others are."""
+    objective, params, state = made(contrast=1.0, margin=1)
+    grid, sound = features()
+    pooled = {'video': jnp.asarray(grid.mean((1, 2, 3))), 'audio': jnp.asarray(sound)}
+    there = {'valid': jnp.ones(3, bool)}
+    batch = {'video': there, 'audio': there, 'valid': jnp.ones(3, bool)}
+    rng = objectives.localisation.Rng.create(0, 0, jnp.arange(3))
+    scores = cosines(objective, params, grid[:, :, 1:3, 1:2], sound).max(-1) / 0.07
+    rows, columns = np.log(np.exp(scores).sum(1)), np.log(np.exp(scores).sum(0))
+    pooled[map_of('video')] = jnp.asarray(grid)
+    got = objective.compute_loss(None, {'batch_stats': {}}, params, state, pooled, batch, rng)
+    expected = np.mean((rows + columns) / 2 - np.diag(scores))
+    np.testing.assert_allclose(got.value, expected, rtol=1e-5)
+
+    picture = Encoded(pooled['video'], jnp.asarray(grid).reshape(3, 12, 5), grid=(1, 4, 3))
+    encoded = {'video': picture, 'audio': Encoded(pooled['audio'])}
+    maps = objective.heat_maps(params, state, encoded)
+    inner = np.linalg.norm(grid[:, :, 1:3, 1], axis=-1)  # [B T 2]
+    expected_map = np.broadcast_to(inner.mean(2)[..., None, None], (3, 1, 4, 3)).copy()
+    expected_map[:, :, 1:3, 1] = inner
+    np.testing.assert_allclose(maps[SALIENCY], expected_map, rtol=1e-5)
+    assert maps[HEAT].shape == (3, 1, 4, 3)
+    with pytest.raises(ConfigError, match='margin=2: the map of 4 × 3 positions has nothing left'):
+        objectives.build(ConfigDict({**FIELDS, 'margin': 2}))._check_margin((1, 4, 3))
+
+
 def test_heat_maps_are_cosines():
     objective, params, state = made()
     grid, sound = map(jnp.asarray, features())

@@ -39,6 +39,10 @@ DEFAULTS = {
     # gradient at one position, which before training is an arbitrary one: from scratch, the loss
     # may stay where it began for hundreds of steps. 0: the maximum alone, as published.
     'pooled_share': 0.0,
+    # Positions along each edge of the map that are left out. Padding marks them in every picture
+    # alike, and the maximum settles there for sounds that fit nothing. Heat maps have their mean
+    # there. 0: none, as published.
+    'margin': 0,
     # Of the common space.
     'width': 256,
     'temperature': 0.07,
@@ -69,6 +73,7 @@ class Localisation(SelfLabelling):
         c = self.config
         check_range(c.contrast, 0, 1, 'config.objective.contrast')
         check_range(c.pooled_share, 0, 1, 'config.objective.pooled_share')
+        check_range(c.margin, 0, 1 << 10, 'config.objective.margin')
         check_range(c.width, 1, 1 << 20, 'config.objective.width')
         check_range(c.temperature, 1e-6, 1e6, 'config.objective.temperature')
         choose(c.method, METHODS, 'config.objective.method')
@@ -86,6 +91,7 @@ class Localisation(SelfLabelling):
 
     def init(self, key: jax.Array, spec: Spec) -> tuple[Any, Any]:
         params, state = super().init(key, spec)
+        self._check_margin(spec.outputs.encoded[self.config.picture].grid)
         projections = {}
         for i, name in enumerate(('picture', 'sound')):
             width = heads.width_of(spec, self.config[name])
@@ -93,6 +99,15 @@ class Localisation(SelfLabelling):
             own_key = jax.random.fold_in(key, 5000 + i)
             projections[name], _ = heads.init(self.projection, own_key, width)
         return {**params, PROJECTIONS: projections}, state
+
+    def _check_margin(self, grid: tuple[int, ...]) -> None:
+        margin = self.config.margin
+        # Towers without a map are refused elsewhere.
+        if grid and 2 * margin >= min(grid[-2:]):
+            raise ConfigError(
+                f'config.objective.margin={margin}: the map of {grid[-2]} × {grid[-1]} positions '
+                'has nothing left; try a smaller one'
+            )
 
     # ---- A step.
 
@@ -121,7 +136,8 @@ class Localisation(SelfLabelling):
     ) -> Loss:
         c = self.config
         labelling = super().compute_loss(model, variables, params, state, pooled, batch, rng)
-        contrast = self._contrast(params, pooled[map_of(c.picture)], pooled, batch)
+        inner = self._inner(pooled[map_of(c.picture)])
+        contrast = self._contrast(params, inner, pooled, batch)
         if c.pooled_share:
             # A map of one position: the whole picture.
             whole = pooled[c.picture][:, None]  # [B 1 D]
@@ -135,6 +151,12 @@ class Localisation(SelfLabelling):
         }
         # Before the first labels self-labelling keeps all parameters; the contrast needs none.
         return Loss(value, metrics, labelling.batch_stats, labelling.state, apply_update=True)
+
+    def _inner(self, grid: Float[Array, 'B T h w *D']) -> Float[Array, 'B T h2 w2 *D']:
+        """A map without its margin."""
+        margin = self.config.margin
+        height, width = grid.shape[2:4]
+        return grid[:, :, margin : height - margin, margin : width - margin]
 
     def _contrast(
         self,
@@ -196,4 +218,14 @@ class Localisation(SelfLabelling):
             positions = heads.unit(self.project(params, 'picture', grid))
             sound = heads.unit(self.project(params, 'sound', encoded[c.sound].pooled))
             maps[HEAT] = jnp.einsum('b...e,be->b...', positions, sound, precision='highest')
-        return maps
+        return {name: self._without_margin(x) for name, x in maps.items()}
+
+    def _without_margin(self, heat: Float[Array, 'B T h w']) -> Float[Array, 'B T h w']:
+        """A map whose margin has the mean of the rest, below every threshold of β > 0."""
+        if not self.config.margin:
+            return heat
+        inner = self._inner(heat)
+        mean = inner.mean((2, 3), keepdims=True)
+        margin = (self.config.margin,) * 2
+        # Padded with zeros around what is measured from the mean.
+        return jnp.pad(inner - mean, ((0, 0), (0, 0), margin, margin)) + mean
