@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from vatt_jax.config import ConfigError
 from vatt_jax.training import checkpoint
 
 
@@ -22,8 +24,7 @@ def with_own_tokenizer(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
     Raises:
         ConfigError: the folder holds no checkpoint.
     """
-    info = checkpoint.read_meta(checkpoint.find(workdir))['info']
-    spec = info.get('tokenizer')
+    spec = _readable_info(checkpoint.find(workdir).parent).get('tokenizer')
     if not spec or not isinstance(config.model.inputs.text.get('tokenizer'), str):
         return config
     changed = config.copy_and_resolve_references()
@@ -31,3 +32,18 @@ def with_own_tokenizer(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
     with changed.ignore_type(), changed.unlocked():
         changed.model.inputs.text.tokenizer = spec
     return changed
+
+
+def _readable_info(checkpoints: pathlib.Path) -> dict[str, Any]:
+    """What the data said of themselves, by the newest checkpoint that says it; {}: none does.
+
+    It is the same in all of a run. A damaged checkpoint is named, or passed over, where the model
+    is read.
+    """
+    for step in reversed(checkpoint.steps(checkpoints)):
+        try:
+            info: dict[str, Any] = checkpoint.read_meta(checkpoints / str(step))['info']
+        except ConfigError:
+            continue
+        return info
+    return {}
