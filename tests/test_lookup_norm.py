@@ -122,7 +122,7 @@ def test_a_step_clips_by_that_norm():
         def probe(state, batch):
             rng = Rng.create(config.seed, state.step, batch['position'])
             both = {**state.params, **train_step.probes(config, state.params)}
-            grads, _ = function(both, state.batch_stats, state.objective, batch, rng)
+            grads, _ = function(both, state.batch_stats, state.frozen, state.objective, batch, rng)
             return grads
 
         grads = jax.jit(probe)(state, batch)

@@ -46,6 +46,7 @@ def first_gradients(config):
         grads, loss = compute_gradients(
             state.params,
             state.batch_stats,
+            state.frozen,
             state.objective,
             batch,
             Rng.create(config.seed, 0, batch['position']),

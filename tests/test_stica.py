@@ -405,7 +405,9 @@ def first_gradients(**overrides):
         compute_gradients = jax.jit(train_step.gradients(c, built.model, built.objective))
         rng = Rng.create(c.seed, 0, batch['position'])
         return jax.device_get(
-            compute_gradients(state.params, state.batch_stats, state.objective, batch, rng)
+            compute_gradients(
+                state.params, state.batch_stats, state.frozen, state.objective, batch, rng
+            )
         )
 
 

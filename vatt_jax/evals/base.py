@@ -262,8 +262,8 @@ class Evaluator:
                 raise ConfigError(
                     f'{self.where}.{field}: expected a positive number, got {c[field]}.'
                 )
-        # 0 clusters: as many as classes; negative seconds: before.
-        for field, low in (('clusters', 0), ('seconds', -math.inf)):
+        # 0 clusters: as many as classes; 0 captions: all; negative seconds: before.
+        for field, low in (('clusters', 0), ('captions', 0), ('seconds', -math.inf)):
             check_range(c.get(field, 0), low, math.inf, f'{self.where}.{field}')
         for strength in c.get('strengths', ()):
             # `not > 0` instead of `<= 0`, which NaN would pass.
