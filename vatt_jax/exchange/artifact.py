@@ -144,7 +144,7 @@ def _write_tower(folder: pathlib.Path, tower: _Tower, info: Mapping[str, Any]) -
     if tower.classifier is not None:
         objective = tower.classifier.config
         described['classifier'] = {
-            'names': classes.class_names(info, objective, widths['logits']),
+            'names': classes.names_of_classes(info, objective, widths['logits']),
             'form': objective.form,
         }
     return described

@@ -85,10 +85,10 @@ def by_classifier(
     else:
         scores = np.asarray(jax.nn.sigmoid(logits))
     rows.features = {'scores': scores, 'logits': logits}
-    return _as_output(rows, class_names(info, objective, logits.shape[-1]), name, request)
+    return _as_output(rows, names_of_classes(info, objective, logits.shape[-1]), name, request)
 
 
-def class_names(info: Mapping[str, Any], objective: ConfigDict, count: int) -> list[str]:
+def names_of_classes(info: Mapping[str, Any], objective: ConfigDict, count: int) -> list[str]:
     """The names of a classifier's `count` classes; numbers where the data have other names."""
     names = list(info.get('labels', {}).get(objective.label, ()))
     # An import without --classes.
