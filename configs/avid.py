@@ -48,7 +48,7 @@ class Published:
     Attributes:
         videos: training records.
         batch_size: over 8 GPUs.
-        clips: of a record in one pass.
+        clips: of a record in one pass, at random places of it.
         passes: of AVID and of CMA.
         rates: learning rates of AVID and of CMA, constant.
         refresh: passes of CMA from refresh to refresh.
@@ -129,11 +129,17 @@ def add_cma(c: ConfigDict, published: Published | None) -> None:
 
 def demo_config(options: list[str]) -> ConfigDict:
     """AVID at the size of the playground."""
-    # Towers, single-scene videos and strong augmentation of the self-labelling demo.
+    # Towers and single-scene videos of the self-labelling demo.
     c = selavi.demo_config(options)
     c.steps = 600
+    set_augmentation(c.augment)
+    # Slower, the loss stays on its plateau (docs/avid.md).
+    c.optimizer.schedule.peak = 3e-3
     c.model.head = ConfigDict({'name': 'avid', 'hidden': 128, 'va': 64})
     c.objective = objective_config()
+    # Once in every pass each, the own vector of a clip would always be older than those of the
+    # negatives, which its network can tell without knowing the record.
+    c.data.clips_per_epoch = PUBLISHED['kinetics'].clips
     # Of 1200 records.
     c.objective.update({'negatives': 256, 'positive_negatives': 64})
     evals = c.evals = ConfigDict()
@@ -166,14 +172,19 @@ def published_config(published: Published, name: str) -> ConfigDict:
     o.weight_decay, o.decay_skip, o.frozen = 1e-5, (), ()
     o.schedule.update({'name': 'constant', 'peak': published.rates[0], 'warmup': 0})
     c.data.train[name] = default.records(f'data/{name}/records')
+    c.data.clips_per_epoch = published.clips
     c.data.crop, c.data.aspect = (0.08, 1.0), (0.75, 4 / 3)
-    a = c.augment
-    a.color, a.brightness, a.gain, a.contrast = 1.0, 0.0, 0.4, 0.4
-    a.saturation, a.hue = 0.4, 0.2
-    a.audio_noise, a.volume = 0.0, 0.1
+    set_augmentation(c.augment)
     c.checkpoint.every, c.checkpoint.keep, c.log_every = published.steps_per_pass, 5, 50
     set_probes(c.evals, windows=10)
     return c
+
+
+def set_augmentation(augment: ConfigDict) -> None:
+    """The published jitter of colour and volume, in place."""
+    augment.color, augment.brightness, augment.gain, augment.contrast = 1.0, 0.0, 0.4, 0.4
+    augment.saturation, augment.hue = 0.4, 0.2
+    augment.audio_noise, augment.volume = 0.0, 0.1
 
 
 def set_probes(evals: ConfigDict, windows: int) -> None:

@@ -220,6 +220,8 @@ def data() -> ConfigDict:
     # path '': what `make` makes. With {label: 'class', per_class: 20} all labels but those of 20
     # segments of each class are unknown, and these segments are drawn.
     d.train = ConfigDict()
+    # How often an epoch has each record, each time another clip of it, at random places (AVID: 10).
+    d.clips_per_epoch = 1
     # {path, fold}: the dataset whose splits the evaluators name. Empty: the first training source.
     d.eval = ConfigDict()
     # Fields of the playground and its path; it is rendered and prepared when it is needed and not

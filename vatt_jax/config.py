@@ -74,6 +74,7 @@ COUNTS = {
     'checkpoint.keep': 1,
     'data.prefetch': 1,
     'data.threads': 1,
+    'data.clips_per_epoch': 1,
     'data.synthetic_size': 1,
     'object_store.tries': 1,
     'object_store.memory': 1,

@@ -229,7 +229,9 @@ class Data:
             sources = _with_sampling(sources, columns)
         # A batch holds exact counts of the sources that have a `share`, so the order must know
         # where batches begin: at `consumed`, which need not be a multiple of the batch size.
-        stream = order.Order(sources, self.config.seed, batch_size, consumed)
+        stream = order.Order(
+            sources, self.config.seed, batch_size, consumed, self.config.data.clips_per_epoch
+        )
         order.host_rows(batch_size, process)  # raises here, not in the first batch
         return TrainingRows(stream, consumed, batch_size, process)
 

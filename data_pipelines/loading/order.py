@@ -171,7 +171,14 @@ class Order:
     gives a record.
     """
 
-    def __init__(self, sources: Sequence[Source], seed: int, batch_size: int = 1, offset: int = 0):
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        seed: int,
+        batch_size: int = 1,
+        offset: int = 0,
+        clips_per_epoch: int = 1,
+    ):
         """See the class.
 
         Args:
@@ -179,6 +186,7 @@ class Order:
           seed: config.seed.
           batch_size: global; matters only if some source has a share.
           offset: where batches begin, modulo batch_size.
+          clips_per_epoch: how often an epoch has each record, at random places of one order.
 
         Raises:
           DataError: shares that are not whole rows of a batch or leave nothing for, or too much to,
@@ -194,6 +202,7 @@ class Order:
         self.seed = seed
         self._batch_size = batch_size
         self._offset = offset % batch_size
+        self._clips_per_epoch = clips_per_epoch
         # A share fills a fixed number of rows of every batch; what is left goes by weights.
         self._share_rows = [_share_rows(source, batch_size) for source in sources]
         self._weighted_rows = batch_size - sum(self._share_rows)
@@ -254,7 +263,7 @@ class Order:
         source, draw = self._draws(positions)
         # A source's epochs are its own: a small one begins its tenth while a large one is in its
         # first.
-        size = self._sizes[source]
+        size = self._sizes[source] * self._clips_per_epoch
         epoch, within_epoch = np.divmod(draw, size)
         index = np.zeros(len(positions), np.int64)
         is_weighted = np.zeros(len(positions), bool)
@@ -269,7 +278,8 @@ class Order:
         # The others in one go, however many sources they are of.
         others = np.flatnonzero(~is_weighted)
         keys = self._epoch_keys(source[others], epoch[others])
-        index[others] = _permute_each(within_epoch[others], size[others].astype(np.uint64), keys)
+        clip = _permute_each(within_epoch[others], size[others].astype(np.uint64), keys)
+        index[others] = clip % self._sizes[source[others]]
         return source, index, epoch
 
     def _epoch_keys(

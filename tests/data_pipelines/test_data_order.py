@@ -443,6 +443,27 @@ def test_hundreds_of_sources_have_the_order_of_each_by_itself(with_shares):
         assert epoch[source == i].tolist() == (draws // spec.size).tolist()
 
 
+def test_an_epoch_may_have_several_clips_of_each_record():
+    """In each epoch all of them, in one order: the gaps between clips of a record are random."""
+    clips, size = 10, 200
+    positions = np.arange(3 * clips * size)
+    for sources in ([Source(size)], [Source(size), Source(size)]):
+        source, index, epoch = Order(sources, 5, clips_per_epoch=clips).rows(
+            np.arange(len(sources) * len(positions))
+        )
+        of_first = source == 0
+        for e in range(3):
+            counts = np.bincount(index[of_first & (epoch == e)], minlength=size)
+            assert counts.tolist() == [clips] * size
+    _, index, epoch = Order([Source(size)], 5, clips_per_epoch=clips).rows(positions)
+    assert epoch.tolist() == (positions // (clips * size)).tolist()
+    # Of clips in random order, one in `size` is of the record of the clip before it.
+    gaps = np.concatenate([np.diff(np.flatnonzero(index == record)) for record in range(size)])
+    assert (gaps < size / 2).mean() > 0.3
+    resumed = Order([Source(size)], 5, 8, offset=24, clips_per_epoch=clips).rows(positions[24:])
+    assert resumed[1].tolist() == index[24:].tolist()
+
+
 def test_digits_of_the_order():
     """Written down once: a run that is resumed by a later version goes on in the same order."""
     sources = [Source(1000, 2.0), Source(77, 1.0), Source(5, share=0.25)]

@@ -91,9 +91,10 @@ def _flops_per_clip(config: ConfigDict, built: loop.Built) -> float:
 
 def epochs(config: ConfigDict, data: Any) -> str:
     """Return the batches of an epoch, and how many epochs the run is."""
-    size = data.size('train')
-    batches = size / config.batch_size
-    return f'{batches:.1f} batches of {size} records; {config.steps} steps are ' + (
+    size, clips = data.size('train'), config.data.clips_per_epoch
+    batches = size * clips / config.batch_size
+    records = f'{size} records' if clips == 1 else f'{clips} clips of each of {size} records'
+    return f'{batches:.1f} batches of {records}; {config.steps} steps are ' + (
         f'{config.steps / batches:.1f} epochs' if batches else 'no epoch'
     )
 
