@@ -122,9 +122,7 @@ def test_distances_and_gradients_are_those_of_the_definition(batch):
 
     gradient, distance = jax.jit(jax.grad(total, has_aux=True))(words)
     for b in range(4):
-        expected = distance_and_gradient(
-            words[b][words_valid[b]], regions[b][regions_valid[b]]
-        )
+        expected = distance_and_gradient(words[b][words_valid[b]], regions[b][regions_valid[b]])
         np.testing.assert_allclose(distance[b], expected[0], rtol=1e-4)
         np.testing.assert_allclose(gradient[b][words_valid[b]], expected[1], atol=1e-4)
     # Through the cost alone, and never into padding.
