@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vatt_jax.config import ConfigError
 from vatt_jax.evals import captioning
 from vatt_jax.evals.captioning import __main__ as command
-from vatt_jax.evals.captioning import meteor
+from vatt_jax.evals.captioning import meteor_score
 
 NUM_PICTURES = 7
 
@@ -210,7 +210,7 @@ def test_alignments_have_the_fewest_chunks():
     for _ in range(60):
         candidate = list(rng.choice(list('abcd'), rng.integers(1, 7)))
         reference = list(rng.choice(list('abcd'), rng.integers(1, 7)))
-        found = meteor.align(candidate, reference)
+        found = meteor_score.align(candidate, reference)
         matches, chunks = fewest_chunks(candidate, reference)
         if candidate == reference:
             chunks = 0
@@ -234,7 +234,7 @@ def test_meteor_by_hand():
 
 
 def test_a_caption_of_one_word_many_times_is_aligned_in_no_time():
-    found = meteor.align(['a'] * 60, ['a'] * 50)
+    found = meteor_score.align(['a'] * 60, ['a'] * 50)
     assert found.matches == 50 and found.chunks == 1
 
 

@@ -138,14 +138,18 @@ def test_alignment_is_the_signed_mean_over_pairs(batch):
         for b in range(4)
     ]
     masks = words_valid, regions_valid
-    loss = word_region.word_region_alignment(words, regions, is_match, *masks)
+
+    def of_all(words):
+        return word_region.word_region_alignment(words, regions, is_match, *masks)
+
+    loss = jax.jit(of_all)(words)
     mean = (expected[0] + expected[2] - expected[1] - expected[3]) / 4
     np.testing.assert_allclose(loss, mean, atol=1e-5)
 
     def of_valid(words):
         return word_region.word_region_alignment(words, regions, is_match, *masks, valid=valid)
 
-    loss, gradient = jax.value_and_grad(of_valid)(words)
+    loss, gradient = jax.jit(jax.value_and_grad(of_valid))(words)
     np.testing.assert_allclose(loss, (expected[0] - expected[1] - expected[3]) / 3, atol=1e-5)
     np.testing.assert_array_equal(gradient[2], 0)
     assert np.abs(gradient[0]).max() > 0

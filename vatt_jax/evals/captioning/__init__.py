@@ -5,8 +5,8 @@ each. They split at white space; `tokenize` makes such sentences of captions as 
 and `score` does both.
 """
 
-from vatt_jax.evals.captioning.bleu import bleu
-from vatt_jax.evals.captioning.cider import cider, cider_d
+from vatt_jax.evals.captioning.bleu_score import bleu
+from vatt_jax.evals.captioning.cider_score import cider, cider_d
 from vatt_jax.evals.captioning.files import (
     pair,
     read_references,
@@ -14,8 +14,8 @@ from vatt_jax.evals.captioning.files import (
     write_references,
     write_results,
 )
-from vatt_jax.evals.captioning.meteor import meteor_like
-from vatt_jax.evals.captioning.rouge import rouge_l
+from vatt_jax.evals.captioning.meteor_score import meteor_like
+from vatt_jax.evals.captioning.rouge_score import rouge_l
 from vatt_jax.evals.captioning.scores import METRICS, score, score_files
 from vatt_jax.evals.captioning.tokenization import tokenize
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 
 from vatt_jax.config import ConfigError, choose
 from vatt_jax.evals.captioning import files
-from vatt_jax.evals.captioning.bleu import bleu
-from vatt_jax.evals.captioning.cider import cider, cider_d
-from vatt_jax.evals.captioning.meteor import meteor_like
+from vatt_jax.evals.captioning.bleu_score import bleu
+from vatt_jax.evals.captioning.cider_score import cider, cider_d
+from vatt_jax.evals.captioning.meteor_score import meteor_like
 from vatt_jax.evals.captioning.ngrams import Captions, References
-from vatt_jax.evals.captioning.rouge import rouge_l
+from vatt_jax.evals.captioning.rouge_score import rouge_l
 from vatt_jax.evals.captioning.tokenization import tokenize
 
 
