@@ -234,8 +234,8 @@ def test_meteor_by_hand():
 
 
 def test_a_caption_of_one_word_many_times_is_aligned_in_no_time():
-    found = meteor_score.align(['a'] * 60, ['a'] * 50)
-    assert found.matches == 50 and found.chunks == 1
+    found = meteor_score.align(['a'] * 25, ['a'] * 20)
+    assert found.matches == 20 and found.chunks == 1
 
 
 # ---- Words
@@ -264,8 +264,8 @@ def test_captions_are_split_as_the_treebank_does(caption, words):
     assert captioning.tokenize(caption) == words
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.text(max_size=40))
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=20))
 def test_any_text_becomes_words(text):
     words = captioning.tokenize(text).split(' ')
     for word in words:

@@ -143,10 +143,11 @@ def region_nce(
     num_pictures, num_regions, width = predicted.shape
     mask = as_mask(is_masked, (num_pictures, num_regions), 'is_masked').ravel()
     is_there = as_mask(valid, (num_pictures, num_regions), 'valid').ravel()
-    queries, targets = predicted.reshape(-1, width), target.reshape(-1, width)
-    if own_picture:
-        further, pictures = (), None
-    else:
+    queries = jnp.reshape(predicted, (-1, width))
+    targets = jnp.reshape(target, (-1, width))
+    further: tuple[Keys, ...] = ()
+    pictures = None
+    if not own_picture:
         pictures = jnp.repeat(jnp.arange(num_pictures), num_regions)
         further = (Keys(targets, valid=is_there, apart=pictures),)
     return info_nce(

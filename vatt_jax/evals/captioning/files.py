@@ -66,7 +66,7 @@ def read_references(path: str | os.PathLike) -> dict[ImageId, list[str]]:
 
 def write_references(path: str | os.PathLike, references: Mapping[ImageId, Sequence[str]]) -> None:
     """Writes the captions of each picture; the file appears whole or not at all."""
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for image, captions in references.items():
         for caption in captions:
             annotations.append({'id': len(annotations), 'image_id': image, 'caption': caption})
