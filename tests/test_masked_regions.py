@@ -9,6 +9,7 @@ import scipy.special
 
 from tests import typecheck
 from vatt_jax.losses import masked_regions
+from vatt_jax.parallel import sharding
 
 B, N, D, P = 4, 6, 5, 9
 
@@ -133,6 +134,16 @@ def test_negatives_may_be_of_other_pictures_alone(arrays):
     expected = nce(*arguments, own_picture=False, temperature=0.5)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert abs(expected - nce(*arguments, own_picture=True, temperature=0.5)) > 0.1
+
+
+@pytest.mark.parametrize('own_picture', [True, False])
+def test_negatives_are_those_of_the_global_batch_on_any_mesh(arrays, own_picture):
+    arguments = [arrays[field] for field in LOSSES['region_nce']]
+    mesh = sharding.make_mesh({'replica': 2, 'fsdp': 2, 'model': 2, 'seq': 1})
+    with jax.set_mesh(mesh):
+        value, gradients = evaluate('region_nce', arrays, own_picture=own_picture)
+    np.testing.assert_allclose(value, nce(*arguments, own_picture), rtol=1e-5)
+    np.testing.assert_array_equal(np.asarray(gradients[0])[~arrays['mask']], 0)
 
 
 def test_uniter_divides_the_divergence_by_the_number_of_classes(arrays):
