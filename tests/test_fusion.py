@@ -1,0 +1,541 @@
+"""Attention types against their definition, what holds between them, and fusion in a model."""
+
+import dataclasses
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+from flax.traverse_util import flatten_dict
+
+from configs import default
+from configs import fusion as fusion_config
+from tests import tiny
+from vatt_jax import config as configs
+from vatt_jax import models
+from vatt_jax.config import ConfigError
+from vatt_jax.models.attention import attention_or_zero
+from vatt_jax.models.fusion import BlockOptions, CrossBlock, FusionLayer, FusionStack
+from vatt_jax.models.multimodal import Encoded
+from vatt_jax.parallel import sharding
+from vatt_jax.rng import Rng
+
+B = 3  # clips in a batch
+TOKENS = {'language': 4, 'image': 5, 'sound': 3}
+WIDTHS = {'language': 8, 'image': 12, 'sound': 6}
+OPTIONS = BlockOptions(mlp=10, heads=2, head_width=3)
+# BERT's conventions, with the eps large enough to be seen.
+POST_NORM = dataclasses.replace(
+    OPTIONS, pre_norm=False, eps=1e-2, activation='relu', kernel_init='bert'
+)
+NO_BIAS = dataclasses.replace(OPTIONS, bias=False, activation='gelu_tanh', kernel_init='clip')
+RNG = Rng.create(0, 0, jnp.arange(B))
+
+
+def noise(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def streams_of(*names, width=0):
+    """({stream: tokens}, {stream: mask}); the last clip has no image at all."""
+    x, masks = {}, {}
+    for seed, name in enumerate(names):
+        x[name] = noise(seed, B, TOKENS[name], width or WIDTHS[name])
+        masks[name] = np.arange(TOKENS[name])[None] < np.array([[TOKENS[name]], [2], [1]])
+    if 'image' in masks:
+        masks['image'][2] = False
+    return x, masks
+
+
+def initial(module, *inputs):
+    """Unboxed parameters, with noise: biases of 0 and scales of 1 would hide their being left out.
+
+    Noise is keyed by the path, so that layers of different types get equal values where they have
+    equal parameters.
+    """
+
+    def init(*inputs):
+        return module.init(jax.random.key(0), *inputs, RNG, False)
+
+    params = meta.unbox(jax.jit(init)(*inputs))['params']
+
+    def add_noise(path, value):
+        return value + 0.3 * noise(number_of(path), *value.shape)
+
+    return jax.tree_util.tree_map_with_path(add_noise, params)
+
+
+def number_of(path):
+    return sum(ord(letter) * (i + 1) for i, letter in enumerate(jax.tree_util.keystr(path)))
+
+
+def apply(module, params, *inputs):
+    def call(params, *inputs):
+        return module.apply({'params': params}, *inputs, RNG, False)
+
+    return jax.jit(call)(params, *inputs)
+
+
+def f64(tree):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+# ---- the definition, in float64 and clip by clip
+
+
+def erf(x):
+    return np.vectorize(math.erf)(x)
+
+
+ACTIVATIONS = {
+    'gelu': lambda x: x * 0.5 * (1 + erf(x / np.sqrt(2))),
+    'gelu_tanh': lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    'relu': lambda x: np.maximum(x, 0),
+}
+
+
+def layer_norm(params, x, eps):
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * params['scale'] + params['bias']
+
+
+def project(params, x):
+    """x [N D] -> [N heads kv]."""
+    return np.einsum('nd,dhk->nhk', x, params['kernel']) + params.get('bias', 0)
+
+
+def attend(query, key, value, mask):
+    """[Nq heads kv]; keys whose mask is False are not there, and no key gives zero."""
+    out = np.zeros_like(query)
+    for head in range(query.shape[1]):
+        k, v = key[mask, head], value[mask, head]
+        for row in range(len(query)):
+            if len(k):
+                logits = k @ query[row, head] / np.sqrt(query.shape[2])
+                weights = np.exp(logits - logits.max())
+                out[row, head] = weights @ v / weights.sum()
+    return out
+
+
+def dense(params, x):
+    return x @ params['kernel'] + params.get('bias', 0)
+
+
+def define_layer(params, x, masks, reads, options):
+    """{stream: [N D]} of one clip, whose streams attend to what `reads` says."""
+    pre = options.pre_norm
+    normed = {}
+    for name, tokens in x.items():
+        normed[name] = tokens
+        if pre and 'attention_norm' in params[name]:
+            normed[name] = layer_norm(params[name]['attention_norm'], tokens, options.eps)
+    updated = {}
+    for name, tokens in x.items():
+        part = params[name]
+        if not reads[name]:
+            updated[name] = tokens
+            continue
+        key = np.concatenate([project(params[s]['key'], normed[s]) for s in reads[name]])
+        value = np.concatenate([project(params[s]['value'], normed[s]) for s in reads[name]])
+        mask = np.concatenate([masks[s] for s in reads[name]])
+        context = attend(project(part['query'], normed[name]), key, value, mask)
+        out = np.einsum('nhk,hkd->nd', context, part['out']['kernel']) + part['out'].get('bias', 0)
+        y = tokens + out
+        if not pre:
+            y = layer_norm(part['attention_norm'], y, options.eps)
+        hidden = layer_norm(part['mlp_norm'], y, options.eps) if pre else y
+        hidden = ACTIVATIONS[options.activation](dense(part['mlp_in'], hidden))
+        y = y + dense(part['mlp_out'], hidden)
+        updated[name] = y if pre else layer_norm(part['mlp_norm'], y, options.eps)
+    return updated
+
+
+def define(params, x, masks, reads, options):
+    """The same of all clips."""
+    params, x = f64(params), f64(x)
+    clips = []
+    for clip in range(B):
+        tokens = {name: value[clip] for name, value in x.items()}
+        clip_masks = {name: value[clip] for name, value in masks.items()}
+        clips.append(define_layer(params, tokens, clip_masks, reads, options))
+    return jax.tree.map(lambda *rows: np.stack(rows), *clips)
+
+
+L, I, S = 'language', 'image', 'sound'
+# (type, other fields, who attends to whom)
+CASES = {
+    'co': ('co', {}, {L: [I], I: [L]}),
+    'merged': ('merged', {}, {L: [L, I], I: [L, I]}),
+    'specific': ('specific', {}, {L: [L], I: [I]}),
+    'language queries': ('asymmetric', {'query': L}, {L: [I], I: [I]}),
+    'image queries': ('asymmetric', {'query': I}, {L: [L], I: [L]}),
+    'passive as it is': ('asymmetric', {'query': L, 'passive': 'identity'}, {L: [I], I: []}),
+    'three, co': ('co', {}, {L: [I, S], I: [L, S], S: [L, I]}),
+    'three, merged': ('merged', {}, {L: [L, I, S], I: [L, I, S], S: [L, I, S]}),
+    'three, asymmetric': ('asymmetric', {'query': S}, {L: [L], I: [I], S: [L, I]}),
+}
+
+
+@pytest.mark.parametrize(
+    'case, options',
+    [
+        *[(case, OPTIONS) for case in CASES],
+        ('co', POST_NORM),
+        ('merged', POST_NORM),
+        ('merged', NO_BIAS),
+        ('passive as it is', POST_NORM),
+    ],
+)
+def test_each_type_is_its_definition(case, options):
+    kind, fields, reads = CASES[case]
+    x, masks = streams_of(*reads)
+    layer = FusionLayer(kind, tuple(reads), options, **fields)
+    params = initial(layer, x, masks)
+    got = apply(layer, params, x, masks)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, x)
+    chex.assert_trees_all_close(got, define(params, x, masks, reads, options), atol=3e-5)
+
+
+def test_a_stream_that_only_is_looked_at_stays_and_has_keys_alone():
+    kind, fields, reads = CASES['passive as it is']
+    x, masks = streams_of(*reads)
+    layer = FusionLayer(kind, tuple(reads), OPTIONS, **fields)
+    params = initial(layer, x, masks)
+    assert set(params[I]) == {'attention_norm', 'key', 'value'}
+    np.testing.assert_array_equal(apply(layer, params, x, masks)[I], x[I])
+
+
+def test_vilberts_streams_differ_in_feed_forward_width():
+    x, masks = streams_of(L, I)
+    layer = FusionLayer('co', (L, I), POST_NORM, mlps=((I, 7),))
+    params = initial(layer, x, masks)
+    assert params[L]['mlp_in']['kernel'].shape == (8, 10)
+    assert params[I]['mlp_in']['kernel'].shape == (12, 7)
+    expected = define(params, x, masks, CASES['co'][2], POST_NORM)
+    chex.assert_trees_all_close(apply(layer, params, x, masks), expected, atol=3e-5)
+
+
+def test_merged_without_the_other_side_is_modality_specific():
+    x, masks = streams_of(L, I)
+    masks[I][:] = False
+    merged, specific = (FusionLayer(kind, (L, I), OPTIONS) for kind in ('merged', 'specific'))
+    params = initial(merged, x, masks)
+    got = apply(merged, params, x, masks)[L]
+    np.testing.assert_allclose(got, apply(specific, params, x, masks)[L], atol=2e-6)
+    # A stream that is not in the batch counts as masked.
+    alone = {L: x[L]}, {L: masks[L]}
+    np.testing.assert_allclose(got, apply(merged, params, *alone)[L], atol=2e-6)
+
+
+def test_co_attention_to_a_missing_stream_is_to_a_masked_one():
+    x, masks = streams_of(L, I)
+    masks[I][:] = False
+    layer = FusionLayer('co', (L, I), OPTIONS)
+    params = initial(layer, x, masks)
+    got = apply(layer, params, {L: x[L]}, {L: masks[L]})[L]
+    np.testing.assert_array_equal(got, apply(layer, params, x, masks)[L])
+
+
+def test_single_stream_is_merged_with_tied_weights():
+    x, masks = streams_of(L, I, width=8)
+    single, merged = (FusionLayer(kind, (L, I), OPTIONS) for kind in ('single', 'merged'))
+    params = initial(single, x, masks)
+    assert set(params) == {'shared'}
+    tied = {L: params['shared'], I: params['shared']}
+    got = apply(single, params, x, masks)
+    chex.assert_trees_all_close(got, apply(merged, tied, x, masks), atol=1e-6)
+    chex.assert_trees_all_close(got, define(tied, x, masks, CASES['merged'][2], OPTIONS), atol=3e-5)
+
+
+@pytest.mark.parametrize('implementation', ['dense', 'xla'])
+@pytest.mark.parametrize('mask_rank', [2, 3])
+def test_a_query_without_keys_gets_exactly_zero_and_a_finite_gradient(implementation, mask_rank):
+    query, key, value = (jnp.asarray(noise(seed, B, 4, 2, 3)) for seed in range(3))
+    mask = np.ones((B, 4, 4)[:mask_rank], bool) if mask_rank == 3 else np.ones((B, 4), bool)
+    mask[1] = False
+
+    def attended(query, key, value):
+        return attention_or_zero(
+            query, key, value, mask=mask, scale=0.5, implementation=implementation
+        )
+
+    got = attended(query, key, value)
+    np.testing.assert_array_equal(got[1], 0)
+    assert np.abs(got[0]).min() > 0
+    gradients = jax.grad(lambda *qkv: attended(*qkv).sum(), (0, 1, 2))(query, key, value)
+    chex.assert_tree_all_finite(gradients)
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient[1], 0)
+
+
+def test_a_block_attends_to_a_context_of_another_width():
+    """Keys and values of what is given, as it is; a mask of queries and keys."""
+    x, context = noise(0, B, 4, 8), noise(1, B, 5, 6)
+    mask = np.random.default_rng(2).random((B, 4, 5)) < 0.5
+    mask[0, 1] = False
+    block = CrossBlock(8, OPTIONS, context_width=6)
+    params = initial(block, x, context, mask)
+    got = apply(block, params, x, context, mask)
+    p = f64(params)
+    for clip in range(B):
+        normed = layer_norm(p['attention_norm'], np.float64(x[clip]), 1e-6)
+        query, key = project(p['query'], normed), project(p['key'], np.float64(context[clip]))
+        value = project(p['value'], np.float64(context[clip]))
+        rows = [attend(query[i : i + 1], key, value, mask[clip, i])[0] for i in range(4)]
+        y = x[clip] + np.einsum('nhk,hkd->nd', rows, p['out']['kernel']) + p['out']['bias']
+        hidden = ACTIVATIONS['gelu'](dense(p['mlp_in'], layer_norm(p['mlp_norm'], y, 1e-6)))
+        np.testing.assert_allclose(got[clip], y + dense(p['mlp_out'], hidden), atol=3e-5)
+
+
+# ---- several layers
+
+
+def mixed_stack(**fields):
+    types = ('specific', 'co', 'merged')
+    return FusionStack((L, I), types, OPTIONS, **fields)
+
+
+def test_a_mixed_schedule_is_its_layers_and_a_final_norm():
+    x, masks = streams_of(L, I)
+    params = initial(mixed_stack(), x, masks)
+    expected = x
+    for number, case in enumerate(('specific', 'co', 'merged')):
+        layer = params[f'layer_{number}']
+        expected = define(layer, expected, masks, CASES[case][2], OPTIONS)
+    for name in x:
+        norm = f64(params[f'{name}_final_norm'])
+        expected[name] = layer_norm(norm, expected[name], OPTIONS.eps)
+    chex.assert_trees_all_close(apply(mixed_stack(), params, x, masks), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_recomputing_changes_neither_value_nor_gradient(remat):
+    x, masks = streams_of(L, I)
+    dropping = dataclasses.replace(OPTIONS, dropout=0.3, attention_dropout=0.3)
+
+    def value_and_gradient(remat):
+        stack = mixed_stack(remat=remat).clone(options=dropping)
+
+        def total(params, x):
+            out = stack.apply({'params': params}, x, masks, RNG, True)
+            return sum(jnp.sum(jnp.sin(y)) for y in out.values())
+
+        return jax.jit(jax.value_and_grad(total))(params, x)
+
+    params = initial(mixed_stack(), x, masks)
+    chex.assert_trees_all_close(value_and_gradient(remat), value_and_gradient('none'), rtol=1e-4)
+
+
+def test_eight_devices_compute_what_one_does():
+    """Parameters sharded by the rules of all transformers: width, heads and mlp."""
+    names = (L, I)
+    x = {name: noise(seed, 8, 6, 8) for seed, name in enumerate(names)}
+    masks = {name: np.arange(6)[None] < np.arange(1, 9)[:, None] for name in names}
+    stack = FusionStack(names, ('co', 'single'), dataclasses.replace(OPTIONS, dropout=0.2, heads=4))
+    rng = Rng.create(0, 0, jnp.arange(8))
+
+    def init():
+        return stack.init(jax.random.key(0), x, masks, rng, False)['params']
+
+    def forward(params, x):
+        return stack.apply({'params': params}, x, masks, rng, True)
+
+    params = meta.unbox(jax.jit(init)())
+    expected = jax.jit(forward)(params, x)
+    mesh = sharding.make_mesh({'replica': 2, 'fsdp': 2, 'model': 2})
+    layout = sharding.tree_shardings(jax.eval_shape(init), mesh)
+    query = layout['layer_0'][L]['query']['kernel'].spec
+    assert query == jax.sharding.PartitionSpec('fsdp', 'model', None)
+    with jax.set_mesh(mesh):
+        got = jax.jit(forward)(
+            jax.device_put(params, layout), jax.device_put(x, sharding.batch_sharding(mesh))
+        )
+    chex.assert_trees_all_close(jax.device_get(got), jax.device_get(expected), atol=1e-5)
+
+
+# ---- in a model
+
+FUSION = {'types': ('merged',), 'mlp': 24, 'heads': 2, 'head_width': 8, 'dropout': 0.0}
+
+
+def model_of(**fields):
+    """A model of tiny towers whose streams meet by these fields."""
+    config = tiny.config()
+    config.model.towers.text.vocab = 9
+    config.model.fusion = {**FUSION, **fields} if fields else {}
+    return models.build(config.model)
+
+
+def encoded_streams(width=32):
+    """Video and two sentences a clip; the second sentence of the first clip is padding."""
+    mask = np.ones((B, 2, 4), bool)
+    mask[0, 1] = False
+    mask[1, 0, 2:] = False
+    return {
+        'video': Encoded(noise(0, B, width), noise(1, B, 5, width), grid=(5,)),
+        'text': Encoded(noise(2, B, 2, width), noise(3, B, 2, 4, width), mask),
+    }
+
+
+def interact(model, params, encoded, valid=None):
+    def call(params, encoded):
+        return model.apply({'params': params}, encoded, valid=valid, method='interact')
+
+    return jax.jit(call)(params, encoded)
+
+
+def initial_fusion(model, encoded):
+    def init(encoded):
+        return model.init(jax.random.key(0), encoded, method='interact')
+
+    return meta.unbox(jax.jit(init)(encoded))['params']
+
+
+def batch_of(config):
+    """Shapes of a device batch."""
+    from vatt_jax.inputs import preprocess
+
+    return preprocess.abstract(config.model.inputs, ('video', 'audio', 'text'), 4, 'float32')
+
+
+def test_without_fusion_streams_stay_and_there_are_no_parameters():
+    model = model_of()
+    encoded = encoded_streams()
+    found = model.apply({'params': {}}, encoded, method='interact')
+    for name, stream in encoded.items():
+        assert found[name] is stream
+    batch = batch_of(tiny.config())
+
+    def init(batch):
+        rng = Rng.create(0, 0, jnp.zeros(4))
+        return model.init_with_output(jax.random.key(0), batch, train=False, rng=rng)
+
+    outputs, variables = jax.eval_shape(init, batch)
+    assert not any('fusion' in name for name in variables['params'])
+    assert outputs.encoded['video'].tokens is None
+
+
+def test_all_streams_of_a_model_meet_in_training_and_evaluation():
+    model = model_of(types=('merged', 'co'))
+
+    def init(batch):
+        rng = Rng.create(0, 0, jnp.zeros(4))
+        return model.init_with_output(jax.random.key(0), batch, train=True, rng=rng)
+
+    outputs, variables = jax.eval_shape(init, batch_of(tiny.config()))
+    parts = flatten_dict(meta.unbox(variables)['params'], sep='/')
+    for modality in ('video', 'audio', 'text'):
+        assert f'fusion/stack/layer_1/{modality}/query/kernel' in parts
+    text = outputs.encoded['text']
+    assert (text.pooled.shape, text.tokens.shape) == ((4, 2, 32), (4, 2, 6, 32))
+
+
+def test_sentences_that_are_padding_and_streams_that_are_missing_change_nothing_else():
+    model = model_of(streams=('video', 'text'))
+    encoded = encoded_streams()
+    params = initial_fusion(model, encoded)
+    expected = interact(model, params, encoded)
+    chex.assert_trees_all_equal_shapes(expected, encoded)
+
+    other = encoded['text'].replace(
+        pooled=encoded['text'].pooled.copy(), tokens=encoded['text'].tokens.copy()
+    )
+    other.pooled[0, 1] = 5
+    other.tokens[~other.mask] = 7
+    got = interact(model, params, {**encoded, 'text': other})
+    np.testing.assert_allclose(got['video'].pooled, expected['video'].pooled, atol=1e-6)
+    np.testing.assert_allclose(got['text'].pooled[1:], expected['text'].pooled[1:], atol=1e-6)
+
+    valid = {'video': jnp.ones(B, bool), 'text': jnp.array([False, True, True])}
+    got = interact(model, params, encoded, valid)['video']
+    alone = interact(model, params, {'video': encoded['video']})['video']
+    np.testing.assert_allclose(got.pooled[0], alone.pooled[0], atol=1e-6)
+    np.testing.assert_allclose(got.tokens[1:], expected['video'].tokens[1:], atol=1e-6)
+    assert np.abs(got.pooled[0] - expected['video'].pooled[0]).max() > 1e-3
+
+
+def test_streams_that_are_not_named_pass_and_a_width_is_given_to_those_that_are():
+    model = model_of(streams=('video', 'text'), types=('single',), width=16)
+    encoded = {**encoded_streams(), 'audio': Encoded(noise(5, B, 32), noise(6, B, 3, 32))}
+    got = interact(model, initial_fusion(model, encoded), encoded)
+    np.testing.assert_array_equal(got['audio'].tokens, encoded['audio'].tokens)
+    assert got['video'].tokens.shape == (B, 5, 16)
+    assert got['text'].pooled.shape == (B, 2, 16)
+
+
+@pytest.mark.parametrize(
+    'fields, message',
+    [
+        ({'types': ('mrged',)}, "config.model.fusion.types='mrged': choose one of co, merged"),
+        ({'types': ()}, 'config.model.fusion.types: expected a type for each layer'),
+        ({'streams': ('video',)}, 'config.model.fusion.streams: expected at least two'),
+        ({'streams': ('video', 'video')}, 'expected at least two different streams'),
+        ({'streams': ('video', 'smell')}, "towers video, audio, text, got 'smell'"),
+        ({'types': ('asymmetric',)}, "config.model.fusion.query='': choose one of video"),
+        ({'passive': 'asleep'}, "config.model.fusion.passive='asleep'"),
+        ({'activation': 'tanh'}, "config.model.fusion.activation='tanh'"),
+        ({'init': 'zeros'}, "config.model.fusion.init='zeros'"),
+        ({'heads': 0}, 'config.model.fusion.heads=0: expected a number'),
+        ({'eps': math.nan}, 'config.model.fusion.eps=nan'),
+        ({'dropout': 1.0}, 'config.model.fusion.dropout=1'),
+        ({'layers': 3}, 'config.model.fusion.layers=3: no such field'),
+    ],
+)
+def test_a_mistake_in_the_config_is_named(fields, message):
+    with pytest.raises(ConfigError) as error:
+        model_of(**fields).init(jax.random.key(0), encoded_streams(), method='interact')
+    assert message in str(error.value)
+
+
+def test_streams_of_different_widths_cannot_share_weights_or_be_one_sequence():
+    encoded = encoded_streams()
+    wide = {**encoded, 'video': encoded_streams(48)['video']}
+    with pytest.raises(ConfigError, match=r"one width for 'single'.*video 48, text 32"):
+        model_of(types=('single',)).init(jax.random.key(0), wide, method='interact')
+    odd = {**encoded, 'video': encoded['video'].replace(pooled=noise(0, B, 8))}
+    with pytest.raises(ConfigError, match="got 8 and 32 of 'video'"):
+        model_of(types=('merged',)).init(jax.random.key(0), odd, method='interact')
+
+
+# ---- configs/fusion.py
+
+
+@pytest.mark.parametrize(
+    'name, types',
+    [
+        ('demo', ('merged',) * 2),
+        ('demo,co,4,audio', ('co',) * 4),
+        ('demo,mixed,3,hard', ('specific', 'specific', 'merged')),
+        ('demo,asymmetric,1,synthetic', ('asymmetric',)),
+        ('demo,single,frozen', ('single',) * 2),
+        ('demo,specific', ('specific',) * 2),
+    ],
+)
+def test_every_option_is_a_config(name, types):
+    config = fusion_config.get_config(name)
+    configs.check_fields(config, default.get_config())
+    assert config.model.fusion.types == types
+    assert ('audio' in config.objective.streams) == ('audio' in name)
+    config.model.towers.text.vocab = 9
+    models.build(config.model).init(jax.random.key(0), encoded_streams(128), method='interact')
+
+
+@pytest.mark.parametrize(
+    'name, message',
+    [
+        ('base', "configs/fusion.py='base': choose one of demo"),
+        ('demo,flamingo', "configs/fusion.py:demo option='flamingo': choose one of co, merged"),
+        ('demo,co,merged', 'expected one attention type, got co and merged'),
+        ('demo,2,4', 'expected one number of layers, got 2 and 4'),
+        ('demo,0', 'config.model.fusion.types'),
+    ],
+)
+def test_a_mistake_in_a_name_of_a_config_is_named(name, message):
+    with pytest.raises(ValueError) as error:
+        config = fusion_config.get_config(name)
+        config.model.towers.text.vocab = 9
+        models.build(config.model).init(jax.random.key(0), encoded_streams(), method='interact')
+    assert message in str(error.value)
