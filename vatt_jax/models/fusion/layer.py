@@ -47,7 +47,7 @@ def sources(
 
 def part_of(kind: str, stream: str) -> str:
     """Name of the parameters that a layer of this type has for a stream."""
-    # In paths a dot would separate collections of some importers' formats.
+    # Safetensors and PyTorch separate the parts of a path by dots.
     return SHARED if kind == SINGLE else stream.replace('.', '_')
 
 

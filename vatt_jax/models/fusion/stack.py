@@ -78,14 +78,18 @@ class FusionStack(nn.Module):
         if not self.options.pre_norm:
             return sequences
         # Pre-LN leaves the plain sum of all residuals.
+        return self._normed(sequences)
+
+    def _normed(self, sequences: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Sequences after a final norm, which streams share if they share the last layer."""
         norms: dict[str, LayerNorm] = {}
-        for name in sequences:
+        normed = {}
+        for name, tokens in sequences.items():
             part = part_of(self.types[-1], name)
             if part not in norms:
                 norms[part] = LayerNorm(eps=self.options.eps, name=f'{part}_final_norm')
-        return {
-            name: norms[part_of(self.types[-1], name)](tokens) for name, tokens in sequences.items()
-        }
+            normed[name] = norms[part](tokens)
+        return normed
 
     def _widen(self, name: str, x: jax.Array) -> jax.Array:
         """The sequence of a stream in the width of all."""
@@ -111,7 +115,7 @@ class Fusion(nn.Module):
     after another. Streams that the stack does not name pass as they are.
 
     Attributes:
-        stack: fields of the FusionStack.
+        stack: the layers.
     """
 
     stack: FusionStack
@@ -130,7 +134,12 @@ class Fusion(nn.Module):
             valid: {stream: bool [B]}, the clips that have it; None: all.
             rng: of the batch; None where nothing is drawn.
             train: whether dropout is on.
+
+        Raises:
+            ValueError: there is no rng in training.
         """
+        if rng is None and train:
+            raise ValueError('interact(train=True): expected the rng of the batch, got None')
         x, masks = {}, {}
         for name in self.stack.streams:
             if name not in encoded:
@@ -140,7 +149,6 @@ class Fusion(nn.Module):
         if not x:
             return dict(encoded)
         if rng is None:
-            assert not train, 'dropout needs an rng'
             rng = Rng.create(0, 0, jnp.zeros(len(next(iter(x.values()))), jnp.uint32))
         fused = self.stack(x, masks, rng.at('fusion'), train)
         changed = {name: from_sequence(encoded[name], tokens) for name, tokens in fused.items()}
