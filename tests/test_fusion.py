@@ -50,22 +50,23 @@ def streams_of(*names, width=0):
     return x, masks
 
 
-def initial(module, *inputs):
-    """Unboxed parameters, with noise: biases of 0 and scales of 1 would hide their being left out.
+def drawn(init, *inputs):
+    """Noise in the place of the parameters that `init` makes: zeros and ones would hide mistakes.
 
-    Noise is keyed by the path, so that layers of different types get equal values where they have
+    It is keyed by the path, so that layers of different types get equal values where they have
     equal parameters.
     """
+    shapes = meta.unbox(jax.eval_shape(init, *inputs))['params']
 
-    def init(*inputs):
-        return module.init(jax.random.key(0), *inputs, RNG, False)
+    def draw(path, leaf):
+        return jnp.asarray(0.5 * noise(number_of(path), *leaf.shape))
 
-    params = meta.unbox(jax.jit(init)(*inputs))['params']
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
-    def add_noise(path, value):
-        return value + 0.3 * noise(number_of(path), *value.shape)
 
-    return jax.tree_util.tree_map_with_path(add_noise, params)
+def initial(module, *inputs):
+    """Parameters of a layer or stack."""
+    return drawn(lambda *inputs: module.init(jax.random.key(0), *inputs, RNG, False), *inputs)
 
 
 def number_of(path):
@@ -343,7 +344,7 @@ def test_eight_devices_compute_what_one_does():
     def forward(params, x):
         return stack.apply({'params': params}, x, masks, rng, True)
 
-    params = meta.unbox(jax.jit(init)())
+    params = initial(stack, x, masks)
     expected = jax.jit(forward)(params, x)
     mesh = sharding.make_mesh({'replica': 2, 'fsdp': 2, 'model': 2})
     layout = sharding.tree_shardings(jax.eval_shape(init), mesh)
@@ -388,10 +389,8 @@ def interact(model, params, encoded, valid=None):
 
 
 def initial_fusion(model, encoded):
-    def init(encoded):
-        return model.init(jax.random.key(0), encoded, method='interact')
-
-    return meta.unbox(jax.jit(init)(encoded))['params']
+    """Parameters of a model that only lets streams meet."""
+    return drawn(lambda x: model.init(jax.random.key(0), x, method='interact'), encoded)
 
 
 def batch_of(config):
