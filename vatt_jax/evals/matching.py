@@ -51,7 +51,8 @@ class Matching(Evaluator):
         is_nearer = (own > other) + 0.5 * (own == other)
         # Two decisions a clip, which are not independent: the interval is over clips.
         is_right = 0.5 * ((own > 0).astype(float) + (other <= 0))
-        scalars, artifacts = {}, {}
+        scalars: dict[str, float] = {}
+        artifacts: dict[str, Any] = {}
         for name, correct in (('accuracy', is_nearer), ('binary_accuracy', is_right)):
             scalars[name] = float(correct.mean())
             artifacts[f'{name}/interval'] = statistics.bootstrap(correct, seed=view.seed)
