@@ -327,7 +327,8 @@ def test_recomputing_changes_neither_value_nor_gradient(remat):
         return jax.jit(jax.value_and_grad(total))(params, x)
 
     params = initial(mixed_stack(), x, masks)
-    chex.assert_trees_all_close(value_and_gradient(remat), value_and_gradient('none'), rtol=1e-4)
+    got, expected = value_and_gradient(remat), value_and_gradient('none')
+    chex.assert_trees_all_close(got, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_eight_devices_compute_what_one_does():
