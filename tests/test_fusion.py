@@ -294,14 +294,10 @@ def test_a_block_attends_to_a_context_of_another_width():
 # ---- several layers
 
 
-def mixed_stack(**fields):
-    types = ('specific', 'co', 'merged')
-    return FusionStack((L, I), types, OPTIONS, **fields)
-
-
 def test_a_mixed_schedule_is_its_layers_and_a_final_norm():
     x, masks = streams_of(L, I)
-    params = initial(mixed_stack(), x, masks)
+    stack = FusionStack((L, I), ('specific', 'co', 'merged'), OPTIONS)
+    params = initial(stack, x, masks)
     expected = x
     for number, case in enumerate(('specific', 'co', 'merged')):
         layer = params[f'layer_{number}']
@@ -309,16 +305,16 @@ def test_a_mixed_schedule_is_its_layers_and_a_final_norm():
     for name in x:
         norm = f64(params[f'{name}_final_norm'])
         expected[name] = layer_norm(norm, expected[name], OPTIONS.eps)
-    chex.assert_trees_all_close(apply(mixed_stack(), params, x, masks), expected, atol=1e-4)
+    chex.assert_trees_all_close(apply(stack, params, x, masks), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize('remat', ['dots', 'full'])
+@pytest.mark.parametrize('remat', ['dots', pytest.param('full', marks=pytest.mark.slow)])
 def test_recomputing_changes_neither_value_nor_gradient(remat):
     x, masks = streams_of(L, I)
     dropping = dataclasses.replace(OPTIONS, dropout=0.3, attention_dropout=0.3)
 
     def value_and_gradient(remat):
-        stack = mixed_stack(remat=remat).clone(options=dropping)
+        stack = FusionStack((L, I), ('merged',), dropping, remat=remat)
 
         def total(params, x):
             out = stack.apply({'params': params}, x, masks, RNG, True)
@@ -326,7 +322,7 @@ def test_recomputing_changes_neither_value_nor_gradient(remat):
 
         return jax.jit(jax.value_and_grad(total))(params, x)
 
-    params = initial(mixed_stack(), x, masks)
+    params = initial(FusionStack((L, I), ('merged',), OPTIONS), x, masks)
     got, expected = value_and_gradient(remat), value_and_gradient('none')
     chex.assert_trees_all_close(got, expected, rtol=1e-3, atol=1e-5)
 
@@ -493,7 +489,7 @@ def test_a_mistake_in_the_config_is_named(fields, message):
 def test_streams_of_different_widths_cannot_share_weights_or_be_one_sequence():
     encoded = encoded_streams()
     wide = {**encoded, 'video': encoded_streams(48)['video']}
-    with pytest.raises(ConfigError, match=r"one width for 'single'.*video 48, text 32"):
+    with pytest.raises(ConfigError, match=r"one width for 'single'.*text 32, video 48"):
         model_of(types=('single',)).init(jax.random.key(0), wide, method='interact')
     odd = {**encoded, 'video': encoded['video'].replace(pooled=noise(0, B, 8))}
     with pytest.raises(ConfigError, match="got 8 and 32 of 'video'"):
@@ -520,7 +516,7 @@ def test_every_option_is_a_config(name, types):
     assert config.model.fusion.types == types
     assert ('audio' in config.objective.streams) == ('audio' in name)
     config.model.towers.text.vocab = 9
-    models.build(config.model).init(jax.random.key(0), encoded_streams(128), method='interact')
+    initial_fusion(models.build(config.model), encoded_streams(128))
 
 
 @pytest.mark.parametrize(
