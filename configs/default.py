@@ -112,6 +112,9 @@ def model() -> ConfigDict:
     # New parameters inside the towers: entry of vatt_jax.models.adapters.ADAPTERS and its own
     # fields. Empty: none.
     m.adapter = ConfigDict()
+    # Layers in which streams attend to each other after their towers (docs/fusion.md), with the
+    # fields of vatt_jax.models.fusion.DEFAULTS. Empty: none, modalities meet in the loss alone.
+    m.fusion = ConfigDict()
     # dense: the definition, and the only one with dropout on attention probabilities
     # xla | cudnn, triton (GPU) | splash (TPU): that kernel
     # auto: the machine's kernel in towers without attention_dropout, else dense

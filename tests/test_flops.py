@@ -56,6 +56,30 @@ def last_layer(tokens, d, mlp, heads, width):
     return keys_and_values + query_and_output + attention + feed_forward
 
 
+def test_streams_that_meet_are_counted_with_the_keys_of_all():
+    config = tiny.config().model
+    config.towers.text.vocab = 50
+    config.fusion = {
+        'streams': ('video', 'text'),
+        'types': ('merged',),
+        'mlp': 24,
+        'heads': 2,
+        'head_width': 8,
+    }
+    # Patches that are kept, words of two sentences, and the aggregate token of each.
+    lengths = {'video': 4 + 1, 'text': 2 * (6 + 1)}
+    expected = 0
+    for length in lengths.values():
+        expected += layer(length, d=32, mlp=24, heads=2, width=8)
+        # A layer by itself attends to its own tokens, this one to those of both.
+        others = sum(lengths.values()) - length
+        expected += 2 * 2 * length * others * 2 * 8
+    got = towers_of(config)
+    assert got['fusion'] == {'needed': expected, 'all_tokens': expected}
+    # All tokens of the towers are read.
+    assert got['video']['needed'] == got['video']['all_tokens']
+
+
 def test_a_small_model_by_hand():
     config = tiny.config().model
     config.towers.text.vocab = 50

@@ -15,13 +15,13 @@ from tests import tiny
 from tests.test_train import log_lines, run, stop_at
 from vatt_jax.config import ConfigError
 from vatt_jax.objectives.base import Spec
+from vatt_jax.objectives.partners import draw_partners
 from vatt_jax.objectives.synchronisation import (
     EASY,
     HARD,
     SUPER_HARD,
     Synchronisation,
     draw_kinds,
-    draw_partners,
 )
 from vatt_jax.parallel import sharding
 from vatt_jax.rng import Rng

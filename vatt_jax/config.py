@@ -46,6 +46,8 @@ OPEN = (
     'model.head',
     # {} for none.
     'model.adapter',
+    # {} for none.
+    'model.fusion',
     'objective',
     'data.train',
     'data.eval',

@@ -20,6 +20,7 @@ from vatt_jax.evals.clustering import Clustering
 from vatt_jax.evals.detection import Detection
 from vatt_jax.evals.linear_probe import LinearProbe, SimpleProbe
 from vatt_jax.evals.localisation import Localisation
+from vatt_jax.evals.matching import Matching
 from vatt_jax.evals.neighbours import Neighbours
 from vatt_jax.evals.retrieval import Retrieval
 from vatt_jax.evals.stage_probe import StageProbe
@@ -42,6 +43,7 @@ EVALUATORS: dict[str, type[Evaluator]] = {
     'localisation': Localisation,
     'zero_shot': ZeroShot,
     'detection': Detection,
+    'matching': Matching,
 }
 
 __all__ = [

@@ -9,6 +9,7 @@ the same split costs no second pass.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -71,7 +72,24 @@ def single_frame(batch: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
+def of_another_clip(batch: Mapping[str, Any], stream: str) -> dict[str, Any]:
+    """A stream of every clip replaced by that of the clip half the batch away.
+
+    Clips of one record follow one another in passes by segment; ask for records to be sure of
+    another one. A clip alone in its batch has no other: the stream is not valid there.
+    """
+    rows = np.flatnonzero(batch['valid'])
+    partner = np.arange(len(batch['valid']))
+    partner[rows] = np.roll(rows, len(rows) // 2)
+    exchanged = {name: array[partner] for name, array in batch[stream].items()}
+    if len(rows) < 2:
+        exchanged['valid'] = np.zeros_like(exchanged['valid'])
+    return {**batch, stream: exchanged}
+
+
 CHANGES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {'single_frame': single_frame}
+for _stream in ('video', 'audio', 'text'):
+    CHANGES[f'other_{_stream}'] = functools.partial(of_another_clip, stream=_stream)
 
 
 class FeatureView:

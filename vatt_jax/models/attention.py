@@ -105,6 +105,34 @@ def attention(
     return _dense(q, k, v, mask, bias, scale, dropout, rng)
 
 
+def attention_or_zero(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | None, **options: Any
+) -> jax.Array:
+    """`attention`, but exactly zero for a query whose keys are all masked.
+
+    Streams that may be missing are masked as a whole: what attends to nothing else must not get the
+    mean of what is not there.
+
+    Args:
+        q: queries [B Nq heads kv].
+        k: keys [B Nk heads kv].
+        v: values [B Nk heads kv].
+        mask: bool [B Nk] (keys) or [B Nq Nk], or None.
+        **options: the other arguments of `attention`.
+
+    Returns:
+        [B Nq heads kv].
+    """
+    if mask is None:
+        return attention(q, k, v, **options)
+    has_key = mask.any(-1, keepdims=True)  # [B 1] or [B Nq 1]
+    # Kernels get all keys in such a row, as some cannot do without any.
+    attended = attention(q, k, v, mask=mask | ~has_key, **options)
+    if mask.ndim == 2:
+        has_key = has_key[:, None]  # [B 1 1]
+    return jnp.where(has_key[..., None], attended, 0)
+
+
 def _dense(
     q: jax.Array,
     k: jax.Array,

@@ -46,6 +46,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'gelu': functools.partial(jax.nn.gelu, approximate=False),
     'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
     'quick_gelu': quick_gelu,
+    'relu': jax.nn.relu,
 }
 
 # Kinds of batch norm. eps is added to the variance; momentum is how much of the running statistics

@@ -22,7 +22,7 @@ from vatt_jax.config import LARGEST_COUNT, ConfigError, choose, with_defaults
 from vatt_jax.inputs import spectrogram
 from vatt_jax.inputs.batch import modality_of
 from vatt_jax.inputs.modalities import PICTURES, kind_of
-from vatt_jax.models import adapters
+from vatt_jax.models import adapters, fusion
 from vatt_jax.models.attention import IMPLEMENTATIONS
 from vatt_jax.models.common_space import CommonSpaces
 from vatt_jax.models.embeddings import LinearWords, Patches, Tokens, Words
@@ -306,6 +306,7 @@ class MultimodalEncoder(nn.Module):
         self.nets = nets
         self.head = CommonSpaces(config['head'])
         self.adapters = self._make_adapters()
+        self.fusion = fusion.build(config, self.dtype)
 
     def _make_encoder(self, sizes: ConfigDict, **options: Any) -> Encoder:
         """A transformer of the given sizes."""
@@ -636,11 +637,12 @@ class MultimodalEncoder(nn.Module):
         """Encode every stream of the batch.
 
         A shared encoder takes all streams in one pass if config.model.packed; the result is what
-        `encode` makes of each.
+        `encode` makes of each. Where streams meet (config.model.fusion), all tokens are made.
 
         Returns:
             {stream: Encoded}.
         """
+        features = features or self.fusion is not None
         streams = {
             name: value
             for name, value in batch.items()
@@ -690,9 +692,30 @@ class MultimodalEncoder(nn.Module):
             for name, output in zip(streams, outputs)
         }
 
-    def interact(self, encoded: dict[str, Encoded]) -> dict[str, Encoded]:
-        """Return the streams as they are: these modalities interact only in the loss."""
-        return encoded
+    def interact(
+        self,
+        encoded: Mapping[str, Encoded],
+        *,
+        valid: Mapping[str, Any] | None = None,
+        train: bool = False,
+        rng: Rng | None = None,
+    ) -> dict[str, Encoded]:
+        """Let streams attend to each other, by config.model.fusion.
+
+        Where that is empty they stay as they are, and modalities meet in the loss alone.
+
+        Args:
+            encoded: {stream: Encoded}, with tokens where streams meet.
+            valid: {stream: bool [B]}, the clips that have it; None: all.
+            train: whether dropout is on.
+            rng: of the whole batch, needed in training.
+
+        Returns:
+            {stream: Encoded}, of the same streams.
+        """
+        if self.fusion is None:
+            return dict(encoded)
+        return self.fusion(encoded, valid, rng, train and not self.frozen)
 
     def project(
         self,
@@ -720,10 +743,9 @@ class MultimodalEncoder(nn.Module):
         self, batch: Mapping[str, Any], *, train: bool, rng: Rng, features: bool = False
     ) -> Outputs:
         """Encode a device batch and project it into the common spaces."""
-        # All modalities are encoded before `interact`, where another model may let them attend to
-        # each other.
-        encoded = self.interact(self.encode_all(batch, train=train, rng=rng, features=features))
+        encoded = self.encode_all(batch, train=train, rng=rng, features=features)
         valid = {name: batch[name]['valid'] for name in encoded}
+        encoded = self.interact(encoded, valid=valid, train=train, rng=rng)
         return Outputs(encoded, self.project(encoded, valid=valid, train=train))
 
 

@@ -131,11 +131,18 @@ def clip_spreads(width: int, heads_width: int, mlp: int, layers: int) -> dict[st
     }
 
 
+def bert_spreads(width: int, heads_width: int, mlp: int, layers: int) -> dict[str, Spread]:
+    """BERT's, whatever the sizes."""
+    names = ('query', 'key', 'value', 'out', 'mlp_in', 'mlp_out')
+    return dict.fromkeys(names, ('normal', 0.02))
+
+
 # Initial values of a block's kernels: (width, heads · head_width, mlp, layers) -> {kernel: Spread}.
 BLOCK_INITS: dict[str, Callable[[int, int, int, int], dict[str, Spread]]] = {
     'glorot': glorot_spreads,
     'torch': torch_spreads,
     'clip': clip_spreads,
+    'bert': bert_spreads,
 }
 
 

@@ -16,6 +16,7 @@ from vatt_jax.objectives.gdt import GDT
 from vatt_jax.objectives.instance_memory import InstanceMemory
 from vatt_jax.objectives.kmeans_labels import KMeansLabels
 from vatt_jax.objectives.localisation import Localisation
+from vatt_jax.objectives.matching import Matching
 from vatt_jax.objectives.multi_task import MultiTask
 from vatt_jax.objectives.online_codes import OnlineCodes
 from vatt_jax.objectives.self_labelling import SelfLabelling
@@ -30,6 +31,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'self_labelling': SelfLabelling,
     'online_codes': OnlineCodes,
     'localisation': Localisation,
+    'matching': Matching,
     'synchronisation': Synchronisation,
     'coclr': CoCLR,
     'classification': Classification,

@@ -1,4 +1,4 @@
-"""The two passes of a training step through the model, both with new batch statistics."""
+"""The passes of a training step through the model: towers, fusion, projections."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from vatt_jax.config import ConfigError
 from vatt_jax.inputs.batch import modality_of
@@ -16,6 +17,16 @@ from vatt_jax.rng import Rng
 def map_of(stream: str) -> str:
     """The name under which `run_towers` returns the map of a stream."""
     return f'{stream}/map'
+
+
+def tokens_of(stream: str) -> str:
+    """The name under which `encode_tokens` returns the tokens of a stream."""
+    return f'{stream}/tokens'
+
+
+def mask_of(stream: str) -> str:
+    """The name under which `encode_tokens` says which tokens of a stream are words."""
+    return f'{stream}/mask'
 
 
 def run_towers(
@@ -53,7 +64,9 @@ def _features(
     model: Any, batch: Mapping[str, Any], *, train: bool, rng: Rng, maps: tuple[str, ...]
 ) -> dict[str, jax.Array]:
     """See `run_towers`; a method for `model.apply`."""
-    encoded = model.interact(model.encode_all(batch, train=train, rng=rng, features=bool(maps)))
+    encoded = model.encode_all(batch, train=train, rng=rng, features=bool(maps))
+    valid = {name: batch[name]['valid'] for name in encoded}
+    encoded = model.interact(encoded, valid=valid, train=train, rng=rng)
     features = {name: stream.pooled for name, stream in encoded.items()}
     # Of these streams alone: maps would otherwise be held for every microbatch.
     for name in maps:
@@ -65,6 +78,70 @@ def _features(
         tokens = encoded[name].tokens  # [B N D]
         features[map_of(name)] = tokens.reshape(len(tokens), *encoded[name].grid, -1)
     return features
+
+
+def encode_tokens(
+    model: Any, variables: Any, batch: Mapping[str, Any], rng: Rng
+) -> tuple[dict[str, jax.Array], Any]:
+    """The towers in training mode with all their tokens, before streams interact.
+
+    For objectives that change what meets: pairs of clips that do not belong together.
+
+    Args:
+        model: the Linen module.
+        variables: {'params', 'batch_stats'} of the model.
+        batch: the device batch; all of its streams are encoded.
+        rng: random bits of these clips.
+
+    Returns:
+        ({stream: pooled features [B(,K) D], tokens_of(stream): [B(,K) N D], mask_of(stream):
+        float32 [B(,K) N], 1 for a word, of streams that have a mask}, new batch statistics).
+    """
+    encoded, updates = model.apply(
+        variables,
+        batch,
+        train=True,
+        rng=rng,
+        features=True,
+        mutable=['batch_stats'],
+        method='encode_all',
+    )
+    features = {}
+    for name, stream in encoded.items():
+        features[name] = stream.pooled
+        features[tokens_of(name)] = stream.tokens
+        if stream.mask is not None:
+            # Floats: exact accumulation differentiates by all that is returned here.
+            features[mask_of(name)] = stream.mask.astype(jnp.float32)
+    return features, updates.get('batch_stats', {})
+
+
+def interact(
+    model: Any,
+    variables: Any,
+    features: Mapping[str, Any],
+    valid: Mapping[str, Any],
+    rng: Rng,
+) -> dict[str, Encoded]:
+    """Let streams attend to each other in training mode.
+
+    Args:
+        model: the Linen module.
+        variables: {'params', 'batch_stats'} of the model.
+        features: what `encode_tokens` returns, clips maybe exchanged.
+        valid: {stream: bool [B]}, the clips that have it.
+        rng: random bits of the step.
+    """
+    encoded = {}
+    for name in valid:
+        mask = features.get(mask_of(name))
+        encoded[name] = Encoded(
+            features[name], features[tokens_of(name)], None if mask is None else mask > 0
+        )
+    fused: dict[str, Encoded] = model.apply(
+        variables, encoded, valid=dict(valid), train=True, rng=rng, method='interact'
+    )
+    return fused
 
 
 def project(

@@ -20,6 +20,7 @@ from vatt_jax.objectives import heads
 from vatt_jax.objectives.base import Loss, Objective, Spec
 from vatt_jax.objectives.forward import project
 from vatt_jax.objectives.online_codes import masked_mean
+from vatt_jax.objectives.partners import draw_partners
 from vatt_jax.rng import Rng
 
 DEFAULTS = {
@@ -156,31 +157,6 @@ class Synchronisation(Objective):
         # A step that is not finite keeps the old state, so the one after it is drawn by the shares
         # of the step before. Counting `compute_loss` instead would count microbatches.
         return model_params, params, {'step': jnp.asarray(step + 1, jnp.int32)}
-
-
-def draw_partners(
-    record: Int[Array, ' B'], audio_valid: Bool[Array, ' B'], rng: Rng
-) -> tuple[Int[Array, ' B'], Bool[Array, ' B']]:
-    """For each clip another one, whose sound is not of its record.
-
-    The clips stand in a circle, in an order drawn for the batch, and each takes the next one that
-    will do. Where all are of different records and have sound, every sound is taken once.
-
-    Args:
-      record: of which each clip is.
-      audio_valid: which clips have sound.
-      rng: of the batch; all clips share the draw.
-
-    Returns:
-      (row of the other clip, whether there is one).
-    """
-    num_rows = len(audio_valid)
-    place = rng.permutation(num_rows, per_example=False)
-    # How far behind clip i clip j stands: 0 for i itself.
-    steps = (place[None] - place[:, None]) % num_rows
-    will_do = (record[:, None] != record[None]) & audio_valid[None]  # [B B]
-    partner = jnp.argmin(jnp.where(will_do, steps, num_rows), axis=1)
-    return partner, will_do.any(axis=1)
 
 
 def draw_kinds(curriculum: Any, step: Any, rng: Rng) -> Int[Array, ' B']:

@@ -163,15 +163,16 @@ def by_tower(model: Any, variables: Any, batch: Mapping[str, Any]) -> dict[str, 
       batch: Abstract batch after the device stage.
 
     Returns:
-      FLOPs by stream, and of the 'heads', each with
+      FLOPs by stream, of the 'fusion' where streams meet, and of the 'heads', each with
         'needed': what the pooled output takes; in the last layer these are the keys and values of
-          all tokens, and the rest for the aggregate token only.
+          all tokens, and the rest for the aggregate token only, unless streams meet.
         'all_tokens': every token through every layer, as published counts have it.
     """
     num_clips = batch['index'].shape[0]
     rng = jax.eval_shape(lambda: Rng.create(0, 0, jnp.zeros((num_clips,), jnp.uint32)))
     flops: dict[str, dict[str, float]] = {}
     encoded: dict[str, Any] = {}
+    is_fused = bool(model.config.get('fusion'))
     for name, stream in batch.items():
         # Beside streams a batch has columns such as 'index'.
         if not isinstance(stream, Mapping) or 'data' not in stream:
@@ -180,11 +181,16 @@ def by_tower(model: Any, variables: Any, batch: Mapping[str, Any]) -> dict[str, 
         if modality_of(name) not in model.config['towers']:
             continue
         all_tokens, _ = _encode(model, variables, name, stream, rng, features=True)
-        needed, encoded[name] = _encode(model, variables, name, stream, rng, features=False)
+        needed, encoded[name] = _encode(model, variables, name, stream, rng, features=is_fused)
         flops[name] = {
             'all_tokens': all_tokens.flops / num_clips,
             'needed': needed.flops / num_clips,
         }
+
+    valid = {name: batch[name]['valid'] for name in encoded}
+    if is_fused:
+        fusion, encoded = _interact(model, variables, encoded, valid, rng)
+        flops['fusion'] = dict.fromkeys(('all_tokens', 'needed'), fusion.flops / num_clips)
 
     def project(variables: Any, encoded: Any, valid: Any) -> Any:
         # With `mutable`, `apply` returns (output, updated collections).
@@ -193,7 +199,6 @@ def by_tower(model: Any, variables: Any, batch: Mapping[str, Any]) -> dict[str, 
         )
         return projected
 
-    valid = {name: batch[name]['valid'] for name in encoded}
     heads = count_call(project, variables, encoded, valid).flops / num_clips
     flops['heads'] = {'needed': heads, 'all_tokens': heads}
     return flops
@@ -230,6 +235,18 @@ def _encode(
 
     jaxpr, encoded = jax.make_jaxpr(encode, return_shape=True)(variables, stream, rng)
     return count(jaxpr.jaxpr), encoded
+
+
+def _interact(
+    model: Any, variables: Any, encoded: Mapping[str, Any], valid: Mapping[str, Any], rng: Any
+) -> tuple[Count, Any]:
+    """Count `model.interact`, and give the abstract value of its result."""
+
+    def interact(variables: Any, encoded: Any, valid: Any, rng: Any) -> Any:
+        return model.apply(variables, encoded, valid=valid, train=True, rng=rng, method='interact')
+
+    jaxpr, fused = jax.make_jaxpr(interact, return_shape=True)(variables, encoded, valid, rng)
+    return count(jaxpr.jaxpr), fused
 
 
 def per_clip(config: Any, inputs: Mapping[str, Any], variables: Any) -> float:
