@@ -82,9 +82,7 @@ def load(folder: str | os.PathLike) -> Loaded:
         advice=ADVICE,
     )
     variables = unflatten_dict(arrays)
-    return Loaded(
-        CausalLM(form), variables, _ends(folder, config), BytePairs.find(folder), report
-    )
+    return Loaded(CausalLM(form), variables, _ends(folder, config), BytePairs.find(folder), report)
 
 
 def save(

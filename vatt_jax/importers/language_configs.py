@@ -273,4 +273,3 @@ def _scaling_config(scaling: Scaling | None) -> dict[str, Any] | None:
         config['high_freq_factor'] = scaling.high
         config['original_max_position_embeddings'] = scaling.original
     return config
-

@@ -3,6 +3,8 @@
     gpt2    GPT2LMHeadModel: matrices (in, out), queries, keys and values in one
     llama   LlamaForCausalLM, and Mistral's and Qwen2's, which have the same names: matrices
             (out, in)
+
+Names are those of the files without their prefix.
 """
 
 from __future__ import annotations

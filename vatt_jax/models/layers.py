@@ -41,8 +41,8 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-# Between the two matrices of a feed-forward part. gelu: exact, VATT's. gelu_tanh: SigLIP's, GPT-2's.
-# silu: Llama's.
+# Between the two matrices of a feed-forward part. gelu: exact, VATT's. gelu_tanh: SigLIP's and
+# GPT-2's. silu: Llama's.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'gelu': functools.partial(jax.nn.gelu, approximate=False),
     'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),

@@ -8,6 +8,8 @@
     sampling     which tokens may come next: temperature, top-k, top-p
     decoding     greedy and sampled text
     beam         beam search
+
+Examples and sources: docs/language_model.md.
 """
 
 from vatt_jax.models.language.beam import Beams, beam_search

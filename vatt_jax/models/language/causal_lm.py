@@ -161,15 +161,11 @@ class CausalLM(nn.Module):
         form = self.form
         if form.positions != 'rotary':
             return None
-        return rotation(
-            positions, frequencies(form.head_width, form.rope_base, form.rope_scaling)
-        )
+        return rotation(positions, frequencies(form.head_width, form.rope_base, form.rope_scaling))
 
     def _layer(self) -> DecoderLayer:
         """A layer without parameters of its own: they are rows of `layers`."""
-        return DecoderLayer(
-            self.form, self.dropout, self.implementation, self.dtype, parent=None
-        )
+        return DecoderLayer(self.form, self.dropout, self.implementation, self.dtype, parent=None)
 
     def _init_layers(self, key: jax.Array) -> Any:
         """Initial parameters of all layers, [layers …]."""

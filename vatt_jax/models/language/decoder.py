@@ -120,9 +120,7 @@ class DecoderLayer(nn.Module):
             hidden = activation(hidden)
         # Split over the mesh between the two matrices, as in the other Transformers.
         hidden = constrain(hidden, 'batch', 'length', 'mlp')
-        out = self._projection(
-            'mlp_out', '...f,fd->...d', (form.mlp, form.width), ('mlp', 'embed')
-        )
+        out = self._projection('mlp_out', '...f,fd->...d', (form.mlp, form.width), ('mlp', 'embed'))
         return out(hidden)
 
     def _heads(self, name: str, heads: int) -> Projection:

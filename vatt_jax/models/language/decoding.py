@@ -156,9 +156,7 @@ def next_logits(
     return outputs.logits[:, 0], outputs.cache
 
 
-def move_right(
-    prompt: jax.Array, mask: Bool[Array, 'B N']
-) -> tuple[jax.Array, Bool[Array, 'B N']]:
+def move_right(prompt: jax.Array, mask: Bool[Array, 'B N']) -> tuple[jax.Array, Bool[Array, 'B N']]:
     """Prompts [B N …] with the tokens that are there at the end, in their order."""
     order = jnp.argsort(mask, axis=1, stable=True)
     expanded = order.reshape(*order.shape, *(1,) * (prompt.ndim - 2))
