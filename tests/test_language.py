@@ -60,14 +60,14 @@ def test_logits_are_those_of_the_definition(name):
         np.testing.assert_allclose(logits[row][MASK[row]], expected, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize('options', [{'scan': False}, {'remat': 'full'}, {'remat': 'dots'}])
+@pytest.mark.parametrize('options', [{'scan': False, 'remat': 'dots'}, {'remat': 'full'}])
 def test_layers_unrolled_or_recomputed_are_the_same(options):
     """Value and gradients, with dropout."""
-    form, words = FORMS['llama'], ids()
+    form, words, mask = FORMS['gpt2'], jnp.asarray(ids()), jnp.asarray(MASK)
     rng = Rng.create(0, 0, jnp.arange(B))
 
     def loss(variables, model):
-        return jnp.sum(jnp.sin(model.apply(variables, words, MASK, None, rng).logits))
+        return jnp.sum(jnp.sin(model.apply(variables, words, mask, None, rng).logits))
 
     def both(model):
         return jax.jit(jax.value_and_grad(functools.partial(loss, model=model)))
@@ -173,7 +173,7 @@ def test_cached_logits_are_the_uncached(name):
 
 # ---- writing
 # Few words, so that all texts can be counted.
-FEW = dataclasses.replace(FORMS['llama'], vocab=4)
+FEW = dataclasses.replace(FORMS['gpt2'], vocab=4)
 PROMPT = np.array([[1, 2, 3], [3, 1, 0]], np.int32)
 PROMPT_MASK = np.array([[1, 1, 1], [1, 1, 0]], bool)
 LONGEST = 3
@@ -232,9 +232,8 @@ def texts_of(beams, row, ends):
     return found
 
 
-@pytest.mark.parametrize('power', [0.0, 1.0])
-def test_a_wide_beam_finds_all_texts_in_their_order(power):
-    ends = (0,)
+def test_a_wide_beam_finds_all_texts_in_their_order():
+    ends, power = (0,), 0.5
     count = len(all_texts(0, ends, power))
     beams = beam_search(
         CausalLM(FEW),
@@ -256,7 +255,7 @@ def test_a_wide_beam_finds_all_texts_in_their_order(power):
         assert found[0] == expected[0][1]
 
 
-@pytest.mark.parametrize(('width', 'power'), [(1, 0.0), (2, 1.0), (3, -1.0)])
+@pytest.mark.parametrize(('width', 'power'), [(2, 1.0), (3, -1.0)])
 def test_a_narrow_beam_is_the_plain_search(width, power):
     """Also where it stops early: a prefix that cannot come in any more changes nothing."""
     ends = (2, 0)
@@ -316,8 +315,8 @@ def test_draws_belong_to_the_example_and_obey_the_rules():
 
 
 def test_top_k_and_top_p_keep_the_fewest_words():
-    logits = np.random.default_rng(0).normal(0, 2, (50, 9)).astype(np.float32)
-    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 2, (50, 9)), jnp.float32)
+    probabilities = np.asarray(jax.nn.softmax(logits), np.float64)
     for k in (1, 4, 9, 20):
         kept = np.isfinite(sampling.keep_top_k(logits, k))
         for row in range(50):
@@ -353,7 +352,7 @@ def test_eight_devices_are_one():
     expected = logits_of(model)(variables, words, mask)
     written = generate(model, variables, words, mask, rules=rules)
     mesh = sharding.make_mesh({'replica': 2, 'fsdp': 2, 'model': 2})
-    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), words))
+    boxed = jax.eval_shape(lambda ids: model.init(jax.random.key(0), ids), words)
     placed = jax.device_put(variables, sharding.tree_shardings(boxed, mesh))
     kernel = placed['params']['layers']['mlp_in']['kernel']
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 4, 6)
@@ -410,4 +409,4 @@ def test_what_cannot_be_written():
     with pytest.raises(ConfigError, match='a width of at least 1'):
         beam_search(model, variables, ids(), rules=Rules(2), width=0)
     with pytest.raises(ConfigError, match='CausalLM.remat'):
-        CausalLM(Form(vocab=3), remat='some').init(jax.random.key(0), ids())
+        CausalLM(Form(vocab=3), remat='some').init(jax.random.key(0), jnp.asarray(ids()))

@@ -17,6 +17,7 @@ from vatt_jax.objectives.instance_memory import InstanceMemory
 from vatt_jax.objectives.kmeans_labels import KMeansLabels
 from vatt_jax.objectives.localisation import Localisation
 from vatt_jax.objectives.multi_task import MultiTask
+from vatt_jax.objectives.next_token import NextToken
 from vatt_jax.objectives.online_codes import OnlineCodes
 from vatt_jax.objectives.self_labelling import SelfLabelling
 from vatt_jax.objectives.stica import STiCA
@@ -40,6 +41,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'instance_memory': InstanceMemory,
     'temporal_order': TemporalOrder,
     'distillation': Distillation,
+    'next_token': NextToken,
     'multi_task': MultiTask,
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -57,10 +57,10 @@ def beam_search(
 ) -> Beams:
     """The `width` best texts that go on from each prompt. Jitted.
 
-    A text's score is log p / n^length_power, n its words with the end. In every step each of the
-    K prefixes may end, and the K likeliest prefixes among all continuations go on. Those that have
-    not ended after `new_tokens` words are texts as well. A row stops early once no prefix can
-    reach the K texts that it has.
+    A text's score is log p / n^length_power, n its words with the end. In every step the K
+    likeliest ends of the K prefixes are texts, and the K likeliest longer prefixes go on. Those
+    that have not ended after `new_tokens` words are texts as well. The search stops early once no
+    prefix can reach the K texts that its row has.
 
     Args:
         model: the module.
@@ -111,33 +111,42 @@ def _advance(
     num_rows, width, vocab = state.logits.shape
     total = state.log_probabilities[:, :, None] + jax.nn.log_softmax(state.logits, axis=-1)
     ends = is_end(jnp.arange(vocab), rules.ends)  # [V]
-    ended = _with_ended(state, jnp.where(ends, total, -jnp.inf), length_power)
+    ending = _extend(state, jnp.where(ends, total, -jnp.inf))
+    lengths = jnp.full((num_rows, width), state.step, jnp.int32)
+    scores = _score(ending.log_probabilities, state.step + 1, length_power)
+    ended = Beams(ending.tokens, lengths, ending.log_probabilities, scores)
 
-    going_on = jnp.where(ends, -jnp.inf, total).reshape(num_rows, width * vocab)
-    log_probabilities, chosen = jax.lax.top_k(going_on, width)
-    parent, token = chosen // vocab, (chosen % vocab).astype(jnp.int32)  # [B K]
-    tokens = _take(state.tokens, parent).at[:, :, state.step].set(token)
+    longer = _extend(state, jnp.where(ends, -jnp.inf, total))
     # Of the B·K rows of the cache, those that are gone on from.
-    rows = (jnp.arange(num_rows)[:, None] * width + parent).reshape(-1)
-    logits, cache = next_logits(model, variables, token.reshape(-1), state.cache.take_rows(rows))
+    rows = jnp.arange(num_rows)[:, None] * width + longer.parent
+    cache = state.cache.take_rows(rows.reshape(-1))
+    logits, cache = next_logits(model, variables, longer.word.reshape(-1), cache)
     return _State(
         step=state.step + 1,
-        tokens=tokens,
-        log_probabilities=log_probabilities,
+        tokens=longer.tokens,
+        log_probabilities=longer.log_probabilities,
         logits=logits.reshape(num_rows, width, vocab),
         cache=cache,
-        ended=ended,
+        ended=_best(state.ended, ended),
     )
 
 
-def _with_ended(state: _State, total: Float32[Array, 'B K V'], length_power: float) -> Beams:
-    """The best K of the texts that had ended, and of the prefixes with their likeliest end."""
-    best = total.max(axis=-1)  # [B K]; -inf where there is no end
-    end = total.argmax(axis=-1).astype(jnp.int32)
-    tokens = state.tokens.at[:, :, state.step].set(end)
-    lengths = jnp.full(best.shape, state.step, jnp.int32)
-    scores = _score(best, state.step + 1, length_power)
-    return _best(state.ended, Beams(tokens, lengths, best, scores))
+class _Extended(NamedTuple):
+    """The K likeliest of all prefixes with one more word, the likeliest first; all [B K]."""
+
+    log_probabilities: jax.Array
+    parent: jax.Array  # which of the K prefixes it goes on from
+    word: jax.Array
+    tokens: jax.Array  # [B K L]
+
+
+def _extend(state: _State, total: Float32[Array, 'B K V']) -> _Extended:
+    """Add a word to the prefixes; `total` is the log probability of each with each word."""
+    num_rows, width, vocab = total.shape
+    log_probabilities, chosen = jax.lax.top_k(total.reshape(num_rows, width * vocab), width)
+    parent, word = chosen // vocab, (chosen % vocab).astype(jnp.int32)
+    tokens = _take(state.tokens, parent).at[:, :, state.step].set(word)
+    return _Extended(log_probabilities, parent, word, tokens)
 
 
 def _with_unfinished(state: _State, rules: Rules, length_power: float) -> Beams:
