@@ -1,6 +1,7 @@
 """Next-word prediction against its definition, and a short run of it."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +9,19 @@ import numpy as np
 import pytest
 from flax.linen import meta
 
+import data_pipelines
 from configs import default
 from configs import language as language_config
 from vatt_jax import config as configs
 from vatt_jax import models, objectives
 from vatt_jax.config import ConfigError
+from vatt_jax.importers import language
+from vatt_jax.models.language import Rules, generate
 from vatt_jax.models.language.tower import LanguageTower
 from vatt_jax.objectives.base import Spec
 from vatt_jax.objectives.next_token import sums_of_rows
 from vatt_jax.rng import Rng
+from vatt_jax.training import loop
 
 B, K, L, VOCAB = 2, 2, 5, 7
 WORDS = np.array(
@@ -138,16 +143,21 @@ def test_every_name_is_a_config(arg):
 
 @pytest.mark.slow
 def test_a_short_run_learns_the_words(tmp_path):
-    """Of the synthetic sentences; a loss of log 50 would be that of any word at random."""
-    import json
-
-    import data_pipelines
-    from vatt_jax.training import loop
-
+    """And what it learnt writes sentences, and goes out as a folder of Hugging Face."""
     c = language_config.get_config('demo,synthetic')
     c.steps, c.batch_size, c.log_every, c.checkpoint.every = 60, 16, 20, 60
     c.optimizer.schedule.warmup = 5
-    loop.train(c, data_pipelines.open(c), tmp_path, quiet=True)
-    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
-    perplexities = [line['perplexity'] for line in lines if 'perplexity' in line]
+    loop.train(c, data_pipelines.open(c), tmp_path / 'run', quiet=True)
+    lines = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    perplexities = [entry['perplexity'] for entry in entries if 'perplexity' in entry]
     assert perplexities[-1] < perplexities[0] / 2
+    decoder, variables = language.from_run(tmp_path / 'run')
+    written = generate(decoder, variables, jnp.zeros((1, 1), int), rules=Rules(10, ends=(0,)))
+    assert 0 < int(written.lengths[0]) < 10
+    language.save(tmp_path / 'out', decoder.form, variables)
+    loaded = language.load(tmp_path / 'out')
+    assert loaded.model.form == decoder.form
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
+    with pytest.raises(ConfigError, match='no checkpoint'):
+        language.from_run(tmp_path / 'nothing')

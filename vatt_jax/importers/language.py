@@ -31,6 +31,8 @@ from vatt_jax.importers.parameter_map import Path, Report
 from vatt_jax.importers.safetensors_files import INDEX, MODEL, open_folder, safetensors
 from vatt_jax.inputs.byte_pairs import BytePairs
 from vatt_jax.models.language import CausalLM, Form
+from vatt_jax.models.language.tower import MODEL as MODEL_OF_TOWER
+from vatt_jax.models.language.tower import LanguageTower
 from vatt_jax.run_folder import NotWritten, write_atomically
 
 CONFIG, GENERATION = 'config.json', 'generation_config.json'
@@ -83,6 +85,27 @@ def load(folder: str | os.PathLike) -> Loaded:
     )
     variables = unflatten_dict(arrays)
     return Loaded(CausalLM(form), variables, _ends(folder, config), BytePairs.find(folder), report)
+
+
+def from_run(run: str | os.PathLike) -> tuple[CausalLM, dict[str, Any]]:
+    """The decoder that a run trained (tower `language`), and its variables {'params': …}.
+
+    Args:
+        run: a run folder, of which the newest model is taken, or one checkpoint folder.
+
+    Raises:
+        ConfigError: there is no checkpoint, or it has no such tower.
+    """
+    config, _, ours = parameter_map.read_run(run)
+    tower = config.model.towers.get('text', {})
+    if tower.get('name') != 'language':
+        raise ConfigError(
+            f'{run}: config.model.towers.text.name: expected language, got {tower.get("name")!r}'
+        )
+    fields = {name: value for name, value in tower.items() if name != 'name'}
+    begin = ('params', 'nets_text', MODEL_OF_TOWER)
+    own = {('params', *path[3:]): x for path, x in ours.items() if path[:3] == begin}
+    return LanguageTower(**fields).decoder(parent=None), unflatten_dict(own)
 
 
 def save(
