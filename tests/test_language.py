@@ -22,6 +22,7 @@ from vatt_jax.models.language import (
     CausalLM,
     Form,
     Rules,
+    Scaling,
     beam_search,
     generate,
     sampling,
@@ -375,6 +376,9 @@ def test_eight_devices_are_one():
         ({'positions': 'sines'}, 'Form.positions'),
         ({'activation': 'tanh'}, 'Form.activation'),
         ({'biased': ('gate',)}, 'Form.biased'),
+        ({'eps': math.nan}, 'Form.eps'),
+        ({'rope_scaling': Scaling('yarn', 2.0)}, 'Form.rope_scaling.kind'),
+        ({'rope_scaling': Scaling('llama3', 2.0, 4.0, 4.0)}, 'Form.rope_scaling.high'),
         ({'positions': 'rotary', 'head_width': 3}, 'Form.head_width: expected an even number'),
     ],
 )

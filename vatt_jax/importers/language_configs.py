@@ -49,7 +49,7 @@ def form_of(config: Mapping[str, Any], where: str) -> tuple[str, Form]:
             whose value our decoder does not do.
     """
     kind = config.get('model_type')
-    if kind not in ONLY:
+    if not isinstance(kind, str) or kind not in ONLY:
         raise ConfigError(
             f'{where}: model_type: expected one of {", ".join(ONLY)}, got {shown(kind)}'
         )
@@ -100,7 +100,7 @@ class _Fields:
 
     def head_width(self, width: int, heads: int) -> int:
         """Width of a head where the file does not say it."""
-        if width % heads:
+        if heads < 1 or width % heads:
             raise ConfigError(
                 f'{self.where}: a width of {width} does not divide over {heads} heads'
             )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
-from vatt_jax.config import ConfigError, choose
+from vatt_jax.config import ConfigError, check_range, choose
 from vatt_jax.models.language.rotary import SCALINGS, Scaling
 from vatt_jax.models.layers import ACTIVATIONS
 
@@ -77,8 +78,21 @@ class Form:
                 'Form.head_width: expected an even number, since rotary positions turn pairs, got '
                 f'{self.head_width}'
             )
+        check_range(self.eps, 0, math.inf, 'Form.eps')
+        check_range(self.rope_base, 1, math.inf, 'Form.rope_base')
         if self.rope_scaling is not None:
-            choose(self.rope_scaling.kind, SCALINGS, 'Form.rope_scaling.kind')
+            _check_scaling(self.rope_scaling)
+
+
+def _check_scaling(scaling: Scaling) -> None:
+    choose(scaling.kind, SCALINGS, 'Form.rope_scaling.kind')
+    check_range(scaling.factor, 1, math.inf, 'Form.rope_scaling.factor')
+    check_range(scaling.original, 1, math.inf, 'Form.rope_scaling.original')
+    check_range(scaling.low, 0, math.inf, 'Form.rope_scaling.low')
+    if not scaling.low < scaling.high < math.inf:
+        raise ConfigError(
+            f'Form.rope_scaling.high: expected more than low={scaling.low}, got {scaling.high}'
+        )
 
 
 # Llama's parts: no bias, RMS norms, rotary positions, SwiGLU.
