@@ -90,7 +90,7 @@ class NextToken(Objective):
         # Here, not in compute_loss: logits of a microbatch alone are in memory.
         ids = batch[stream]['data']  # [B K L]
         tokens = encoded.tokens.reshape(-1, *encoded.tokens.shape[2:])  # [B·K L D]
-        logits = decoder.apply(of_decoder, tokens, method='logits')
+        logits: Any = decoder.apply(of_decoder, tokens, method='logits')
         sums = sums_of_rows(logits, ids.reshape(-1, ids.shape[-1]))
         by_name = {f'{stream}/{name}': x.reshape(ids.shape[:2]) for name, x in zip(SUMS, sums)}
         return Encoding(by_name, variables.get('batch_stats', {}), state)

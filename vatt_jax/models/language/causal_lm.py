@@ -198,9 +198,10 @@ class CausalLM(nn.Module):
         def step(x: jax.Array, scanned: Any) -> tuple[jax.Array, Memory | None]:
             params, number, memory = scanned
             of_layer = None if rng is None else rng.at(number)
-            return layer.apply(  # type: ignore[return-value]  # Flax says Any or a pair
+            applied: Any = layer.apply(
                 {'params': params}, x, seen, rotation, memory, start, of_layer
             )
+            return applied
 
         scanned = (self.stacked, jnp.arange(self.form.layers), memory)
         x, memory = jax.lax.scan(self._rematerialised(step), x, scanned, unroll=not self.scan)

@@ -144,7 +144,8 @@ def prefill(
         prompt, mask = move_right(prompt, mask)
     cache = Cache.create(model.form, num_rows, num_tokens + new_tokens, model.dtype)
     hidden, filled = model.apply(variables, prompt, mask, cache, method='hidden')
-    logits = model.apply(variables, hidden[:, -1:], method='logits')
+    # All rows end at the last column; logits of the others are not needed.
+    logits: Any = model.apply(variables, hidden[:, -1:], method='logits')
     return logits[:, 0], filled
 
 
