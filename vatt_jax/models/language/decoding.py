@@ -143,7 +143,8 @@ def prefill(
     if mask is not None:
         prompt, mask = move_right(prompt, mask)
     cache = Cache.create(model.form, num_rows, num_tokens + new_tokens, model.dtype)
-    hidden, filled = model.apply(variables, prompt, mask, cache, method='hidden')
+    prompted: Any = model.apply(variables, prompt, mask, cache, method='hidden')
+    hidden, filled = prompted
     # All rows end at the last column; logits of the others are not needed.
     logits: Any = model.apply(variables, hidden[:, -1:], method='logits')
     return logits[:, 0], filled
