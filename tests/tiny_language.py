@@ -4,8 +4,10 @@ The definitions read variables by the names of Hugging Face's files, and go toke
 by head.
 """
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
@@ -54,6 +56,12 @@ def theirs(layout, form, seed=0):
     """The same by the names of a release without prefix, float64."""
     flat = {path: np.asarray(x, np.float64) for path, x in variables(form, seed).items()}
     return parameter_map.to_theirs(flat, language_layouts.layout(layout, flat))
+
+
+@functools.cache
+def logits_of(model):
+    """The jitted logits of a module."""
+    return jax.jit(lambda variables, *inputs: model.apply(variables, *inputs).logits)
 
 
 # ---- definitions
