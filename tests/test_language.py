@@ -52,22 +52,33 @@ def test_logits_are_those_of_the_definition(name):
         np.testing.assert_allclose(logits[row][MASK[row]], expected, rtol=2e-4, atol=2e-4)
 
 
+def test_layers_unrolled_are_the_scanned():
+    """With dropout."""
+    form, words = FORMS['gpt2'], ids()
+    rng = Rng.create(0, 0, jnp.arange(B))
+    variables = tiny_language.tree(form)
+    expected = logits_of(CausalLM(form, dropout=0.5))(variables, words, MASK, None, rng)
+    unrolled = CausalLM(form, dropout=0.5, scan=False)
+    found = logits_of(unrolled)(variables, words, MASK, None, rng)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [{'scan': False, 'remat': 'dots'}, {'remat': 'full'}])
-def test_layers_unrolled_or_recomputed_are_the_same(options):
-    """Value and gradients, with dropout."""
-    form, words, mask = FORMS['gpt2'], jnp.asarray(ids()), jnp.asarray(MASK)
+def test_gradients_of_layers_unrolled_or_recomputed_are_the_same(options):
+    form, words, mask = FORMS['llama'], jnp.asarray(ids()), jnp.asarray(MASK)
     rng = Rng.create(0, 0, jnp.arange(B))
 
     def loss(variables, model):
         return jnp.sum(jnp.sin(model.apply(variables, words, mask, None, rng).logits))
 
-    def both(model):
-        return jax.jit(jax.value_and_grad(functools.partial(loss, model=model)))
+    def gradient(model):
+        return jax.jit(jax.grad(functools.partial(loss, model=model)))
 
     variables = tiny_language.tree(form)
-    expected = both(CausalLM(form, dropout=0.3))(variables)
-    found = both(CausalLM(form, dropout=0.3, **options))(variables)
-    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-4)
+    expected = gradient(CausalLM(form, dropout=0.3))(variables)
+    found = gradient(CausalLM(form, dropout=0.3, **options))(variables)
+    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_dropout_belongs_to_training_and_to_each_example():
