@@ -121,17 +121,17 @@ def test_mistakes_are_named():
     c, model, *_ = tiny('')
     with pytest.raises(ConfigError, match='expected text or a view of it'):
         objectives.build(type(c)({'name': 'next_token', 'stream': 'audio'}))
-    objective = objectives.build(c.objective)
+    objective, key = objectives.build(c.objective), jax.random.key(0)
 
     def spec(model, kind):
         return Spec(model, None, None, 0, {}, info={'tokenizer': {'kind': kind}})
 
-    assert objective.init(None, spec(model, 'words')) == ({}, {})
+    assert objective.init(key, spec(model, 'words')) == ({}, {})
     with pytest.raises(ConfigError, match="or sentencepiece, got 'clip'"):
-        objective.init(None, spec(model, 'clip'))
+        objective.init(key, spec(model, 'clip'))
     c.model.towers.text = {'name': 'linear'}
     with pytest.raises(ConfigError, match="expected 'language', got 'linear'"):
-        objective.init(None, spec(models.build(c.model, 'float32'), 'words'))
+        objective.init(key, spec(models.build(c.model, 'float32'), 'words'))
     with pytest.raises(ConfigError, match='choose one of synthetic, llama'):
         configs.load('configs/language.py:demo,gpt3')
 

@@ -27,9 +27,10 @@ def keep_top_p(logits: Float32[Array, 'R V'], p: float) -> Float32[Array, 'R V']
         return logits
     falling = -jnp.sort(-logits, axis=-1)
     probabilities = jax.nn.softmax(falling, axis=-1)
-    # What all likelier words have together; the first one has none before it and always stays.
+    # What all likelier words have together; the first one always stays, also where p is 0.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    smallest = jnp.where(before < p, falling, jnp.inf).min(axis=-1, keepdims=True)
+    is_kept = (before < p) | (jnp.arange(logits.shape[-1]) == 0)
+    smallest = jnp.where(is_kept, falling, jnp.inf).min(axis=-1, keepdims=True)
     return jnp.where(logits >= smallest, logits, -jnp.inf)
 
 
