@@ -49,8 +49,9 @@ class Entry:
         order: theirs is ours, cut into the axes `axes`, with these axes in this order; (): a
             reshape alone.
         axes: lengths of these axes.
-        part: (i, n): theirs holds n variables of ours end to end along its first axis, of which
-            this is the i-th.
+        part: (i, n): theirs holds n variables of ours end to end along an axis, of which this is
+            the i-th.
+        part_axis: this axis of theirs.
     """
 
     ours: Path
@@ -61,13 +62,13 @@ class Entry:
     order: tuple[int, ...] = ()
     axes: tuple[int, ...] = ()
     part: tuple[int, int] = (0, 1)
+    part_axis: int = 0
 
     def from_theirs(self, value: np.ndarray) -> np.ndarray:
         """Return what of their array is this variable, in our order of numbers."""
         part, num_parts = self.part
         if num_parts > 1:
-            length = len(value) // num_parts
-            value = value[part * length : (part + 1) * length]
+            value = np.split(value, num_parts, axis=self.part_axis)[part]
         if not self.order:
             return value
         value = value.reshape([self.axes[axis] for axis in self.order])
@@ -78,9 +79,10 @@ class Entry:
         if self.order:
             value = value.reshape(self.axes).transpose(self.order)
         _, num_parts = self.part
-        if num_parts == 1:
-            return value.reshape(self.shape)
-        return value.reshape(self.shape[0] // num_parts, *self.shape[1:])
+        shape = list(self.shape)
+        if num_parts > 1:
+            shape[self.part_axis] //= num_parts
+        return value.reshape(shape)
 
 
 @dataclasses.dataclass
@@ -268,6 +270,7 @@ def _misfit(entry: Entry, shape: tuple[int, ...]) -> str:
 def to_theirs(ours: Mapping[Path, np.ndarray], entries: list[Entry]) -> dict[str, np.ndarray]:
     """Return {their key: array}: the inverse of `to_ours`."""
     parts: dict[str, dict[int, np.ndarray]] = {}
+    axes = {entry.theirs: entry.part_axis for entry in entries}
     for entry in entries:
         value = np.asarray(ours[entry.ours])
         if entry.layer is not None:
@@ -276,7 +279,7 @@ def to_theirs(ours: Mapping[Path, np.ndarray], entries: list[Entry]) -> dict[str
     theirs = {}
     for key, by_number in parts.items():
         values = [by_number[number] for number in sorted(by_number)]
-        theirs[key] = values[0] if len(values) == 1 else np.concatenate(values)
+        theirs[key] = values[0] if len(values) == 1 else np.concatenate(values, axes[key])
     return theirs
 
 

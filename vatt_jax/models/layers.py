@@ -41,12 +41,14 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-# Between the two matrices of a feed-forward part. gelu: exact, VATT's. gelu_tanh: SigLIP's.
+# Between the two matrices of a feed-forward part. gelu: exact, VATT's. gelu_tanh: SigLIP's and
+# GPT-2's. silu: Llama's.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'gelu': functools.partial(jax.nn.gelu, approximate=False),
     'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
     'quick_gelu': quick_gelu,
     'relu': jax.nn.relu,
+    'silu': jax.nn.silu,
 }
 
 # Kinds of batch norm. eps is added to the variance; momentum is how much of the running statistics

@@ -26,6 +26,7 @@ from vatt_jax.models import adapters, fusion
 from vatt_jax.models.attention import IMPLEMENTATIONS
 from vatt_jax.models.common_space import CommonSpaces
 from vatt_jax.models.embeddings import LinearWords, Patches, Tokens, Words
+from vatt_jax.models.language.tower import LanguageTower
 from vatt_jax.models.layers import ACTIVATIONS, INITS, NORMS, Dense
 from vatt_jax.models.towers.audio_resnet import ResNet2D, ResNet2DV2, ResNet9
 from vatt_jax.models.towers.avid import AVIDAudio, AVIDVideo
@@ -132,6 +133,7 @@ CLIP = {
 # module(data, valid [B], train) -> (pooled, map); its attributes are the tower's config fields.
 NETS: dict[str, tuple[str, Any]] = {
     'linear': ('text', LinearWords),
+    'language': ('text', LanguageTower),
     'i3d': ('video', I3D),
     's3d': ('video', S3D),
     'tsm_resnet': ('video', TSMResNet),

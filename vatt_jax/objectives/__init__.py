@@ -18,6 +18,7 @@ from vatt_jax.objectives.kmeans_labels import KMeansLabels
 from vatt_jax.objectives.localisation import Localisation
 from vatt_jax.objectives.matching import Matching
 from vatt_jax.objectives.multi_task import MultiTask
+from vatt_jax.objectives.next_token import NextToken
 from vatt_jax.objectives.online_codes import OnlineCodes
 from vatt_jax.objectives.self_labelling import SelfLabelling
 from vatt_jax.objectives.stica import STiCA
@@ -42,6 +43,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'instance_memory': InstanceMemory,
     'temporal_order': TemporalOrder,
     'distillation': Distillation,
+    'next_token': NextToken,
     'multi_task': MultiTask,
 }
 
