@@ -41,6 +41,11 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+def squared_relu(x: jax.Array) -> jax.Array:
+    """max(x, 0)², of the paper of Flamingo."""
+    return jnp.square(jax.nn.relu(x))
+
+
 # Between the two matrices of a feed-forward part. gelu: exact, VATT's. gelu_tanh: SigLIP's and
 # GPT-2's. silu: Llama's.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -49,6 +54,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'quick_gelu': quick_gelu,
     'relu': jax.nn.relu,
     'silu': jax.nn.silu,
+    'squared_relu': squared_relu,
 }
 
 # Kinds of batch norm. eps is added to the variance; momentum is how much of the running statistics

@@ -137,12 +137,20 @@ def bert_spreads(width: int, heads_width: int, mlp: int, layers: int) -> dict[st
     return dict.fromkeys(names, ('normal', 0.02))
 
 
+def linear_spreads(width: int, heads_width: int, mlp: int, layers: int) -> dict[str, Spread]:
+    """PyTorch's default of linear layers that stand by themselves: within 1/sqrt(fan in) of 0."""
+    names = ('query', 'key', 'value', 'mlp_in')
+    spreads: dict[str, Spread] = dict.fromkeys(names, ('uniform', width**-0.5))
+    return {**spreads, 'out': ('uniform', heads_width**-0.5), 'mlp_out': ('uniform', mlp**-0.5)}
+
+
 # Initial values of a block's kernels: (width, heads · head_width, mlp, layers) -> {kernel: Spread}.
 BLOCK_INITS: dict[str, Callable[[int, int, int, int], dict[str, Spread]]] = {
     'glorot': glorot_spreads,
     'torch': torch_spreads,
     'clip': clip_spreads,
     'bert': bert_spreads,
+    'linear': linear_spreads,
 }
 
 

@@ -1,7 +1,7 @@
 """A transformer layer whose keys and values may come from elsewhere than its queries.
 
-What BERT, ViLBERT and UNITER differ in are fields: the place of the norms, their eps, the
-activation, biases, initial values.
+What BERT, ViLBERT, UNITER, Flamingo and ClipCap differ in are fields: the place of the norms, their
+eps, the activation, biases, gates, initial values.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vatt_jax.models.attention import attention_or_zero
@@ -30,6 +31,9 @@ class BlockOptions:
         dropout: rate, before each residual sum and inside the feed-forward part.
         attention_dropout: rate on attention probabilities.
         bias: whether projections have one.
+        qkv_bias: whether those to queries, keys and values have one too.
+        gated: whether each part is multiplied by tanh of a learned number, at first 0, before its
+            residual sum (Flamingo): a new layer begins as the identity.
         pre_norm: whether norms come before each part (VATT) or after its residual sum (BERT).
         eps: of all norms, added to the variance.
         activation: entry of layers.ACTIVATIONS.
@@ -45,6 +49,8 @@ class BlockOptions:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     bias: bool = True
+    qkv_bias: bool = True
+    gated: bool = False
     pre_norm: bool = True
     eps: float = 1e-6
     activation: str = 'gelu'
@@ -114,13 +120,16 @@ class CrossBlock(nn.Module):
             bias=options.bias,
             dtype=options.dtype,
         )
+        if options.gated:
+            self.attention_gate = self.param('attention_gate', jax.nn.initializers.zeros, ())
+            self.mlp_gate = self.param('mlp_gate', jax.nn.initializers.zeros, ())
 
     def __call__(
         self,
         x: Float[Array, 'B N D'],
         context: jax.Array | None,
         mask: jax.Array | None,
-        rng: Rng,
+        rng: Rng | None,
         train: bool,
     ) -> Float[Array, 'B N D']:
         """Apply the layer.
@@ -129,7 +138,7 @@ class CrossBlock(nn.Module):
             x: tokens.
             context: [B M C], what keys and values are made of, as it is; None: the normed tokens.
             mask: bool [B M] or [B N M] (queries, keys), or None.
-            rng: of the layer.
+            rng: of the layer; may be None where no dropout is on.
             train: whether dropout is on.
         """
         normed = self.normed(x)
@@ -153,7 +162,7 @@ class CrossBlock(nn.Module):
         key: Float[Array, 'B M heads kv'],
         value: Float[Array, 'B M heads kv'],
         mask: jax.Array | None,
-        rng: Rng,
+        rng: Rng | None,
         train: bool,
     ) -> Float[Array, 'B N D']:
         """The rest of the layer, for keys and values that may be of several contexts.
@@ -164,7 +173,7 @@ class CrossBlock(nn.Module):
             key: of all contexts, end to end.
             value: likewise.
             mask: see `__call__`.
-            rng: of the layer.
+            rng: likewise.
             train: whether dropout is on.
         """
         options = self.options
@@ -178,7 +187,8 @@ class CrossBlock(nn.Module):
             rng=rng,
             implementation=options.implementation,
         )  # [B N heads kv]
-        x = x + self._drop(self.out(attended), rng, 'attention', train)
+        attended = self._drop(self.out(attended), rng, 'attention', train)  # [B N D]
+        x = x + (attended * _opened(self.attention_gate, x) if options.gated else attended)
         if not options.pre_norm:
             x = self.attention_norm(x)
 
@@ -186,7 +196,8 @@ class CrossBlock(nn.Module):
         # As in transformer.Block: `mlp` is split over the mesh between the two matrices.
         hidden = constrain(self.mlp_in(y), 'batch', 'length', 'mlp')
         hidden = self._drop(ACTIVATIONS[options.activation](hidden), rng, 'hidden', train)
-        x = x + self._drop(self.mlp_out(hidden), rng, 'mlp', train)
+        hidden = self._drop(self.mlp_out(hidden), rng, 'mlp', train)  # [B N D]
+        x = x + (hidden * _opened(self.mlp_gate, x) if options.gated else hidden)
         if not options.pre_norm:
             x = self.mlp_norm(x)
         return constrain(x, 'batch', 'length', None)
@@ -199,12 +210,17 @@ class CrossBlock(nn.Module):
             shape=(width, options.heads, options.head_width),
             axes=('embed', 'heads', 'kv'),
             spread=spread,
-            bias=options.bias,
+            bias=options.bias and options.qkv_bias,
             dtype=options.dtype,
         )
 
-    def _drop(self, x: jax.Array, rng: Rng, site: str, train: bool) -> jax.Array:
+    def _drop(self, x: jax.Array, rng: Rng | None, site: str, train: bool) -> jax.Array:
         """Dropout with the random bits of a site, in training."""
-        if not train:
+        if not train or rng is None:
             return x
         return rng.at(site).dropout(x, self.options.dropout)
+
+
+def _opened(gate: Float[Array, ''], x: jax.Array) -> jax.Array:
+    """How far a gate is open, in the type of what goes through it."""
+    return jnp.tanh(gate).astype(x.dtype)

@@ -5,6 +5,7 @@
     decoder      one layer
     cache        keys and values of the tokens so far
     causal_lm    the model
+    interleaved  layers of another model between its own
     sampling     which tokens may come next: temperature, top-k, top-p
     decoding     greedy and sampled text
     beam         beam search
@@ -17,6 +18,7 @@ from vatt_jax.models.language.cache import Cache
 from vatt_jax.models.language.causal_lm import CausalLM, LMOutputs
 from vatt_jax.models.language.decoding import Generated, Rules, generate
 from vatt_jax.models.language.form import PUBLISHED, Form
+from vatt_jax.models.language.interleaved import Interleaved
 from vatt_jax.models.language.rotary import Scaling
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     'CausalLM',
     'Form',
     'Generated',
+    'Interleaved',
     'LMOutputs',
     'Rules',
     'Scaling',

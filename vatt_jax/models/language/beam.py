@@ -54,6 +54,7 @@ def beam_search(
     rules: Rules,
     width: int,
     length_power: float = 1.0,
+    cache: Any = None,
 ) -> Beams:
     """The `width` best texts that go on from each prompt. Jitted.
 
@@ -63,13 +64,14 @@ def beam_search(
     prefix can reach the K texts that its row has.
 
     Args:
-        model: the module.
+        model: as of `decoding.generate`.
         variables: {'params': …} of it.
         prompt: as of `decoding.generate`.
         mask: as of `decoding.generate`.
         rules: most words and ends; nothing is drawn.
         width: K.
         length_power: 0: the likeliest text; larger ones favour longer texts.
+        cache: as of `decoding.generate`.
 
     Raises:
         ConfigError: the rules draw words, or the width is below 1.
@@ -78,7 +80,7 @@ def beam_search(
         raise ConfigError('beam_search draws no words: expected Rules.temperature=0')
     if width < 1:
         raise ConfigError(f'beam_search: expected a width of at least 1, got {width}')
-    logits, cache = prefill(model, variables, prompt, mask, rules.new_tokens)
+    logits, cache = prefill(model, variables, prompt, mask, rules.new_tokens, cache)
     num_rows = len(logits)
     # All K prefixes begin as the prompt; only the first of them counts, or all K would be one.
     first_only = jnp.where(jnp.arange(width) == 0, 0.0, -jnp.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from vatt_jax.models.attention import IMPLEMENTATIONS
 from vatt_jax.models.language.cache import Cache, Memory
 from vatt_jax.models.language.decoder import SPREAD, DecoderLayer
 from vatt_jax.models.language.form import Form
+from vatt_jax.models.language.interleaved import Interleaved
 from vatt_jax.models.language.rotary import Rotation, frequencies, rotation
 from vatt_jax.models.layers import Dense, LayerNorm
 from vatt_jax.models.transformer import REMAT, causal_mask
@@ -107,6 +109,7 @@ class CausalLM(nn.Module):
         mask: Bool[Array, 'B N'] | None = None,
         cache: Cache | None = None,
         rng: Rng | None = None,
+        interleaved: Interleaved | None = None,
     ) -> tuple[Float[Array, 'B N D'], Cache | None]:
         """What the last norm makes of each token.
 
@@ -116,6 +119,7 @@ class CausalLM(nn.Module):
             cache: of the tokens before these, or None. It must have N free slots, which only its
                 maker can see to: `filled` is not known while a program is traced.
             rng: of the rows, for dropout; None: none, as in evaluation.
+            interleaved: layers of another model between these; None: none.
 
         Returns:
             The tokens, and the cache with them.
@@ -139,7 +143,7 @@ class CausalLM(nn.Module):
         if rng is not None:
             x = rng.at('embedding').dropout(x, self.dropout)
         x = constrain(x, 'batch', 'length', None)
-        x, cache = self._run_layers(x, seen, self._rotation(positions), cache, rng)
+        x, cache = self._run_layers(x, seen, self._rotation(positions), cache, rng, interleaved)
         return self.final_norm(x), cache
 
     def logits(self, hidden: Float[Array, 'B N D']) -> Float32[Array, 'B N V']:
@@ -188,6 +192,7 @@ class CausalLM(nn.Module):
         rotation: Rotation | None,
         cache: Cache | None,
         rng: Rng | None,
+        interleaved: Interleaved | None,
     ) -> tuple[Float[Array, 'B N D'], Cache | None]:
         """Apply all layers, scanned or unrolled; both go through the same stacked parameters."""
         layer = self._layer()
@@ -204,7 +209,14 @@ class CausalLM(nn.Module):
             return applied
 
         scanned = (self.stacked, jnp.arange(self.form.layers), memory)
-        x, memory = jax.lax.scan(self._rematerialised(step), x, scanned, unroll=not self.scan)
+        run_layer = self._rematerialised(step)
+        if interleaved is None:
+            x, memory = jax.lax.scan(run_layer, x, scanned, unroll=not self.scan)
+        else:
+            interleaved = dataclasses.replace(
+                interleaved, apply=self._rematerialised(interleaved.apply)
+            )
+            x, memory = interleaved.scan(run_layer, x, scanned, unroll=not self.scan)
         if cache is not None:
             cache = cache.replace(  # type: ignore[attr-defined]  # by flax
                 memory=memory, filled=cache.filled + num_tokens

@@ -84,16 +84,18 @@ def generate(
     rng: Rng | None = None,
     *,
     rules: Rules,
+    cache: Any = None,
 ) -> Generated:
     """Write on from prompts. Jitted.
 
     Args:
-        model: the module.
+        model: the module, or another one with its methods (`visual_language.FlamingoLM`).
         variables: {'params': …} of it.
         prompt: numbers of words [B N], or embeddings [B N D].
         mask: bool [B N], tokens of the prompt that are there, at least one in a row; None: all.
         rng: of the rows, where words are drawn: a row's draws depend on its example and the step.
         rules: how words are chosen.
+        cache: to begin with, as of `prefill`.
 
     Raises:
         ConfigError: words are to be drawn without an rng, or prompt and new words are longer than
@@ -101,7 +103,7 @@ def generate(
     """
     if rules.temperature and rng is None:
         raise ConfigError('generate: a temperature draws words, which needs an rng, got None')
-    logits, cache = prefill(model, variables, prompt, mask, rules.new_tokens)
+    logits, cache = prefill(model, variables, prompt, mask, rules.new_tokens, cache)
     num_rows = len(logits)
     state = (
         jnp.int32(0),
@@ -137,12 +139,27 @@ def prefill(
     prompt: jax.Array,
     mask: jax.Array | None,
     new_tokens: int,
-) -> tuple[Float32[Array, 'B V'], Cache]:
-    """Logits of the word after each prompt, and a cache with room for `new_tokens` more."""
+    cache: Any = None,
+) -> tuple[Float32[Array, 'B V'], Any]:
+    """Logits of the word after each prompt, and a cache with room for `new_tokens` more.
+
+    The cache is an empty one, or one that holds what else the model reads (pictures, in
+    `visual_language`) and has room for the prompt too.
+
+    Raises:
+        ConfigError: the cache that is given has not.
+    """
     num_rows, num_tokens = prompt.shape[:2]
     if mask is not None:
         prompt, mask = move_right(prompt, mask)
-    cache = Cache.create(model.form, num_rows, num_tokens + new_tokens, model.dtype)
+    slots = num_tokens + new_tokens
+    if cache is None:
+        cache = Cache.create(model.form, num_rows, slots, model.dtype)
+    if cache.slots < slots:
+        raise ConfigError(
+            f'cache: expected at least {slots} slots ({num_tokens} tokens of the prompt, '
+            f'{new_tokens} to write), got {cache.slots}'
+        )
     prompted: Any = model.apply(variables, prompt, mask, cache, method='hidden')
     hidden, filled = prompted
     # All rows end at the last column; logits of the others are not needed.
@@ -151,8 +168,8 @@ def prefill(
 
 
 def next_logits(
-    model: CausalLM, variables: Any, tokens: Int[Array, ' R'], cache: Cache
-) -> tuple[Float32[Array, 'R V'], Cache]:
+    model: CausalLM, variables: Any, tokens: Int[Array, ' R'], cache: Any
+) -> tuple[Float32[Array, 'R V'], Any]:
     """One step: logits of the word after these, and the cache with them."""
     outputs: Any = model.apply(variables, tokens[:, None], None, cache)
     return outputs.logits[:, 0], outputs.cache
