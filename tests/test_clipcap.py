@@ -4,6 +4,7 @@ import functools
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -45,7 +46,7 @@ def test_logits_and_loss_are_those_of_the_definition(mapper):
         np.testing.assert_allclose(logits[row][MASK[row]], expected, rtol=2e-4, atol=2e-4)
         for word, of_word in zip(words, expected):
             losses.append(np.log(np.exp(of_word).sum()) - of_word[word])
-    found = next_words.words(logits, IDS, MASK)
+    found = next_words.words(logits, jnp.asarray(IDS), jnp.asarray(MASK))
     np.testing.assert_allclose(found, np.mean(losses), rtol=1e-4)
 
 
@@ -65,7 +66,12 @@ def test_captions_are_the_likeliest_words_of_whole_passes():
     model, variables = tiny.clipcap('mlp')
     end, longest = 5, 3
     beams = write_captions(
-        model, variables, EMBEDDINGS, rules=Rules(longest, (end,)), width=1, length_power=0.0
+        model,
+        variables,
+        jnp.asarray(EMBEDDINGS),
+        rules=Rules(longest, (end,)),
+        width=1,
+        length_power=0.0,
     )
     for row in range(B):
         # What goes on longest, and every text that ends before: the best of them.

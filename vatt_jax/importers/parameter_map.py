@@ -274,7 +274,7 @@ def to_theirs(ours: Mapping[Path, np.ndarray], entries: list[Entry]) -> dict[str
     for entry in entries:
         value = np.asarray(ours[entry.ours])
         if entry.layer is not None:
-            value = value[entry.layer]
+            value = np.asarray(value[entry.layer])  # a number, of a layer's scalar
         parts.setdefault(entry.theirs, {})[entry.part[0]] = entry.to_theirs(value)
     theirs = {}
     for key, by_number in parts.items():

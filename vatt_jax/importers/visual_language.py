@@ -148,7 +148,7 @@ def save_clipcap(path: str | os.PathLike, params: Mapping[str, Any]) -> int:
     ours = _flat(nn.meta.unbox(params))
     arrays = parameter_map.to_theirs(ours, layouts.clipcap(ours))
     table = ours['params', new_parts.LANGUAGE, 'word_table']
-    return _write(path, {**arrays, layouts.GPT + language_layouts.HEAD: np.asarray(table)})
+    return _write(path, {**arrays, layouts.GPT + language_layouts.HEAD: table})
 
 
 def new_variables(model: FlamingoLM) -> dict[Path, jax.ShapeDtypeStruct]:
@@ -168,8 +168,9 @@ def _shapes(model: nn.Module, *inputs: Any) -> dict[Path, Any]:
     return dict(flatten_dict(nn.meta.unbox(jax.eval_shape(model.init, key, *inputs))))
 
 
-def _flat(params: Mapping[str, Any]) -> dict[Path, Any]:
-    return {('params', *path): leaf for path, leaf in flatten_dict(params).items()}
+def _flat(params: Mapping[str, Any]) -> dict[Path, np.ndarray]:
+    flat = flatten_dict(params)
+    return {('params', *path): np.asarray(leaf) for path, leaf in flat.items()}
 
 
 def _new_rows(arrays: Mapping[str, np.ndarray], model: FlamingoLM, where: str) -> np.ndarray:

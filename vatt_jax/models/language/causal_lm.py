@@ -35,7 +35,7 @@ class LMOutputs:
     """
 
     logits: Any
-    cache: Cache | None = None
+    cache: Any = None
 
 
 class CausalLM(nn.Module):

@@ -115,18 +115,18 @@ class FlamingoLM(nn.Module):
         self,
         ids: Int[Array, 'B N'],
         mask: Bool[Array, 'B N'] | None = None,
-        cache: FlamingoCache | None = None,
+        cache: Any = None,
         media: Float[Array, 'B M T S Dm'] | None = None,
     ) -> LMOutputs:
         """Logits at every word, of the new words too; the arguments are those of `hidden`."""
         x, cache = self.hidden(ids, mask, cache, media)
-        return LMOutputs(self.logits(x), cache)  # type: ignore[arg-type]  # a cache of its own
+        return LMOutputs(self.logits(x), cache)
 
     def hidden(
         self,
         ids: Int[Array, 'B N'],
         mask: Bool[Array, 'B N'] | None = None,
-        cache: FlamingoCache | None = None,
+        cache: Any = None,
         media: Float[Array, 'B M T S Dm'] | None = None,
     ) -> tuple[Float[Array, 'B N D'], FlamingoCache | None]:
         """What the last norm makes of each word.
@@ -157,7 +157,6 @@ class FlamingoLM(nn.Module):
             interleaved=self._interleaved(memory, num_tags),
         )
         if cache is not None:
-            assert text is not None
             cache = FlamingoCache(text, num_tags[:, -1], memory)
         return x, cache
 
@@ -195,7 +194,7 @@ class FlamingoLM(nn.Module):
         new = hidden @ rows.T.astype(self.dtype)
         return jnp.concatenate([known, new.astype(jnp.float32)], axis=-1)
 
-    def _memory(self, cache: FlamingoCache | None, media: Any) -> MediaMemory:
+    def _memory(self, cache: Any, media: Any) -> MediaMemory:
         if cache is None and media is not None:
             return self.look(media)
         if isinstance(cache, FlamingoCache) and media is None:
