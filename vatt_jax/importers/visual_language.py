@@ -52,7 +52,7 @@ def load_flamingo(path: str | os.PathLike, model: FlamingoLM) -> tuple[dict[str,
     """
     arrays = {}
     for name, array in clip.read_arrays(pathlib.Path(path), str(path)).items():
-        name = name.removeprefix(STATE_DICT)
+        name = name.removeprefix(STATE_DICT).removeprefix('module.')
         arrays[GATED_NAME.sub(layouts.GATED.format(r'\1'), name)] = array
     expected = new_variables(model)
     untied = expected.pop(('params', 'new_outputs'), None)

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int
 
 from vatt_jax.config import ConfigError
-from vatt_jax.models.language.causal_lm import CausalLM
-from vatt_jax.models.language.decoding import Rules, is_end, next_logits, prefill
+from vatt_jax.models.language.decoding import LanguageModel, Rules, is_end, next_logits, prefill
 
 
 @flax.struct.dataclass
@@ -46,7 +45,7 @@ class _State:
 
 @functools.partial(jax.jit, static_argnames=('model', 'rules', 'width', 'length_power'))
 def beam_search(
-    model: CausalLM,
+    model: LanguageModel,
     variables: Any,
     prompt: jax.Array,
     mask: jax.Array | None = None,
@@ -64,7 +63,7 @@ def beam_search(
     prefix can reach the K texts that its row has.
 
     Args:
-        model: as of `decoding.generate`.
+        model: the module.
         variables: {'params': …} of it.
         prompt: as of `decoding.generate`.
         mask: as of `decoding.generate`.
@@ -107,7 +106,7 @@ def beam_search(
 
 
 def _advance(
-    model: CausalLM, variables: Any, state: _State, rules: Rules, length_power: float
+    model: LanguageModel, variables: Any, state: _State, rules: Rules, length_power: float
 ) -> _State:
     """End each prefix, and go on with the K likeliest longer ones."""
     num_rows, width, vocab = state.logits.shape

@@ -19,9 +19,11 @@ from jaxtyping import Array, Bool, Float32, Int
 
 from vatt_jax.config import ConfigError, check_range
 from vatt_jax.models.language.cache import Cache
-from vatt_jax.models.language.causal_lm import CausalLM
 from vatt_jax.models.language.sampling import draw
 from vatt_jax.rng import Rng
+
+# A CausalLM, or another module with its fields and methods (visual_language.FlamingoLM).
+LanguageModel = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Generated:
 
 @functools.partial(jax.jit, static_argnames=('model', 'rules'))
 def generate(
-    model: CausalLM,
+    model: LanguageModel,
     variables: Any,
     prompt: jax.Array,
     mask: jax.Array | None = None,
@@ -89,7 +91,7 @@ def generate(
     """Write on from prompts. Jitted.
 
     Args:
-        model: the module, or another one with its methods (`visual_language.FlamingoLM`).
+        model: the module.
         variables: {'params': …} of it.
         prompt: numbers of words [B N], or embeddings [B N D].
         mask: bool [B N], tokens of the prompt that are there, at least one in a row; None: all.
@@ -134,7 +136,7 @@ def generate(
 
 
 def prefill(
-    model: CausalLM,
+    model: LanguageModel,
     variables: Any,
     prompt: jax.Array,
     mask: jax.Array | None,
@@ -168,7 +170,7 @@ def prefill(
 
 
 def next_logits(
-    model: CausalLM, variables: Any, tokens: Int[Array, ' R'], cache: Any
+    model: LanguageModel, variables: Any, tokens: Int[Array, ' R'], cache: Any
 ) -> tuple[Float32[Array, 'R V'], Any]:
     """One step: logits of the word after these, and the cache with them."""
     outputs: Any = model.apply(variables, tokens[:, None], None, cache)

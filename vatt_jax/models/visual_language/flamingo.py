@@ -157,6 +157,7 @@ class FlamingoLM(nn.Module):
             interleaved=self._interleaved(memory, num_tags),
         )
         if cache is not None:
+            assert text is not None
             cache = FlamingoCache(text, num_tags[:, -1], memory)
         return x, cache
 
