@@ -29,6 +29,7 @@ class BlockOptions:
         heads: of the attention.
         head_width: of queries, keys and values; heads · head_width need not be a stream's width.
         dropout: rate, before each residual sum and inside the feed-forward part.
+        hidden_dropout: rate inside the feed-forward part, where it is another one (BERT: 0).
         attention_dropout: rate on attention probabilities.
         bias: whether projections have one.
         qkv_bias: whether those to queries, keys and values have one too.
@@ -47,6 +48,7 @@ class BlockOptions:
     heads: int
     head_width: int
     dropout: float = 0.0
+    hidden_dropout: float | None = None
     attention_dropout: float = 0.0
     bias: bool = True
     qkv_bias: bool = True
@@ -195,7 +197,8 @@ class CrossBlock(nn.Module):
         y = self.mlp_norm(x) if options.pre_norm else x
         # As in transformer.Block: `mlp` is split over the mesh between the two matrices.
         hidden = constrain(self.mlp_in(y), 'batch', 'length', 'mlp')
-        hidden = self._drop(ACTIVATIONS[options.activation](hidden), rng, 'hidden', train)
+        hidden = ACTIVATIONS[options.activation](hidden)
+        hidden = self._drop(hidden, rng, 'hidden', train, options.hidden_dropout)
         hidden = self._drop(self.mlp_out(hidden), rng, 'mlp', train)  # [B N D]
         x = x + (hidden * _opened(self.mlp_gate, x) if options.gated else hidden)
         if not options.pre_norm:
@@ -214,11 +217,13 @@ class CrossBlock(nn.Module):
             dtype=options.dtype,
         )
 
-    def _drop(self, x: jax.Array, rng: Rng | None, site: str, train: bool) -> jax.Array:
-        """Dropout with the random bits of a site, in training."""
+    def _drop(
+        self, x: jax.Array, rng: Rng | None, site: str, train: bool, rate: float | None = None
+    ) -> jax.Array:
+        """Dropout with the random bits of a site, in training; rate None: that of all sites."""
         if not train or rng is None:
             return x
-        return rng.at(site).dropout(x, self.options.dropout)
+        return rng.at(site).dropout(x, self.options.dropout if rate is None else rate)
 
 
 def _opened(gate: Float[Array, ''], x: jax.Array) -> jax.Array:
