@@ -1,5 +1,7 @@
 """Losses of ViLBERT and UNITER against their definitions, and what each hides."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from vatt_jax.models.vision_language import (
     UniterOutputs,
     VilbertOutputs,
 )
+from vatt_jax.models.vision_language.sizes import Layers
 from vatt_jax.objectives.region_pretraining import (
     ALL,
     COCO_SBU,
@@ -250,7 +253,8 @@ def test_tasks_are_drawn_by_their_shares():
 
 
 def test_all_tasks_of_uniter_reach_its_parameters():
-    model, given = Uniter(UNITER['tiny']), pairs(7)
+    sizes = dataclasses.replace(UNITER['tiny'], layers=Layers(1, 24, 3, 40))
+    model, given = Uniter(sizes), pairs(7)
     record = np.arange(B)
 
     def init():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from vatt_jax.rng import Rng
 INIT = jax.nn.initializers.normal(0.02)
 
 
-def table_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def table_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """A table whose row 0 is zero."""
     return INIT(key, shape, dtype).at[0].set(0)
 

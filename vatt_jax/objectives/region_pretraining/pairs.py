@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax
@@ -90,10 +91,10 @@ def mismatched(
         return jax.tree.map(lambda x: jnp.asarray(x)[row], tree)
 
     if side == 'words':
-        pairs = pairs.replace(words=take(pairs.words), maskable=take(pairs.maskable))
+        pairs = dataclasses.replace(pairs, words=take(pairs.words), maskable=take(pairs.maskable))
     else:
-        pairs = pairs.replace(regions=take(pairs.regions), classes=take(pairs.classes))
-    return pairs.replace(is_match=~is_replaced)
+        pairs = dataclasses.replace(pairs, regions=take(pairs.regions), classes=take(pairs.classes))
+    return dataclasses.replace(pairs, is_match=~is_replaced)
 
 
 def hide_words(
