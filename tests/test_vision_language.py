@@ -119,7 +119,7 @@ def test_padding_changes_nothing(kind):
         np.testing.assert_array_equal(value[mask], got[name][mask], err_msg=name)
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', ['vilbert', pytest.param('uniter', marks=pytest.mark.slow)])
 def test_eight_devices_compute_what_one_does(kind):
     model, arrays, *_ = case(kind)
     words, regions = pairs(5 if kind == 'vilbert' else 7, batch=8)

@@ -70,7 +70,7 @@ class TextEmbeddings(nn.Module):
         length = words.ids.shape[1]
         if length > self.positions:
             raise ValueError(f'words: expected at most {self.positions} of them, got {length}')
-        types = jnp.zeros_like(words.ids) if words.types is None else words.types
+        types = jnp.zeros_like(words.ids) if words.types is None else jnp.asarray(words.types)
         # A number beyond the table is NaN, not another word.
         x = jnp.take(self.word_table, words.ids, axis=0) + self.position_table[:length]
         x = self.norm(x + self.type_vectors(types)).astype(self.dtype)

@@ -108,9 +108,9 @@ class Uniter(nn.Module):
     def encode(self, words: Words, regions: Regions, rng: Rng, train: bool) -> UniterEncoded:
         """Words and regions after all layers; arguments as those of `__call__`."""
         length = words.ids.shape[1]
-        types = regions.types
-        if types is None:
-            types = jnp.ones(regions.mask.shape, jnp.int32)
+        types = jnp.ones(regions.mask.shape, jnp.int32)
+        if regions.types is not None:
+            types = jnp.asarray(regions.types)
         type_vectors = self.text_embeddings.type_vectors(types)
         x = jnp.concatenate(
             [

@@ -14,6 +14,7 @@ from vatt_jax.config import ConfigError, choose
 from vatt_jax.inputs import masking
 from vatt_jax.inputs.masking import WordMasking
 from vatt_jax.inputs.regions import Words
+from vatt_jax.losses.arguments import AnyArray
 from vatt_jax.losses.classification import softmax_cross_entropy
 from vatt_jax.objectives.partners import draw_partners
 from vatt_jax.rng import Rng
@@ -66,7 +67,7 @@ class Told:
 
 
 def mismatched(
-    pairs: Pairs, record: Int[Array, ' B'], side: str, rng: Rng, share: float = 0.5
+    pairs: Pairs, record: Int[AnyArray, ' B'], side: str, rng: Rng, share: float = 0.5
 ) -> Pairs:
     """Give some pairs a side of another pair of the global batch.
 

@@ -15,6 +15,7 @@ from vatt_jax.inputs import masking
 from vatt_jax.inputs.masking import WordMasking
 from vatt_jax.inputs.regions import Regions, Words
 from vatt_jax.losses import masked_regions
+from vatt_jax.losses.arguments import AnyArray
 from vatt_jax.losses.word_region import word_region_alignment
 from vatt_jax.models.vision_language import Uniter, UniterOutputs
 from vatt_jax.objectives.region_pretraining.pairs import (
@@ -189,7 +190,7 @@ def uniter_losses(
     model: Uniter,
     variables: Mapping[str, Any],
     pairs: Pairs,
-    record: Int[Array, ' B'],
+    record: Int[AnyArray, ' B'],
     task: str,
     masking_of_words: WordMasking,
     rng: Rng,
