@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from vatt_jax.models.vision_language.heads import Classifier, dense
 
-# Added to scores of regions that are not there, as released: small, and still finite.
+# Score of regions that are not there, as UNITER has it: small, and still finite.
 NOT_THERE = -1e4
 
 
