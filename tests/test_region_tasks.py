@@ -22,7 +22,8 @@ def initial(module, *inputs):
 
 
 def test_answers_are_summed_and_examples_averaged():
-    logits, targets = 3 * noise(0, 4, 5), np.random.default_rng(1).random((4, 5))
+    logits = 3 * noise(0, 4, 5)
+    targets = np.random.default_rng(1).random((4, 5)).astype(np.float32)
     is_there = np.arange(5)[None] < np.array([[5], [3], [2], [4]])
     valid = np.array([True, True, False, True])
     # What does not count may be anything.
@@ -51,14 +52,15 @@ def test_ranking_wants_a_margin_after_the_sigmoid():
 
 
 def test_heads_are_linear_in_what_the_model_made():
-    regions, is_there = noise(0, 2, 3, 4), np.array([[True, True, False], [True, False, False]])
+    regions = jnp.asarray(noise(0, 2, 3, 4))
+    is_there = jnp.array([[True, True, False], [True, False, False]])
     params = initial(tasks.RegionScores(), regions, is_there)
     got = tasks.RegionScores().apply({'params': params}, regions, is_there)
     score = params['score']
     expected = (regions @ score['kernel'])[..., 0] + score['bias']
     np.testing.assert_allclose(got, np.where(is_there, expected, -1e4), rtol=1e-5)
 
-    pooled = noise(1, 5, 2, 4)
+    pooled = jnp.asarray(noise(1, 5, 2, 4))
     params = initial(tasks.PictureClassifier(), pooled)['classifier']
     got = tasks.PictureClassifier().apply({'params': {'classifier': params}}, pooled)
     both = np.concatenate([pooled[:, 0], pooled[:, 1]], -1)
@@ -66,7 +68,8 @@ def test_heads_are_linear_in_what_the_model_made():
 
 
 def test_retrieval_begins_with_the_row_of_pairs_that_match():
-    head, pooled = {'kernel': noise(0, 4, 2), 'bias': noise(1, 2)}, noise(2, 3, 4)
+    head = {'kernel': noise(0, 4, 2), 'bias': noise(1, 2)}
+    pooled = jnp.asarray(noise(2, 3, 4))
     got = tasks.PairScore().apply({'params': tasks.score_of_matching(head)}, pooled)
     match_logits = pooled @ head['kernel'] + head['bias']
     np.testing.assert_allclose(got, match_logits[:, 1], rtol=1e-4, atol=1e-6)
