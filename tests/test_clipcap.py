@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny_visual_language as tiny
-from tests.tiny_visual_language import EMBEDDING, FORM, MAPPERS
+from tests import tiny_media_language as tiny
+from tests.tiny_media_language import EMBEDDING, FORM, MAPPERS
 from vatt_jax.config import ConfigError
-from vatt_jax.importers import visual_language as importer
+from vatt_jax.importers import media_language as importer
 from vatt_jax.importers.pickles import torch_writer
 from vatt_jax.losses import next_words
 from vatt_jax.models.language import Rules
-from vatt_jax.models.visual_language import TransformerMapper, write_captions
+from vatt_jax.models.media_language import TransformerMapper, write_captions
 
 B, N = 2, 4
 EMBEDDINGS = np.random.default_rng(3).normal(size=(B, EMBEDDING)).astype(np.float32)

@@ -9,15 +9,15 @@ import numpy as np
 import optax
 import pytest
 
-from tests import tiny_visual_language as tiny
-from tests.tiny_visual_language import FLAMINGO, FORM, MEDIA_WIDTH, RESAMPLER
+from tests import tiny_media_language as tiny
+from tests.tiny_media_language import FLAMINGO, FORM, MEDIA_WIDTH, RESAMPLER
 from vatt_jax.config import ConfigError
-from vatt_jax.importers import visual_language as importer
+from vatt_jax.importers import media_language as importer
 from vatt_jax.importers.pickles import torch_writer
 from vatt_jax.losses import next_words
 from vatt_jax.models.language import CausalLM, Rules, beam_search, generate
-from vatt_jax.models.visual_language import counted_words, merge, split
-from vatt_jax.models.visual_language.media import ATTEND
+from vatt_jax.models.media_language import counted_words, merge, split
+from vatt_jax.models.media_language.media import ATTEND
 
 TAG, END = FORM.vocab, FORM.vocab + 1
 # Row 0 begins with a tag; row 1 has words before its first one and three tags for two media; row 2

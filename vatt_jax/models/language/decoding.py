@@ -22,7 +22,7 @@ from vatt_jax.models.language.cache import Cache
 from vatt_jax.models.language.sampling import draw
 from vatt_jax.rng import Rng
 
-# A CausalLM, or another module with its fields and methods (visual_language.FlamingoLM).
+# A CausalLM, or another module with its fields and methods (media_language.FlamingoLM).
 LanguageModel = Any
 
 
@@ -146,7 +146,7 @@ def prefill(
     """Logits of the word after each prompt, and a cache with room for `new_tokens` more.
 
     The cache is an empty one, or one that holds what else the model reads (pictures, in
-    `visual_language`) and has room for the prompt too.
+    `media_language`) and has room for the prompt too.
 
     Raises:
         ConfigError: the cache that is given has not.

@@ -3,7 +3,7 @@
     open_flamingo    checkpoint.pt: resampler, gated layers and word table, without the frozen rest
     ClipCap          coco_prefix-009.pt: the mapper, and GPT-2 whether it was trained or not
 
-Nothing of a file is executed. Names and orders of numbers: `visual_language_layouts`.
+Nothing of a file is executed. Names and orders of numbers: `media_language_layouts`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vatt_jax.config import ConfigError
 from vatt_jax.importers import clip, language_layouts, parameter_map
-from vatt_jax.importers import visual_language_layouts as layouts
+from vatt_jax.importers import media_language_layouts as layouts
 from vatt_jax.importers.parameter_map import Path, Report
 from vatt_jax.importers.pickles import torch_writer
-from vatt_jax.models.visual_language import ClipCap, FlamingoLM, new_parts
+from vatt_jax.models.media_language import ClipCap, FlamingoLM, new_parts
 
 ADVICE = 'give the model the sizes of the checkpoint'
 # What their training script saves the state dict as.

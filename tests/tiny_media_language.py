@@ -13,10 +13,10 @@ from flax.traverse_util import unflatten_dict
 
 from tests import tiny_language
 from tests.tiny_language import attend, gelu_tanh
-from vatt_jax.importers import parameter_map, visual_language
-from vatt_jax.importers import visual_language_layouts as layouts
+from vatt_jax.importers import media_language, parameter_map
+from vatt_jax.importers import media_language_layouts as layouts
 from vatt_jax.models.language import CausalLM
-from vatt_jax.models.visual_language import (
+from vatt_jax.models.media_language import (
     ClipCap,
     FlamingoLM,
     MLPMapper,
@@ -52,14 +52,14 @@ def drawn(shapes, seed=0):
 
 def flamingo_variables(model=FLAMINGO):
     """{'params': …} of a Flamingo."""
-    new = unflatten_dict(drawn(visual_language.new_variables(model)))['params']
+    new = unflatten_dict(drawn(media_language.new_variables(model)))['params']
     language = tiny_language.tree(model.form)['params']
     return {'params': {**new, 'language': language}}
 
 
 def flamingo_theirs(model=FLAMINGO):
     """The new ones by open_flamingo's names, and the language model's by GPT-2's, float64."""
-    new = drawn(visual_language.new_variables(model))
+    new = drawn(media_language.new_variables(model))
     entries = layouts.flamingo(new, model.every)
     new = {path: np.asarray(x, np.float64) for path, x in new.items()}
     return {
@@ -76,7 +76,7 @@ def clipcap(mapper):
 
 def clipcap_drawn(model):
     """{('params', …): array} of a ClipCap."""
-    return drawn(visual_language.clipcap_variables(model, EMBEDDING))
+    return drawn(media_language.clipcap_variables(model, EMBEDDING))
 
 
 def clipcap_theirs(model):

@@ -12,7 +12,7 @@ from typing import Any
 
 from vatt_jax.importers import language_layouts
 from vatt_jax.importers.parameter_map import Entry, Path
-from vatt_jax.models.visual_language.new_parts import LANGUAGE
+from vatt_jax.models.media_language.new_parts import LANGUAGE
 
 FUSED = ('key', 'value')
 GATES = ('attention_gate', 'mlp_gate')

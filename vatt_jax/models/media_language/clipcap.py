@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from vatt_jax.models.language import Beams, CausalLM, Rules, beam_search
-from vatt_jax.models.visual_language.mappers import MLPMapper, TransformerMapper
-from vatt_jax.models.visual_language.new_parts import LANGUAGE
+from vatt_jax.models.media_language.mappers import MLPMapper, TransformerMapper
+from vatt_jax.models.media_language.new_parts import LANGUAGE
 from vatt_jax.rng import Rng
 
 

@@ -10,12 +10,12 @@
 Examples and sources: docs/flamingo.md.
 """
 
-from vatt_jax.models.visual_language.clipcap import ClipCap, write_captions
-from vatt_jax.models.visual_language.flamingo import FlamingoCache, FlamingoLM
-from vatt_jax.models.visual_language.mappers import MLPMapper, TransformerMapper
-from vatt_jax.models.visual_language.media import counted_words, seen_media
-from vatt_jax.models.visual_language.new_parts import merge, split
-from vatt_jax.models.visual_language.resampler import PerceiverResampler
+from vatt_jax.models.media_language.clipcap import ClipCap, write_captions
+from vatt_jax.models.media_language.flamingo import FlamingoCache, FlamingoLM
+from vatt_jax.models.media_language.mappers import MLPMapper, TransformerMapper
+from vatt_jax.models.media_language.media import counted_words, seen_media
+from vatt_jax.models.media_language.new_parts import merge, split
+from vatt_jax.models.media_language.resampler import PerceiverResampler
 
 __all__ = [
     'ClipCap',

@@ -18,8 +18,8 @@ from vatt_jax.config import ConfigError, check_range, choose
 from vatt_jax.models.fusion.blocks import BlockOptions, CrossBlock
 from vatt_jax.models.language import Cache, CausalLM, Form, Interleaved, LMOutputs
 from vatt_jax.models.language.decoder import SPREAD
-from vatt_jax.models.visual_language.media import ATTEND, seen_media
-from vatt_jax.models.visual_language.resampler import EPS, PerceiverResampler
+from vatt_jax.models.media_language.media import ATTEND, seen_media
+from vatt_jax.models.media_language.resampler import EPS, PerceiverResampler
 from vatt_jax.parallel.sharding import logical
 
 # Keys and values of the media in every gated layer, [gated_layers B M·R heads kv] each.
