@@ -158,6 +158,7 @@ def _fetch(url, cache, results):
     results.put((snapshot.folder / 'big').stat().st_size)
 
 
+@pytest.mark.slow
 def test_a_file_is_fetched_once_a_machine(object_store, tmp_path):
     url, faults = object_store
     put(url, {'big': bytes(100_000), 'unwanted': b''})
@@ -371,6 +372,7 @@ def get_config(arg=''):
 """
 
 
+@pytest.mark.slow
 def test_a_run_on_a_store_trains_resumes_and_is_evaluated(
     object_store, tmp_path, monkeypatch, capsys
 ):

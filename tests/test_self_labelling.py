@@ -118,7 +118,7 @@ def check_kmeans_labels(state, columns, logged):
 @pytest.mark.parametrize(
     'name, check',
     [
-        ('self_labelling', check_self_labelling),
+        pytest.param('self_labelling', check_self_labelling, marks=pytest.mark.slow),
         pytest.param('online_codes', check_online_codes, marks=pytest.mark.slow),
         pytest.param('kmeans_labels', check_kmeans_labels, marks=pytest.mark.slow),
     ],
