@@ -386,7 +386,7 @@ def test_siglip_is_the_released_network():
     'tower, fields, message',
     [
         ('video', {'pool': 'mean'}, "config.model.towers.video.pool='mean': choose one of class"),
-        ('video', {'activation': 'relu'}, "activation='relu': choose one of gelu"),
+        ('video', {'activation': 'tanh'}, "activation='tanh': choose one of gelu"),
         ('video', {'patch': 17}, 'config.model.towers.video.patch: expected a number from 1 to 16'),
         ('video', {'drop_token': 0.9}, 'drop_token=0.9 leaves none of 4 tokens'),
         ('video', {'pool': 'map', 'heads': 3}, 'expected a divisor of width=16'),
