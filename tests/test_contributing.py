@@ -63,12 +63,14 @@ def test_an_objective(registries, tmp_path):
         assert np.isfinite(json.loads(line)['cosine'])
 
 
+@pytest.mark.slow
 def test_a_tower(registries, tmp_path):
     exec(example('A tower'), {'__name__': 'example'})
     built, _ = train(tmp_path, model__towers__video={'name': 'mean_color', 'width': 8})
     chex.assert_shape(built.outputs.encoded['video'].pooled, (16, 8))
 
 
+@pytest.mark.slow
 def test_an_evaluator(registries, tmp_path):
     exec(example('An evaluator'), {'__name__': 'example'})
     _, scalars = train(tmp_path, evals=ConfigDict({'spread': {'type': 'spread'}}))

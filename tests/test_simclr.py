@@ -137,7 +137,7 @@ def small_config(method, is_convolutional):
 @pytest.mark.parametrize(
     'method, is_convolutional',
     [
-        ('cvrl', False),
+        pytest.param('cvrl', False, marks=pytest.mark.slow),
         pytest.param('cvrl', True, marks=pytest.mark.slow),
         pytest.param('coclr', True, marks=pytest.mark.slow),
     ],

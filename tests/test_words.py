@@ -106,6 +106,7 @@ def word_tables(params):
     return [np.asarray(leaf) for path, leaf in leaves.items() if path.endswith('word_table')]
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_file_and_says_so_without_one(tmp_path, capsys):
     config = tiny.config(steps=3, optimizer__weight_decay=0.0)
     config.model.towers.text.frozen_words = True
