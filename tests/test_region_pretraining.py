@@ -60,16 +60,26 @@ def pairs(form):
     return Pairs(words, maskable, regions, classes)
 
 
+def region_places(num_regions):
+    """Regions but the global one; of pair 4 none, of pair 1 one less."""
+    places = np.broadcast_to(np.arange(num_regions) > 0, (B, num_regions)).copy()
+    places[4] = False
+    places[1, -1] = False
+    return places
+
+
 def told(num_regions):
     rng = np.random.default_rng(4)
     is_masked_region = rng.random((B, num_regions)) < 0.5
-    is_masked_region[:, 0] = False
+    is_masked_region &= region_places(num_regions)
     return Told(
         words=rng.integers(0, V, (B, L)).astype(np.int32),
         is_masked_word=jnp.asarray(rng.random((B, L)) < 0.5),
         features=noise(5, B, num_regions, F),
         classes=scipy.special.softmax(noise(6, B, num_regions, P), -1),
         is_masked_region=jnp.asarray(is_masked_region),
+        # Pair 4 does not count, and others have padding.
+        is_region=jnp.asarray(region_places(num_regions)),
         is_match=jnp.asarray(np.arange(B) % 3 > 0),
         valid=jnp.asarray(np.arange(B) != 4),
     )
@@ -138,11 +148,13 @@ def test_vilbert_may_tell_features_or_which_region_it_was():
     regression = ((predicted - told_.features)[mask] ** 2).mean()
     got = vilbert_losses(outputs, told_, VilbertLosses('features'))
     np.testing.assert_allclose(got['regions'], regression, rtol=1e-5)
-    # All regions of the batch but the global ones are candidates.
-    candidates = told_.features[:, 1:].reshape(-1, F).astype(np.float64)
-    own = np.arange(B * (N - 1)).reshape(B, N - 1)
-    scores = predicted[:, 1:] @ candidates.T
-    contrast = cross_entropy(scores, own, mask[:, 1:])
+    # All regions of the batch are candidates: no global ones, no padding, none of pair 4.
+    places = region_places(N)
+    candidates = told_.features[places].astype(np.float64)
+    own = np.cumsum(places).reshape(B, N) - 1
+    contrast = cross_entropy(predicted @ candidates.T, own, mask)
+    features = np.where(places[..., None], told_.features, np.nan)
+    told_ = dataclasses.replace(told_, features=features)
     got = vilbert_losses(outputs, told_, VilbertLosses('contrast'))
     np.testing.assert_allclose(got['regions'], contrast, rtol=1e-4)
 

@@ -194,6 +194,23 @@ def test_what_does_not_fit_is_named():
         vision_language.from_state_dict(untied, model)
 
 
+@pytest.mark.parametrize(
+    'name, option',
+    [
+        ('bert.embeddings.task_embeddings.weight', 'task_specific_tokens'),
+        ('bert.encoder.v_layer.0.attention.self.dyLinear_q.weight', 'dynamic_attention'),
+    ],
+)
+def test_a_file_of_an_option_that_is_not_there_is_refused(name, option, tmp_path):
+    model, arrays, *_ = case('vilbert')
+    params = vision_language.from_state_dict(arrays, model).params
+    torch_writer.write(tmp_path / 'model.bin', {**arrays, name: noise(0, 20, 24)})
+    with pytest.raises(ConfigError, match=f'{name}: .*--{option}'):
+        vision_language.read(tmp_path / 'model.bin', model)
+    with pytest.raises(ConfigError, match=f'--{option}'):
+        vision_language.start_from(tmp_path / 'model.bin', model, params)
+
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_bert_begins_either_model(kind, tmp_path):
     model, arrays, *_ = case(kind)

@@ -36,6 +36,11 @@ Model = Vilbert | Uniter
 ADVICE = 'build the model with the sizes of the config beside the file (from_release)'
 # BERT's first releases, which were converted from TensorFlow.
 OLD_LEAVES = {'gamma': 'weight', 'beta': 'bias'}
+# Part of a name -> switch of ViLBERT's training commands that made it. Its config does not say so.
+ABSENT_OPTIONS = {
+    'embeddings.task_embeddings.': 'task_specific_tokens',
+    '.dyLinear_': 'dynamic_attention',
+}
 
 
 @dataclasses.dataclass
@@ -198,6 +203,7 @@ def _to_ours(
 ) -> tuple[dict[Path, np.ndarray], dict[str, np.ndarray]]:
     """({our path: array}, what is left of the file)."""
     arrays = renamed(arrays)
+    _check_options(arrays, where)
     lines = entries(layout, expected)
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     ours, _ = parameter_map.to_ours(
@@ -210,6 +216,17 @@ def _to_ours(
             used.add(second)
     unused = {name: array for name, array in arrays.items() if name not in used}
     return ours, unused
+
+
+def _check_options(arrays: Mapping[str, np.ndarray], where: str) -> None:
+    """Check that a file is of no option that changes every output, and that no config tells of."""
+    for part, option in ABSENT_OPTIONS.items():
+        names = [name for name in arrays if part in name]
+        if names:
+            raise ConfigError(
+                f'{where}: {escaped(names[0])}: the file was trained with --{option}, which these '
+                'models do not have; try a release without it'
+            )
 
 
 def _check_tied(arrays: Mapping[str, np.ndarray], second: str, first: str, where: str) -> None:

@@ -131,7 +131,7 @@ def region_nce(
         valid: regions that are there, the others being padding; None: all. Those that are masked
             must be among them, or they are left out.
         own_picture: the other regions of the same picture are negatives; False: those of other
-            pictures alone, as ViLBERT draws them.
+            pictures alone.
         temperature: scores are divided by it; the released code has none.
         normalise: compare unit vectors.
         how: how the sums are computed; see `similarity.py`. No array of all scores is made.

@@ -26,7 +26,7 @@ def soft_answers(
     """Binary cross entropies against soft scores, summed over answers, mean over examples.
 
     VQA: the answers and how many people gave them. ViLBERT's referring expressions: regions, and
-    whether their IoU with the true box is above one half.
+    their IoU with the true box, 0 where it is below one half.
 
     Args:
         logits: of each answer.

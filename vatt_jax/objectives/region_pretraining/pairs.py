@@ -53,6 +53,7 @@ class Told:
         features: [B N F], the features that were there, of all regions that the model sees.
         classes: [B N P], the detector's probabilities; None: none.
         is_masked_region: bool [B N], those that are to be told.
+        is_region: bool [B N], regions of pairs that count: no padding, and no global one.
         is_match: bool [B].
         valid: bool [B], pairs that count in matching.
     """
@@ -62,6 +63,7 @@ class Told:
     features: Any
     classes: Any
     is_masked_region: Any
+    is_region: Any
     is_match: Any
     valid: Any
 

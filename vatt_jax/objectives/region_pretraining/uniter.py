@@ -125,6 +125,7 @@ def uniter_inputs(
         features=pairs.regions.features,
         classes=pairs.classes,
         is_masked_region=hidden.is_masked,
+        is_region=valid,
         is_match=matches(pairs),
         valid=counted(pairs),
     )

@@ -92,6 +92,7 @@ def vilbert_inputs(
         features=_with_first(pairs.regions.features),
         classes=None if pairs.classes is None else _with_first(pairs.classes),
         is_masked_region=_with_first(hidden.is_masked),
+        is_region=_with_first(valid),
         is_match=matches(pairs),
         valid=counted(pairs),
     )
@@ -139,10 +140,7 @@ def _vilbert_regions(
     if target == FEATURES:
         return masked_regions.feature_regression(predicted, told.features, is_masked)
     if target == CONTRAST:
-        # The global region is no candidate.
-        is_region = jnp.arange(is_masked.shape[1]) > 0
-        valid = jnp.broadcast_to(is_region, is_masked.shape)
-        return masked_regions.region_nce(predicted, told.features, is_masked, valid)
+        return masked_regions.region_nce(predicted, told.features, is_masked, told.is_region)
     return masked_regions.class_divergence(predicted, needed_classes(told.classes), is_masked)
 
 
