@@ -192,6 +192,31 @@ def test_forms_through_config_json_and_back(form):
     assert language_configs.form_of(json.loads(json.dumps(config)), 'x') == (layout, form)
 
 
+def test_absent_fields_are_those_of_the_kind():
+    """An absent window is Mistral's own, null is none; so with heads of keys."""
+    config = {**LLAMA_CONFIG, 'max_position_embeddings': 9000, 'num_attention_heads': 64}
+    config['head_dim'] = 4
+    del config['num_key_value_heads']
+    for kind, key_heads, context in (
+        ('llama', 64, 9000),
+        ('mistral', 8, 4096),
+        ('qwen2', 32, 9000),
+    ):
+        form = language_configs.form_of({**config, 'model_type': kind}, 'config.json')[1]
+        assert (form.key_heads, form.context) == (key_heads, context)
+    null = {'num_key_value_heads': None, 'sliding_window': None, 'model_type': 'mistral'}
+    form = language_configs.form_of({**config, **null}, 'config.json')[1]
+    assert (form.key_heads, form.context) == (64, 9000)
+
+
+def test_a_model_without_ends_says_so(tmp_path):
+    """Other programs would take word 2 for the end."""
+    loaded = language.load(write_folder(tmp_path / 'in', 'llama'))
+    language.save(tmp_path / 'out', loaded.model.form, loaded.variables, ())
+    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['eos_token_id'] is None
+    assert language.load(tmp_path / 'out').ends == ()
+
+
 def test_forms_of_other_files():
     newer = {**LLAMA_CONFIG, 'rope_parameters': {'rope_type': 'default', 'rope_theta': 7.0}}
     form = language_configs.form_of(newer, 'x')[1]

@@ -147,8 +147,8 @@ def save(
         full_name = name if name == HEAD else LAYOUTS[layout].prefix + name
         # The library writes the bytes of an array as they lie.
         arrays[full_name] = np.ascontiguousarray(array.astype(jax.numpy.dtype(dtype)))
-    if ends:
-        config['eos_token_id'] = ends[0] if len(ends) == 1 else list(ends)
+    # Told in any case: an absent one is word 2 or so to other programs, an ordinary word here.
+    config['eos_token_id'] = ends[0] if len(ends) == 1 else list(ends) or None
     config['torch_dtype'] = dtype
     _write(folder, config, arrays)
     return len(arrays)

@@ -37,6 +37,11 @@ ONLY: dict[str, Mapping[str, Any]] = {
 }
 
 
+# What these kinds have where the field is not in the file.
+MISTRAL_WINDOW = 4096
+ABSENT_KEY_HEADS = {'mistral': 8, 'qwen2': 32}
+
+
 def form_of(config: Mapping[str, Any], where: str) -> tuple[str, Form]:
     """The entry of language_layouts.LAYOUTS and the architecture of a config.json.
 
@@ -133,7 +138,7 @@ def _llama(fields: _Fields, kind: str) -> Form:
         width=width,
         mlp=fields.get('intermediate_size', int),
         heads=heads,
-        key_heads=fields.get('num_key_value_heads', int, heads),
+        key_heads=_key_heads(fields, kind, heads),
         head_width=fields.get('head_dim', int, 0) or fields.head_width(width, heads),
         context=_context(fields, kind),
         positions='rotary',
@@ -151,9 +156,17 @@ def _llama(fields: _Fields, kind: str) -> Form:
 def _context(fields: _Fields, kind: str) -> int:
     """Most tokens. Mistral's first release sees a window: it is exact for texts up to that."""
     context = fields.get('max_position_embeddings', int)
-    if kind == 'mistral' and fields.content.get('sliding_window') is not None:
-        return min(context, fields.get('sliding_window', int))
+    # null says that there is no window.
+    if kind == 'mistral' and fields.content.get('sliding_window', MISTRAL_WINDOW) is not None:
+        return min(context, fields.get('sliding_window', int, MISTRAL_WINDOW))
     return context
+
+
+def _key_heads(fields: _Fields, kind: str, heads: int) -> int:
+    """Heads of keys and values; null says as many as of queries."""
+    absent = ABSENT_KEY_HEADS.get(kind, heads)
+    default = heads if 'num_key_value_heads' in fields.content else absent
+    return fields.get('num_key_value_heads', int, default)
 
 
 def _biased(fields: _Fields, kind: str) -> tuple[str, ...]:

@@ -41,7 +41,8 @@ def load_flamingo(path: str | os.PathLike, model: FlamingoLM) -> tuple[dict[str,
     Args:
         path: of the file.
         model: of the checkpoint's sizes. Its language model may be of any kind: the file holds
-            nothing of it but the word table, of which the last `new_words` rows are taken.
+            nothing of it but the word table, of which the last `new_words` rows are taken: the end
+            of a chunk, the tag of a medium and, where the tokenizer had none, padding.
 
     Returns:
         The new parameters (the first tree of `new_parts.split`), and what was read. Outputs of new
