@@ -251,6 +251,16 @@ def test_a_model_whose_streams_do_not_meet_is_refused():
 # ---- what an evaluator shows
 
 
+@pytest.mark.parametrize('num_rows', [2, 3, 6, 32, 64, 512])
+def test_the_other_clip_of_cyclic_data_is_of_another_class(num_rows):
+    """Of classes in turn, an even number of each, the other clip must not be of the same class."""
+    kind = np.arange(num_rows) % 16
+    batch = {'valid': np.ones(num_rows, bool), 'text': {'data': kind, 'valid': kind >= 0}}
+    other = CHANGES['other_text'](batch)['text']
+    assert (other['data'] != kind).all()
+    assert sorted(other['data']) == sorted(kind)
+
+
 @pytest.mark.parametrize('num_real', [1, 2, 5, 6])
 def test_every_clip_gets_the_stream_of_another_one(num_real):
     is_real = np.arange(6) < num_real

@@ -73,14 +73,17 @@ def single_frame(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_another_clip(batch: Mapping[str, Any], stream: str) -> dict[str, Any]:
-    """A stream of every clip replaced by that of the clip half the batch away.
+    """A stream of every clip replaced by that of a clip about half the batch away.
+
+    An odd number of clips away, since data may come in cycles: the synthetic clips have 16 classes
+    in turn, and words of the class alone.
 
     Clips of one record follow one another in passes by segment; ask for records to be sure of
     another one. A clip alone in its batch has no other: the stream is not valid there.
     """
     rows = np.flatnonzero(batch['valid'])
     partner = np.arange(len(batch['valid']))
-    partner[rows] = np.roll(rows, len(rows) // 2)
+    partner[rows] = np.roll(rows, (len(rows) // 2 - 1) | 1)
     exchanged = {name: array[partner] for name, array in batch[stream].items()}
     if len(rows) < 2:
         exchanged['valid'] = np.zeros_like(exchanged['valid'])
