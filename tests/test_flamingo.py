@@ -134,7 +134,7 @@ def test_closed_gates_are_the_language_model_to_the_bit():
 def test_new_gates_are_closed():
     shapes = jax.eval_shape(FLAMINGO.init, jax.random.key(0), IDS, MASK, None, MEDIA)
     assert shapes['params']['gated_layers']['mlp_gate'].shape == (1,)
-    params = jax.jit(FLAMINGO._init_layers)(jax.random.key(0))
+    params = jax.jit(FLAMINGO._init_layer)(jax.random.key(0))
     assert not params['attention_gate'] and not params['mlp_gate']
 
 

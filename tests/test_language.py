@@ -217,6 +217,13 @@ def test_forms_that_cannot_be(changes, message):
         dataclasses.replace(FORMS['gpt2'], **changes)
 
 
+def test_parameters_of_another_number_of_layers():
+    form = FORMS['gpt2']
+    deeper = tiny_language.tree(dataclasses.replace(form, layers=3))
+    with pytest.raises(ValueError, match=r'layers\[.*: parameters of 2 layers, got .*\(3,'):
+        jax.eval_shape(CausalLM(form).apply, deeper, ids())
+
+
 def test_a_module_that_cannot_be():
     with pytest.raises(ConfigError, match='CausalLM.remat'):
         CausalLM(Form(vocab=3), remat='some').init(jax.random.key(0), jnp.asarray(ids()))

@@ -23,6 +23,7 @@ from vatt_jax.models.layer_inputs import (
     without_prompts,
 )
 from vatt_jax.models.layers import ACTIVATIONS, LayerNorm
+from vatt_jax.models.stacks import stacked_params
 from vatt_jax.parallel.sharding import as_rows, constrain, logical
 from vatt_jax.rng import Packed, Rng
 
@@ -513,7 +514,7 @@ class Encoder(nn.Module):
             mask = causal_mask(x.shape[1], mask)
         # Made once: every layer adds the same table (T5).
         bias = self._relative_bias(x.shape[1]) if self.buckets else None
-        stacked = self.param('layers', self._stacked_init(block))
+        stacked = stacked_params(self, 'layers', self._layer_init(block), self.layers)
 
         def apply_layer(
             x: jax.Array, stacked: LayerTree, layer: int | jax.Array, first_only: bool
@@ -556,8 +557,8 @@ class Encoder(nn.Module):
             rng = rng.take(first_tokens(layout))
         return rng.dropout(x, self.dropout)
 
-    def _stacked_init(self, block: Block) -> Callable[[jax.Array], Any]:
-        """An initialiser of the parameters of all layers, [layers, …]."""
+    def _layer_init(self, block: Block) -> Callable[[jax.Array], Any]:
+        """An initialiser of the parameters of one layer."""
 
         def init_layer(key: jax.Array) -> Any:
             # No parameter's shape depends on the numbers of examples and tokens.
@@ -566,13 +567,7 @@ class Encoder(nn.Module):
             variables: Any = block.init(key, sample, None, None, rng, False)
             return variables['params']
 
-        def init(key: jax.Array) -> Any:
-            keys = jax.random.split(key, self.layers)
-            stacked = jax.vmap(init_layer)(keys)
-            # vmap added a dimension; the boxes with the logical names learn of it here.
-            return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
-
-        return init
+        return init_layer
 
     def _rematerialised(self, apply_layer: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         """The layer with what the backward pass is to compute again; see REMAT."""

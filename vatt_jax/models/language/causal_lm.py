@@ -20,6 +20,7 @@ from vatt_jax.models.language.form import Form
 from vatt_jax.models.language.interleaved import Interleaved
 from vatt_jax.models.language.rotary import Rotation, frequencies, rotation
 from vatt_jax.models.layers import Dense, LayerNorm
+from vatt_jax.models.stacks import stacked_params
 from vatt_jax.models.transformer import REMAT, causal_mask
 from vatt_jax.parallel.sharding import constrain, logical
 from vatt_jax.rng import Rng
@@ -81,7 +82,7 @@ class CausalLM(nn.Module):
                 (form.context, form.width),
                 jnp.float32,
             )
-        self.stacked = self.param('layers', self._init_layers)
+        self.stacked = stacked_params(self, 'layers', self._init_layer, form.layers)
         self.final_norm = LayerNorm(form.rms, form.eps)
         if not form.tied:
             self.output = Dense(
@@ -171,19 +172,13 @@ class CausalLM(nn.Module):
         """A layer without parameters of its own: they are rows of `layers`."""
         return DecoderLayer(self.form, self.dropout, self.implementation, self.dtype, parent=None)
 
-    def _init_layers(self, key: jax.Array) -> Any:
-        """Initial parameters of all layers, [layers …]."""
-
-        def init_layer(key: jax.Array) -> Any:
-            # No parameter's shape depends on the numbers of rows and tokens.
-            sample = jnp.zeros((1, 1, self.form.width), self.dtype)
-            seen = jnp.ones((1, 1, 1), bool)
-            variables: Any = self._layer().init(key, sample, seen, None, None, None, None)
-            return variables['params']
-
-        stacked = jax.vmap(init_layer)(jax.random.split(key, self.form.layers))
-        # vmap added a dimension; the boxes with the logical names learn of it here.
-        return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
+    def _init_layer(self, key: jax.Array) -> Any:
+        """Initial parameters of one layer."""
+        # No parameter's shape depends on the numbers of rows and tokens.
+        sample = jnp.zeros((1, 1, self.form.width), self.dtype)
+        seen = jnp.ones((1, 1, 1), bool)
+        variables: Any = self._layer().init(key, sample, seen, None, None, None, None)
+        return variables['params']
 
     def _run_layers(
         self,

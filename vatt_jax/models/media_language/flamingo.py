@@ -20,6 +20,7 @@ from vatt_jax.models.language import Cache, CausalLM, Form, Interleaved, LMOutpu
 from vatt_jax.models.language.decoder import SPREAD
 from vatt_jax.models.media_language.media import ATTEND, seen_media
 from vatt_jax.models.media_language.resampler import EPS, PerceiverResampler
+from vatt_jax.models.stacks import stacked_params
 from vatt_jax.parallel.sharding import logical
 
 # Keys and values of the media in every gated layer, [gated_layers B M·R heads kv] each.
@@ -93,7 +94,9 @@ class FlamingoLM(nn.Module):
         choose(self.attend, ATTEND, 'FlamingoLM.attend')
         check_range(self.every, 1, form.layers, 'FlamingoLM.every')
         check_range(self.tag, 0, form.vocab + self.new_words - 1, 'FlamingoLM.tag')
-        self.gated_layers = self.param('gated_layers', self._init_layers)
+        self.gated_layers = stacked_params(
+            self, 'gated_layers', self._init_layer, form.layers // self.every
+        )
         if self.new_words:
             init = logical(jax.nn.initializers.normal(SPREAD), None, 'embed')
             shape = (self.new_words, form.width)
@@ -239,20 +242,13 @@ class FlamingoLM(nn.Module):
         )
         return CrossBlock(width, options, self.resampler.width, parent=None)
 
-    def _init_layers(self, key: jax.Array) -> Any:
-        """Initial parameters of all gated layers, [layers // n …]."""
-
-        def init_layer(key: jax.Array) -> Any:
-            # No parameter's shape depends on the numbers of rows and tokens.
-            x = jnp.zeros((1, 1, self.form.width), self.dtype)
-            media = jnp.zeros((1, 1, self.resampler.width), self.dtype)
-            variables: Any = self._block().init(key, x, media, None, None, False)
-            return variables['params']
-
-        keys = jax.random.split(key, self.form.layers // self.every)
-        stacked = jax.vmap(init_layer)(keys)
-        # vmap added a dimension; the boxes with the logical names learn of it here.
-        return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
+    def _init_layer(self, key: jax.Array) -> Any:
+        """Initial parameters of one gated layer."""
+        # No parameter's shape depends on the numbers of rows and tokens.
+        x = jnp.zeros((1, 1, self.form.width), self.dtype)
+        media = jnp.zeros((1, 1, self.resampler.width), self.dtype)
+        variables: Any = self._block().init(key, x, media, None, None, False)
+        return variables['params']
 
 
 def _attend(
