@@ -14,7 +14,8 @@ certain: docs/elo.md.
         optical flow as well, on data that were prepared with --flow (docs/data.md);
         demo,flow,synthetic: in closed form
     python run.py --config=configs/elo.py:kinetics --workdir=runs/elo_kinetics
-        the published networks on video, flow and sound; youtube8m too
+        the published networks on video, flow and sound; youtube8m too; kinetics,stages: with
+        distillation of two more stages
 
 Weights are fields, too: --config.objective.weights.distilled_audio=0.5, and 0 leaves a task out.
 """
@@ -30,7 +31,9 @@ from . import coclr, default, mmv, selavi
 
 # Name -> clips; what can be downloaded of Kinetics becomes fewer.
 DATASETS = {'kinetics': 230_976, 'youtube8m': 2_000_000}
-OPTIONS = {'demo': ('flow', 'synthetic'), **{name: () for name in DATASETS}}
+# stages: features of two more stages of the towers are distilled, beside the pooled ones.
+OPTIONS = {'demo': ('flow', 'stages', 'synthetic'), **{name: ('stages',) for name in DATASETS}}
+STAGES = (2, 3)
 EPOCHS = 100
 # Distances of features are larger than the other losses by about so much.
 DISTILLATION_WEIGHT = 0.1
@@ -45,21 +48,30 @@ def get_config(arg: str = 'demo') -> ConfigDict:
     c = demo_config(options) if name == 'demo' else published_config(name)
     c.name = f'ELo {" ".join([name, *options])}'
     others = tuple(modality for modality in c.model.towers if modality != 'video')
-    c.objective = objective(others)
+    c.objective = objective(others, STAGES if 'stages' in options else ())
     set_evaluations(c)
     return c
 
 
-def objective(others: tuple[str, ...]) -> ConfigDict:
-    """The tasks of the video and of the other modalities, and distillation from these."""
+def objective(others: tuple[str, ...], stages: tuple[int, ...] = ()) -> ConfigDict:
+    """The tasks of the video and of the other modalities, and distillation from these.
+
+    Args:
+      others: the modalities beside video.
+      stages: of towers, whose features are distilled beside the pooled ones.
+    """
     tasks = order_tasks('video')
     weights = dict.fromkeys(tasks, 1.0)
     for other in others:
         own = {f'aligned_{other}': alignment(other), **order_tasks(other)}
         tasks.update(own)
         weights.update(dict.fromkeys(own, 1.0))
-        tasks[f'distilled_{other}'] = {'name': 'distillation', 'teacher': other}
-        weights[f'distilled_{other}'] = DISTILLATION_WEIGHT
+        distilled = {f'distilled_{other}': {'name': 'distillation', 'teacher': other}}
+        for stage in stages:
+            fields = {'name': 'distillation', 'teacher': other, 'stage': stage}
+            distilled[f'distilled_{other}_{stage}'] = fields
+        tasks.update(distilled)
+        weights.update(dict.fromkeys(distilled, DISTILLATION_WEIGHT))
     return ConfigDict({'name': 'multi_task', 'tasks': tasks, 'weights': weights})
 
 

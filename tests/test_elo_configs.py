@@ -36,15 +36,17 @@ def test_passes_the_checks(spec, modalities):
     assert {c.objective.weights[name] for name in objective.tasks if 'distilled' in name} == {0.1}
 
 
-def test_features_of_the_published_networks_have_one_width():
+@pytest.mark.parametrize('name, width', [('kinetics,stages', 2048), ('demo,flow,stages', 128)])
+def test_features_have_one_width(name, width):
     """Distillation would be refused otherwise."""
-    c = configs.load('configs/elo.py:kinetics')
+    c = configs.load(f'configs/elo.py:{name}')
     objective = objectives.build(c.objective)
     inputs = preprocess.abstract(c.model.inputs, objective.streams(), 2, c.compute_dtype)
     spec = train_state.abstract(models.build(c.model, c.compute_dtype), inputs, 2, {})
     params, _ = jax.eval_shape(lambda key: objective.init(key, spec), jax.random.key(0))
-    assert params['reversed_flow']['kernel'].value.shape == (2048, 2)
-    assert params['distilled_flow'] == {}
+    assert params['reversed_flow']['kernel'].value.shape == (width, 2)
+    assert params['distilled_flow'] == params['distilled_audio_2'] == {}
+    assert len(objective.tower_stages()) == 6
 
 
 def test_a_weight_is_a_field_of_the_command_line():

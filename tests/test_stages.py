@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import types
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 import data_pipelines
 from tests import tiny
 from tests.test_evals import KnownFeatures, blobs, labelled, run_evaluator
-from vatt_jax import evals
+from vatt_jax import evals, objectives
 from vatt_jax.config import ConfigError
 from vatt_jax.evals import FeatureView, solvers
 from vatt_jax.inference.feature_extractor import FeatureExtractor, Stage
@@ -21,6 +22,9 @@ from vatt_jax.models.layers import Dense
 from vatt_jax.models.multimodal import NETS, register_net
 from vatt_jax.models.pooling import adaptive_means, max_to_width
 from vatt_jax.models.towers.stages import COLLECTION, sow_stage, sown_stages
+from vatt_jax.objectives import Spec
+from vatt_jax.objectives.distillation import Distillation
+from vatt_jax.rng import Rng
 from vatt_jax.training import loop
 
 # ---- towers
@@ -120,6 +124,53 @@ def test_features_hold_the_stages_that_are_asked_for(staged):
         got = features['stages'][f'{stream}/stage_1']
         np.testing.assert_allclose(got, maxima.reshape(6, -1), rtol=1e-4, atol=1e-5)
     assert not np.allclose(*(features['stages'][f'{stream}/stage_1'] for stream in streams))
+
+
+def test_distillation_of_stages_compares_their_means(staged):
+    """Each stage a task of one sum, of which all share one pass."""
+    _, _, built = staged
+    tasks = {}
+    for stage in (1, 2):
+        tasks[f'stage_{stage}'] = {'name': 'distillation', 'teacher': 'video.late', 'stage': stage}
+    objective = objectives.build(ConfigDict({'name': 'multi_task', 'tasks': tasks}))
+    draw = np.random.default_rng(0)
+    clips = {stream: draw.normal(size=(3, 4, 16, 16, 3)) for stream in ('video', 'video.late')}
+    valid = {'video': np.array([1, 1, 0], bool), 'video.late': np.ones(3, bool)}
+    batch = {
+        stream: {'data': jnp.float32(clips[stream]), 'valid': jnp.array(valid[stream])}
+        for stream in clips
+    }
+    with jax.set_mesh(built.mesh):
+        params = built.init().params['model']
+    own = dict.fromkeys(tasks, {})
+    rng = Rng.create(0, 0, jnp.arange(3, dtype=jnp.uint32))
+
+    @jax.jit
+    def loss_of(params):
+        variables = {'params': params, 'batch_stats': {}}
+        return objective.loss(built.model, variables, own, own, batch, rng)
+
+    metrics = loss_of(params).metrics
+    x = {stream: clips[stream] for stream in clips}
+    for stage in (1, 2):
+        layer = params['nets_video'][f'layer_{stage}']
+        kernel, bias = np.float64(layer['kernel']), np.float64(layer['bias'])
+        x = {stream: np.maximum(x[stream] @ kernel + bias, 0) for stream in x}
+        means = {stream: x[stream].mean((1, 2, 3)) for stream in x}
+        expected = np.linalg.norm(means['video'] - means['video.late'], axis=1)[:2].mean()
+        np.testing.assert_allclose(metrics[f'stage_{stage}/loss'], expected, rtol=1e-4)
+
+
+def test_distillation_of_a_stage_that_is_not_there(staged):
+    _, _, built = staged
+    encoded = {stream: built.outputs.encoded['video'] for stream in ('video', 'flow')}
+    outputs = types.SimpleNamespace(encoded=encoded)
+    spec = Spec(model=None, outputs=outputs, batch={}, size=4, labels={})
+    linear = Distillation({'stage': 2, 'projection': 'linear'})
+    params = nn.meta.unbox(linear.init(jax.random.key(0), spec)[0])
+    assert params['kernel'].shape == (6, 6)
+    with pytest.raises(ConfigError, match=r"stage: expected a stage of .*'video' \(1, 2\), got 3"):
+        Distillation({'stage': 3}).init(jax.random.key(0), spec)
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,13 @@ class Objective:
         """The streams to load and encode; None: all of the batch."""
         return None
 
+    def tower_stages(self) -> tuple[tuple[str, int], ...]:
+        """(stream, number) of stages of towers that `compute_loss` reads beside pooled features.
+
+        `encode` returns each as `forward.stage_of(stream, number)`, averaged over its positions.
+        """
+        return ()
+
     def frozen_models(self) -> dict[str, str]:
         """Models of other runs that the state holds: its entry -> a run folder.
 
@@ -232,7 +239,8 @@ class Objective:
           rng: random bits of these clips.
         """
         streams = select_streams(batch, self.streams())
-        pooled, batch_stats = run_towers(model, variables, streams, rng)
+        stages = self.tower_stages()
+        pooled, batch_stats = run_towers(model, variables, streams, rng, stages=stages)
         return Encoding(pooled, batch_stats, state)
 
     def compute_loss(

@@ -11,12 +11,18 @@ import jax.numpy as jnp
 from vatt_jax.config import ConfigError
 from vatt_jax.inputs.batch import modality_of
 from vatt_jax.models import Encoded
+from vatt_jax.models.towers.stages import COLLECTION as STAGES
 from vatt_jax.rng import Rng
 
 
 def map_of(stream: str) -> str:
     """The name under which `run_towers` returns the map of a stream."""
     return f'{stream}/map'
+
+
+def stage_of(stream: str, number: int) -> str:
+    """The name under which `run_towers` returns the features after a stage of a stream's tower."""
+    return f'{stream}/stage_{number}'
 
 
 def tokens_of(stream: str) -> str:
@@ -35,6 +41,7 @@ def run_towers(
     batch: Mapping[str, Any],
     rng: Rng,
     maps: tuple[str, ...] = (),
+    stages: tuple[tuple[str, int], ...] = (),
 ) -> tuple[dict[str, jax.Array], Any]:
     """The towers in training mode, without projections to common spaces.
 
@@ -46,22 +53,39 @@ def run_towers(
         batch: the device batch; all of its streams are encoded.
         rng: random bits of these clips.
         maps: streams whose features before pooling are returned too, as `map_of(stream)`.
+        stages: (stream, number of a stage of its tower) of features that are returned too, as
+            `stage_of(stream, number)`.
 
     Returns:
-        ({stream: pooled features [B(,K) D], map_of(stream): [B grid… D]}, new batch statistics).
+        ({stream: pooled features [B(,K) D], map_of(stream): [B grid… D], stage_of(stream, number):
+        mean over the positions [B D]}, new batch statistics).
 
     Raises:
         ConfigError: a tower of `maps` drops tokens, so that what is left is no grid.
     """
     features, updates = model.apply(
-        variables, batch, train=True, rng=rng, maps=maps, mutable=['batch_stats'], method=_features
+        variables,
+        batch,
+        train=True,
+        rng=rng,
+        maps=maps,
+        stages=stages,
+        # Towers hand out their stages where they may write them down.
+        mutable=['batch_stats', STAGES] if stages else ['batch_stats'],
+        method=_features,
     )
     # Flax leaves a mutable collection out of `updates` if no module has variables in it.
     return features, updates.get('batch_stats', {})
 
 
 def _features(
-    model: Any, batch: Mapping[str, Any], *, train: bool, rng: Rng, maps: tuple[str, ...]
+    model: Any,
+    batch: Mapping[str, Any],
+    *,
+    train: bool,
+    rng: Rng,
+    maps: tuple[str, ...],
+    stages: tuple[tuple[str, int], ...],
 ) -> dict[str, jax.Array]:
     """See `run_towers`; a method for `model.apply`."""
     encoded = model.encode_all(batch, train=train, rng=rng, features=bool(maps))
@@ -77,6 +101,9 @@ def _features(
             )
         tokens = encoded[name].tokens  # [B N D]
         features[map_of(name)] = tokens.reshape(len(tokens), *encoded[name].grid, -1)
+    for name, number in stages:
+        stage = encoded[name].stages[number]  # [B grid… D]
+        features[stage_of(name, number)] = stage.mean(range(1, stage.ndim - 1))
     return features
 
 

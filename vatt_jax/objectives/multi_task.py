@@ -28,7 +28,7 @@ from vatt_jax.objectives.base import (
     TrainingRecords,
     select_streams,
 )
-from vatt_jax.objectives.forward import run_towers
+from vatt_jax.objectives.forward import run_towers, stage_of
 from vatt_jax.rng import Rng
 
 DEFAULTS: dict[str, Any] = {
@@ -75,6 +75,11 @@ class MultiTask(Objective):
     def streams(self) -> tuple[str, ...] | None:
         return _union_of_streams(self.tasks.values())
 
+    def tower_stages(self) -> tuple[tuple[str, int], ...]:
+        """Those of the tasks that share a pass, each once."""
+        stages = [stage for name in self.sharing for stage in self.tasks[name].tower_stages()]
+        return tuple(dict.fromkeys(stages))
+
     def init(self, key: jax.Array, spec: Spec) -> tuple[Any, Any]:
         params, state = {}, {}
         for name, task in self.tasks.items():
@@ -109,7 +114,8 @@ class MultiTask(Objective):
         if self.sharing:
             shared = _union_of_streams(self.tasks[name] for name in self.sharing)
             streams = select_streams(batch, shared)
-            pooled, batch_stats = run_towers(model, variables, streams, rng)
+            stages = self.tower_stages()
+            pooled, batch_stats = run_towers(model, variables, streams, rng, stages=stages)
 
         new_state = dict(state)
         for name, task in self.tasks.items():
@@ -161,7 +167,8 @@ class MultiTask(Objective):
         streams = self.tasks[name].streams()
         if streams is None:
             return {key: x for key, x in pooled.items() if '/' not in key}
-        return {stream: pooled[stream] for stream in streams}
+        stages = [stage_of(*stage) for stage in self.tasks[name].tower_stages()]
+        return {key: pooled[key] for key in (*streams, *stages)}
 
     def predict(self, params: Any, state: Any, encoded: Mapping[str, Any]) -> dict[str, jax.Array]:
         found = {}
