@@ -28,6 +28,7 @@ HYPOTHESES = {f'gdt_{name}': f'demo,{name}' for name in gdt.HYPOTHESIS_OPTIONS}
 METHODS: dict[str, Callable[[], ConfigDict]] = {
     'vatt': demo.get_config,
     'mmv': functools.partial(mmv.get_config, 'demo_fac_va'),
+    'mmv_shuffled': functools.partial(mmv.get_config, 'demo_fac_va'),
     'selavi': functools.partial(selavi.get_config, 'demo'),
     'xdc': functools.partial(selavi.get_config, 'demo,xdc'),
     **{row: functools.partial(gdt.get_config, arg) for row, arg in HYPOTHESES.items()},
@@ -43,7 +44,15 @@ METHODS: dict[str, Callable[[], ConfigDict]] = {
     'coclr_flow': functools.partial(coclr.get_config, 'demo,flow'),
 }
 # Rows whose embeddings of video and sound are compared with each other -> in which space.
-SPACES = {'vatt': 'va', 'mmv': 'va', 'avid': 'va', 'cma': 'va', 'avts': 'va', 'avts_easy': 'va'}
+SPACES = {
+    'vatt': 'va',
+    'mmv': 'va',
+    'mmv_shuffled': 'va',
+    'avid': 'va',
+    'cma': 'va',
+    'avts': 'va',
+    'avts_easy': 'va',
+}
 SPACES.update(dict.fromkeys(HYPOTHESES, 'gdt'))
 
 
@@ -53,6 +62,9 @@ def get_config(arg: str = 'mmv') -> ConfigDict:
     c.name = f'comparison {row}'
     c.steps, c.batch_size, c.eval_every = STEPS, 64, 0
     c.checkpoint.every = 100
+    if row == 'mmv_shuffled':
+        # The control: sound of other clips, from which nothing can be learnt of the two together.
+        c.data.mismatch = ('audio',)
     # Of the random initialisation of each kind of towers, which the report evaluates too.
     c.report = row in ('vatt', 'mmv')
     reads_flow = row.endswith('_flow')
