@@ -1,5 +1,6 @@
 """What a user of trained encoders calls: vatt_jax.load(checkpoint).embed(video=…, audio=…,
-text=…), and on the same model `similarity`, `classify`, `predict`, `detect` and `localise`."""
+text=…), and on the same model `similarity`, `classify`, `predict`, `caption`, `detect`
+and `localise`."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ from vatt_jax import objectives, optim
 from vatt_jax.config import ConfigError
 from vatt_jax.importers import safetensors_folder
 from vatt_jax.inference import classes, feature_extractor, similarity
+from vatt_jax.inference.captioner import Captioner
 from vatt_jax.inference.detector import PictureDetector
 from vatt_jax.inference.embedder import Embedder
 from vatt_jax.inference.localiser import Localiser
 from vatt_jax.inference.notices import Notices
-from vatt_jax.inference.requests import Request, given_inputs, only_input
+from vatt_jax.inference.requests import TOWERS, Request, given_inputs, only_input
 from vatt_jax.inputs import class_sentences, tokenizer
+from vatt_jax.inputs.batch import modality_of
 from vatt_jax.inputs.modalities import described
 from vatt_jax.object_store import is_url, run_mirror
 from vatt_jax.parallel import sharding
@@ -135,6 +138,12 @@ class Model:
                 config, variables, mesh, objectives.build(config.objective), heads, {}
             )
             self._localiser = Localiser(finder, self.inputs, self._told)
+        self._captioner = None
+        if heads and config.objective.name == 'captioning':
+            teller = feature_extractor.FeatureExtractor(
+                config, variables, mesh, objectives.build(config.objective), heads, {}
+            )
+            self._captioner = Captioner(teller, self.tokenizer)
         self._embedder = Embedder(
             self._encoder, self.inputs, self.tokenizer, self._told, info.get('flow')
         )
@@ -466,6 +475,53 @@ class Model:
         given = given_inputs(video=video, audio=audio, image=image)
         request = Request('localise', rate, batch_size, None, None, 'raise', True)
         return self._localiser.heat_maps(given, request, size)
+
+    def caption(
+        self,
+        video: Any = None,
+        audio: Any = None,
+        image: Any = None,
+        *,
+        beam: int = 3,
+        rate: Any = None,
+        batch_size: Any = 32,
+    ) -> str | list[str]:
+        """What a model trained to tell clips in words says of them (docs/clipcap.md).
+
+        Args:
+            video: clips or media files, see `embed`; of a longer one the middle is taken. One of
+                `video`, `audio` and `image` is given, of the modality that the model tells.
+            audio: sounds, see `embed`.
+            image: pictures, see `embed`.
+            beam: width of the search; 1: the likeliest word, always.
+            rate: see `embed`.
+            batch_size: see `embed`.
+
+        Returns:
+            A caption; a list of them where several clips were given.
+
+        Raises:
+            ConfigError: the model was not trained by config.objective.name='captioning', or an
+                input is of another modality, kind or shape.
+        """
+        if self._captioner is None:
+            raise ConfigError(
+                'caption(): this model writes no captions, it was trained with the objective '
+                f"{self.config.objective.name!r}; train one with 'captioning' (docs/clipcap.md)"
+            )
+        given = given_inputs(video=video, audio=audio, image=image)
+        name = only_input(given, 'caption')
+        objective = self._captioner.objective.config
+        modality = modality_of(objective.media)
+        if TOWERS.get(name, name) != modality:
+            raise ConfigError(
+                f'caption({name}=…): this model was trained to tell {modality}; pass {modality}=…'
+            )
+        request = Request('caption', rate, batch_size, None, None, 'raise', True)
+        rows = self._embedder.rows(given, request)[name]
+        embeddings = rows.features[objective.space or 'pooled']
+        captions = self._captioner.write(embeddings, beam, batch_size)
+        return captions[0] if rows.is_single else captions
 
     def _predict(self, given: Mapping[str, Any], request: Request) -> dict[str, Any]:
         name = only_input(given, request.call)

@@ -14,6 +14,7 @@ import numpy as np
 from vatt_jax.config import choose
 from vatt_jax.evals import gallery
 from vatt_jax.evals.base import CHANGES, Evaluator, FeatureView, Result
+from vatt_jax.evals.captions import Captions
 from vatt_jax.evals.classification import Classification
 from vatt_jax.evals.cluster_sizes import ClusterSizes
 from vatt_jax.evals.clustering import Clustering
@@ -44,6 +45,7 @@ EVALUATORS: dict[str, type[Evaluator]] = {
     'zero_shot': ZeroShot,
     'detection': Detection,
     'matching': Matching,
+    'captions': Captions,
 }
 
 __all__ = [

@@ -22,9 +22,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int, Int32
 
 from vatt_jax import extras
+from vatt_jax.config import ConfigError
 from vatt_jax.inputs.word_counts import WordCounts
 
 PAD, UNKNOWN = 0, 1
@@ -61,8 +62,20 @@ class Tokenizer:
         # One more, to see whether there is a next one.
         return self.encode(texts, words + 1)[:, words] != PAD
 
+    def decode(self, numbers: Int[np.ndarray, 'N L']) -> list[str]:
+        """Return the texts of N rows, each up to its first 0, as far as numbers remember them."""
+        rows = np.asarray(numbers)
+        lengths = np.cumprod(rows != PAD, axis=1).sum(1)
+        return [self._text(row[:length].tolist()) for row, length in zip(rows, lengths)]
+
     def _numbers(self, texts: Sequence[str]) -> Iterable[Sequence[int]]:
         raise NotImplementedError
+
+    def _text(self, numbers: list[int]) -> str:
+        raise ConfigError(
+            f'the tokenizer {self.kind!r} makes no text of numbers here; use words, wordpiece or '
+            'sentencepiece'
+        )
 
     def to_spec(self) -> dict[str, Any]:
         """Return a JSON-able description, see `from_spec`."""
@@ -125,6 +138,11 @@ class Words(Tokenizer):
         for text in texts:
             yield [self._number.get(word, self.unknown) for word in split_words(text)]
 
+    def _text(self, numbers: list[int]) -> str:
+        # Rows of a word table beyond the vocabulary are no words.
+        known = {number + self.first: word for number, word in enumerate(self.vocabulary)}
+        return ' '.join(known.get(number, '<unk>') for number in numbers)
+
     def to_spec(self) -> dict[str, Any]:
         spec = {'kind': self.kind, 'size': self.size, 'vocabulary': self.vocabulary}
         # Left out where they are the defaults, so that older specs and new ones are equal.
@@ -173,6 +191,9 @@ class WordPiece(Tokenizer):
         encodings = self._model.encode_batch(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def _text(self, numbers: list[int]) -> str:
+        return str(self._model.decode(numbers, skip_special_tokens=False))
+
     def to_spec(self) -> dict[str, Any]:
         return {'kind': self.kind, 'size': self.size, 'model': self._json}
 
@@ -212,6 +233,10 @@ class SentencePiece(Tokenizer):
 
     def _numbers(self, texts: Sequence[str]) -> Iterable[Sequence[int]]:
         return self._model.encode(list(texts))
+
+    def _text(self, numbers: list[int]) -> str:
+        # The library ends the process at a number that it does not have.
+        return str(self._model.decode([number for number in numbers if number < self.size]))
 
     def to_spec(self) -> dict[str, Any]:
         return {

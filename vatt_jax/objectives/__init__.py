@@ -6,6 +6,7 @@ from typing import Any
 
 from vatt_jax.config import choose
 from vatt_jax.objectives.base import Encoding, Loss, Objective, RefreshResult, Spec, TrainingRecords
+from vatt_jax.objectives.captioning import Captioning
 from vatt_jax.objectives.class_names import ClassNames
 from vatt_jax.objectives.classification import Classification
 from vatt_jax.objectives.coclr import CoCLR
@@ -44,6 +45,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'temporal_order': TemporalOrder,
     'distillation': Distillation,
     'next_token': NextToken,
+    'captioning': Captioning,
     'multi_task': MultiTask,
 }
 

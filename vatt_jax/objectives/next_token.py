@@ -7,7 +7,7 @@ before it, the first from a mark, and behind the last word the mark is to come a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float32, Int
 
 from vatt_jax.config import ConfigError, with_defaults
 from vatt_jax.inputs.batch import modality_of
+from vatt_jax.models.language import CausalLM
 from vatt_jax.models.language.tower import MARK, MODEL, LanguageTower
 from vatt_jax.objectives.base import Encoding, Loss, Objective, Spec
 from vatt_jax.rng import Rng
@@ -38,8 +39,10 @@ class NextToken(Objective):
     `perplexity` in the log is e to the loss.
     """
 
+    DEFAULTS: ClassVar[Mapping[str, Any]] = DEFAULTS
+
     def __init__(self, config: Any) -> None:
-        super().__init__(with_defaults(config, DEFAULTS, 'config.objective'))
+        super().__init__(with_defaults(config, self.DEFAULTS, 'config.objective'))
         if modality_of(self.config.stream) != 'text':
             raise ConfigError(
                 'config.objective.stream: expected text or a view of it, got '
@@ -53,14 +56,14 @@ class NextToken(Objective):
         tower = spec.model.config['towers'].get('text', {})
         if tower.get('name') != TOWER:
             raise ConfigError(
-                f'config.model.towers.text.name: next_token trains a causal language model, '
+                f'config.model.towers.text.name: {self.config.name} needs a causal language model, '
                 f'expected {TOWER!r}, got {tower.get("name")!r}'
             )
         kind = spec.info.get('tokenizer', {}).get('kind')
         if kind in MARKED:
             raise ConfigError(
-                f'config.model.inputs.text.tokenizer: next_token takes padding for the end of a '
-                f'sentence, expected words, wordpiece or sentencepiece, got {kind!r}'
+                f'config.model.inputs.text.tokenizer: {self.config.name} takes padding for the end '
+                f'of a sentence, expected words, wordpiece or sentencepiece, got {kind!r}'
             )
         return {}, {}
 
@@ -84,8 +87,7 @@ class NextToken(Objective):
             mutable=['batch_stats'],
             method='encode',
         )
-        fields = {k: v for k, v in model.config['towers']['text'].items() if k != 'name'}
-        decoder = LanguageTower(**fields, dtype=model.dtype).decoder(parent=None)
+        decoder = decoder_of(model)
         of_decoder = {'params': variables['params']['nets_text'][MODEL]}
         # Here, not in compute_loss: logits of a microbatch alone are in memory.
         ids = batch[stream]['data']  # [B K L]
@@ -115,6 +117,12 @@ class NextToken(Objective):
         value = losses / words
         metrics = {'perplexity': jnp.exp(value), 'accuracy': right / words}
         return Loss(value, metrics, variables['batch_stats'], state)
+
+
+def decoder_of(model: Any) -> CausalLM:
+    """The language model that is a model's tower of text, as a module by itself."""
+    fields = {k: v for k, v in model.config['towers']['text'].items() if k != 'name'}
+    return LanguageTower(**fields, dtype=model.dtype).decoder(parent=None)
 
 
 def sums_of_rows(

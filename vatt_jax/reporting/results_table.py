@@ -129,12 +129,19 @@ def form_of(key: str) -> Callable[[float], str]:
     # Natural logarithms.
     if 'entropy' in key:
         return _nats
+    # Its largest value is 10; papers print it a hundredfold.
+    if 'CIDEr' in key:
+        return _hundredfold
     # Recalls, accuracies and NMI, from 0 to 1.
     return _percent
 
 
 def _percent(x: float) -> str:
     return f'{100 * x:.1f} %'
+
+
+def _hundredfold(x: float) -> str:
+    return f'{100 * x:.1f}'
 
 
 def _number(x: float) -> str:
