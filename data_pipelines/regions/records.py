@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,7 +84,15 @@ def _npz_fields(data: bytes, where: str) -> dict[str, Any]:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name in wanted}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    # RuntimeError: an encrypted member, or one of an unknown compression.
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise DataError(f'{where}: expected an npz file of numbers ({error})') from None
 
 
@@ -91,8 +100,14 @@ def _msgpack_fields(data: bytes, where: str) -> dict[str, Any]:
     """A msgpack dict with arrays in it."""
     try:
         fields = msgpack.unpackb(data, raw=False, object_hook=_array)
-    # msgpack raises several kinds, all of these or below them.
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+    # LookupError: an array without data; SyntaxError: NumPy's, of a type it cannot parse.
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        SyntaxError,
+        msgpack.exceptions.UnpackException,
+    ) as error:
         raise DataError(
             f'{where}: expected msgpack with arrays as msgpack_numpy writes them '
             f'({type(error).__name__}: {error})'

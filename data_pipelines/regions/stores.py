@@ -82,7 +82,9 @@ class Lmdb(Mapping[str, Picture]):
         self._parse = parse
         with self._file.begin() as reading:
             keys = [bytes(key) for key in reading.cursor().iternext(keys=True, values=False)]
-        self._names = {key.decode(): key for key in keys if key not in LISTS}
+        self._names = {
+            key.decode('utf-8', 'backslashreplace'): key for key in keys if key not in LISTS
+        }
 
     def __getitem__(self, name: str) -> Picture:
         key = self._names[name]

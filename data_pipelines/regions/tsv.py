@@ -99,7 +99,7 @@ def parse(values: Mapping[str, bytes], where: str) -> Picture:
         boxes, features = values['boxes'], values['features']
     except KeyError as error:
         raise DataError(f'{where}: there is no {error}; expected {", ".join(FIELDS)}') from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f'{where}: image_w, image_h, num_boxes: expected numbers ({error})'
         ) from None
@@ -118,6 +118,8 @@ def rows_of(encoded: bytes | np.ndarray, count: int, where: str) -> Float[np.nda
         DataError: it is no base64, or its numbers do not make so many rows.
     """
     if isinstance(encoded, np.ndarray):
+        if encoded.dtype.kind not in 'fiu':
+            raise DataError(f'{where}: expected numbers, got {encoded.dtype}')
         numbers = encoded.astype(np.float32).ravel()
     else:
         try:
