@@ -7,6 +7,7 @@ import binascii
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -82,11 +83,12 @@ class Tsv(Mapping[str, Picture]):
         return len(self._starts)
 
 
-def parse(values: Mapping[str, bytes], where: str) -> Picture:
+def parse(values: Mapping[str, Any], where: str) -> Picture:
     """One record of bottom-up attention: a line of a tsv file, or a value of ViLBERT's lmdb.
 
     Args:
-        values: {column: what stands there}; arrays in base64.
+        values: {column: what stands there}, bytes or what they mean; arrays in base64, or as they
+            are.
         where: names the record in errors.
 
     Raises:
@@ -111,7 +113,7 @@ def parse(values: Mapping[str, bytes], where: str) -> Picture:
     return Picture(text, rows_of(features, count, f'{where}: features'), corners, classes)
 
 
-def rows_of(encoded: bytes | np.ndarray, count: int, where: str) -> Float[np.ndarray, 'N F']:
+def rows_of(encoded: Any, count: int, where: str) -> Float[np.ndarray, 'N F']:
     """Base64 of float32 (or an array as it is) as `count` rows.
 
     Raises:
