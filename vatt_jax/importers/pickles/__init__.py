@@ -15,6 +15,7 @@ need be installed to read what they wrote.
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 import pathlib
@@ -27,7 +28,7 @@ from vatt_jax.importers.pickles.conversion import converted
 from vatt_jax.importers.pickles.errors import Damaged, Refused
 from vatt_jax.importers.pickles.machine import load_one
 
-__all__ = ['ConfigError', 'Damaged', 'Refused', 'read']
+__all__ = ['ConfigError', 'Damaged', 'Refused', 'read', 'read_bytes']
 
 ZIP_MAGIC = b'PK\x03\x04'
 
@@ -60,21 +61,50 @@ def read(path: str | os.PathLike) -> Any:
         raise ConfigError(f'{path} cannot be read ({error.strerror or error})') from error
 
 
+def read_bytes(data: bytes, name: str) -> Any:
+    """Read a pickle in memory, such as a record of a database.
+
+    Args:
+        data: one pickle of protocol 2 to 5.
+        name: what errors call it.
+
+    Returns:
+        See `read`.
+
+    Raises:
+        ConfigError: see `read`.
+    """
+    path = pathlib.Path(name)
+    _check_start(path, data[:8])
+    stream = io.BytesIO(data)
+    value = load_one(path, stream)
+    _check_end(path, len(data) - stream.tell())
+    return converted(path, value)
+
+
 def _read_stream(path: pathlib.Path, data: mmap.mmap) -> Any:
     """Read a file that is one pickle, or PyTorch's row of them."""
-    # Protocols 0 and 1 have no header that would tell them from any other file.
-    if data[:1] != pickle.PROTO:
-        raise Damaged(
-            f'{path} is not a pickle of protocol 2 or later (it begins with {data[:8]!r}); '
-            'expected a pickle, dill or PyTorch file'
-        )
+    _check_start(path, data[:8])
     first = load_one(path, data)
     # `type(…) is int` because `==` on a stand-in or an array could mean anything.
     if type(first) is int and first == torch_files.MAGIC:
         return torch_files.read_legacy(path, data)
-    if data.tell() != len(data):
+    _check_end(path, len(data) - data.tell())
+    return converted(path, first)
+
+
+def _check_start(path: pathlib.Path, head: bytes) -> None:
+    # Protocols 0 and 1 have no header that would tell them from any other file.
+    if head[:1] != pickle.PROTO:
         raise Damaged(
-            f'{path}: {len(data) - data.tell()} bytes follow the end of the pickle; it was not '
+            f'{path} is not a pickle of protocol 2 or later (it begins with {head!r}); '
+            'expected a pickle, dill or PyTorch file'
+        )
+
+
+def _check_end(path: pathlib.Path, left: int) -> None:
+    if left:
+        raise Damaged(
+            f'{path}: {left} bytes follow the end of the pickle; it was not '
             'written whole, or holds more than one'
         )
-    return converted(path, first)
