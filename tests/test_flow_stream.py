@@ -13,7 +13,7 @@ from data_pipelines.loading import synthetic
 from tests import tiny, typecheck
 from vatt_jax import models
 from vatt_jax.config import ConfigError, check_values
-from vatt_jax.evals import base
+from vatt_jax.evals import changes
 from vatt_jax.exchange import standalone
 from vatt_jax.inputs import optical_flow, preprocess
 from vatt_jax.rng import Rng
@@ -310,7 +310,7 @@ def test_a_model_without_a_tower_for_flow(plain_run):
 
 def test_without_motion_a_clip_has_no_flow():
     data = np.random.default_rng(0).integers(0, 256, (2, 4, 8, 8, 2)).astype(np.uint8)
-    changed = base.single_frame({'flow': {'data': data}, 'valid': np.ones(2, bool)})
+    changed = changes.single_frame({'flow': {'data': data}, 'valid': np.ones(2, bool)})
     assert (changed['flow']['data'] == optical_flow.ZERO).all()
 
 

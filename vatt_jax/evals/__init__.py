@@ -13,14 +13,16 @@ import numpy as np
 
 from vatt_jax.config import choose
 from vatt_jax.evals import gallery
-from vatt_jax.evals.base import CHANGES, Evaluator, FeatureView, Result
+from vatt_jax.evals.base import Evaluator, FeatureView, Result
 from vatt_jax.evals.captions import Captions
+from vatt_jax.evals.changes import CHANGES, change_of
 from vatt_jax.evals.classification import Classification
 from vatt_jax.evals.cluster_sizes import ClusterSizes
 from vatt_jax.evals.clustering import Clustering
 from vatt_jax.evals.detection import Detection
 from vatt_jax.evals.linear_probe import LinearProbe, SimpleProbe
 from vatt_jax.evals.localisation import Localisation
+from vatt_jax.evals.masked_words import MaskedWords
 from vatt_jax.evals.matching import Matching
 from vatt_jax.evals.neighbours import Neighbours
 from vatt_jax.evals.retrieval import Retrieval
@@ -44,6 +46,7 @@ EVALUATORS: dict[str, type[Evaluator]] = {
     'localisation': Localisation,
     'zero_shot': ZeroShot,
     'detection': Detection,
+    'masked_words': MaskedWords,
     'matching': Matching,
     'captions': Captions,
 }
@@ -80,7 +83,7 @@ def build(name: str, config: Any) -> Evaluator:
     # Not every evaluator has this field.
     change = evaluator.config.get('change', '')
     if change:
-        choose(change, CHANGES, f'{where}.change')
+        change_of(change, f'{where}.change')
     return evaluator
 
 

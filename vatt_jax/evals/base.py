@@ -9,7 +9,6 @@ the same split costs no second pass.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,8 +18,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from vatt_jax.config import ConfigError, check_range, with_defaults
+from vatt_jax.evals.changes import change_of
 from vatt_jax.inference.feature_extractor import FeatureExtractor, Stage, compute_features
-from vatt_jax.inputs import optical_flow, tokenizer
+from vatt_jax.inputs import tokenizer
 from vatt_jax.inputs.batch import modality_of
 
 
@@ -51,48 +51,6 @@ class Sentences:
 
     embeddings: dict[str, Float[np.ndarray, 'N E']]
     is_known: Bool[np.ndarray, ' N']
-
-
-# ---- Named changes of a host batch before encoding (controls): host batch in, host batch out.
-
-
-def single_frame(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Every frame of a clip replaced by its middle one: what is left without motion."""
-    changed = dict(batch)
-    for name, stream in batch.items():
-        modality = modality_of(name)
-        if modality == 'flow':
-            # One frame has no motion.
-            changed[name] = {**stream, 'data': np.full_like(stream['data'], optical_flow.ZERO)}
-        if modality == 'video':
-            frames = stream['data']  # [B T H W C]
-            middle = frames[:, frames.shape[1] // 2][:, None]  # [B 1 H W C]
-            # A view with stride 0 over time: no copy, but read-only.
-            changed[name] = {**stream, 'data': np.broadcast_to(middle, frames.shape)}
-    return changed
-
-
-def of_another_clip(batch: Mapping[str, Any], stream: str) -> dict[str, Any]:
-    """A stream of every clip replaced by that of a clip about half the batch away.
-
-    An odd number of clips away, since data may come in cycles: the synthetic clips have 16 classes
-    in turn, and words of the class alone.
-
-    Clips of one record follow one another in passes by segment; ask for records to be sure of
-    another one. A clip alone in its batch has no other: the stream is not valid there.
-    """
-    rows = np.flatnonzero(batch['valid'])
-    partner = np.arange(len(batch['valid']))
-    partner[rows] = np.roll(rows, (len(rows) // 2 - 1) | 1)
-    exchanged = {name: array[partner] for name, array in batch[stream].items()}
-    if len(rows) < 2:
-        exchanged['valid'] = np.zeros_like(exchanged['valid'])
-    return {**batch, stream: exchanged}
-
-
-CHANGES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {'single_frame': single_frame}
-for _stream in ('video', 'audio', 'text'):
-    CHANGES[f'other_{_stream}'] = functools.partial(of_another_clip, stream=_stream)
 
 
 class FeatureView:
@@ -161,7 +119,7 @@ class FeatureView:
           split: name of the split.
           by: what an example is; see the data object.
           views: extra streams, as config.data.views.
-          change: an entry of CHANGES; '': none.
+          change: see `changes.change_of`; '': none.
           limit: number of examples, the first of the split; None: all.
           keep: see `feature_extractor.compute_features`.
           maps: see `feature_extractor.compute_features`.
@@ -191,7 +149,7 @@ class FeatureView:
             )
             # After loading and before the device stage: frames are still uint8, sound int16.
             if change:
-                batches = map(CHANGES[change], batches)
+                batches = map(change_of(change), batches)
             self._computed[key] = compute_features(self.encoder, batches, keep, maps, stages)
         return self._computed[key]
 

@@ -12,7 +12,6 @@ from jaxtyping import Float, Shaped
 from vatt_jax.config import ConfigError, choose
 from vatt_jax.evals import several_streams, statistics
 from vatt_jax.evals.base import (
-    CHANGES,
     Evaluator,
     FeatureView,
     Result,
@@ -21,6 +20,7 @@ from vatt_jax.evals.base import (
     has_label,
     modality_of,
 )
+from vatt_jax.evals.changes import change_of
 from vatt_jax.evals.solvers import SEVERAL, SOLVERS, strengths_of
 from vatt_jax.inference.feature_extractor import gather_rows
 from vatt_jax.inputs.modalities import PICTURES, kind_of
@@ -303,7 +303,7 @@ class SimpleProbe(LinearProbe):
         c = self.config
         batches = view.data.one_pass(split, view.batch_size, process=view.process, limit=limit)
         if c.change:
-            batches = map(CHANGES[c.change], batches)
+            batches = map(change_of(c.change), batches)
         features = []
         valid = []
         labels: dict[str, list[np.ndarray]] = {}

@@ -149,7 +149,9 @@ class FeatureExtractor:
         }
         spaces = out.spaces
         if self.objective is not None:
-            features['predictions'] = self.objective.predict(*heads, out.encoded)
+            params, state = heads
+            params = self.objective.with_model(params, variables['params'])
+            features['predictions'] = self.objective.predict(params, state, out.encoded)
             spaces = {**spaces, **self.objective.embed(*heads, out.encoded)}
         for space, members in spaces.items():
             features['spaces'][space], features['lengths'][space] = {}, {}

@@ -17,6 +17,7 @@ from vatt_jax.objectives.gdt import GDT
 from vatt_jax.objectives.instance_memory import InstanceMemory
 from vatt_jax.objectives.kmeans_labels import KMeansLabels
 from vatt_jax.objectives.localisation import Localisation
+from vatt_jax.objectives.masked_words import MaskedWords
 from vatt_jax.objectives.matching import Matching
 from vatt_jax.objectives.multi_task import MultiTask
 from vatt_jax.objectives.next_token import NextToken
@@ -34,6 +35,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'online_codes': OnlineCodes,
     'localisation': Localisation,
     'matching': Matching,
+    'masked_words': MaskedWords,
     'synchronisation': Synchronisation,
     'coclr': CoCLR,
     'classification': Classification,

@@ -313,6 +313,15 @@ class Objective:
         """
         return {}
 
+    def with_model(self, params: Any, model_params: Any) -> Any:
+        """Parameters as `predict` reads them: with those of the model that a head shares.
+
+        Args:
+          params: the objective's parameters.
+          model_params: the model's.
+        """
+        return params
+
     def map_streams(self) -> tuple[str, ...]:
         """Streams of which `init`, `predict` and `embed` read `Encoded.tokens`, features before
         pooling."""

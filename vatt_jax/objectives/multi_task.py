@@ -176,6 +176,12 @@ class MultiTask(Objective):
             found[name] = task.predict(params[name], state[name], encoded)
         return _join(found, 'predictions')
 
+    def with_model(self, params: Any, model_params: Any) -> Any:
+        completed = {}
+        for name, task in self.tasks.items():
+            completed[name] = task.with_model(params[name], model_params)
+        return {**params, **completed}
+
     def map_streams(self) -> tuple[str, ...]:
         names = [stream for task in self.tasks.values() for stream in task.map_streams()]
         return tuple(dict.fromkeys(names))
