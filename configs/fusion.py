@@ -22,6 +22,8 @@ Options:
     a number    of layers
     audio       sound joins video and words
     hard        mismatched words and sounds are the most alike of eight
+    contrastive each clip is told from eight mismatched forms of itself at once
+    words       hidden words are told as well, of one sentence a clip
     frozen, synthetic
                 see above
 """
@@ -35,7 +37,7 @@ from . import demo
 
 MIXED = 'mixed'
 KINDS = (*fusion.TYPES, MIXED)
-OPTIONS = (*KINDS, 'audio', 'hard', 'frozen', 'synthetic')
+OPTIONS = (*KINDS, 'audio', 'hard', 'contrastive', 'words', 'frozen', 'synthetic')
 # Towers and projections of another run; what is new beside them.
 TOWERS = (r'^model/(fronts|encoders)_', r'^model/head/')
 NEW = (r'^fusion/',)
@@ -83,19 +85,29 @@ def demo_config(types: tuple[str, ...], options: list[str]) -> ConfigDict:
         'dropout': 0.0,
         'attention_dropout': 0.0,
     }
-    c.objective = ConfigDict(
+    matching = ConfigDict(
         {
             'name': 'matching',
             'streams': streams,
             # With sound: words or sound of another clip.
             'replaced': streams[1:],
             'candidates': 8 if 'hard' in options else 1,
+            'negatives': 8 if 'contrastive' in options else 0,
         }
     )
+    c.objective = matching
+    if 'words' in options:
+        # Of two sentences of a clip one would tell what is hidden in the other.
+        c.model.inputs.text.candidates = 1
+        words = {'name': 'masked_words', 'streams': streams}
+        tasks = {'matching': matching, 'words': words}
+        c.objective = ConfigDict({'name': 'multi_task', 'tasks': tasks})
     if 'frozen' in options:
         c.init_from, c.init_skip = 'runs/demo', NEW
         c.optimizer.frozen = TOWERS
     c.evals = evaluations(streams)
+    if 'words' in options:
+        c.evals.masked_words = {'type': 'masked_words', 'stream': 'video'}
     return c
 
 

@@ -174,6 +174,27 @@ def test_it_is_the_mean_over_pairs_that_match_and_others():
     np.testing.assert_allclose(got.metrics['share/usable'], num_usable / 6, rtol=1e-6)
 
 
+def test_the_contrastive_form_tells_a_clip_from_its_mismatched_ones():
+    batch = Batch(is_whole=True)
+    objective = Matching({**THREE, 'replaced': ('text',), 'negatives': 3})
+    got = batch.loss(objective, Meeting())
+    rng = Rng.create(0, 7, jnp.arange(6))
+    partners = [
+        np.array(draw_partners(jnp.arange(6), jnp.ones(6, bool), rng.at(number).at('text'))[0])
+        for number in range(3)
+    ]
+    losses, correct = [], []
+    for clip in range(6):
+        sources = [clip, *(partner[clip] for partner in partners)]
+        rows = [{**dict.fromkeys(batch.valid, clip), 'text': source} for source in sources]
+        logits = np.array([batch.logits(row, clip) for row in rows])  # [4 2]
+        scores = logits[:, 1] - logits[:, 0]
+        losses.append(np.log(np.exp(scores).sum()) - scores[0])
+        correct.append(scores.argmax() == 0)
+    np.testing.assert_allclose(got.value, np.mean(losses), rtol=1e-4)
+    np.testing.assert_allclose(got.metrics['accuracy'], np.mean(correct), rtol=1e-6)
+
+
 def test_what_is_missing_has_zero_gradient_and_the_rest_a_finite_one():
     batch = Batch()
     features = dict(batch.features)
@@ -233,6 +254,7 @@ def test_predictions_are_of_clips_as_they_are_and_need_all_streams():
         ({'replaced': ()}, 'config.objective.replaced: expected some of the streams'),
         ({'replaced': ('audio',)}, "config.objective.replaced: expected some of the streams ('vi"),
         ({'candidates': 0}, 'config.objective.candidates=0: expected a number'),
+        ({'negatives': -1}, 'config.objective.negatives=-1: expected a number'),
     ],
 )
 def test_a_mistake_in_the_config_is_named(fields, message):

@@ -8,7 +8,7 @@ that match cannot be told from others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,9 @@ DEFAULTS = {
     # How many other clips are drawn, of which the one is taken whose stream is most like the one
     # that it replaces (hard negatives). 1: any.
     'candidates': 1,
+    # 0: two classes, a pair that matches and one that does not. Above 0: the contrastive form, each
+    # clip beside so many mismatched ones; memory is that of one, computation grows with them.
+    'negatives': 0,
 }
 # Name of the prediction; its classes.
 MATCHING = 'matching'
@@ -41,6 +44,8 @@ Features = Mapping[str, Any]
 
 class Matching(Objective):
     """Cross entropy of two classes, for each clip of a pair that matches and one that does not.
+
+    With `negatives` that of the pair that matches among so many that do not (contrastive form).
 
     The other clip is of the whole batch and of another record. Both pairs are left out where a clip
     lacks the stream that is replaced or all others, or where no clip can lend it one, so that the
@@ -95,28 +100,22 @@ class Matching(Objective):
         rng: Rng,
     ) -> Loss:
         valid = {stream: batch[stream]['valid'] for stream in self.config.streams}
-        mixed, mixed_valid, usable = self._mismatch(pooled, valid, batch['record'], rng)
-        # Towers run once, fusion twice.
-        match = forward.interact(model, variables, pooled, valid, rng.at('match'))
-        mismatch = forward.interact(model, variables, mixed, mixed_valid, rng.at('mismatch'))
-        match_logits = self._classify(params, self._join(match, valid))  # [B 2]
-        mismatch_logits = self._classify(params, self._join(mismatch, mixed_valid))
 
-        matches = jnp.full(len(usable), MATCH)
-        mismatches = jnp.full(len(usable), MISMATCH)
-        value = 0.5 * (
-            softmax_cross_entropy(match_logits, matches, weight=usable)
-            + softmax_cross_entropy(mismatch_logits, mismatches, weight=usable)
-        )
-        says_match = masked_mean(match_logits.argmax(-1) == MATCH, usable)
-        says_mismatch = masked_mean(mismatch_logits.argmax(-1) == MISMATCH, usable)
-        metrics = {
-            # Chance is one half: there are as many pairs of either kind.
-            'accuracy': 0.5 * (says_match + says_mismatch),
-            'accuracy/match': says_match,
-            'accuracy/mismatch': says_mismatch,
-            'share/usable': usable.astype(jnp.float32).mean(),
-        }
+        def logits_of(features: Features, valid: Mapping[str, Any], rng: Rng) -> jax.Array:
+            met = forward.interact(model, variables, features, valid, rng)
+            return self._classify(params, self._join(met, valid))  # [B 2]
+
+        # Towers run once, fusion twice or more.
+        match_logits = logits_of(pooled, valid, rng.at('match'))
+
+        def mismatched(rng: Rng) -> tuple[jax.Array, jax.Array]:
+            mixed, mixed_valid, usable = self._mismatch(pooled, valid, batch['record'], rng)
+            return logits_of(mixed, mixed_valid, rng.at('mismatch')), usable
+
+        if self.config.negatives:
+            value, metrics = _contrast(match_logits, mismatched, self.config.negatives, rng)
+        else:
+            value, metrics = _tell_apart(match_logits, *mismatched(rng))
         return Loss(value, metrics, variables['batch_stats'], state)
 
     def _mismatch(
@@ -177,6 +176,65 @@ class Matching(Objective):
         return {MATCHING: self._classify(params, self._join(encoded, None))}
 
 
+def _tell_apart(
+    match_logits: Float[Array, 'B 2'],
+    mismatch_logits: Float[Array, 'B 2'],
+    usable: Bool[Array, ' B'],
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(cross entropy of two classes, metrics)."""
+    matches = jnp.full(len(usable), MATCH)
+    mismatches = jnp.full(len(usable), MISMATCH)
+    value = 0.5 * (
+        softmax_cross_entropy(match_logits, matches, weight=usable)
+        + softmax_cross_entropy(mismatch_logits, mismatches, weight=usable)
+    )
+    says_match = masked_mean(match_logits.argmax(-1) == MATCH, usable)
+    says_mismatch = masked_mean(mismatch_logits.argmax(-1) == MISMATCH, usable)
+    metrics = {
+        # Chance is one half: there are as many pairs of either kind.
+        'accuracy': 0.5 * (says_match + says_mismatch),
+        'accuracy/match': says_match,
+        'accuracy/mismatch': says_mismatch,
+        'share/usable': usable.astype(jnp.float32).mean(),
+    }
+    return value, metrics
+
+
+def _contrast(
+    match_logits: Float[Array, 'B 2'],
+    mismatched: Callable[[Rng], tuple[jax.Array, jax.Array]],
+    negatives: int,
+    rng: Rng,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(cross entropy of the pair that matches among others of the clip, metrics).
+
+    Args:
+        match_logits: of clips as they are.
+        mismatched: draws a mismatched form of each clip: (its logits [B 2], which are usable).
+        negatives: how many are drawn, each anew: one may come twice.
+        rng: of the batch.
+    """
+
+    # Computed again in the backward pass, one after another: one fusion is held, not all.
+    @jax.checkpoint
+    def score(number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits, usable = mismatched(rng.at(number))
+        return logits[:, MATCH] - logits[:, MISMATCH], usable
+
+    others, usable = jax.lax.map(score, jnp.arange(negatives))  # [negatives B]
+    own = match_logits[:, MATCH] - match_logits[:, MISMATCH]  # [B]
+    # Finite, so that a row without any other has a finite gradient, of weight 0.
+    others = jnp.where(usable, others, -1e9)
+    is_row = usable.any(0)
+    scores = jnp.concatenate([own[None], others]).T  # [B 1+negatives]
+    value = softmax_cross_entropy(scores, jnp.zeros(len(own), jnp.int32), weight=is_row)
+    metrics = {
+        'accuracy': masked_mean(scores.argmax(-1) == 0, is_row),
+        'share/usable': is_row.astype(jnp.float32).mean(),
+    }
+    return value, metrics
+
+
 def _likeness(features: Features, stream: str) -> Float[Array, 'B B']:
     """Cosines of the vectors that the tower of a stream pools."""
     mask = features.get(forward.mask_of(stream))
@@ -216,3 +274,4 @@ def _check(config: Any) -> None:
             f'{config.replaced}.'
         )
     check_range(config.candidates, 1, LARGEST_COUNT, 'config.objective.candidates')
+    check_range(config.negatives, 0, LARGEST_COUNT, 'config.objective.negatives')
