@@ -15,19 +15,16 @@ compiling, training and evaluation.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import pathlib
-import resource
 import statistics
-import subprocess
 import sys
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from support import repository
+from support import repository, runs
 
 from configs import comparison
 
@@ -46,64 +43,25 @@ COLUMNS = {
 RANDOM = {'vatt': 'random VATT', 'mmv': 'random towers'}
 
 
-def train(folder: pathlib.Path, row: str, seed: int) -> None:
-    """Makes or continues a run, and notes what it cost beside its results."""
-    # The runs differ in little, so most of what one compiles serves the next.
-    cache = {'JAX_COMPILATION_CACHE_DIR': str(folder.parent / 'compiled')}
-    command = [
-        sys.executable,
-        'run.py',
-        f'--config=configs/comparison.py:{row}',
-        f'--config.seed={seed}',
-        f'--workdir={folder}',
-        '--quiet',
-    ]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, cwd=repository.ROOT, check=True, env=os.environ | cache)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    cost = folder / 'cost.json'
-    # Of all starts together.
-    seconds += json.loads(cost.read_text())['cpu_seconds'] if cost.exists() else 0
-    cost.write_text(json.dumps({'cpu_seconds': round(seconds, 1)}))
-
-
-def scores_of(results: pathlib.Path) -> dict[str, float]:
-    """The scores of COLUMNS that an evaluation has."""
-    evaluation = json.loads(results.read_text())
-    scores = {}
-    for score in COLUMNS.values():
-        evaluator, _, name = score.partition('/')
-        scalars = evaluation.get(evaluator, {}).get('scalars', {})
-        if name in scalars:
-            scores[score] = scalars[name]
-    return scores
-
-
 def entries(row: str, seed: int, folder: pathlib.Path) -> list[dict[str, Any]]:
     """Reads a finished run: an entry for it, for each of its phases, and for random values."""
     phases = sorted((folder / 'phases').glob('*'))
     found = []
     for run in phases or [folder]:
         name = f'{row}: {run.name[2:]}' if phases else row
-        newest = max((run / 'evals').glob('step_*/results.json'))
-        found.append({'row': name, 'seed': seed, 'scores': scores_of(newest)} | origin_of(run))
+        newest = runs.newest_results(run)
+        found.append(
+            {'row': name, 'seed': seed, 'scores': runs.scores_of(newest, COLUMNS.values())}
+            | runs.origin_of(run)
+        )
     cost = folder / 'cost.json'
     if cost.exists():
         found[-1].update(json.loads(cost.read_text()))
     random = folder / 'evals' / 'random_init' / 'results.json'
     if random.exists():
-        scores = scores_of(random)
-        found.append({'row': RANDOM[row], 'seed': seed, 'scores': scores} | origin_of(folder))
+        scores = runs.scores_of(random, COLUMNS.values())
+        found.append({'row': RANDOM[row], 'seed': seed, 'scores': scores} | runs.origin_of(folder))
     return found
-
-
-def origin_of(run: pathlib.Path) -> dict[str, str]:
-    """Of which code and when a finished run is."""
-    return {
-        'commit': json.loads((run / 'provenance.json').read_text())['commit'],
-        'date': datetime.date.fromtimestamp((run / 'done.json').stat().st_mtime).isoformat(),
-    }
 
 
 def earlier() -> list[dict[str, Any]]:
@@ -136,20 +94,10 @@ def print_table(found: list[dict[str, Any]]) -> None:
         cells = []
         for score in COLUMNS.values():
             values = [entry['scores'][score] for entry in of_row if score in entry['scores']]
-            cells.append(_cell(values))
+            cells.append(runs.cell(values))
         seconds = [entry['cpu_seconds'] for entry in of_row if 'cpu_seconds' in entry]
         cells.append(f'{statistics.mean(seconds):.0f}' if seconds else '')
         print(f'| {row} | {len(of_row)} | {" | ".join(cells)} |')
-
-
-def _cell(values: list[float]) -> str:
-    """Percent: the mean ± half of the range."""
-    if not values:
-        return '–'
-    mean = 100 * statistics.mean(values)
-    if len(values) == 1:
-        return f'{mean:.1f}'
-    return f'{mean:.1f} ± {50 * (max(values) - min(values)):.1f}'
 
 
 def main() -> None:
@@ -159,13 +107,13 @@ def main() -> None:
     parser.add_argument('--seeds', default='0,1')
     parser.add_argument('--runs', default='runs/comparison')
     args = parser.parse_args()
-    runs = (repository.ROOT / args.runs).resolve()
+    kept = (repository.ROOT / args.runs).resolve()
     found = earlier()
     for seed in map(int, args.seeds.split(',')):
         for row in args.only.split(','):
-            folder = runs / f'{row}_seed{seed}'
+            folder = kept / f'{row}_seed{seed}'
             if not (folder / 'done.json').exists():
-                train(folder, row, seed)
+                runs.train(folder, f'configs/comparison.py:{row}', seed)
             new = entries(row, seed, folder)
             replaced = {(entry['row'], seed) for entry in new}
             found = [entry for entry in found if (entry['row'], entry['seed']) not in replaced]
