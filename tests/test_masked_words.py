@@ -159,15 +159,17 @@ def test_conditional_hides_one_side_of_each_clip():
     assert 0 < by_clip.sum() < 5
 
 
-def test_gradients_reach_the_tied_table_and_nothing_of_clips_without_words():
+@pytest.mark.parametrize('frozen', [False, True])
+def test_gradients_reach_the_words_of_the_tied_table_unless_it_is_frozen(frozen, monkeypatch):
     batch = Batch()
+    monkeypatch.setitem(Meeting.config['towers']['text'], 'frozen_words', frozen)
     objective = MaskedWords({'tied': True, 'share': 0.5})
     head = batch.head(objective)
     assert 'table' not in head['words']
     grads = jax.grad(lambda p: batch.loss(objective, head, p).value)(batch.params)
     chex.assert_tree_all_finite(grads)
     table = np.abs(grads['fronts_text'][TABLE]).sum(1)
-    assert (table[2:WORDS] > 0).all() and (table[WORDS:] == 0).all()
+    assert ((table[2:WORDS] > 0) == (not frozen)).all() and (table[WORDS:] == 0).all()
 
 
 def test_a_prediction_is_the_likeliest_word_of_each_place():

@@ -190,6 +190,9 @@ class MaskedWords(Objective):
         rng: Rng,
     ) -> Loss:
         params = self.with_model(params, variables['params'])
+        if TABLE in params and model.config['towers']['text'].get('frozen_words'):
+            # The tower does not train it, so its other reader does not either.
+            params = {**params, TABLE: jax.lax.stop_gradient(params[TABLE])}
         valid = {stream: batch[stream]['valid'] for stream in self.config.streams}
         pooled = dict(pooled)
         labels = pooled.pop(_labels_of(self.text)).astype(jnp.int32)  # [B K L]
