@@ -64,6 +64,7 @@ class Batch:
             'tokens': noise.normal(size=(WORDS, WIDTH)).astype(np.float32),
             'fronts_text': {TABLE: noise.normal(size=(TABLE_ROWS, 3)).astype(np.float32)},
         }
+        self.params = jax.tree.map(jnp.array, self.params)
         self.rng = Rng.create(0, 3, jnp.arange(5))
 
     def spec(self, kind='words'):

@@ -22,7 +22,7 @@ from vatt_jax.inputs.batch import modality_of
 from vatt_jax.inputs.tokenizer import UNKNOWN
 from vatt_jax.losses.masked_regions import class_cross_entropy, feature_regression
 from vatt_jax.models.layers import Dense, LayerNorm
-from vatt_jax.objectives import forward
+from vatt_jax.objectives import forward, heads
 from vatt_jax.objectives.base import Encoding, Loss, Objective, Spec, select_streams
 from vatt_jax.objectives.online_codes import masked_mean
 from vatt_jax.parallel.sharding import logical
@@ -123,7 +123,8 @@ class MaskedWords(Objective):
     def _init_patches(self, key: jax.Array, spec: Spec) -> Any:
         """The layer that tells features of patches, of their tower's width."""
         width = spec.outputs.encoded[self.config.patches].tokens.shape[-1]
-        return Dense(width, ('embed', None)).init(key, jnp.zeros((1, width)))['params']
+        params, _ = heads.init(heads.Head(outputs=width), key, width)
+        return params
 
     def with_model(self, params: Any, model_params: Any) -> Any:
         if not self.config.tied:
@@ -214,8 +215,11 @@ class MaskedWords(Objective):
             tokens = pooled[forward.tokens_of(self.config.patches)]
             # What the tower says is not to move towards what is easily told.
             target = jax.lax.stop_gradient(tokens)
-            head = Dense(tokens.shape[-1], ('embed', None))
-            told: Any = head.apply({'params': params['patches']}, met[self.config.patches].tokens)
+            head = heads.Head(outputs=tokens.shape[-1])
+            met_tokens = met[self.config.patches].tokens
+            told: Any
+            # Nothing is normalised or drawn: all rows are alike.
+            _, told = head.apply({'params': params['patches']}, met_tokens, None, rng, False)
             error = feature_regression(told, target, is_hidden)
             metrics |= {'words/loss': value, 'patches/loss': error}
             value = value + self.config.patch_weight * error
