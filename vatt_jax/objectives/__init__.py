@@ -14,7 +14,9 @@ from vatt_jax.objectives.detection import Detection
 from vatt_jax.objectives.distillation import Distillation
 from vatt_jax.objectives.gdt import GDT
 from vatt_jax.objectives.instance_memory import InstanceMemory
+from vatt_jax.objectives.joint_prediction import JointPrediction
 from vatt_jax.objectives.kmeans_labels import KMeansLabels
+from vatt_jax.objectives.lejepa import LeJEPA
 from vatt_jax.objectives.localisation import Localisation
 from vatt_jax.objectives.matching import Matching
 from vatt_jax.objectives.multi_task import MultiTask
@@ -44,6 +46,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'temporal_order': TemporalOrder,
     'distillation': Distillation,
     'next_token': NextToken,
+    'joint_prediction': JointPrediction,
+    'lejepa': LeJEPA,
     'multi_task': MultiTask,
 }
 
