@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax.config import choose
 
-from . import avid, avts, coclr, default, demo, gdt, mmv, selavi, simclr
+from . import avid, avts, coclr, default, demo, gdt, jepa, mmv, selavi, simclr
 
 # Of each network. Where a method has two stages, the second takes the last of them.
 STEPS, SECOND_STAGE = 400, 150
@@ -42,7 +42,12 @@ METHODS: dict[str, Callable[[], ConfigDict]] = {
     'infonce_flow': functools.partial(coclr.get_config, 'demo,infonce,other,flow'),
     'coclr': functools.partial(coclr.get_config, 'demo'),
     'coclr_flow': functools.partial(coclr.get_config, 'demo,flow'),
+    'jepa_video': functools.partial(jepa.get_config, 'demo'),
+    'jepa_audio_video': functools.partial(jepa.get_config, 'demo,audio_video'),
+    'sigreg': functools.partial(jepa.get_config, 'demo,audio_video,lejepa'),
 }
+# Rows on transformers of their own: VATT's on waveforms, and those whose tokens are hidden.
+OWN_TOWERS = ('vatt', 'jepa_video', 'jepa_audio_video', 'sigreg')
 # Rows whose embeddings of video and sound are compared with each other -> in which space.
 SPACES = {
     'vatt': 'va',
@@ -52,6 +57,7 @@ SPACES = {
     'cma': 'va',
     'avts': 'va',
     'avts_easy': 'va',
+    'sigreg': 'projection',
 }
 SPACES.update(dict.fromkeys(HYPOTHESES, 'gdt'))
 
@@ -69,8 +75,7 @@ def get_config(arg: str = 'mmv') -> ConfigDict:
     c.report = row in ('vatt', 'mmv')
     reads_flow = row.endswith('_flow')
     set_data(c, reads_flow)
-    # Transformers on waveforms are what VATT is.
-    if row != 'vatt':
+    if row not in OWN_TOWERS:
         set_towers(c)
     if reads_flow:
         coclr.describe_flow(c.model.inputs)
@@ -84,6 +89,9 @@ def get_config(arg: str = 'mmv') -> ConfigDict:
         avts.set_objective(c, ['no_curriculum'] if row == 'avts_easy' else [])
         # Embeddings of any length stay on the plateau of docs/avts.md for longer than this.
         c.objective.normalise = True
+    if row.startswith('jepa'):
+        # The teacher's momentum grows in steps.
+        c.objective.momentum_steps = int(jepa.STRETCH * c.steps)
     if row == 'xdc':
         c.objective.every = c.steps // 10
     return c

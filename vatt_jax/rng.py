@@ -116,10 +116,11 @@ class Rng:
 
         By the inverse error function of a uniform draw in (-1, 1).
         """
-        # 23 bits and a half: exact in float32, so the argument stays inside (-1, 1), where the
-        # inverse is finite.
-        u = ((self.bits(shape) >> 9).astype(jnp.float32) + 0.5) * (2.0 / (1 << 23)) - 1.0
-        return jax.lax.erf_inv(u) * math.sqrt(2.0)
+        return _to_normal(self.bits(shape))
+
+    def shared_normal(self, shape: tuple[int, ...]) -> Float[Array, '*shape']:
+        """Draw float32 of this shape, standard normal, the same whatever the batch holds."""
+        return _to_normal(self.shared_bits(shape))
 
     def permutation(
         self, n: int, per_example: bool = True, parts: int = 1
@@ -207,6 +208,14 @@ class Packed(Rng):
             self.key.reshape(expanded),
             first.reshape(expanded) + _counter(rest),
         )
+
+
+def _to_normal(bits: UInt32[Array, '*shape']) -> Float[Array, '*shape']:
+    """Turn random bits into standard normal draws."""
+    # 23 bits and a half: exact in float32, so the argument stays inside (-1, 1), where the inverse
+    # is finite.
+    u = ((bits >> 9).astype(jnp.float32) + 0.5) * (2.0 / (1 << 23)) - 1.0
+    return jax.lax.erf_inv(u) * math.sqrt(2.0)
 
 
 def _draw(examples: Array, key: Array, counter: Array) -> UInt32[Array, '*shape']:

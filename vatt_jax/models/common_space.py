@@ -108,11 +108,13 @@ def projections(hidden_layers: int) -> Graph:
     return Graph(paths, hidden=('hidden',))
 
 
-def plain_projections(modalities: tuple[str, ...]) -> Graph:
-    """MoCo v2's and CoCLR's heads: a hidden layer without norm, one space for each its own."""
+def projections_of_each(
+    modalities: tuple[str, ...], hidden_layers: int = 1, norm: bool = False
+) -> Graph:
+    """A head of each modality by itself, into one space. As they are: MoCo v2's and CoCLR's."""
     paths = {}
     for modality in modalities:
-        paths[modality] = projection(modality, 'projection', hidden_layers=1, norm=False)
+        paths[modality] = projection(modality, 'projection', hidden_layers, norm)
     return Graph(paths, hidden=('hidden',))
 
 
@@ -219,7 +221,9 @@ GRAPHS = {
     'simclr': projections(hidden_layers=1),
     'cvrl': projections(hidden_layers=3),
     # A projection of each modality by itself (CoCLR).
-    'projection': plain_projections(('video', 'flow', 'audio', 'text')),
+    'projection': projections_of_each(('video', 'flow', 'audio', 'text')),
+    # LeJEPA's projector.
+    'lejepa': projections_of_each(('video', 'flow', 'audio'), hidden_layers=2, norm=True),
     # One linear layer from each of video and audio (AVTS: its networks end in one).
     'linear': Graph({'video': linear('video_va', 'va'), 'audio': linear('audio_va', 'va')}),
     # AVID's: one space, a head for each modality.

@@ -241,23 +241,34 @@ class Patches(nn.Module):
 
     @nn.compact
     def __call__(
-        self, data: jax.Array, rng: Rng, train: bool, extra: jax.Array | None = None
+        self,
+        data: jax.Array,
+        rng: Rng,
+        train: bool,
+        extra: jax.Array | None = None,
+        keep: jax.Array | None = None,
     ) -> Tokens:
-        """Turn data, [B T H W C], [B S] or [B T F], into tokens; `extra` [B K D] come last."""
+        """Turn data, [B T H W C], [B S] or [B T F], into tokens.
+
+        Args:
+            data: of the stream.
+            rng: of its rows.
+            train: whether DropToken and dropout are on.
+            extra: further tokens [B K D], which come last.
+            keep: int32 [B N'], the tokens of the grid that are there, in the place of DropToken's.
+        """
         has_channels = data.ndim != len(self.patch) + 1
         x, grid = fold(data if has_channels else data[..., None], self.patch)
         num_patches = x.shape[1]
         # From the tables: with inputs of another size, as many stay as the official code leaves.
         num_kept = int((1 - self.drop_token) * math.prod(self.tables))
-        kept = None
-        if train and self.drop_token and num_kept < num_patches:
-            # What is dropped is never projected: tokens are independent until the encoder.
+        kept = keep
+        if keep is None and train and self.drop_token and num_kept < num_patches:
             order = rng.at('drop_token').permutation(num_patches, self.per_example, self.replicas)
             kept = order[..., :num_kept]  # [N'] or [B N']
-            if kept.ndim == 2:
-                x = jnp.take_along_axis(x, kept[..., None], 1)
-            else:
-                x = x[:, kept]
+        if kept is not None:
+            # What is dropped is never projected: tokens are independent until the encoder.
+            x = jnp.take_along_axis(x, kept[..., None], 1) if kept.ndim == 2 else x[:, kept]
         x = Dense(
             self.width,
             ('patch', 'embed'),

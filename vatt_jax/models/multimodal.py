@@ -108,9 +108,13 @@ PATCHES = {
     'positions': (),  # rows of the position tables; (): those of the inputs' grid
     'position_dropout': 0.1,
     'patch_init': 1.0,  # factor on the patch matrix's initial values
+    'pool': 'aggregate',  # entry of POOLS
     'pre': False,  # a further Dense + GELU for each token before the positions
     'post': 0,  # width of a Dense + GELU after the encoder; 0: none
 }
+# What the vector of a clip is: the output at the aggregate token, or the mean of all others, for
+# objectives that train these alone (docs/jepa.md).
+POOLS = ('aggregate', 'mean')
 # Fields of a transformer tower over words.
 WORDS = {
     'vocab': 1 << 16,  # rows of the word table
@@ -386,6 +390,7 @@ class MultimodalEncoder(nn.Module):
 
     def _make_patches(self, modality: str, tower: ConfigDict, width: int, where: str) -> Patches:
         """The front of a transformer over patches of video, waveform or spectrogram."""
+        choose(tower['pool'], POOLS, f'{where}.pool')
         patch = patch_of(tower)
         input_size = extent(modality, self.config['inputs'])
         fits = len(patch) == len(input_size) and all(
@@ -528,7 +533,8 @@ class MultimodalEncoder(nn.Module):
         Args:
             name: of the stream, `modality` or `modality.view`.
             stream: its arrays; `data` is read. A tower that takes batch statistics (NETS but
-                linear) reads `valid` as well, and only in training.
+                linear) reads `valid` as well, and only in training. A tower over patches sees the
+                tokens `keep`, int32 [B N'], alone, where the stream has that entry.
             train: whether dropout, DropToken and batch statistics are on.
             rng: of the whole batch.
             features: whether to return every token as well as the pooled vector.
@@ -557,10 +563,12 @@ class MultimodalEncoder(nn.Module):
         inserted: dict[str, Any] = {}
         if adapter is not None:
             inserted = self._inserted(adapter, rows, adapter_trains)
+        if 'keep' in stream:
+            inserted['keep'] = stream['keep']
         # x [R N D], R = B or B·K
         front_tokens = self.fronts[modality](rows, row_rng, train, **inserted)
         encoder = self.shared_encoder if self.config['shared'] else self.encoders[modality]
-        needs_all = features or modality in self.pools
+        needs_all = features or modality in self.pools or self._takes_mean(modality)
         encoded = encoder(
             front_tokens.x,
             front_tokens.mask,
@@ -581,6 +589,10 @@ class MultimodalEncoder(nn.Module):
             return {'arrange': adapter.words}
         extra = adapter.tokens(rows, train)
         return {} if extra is None else {'extra': extra}
+
+    def _takes_mean(self, modality: str) -> bool:
+        """Whether the vector of a clip is the mean of its tokens."""
+        return self.config['towers'][modality].get('pool') == 'mean'
 
     def _joined_frames(self, modality: str, vectors: jax.Array) -> jax.Array:
         """The vector [B D] of clips whose frames are pictures by themselves: [B T D]."""
@@ -625,6 +637,8 @@ class MultimodalEncoder(nn.Module):
         """The vector [R D] of each row, its tokens [R N D] and which of them are words [R N]."""
         if modality in self.pools:
             return self.pools[modality](x), x, None
+        if self._takes_mean(modality):
+            return x[:, 1:].mean(1), x[:, 1:], None
         if front_tokens.read is not None:
             # Without features the encoder returns that token alone.
             vector = take_token(x, front_tokens.read) if features else x
@@ -666,7 +680,8 @@ class MultimodalEncoder(nn.Module):
         encoder_rngs = []
         for name, stream in streams.items():
             rows, leading[name], row_rng = flatten_sentences(name, stream, rng)
-            front_tokens[name] = self.fronts[modality_of(name)](rows, row_rng, train)
+            kept = {'keep': stream['keep']} if 'keep' in stream else {}
+            front_tokens[name] = self.fronts[modality_of(name)](rows, row_rng, train, **kept)
             # The site that `encode` uses, so packing does not change what is dropped.
             encoder_rngs.append(row_rng.at('encoder'))
 
@@ -675,17 +690,18 @@ class MultimodalEncoder(nn.Module):
         layout = tuple(
             (tokens.x.shape[0] // batch_size, tokens.x.shape[1]) for tokens in front_tokens.values()
         )
+        needs_all = features or any(self._takes_mean(modality_of(name)) for name in streams)
         x = self.shared_encoder(
             # [B ΣK·n D]
             pack([tokens.x for tokens in front_tokens.values()], batch_size),
             tuple(tokens.mask for tokens in front_tokens.values()),
             Packed.pack(encoder_rngs, layout),
             train,
-            features,
+            needs_all,
             layout,
         )
-        # Without features, only the first token of each row comes back.
-        output_layout = layout if features else tuple((rows, 1) for rows, _ in layout)
+        # Otherwise only the first token of each row comes back.
+        output_layout = layout if needs_all else tuple((rows, 1) for rows, _ in layout)
         outputs = unpack(x, output_layout)
         return {
             name: self._finish(

@@ -15,7 +15,9 @@ from vatt_jax.objectives.detection import Detection
 from vatt_jax.objectives.distillation import Distillation
 from vatt_jax.objectives.gdt import GDT
 from vatt_jax.objectives.instance_memory import InstanceMemory
+from vatt_jax.objectives.joint_prediction import JointPrediction
 from vatt_jax.objectives.kmeans_labels import KMeansLabels
+from vatt_jax.objectives.lejepa import LeJEPA
 from vatt_jax.objectives.localisation import Localisation
 from vatt_jax.objectives.masked_words import MaskedWords
 from vatt_jax.objectives.matching import Matching
@@ -48,6 +50,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'distillation': Distillation,
     'next_token': NextToken,
     'captioning': Captioning,
+    'joint_prediction': JointPrediction,
+    'lejepa': LeJEPA,
     'multi_task': MultiTask,
 }
 

@@ -124,15 +124,7 @@ def encode_tokens(
         ({stream: pooled features [B(,K) D], tokens_of(stream): [B(,K) N D], mask_of(stream):
         float32 [B(,K) N], 1 for a word, of streams that have a mask}, new batch statistics).
     """
-    encoded, updates = model.apply(
-        variables,
-        batch,
-        train=True,
-        rng=rng,
-        features=True,
-        mutable=['batch_stats'],
-        method='encode_all',
-    )
+    encoded, batch_stats = encode_streams(model, variables, batch, rng, train=True)
     features = {}
     for name, stream in encoded.items():
         features[name] = stream.pooled
@@ -140,7 +132,34 @@ def encode_tokens(
         if stream.mask is not None:
             # Floats: exact accumulation differentiates by all that is returned here.
             features[mask_of(name)] = stream.mask.astype(jnp.float32)
-    return features, updates.get('batch_stats', {})
+    return features, batch_stats
+
+
+def encode_streams(
+    model: Any, variables: Any, batch: Mapping[str, Any], rng: Rng, train: bool
+) -> tuple[dict[str, Encoded], Any]:
+    """The towers with all their tokens, before streams interact.
+
+    Args:
+        model: the Linen module.
+        variables: {'params', 'batch_stats'} of the model, or of a teacher.
+        batch: the device batch; all of its streams are encoded.
+        rng: random bits of these clips.
+        train: whether dropout, DropToken and batch statistics are on.
+
+    Returns:
+        ({stream: Encoded}, new batch statistics).
+    """
+    encoded, updates = model.apply(
+        variables,
+        batch,
+        train=train,
+        rng=rng,
+        features=True,
+        mutable=['batch_stats'],
+        method='encode_all',
+    )
+    return encoded, updates.get('batch_stats', {})
 
 
 def interact(
