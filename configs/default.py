@@ -198,7 +198,7 @@ def optimizer() -> ConfigDict:
     o.ema = 0.0
 
     s = o.schedule = ConfigDict()
-    # warmup_cosine | warmup_quarter_cosine | constant
+    # warmup_cosine | warmup_quarter_cosine | warmup_linear | constant
     # vatt: levels below, with a cosine between them and to 0 after the last
     s.name = 'warmup_cosine'
     # Learning rate after the warm-up.
