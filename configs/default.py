@@ -153,6 +153,9 @@ def model_inputs() -> ConfigDict:
     inputs.flow = ConfigDict()
     # mel: empty for waveforms, else the log-mel fields of vatt_jax/inputs/spectrogram.py.
     inputs.audio = ConfigDict({'samples': 153600, 'rate': 48000, 'mel': ConfigDict()})
+    # Regions of pictures beside the streams, of data that have them: how many of a picture, width of
+    # their features, classes of the detector (docs/vilbert_uniter.md). Empty: none.
+    inputs.regions = ConfigDict()
     # tokenizer: words | wordpiece | sentencepiece | clip | siglip, with the vocabulary of the data;
     # or the whole description of one (docs/clip.md).
     inputs.text = ConfigDict({'candidates': 5, 'words': 16, 'tokenizer': 'words'})

@@ -20,6 +20,7 @@ from vatt_jax.evals.clustering import Clustering
 from vatt_jax.evals.detection import Detection
 from vatt_jax.evals.linear_probe import LinearProbe, SimpleProbe
 from vatt_jax.evals.localisation import Localisation
+from vatt_jax.evals.masked_words import MaskedWords
 from vatt_jax.evals.matching import Matching
 from vatt_jax.evals.neighbours import Neighbours
 from vatt_jax.evals.retrieval import Retrieval
@@ -44,6 +45,7 @@ EVALUATORS: dict[str, type[Evaluator]] = {
     'zero_shot': ZeroShot,
     'detection': Detection,
     'matching': Matching,
+    'masked_words': MaskedWords,
 }
 
 __all__ = [
