@@ -153,8 +153,8 @@ def model_inputs() -> ConfigDict:
     inputs.flow = ConfigDict()
     # mel: empty for waveforms, else the log-mel fields of vatt_jax/inputs/spectrogram.py.
     inputs.audio = ConfigDict({'samples': 153600, 'rate': 48000, 'mel': ConfigDict()})
-    # Regions of pictures beside the streams, of data that have them: how many of a picture, width of
-    # their features, classes of the detector (docs/vilbert_uniter.md). Empty: none.
+    # Regions of pictures beside the streams, of data that have them: `regions`, the most of a
+    # picture, `width` of their features, `classes` of the detector. Empty: none.
     inputs.regions = ConfigDict()
     # tokenizer: words | wordpiece | sentencepiece | clip | siglip, with the vocabulary of the data;
     # or the whole description of one (docs/clip.md).

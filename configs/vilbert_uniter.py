@@ -11,7 +11,8 @@ Method, deviations and plans: docs/vilbert_uniter.md.
         cells of the tower of runs/demo (configs/demo.py), which stays as it is
     python run.py --config=configs/vilbert_uniter.py:vilbert,demo,synthetic --workdir=runs/try
         no files, no TensorFlow
-    python run.py --config=configs/vilbert_uniter.py:uniter,demo,synthetic,regions --workdir=runs/try
+    python run.py --config=configs/vilbert_uniter.py:uniter,demo,synthetic,regions \\
+        --workdir=runs/try
         likewise, with regions and classes as of a detector
     python run.py --mode=plan --config=configs/vilbert_uniter.py:vilbert,published,synthetic \\
         --machine=v5p_64 --workdir=runs/plan

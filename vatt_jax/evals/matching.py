@@ -16,7 +16,9 @@ STREAMS = ('video', 'audio', 'text')
 
 
 class Matching(Evaluator):
-    """Scores of the objective `matching` or `region_pretraining`, of clips as they are and with a stream of another clip.
+    """Scores of `matching` or `region_pretraining`, of clips as they are and mismatched.
+
+    Mismatched: with a stream of another clip.
 
     `accuracy`: share of clips that score higher as they are than mismatched; ties are half.
     `binary_accuracy`: share of the pairs of both kinds that are called what they are, without
