@@ -22,12 +22,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vatt_jax import config as configs
 from vatt_jax import models
-from vatt_jax.objectives.base import Objective
 from vatt_jax.parallel import sharding
 from vatt_jax.performance import chips, flops
 from vatt_jax.planning.compilation import (
@@ -44,7 +42,6 @@ from vatt_jax.planning.memory import add_memory, would_fit
 from vatt_jax.planning.roofline import add_roofline, by_way, named_sizes
 from vatt_jax.planning.search import search
 from vatt_jax.planning.table import table
-from vatt_jax.rng import Rng
 from vatt_jax.training import loop
 
 __all__ = [
@@ -286,8 +283,8 @@ def _count_flops(config: ConfigDict, built: loop.Built) -> dict[str, Any]:
     # ShapeDtypeStructs all of them: FLOPs are counted by tracing, nothing is computed.
     inputs = two_rows(built.inputs)
     forward = flops.by_tower(model, built.shape.variables(), inputs)
-    if type(built.objective).own_pass is not Objective.own_pass:
-        own = _count_own_pass(model, built, inputs)
+    own = flops.of_own_network(model, built.objective, built.shape, inputs)
+    if own:
         forward['objective'] = dict.fromkeys(('needed', 'all_tokens'), own)
     per_clip = {kind: flops.model_flops(forward, kind) for kind in ('needed', 'all_tokens')}
     return {
@@ -296,21 +293,6 @@ def _count_flops(config: ConfigDict, built: loop.Built) -> dict[str, Any]:
         # What the pooled output needs and no more (performance/flops.py): the numerator of MFU.
         'model_step': per_clip['needed'] * config.batch_size,
     }
-
-
-def _count_own_pass(model: Any, built: loop.Built, inputs: Mapping[str, Any]) -> float:
-    """FLOPs of a clip in the layers of the objective's own network, forward."""
-    objective, params = built.objective, built.shape.params['objective']
-    num_clips = inputs['index'].shape[0]
-    rng = jax.eval_shape(lambda: Rng.create(0, 0, jnp.zeros(num_clips, jnp.uint32)))
-
-    def encode(variables: Any, params: Any, state: Any, batch: Any, rng: Any) -> Any:
-        return objective.encode(model, variables, params, state, batch, rng).pooled
-
-    pooled = jax.eval_shape(
-        encode, built.shape.variables(), params, built.shape.objective, dict(inputs), rng
-    )
-    return flops.count_call(objective.own_pass, params, pooled, dict(inputs), rng).flops / num_clips
 
 
 def _num_elements(tree: Any) -> int:
