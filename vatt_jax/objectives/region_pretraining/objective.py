@@ -195,8 +195,9 @@ class RegionPretraining(Objective):
             accuracies = steps.latest(state['accuracy'], accuracies, task)
             state = dict(zip(PARTS, (losses, accuracies)))
         metrics = {f'loss/{name}': loss for name, loss in losses.items()}
-        for name in set(HAVE_ACCURACY) & set(accuracies):
-            metrics[f'accuracy/{name}'] = accuracies[name]
+        for name in HAVE_ACCURACY:
+            if name in accuracies:
+                metrics[f'accuracy/{name}'] = accuracies[name]
         metrics['share/usable'] = jnp.mean(pairs.valid.astype(jnp.float32))
         return Loss(value, metrics, variables.get('batch_stats', {}), state)
 
