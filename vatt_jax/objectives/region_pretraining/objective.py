@@ -6,6 +6,7 @@ regions are the cells of a picture tower's map, or those that a detector found b
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -321,9 +322,8 @@ class RegionPretraining(Objective):
         regions, told = networks.as_read(module, seen, told)
         counts = [jnp.sum(told.is_masked_word, axis=-1)]
         for mask in (regions.mask, jnp.zeros_like(regions.mask)):
-            outputs: Any = module.apply(
-                {'params': params}, words, regions.replace(mask=mask), rng, False
-            )
+            shown = dataclasses.replace(regions, mask=mask)
+            outputs: Any = module.apply({'params': params}, words, shown, rng, False)
             is_right = outputs.word_logits.argmax(-1) == told.words
             counts.append(jnp.sum(is_right & told.is_masked_word, axis=-1))
         return jnp.stack(counts, axis=-1).astype(jnp.float32)

@@ -122,7 +122,8 @@ def inputs(
     of_words, of_regions = hidden_sides(steps, task, rng)
     words, seen, told = hide(pairs, steps.words, steps.regions, rng, of_words, of_regions)
     if steps.matched_only:
-        told = told.replace(
+        told = dataclasses.replace(
+            told,
             is_masked_word=told.is_masked_word & told.is_match[:, None],
             is_masked_region=told.is_masked_region & told.is_match[:, None],
         )

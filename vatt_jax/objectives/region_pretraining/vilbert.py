@@ -90,7 +90,8 @@ def with_global(seen: Regions, told: Told) -> tuple[Regions, Told]:
     corners = jnp.asarray(seen.boxes)[..., :4]
     overlaps = intersection_over_union(corners[:, :, None], corners[:, None, :])
     is_covered = masking.covered_regions(overlaps, told.is_masked_region)
-    told = told.replace(
+    told = dataclasses.replace(
+        told,
         # The global region is never to be told: what stands in its place does not matter.
         features=_with_first(told.features),
         classes=None if told.classes is None else _with_first(told.classes),
