@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from vatt_jax.config import ConfigError
 from vatt_jax.evals import statistics
@@ -51,7 +50,7 @@ class MaskedWords(Evaluator):
         return Result(scalars, artifacts)
 
 
-def _ratio(pairs: Float[np.ndarray, '*rounds N 2'], axis: int = 0) -> Float[np.ndarray, '*rounds']:
+def _ratio(pairs: np.ndarray, axis: int = 0) -> Any:
     """Sum of the first numbers over the sum of the second ones, along an axis."""
     total = pairs.sum(axis)
     return total[..., 0] / total[..., 1]

@@ -87,7 +87,8 @@ class RegionPretraining(Objective):
             c.size,
             vocabulary=self._marks(num_words=num_words).table,
             feature_width=feature_width,
-            targets=num_classes if self._tells_classes() else feature_width,
+            # UNITER has this head whatever the tasks; checkpoints hold no empty arrays.
+            targets=max(num_classes, 1) if self._tells_classes() else feature_width,
         )
         length = spec.batch[c.text]['data'].shape[-1] + 2
         if length > sizes.positions:
