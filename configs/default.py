@@ -153,6 +153,9 @@ def model_inputs() -> ConfigDict:
     inputs.flow = ConfigDict()
     # mel: empty for waveforms, else the log-mel fields of vatt_jax/inputs/spectrogram.py.
     inputs.audio = ConfigDict({'samples': 153600, 'rate': 48000, 'mel': ConfigDict()})
+    # Regions of pictures beside the streams, of data that have them: `regions`, the most of a
+    # picture, `width` of their features, `classes` of the detector. Empty: none.
+    inputs.regions = ConfigDict()
     # tokenizer: words | wordpiece | sentencepiece | clip | siglip, with the vocabulary of the data;
     # or the whole description of one (docs/clip.md).
     inputs.text = ConfigDict({'candidates': 5, 'words': 16, 'tokenizer': 'words'})
@@ -198,7 +201,7 @@ def optimizer() -> ConfigDict:
     o.ema = 0.0
 
     s = o.schedule = ConfigDict()
-    # warmup_cosine | warmup_quarter_cosine | constant
+    # warmup_cosine | warmup_quarter_cosine | warmup_linear | constant
     # vatt: levels below, with a cosine between them and to 0 after the last
     s.name = 'warmup_cosine'
     # Learning rate after the warm-up.

@@ -41,6 +41,8 @@ OPEN = (
     'model.inputs.audio.mel',
     # {} for none.
     'model.inputs.flow',
+    # {} for none.
+    'model.inputs.regions',
     'model.towers',
     'model.encoder',
     'model.head',

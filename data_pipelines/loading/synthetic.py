@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Float64, Int, Int16, Int32, Int64, UInt8
 from ml_collections import ConfigDict
 
 from data_pipelines.errors import DataError
-from data_pipelines.loading import order, sentence_windows
+from data_pipelines.loading import order, sentence_windows, synthetic_regions
 from data_pipelines.loading import views as view_rules
 from data_pipelines.loading.data_source import (
     SPLITS,
@@ -160,6 +160,9 @@ class Synthetic(Data):
             batch[view.stream] = stream
         if request.segments and 'text' in self.inputs:
             batch['text.caption'] = self._captions(kind)
+        regions = self.config.model.inputs.get('regions')
+        if regions:
+            batch['regions'] = synthetic_regions.make(kind, rows.index, **regions)
         return blank(batch, ~rows.valid)
 
     def _starts(self, request: Request, rows: Rows) -> dict[str, np.ndarray]:

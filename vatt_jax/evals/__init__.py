@@ -25,6 +25,7 @@ from vatt_jax.evals.localisation import Localisation
 from vatt_jax.evals.masked_words import MaskedWords
 from vatt_jax.evals.matching import Matching
 from vatt_jax.evals.neighbours import Neighbours
+from vatt_jax.evals.region_words import RegionWords
 from vatt_jax.evals.retrieval import Retrieval
 from vatt_jax.evals.stage_probe import StageProbe
 from vatt_jax.evals.synchrony import Sync
@@ -49,6 +50,7 @@ EVALUATORS: dict[str, type[Evaluator]] = {
     'masked_words': MaskedWords,
     'matching': Matching,
     'captions': Captions,
+    'region_words': RegionWords,
 }
 
 __all__ = [

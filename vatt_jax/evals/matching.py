@@ -16,7 +16,9 @@ STREAMS = ('video', 'audio', 'text')
 
 
 class Matching(Evaluator):
-    """Scores of the objective `matching`, of clips as they are and with a stream of another clip.
+    """Scores of `matching` or `region_pretraining`, of clips as they are and mismatched.
+
+    Mismatched: with a stream of another clip.
 
     `accuracy`: share of clips that score higher as they are than mismatched; ties are half.
     `binary_accuracy`: share of the pairs of both kinds that are called what they are, without
@@ -67,8 +69,8 @@ class Matching(Evaluator):
         features = view.features(c.split, by='records', limit=c.limit, change=change)
         if MATCHING not in features['predictions']:
             raise ConfigError(
-                f"{self.where}: expected config.objective.name='matching', whose classifier is "
-                'evaluated here; leave this evaluator out'
+                f"{self.where}: expected config.objective.name='matching' or 'region_pretraining', "
+                'whose classifier is evaluated here; leave this evaluator out'
             )
         logits = features['predictions'][MATCHING].astype(np.float64)  # [N 2]
         is_used = np.ones(len(logits), bool)

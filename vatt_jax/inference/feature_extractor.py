@@ -126,6 +126,9 @@ class FeatureExtractor:
             augment=False,
             dtype=self.config.compute_dtype,
         )
+        # Words, say, that the objective alone reads.
+        own = self._own_streams()
+        read = {name: value for name, value in batch.items() if name not in own}
         # Tokens are made for feature maps alone; otherwise the last layer computes one token.
         needs_maps = bool(maps)
         if self.objective is not None:
@@ -133,7 +136,7 @@ class FeatureExtractor:
         out: Any
         out, _ = self.model.apply(
             variables,
-            batch,
+            read,
             train=False,
             rng=rng,
             features=needs_maps,
@@ -151,7 +154,10 @@ class FeatureExtractor:
         if self.objective is not None:
             params, state = heads
             params = self.objective.with_model(params, variables['params'])
-            features['predictions'] = self.objective.predict(params, state, out.encoded)
+            features['predictions'] = {
+                **self.objective.predict(params, state, out.encoded),
+                **self.objective.predict_batch(params, state, out.encoded, batch, rng),
+            }
             spaces = {**spaces, **self.objective.embed(*heads, out.encoded)}
         for space, members in spaces.items():
             features['spaces'][space], features['lengths'][space] = {}, {}
@@ -170,6 +176,10 @@ class FeatureExtractor:
             features['heat_maps'] = self.objective.heat_maps(*heads, out.encoded)
         return features
 
+    def _own_streams(self) -> tuple[str, ...]:
+        """Streams that the objective reads itself."""
+        return () if self.objective is None else self.objective.own_streams()
+
     def __call__(
         self,
         batch: Mapping[str, Any],
@@ -180,7 +190,7 @@ class FeatureExtractor:
 
         Args:
             batch: this host's rows of a host batch. Streams of a modality without a tower are
-                passed over.
+                passed over, but for the objective's own.
             maps: streams whose feature maps to return as well.
             stages: of towers, whose features to return as well.
 
@@ -198,7 +208,8 @@ class FeatureExtractor:
         """
         encoded = {}
         for name, value in batch.items():
-            if not is_stream(value) or modality_of(name) in self.modalities:
+            is_read = modality_of(name) in self.modalities or name in self._own_streams()
+            if not is_stream(value) or is_read:
                 encoded[name] = value
         # The sharding constraints in the model read this mesh while the program is traced.
         with jax.set_mesh(self.mesh):

@@ -24,6 +24,7 @@ from vatt_jax.objectives.matching import Matching
 from vatt_jax.objectives.multi_task import MultiTask
 from vatt_jax.objectives.next_token import NextToken
 from vatt_jax.objectives.online_codes import OnlineCodes
+from vatt_jax.objectives.region_pretraining.objective import RegionPretraining
 from vatt_jax.objectives.self_labelling import SelfLabelling
 from vatt_jax.objectives.stica import STiCA
 from vatt_jax.objectives.synchronisation import Synchronisation
@@ -52,6 +53,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'captioning': Captioning,
     'joint_prediction': JointPrediction,
     'lejepa': LeJEPA,
+    'region_pretraining': RegionPretraining,
     'multi_task': MultiTask,
 }
 

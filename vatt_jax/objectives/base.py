@@ -194,6 +194,11 @@ class Objective:
         """Those of `streams` that only frozen models read: the model needs no tower for them."""
         return ()
 
+    def own_streams(self) -> tuple[str, ...]:
+        """Those of `streams` that the objective reads itself, such as words of a network of its
+        own: the model needs no tower for them."""
+        return ()
+
     def init(self, key: jax.Array, spec: Spec) -> tuple[Any, Any]:
         """Create what the objective trains and remembers.
 
@@ -321,6 +326,43 @@ class Objective:
           model_params: the model's.
         """
         return params
+
+    def predict_batch(
+        self,
+        params: Any,
+        state: Any,
+        encoded: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        rng: Rng,
+    ) -> dict[str, jax.Array]:
+        """As `predict`, of objectives that read the batch itself (`own_streams`).
+
+        Args:
+          params: the objective's parameters.
+          state: the objective's state.
+          encoded: {stream: Encoded} in evaluation mode.
+          batch: the device batch.
+          rng: of these examples; the same in every evaluation.
+
+        Returns:
+          name -> [B P].
+        """
+        return {}
+
+    def own_pass(
+        self, params: Any, pooled: Mapping[str, Any], batch: Mapping[str, Any], rng: Rng
+    ) -> Any:
+        """The forward pass of a training step through layers of a network of the objective's own.
+
+        Plans count its FLOPs. None: there is no such network.
+
+        Args:
+          params: the objective's parameters.
+          pooled: what `encode` returns.
+          batch: the device batch.
+          rng: random bits of the step.
+        """
+        return None
 
     def map_streams(self) -> tuple[str, ...]:
         """Streams of which `init`, `predict` and `embed` read `Encoded.tokens`, features before

@@ -385,6 +385,11 @@ def _check(tasks: Mapping[str, Objective]) -> None:
                 f'{where}: it reads the model of another run ({", ".join(task.frozen_models())}), '
                 'which is found for config.objective alone; train it by itself'
             )
+        if task.own_streams():
+            raise ConfigError(
+                f'{where}: it reads {", ".join(task.own_streams())} without the model, which other '
+                'tasks do not; train it by itself'
+            )
         if type(task).loss is not Objective.loss:
             raise ConfigError(
                 f'{where}: it overrides loss(), which would not be called, only encode() and '

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax.config import ConfigError, choose
 
-SCHEDULES = ('warmup_cosine', 'warmup_quarter_cosine', 'constant', 'vatt')
+SCHEDULES = ('warmup_cosine', 'warmup_quarter_cosine', 'warmup_linear', 'constant', 'vatt')
 
 # ((step, rate), …): the rate is reached at the step, and interpolated in between.
 Levels = tuple[tuple[Any, Any], ...]
@@ -29,6 +29,7 @@ def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     - `warmup_cosine`: linear warm-up, then half a period from peak to end.
     - `warmup_quarter_cosine`: linear warm-up, then the first quarter of a period, so that the rate
       falls fastest at the end (VATT paper).
+    - `warmup_linear`: linear warm-up, then linearly to end (BERT, ViLBERT, UNITER).
     - `constant`: linear warm-up, then the peak.
 
     Every warm-up begins at `start` (`warmup_learning_rate` of the official schedules).
@@ -48,6 +49,8 @@ def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     levels = _levels(config, steps)
     if config.name == 'warmup_quarter_cosine':
         return _through_levels(start, levels, _quarter_cosine)
+    if config.name == 'warmup_linear':
+        return _through_levels(start, levels, _line)
     return _through_levels(start, levels, _half_cosine)
 
 
@@ -85,7 +88,7 @@ def _levels(config: ConfigDict, steps: int) -> Levels:
         if levels[-1][0] < steps:
             levels = (*levels, (steps, 0.0))
     else:
-        # The other two are special cases: a single descent from the warm-up's end.
+        # The others are special cases: a single descent from the warm-up's end.
         levels = ((config.warmup, config.peak), (steps, config.end))
         if config.warmup >= steps:
             raise ConfigError(
@@ -116,6 +119,10 @@ def _half_cosine(progress: jax.Array) -> jax.Array:
 def _quarter_cosine(progress: jax.Array) -> jax.Array:
     # Flat at the start, steepest at the end.
     return jnp.cos(math.pi / 2 * progress)
+
+
+def _line(progress: jax.Array) -> jax.Array:
+    return 1 - progress
 
 
 def _through_levels(

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr
 
 from vatt_jax.inputs.batch import modality_of
+from vatt_jax.objectives.base import Objective
 from vatt_jax.rng import Rng
 
 
@@ -249,13 +250,40 @@ def _interact(
     return count(jaxpr.jaxpr), fused
 
 
-def per_clip(config: Any, inputs: Mapping[str, Any], variables: Any) -> float:
+def of_own_network(model: Any, objective: Any, state: Any, batch: Mapping[str, Any]) -> float:
+    """Count the forward pass of one clip through a network of the objective's own.
+
+    Args:
+      model: The Flax module.
+      objective: What is being learnt.
+      state: Abstract TrainState.
+      batch: Abstract batch after the device stage.
+
+    Returns:
+      FLOPs of its layers, without heads; 0 where it has no such network (`Objective.own_pass`).
+    """
+    if type(objective).own_pass is Objective.own_pass:
+        return 0.0
+    num_clips = batch['index'].shape[0]
+    rng = jax.eval_shape(lambda: Rng.create(0, 0, jnp.zeros((num_clips,), jnp.uint32)))
+    variables, params = state.variables(), state.params['objective']
+
+    def encode(variables: Any, params: Any, objective_state: Any, batch: Any, rng: Any) -> Any:
+        return objective.encode(model, variables, params, objective_state, batch, rng).pooled
+
+    # The towers, whose outputs these are, are counted by themselves.
+    pooled = jax.eval_shape(encode, variables, params, state.objective, dict(batch), rng)
+    return count_call(objective.own_pass, params, pooled, dict(batch), rng).flops / num_clips
+
+
+def per_clip(config: Any, inputs: Mapping[str, Any], objective: Any, state: Any) -> float:
     """Count what one clip needs in a training step.
 
     Args:
       config: Resolved.
       inputs: Abstract batch after the device stage.
-      variables: Abstract variables of the model.
+      objective: What is being learnt.
+      state: Abstract TrainState.
 
     Returns:
       FLOPs.
@@ -273,7 +301,9 @@ def per_clip(config: Any, inputs: Mapping[str, Any], variables: Any) -> float:
 
     # The count of one clip is the same at any batch size.
     batch = jax.tree.map(two_clips, dict(inputs))
-    return model_flops(by_tower(model, variables, batch))
+    counts = by_tower(model, state.variables(), batch)
+    own = of_own_network(model, objective, state, batch)
+    return model_flops({**counts, 'objective': dict.fromkeys(('needed', 'all_tokens'), own)})
 
 
 def model_flops(counts: Mapping[str, Mapping[str, float]], kind: str = 'needed') -> float:

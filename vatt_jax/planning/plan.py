@@ -281,7 +281,11 @@ def _count_flops(config: ConfigDict, built: loop.Built) -> dict[str, Any]:
     dense = ConfigDict(config.model.to_dict() | {'attention': 'dense'})
     model = models.build(dense, config.compute_dtype)
     # ShapeDtypeStructs all of them: FLOPs are counted by tracing, nothing is computed.
-    forward = flops.by_tower(model, built.shape.variables(), two_rows(built.inputs))
+    inputs = two_rows(built.inputs)
+    forward = flops.by_tower(model, built.shape.variables(), inputs)
+    own = flops.of_own_network(model, built.objective, built.shape, inputs)
+    if own:
+        forward['objective'] = dict.fromkeys(('needed', 'all_tokens'), own)
     per_clip = {kind: flops.model_flops(forward, kind) for kind in ('needed', 'all_tokens')}
     return {
         'forward_per_clip': forward,

@@ -86,7 +86,7 @@ def work(config: ConfigDict, built: loop.Built) -> str:
 
 
 def _flops_per_clip(config: ConfigDict, built: loop.Built) -> float:
-    return flops.per_clip(config, built.inputs, built.shape.variables())
+    return flops.per_clip(config, built.inputs, built.objective, built.shape)
 
 
 def epochs(config: ConfigDict, data: Any) -> str:

@@ -164,12 +164,17 @@ def check(config: ConfigDict) -> dict[str, Any]:
     # the labels matter to what is checked here.
     batch = preprocess.abstract(config.model.inputs, streams, 2, config.compute_dtype)
     spec = train_state.abstract(
-        model, batch, 0, {}, objective.frozen_streams(), bool(objective.map_streams())
+        model, batch, 0, {}, _towerless(objective), bool(objective.map_streams())
     )
     train_step.check(config, model, objective, spec.batch_stats)
     assert spec.init is not None
     _, variables = jax.eval_shape(spec.init, jax.eval_shape(lambda: jax.random.key(0)), batch)
     return {'batch_stats': {}, **nn.meta.unbox(variables)}
+
+
+def _towerless(objective: Objective) -> tuple[str, ...]:
+    """Streams of an objective that the model does not read."""
+    return (*objective.frozen_streams(), *objective.own_streams())
 
 
 def check_compiler_options(config: ConfigDict) -> None:
@@ -234,7 +239,7 @@ def assemble(config: ConfigDict, data: Any, mesh: Any) -> Built:
         inputs,
         data.size('train'),
         labels,
-        objective.frozen_streams(),
+        _towerless(objective),
         bool(objective.map_streams()),
     )
     spec = dataclasses.replace(spec, info=data.info)

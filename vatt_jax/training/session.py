@@ -199,4 +199,4 @@ def _meter(config: ConfigDict, built: Built) -> Meter:
     if not peak:
         # A chip that is not in the table: FLOPs need not be counted, which traces the towers.
         return Meter(None, peak)
-    return Meter(flops.per_clip(config, built.inputs, built.shape.variables()), peak)
+    return Meter(flops.per_clip(config, built.inputs, built.objective, built.shape), peak)

@@ -68,7 +68,7 @@ def abstract(
     batch: Any,
     size: int,
     labels: Mapping[str, int],
-    frozen_streams: Sequence[str] = (),
+    towerless: Sequence[str] = (),
     features: bool = False,
 ) -> Spec:
     """What an objective may size itself by; nothing is computed.
@@ -78,21 +78,23 @@ def abstract(
         batch: abstract device batch (after preprocess.device_stage) of one microbatch.
         size: records of the training set (M).
         labels: name -> number of classes.
-        frozen_streams: those of the batch that the model does not read
-            (`Objective.frozen_streams`).
+        towerless: streams of the batch that the model does not read
+            (`Objective.frozen_streams`, `own_streams`).
         features: whether outputs hold every token (`Objective.map_streams`).
     """
 
     def init(key: Array, batch: Any) -> tuple[Any, dict[str, Any]]:
         # train=False draws nothing; the rng only has to have the right shape.
         rng = Rng.create(0, 0, jnp.zeros(batch['index'].shape, jnp.uint32))
-        read = {name: value for name, value in batch.items() if name not in frozen_streams}
+        read = {name: value for name, value in batch.items() if name not in towerless}
         # With the stages of towers, so that an evaluator which asks for one that is not there is
         # told so before the run.
         outputs, variables = model.init_with_output(
             key, read, train=False, rng=rng, features=features, mutable=True
         )
-        return outputs, {name: variables[name] for name in variables if name != stages.COLLECTION}
+        kept = {name: variables[name] for name in variables if name != stages.COLLECTION}
+        # A model without towers has none: the objective's own network is all there is.
+        return outputs, {'params': {}, **kept}
 
     # Jitted, so that all who ask for its shapes or values share one trace.
     jitted_init = jax.jit(init)

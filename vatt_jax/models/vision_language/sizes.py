@@ -271,11 +271,21 @@ def block_options(
     )
 
 
-# Published and small ones. `tiny` is for tests and first tries.
+# Published and small ones. `small` learns on two CPU cores, `tiny` is for tests.
 VILBERT: dict[str, VilbertSizes] = {
     'base': VilbertSizes(),
     # The words' layers of BERT-large (bert_large_6layer_6conect.json).
     'large': VilbertSizes(text=Layers(24, 1024, 16, 4096), text_stops=(18, 19, 20, 21, 22, 23)),
+    'small': VilbertSizes(
+        text=Layers(3, 96, 4, 192),
+        image=Layers(2, 96, 4, 192),
+        co_width=96,
+        co_heads=4,
+        text_stops=(1, 2),
+        image_stops=(0, 1),
+        dropout=0.0,
+        attention_dropout=0.0,
+    ),
     'tiny': VilbertSizes(
         text=Layers(4, 24, 3, 40),
         image=Layers(2, 32, 4, 36),
@@ -292,6 +302,7 @@ VILBERT: dict[str, VilbertSizes] = {
 UNITER: dict[str, UniterSizes] = {
     'base': UniterSizes(),
     'large': UniterSizes(layers=Layers(24, 1024, 16, 4096)),
+    'small': UniterSizes(layers=Layers(3, 96, 4, 192), dropout=0.0, attention_dropout=0.0),
     'tiny': UniterSizes(
         layers=Layers(3, 24, 3, 40), vocabulary=50, positions=16, feature_width=12, classes=11
     ),

@@ -94,7 +94,10 @@ class Uniter(nn.Module):
             rng: of the batch.
             train: whether dropout is on.
         """
-        encoded = self.encode(words, regions, rng, train)
+        return self.tell(self.encode(words, regions, rng, train))
+
+    def tell(self, encoded: UniterEncoded) -> UniterOutputs:
+        """What the heads say of pairs that `encode` has read."""
         return UniterOutputs(
             encoded=encoded,
             word_logits=self.word_head(encoded.words, self.text_embeddings.word_table),

@@ -107,7 +107,10 @@ class Vilbert(nn.Module):
             rng: of the batch.
             train: whether dropout is on.
         """
-        encoded = self.encode(words, regions, rng, train)
+        return self.tell(self.encode(words, regions, rng, train))
+
+    def tell(self, encoded: VilbertEncoded) -> VilbertOutputs:
+        """What the heads say of pairs that `encode` has read."""
         return VilbertOutputs(
             encoded=encoded,
             word_logits=self.word_head(encoded.words, self.text_embeddings.word_table),

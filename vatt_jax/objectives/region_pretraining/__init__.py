@@ -1,6 +1,7 @@
 """Pretraining of ViLBERT and UNITER on region features: what is hidden, and the losses.
 
-Pure functions of arrays. A step of ViLBERT:
+objective.py is what run.py trains: one mechanism for both models (steps.py). The rest are pure
+functions of arrays. A step of ViLBERT by itself:
 
     pairs = mismatched(pairs, record, 'words', rng)
     words, regions, told = vilbert_inputs(pairs, masking, rng)

@@ -8,16 +8,20 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vatt_jax.config import ConfigError, choose
 from vatt_jax.inputs import masking
-from vatt_jax.inputs.masking import WordMasking
-from vatt_jax.inputs.regions import Words
+from vatt_jax.inputs.masking import RegionMasking, WordMasking
+from vatt_jax.inputs.regions import Regions, Words
 from vatt_jax.losses.arguments import AnyArray
 from vatt_jax.losses.classification import softmax_cross_entropy
+from vatt_jax.objectives.heads import unit as unit_vectors
 from vatt_jax.objectives.partners import draw_partners
 from vatt_jax.rng import Rng
+
+# What a mismatched pair has of another one.
+SIDES = ('words', 'regions')
 
 
 @flax.struct.dataclass
@@ -69,7 +73,12 @@ class Told:
 
 
 def mismatched(
-    pairs: Pairs, record: Int[AnyArray, ' B'], side: str, rng: Rng, share: float = 0.5
+    pairs: Pairs,
+    record: Int[AnyArray, ' B'],
+    side: str,
+    rng: Rng,
+    share: float | Array = 0.5,
+    candidates: int = 1,
 ) -> Pairs:
     """Give some pairs a side of another pair of the global batch.
 
@@ -79,14 +88,17 @@ def mismatched(
         side: 'words' (ViLBERT replaces the caption) or 'regions' (UNITER the picture).
         rng: of the batch.
         share: probability of each pair. A pair without a partner stays as it is.
+        candidates: how many other pairs are looked at, of which the one is taken whose picture is
+            most like the own (hard negatives). 1: any.
 
     Raises:
         ConfigError: there is no such side.
     """
-    choose(side, ('words', 'regions'), 'side')
+    choose(side, SIDES, 'side')
     rng = rng.at('mismatched')
     valid = counted(pairs)
-    partner, has_partner = draw_partners(jnp.asarray(record), valid, rng)
+    likeness = _likeness(pairs.regions) if candidates > 1 else None
+    partner, has_partner = draw_partners(jnp.asarray(record), valid, rng, likeness, candidates)
     is_replaced = (rng.at('coin').uniform() < share) & has_partner & valid
     row = jnp.where(is_replaced, partner, jnp.arange(len(valid)))
 
@@ -98,6 +110,15 @@ def mismatched(
     else:
         pairs = dataclasses.replace(pairs, regions=take(pairs.regions), classes=take(pairs.classes))
     return dataclasses.replace(pairs, is_match=~is_replaced)
+
+
+def _likeness(regions: Any) -> Float[Array, 'B B']:
+    """Cosines of the mean features of pictures."""
+    mask = jnp.asarray(regions.mask)[..., None]
+    # The length of a vector does not matter here: the sum does for the mean.
+    total = jnp.sum(jnp.where(mask, regions.features, 0), axis=1, dtype=jnp.float32)
+    unit = unit_vectors(jax.lax.stop_gradient(total))
+    return unit @ unit.T
 
 
 def hide_words(
@@ -114,6 +135,44 @@ def hide_words(
     maskable = jnp.asarray(pairs.maskable) & counted(pairs)[:, None]
     masked = masking.mask_words(pairs.words.ids, maskable, options, rng, examples)
     return pairs.words.replace(ids=masked.ids), masked.is_masked
+
+
+def hide(
+    pairs: Pairs,
+    words: WordMasking,
+    regions: RegionMasking,
+    rng: Rng,
+    of_words: Bool[Array, ' B'],
+    of_regions: Bool[Array, ' B'],
+) -> tuple[Words, Regions, Told]:
+    """Hide words and regions of a batch.
+
+    Args:
+        pairs: of the batch.
+        words: how words are hidden.
+        regions: how regions are hidden.
+        rng: of the batch.
+        of_words: pairs whose words are hidden at all.
+        of_regions: likewise of regions.
+
+    Returns:
+        What the model reads, and what it is to tell.
+    """
+    seen_words, is_masked_word = hide_words(pairs, words, rng, of_words)
+    valid = jnp.asarray(pairs.regions.mask) & counted(pairs)[:, None]
+    hidden = masking.mask_regions(pairs.regions.features, valid, regions, rng, of_regions)
+    seen = pairs.regions.replace(features=hidden.features, is_hidden=hidden.is_hidden)
+    told = Told(
+        words=pairs.words.ids,
+        is_masked_word=is_masked_word,
+        features=pairs.regions.features,
+        classes=pairs.classes,
+        is_masked_region=hidden.is_masked,
+        is_region=valid,
+        is_match=matches(pairs),
+        valid=counted(pairs),
+    )
+    return seen_words, seen, told
 
 
 def match_loss(logits: Array, labels: Bool[Array, ' B'], valid: Bool[Array, ' B']) -> Array:

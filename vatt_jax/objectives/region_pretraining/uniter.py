@@ -21,10 +21,8 @@ from vatt_jax.models.vision_language import Uniter, UniterOutputs
 from vatt_jax.objectives.region_pretraining.pairs import (
     Pairs,
     Told,
-    counted,
-    hide_words,
+    hide,
     match_loss,
-    matches,
     mismatched,
     needed_classes,
 )
@@ -32,7 +30,9 @@ from vatt_jax.rng import Rng
 
 # Masked words; features, best class and all classes of masked regions; matching.
 WORDS, FEATURES, CLASSES, DIVERGENCE, MATCH = 'words', 'features', 'classes', 'divergence', 'match'
-TASKS = (WORDS, FEATURES, CLASSES, DIVERGENCE, MATCH)
+# Which one of the batch's regions a masked one was: a third loss of ViLBERT's, not UNITER's.
+CONTRAST = 'contrast'
+TASKS = (WORDS, FEATURES, CLASSES, DIVERGENCE, CONTRAST, MATCH)
 # In the place of a task: several, summed.
 ALL = 'all'
 # How often each is drawn, by the data that it is drawn for.
@@ -115,21 +115,7 @@ def uniter_inputs(
     nobody = jnp.zeros(rng.examples.shape, bool)
     of_words = ~nobody if task == WORDS else nobody
     of_regions = nobody if task in (WORDS, MATCH) else ~nobody
-    told_words, masked_words = hide_words(pairs, words, rng, of_words)
-    valid = jnp.asarray(pairs.regions.mask) & counted(pairs)[:, None]
-    hidden = masking.mask_regions(pairs.regions.features, valid, regions, rng, of_regions)
-    seen = pairs.regions.replace(features=hidden.features, is_hidden=hidden.is_hidden)
-    told = Told(
-        words=pairs.words.ids,
-        is_masked_word=masked_words,
-        features=pairs.regions.features,
-        classes=pairs.classes,
-        is_masked_region=hidden.is_masked,
-        is_region=valid,
-        is_match=matches(pairs),
-        valid=counted(pairs),
-    )
-    return told_words, seen, told
+    return hide(pairs, words, regions, rng, of_words, of_regions)
 
 
 def uniter_task_loss(
@@ -165,6 +151,10 @@ def uniter_task_loss(
     if task == CLASSES:
         classes = masked_regions.best_classes(needed_classes(told.classes))
         return masked_regions.class_cross_entropy(outputs.region_logits, classes, is_masked)
+    if task == CONTRAST:
+        return masked_regions.region_nce(
+            outputs.region_features, told.features, is_masked, told.is_region
+        )
     if task == DIVERGENCE:
         return masked_regions.class_divergence(
             outputs.region_logits,

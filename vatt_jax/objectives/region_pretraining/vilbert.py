@@ -18,10 +18,8 @@ from vatt_jax.models.vision_language import VilbertOutputs
 from vatt_jax.objectives.region_pretraining.pairs import (
     Pairs,
     Told,
-    counted,
-    hide_words,
+    hide,
     match_loss,
-    matches,
     needed_classes,
 )
 from vatt_jax.rng import Rng
@@ -78,25 +76,29 @@ def vilbert_inputs(
         What the model reads, and what it is to tell. Regions of both have the global one first.
     """
     of_words, of_regions = masking.corrupted_sides(scheme, rng)
-    told_words, masked_words = hide_words(pairs, words, rng, of_words)
-    valid = jnp.asarray(pairs.regions.mask) & counted(pairs)[:, None]
-    hidden = masking.mask_regions(pairs.regions.features, valid, regions, rng, of_regions)
-    corners = jnp.asarray(pairs.regions.boxes)[..., :4]
+    seen_words, seen, told = hide(pairs, words, regions, rng, of_words, of_regions)
+    return seen_words, *with_global(seen, told)
+
+
+def with_global(seen: Regions, told: Told) -> tuple[Regions, Told]:
+    """Put the global region first, of which nothing is to be told.
+
+    Args:
+        seen: regions that the model reads, whose boxes begin with x0 y0 x1 y1.
+        told: what it is to tell of them.
+    """
+    corners = jnp.asarray(seen.boxes)[..., :4]
     overlaps = intersection_over_union(corners[:, :, None], corners[:, None, :])
-    is_covered = masking.covered_regions(overlaps, hidden.is_masked)
-    seen = pairs.regions.replace(features=hidden.features)
-    told = Told(
-        words=pairs.words.ids,
-        is_masked_word=masked_words,
+    is_covered = masking.covered_regions(overlaps, told.is_masked_region)
+    told = dataclasses.replace(
+        told,
         # The global region is never to be told: what stands in its place does not matter.
-        features=_with_first(pairs.regions.features),
-        classes=None if pairs.classes is None else _with_first(pairs.classes),
-        is_masked_region=_with_first(hidden.is_masked),
-        is_region=_with_first(valid),
-        is_match=matches(pairs),
-        valid=counted(pairs),
+        features=_with_first(told.features),
+        classes=None if told.classes is None else _with_first(told.classes),
+        is_masked_region=_with_first(told.is_masked_region),
+        is_region=_with_first(told.is_region),
     )
-    return told_words, add_global(seen, is_covered), told
+    return add_global(seen, is_covered), told
 
 
 def vilbert_losses(
