@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax.config import choose
 
-from . import avid, avts, coclr, default, demo, gdt, mmv, selavi, simclr
+from . import avid, avts, coclr, default, demo, dpc, gdt, mmv, selavi, simclr
 
 # Of each network. Where a method has two stages, the second takes the last of them.
 STEPS, SECOND_STAGE = 400, 150
@@ -42,6 +42,8 @@ METHODS: dict[str, Callable[[], ConfigDict]] = {
     'infonce_flow': functools.partial(coclr.get_config, 'demo,infonce,other,flow'),
     'coclr': functools.partial(coclr.get_config, 'demo'),
     'coclr_flow': functools.partial(coclr.get_config, 'demo,flow'),
+    'dpc': functools.partial(dpc.get_config, 'demo'),
+    'memdpc': functools.partial(dpc.get_config, 'demo,memdpc'),
 }
 # Rows whose embeddings of video and sound are compared with each other -> in which space.
 SPACES = {
@@ -86,6 +88,10 @@ def get_config(arg: str = 'mmv') -> ConfigDict:
         c.objective.normalise = True
     if row == 'xdc':
         c.objective.every = c.steps // 10
+    if row in ('dpc', 'memdpc'):
+        # Eight frames are four blocks, and the same network keeps maps of 4 × 4 positions.
+        c.objective.update({'blocks': 4, 'frames': 2, 'stride': 2, 'curriculum': ((0, 1),)})
+        c.model.towers.video.stride = 8
     return c
 
 
