@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from vatt_jax.config import choose
 
-from . import avid, avts, coclr, default, demo, gdt, jepa, mmv, selavi, simclr
+from . import avid, avts, coclr, default, demo, dpc, gdt, jepa, mmv, selavi, simclr
 
 # Of each network. Where a method has two stages, the second takes the last of them.
 STEPS, SECOND_STAGE = 400, 150
@@ -45,6 +45,8 @@ METHODS: dict[str, Callable[[], ConfigDict]] = {
     'jepa_video': functools.partial(jepa.get_config, 'demo'),
     'jepa_audio_video': functools.partial(jepa.get_config, 'demo,audio_video'),
     'sigreg': functools.partial(jepa.get_config, 'demo,audio_video,lejepa'),
+    'dpc': functools.partial(dpc.get_config, 'demo'),
+    'memdpc': functools.partial(dpc.get_config, 'demo,memdpc'),
 }
 # Rows on transformers of their own: VATT's on waveforms, and those whose tokens are hidden.
 OWN_TOWERS = ('vatt', 'jepa_video', 'jepa_audio_video', 'sigreg')
@@ -94,6 +96,10 @@ def get_config(arg: str = 'mmv') -> ConfigDict:
         c.objective.momentum_steps = int(jepa.STRETCH * c.steps)
     if row == 'xdc':
         c.objective.every = c.steps // 10
+    if row in ('dpc', 'memdpc'):
+        # Eight frames are four blocks, and the same network keeps maps of 4 × 4 positions.
+        c.objective.update({'blocks': 4, 'frames': 2, 'stride': 2, 'curriculum': ((0, 1),)})
+        c.model.towers.video.stride = 8
     return c
 
 

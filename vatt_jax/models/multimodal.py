@@ -43,6 +43,7 @@ from vatt_jax.models.towers.i3d import I3D
 from vatt_jax.models.towers.mixed_convolutions import MixedConvolutions
 from vatt_jax.models.towers.r2plus1d import R2Plus1D
 from vatt_jax.models.towers.r3d import R3D
+from vatt_jax.models.towers.resnet_2d3d import ResNet2D3D
 from vatt_jax.models.towers.s3d import S3D
 from vatt_jax.models.towers.stages import sown_stages
 from vatt_jax.models.towers.tsm_resnet import TSMResNet
@@ -143,6 +144,7 @@ NETS: dict[str, tuple[str, Any]] = {
     'tsm_resnet': ('video', TSMResNet),
     'r2plus1d': ('video', R2Plus1D),
     'r3d': ('video', R3D),
+    'resnet_2d3d': ('video', ResNet2D3D),
     'mixed_convolutions': ('video', MixedConvolutions),
     'resnet2d': ('audio', ResNet2D),
     'resnet2d_v2': ('audio', ResNet2DV2),

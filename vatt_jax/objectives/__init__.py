@@ -11,6 +11,7 @@ from vatt_jax.objectives.class_names import ClassNames
 from vatt_jax.objectives.classification import Classification
 from vatt_jax.objectives.coclr import CoCLR
 from vatt_jax.objectives.contrastive import Contrastive
+from vatt_jax.objectives.dense_prediction import DensePrediction
 from vatt_jax.objectives.detection import Detection
 from vatt_jax.objectives.distillation import Distillation
 from vatt_jax.objectives.gdt import GDT
@@ -49,6 +50,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     'instance_memory': InstanceMemory,
     'temporal_order': TemporalOrder,
     'distillation': Distillation,
+    'dense_prediction': DensePrediction,
     'next_token': NextToken,
     'captioning': Captioning,
     'joint_prediction': JointPrediction,
