@@ -66,7 +66,9 @@ def objective(others: tuple[str, ...], stages: tuple[int, ...] = ()) -> ConfigDi
         own = {f'aligned_{other}': alignment(other), **order_tasks(other)}
         tasks.update(own)
         weights.update(dict.fromkeys(own, 1.0))
-        distilled = {f'distilled_{other}': {'name': 'distillation', 'teacher': other}}
+        distilled: dict[str, Any] = {
+            f'distilled_{other}': {'name': 'distillation', 'teacher': other}
+        }
         for stage in stages:
             fields = {'name': 'distillation', 'teacher': other, 'stage': stage}
             distilled[f'distilled_{other}_{stage}'] = fields

@@ -13,6 +13,7 @@ from scipy.special import erf, log_softmax
 from tests import tiny
 from tests.test_train import log_lines, run
 from vatt_jax.config import ConfigError
+from vatt_jax.evals import FeatureView
 from vatt_jax.evals.changes import HIDDEN_WORDS, change_of
 from vatt_jax.evals.masked_words import MaskedWords as Evaluator
 from vatt_jax.inputs import masking
@@ -229,10 +230,12 @@ def test_one_word_of_each_sentence_is_hidden_and_changes_follow_each_other():
         change_of('masked_words+no_such')
 
 
-class View:
+class View(FeatureView):
     """Features of three clips: with its own video a model tells all, with others less."""
 
-    seed = 0
+    def __init__(self):
+        self.seed = 0
+
     told = {'': [[5], [6], [7]], '+other_video': [[5], [2], [2]], '+no_video': [[2], [2], [7]]}
 
     def features(self, split, by, limit, change):
@@ -252,7 +255,7 @@ def test_accuracies_are_shares_of_the_hidden_words():
 
 
 def test_a_run_sums_both_tasks_and_is_evaluated(tmp_path):
-    config = tiny.config(steps=2)
+    config = tiny.config(steps=2, optimizer__schedule__warmup=1)
     del config.model.towers['audio']
     config.model.towers.video.layers = 1
     config.model.fusion = {'types': ('merged',), 'mlp': 32, 'heads': 2, 'head_width': 8}

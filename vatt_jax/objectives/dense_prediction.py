@@ -162,7 +162,7 @@ class DensePrediction(Objective):
     ) -> tuple[Float[Array, ''], dict[str, jax.Array]]:
         """(loss, metrics) where this many blocks are predicted."""
         predictor = self._predictor(maps.shape[-1])
-        predicted = predictor.apply({'params': params}, maps, steps, rng.at('dropout'), True)
+        predicted: Any = predictor.apply({'params': params}, maps, steps, rng.at('dropout'), True)
         targets = {'forward': maps[:, -steps:], 'backward': maps[:, :steps]}
         value = jnp.zeros(())
         metrics = {'predicted_blocks': jnp.float32(steps)}

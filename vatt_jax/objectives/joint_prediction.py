@@ -172,7 +172,7 @@ class JointPrediction(Objective):
                 found[f'context/{name}'] = tokens.astype(jnp.float32).mean(1)
             for seen, told, _ in self.config.pairs:
                 hidden = masked[told].hidden
-                predicted = predictor.apply(
+                predicted: Any = predictor.apply(
                     {'params': params['predictor']},
                     context[seen],
                     masked[seen].kept,
@@ -185,7 +185,7 @@ class JointPrediction(Objective):
                 error = self._distance(predicted, targets[told], hidden)
                 errors.setdefault((seen, told), []).append(error)
         for (seen, told), parts in errors.items():
-            found[f'error/{seen}/{told}'] = sum(parts) / len(parts)
+            found[f'error/{seen}/{told}'] = jnp.stack(parts).mean(0)
         return Encoding(found, variables['batch_stats'], state)
 
     def _targets(

@@ -111,7 +111,7 @@ class LeJEPA(Objective):
             statistics[view] = gaussianity.sliced_epps_pulley(
                 embeddings[view], valid[view], directions, c.knots, c.largest
             )
-        sigreg = sum(statistics.values()) / len(statistics)
+        sigreg = jnp.stack(list(statistics.values())).mean()
         metrics = {'disagreement': distance, 'sigreg': sigreg}
         for view in c.views:
             metrics[f'sigreg/{view}'] = statistics[view]

@@ -65,7 +65,7 @@ def variables(teacher: Mapping[str, Any], model_params: Any) -> dict[str, Any]:
     return {'params': params, 'batch_stats': teacher['batch_stats']}
 
 
-def follow(copy: Any, student: Any, momentum: float) -> Any:
+def follow(copy: Any, student: Any, momentum: float | jax.Array) -> Any:
     """momentum · copy + (1 - momentum) · student, for every array of the copy.
 
     Args:

@@ -46,7 +46,7 @@ def sizes_of(
     """
     presets = PRESETS[choose(model, PRESETS, 'config.objective.model')]
     preset = presets[choose(size, presets, 'config.objective.size')]
-    shared = {'vocabulary': vocabulary, 'feature_width': feature_width}
+    shared: dict[str, Any] = {'vocabulary': vocabulary, 'feature_width': feature_width}
     if isinstance(preset, VilbertSizes):
         return dataclasses.replace(preset, **shared, targets=targets)
     return dataclasses.replace(preset, **shared, classes=targets)

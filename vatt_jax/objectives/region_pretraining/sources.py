@@ -68,7 +68,8 @@ def marks_of(special: tuple[int, ...], first_word: int, num_words: int) -> Marks
             'config.objective.special: expected the numbers of [CLS], [SEP] and [MASK] among '
             f'{num_words} of words, or (), got {special}'
         )
-    return Marks(*special, (first_word, num_words), num_words)
+    begin, end, mask = special
+    return Marks(begin, end, mask, (first_word, num_words), num_words)
 
 
 def drawn_sentence(

@@ -159,7 +159,8 @@ def losses(
     encoded: Any = module.apply(variables, words, regions, rng, True, method='encode')
 
     def of_task(name: str, encoded: Any) -> tuple[Array, Array]:
-        outputs: Any = as_uniter(module.apply(variables, encoded, method='tell'))
+        told_by: Any = module.apply(variables, encoded, method='tell')
+        outputs: Any = as_uniter(told_by)
         loss = uniter_task_loss(outputs, words, regions, told, name, steps.losses)
         return loss.astype(jnp.float32), accuracy(outputs, told, name)
 
