@@ -1,6 +1,6 @@
 """Which attention type tells who belongs to whom, and what do hidden words gain by the picture?
 
-    # some three hours of two CPU cores
+    # hours of two CPU cores, estimated: all rows have never been run
     python benchmarks/fusion.py
     # some of the rows
     python benchmarks/fusion.py --only=merged_2,specific_2 --seeds=0
@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--only', default=','.join(ROWS))
     parser.add_argument('--seeds', default='0,1')
-    parser.add_argument('--runs', default='runs/fusion_types')
+    parser.add_argument('--runs', default=f'runs/fusion_types_{STEPS}')
     args = parser.parse_args()
     rows = args.only.split(',')
     for row in rows:

@@ -118,5 +118,6 @@ def evaluations(streams: tuple[str, ...]) -> ConfigDict:
     # that know each other already.
     for stream in streams[1:]:
         evals[f'matching_{stream}'] = {'type': 'matching', 'stream': stream}
-    evals.probe_video = demo.evaluations().probe_video
+    # Of the video after it met the words, which name its class.
+    evals.probe_fused_video = demo.evaluations().probe_video
     return evals

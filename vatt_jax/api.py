@@ -504,6 +504,11 @@ class Model:
             ConfigError: the model was not trained by config.objective.name='captioning', or an
                 input is of another modality, kind or shape.
         """
+        if self._captioner is None and self.config.objective.name == 'captioning':
+            raise ConfigError(
+                'caption(): this folder holds the model without its mapper; load the run folder or '
+                'one of its checkpoints'
+            )
         if self._captioner is None:
             raise ConfigError(
                 'caption(): this model writes no captions, it was trained with the objective '

@@ -36,13 +36,16 @@ def train(folder: pathlib.Path, config: str, seed: int, fields: Sequence[str] = 
         *fields,
     ]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, cwd=repository.ROOT, check=True, env=os.environ | cache)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    cost = folder / 'cost.json'
-    # Of all starts together.
-    seconds += json.loads(cost.read_text())['cpu_seconds'] if cost.exists() else 0
-    cost.write_text(json.dumps({'cpu_seconds': round(seconds, 1)}))
+    try:
+        subprocess.run(command, cwd=repository.ROOT, check=True, env=os.environ | cache)
+    finally:
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        cost = folder / 'cost.json'
+        # Of all starts together.
+        seconds += json.loads(cost.read_text())['cpu_seconds'] if cost.exists() else 0
+        if folder.is_dir():
+            cost.write_text(json.dumps({'cpu_seconds': round(seconds, 1)}))
 
 
 def scores_of(results: pathlib.Path, names: Iterable[str]) -> dict[str, float]:

@@ -51,6 +51,18 @@ class Captions(Evaluator):
             raise ConfigError(
                 f'{self.where}.beam: expected a positive number, got {self.config.beam}'
             )
+        if self.config.split == self.config.train:
+            raise ConfigError(
+                f'{self.where}.train: expected another split than the one that is told, whose '
+                f'clips are their own neighbours, got {self.config.train!r} for both'
+            )
+        if not data.info.get('tokenizer'):
+            raise ConfigError(f'{self.where}: the data have no captions; leave this evaluator out')
+        if jax.process_count() > 1:
+            raise ConfigError(
+                f'{self.where}: captions are compared on one host; leave this evaluator out and '
+                'evaluate the finished run with --mode=eval there'
+            )
 
     def run(self, view: FeatureView) -> Result:
         c = self.config
@@ -79,13 +91,8 @@ class Captions(Evaluator):
         """Embeddings of the clips of a split that have captions, and these.
 
         Raises:
-            ConfigError: no clip has any, or there are several hosts.
+            ConfigError: no clip has any.
         """
-        if jax.process_count() > 1:
-            raise ConfigError(
-                f'{self.where}: captions are compared on one host; leave this evaluator out and '
-                'evaluate the finished run with --mode=eval there'
-            )
         objective = view.encoder.objective
         stream, media = objective.config.stream, objective.config.media
         features = view.features(split, limit=limit, keep=(stream,))

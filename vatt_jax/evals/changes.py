@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -73,8 +75,12 @@ def masked_words(batch: Batch) -> dict[str, Any]:
     text = batch['text']
     ids = text['data']  # [B K L]
     is_word = (ids > UNKNOWN) & text['mask'][..., None]
-    rng = Rng.create(0, 0, jnp.asarray(batch['position'])).at(HIDDEN_WORDS)
-    order = np.where(is_word, np.asarray(rng.uniform(ids.shape[1:])), -1)
+    mesh = jax.sharding.get_mesh()
+    # On devices of this host: others have other rows.
+    with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh.local_mesh):
+        rng = Rng.create(0, 0, jnp.asarray(batch['position'])).at(HIDDEN_WORDS)
+        drawn = np.asarray(rng.uniform(ids.shape[1:]))
+    order = np.where(is_word, drawn, -1)
     is_first = np.arange(ids.shape[-1]) == order.argmax(-1)[..., None]
     is_hidden = is_word & is_first
     labels = {**batch.get('labels', {}), HIDDEN_WORDS: np.where(is_hidden, ids, IGNORED)}

@@ -21,9 +21,10 @@ class MaskedWords(Evaluator):
     """Share of hidden words that the objective `masked_words` tells, one of each sentence.
 
     `accuracy`: with the clip's own streams; `accuracy/other`: with a stream of another clip;
-    `accuracy/without`: without that stream. `gain` is accuracy − accuracy/without. The same words
-    of the same clips are hidden each time. Means over clips, of each of which the share is taken;
-    examples are records, so that the other clip is of another one.
+    `accuracy/without`: without that stream, which no clip of the training may have lacked. `gain`
+    is accuracy − accuracy/other. The same words of the same clips are hidden each time. Means over
+    clips, of each of which the share is taken; examples are records, so that the other clip is of
+    another one.
     """
 
     DEFAULTS = {
@@ -51,7 +52,7 @@ class MaskedWords(Evaluator):
                 f'{stream}, words and another clip beside it'
             )
         found = {'accuracy': own, 'accuracy/other': other, 'accuracy/without': without}
-        found['gain'] = own - without
+        found['gain'] = own - other
         scalars: dict[str, float] = {}
         artifacts: dict[str, Any] = {'clips': int(is_used.sum())}
         for name, values in found.items():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vatt_jax.config import ConfigError, check_range
 from vatt_jax.inference.feature_extractor import FeatureExtractor
-from vatt_jax.inputs.tokenizer import Tokenizer
+from vatt_jax.inputs.tokenizer import PAD, UNKNOWN, Tokenizer
 
 
 class Captioner:
@@ -56,5 +56,13 @@ class Captioner:
             padded = np.pad(part, ((0, batch_size - len(part)), (0, 0)))
             with jax.set_mesh(encoder.mesh):
                 ids = self.objective.write(encoder.model, encoder.variables, params, padded, beam)
-            captions += self._tokenizer.decode(np.asarray(ids)[: len(part)])
+            captions += self._tokenizer.decode(self._known(np.asarray(ids)[: len(part)]))
         return captions
+
+    def _known(self, ids: Int[np.ndarray, 'B L']) -> Int[np.ndarray, 'B L']:
+        """Captions without the unknown word, which is no answer: it would match any other one."""
+        unknown = getattr(self._tokenizer, 'unknown', UNKNOWN)
+        # Words first, in their order; 0 behind them.
+        is_kept = (ids != unknown) & (ids != PAD)
+        order = np.argsort(~is_kept, axis=1, kind='stable')
+        return np.take_along_axis(np.where(is_kept, ids, PAD), order, axis=1)

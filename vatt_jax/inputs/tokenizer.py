@@ -139,9 +139,12 @@ class Words(Tokenizer):
             yield [self._number.get(word, self.unknown) for word in split_words(text)]
 
     def _text(self, numbers: list[int]) -> str:
+        return ' '.join(self._word(number) for number in numbers)
+
+    def _word(self, number: int) -> str:
         # Rows of a word table beyond the vocabulary are no words.
-        known = {number + self.first: word for number, word in enumerate(self.vocabulary)}
-        return ' '.join(known.get(number, '<unk>') for number in numbers)
+        is_word = number != self.unknown and self.first <= number < self.size
+        return self.vocabulary[number - self.first] if is_word else '<unk>'
 
     def to_spec(self) -> dict[str, Any]:
         spec = {'kind': self.kind, 'size': self.size, 'vocabulary': self.vocabulary}

@@ -77,10 +77,15 @@ class Captioning(NextToken):
     def init(self, key: jax.Array, spec: Spec) -> tuple[Any, Any]:
         super().init(key, spec)
         c = self.config
+        if spec.model.config.get('fusion'):
+            raise ConfigError(
+                'config.model.fusion: expected none with captioning: clips must not see their '
+                'captions in evaluation'
+            )
         language = decoder_of(spec.model)
         num_words = spec.batch[c.stream]['data'].shape[-1]
         context = language.form.context
-        if language.form.positions == 'learned' and c.prefix + num_words > context:
+        if c.prefix + num_words > context:
             raise ConfigError(
                 f'config.model.towers.text.context: expected room for a prefix of {c.prefix} and '
                 f'{num_words} words, {c.prefix + num_words} in all, got {context}'

@@ -24,6 +24,7 @@ from vatt_jax.losses.masked_regions import class_cross_entropy, feature_regressi
 from vatt_jax.models.layers import Dense, LayerNorm
 from vatt_jax.objectives import forward, heads
 from vatt_jax.objectives.base import Encoding, Loss, Objective, Spec, select_streams
+from vatt_jax.objectives.matching import check_meeting
 from vatt_jax.objectives.online_codes import masked_mean
 from vatt_jax.parallel.sharding import logical
 from vatt_jax.rng import Rng
@@ -98,8 +99,20 @@ class MaskedWords(Objective):
 
     def init(self, key: jax.Array, spec: Spec) -> tuple[Any, Any]:
         encoded = spec.outputs.encoded[self.text]
+        check_meeting(self.config.streams, spec.model, 'masked_words')
         _check_tokens(encoded, spec.batch[self.text]['data'].shape)
-        numbers = spec.info.get('tokenizer', {})
+        numbers = spec.info.get('tokenizer') or {}
+        if 'size' not in numbers:
+            raise ConfigError(
+                'config.objective.name=masked_words: expected data with sentences and their '
+                'tokenizer, which these have not'
+            )
+        if self.hides_patches and spec.model.config['fusion'].get('width'):
+            raise ConfigError(
+                f'config.model.fusion.width: expected 0 with scheme={self.config.scheme!r}, which '
+                'tells features of the width of their tower, got '
+                f'{spec.model.config["fusion"]["width"]}'
+            )
         if numbers.get('kind') in OTHER_NUMBERS or numbers.get('unknown', UNKNOWN) != UNKNOWN:
             raise ConfigError(
                 'config.model.inputs.text.tokenizer: masked_words hides words by the number '
@@ -270,11 +283,6 @@ def _labels_of(stream: str) -> str:
 
 def _check_tokens(encoded: Any, shape: tuple[int, ...]) -> None:
     """Raise ConfigError unless the text tower gives a token for each word of `shape` [B K L]."""
-    if encoded.tokens is None:
-        raise ConfigError(
-            "config.objective.name='masked_words': expected a model in which streams meet, got "
-            "config.model.fusion={}; set --config.model.fusion=\"{'types': ('merged',)}\""
-        )
     if encoded.tokens.shape[:3] != shape:
         raise ConfigError(
             f'config.model.towers.text: masked_words expects a token for each of {shape[-1]} words,'

@@ -8,7 +8,7 @@ that match cannot be told from others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -61,16 +61,10 @@ class Matching(Objective):
         return tuple(self.config.streams)
 
     def init(self, key: jax.Array, spec: Spec) -> tuple[Any, Any]:
+        check_meeting(self.config.streams, spec.model, 'matching')
         width = 0
         for stream in self.config.streams:
-            encoded = spec.outputs.encoded[stream]
-            # Towers give their tokens only where streams meet, or where they are asked to.
-            if encoded.tokens is None:
-                raise ConfigError(
-                    "config.objective.name='matching': expected a model in which streams meet, got "
-                    "config.model.fusion={}; set --config.model.fusion=\"{'types': ('merged',)}\""
-                )
-            width += encoded.pooled.shape[-1]
+            width += spec.outputs.encoded[stream].pooled.shape[-1]
         params, _ = heads.init(self.head, key, width)
         return params, {}
 
@@ -132,19 +126,23 @@ class Matching(Objective):
         usable = jnp.zeros(len(record), bool)
         for number, stream in enumerate(replaced):
             is_replaced = drawn == number
+            others = jnp.any(
+                jnp.stack([valid[other] for other in self.config.streams if other != stream]),
+                axis=0,
+            )
+            # Clips that can match lend: what a stream says is in as many pairs of either kind.
+            can_lend = valid[stream] & others
             likeness = None
             if self.config.candidates > 1:
                 likeness = _likeness(features, stream)
             partner, has_partner = draw_partners(
-                record, valid[stream], rng.at(stream), likeness, self.config.candidates
+                record, can_lend, rng.at(stream), likeness, self.config.candidates
             )
             for name in (stream, forward.tokens_of(stream), forward.mask_of(stream)):
                 if name in features:
                     mixed[name] = _exchange(features[name], partner, is_replaced)
             mixed_valid[stream] = jnp.where(is_replaced, has_partner, valid[stream])
-            others = [valid[other] for other in self.config.streams if other != stream]
-            can_match = valid[stream] & has_partner & jnp.any(jnp.stack(others), axis=0)
-            usable = jnp.where(is_replaced, can_match, usable)
+            usable = jnp.where(is_replaced, can_lend & has_partner, usable)
         return mixed, mixed_valid, usable
 
     # ---- The classifier.
@@ -174,6 +172,27 @@ class Matching(Objective):
         if not set(self.config.streams) <= set(encoded):
             return {}
         return {MATCHING: self._classify(params, self._join(encoded, None))}
+
+
+def check_meeting(streams: Sequence[str], model: Any, name: str) -> None:
+    """Check that a model's streams attend to each other.
+
+    Args:
+        streams: those that must.
+        model: the Linen module.
+        name: of the objective, for the message.
+
+    Raises:
+        ConfigError: one of them does not.
+    """
+    fusion = model.config.get('fusion')
+    meeting = tuple(fusion.get('streams') or model.config['towers']) if fusion else ()
+    if not set(streams) <= set(meeting):
+        raise ConfigError(
+            f'config.objective.name={name!r}: expected a model in which streams meet, '
+            f'{", ".join(streams)}, got {", ".join(meeting) or "none"} by config.model.fusion; set '
+            "--config.model.fusion=\"{'types': ('merged',)}\" or its field streams"
+        )
 
 
 def _tell_apart(
@@ -229,7 +248,8 @@ def _contrast(
     scores = jnp.concatenate([own[None], others]).T  # [B 1+negatives]
     value = softmax_cross_entropy(scores, jnp.zeros(len(own), jnp.int32), weight=is_row)
     metrics = {
-        'accuracy': masked_mean(scores.argmax(-1) == 0, is_row),
+        # A tie is no answer: clips may have the same words.
+        'accuracy': masked_mean(own > others.max(0), is_row),
         'share/usable': is_row.astype(jnp.float32).mean(),
     }
     return value, metrics
