@@ -78,5 +78,7 @@ def sliced_epps_pulley(
         knots: points of the quadrature.
         largest: t of the last one.
     """
-    x = jnp.matmul(embeddings.astype(jnp.float32), directions, precision='highest')
+    # Cut out before anything is computed from them: not even NaN reaches their gradient.
+    embeddings = jnp.where(valid[:, None], embeddings, 0).astype(jnp.float32)
+    x = jnp.matmul(embeddings, directions, precision='highest')
     return epps_pulley(x, valid, knots, largest).mean()

@@ -43,7 +43,8 @@ SIZES: dict[str, dict[str, Any]] = {
 TOKENS = {'drop_token': 0.0, 'position_dropout': 0.0, 'pool': 'mean'}
 VIDEO = {'name': 'vit', 'patch': (2, 16, 16), **TOKENS}
 # AST's patches (assumed: no source at hand says MJEPA's).
-AUDIO = {'name': 'spt', 'patch': (16, 16), **TOKENS}
+# Positions by the grid itself: what is hidden are blocks of it.
+AUDIO = {'name': 'spt', 'patch': (16, 16), 'transposed': False, **TOKENS}
 # 16 of every fourth frame of 30 a second, with ImageNet's mean and deviation; the sound of the same
 # 2.13 s at 16 kHz, 128 bands every 10 ms (assumed).
 INPUTS: dict[str, dict[str, Any]] = {

@@ -172,7 +172,19 @@ def net_fields(module: Any) -> dict[str, Any]:
 TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
     'vit': ('video', {'name': 'vit', **SIZE, **PATCHES, 'patch': (4, 16, 16)}),
     'wat': ('audio', {'name': 'wat', **SIZE, **PATCHES, 'patch': 128}),
-    'spt': ('audio', {'name': 'spt', **SIZE, **PATCHES, 'patch': (16, 5), 'drop_token': 0.0}),
+    'spt': (
+        'audio',
+        {
+            'name': 'spt',
+            **SIZE,
+            **PATCHES,
+            'patch': (16, 5),
+            'drop_token': 0.0,
+            # Whether rows of the position tables are taken as if the grid were turned, as released
+            # weights want it (docs/vatt.md).
+            'transposed': True,
+        },
+    ),
     't5': ('text', {'name': 't5', **SIZE, **WORDS, 'buckets': 32, 'max_distance': 64}),
     'bert': (
         'text',
@@ -424,7 +436,7 @@ class MultimodalEncoder(nn.Module):
             replicas=tower['replicas'],
             projection=self.config['shared'] or tower['pre'],
             position_dropout=tower['position_dropout'],
-            transposed=tower['name'] == 'spt',
+            transposed=tower.get('transposed', False),
             patch_init=tower['patch_init'],
             dtype=self.dtype,
         )
@@ -566,6 +578,11 @@ class MultimodalEncoder(nn.Module):
         if adapter is not None:
             inserted = self._inserted(adapter, rows, adapter_trains)
         if 'keep' in stream:
+            if not isinstance(self.fronts[modality], Patches):
+                raise ConfigError(
+                    f'config.model.towers.{modality}: expected a tower over patches, such as vit '
+                    'or spt, of which some tokens alone can be seen'
+                )
             inserted['keep'] = stream['keep']
         # x [R N D], R = B or B·K
         front_tokens = self.fronts[modality](rows, row_rng, train, **inserted)

@@ -105,7 +105,9 @@ class Predictor(nn.Module):
                 f'{modality}_mask_tokens', zeros, (self.masks, self.width), jnp.float32
             )
             small = logical(jax.nn.initializers.normal(0.02), None)
-            kinds[modality] = self.param(f'{modality}_seen', small, (self.width,), jnp.float32)
+            kinds[modality] = self.param(
+                f'{modality}_seen_position', small, (self.width,), jnp.float32
+            )
         return mask_tokens, kinds
 
 

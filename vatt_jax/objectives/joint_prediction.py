@@ -329,6 +329,13 @@ def _check(config: Any) -> None:
         if len(pair) != 3:
             raise ConfigError(f'{where}: expected pairs such as {example}, got {pair!r}.')
         check_range(pair[2], 0, math.inf, where)
+        seen, told, _ = pair
+        is_one_window = seen.partition('.')[2] == told.partition('.')[2]
+        if seen != told and (modality_of(seen) == modality_of(told) or not is_one_window):
+            raise ConfigError(
+                f'{where}: expected a stream and itself, or streams of two modalities and one '
+                f'window, got {seen!r} and {told!r}.'
+            )
     if not sum(weight for *_, weight in config.pairs) > 0:
         raise ConfigError(f'{where}: expected a weight above 0, got none.')
     if not config.video_masks or len(config.video_masks) != len(config.audio_masks):

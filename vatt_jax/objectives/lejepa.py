@@ -130,13 +130,17 @@ def disagreement(
     Args:
         embeddings: by view.
         valid: the clips that have it.
-        centre: views whose mean it is; a clip that has none of them is left out.
+        centre: views whose mean it is; a clip that has none of them is left out, as is one with a
+            single view, which has nothing to agree with.
     """
-    total = sum(jnp.where(valid[view][:, None], embeddings[view], 0) for view in centre)
+    # Cut out before anything is computed from them: not even NaN reaches their gradient.
+    known = {view: jnp.where(valid[view][:, None], x, 0) for view, x in embeddings.items()}
+    total = sum(known[view] for view in centre)
     count = sum(valid[view].astype(jnp.float32) for view in centre)  # [B]
+    num_views = sum(valid[view].astype(jnp.int32) for view in embeddings)  # [B]
     mean = total / jnp.maximum(count, 1)[:, None]  # [B E]
     distances, counted = [], []
-    for view, embedding in embeddings.items():
+    for view, embedding in known.items():
         distances.append(jnp.square(embedding - mean).mean(-1))
-        counted.append(valid[view] & (count > 0))
+        counted.append(valid[view] & (count > 0) & (num_views > 1))
     return masked_mean(jnp.concatenate(distances), jnp.concatenate(counted))
