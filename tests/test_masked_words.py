@@ -1,5 +1,6 @@
 """Masked words: what is hidden, the loss of a batch, its head, the evaluator, a run."""
 
+import dataclasses
 import types
 
 import chex
@@ -30,7 +31,10 @@ WORDS, WIDTH, TABLE_ROWS = 9, 4, 11
 class Meeting:
     """Stands for a model without towers: a word's token gets the mean token of the video."""
 
-    config = {'towers': {'text': {'name': 't5', 'word_width': 3, 'vocab': TABLE_ROWS}}}
+    config = {
+        'towers': {'text': {'name': 't5', 'word_width': 3, 'vocab': TABLE_ROWS}},
+        'fusion': {'streams': ('video', 'text')},
+    }
 
     def apply(self, variables, batch, *, method, train, rng, valid=None, **_):
         assert train
@@ -210,6 +214,18 @@ def test_a_mistake_in_the_config_is_named(fields, message):
 def test_a_tokenizer_without_an_unknown_word_of_its_own_number_is_refused():
     with pytest.raises(ConfigError, match="numbers words otherwise|got 'clip'"):
         MaskedWords({}).init(jax.random.key(0), Batch().spec('clip'))
+
+
+def test_what_cannot_be_told_is_refused(monkeypatch):
+    key, spec = jax.random.key(0), Batch().spec()
+    monkeypatch.setitem(Meeting.config, 'fusion', {'streams': ('video', 'text'), 'width': 16})
+    with pytest.raises(ConfigError, match="fusion.width: expected 0 with scheme='joint'.*got 16"):
+        MaskedWords({'scheme': 'joint'}).init(key, spec)
+    with pytest.raises(ConfigError, match='expected data with sentences'):
+        MaskedWords({}).init(key, dataclasses.replace(spec, info={}))
+    monkeypatch.setitem(Meeting.config, 'fusion', {'streams': ('audio', 'text')})
+    with pytest.raises(ConfigError, match='streams meet, video, text, got audio, text'):
+        MaskedWords({}).init(key, spec)
 
 
 # ---- what the evaluator shows

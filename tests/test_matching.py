@@ -265,9 +265,13 @@ def test_a_mistake_in_the_config_is_named(fields, message):
 
 def test_a_model_whose_streams_do_not_meet_is_refused():
     encoded = {name: Encoded(jnp.zeros((2, 4))) for name in ('video', 'text')}
-    spec = Spec(None, types.SimpleNamespace(encoded=encoded), {}, 64, {})
-    with pytest.raises(ConfigError, match='expected a model in which streams meet'):
-        Matching({}).init(jax.random.key(0), spec)
+    outputs = types.SimpleNamespace(encoded=encoded)
+    for fusion in ({}, {'streams': ('video', 'audio')}):
+        model = types.SimpleNamespace(config={'fusion': fusion, 'towers': {}})
+        with pytest.raises(
+            ConfigError, match='expected a model in which streams meet, video, text'
+        ):
+            Matching({}).init(jax.random.key(0), Spec(model, outputs, {}, 64, {}))
 
 
 # ---- what an evaluator shows
