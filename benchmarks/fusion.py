@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
-import statistics
 import sys
 from typing import Any
 
@@ -84,36 +82,11 @@ def entry(row: str, seed: int, folder: pathlib.Path) -> dict[str, Any]:
     return found | (json.loads(cost.read_text()) if cost.exists() else {})
 
 
-def earlier() -> list[dict[str, Any]]:
-    """Entries of the result file, of runs as long as those of today."""
-    if not RESULTS.exists():
-        return []
-    results = json.loads(RESULTS.read_text())
-    return results['entries'] if results['steps'] == STEPS else []
-
-
 def write(found: list[dict[str, Any]]) -> None:
     """Writes the result file with these entries, in the order of the table."""
     order = list(ROWS)
     found.sort(key=lambda entry: (order.index(entry['row']), entry['seed']))
-    results = {'hardware': f'{os.cpu_count()} CPU cores', 'steps': STEPS, 'entries': found}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + '\n')
-
-
-def print_table(found: list[dict[str, Any]]) -> None:
-    """A line for each row: means over seeds, and how far the seeds are apart."""
-    print(f'| row | seeds | {" | ".join(COLUMNS)} | CPU s |')
-    print('|---' * (len(COLUMNS) + 3) + '|')
-    for row in dict.fromkeys(entry['row'] for entry in found):
-        of_row = [entry for entry in found if entry['row'] == row]
-        cells = []
-        for score in COLUMNS.values():
-            values = [entry['scores'][score] for entry in of_row if score in entry['scores']]
-            cells.append(runs.cell(values))
-        seconds = [entry['cpu_seconds'] for entry in of_row if 'cpu_seconds' in entry]
-        cells.append(f'{statistics.mean(seconds):.0f}' if seconds else '')
-        print(f'| {row} | {len(of_row)} | {" | ".join(cells)} |')
+    runs.write(RESULTS, STEPS, found)
 
 
 def main() -> None:
@@ -128,7 +101,7 @@ def main() -> None:
         if row not in ROWS:
             parser.error(f'--only={row}: expected some of {", ".join(ROWS)}')
     kept = (repository.ROOT / args.runs).resolve()
-    found = earlier()
+    found = runs.earlier(RESULTS, STEPS)
     for seed in map(int, args.seeds.split(',')):
         for row in rows:
             folder = kept / f'{row}_seed{seed}'
@@ -138,7 +111,7 @@ def main() -> None:
             found = [old for old in found if (old['row'], old['seed']) != (row, seed)]
             found.append(entry(row, seed, folder))
             write(found)
-    print_table(found)
+    runs.print_table(found, COLUMNS)
     print(f'written: {RESULTS.relative_to(repository.ROOT)}')
 
 

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
-import statistics
 import sys
 from typing import Any
 
@@ -64,40 +62,11 @@ def entries(row: str, seed: int, folder: pathlib.Path) -> list[dict[str, Any]]:
     return found
 
 
-def earlier() -> list[dict[str, Any]]:
-    """Entries of the result file, of runs as long as those of today."""
-    if not RESULTS.exists():
-        return []
-    results = json.loads(RESULTS.read_text())
-    return results['entries'] if results['steps'] == comparison.STEPS else []
-
-
 def write(found: list[dict[str, Any]]) -> None:
     """Writes the result file with these entries, in the order of the table."""
     methods = [*RANDOM.values(), *comparison.METHODS]
     found.sort(key=lambda entry: (methods.index(entry['row'].partition(':')[0]), entry['seed']))
-    results = {
-        'hardware': f'{os.cpu_count()} CPU cores',
-        'steps': comparison.STEPS,
-        'entries': found,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + '\n')
-
-
-def print_table(found: list[dict[str, Any]]) -> None:
-    """A line for each row: means over seeds, and how far the seeds are apart."""
-    print(f'| row | seeds | {" | ".join(COLUMNS)} | CPU s |')
-    print('|---' * (len(COLUMNS) + 3) + '|')
-    for row in dict.fromkeys(entry['row'] for entry in found):
-        of_row = [entry for entry in found if entry['row'] == row]
-        cells = []
-        for score in COLUMNS.values():
-            values = [entry['scores'][score] for entry in of_row if score in entry['scores']]
-            cells.append(runs.cell(values))
-        seconds = [entry['cpu_seconds'] for entry in of_row if 'cpu_seconds' in entry]
-        cells.append(f'{statistics.mean(seconds):.0f}' if seconds else '')
-        print(f'| {row} | {len(of_row)} | {" | ".join(cells)} |')
+    runs.write(RESULTS, comparison.STEPS, found)
 
 
 def main() -> None:
@@ -108,7 +77,7 @@ def main() -> None:
     parser.add_argument('--runs', default='runs/comparison')
     args = parser.parse_args()
     kept = (repository.ROOT / args.runs).resolve()
-    found = earlier()
+    found = runs.earlier(RESULTS, comparison.STEPS)
     for seed in map(int, args.seeds.split(',')):
         for row in args.only.split(','):
             folder = kept / f'{row}_seed{seed}'
@@ -119,7 +88,7 @@ def main() -> None:
             found = [entry for entry in found if (entry['row'], entry['seed']) not in replaced]
             found += new
             write(found)
-    print_table(found)
+    runs.print_table(found, COLUMNS)
     print(f'written: {RESULTS.relative_to(repository.ROOT)}')
 
 

@@ -10,7 +10,8 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from support import repository
 
@@ -81,3 +82,38 @@ def cell(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f'{mean:.1f}'
     return f'{mean:.1f} ± {50 * (max(values) - min(values)):.1f}'
+
+
+def earlier(results: pathlib.Path, steps: int) -> list[dict[str, Any]]:
+    """Entries of a result file, of runs as long as those of today."""
+    if not results.exists():
+        return []
+    found = json.loads(results.read_text())
+    return found['entries'] if found['steps'] == steps else []
+
+
+def write(results: pathlib.Path, steps: int, entries: list[dict[str, Any]]) -> None:
+    """Writes a result file with these entries, in their order."""
+    found = {'hardware': f'{os.cpu_count()} CPU cores', 'steps': steps, 'entries': entries}
+    results.parent.mkdir(exist_ok=True)
+    results.write_text(json.dumps(found, indent=1) + '\n')
+
+
+def print_table(entries: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+    """A line for each row: means over seeds, and how far the seeds are apart.
+
+    Args:
+        entries: with `row` and `scores`, some with `cpu_seconds`.
+        columns: title of a column -> its score.
+    """
+    print(f'| row | seeds | {" | ".join(columns)} | CPU s |')
+    print('|---' * (len(columns) + 3) + '|')
+    for row in dict.fromkeys(entry['row'] for entry in entries):
+        of_row = [entry for entry in entries if entry['row'] == row]
+        cells = []
+        for score in columns.values():
+            values = [entry['scores'][score] for entry in of_row if score in entry['scores']]
+            cells.append(cell(values))
+        seconds = [entry['cpu_seconds'] for entry in of_row if 'cpu_seconds' in entry]
+        cells.append(f'{statistics.mean(seconds):.0f}' if seconds else '')
+        print(f'| {row} | {len(of_row)} | {" | ".join(cells)} |')
