@@ -35,6 +35,12 @@ def test_fields_of_the_config(field, default):
             loop.check(config)
 
 
+def nested(field, value):
+    """{'a': {'b': value}} of 'a.b'."""
+    first, _, rest = field.partition('.')
+    return {first: nested(rest, value) if rest else value}
+
+
 def defaults_of(entry):
     return importlib.import_module(entry.__module__).DEFAULTS
 
@@ -50,7 +56,7 @@ def test_fields_of_objectives(name, field, default):
         if value == 10**12:
             continue
         with pytest.raises(ConfigError, match=rf'config.objective.{field}\b'):
-            OBJECTIVES[name](ConfigDict({'name': name, field: value}))
+            OBJECTIVES[name](ConfigDict({'name': name, **nested(field, value)}))
 
 
 class Data:

@@ -220,7 +220,9 @@ def test_forms_that_cannot_be(changes, message):
 def test_parameters_of_another_number_of_layers():
     form = FORMS['gpt2']
     deeper = tiny_language.tree(dataclasses.replace(form, layers=3))
-    with pytest.raises(ValueError, match=r'layers\[.*: parameters of 2 layers, got .*\(3,'):
+    with pytest.raises(
+        ValueError, match=r'layers\[.*: expected parameters of 2 layers, got .*\(3,'
+    ):
         jax.eval_shape(CausalLM(form).apply, deeper, ids())
 
 

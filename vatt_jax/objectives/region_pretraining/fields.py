@@ -78,6 +78,8 @@ def check(config: Any) -> None:
     for field in ('word_share', 'region_share', 'zero_share', 'mismatched'):
         check_range(config[field], 0, 1, f'{where}.{field}')
     check_range(config.candidates, 1, LARGEST_COUNT, f'{where}.candidates')
+    for field in ('vocabulary', 'first_word'):
+        check_range(config[field], 0, LARGEST_COUNT, f'{where}.{field}')
     check_range(config.alignment, 0, float('inf'), f'{where}.alignment')
     if modality_of(config.text) != 'text':
         raise ConfigError(f'{where}.text: expected text or a view of it, got {config.text!r}')
