@@ -270,6 +270,7 @@ def test_accuracies_are_shares_of_the_hidden_words():
     assert found.scalars == expected and found.artifacts['clips'] == 2
 
 
+@pytest.mark.slow
 def test_a_run_sums_both_tasks_and_is_evaluated(tmp_path):
     config = tiny.config(steps=2, optimizer__schedule__warmup=1)
     del config.model.towers['audio']
