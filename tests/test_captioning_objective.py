@@ -270,15 +270,18 @@ def test_a_model_that_writes_nothing_has_no_captions():
 @pytest.mark.slow
 def test_both_phases_train_and_the_run_writes_captions(tmp_path):
     c = configs.load('configs/clipcap.py:demo,synthetic')
-    shorter = [
-        ('steps', '2'),
-        ('batch_size', '8'),
-        ('data.synthetic_size', '16'),
-        ('report', 'False'),
-    ]
-    shorter += [('optimizer.schedule.warmup', '1'), ('phases.captions.steps', '2')]
-    shorter += [('phases.captions.optimizer.schedule.warmup', '1'), ('phases.towers.evals', '{}')]
-    configs.override(c, shorter)
+    configs.override(
+        c,
+        [
+            ('steps', '2'),
+            ('batch_size', '8'),
+            ('data.synthetic_size', '16'),
+            ('optimizer.schedule.warmup', '1'),
+            ('report', 'False'),
+        ],
+    )
+    changes = {'towers': {'evals': {}}, 'captions': {'steps': 2, 'optimizer.schedule.warmup': 1}}
+    c.phases = tuple((name, {**fields, **changes[name]}) for name, fields in c.phases)
     train_phases.run(c, tmp_path / 'run', data_pipelines.open, quiet=True)
     folder = tmp_path / 'run' / 'phases' / '2-captions'
     results = evals.load(max((folder / 'evals').glob('step_*')))['captions']

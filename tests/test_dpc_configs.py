@@ -46,7 +46,12 @@ def test_published_values():
     assert (o.bidirectional, o.gain, o.dropout, o.kernel) == (True, 0.1, 0.1, 1)
     rate = optim.schedule(c.optimizer.schedule, c.steps)
     epoch = 232_067 // 64
-    for step, expected in ((1, 1e-3), (120 * epoch - 1, 1e-3), (121 * epoch, 1e-4)):
+    for step, expected in (
+        (0, 1e-3),
+        (120 * epoch - 1, 1e-3),
+        (121 * epoch, 1e-4),
+        (c.steps - 1, 1e-4),
+    ):
         np.testing.assert_allclose(rate(step), expected, rtol=1e-4)
     o = objectives.build(configs.load('configs/dpc.py:k400').objective).config
     assert (o.memory, o.bidirectional, o.gain) == (0, False, 1.0)

@@ -121,7 +121,9 @@ class DensePrediction(Objective):
         features, batch_stats = run_towers(
             model, variables, streams, rng.repeat(c.blocks), (stream,)
         )
-        maps = features[map_of(stream)].mean(1)  # over the time of a block: [B·N h w D]
+        # Over the time of a block: [B·N h w D]. Their products have no temperature, so that
+        # bfloat16 would show.
+        maps = features[map_of(stream)].astype(jnp.float32).mean(1)
         pooled = {
             stream: features[stream].reshape(-1, c.blocks, features[stream].shape[-1]).mean(1),
             map_of(stream): maps.reshape(-1, c.blocks, *maps.shape[1:]),

@@ -158,7 +158,17 @@ def make_pairs(
     """
     ids, has_sentence = drawn_sentence(stream, rng)
     words, maskable = marked_words(ids, marks)
-    has_region = jnp.asarray(regions.mask).any(-1)
+    mask = jnp.asarray(regions.mask)
+    has_region = mask.any(-1)
+    # Cut out before a network reads them: not even NaN reaches its gradient.
+    is_there = (mask & valid[:, None])[..., None]  # [B N 1]
+    regions = dataclasses.replace(
+        regions,
+        features=jnp.where(is_there, regions.features, 0),
+        boxes=jnp.where(is_there, regions.boxes, 0),
+    )
+    if classes is not None:
+        classes = jnp.where(is_there, classes, 0)
     return Pairs(
         words=words,
         maskable=maskable,
